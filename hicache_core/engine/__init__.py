@@ -1,0 +1,1 @@
+"""A small model runner on transformers (extra: engine)."""

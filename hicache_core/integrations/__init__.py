@@ -1,0 +1,1 @@
+"""Thin adapters into other engines."""

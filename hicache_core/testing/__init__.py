@@ -1,0 +1,1 @@
+"""The conformance kit and fault injection for authors of backends. Imports no torch."""

@@ -1,0 +1,105 @@
+"""The data that travels between threads: frozen, without behaviour."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+Page: TypeAlias = Sequence[memoryview]
+"""The segments of one stored object, in order; the object is their concatenation.
+
+Each segment is a writable, C-contiguous memoryview of format ``B``. A page that a controller hands
+to the storage worker starts with its 64-byte header segment (see ``storage.sealed``).
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """What separates requests whose token ids are equal; it seeds the chain of page keys.
+
+    Attributes:
+        extra_key: any text that separates caches (SGLang's ``extra_key``).
+        cache_salt: the tenant's salt.
+        lora_id: the LoRA adapter whose weights took part in the KV.
+    """
+
+    extra_key: str | None = None
+    cache_salt: str | None = None
+    lora_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExistsJob:
+    """A question to storage: how many leading pages of ``keys`` are present?"""
+
+    job_id: int
+    keys: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class ReadJob:
+    """Fill ``pages`` with the objects under ``keys``, leading ones first (same length)."""
+
+    job_id: int
+    keys: Sequence[str]
+    pages: Sequence[Page]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class WriteJob:
+    """Store ``pages`` under ``keys``, leading ones first (same length)."""
+
+    job_id: int
+    keys: Sequence[str]
+    pages: Sequence[Page]
+    nbytes: int
+
+
+Job: TypeAlias = ExistsJob | ReadJob | WriteJob
+
+
+class JobState(enum.Enum):
+    """How a job ended."""
+
+    DONE = "done"  # the backend answered; n_pages may still be 0
+    FAILED = "failed"  # the backend raised; n_pages is 0
+    CANCELLED = "cancelled"  # never started; n_pages is 0 and no byte was touched
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """What came of a job; every submitted job yields exactly one.
+
+    Attributes:
+        job: the job itself.
+        state: how it ended.
+        n_pages: leading pages present, filled or stored.
+        error: text of the exception, for logs; empty unless FAILED.
+        elapsed_s: time the backend took.
+    """
+
+    job: Job
+    state: JobState
+    n_pages: int
+    error: str = ""
+    elapsed_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class BackendContext:
+    """What a backend may know of the cache that uses it.
+
+    Attributes:
+        namespace: hex digest that prefixes every key (``<namespace>/<page hash>``).
+        object_nbytes: size of every stored object, header included; 0 if not fixed.
+        rank: this process among those that share the cache.
+        world_size: how many processes share the cache.
+    """
+
+    namespace: str
+    object_nbytes: int = 0
+    rank: int = 0
+    world_size: int = 1
