@@ -1,0 +1,192 @@
+"""Runs benchmarks, prints them as tables and keeps the raw samples as JSON.
+
+    python -m benchmarks [--quick] [--only NAME ...] [--json FILE] [--markdown FILE]
+
+A benchmark is a module of this package with ``rows(quick: bool) -> Iterator[Row]``. Wall time and
+CPU time stand side by side, since machines are shared and noisy; compare ratios inside one run.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import pkgutil
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+TIME_UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured line.
+
+    Attributes:
+        table: the table it stands in.
+        name: what was measured.
+        unit: unit of the samples, for instance ``us``, ``MB/s`` or ``M tokens/s``.
+        samples: one figure a repetition, by wall clock.
+        cpu_samples: the same by CPU time of the process, or empty.
+        baseline: name of the row of the same table that the ratio is taken against.
+        target: the target in words, if there is one.
+        note: anything the reader must know.
+    """
+
+    table: str
+    name: str
+    unit: str
+    samples: list[float]
+    cpu_samples: list[float] = field(default_factory=list)
+    baseline: str | None = None
+    target: str | None = None
+    note: str = ""
+
+    @property
+    def median(self) -> float:
+        """Median of the wall-clock samples."""
+        return statistics.median(self.samples)
+
+
+def measure(
+    fn: Callable[[], object],
+    *,
+    repeat: int,
+    number: int = 1,
+    setup: Callable[[], object] | None = None,
+) -> tuple[list[float], list[float]]:
+    """Seconds of one call of ``fn``: ``repeat`` samples of wall time and of CPU time.
+
+    Each sample is the mean of ``number`` calls after one call of ``setup``; the garbage collector
+    is off while the clock runs. CPU time is that of all threads of the process.
+    """
+    wall: list[float] = []
+    cpu: list[float] = []
+    for _ in range(repeat):
+        if setup is not None:
+            setup()
+        gc.collect()
+        gc.disable()
+        try:
+            cpu_start, start = time.process_time(), time.perf_counter()
+            for _ in range(number):
+                fn()
+            end, cpu_end = time.perf_counter(), time.process_time()
+        finally:
+            gc.enable()
+        wall.append((end - start) / number)
+        cpu.append((cpu_end - cpu_start) / number)
+    return wall, cpu
+
+
+def machine() -> dict[str, str]:
+    """What the figures were taken on."""
+    model = platform.processor()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    memory_kib = int(Path("/proc/meminfo").read_text().split()[1])
+    return {
+        "cpu": model,
+        "cores": str(len(os.sched_getaffinity(0))),
+        "memory": f"{memory_kib / 2**20:.0f} GiB",
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def number_text(value: float) -> str:
+    """Three digits that count."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def cells(row: Row, rows: Iterable[Row]) -> list[str]:
+    """The row's columns: name, median, spread, CPU median, ratio, target, note."""
+    cpu = number_text(statistics.median(row.cpu_samples)) if row.cpu_samples else "–"
+    ratio = "–"
+    if row.baseline is not None:
+        base = next(other for other in rows if other.name == row.baseline)
+        ratio = f"{row.median / base.median:.2f} × {row.baseline}"
+    spread = f"{number_text(min(row.samples))}–{number_text(max(row.samples))}"
+    median = f"{number_text(row.median)} {row.unit}"
+    return [row.name, median, spread, cpu, ratio, row.target or "–", row.note]
+
+
+HEADER = ["row", "median", "min–max", "by CPU time", "ratio", "target", "note"]
+
+
+def by_table(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows grouped by table, in order of appearance."""
+    tables: dict[str, list[Row]] = {}
+    for row in rows:
+        tables.setdefault(row.table, []).append(row)
+    return tables
+
+
+def markdown(rows: list[Row], facts: dict[str, str]) -> str:
+    """The tables as Markdown, the machine named above them."""
+    lines = ["Machine: " + ", ".join(f"{k} {v}" for k, v in facts.items()) + ".", ""]
+    for title, members in by_table(rows).items():
+        lines += [f"### {title}", "", "| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
+        lines += ["| " + " | ".join(cells(row, members)) + " |" for row in members]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def benchmark_names() -> list[str]:
+    """Every benchmark module of this package."""
+    package = Path(__file__).parent
+    skip = {"harness", "__main__"}
+    return sorted(m.name for m in pkgutil.iter_modules([str(package)]) if m.name not in skip)
+
+
+def run(names: Iterable[str], *, quick: bool, console: Console) -> Iterator[Row]:
+    """Runs the named benchmarks; prints each table as soon as it is whole."""
+    for name in names:
+        module: Any = importlib.import_module(f"benchmarks.{name}")
+        rows: list[Row] = []
+        with console.status(f"{name} …"):
+            rows.extend(module.rows(quick))
+        for title, members in by_table(rows).items():
+            table = Table(*HEADER, title=title)
+            for row in members:
+                table.add_row(*cells(row, members))
+            console.print(table)
+        yield from rows
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="Fewer repetitions and smaller data.")
+@click.option("--only", multiple=True, help="Run just this benchmark (may be repeated).")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write raw samples.")
+@click.option("--markdown", "markdown_file", type=click.Path(path_type=Path))
+def main(
+    quick: bool, only: tuple[str, ...], json_file: Path | None, markdown_file: Path | None
+) -> None:
+    """Prints tables: median, spread, CPU time, ratio."""
+    known = benchmark_names()
+    unknown = [name for name in only if name not in known]
+    if unknown:
+        raise click.UsageError(f"no benchmark {unknown[0]!r}; there are: {', '.join(known)}")
+    facts = machine()
+    console = Console(width=None if os.isatty(1) else 180)
+    console.print(facts)
+    rows = list(run(only or known, quick=quick, console=console))
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        report = {"machine": facts, "quick": quick, "rows": [asdict(row) for row in rows]}
+        json_file.write_text(json.dumps(report, indent=1))
+    if markdown_file is not None:
+        markdown_file.write_text(markdown(rows, facts))
