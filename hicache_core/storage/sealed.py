@@ -1,0 +1,190 @@
+"""Seals pages with a header when they are stored, and checks it when they are read.
+
+Every stored object starts with 64 bytes, little-endian:
+
+    0        4         6       8                16           24                  32          64
+    | magic  | version | flags | payload_nbytes | xxh3-64 of | namespace digest  | page hash |
+    | "HiCP" | 1       | 0     |                | payload    | 8 bytes           | 32 bytes  |
+
+The key says which namespace and page hash must stand there, so an object that was stored under
+another key, by another model, or that was damaged, is a miss and never a hit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import struct
+import threading
+from collections.abc import Mapping, Sequence
+
+import xxhash
+
+from hicache_core.errors import BackendError
+from hicache_core.storage.base import Buffer, HasStats, StorageBackend
+from hicache_core.storage.segments import nbytes_of
+from hicache_core.storage.wrapper import BackendWrapper
+from hicache_core.types import Page
+
+HEADER_NBYTES = 64
+MAGIC = b"HiCP"
+VERSION = 1
+
+_HEADER = struct.Struct("<4sHHQQ8s32s")
+_KEY = re.compile(r"([0-9a-f]{16})/([0-9a-f]{64})")
+
+
+def parse_key(key: str) -> tuple[bytes, bytes]:
+    """The namespace digest (8 bytes) and the page hash (32 bytes) of a key.
+
+    Raises:
+        ValueError: the key is not ``<16 hex digits>/<64 hex digits>``.
+    """
+    match = _KEY.fullmatch(key)
+    if match is None:
+        raise ValueError(f"{key!r} is no page key; a key is <16 hex digits>/<64 hex digits>")
+    return bytes.fromhex(match[1]), bytes.fromhex(match[2])
+
+
+def checksum(payload: Sequence[memoryview]) -> int:
+    """xxh3-64 over the segments in order."""
+    if len(payload) == 1:
+        return xxhash.xxh3_64_intdigest(payload[0])
+    state = xxhash.xxh3_64()
+    for segment in payload:
+        state.update(segment)
+    return state.intdigest()
+
+
+def seal(key: str, page: Page) -> None:
+    """Writes the header of ``page`` into its first segment.
+
+    Raises:
+        ValueError: the key is no page key, or the first segment is not 64 bytes long.
+    """
+    namespace, page_hash = parse_key(key)
+    if not page or page[0].nbytes != HEADER_NBYTES:
+        found = f"{page[0].nbytes} bytes" if page else "no segment"
+        raise ValueError(f"a page starts with a segment of {HEADER_NBYTES} bytes; found {found}")
+    payload = page[1:]
+    nbytes = nbytes_of(payload)
+    _HEADER.pack_into(
+        page[0], 0, MAGIC, VERSION, 0, nbytes, checksum(payload), namespace, page_hash
+    )
+
+
+def mismatch(key: str, page: Page) -> str | None:
+    """What is wrong with ``page`` as the object under ``key``; None if nothing is.
+
+    Returns:
+        ``corrupt``, ``wrong_version``, ``wrong_length``, ``foreign`` (sealed for another key), or
+        None.
+    """
+    namespace, page_hash = parse_key(key)
+    magic, version, flags, nbytes, digest, its_namespace, its_hash = _HEADER.unpack(page[0])
+    payload = page[1:]
+    if magic != MAGIC:
+        return "corrupt"
+    if version != VERSION or flags != 0:
+        return "wrong_version"
+    if nbytes != nbytes_of(payload):
+        return "wrong_length"
+    if its_namespace != namespace or its_hash != page_hash:
+        return "foreign"
+    return None if checksum(payload) == digest else "corrupt"
+
+
+class SealedBackend(BackendWrapper):
+    """Stores sealed pages and returns none that does not verify.
+
+    The pages of ``batch_get`` and ``batch_set`` start with a segment of 64 bytes for the header;
+    ``get`` and ``set`` deal in payloads. An object that does not verify is a miss, is counted by
+    kind, and is deleted if the backend can delete.
+
+    Every method raises ``ValueError`` for a key that is not ``<16 hex digits>/<64 hex digits>``.
+    """
+
+    def __init__(self, inner: StorageBackend) -> None:
+        super().__init__(inner)
+        self._lock = threading.Lock()
+        self._counts = {
+            "sealed_corrupt": 0,
+            "sealed_foreign": 0,
+            "sealed_wrong_length": 0,
+            "sealed_wrong_version": 0,
+        }
+
+    def get(self, key: str) -> Buffer | None:
+        parse_key(key)
+        value = self.inner.get(key)
+        if value is None:
+            return None
+        data = memoryview(value).cast("B")
+        if data.nbytes < HEADER_NBYTES:
+            self._reject(key, "wrong_length")
+            return None
+        kind = mismatch(key, (data[:HEADER_NBYTES], data[HEADER_NBYTES:]))
+        if kind is not None:
+            self._reject(key, kind)
+            return None
+        return data[HEADER_NBYTES:]
+
+    def exists(self, key: str) -> bool:
+        parse_key(key)
+        return self.inner.exists(key)
+
+    def set(self, key: str, value: Buffer) -> None:
+        header = memoryview(bytearray(HEADER_NBYTES))
+        page = (header, memoryview(value).cast("B"))
+        seal(key, page)
+        self.inner.set(key, b"".join(page))
+
+    def batch_exists(self, keys: Sequence[str]) -> int:
+        for key in keys:
+            if _KEY.fullmatch(key) is None:
+                parse_key(key)
+        return self.inner.batch_exists(keys)
+
+    def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        for key in keys:
+            parse_key(key)
+        n_filled = self.inner.batch_get(keys, pages)
+        for n in range(n_filled):
+            kind = mismatch(keys[n], pages[n])
+            if kind is not None:
+                self._reject(keys[n], kind)
+                return n
+        if n_filled < len(keys):
+            self._reject_wrong_length(keys[n_filled], nbytes_of(pages[n_filled]))
+        return n_filled
+
+    def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        for key, page in zip(keys, pages, strict=True):
+            seal(key, page)
+        return self.inner.batch_set(keys, pages)
+
+    def stats(self) -> Mapping[str, float]:
+        """What was refused, by kind, beside the statistics of the backend inside."""
+        inside = self.inner.stats() if isinstance(self.inner, HasStats) else {}
+        with self._lock:
+            return {**inside, **self._counts}
+
+    def _reject(self, key: str, kind: str) -> None:
+        """Counts a mismatch and removes the object, so that a good one can take its place."""
+        with self._lock:
+            self._counts[f"sealed_{kind}"] += 1
+        # The read is answered with a miss whether or not the store could also delete.
+        with contextlib.suppress(NotImplementedError, BackendError):
+            self.inner.delete([key])
+
+    def _reject_wrong_length(self, key: str, nbytes: int) -> None:
+        """Removes the object under ``key`` if it has another length than the page.
+
+        Without this it would stay for ever: no read fits it, and a write of a key that exists may
+        be skipped.
+        """
+        with contextlib.suppress(BackendError):
+            if self.inner.exists(key):
+                value = self.inner.get(key)
+                if value is not None and memoryview(value).nbytes != nbytes:
+                    self._reject(key, "wrong_length")

@@ -1,0 +1,240 @@
+"""Rules of sealed pages: bytes that do not verify are a counted miss."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import pytest
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hicache_core.errors import BackendFull, BackendUnavailable
+from hicache_core.storage.base import BackendConfig, Buffer, StorageBackend
+from hicache_core.storage.memory import MemoryBackend, MemoryConfig
+from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
+from hicache_core.types import BackendContext
+
+NAMESPACE = "0123456789abcdef"
+KEY = f"{NAMESPACE}/{'5a' * 32}"
+OTHER_PAGE = f"{NAMESPACE}/{'5b' * 32}"
+OTHER_NAMESPACE = f"{'f' * 16}/{'5a' * 32}"
+CONTEXT = BackendContext(namespace=NAMESPACE)
+
+
+def store() -> tuple[SealedBackend, MemoryBackend]:
+    inner = MemoryBackend(MemoryConfig(), CONTEXT)
+    sealed = SealedBackend(inner)
+    sealed.open()
+    return sealed, inner
+
+
+def page(*segments: bytes) -> list[memoryview]:
+    """A page of these payload segments behind an empty header."""
+    return [memoryview(bytearray(part)) for part in (bytes(HEADER_NBYTES), *segments)]
+
+
+def read(sealed: SealedBackend, nbytes: int, key: str = KEY) -> bytes | None:
+    """The payload under ``key``, or None."""
+    into = page(bytes(nbytes))
+    return bytes(into[1]) if sealed.batch_get([key], [into]) == 1 else None
+
+
+def rejected(sealed: SealedBackend) -> dict[str, float]:
+    """What was refused: the counts that are not 0."""
+    return {
+        name.removeprefix("sealed_"): count
+        for name, count in sealed.stats().items()
+        if name.startswith("sealed_") and count
+    }
+
+
+@given(st.lists(st.binary(max_size=40), max_size=6), st.integers(0, 240))
+def test_a_page_verifies_however_it_is_cut_into_segments(parts: list[bytes], cut: int) -> None:
+    sealed, _ = store()
+    payload = b"".join(parts)
+    assert sealed.batch_set([KEY], [page(*parts)]) == 1
+    assert read(sealed, len(payload)) == payload
+    into = page(payload[:cut], payload[cut:])
+    assert sealed.batch_get([KEY], [into]) == 1
+    assert b"".join(into[1:]) == payload
+    assert rejected(sealed) == {}
+
+
+def test_the_stored_object_is_the_documented_header_and_the_payload() -> None:
+    sealed, inner = store()
+    sealed.batch_set([KEY], [page(b"pay", b"load")])
+    header = struct.pack(
+        "<4sHHQQ8s32s",
+        b"HiCP",
+        1,
+        0,
+        7,
+        xxhash.xxh3_64_intdigest(b"payload"),
+        bytes.fromhex(NAMESPACE),
+        b"\x5a" * 32,
+    )
+    assert inner.get(KEY) == header + b"payload"
+
+
+def test_get_and_set_deal_in_payloads_of_the_same_objects() -> None:
+    sealed, _ = store()
+    sealed.set(KEY, b"payload")
+    assert bytes(sealed.get(KEY) or b"") == b"payload"
+    assert read(sealed, 7) == b"payload"
+    assert sealed.exists(KEY)
+    assert sealed.get(OTHER_PAGE) is None
+
+
+@given(st.integers(0, (HEADER_NBYTES + 16) * 8 - 1))
+def test_any_flipped_bit_is_a_counted_miss_and_the_object_goes(bit: int) -> None:
+    sealed, inner = store()
+    sealed.batch_set([KEY], [page(bytes(range(16)))])
+    value = bytearray(inner.get(KEY) or b"")
+    value[bit // 8] ^= 1 << bit % 8
+    inner.set(KEY, value)
+    assert read(sealed, 16) is None
+    assert sum(rejected(sealed).values()) == 1
+    assert not inner.exists(KEY)
+
+
+@pytest.mark.parametrize(
+    ("at", "form", "value", "kind"),
+    [
+        (0, "4s", b"JPEG", "corrupt"),
+        (4, "<H", 2, "wrong_version"),
+        (6, "<H", 1, "wrong_version"),
+        (8, "<Q", 15, "wrong_length"),
+        (16, "<Q", 0, "corrupt"),
+        (24, "8s", b"\xff" * 8, "foreign"),
+        (32, "32s", b"\xff" * 32, "foreign"),
+        (70, "1s", b"\xff", "corrupt"),
+    ],
+)
+def test_each_kind_of_mismatch_is_counted_as_such(
+    at: int, form: str, value: int | bytes, kind: str
+) -> None:
+    sealed, inner = store()
+    sealed.batch_set([KEY], [page(bytes(range(16)))])
+    data = bytearray(inner.get(KEY) or b"")
+    struct.pack_into(form, data, at, value)
+    for get in (lambda: read(sealed, 16), lambda: sealed.get(KEY)):
+        inner.set(KEY, data)
+        assert get() is None
+        assert not inner.exists(KEY)
+    assert rejected(sealed) == {kind: 2}
+
+
+@pytest.mark.parametrize("key", [OTHER_PAGE, OTHER_NAMESPACE])
+def test_an_object_of_another_key_is_foreign(key: str) -> None:
+    sealed, inner = store()
+    sealed.batch_set([KEY], [page(b"payload")])
+    inner.set(key, inner.get(KEY) or b"")
+    assert read(sealed, 7, key) is None
+    assert rejected(sealed) == {"foreign": 1}
+    assert read(sealed, 7) == b"payload"
+
+
+@pytest.mark.parametrize("nbytes", [0, 6, 8])
+def test_an_object_of_another_length_is_a_miss_and_makes_room_for_a_good_one(nbytes: int) -> None:
+    sealed, inner = store()
+    sealed.batch_set([KEY], [page(b"payload")])
+    assert read(sealed, nbytes) is None
+    assert rejected(sealed) == {"wrong_length": 1}
+    assert not inner.exists(KEY)
+
+
+def test_a_missing_object_is_no_mismatch() -> None:
+    sealed, _ = store()
+    assert read(sealed, 7) is None
+    assert rejected(sealed) == {}
+
+
+@pytest.mark.parametrize("bad", range(4))
+def test_the_count_ends_before_the_first_page_that_does_not_verify(bad: int) -> None:
+    sealed, inner = store()
+    keys = [f"{NAMESPACE}/{n:064x}" for n in range(4)]
+    sealed.batch_set(keys, [page(b"payload") for _ in keys])
+    inner.set(keys[bad], bytes(HEADER_NBYTES + 7))
+    assert sealed.batch_get(keys, [page(bytes(7)) for _ in keys]) == bad
+    assert sealed.batch_exists(keys) == bad
+
+
+@pytest.mark.parametrize(
+    "key", ["", "k", KEY.upper(), KEY + "0", KEY[:-1], " " + KEY[1:], KEY.replace("/", "-"), "/"]
+)
+def test_a_key_of_another_form_is_an_error_at_the_edge(key: str) -> None:
+    sealed, _ = store()
+    calls = [
+        lambda: sealed.get(key),
+        lambda: sealed.set(key, b"x"),
+        lambda: sealed.exists(key),
+        lambda: sealed.batch_exists([KEY, key]),
+        lambda: sealed.batch_get([key], [page(b"x")]),
+        lambda: sealed.batch_set([key], [page(b"x")]),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="no page key"):
+            call()
+
+
+@pytest.mark.parametrize("segments", [[], [b"payload"], [bytes(63), b"x"]])
+def test_a_page_without_a_header_segment_is_an_error(segments: list[bytes]) -> None:
+    sealed, _ = store()
+    with pytest.raises(ValueError, match="64 bytes"):
+        sealed.batch_set([KEY], [[memoryview(bytearray(part)) for part in segments]])
+
+
+class ReadOnlyStore(MemoryBackend):
+    """Cannot delete."""
+
+    def delete(self, keys: Sequence[str]) -> None:
+        StorageBackend.delete(self, keys)
+
+
+def test_a_mismatch_is_a_miss_where_nothing_can_be_deleted() -> None:
+    inner = ReadOnlyStore(MemoryConfig(), CONTEXT)
+    sealed = SealedBackend(inner)
+    sealed.open()
+    inner.set(KEY, bytes(HEADER_NBYTES + 7))
+    assert read(sealed, 7) is None
+    assert read(sealed, 7) is None
+    assert rejected(sealed) == {"corrupt": 2}
+
+
+class Broken(StorageBackend):
+    """Raises in every method."""
+
+    name = "broken"
+
+    def get(self, key: str) -> Buffer | None:
+        raise BackendUnavailable("no route to the store")
+
+    def exists(self, key: str) -> bool:
+        raise BackendUnavailable("no route to the store")
+
+    def set(self, key: str, value: Buffer) -> None:
+        raise BackendUnavailable("no route to the store")
+
+
+def test_failures_of_the_store_pass_through() -> None:
+    sealed = SealedBackend(Broken(BackendConfig(), CONTEXT))
+    for call in (
+        lambda: sealed.get(KEY),
+        lambda: sealed.set(KEY, b"x"),
+        lambda: sealed.batch_exists([KEY]),
+        lambda: sealed.batch_get([KEY], [page(b"x")]),
+        lambda: sealed.batch_set([KEY], [page(b"x")]),
+    ):
+        with pytest.raises(BackendUnavailable):
+            call()
+
+
+def test_a_full_store_is_a_smaller_count() -> None:
+    inner = MemoryBackend(MemoryConfig(max_nbytes=HEADER_NBYTES + 4), CONTEXT)
+    sealed = SealedBackend(inner)
+    sealed.open()
+    assert sealed.batch_set([KEY, OTHER_PAGE], [page(b"four"), page(b"fives")]) == 1
+    with pytest.raises(BackendFull):
+        sealed.set(KEY, b"fives")
