@@ -1,0 +1,94 @@
+"""Which pages of a pool are free."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+from hicache_core.errors import IntegrityError, PoolExhausted, SpecError
+
+
+class PageAllocator:
+    """Hands out page ids: a stack of free ones and a set of those in use.
+
+    Pages come in ascending order from a fresh pool, and those freed last come first, while they
+    are warm. One thread, the owner, calls everything.
+    """
+
+    def __init__(self, n_pages: int) -> None:
+        """All of ``n_pages`` pages are free.
+
+        Raises:
+            SpecError: ``n_pages`` is not positive or does not fit a 32-bit page id.
+        """
+        if not 0 < n_pages < 2**31:
+            raise SpecError(f"a pool needs 1 to 2**31 - 1 pages, not {n_pages}")
+        self.n_pages = n_pages
+        self._free = array("i", range(n_pages - 1, -1, -1))  # top of the stack at the end
+        self._used: set[int] = set()
+
+    @property
+    def n_free(self) -> int:
+        """How many pages are free."""
+        return len(self._free)
+
+    def allocate(self, n: int) -> array[int]:
+        """Takes ``n`` pages, or none at all.
+
+        Raises:
+            PoolExhausted: fewer than ``n`` are free; nothing was taken.
+        """
+        free = self._free
+        left = len(free) - n
+        if left < 0 or n < 0:
+            raise PoolExhausted(f"{n} pages asked, {len(free)} of {self.n_pages} are free")
+        pages = free[left:]
+        del free[left:]
+        pages.reverse()
+        self._used.update(pages)
+        return pages
+
+    def free(self, pages: Sequence[int]) -> None:
+        """Gives ``pages`` back, all or none.
+
+        Raises:
+            IntegrityError: a page is not in use (freed before, named twice, or no page of this
+                pool); nothing was changed.
+        """
+        used = self._used
+        n_used = len(used) - len(pages)
+        if not used.issuperset(pages):
+            raise IntegrityError(self._explain(pages))
+        used.difference_update(pages)
+        if len(used) != n_used:
+            used.update(pages)
+            raise IntegrityError(self._explain(pages))
+        self._free.extend(pages[::-1])
+
+    def is_used(self, page: int) -> bool:
+        """Whether ``page`` is allocated."""
+        return page in self._used
+
+    def check_integrity(self) -> None:
+        """Every page is either free or in use, once.
+
+        Raises:
+            IntegrityError: names the pages that are not.
+        """
+        free = set(self._free)
+        if len(free) != len(self._free):
+            raise IntegrityError(f"{len(self._free) - len(free)} pages are free more than once")
+        if both := sorted(free & self._used):
+            raise IntegrityError(f"pages {both[:8]} are free and in use")
+        if free | self._used != set(range(self.n_pages)):
+            lost = sorted(set(range(self.n_pages)) ^ (free | self._used))
+            raise IntegrityError(f"pages {lost[:8]} are lost, or not of this pool")
+
+    def _explain(self, pages: Sequence[int]) -> str:
+        foreign = sorted({p for p in pages if not 0 <= p < self.n_pages})
+        if foreign:
+            return f"pages {foreign[:8]} do not exist in a pool of {self.n_pages} pages"
+        unused = sorted({p for p in pages if p not in self._used})
+        if unused:
+            return f"pages {unused[:8]} are freed, but they are free already"
+        return "a page is named twice in one call of free()"

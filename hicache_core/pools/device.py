@@ -1,0 +1,134 @@
+"""L1: the pages in device memory, as the engine's attention reads them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from hicache_core.errors import SpecError
+from hicache_core.kv_spec import Component, KVSpec
+from hicache_core.pools.allocator import PageAllocator
+from hicache_core.pools.limits import check_memory
+from hicache_core.pools.mapping import map_memory
+
+Buffers = Sequence[Sequence[torch.Tensor]]
+
+LAYER_ALIGNMENT = 4096
+
+
+class DevicePool:
+    """Paged tensors, one for each component and layer, and their allocator.
+
+    Attributes:
+        spec: what a token's row is.
+        page_size: tokens of a page.
+        n_pages: pages.
+        device: where the tensors are.
+        allocator: which pages are free; owner thread only.
+        buffers: ``buffers[component][layer]`` of shape (n_pages, page_size, *component.shape) and
+            the component's dtype. Slot ``page * page_size + i`` of the flattened first two
+            dimensions is token i of the page.
+    """
+
+    def __init__(
+        self,
+        spec: KVSpec,
+        page_size: int,
+        n_pages: int,
+        device: str | torch.device = "cpu",
+        *,
+        buffers: Buffers | None = None,
+    ) -> None:
+        """Allocates the tensors, zero (faulted in on a CPU), unless ``buffers`` are given.
+
+        Raises:
+            SpecError: page_size or n_pages is not positive, or ``buffers`` do not fit.
+            NotEnoughMemory: a pool on the CPU is larger than what is left.
+        """
+        if page_size < 1:
+            raise SpecError(f"page_size must be positive, found {page_size}")
+        self.spec = spec
+        self.page_size = page_size
+        self.n_pages = n_pages
+        self.device = torch.device(device)
+        self.allocator = PageAllocator(n_pages)
+        self.buffers = self._allocate() if buffers is None else [list(b) for b in buffers]
+        self._check()
+
+    @classmethod
+    def from_buffers(cls, spec: KVSpec, page_size: int, buffers: Buffers) -> DevicePool:
+        """A pool over tensors that an engine owns; nothing is copied.
+
+        Args:
+            spec: what a token's row is.
+            page_size: tokens of a page.
+            buffers: for each component, for each layer, a tensor of shape
+                (n_pages, page_size, *component.shape). A tensor of slots
+                (n_slots, *component.shape) is brought there by ``paged``.
+
+        Raises:
+            SpecError: names the tensor that does not fit the spec.
+        """
+        if not buffers or not buffers[0]:
+            raise SpecError("a device pool needs a tensor for each component and layer; none given")
+        first = buffers[0][0]
+        return cls(spec, page_size, len(first), first.device, buffers=buffers)
+
+    def _allocate(self) -> list[list[torch.Tensor]]:
+        """One allocation, cut into components and layers; each starts on a 4 KiB boundary."""
+        rows = self.page_size * self.n_pages
+        steps = [_aligned(c.row_nbytes * rows) for c in self.spec.components]
+        nbytes = sum(steps) * self.spec.num_layers
+        if self.device.type == "cpu":
+            check_memory(nbytes, "device pool (on the CPU)")
+            flat = torch.frombuffer(map_memory(nbytes), dtype=torch.uint8)
+        else:
+            flat = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+        buffers: list[list[torch.Tensor]] = []
+        start = 0
+        for component, step in zip(self.spec.components, steps, strict=True):
+            end = start + step * self.spec.num_layers
+            layers = flat[start:end].view(self.spec.num_layers, step)
+            buffers.append([self._typed(layer, component) for layer in layers])
+            start = end
+        return buffers
+
+    def _typed(self, layer: torch.Tensor, component: Component) -> torch.Tensor:
+        shape = (self.n_pages, self.page_size, *component.shape)
+        dtype: torch.dtype = getattr(torch, component.dtype)
+        return layer.view(dtype)[: math.prod(shape)].view(shape)
+
+    def _check(self) -> None:
+        spec = self.spec
+        if [len(layers) for layers in self.buffers] != [spec.num_layers] * len(spec.components):
+            raise SpecError(
+                f"need tensors for {len(spec.components)} components of {spec.num_layers} layers, "
+                f"found {[len(layers) for layers in self.buffers]}"
+            )
+        for component, layers in zip(spec.components, self.buffers, strict=True):
+            shape = (self.n_pages, self.page_size, *component.shape)
+            for layer, tensor in enumerate(layers):
+                found = (tuple(tensor.shape), str(tensor.dtype), tensor.device)
+                wanted = (shape, f"torch.{component.dtype}", self.device)
+                if found != wanted:
+                    raise SpecError(
+                        f"{component.name} of layer {layer}: need shape, dtype and device "
+                        f"{wanted}, found {found}"
+                    )
+                if not tensor[0, 0].is_contiguous():
+                    raise SpecError(f"{component.name} of layer {layer}: a row has gaps inside")
+
+
+def paged(slots: torch.Tensor, page_size: int) -> torch.Tensor:
+    """A view of slots (n_slots, *row) as whole pages (n_slots // page_size, page_size, *row).
+
+    Slots behind the last whole page are left out.
+    """
+    n_pages = len(slots) // page_size
+    return slots[: n_pages * page_size].view(n_pages, page_size, *slots.shape[1:])
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // LAYER_ALIGNMENT) * LAYER_ALIGNMENT

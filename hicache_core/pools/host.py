@@ -1,0 +1,194 @@
+"""L2: the pages in host memory, as storage backends read and write them."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import overload
+
+import torch
+
+from hicache_core.errors import IntegrityError, SpecError, UseAfterClose
+from hicache_core.kv_spec import KVSpec
+from hicache_core.pools.allocator import PageAllocator
+from hicache_core.pools.layout import HostLayout, PoolShape
+from hicache_core.pools.limits import check_memory
+from hicache_core.pools.mapping import Progress, map_memory, pin_memory, unpin_memory
+from hicache_core.types import Page
+
+HEADER_NBYTES = 64
+"""Bytes beside every page for the header of its sealed object."""
+
+
+class HostPool:
+    """One flat block of host memory, its order given by a layout, and its allocator.
+
+    ::
+
+        │ payload of all pages, in the layout's order │ 64-byte headers, page 0, page 1, … │
+
+    The owner thread allocates and frees; a storage worker reads and writes only the pages that its
+    job names, through ``pages``.
+
+    Attributes:
+        spec: what a token's row is.
+        page_size: tokens of a page.
+        n_pages: pages.
+        layout: the order of the bytes.
+        allocator: which pages are free; owner thread only.
+    """
+
+    def __init__(
+        self,
+        spec: KVSpec,
+        page_size: int,
+        n_pages: int,
+        layout: HostLayout,
+        *,
+        pin: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        """Allocates the block and faults it in.
+
+        Args:
+            spec: what a token's row is.
+            page_size: tokens of a page.
+            n_pages: pages.
+            layout: the order of the bytes.
+            pin: register the block with CUDA, so that copies to and from a GPU are asynchronous.
+            progress: called after every GiB with (bytes done, bytes in all).
+
+        Raises:
+            SpecError: page_size or n_pages is not positive.
+            NotEnoughMemory: more than what the machine or its cgroup has left; nothing was
+                allocated.
+        """
+        if page_size < 1:
+            raise SpecError(f"page_size must be positive, found {page_size}")
+        self.spec = spec
+        self.page_size = page_size
+        self.n_pages = n_pages
+        self.layout = layout
+        self.allocator = PageAllocator(n_pages)
+        self.shape = PoolShape(spec, page_size, n_pages)
+        self._payload_nbytes = layout.nbytes(self.shape)
+        nbytes = self._payload_nbytes + HEADER_NBYTES * n_pages
+        check_memory(nbytes, f"host pool of {n_pages} pages")
+        self._memory: memoryview | None = map_memory(nbytes, progress)
+        self._flat = torch.frombuffer(self._memory, dtype=torch.uint8)
+        self._pinned = pin
+        if pin:
+            pin_memory(self._flat)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the block, headers included."""
+        return self._payload_nbytes + HEADER_NBYTES * self.n_pages
+
+    @property
+    def object_nbytes(self) -> int:
+        """Bytes of a page's stored object, header included."""
+        return HEADER_NBYTES + self.shape.page_nbytes
+
+    @property
+    def buffers(self) -> list[memoryview]:
+        """All memory that ``pages`` can lie in, for transports that must register it."""
+        return [self._open_memory()]
+
+    def rows(self, component: int) -> torch.Tensor:
+        """The rows of a component as bytes: uint8 (n_pages, num_layers, page_size, row_nbytes).
+
+        A strided view; what is written to it is in the pool.
+        """
+        self._open_memory()
+        place = self.layout.placements(self.shape)[component]
+        sizes = (self.n_pages, self.spec.num_layers, self.page_size, place.row_nbytes)
+        strides = (place.page_stride, place.layer_stride, place.token_stride, 1)
+        return self._flat.as_strided(sizes, strides, place.offset)
+
+    def view(self, component: int) -> torch.Tensor:
+        """The rows of a component in their dtype: (n_pages, num_layers, page_size, *shape).
+
+        Raises:
+            SpecError: this layout puts rows where their dtype cannot be addressed, since a narrow
+                component of odd size stands before them; ``rows`` works always.
+        """
+        kind = self.spec.components[component]
+        rows = self.rows(component)
+        try:
+            typed = rows.view(getattr(torch, kind.dtype))
+        except RuntimeError as error:
+            raise SpecError(
+                f"component {kind.name!r} ({kind.dtype}) is not aligned in layout "
+                f"{self.layout.name}: {error}"
+            ) from error
+        return typed.view(*typed.shape[:-1], *kind.shape)
+
+    def pages(self, page_ids: Iterable[int]) -> Sequence[Page]:
+        """The pages as segments, for a storage job: each is (header, *payload in object order).
+
+        Lazy: segments are made when a page is looked at, on the thread that looks.
+
+        Raises:
+            IntegrityError: a page id is not of this pool.
+        """
+        memory = self._open_memory()
+        ids = array("i", page_ids)
+        if ids and not 0 <= min(ids) <= max(ids) < self.n_pages:
+            raise IntegrityError(
+                f"page ids {min(ids)} to {max(ids)} in a pool of {self.n_pages} pages"
+            )
+        return _Pages(memory, self._payload_nbytes, self.layout, self.shape, ids)
+
+    def close(self) -> None:
+        """Gives the memory back, once no view of it is held any more; a second call does nothing.
+
+        Any other call afterwards raises ``UseAfterClose``.
+        """
+        if self._memory is None:
+            return
+        if self._pinned:
+            unpin_memory(self._flat)
+        self._flat = torch.empty(0, dtype=torch.uint8)
+        self._memory = None
+
+    def _open_memory(self) -> memoryview:
+        if self._memory is None:
+            raise UseAfterClose("the host pool is closed")
+        return self._memory
+
+
+class _Pages(Sequence[Page]):
+    """Pages of a host pool, made into segments one by one."""
+
+    def __init__(
+        self,
+        memory: memoryview,
+        headers_start: int,
+        layout: HostLayout,
+        shape: PoolShape,
+        ids: array[int],
+    ) -> None:
+        self._memory = memory
+        self._headers_start = headers_start
+        self._layout = layout
+        self._shape = shape
+        self._ids = ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @overload
+    def __getitem__(self, index: int) -> Page: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Page]: ...
+    def __getitem__(self, index: int | slice) -> Page | Sequence[Page]:
+        if isinstance(index, slice):
+            ids = self._ids[index]
+            return _Pages(self._memory, self._headers_start, self._layout, self._shape, ids)
+        page, memory = self._ids[index], self._memory
+        header = self._headers_start + page * HEADER_NBYTES
+        return (
+            memory[header : header + HEADER_NBYTES],
+            *(memory[start:stop] for start, stop in self._layout.segments(self._shape, page)),
+        )
