@@ -1,0 +1,39 @@
+"""The installed storage backends, and whether they load."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import click
+
+from hicache_core.cli._columns import columns
+from hicache_core.plugin_check import check_backends
+from hicache_core.plugin_manager import list_backends
+
+
+@click.command("backends")
+@click.option(
+    "--check/--no-check",
+    default=True,
+    show_default=True,
+    help="Try in a child process whether each one loads; without, only metadata are read.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(*, check: bool, as_json: bool) -> None:
+    """List name, distribution, version, status; this process imports no plugin.
+
+    The status is ok, broken (with the error), or with --no-check installed.
+    """
+    infos = list_backends()
+    if check:
+        infos = check_backends(infos)
+    if as_json:
+        click.echo(json.dumps([asdict(info) for info in infos], indent=2))
+        return
+    if not infos:
+        click.echo("no backend is installed, not even the core's: pip install hicache-core")
+        return
+    header = ("NAME", "DISTRIBUTION", "VERSION", "STATUS", "ERROR")
+    rows = [(i.name, i.distribution, i.version, i.status, i.error) for i in infos]
+    click.echo(columns([header, *rows]))

@@ -1,0 +1,48 @@
+"""Every setting: asked, its source, and in force."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from hicache_core.cli._columns import columns
+from hicache_core.config import HiCacheConfig, ResolvedConfig
+from hicache_core.config_flags import config_flags, default_text, load_config
+from hicache_core.redact import masked
+
+
+@click.command("config")
+@config_flags
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(*, as_json: bool, **options: object) -> None:
+    """Print each setting: asked, source and in force. Secrets are masked."""
+    resolved = load_config(options).resolve()
+    report = _report(resolved)
+    if as_json:
+        reasons = [str(change) for change in resolved.adjustments]
+        click.echo(json.dumps({"settings": report, "adjustments": reasons}, indent=2, default=str))
+        return
+    rows = [
+        (key, _cell(row["asked"]), str(row["source"]), _cell(row["in_force"]))
+        for key, row in report.items()
+    ]
+    click.echo(columns([("SETTING", "ASKED", "SOURCE", "IN FORCE"), *rows]))
+    for change in resolved.adjustments:
+        click.echo(str(change))
+
+
+def _report(resolved: ResolvedConfig) -> dict[str, dict[str, object]]:
+    asked, in_force = resolved.asked, resolved.in_force
+    return {
+        key: {
+            "asked": masked(getattr(asked, key)),
+            "source": asked.sources[key],
+            "in_force": masked(getattr(in_force, key)),
+        }
+        for key in HiCacheConfig.model_fields
+    }
+
+
+def _cell(value: object) -> str:
+    return json.dumps(value, default=str) if isinstance(value, dict) else default_text(value)

@@ -1,0 +1,90 @@
+"""The command ``hicache``: finds the subcommands, prints errors as one line."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import click
+
+from hicache_core.config_sources import nearest
+from hicache_core.errors import HiCacheError
+from hicache_core.redact import masked_text
+
+_SUMMARIES = Path(__file__).parent
+_NOT_COMMANDS = frozenset(["__init__", "main"])
+
+
+class LazyGroup(click.Group):
+    """Its commands are the modules beside this one; each is imported when it is called.
+
+    A module ``new_backend.py`` is the command ``new-backend`` and has a click command named
+    ``command``; the first line of its docstring is the summary that ``hicache --help`` shows.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        # docstring inherited
+        stems = {file.stem for file in _SUMMARIES.glob("*.py")} - _NOT_COMMANDS
+        return sorted(stem.replace("_", "-") for stem in stems if not stem.startswith("_"))
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        # docstring inherited
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        module = importlib.import_module(f"hicache_core.cli.{cmd_name.replace('-', '_')}")
+        command = module.command
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        # docstring inherited
+        names = self.list_commands(ctx)
+        if args and not args[0].startswith("-") and args[0] not in names:
+            hint = nearest(args[0], names) or f"; there are: {', '.join(names)}"
+            ctx.fail(f"no such command {args[0]!r}{hint}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        # docstring inherited; summaries are read, not imported, so that help is quick
+        rows = [(name, _summary(name)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+def _summary(name: str) -> str:
+    with (_SUMMARIES / f"{name.replace('-', '_')}.py").open(encoding="utf-8") as file:
+        return file.readline().strip().strip('"').strip()
+
+
+def _version() -> str:
+    try:
+        return version("hicache-core")
+    except PackageNotFoundError:
+        return "unknown (hicache-core is not installed)"
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(_version(), message="%(version)s")
+def cli(*, debug: bool) -> None:
+    """HiCache: a prefix cache for LLM servers in three tiers."""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs ``hicache``; an error of our tree is one line on stderr and exit status 2."""
+    given = sys.argv[1:] if args is None else args
+    try:
+        cli.main(args=given, prog_name="hicache")
+    except HiCacheError as error:
+        if "--debug" in given:
+            raise
+        click.echo(f"hicache: {masked_text(' '.join(str(error).split()))}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

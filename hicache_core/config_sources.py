@@ -1,0 +1,161 @@
+"""Where settings come from: files, environment, JSON text; and which of them wins."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import os
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from hicache_core.errors import ConfigError
+
+DEFAULT = "default"
+ARGUMENT = "argument"
+EXTRA = "hicache_storage_backend_extra_config"
+_ENV_PREFIX = "HICACHE_"
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Layered:
+    """Settings merged from several sources.
+
+    Attributes:
+        values: the winning value of each key that any source sets.
+        sources: for each of these keys, where its value came from, in words.
+    """
+
+    values: dict[str, object] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+
+    def add(self, values: Mapping[str, object], source_of: Callable[[str], str]) -> None:
+        """Lays ``values`` over what is there: what is added later wins, key by key."""
+        for key, value in values.items():
+            self.values[key] = value
+            self.sources[key] = source_of(key)
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` for the name most like ``name``, or nothing."""
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def flag_name(key: str) -> str:
+    """``page_size`` -> ``--page-size``."""
+    return "--" + key.replace("_", "-")
+
+
+def env_name(key: str) -> str:
+    """``page_size`` -> ``HICACHE_PAGE_SIZE``; ``hicache_ratio`` -> ``HICACHE_RATIO``."""
+    return _ENV_PREFIX + key.removeprefix("hicache_").upper()
+
+
+def read_environ(keys: Iterable[str], environ: Mapping[str, str]) -> dict[str, str]:
+    """The settings that the environment holds; an empty variable counts as unset.
+
+    Other variables that start with ``HICACHE_`` are no errors, since plugins have their own; one
+    that is nearly the name of a setting is logged as a warning.
+    """
+    by_env = {env_name(key): key for key in keys}
+    for name in environ:
+        if name.startswith(_ENV_PREFIX) and name not in by_env:
+            close = difflib.get_close_matches(name, by_env, n=1, cutoff=0.9)
+            if close:
+                _logger.warning("%s is ignored; did you mean %s?", name, close[0])
+    return {key: environ[name] for name, key in by_env.items() if environ.get(name)}
+
+
+def read_file(path: str | os.PathLike[str], what: str = "configuration file") -> dict[str, object]:
+    """The mapping in a .json, .toml, .yaml or .yml file.
+
+    Raises:
+        ConfigError: the file is missing or unreadable, its suffix or its syntax is wrong, or it
+            does not hold a mapping; the message names the file.
+    """
+    file = Path(path).expanduser()
+    parse = _PARSERS.get(file.suffix.lower())
+    if parse is None:
+        raise ConfigError(f"{what} {file}: the name must end in {', '.join(_PARSERS)}")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{what} {file}: there is no such file (asked in {Path.cwd()})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{what} {file}: cannot be read: {error}") from error
+    return _mapping(parse(text, f"{what} {file}"), f"{what} {file}")
+
+
+def read_inline(value: object, base: Path | None = None, what: str = "") -> dict[str, object]:
+    """A mapping given as such, as JSON text, or as ``@file`` (JSON, TOML or YAML by its suffix).
+
+    Args:
+        value: the mapping, or text.
+        base: the directory that a relative ``@file`` starts from; the working directory if None.
+        what: the setting's name and a blank, for messages.
+
+    Raises:
+        ConfigError: the text is not JSON, or the file cannot be used. The text is never quoted:
+            it may hold passwords.
+    """
+    if isinstance(value, str) and value.startswith("@"):
+        return read_file((base or Path()) / Path(value[1:]).expanduser(), f"{what}file")
+    if isinstance(value, str):
+        value = _parse_json(value, f"{what}text")
+    return _mapping(value, f"{what}value")
+
+
+def _mapping(value: object, what: str) -> dict[str, object]:
+    if value is None:  # an empty YAML file
+        return {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(
+            f"{what}: must be a mapping of names to values, not {type(value).__name__}"
+        )
+    bad = [key for key in value if not isinstance(key, str)]
+    if bad:
+        raise ConfigError(f"{what}: names must be text, {bad[0]!r} is {type(bad[0]).__name__}")
+    return dict(value)
+
+
+def _parse_json(text: str, what: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ConfigError(
+            f"{what} is not valid JSON: {error.msg} ({where});"
+            ' expected an object like \'{"path": "/data"}\', or @file'
+        ) from None  # the cause would carry the text itself
+
+
+def _parse_toml(text: str, what: str) -> object:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{what} is not valid TOML: {error}") from None
+
+
+def _parse_yaml(text: str, what: str) -> object:
+    try:
+        return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise ConfigError(f"{what} is not valid YAML: {error.problem}{where}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{what} is not valid YAML: {error}") from None
+
+
+_PARSERS: dict[str, Callable[[str, str], object]] = {
+    ".json": _parse_json,
+    ".toml": _parse_toml,
+    ".yaml": _parse_yaml,
+    ".yml": _parse_yaml,
+}

@@ -1,0 +1,388 @@
+"""Runs classes written for SGLang's ``dynamic`` storage as a ``StorageBackend``.
+
+Imported by name from ``hicache_core.dynamic`` when such a class is met; needs torch, not sglang.
+
+Two paths, as in SGLang: the generic one (``batch_get``/``batch_set`` with flat uint8 tensors), and
+with ``interface_v1: 1`` the one over registered host memory (``batch_get_v1``/``batch_set_v1``).
+Pages are copied through memory of the adapter's own, so a class that keeps a tensor, or whose call
+hangs, never holds a page of the host pool. What a class answers is not trusted: whatever is not of
+the documented form counts as a miss, in ``stats()["odd_answers"]``.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from pydantic import ConfigDict
+
+from hicache_core.dynamic import DynamicSettings
+from hicache_core.errors import (
+    BackendFull,
+    BackendTimeout,
+    BackendUnavailable,
+    IncompatibleBackend,
+    UseAfterClose,
+)
+from hicache_core.logs import log_once
+from hicache_core.storage.base import BackendConfig, Buffer, StorageBackend
+from hicache_core.storage.segments import nbytes_of, scatter
+from hicache_core.types import BackendContext, Page
+
+_SGLANG_MODULE = "sglang.srt.mem_cache.hicache_storage"
+_V1_METHODS = ("register_mem_pool_host", "batch_get_v1", "batch_set_v1")
+_STAGING_NBYTES = 128 << 20
+_MAX_SLOTS = 128
+_SLOT_WAIT_S = 30.0
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class StorageConfig:
+    """What SGLang passes as ``storage_config``; the same attributes, one rank.
+
+    One rank and ``is_mla_model`` say to a class: one object a page, whole, written by you. Which
+    shard of the model the page holds is part of our keys already.
+    """
+
+    extra_config: dict[str, object]
+    model_name: str
+    tp_rank: int = 0
+    tp_size: int = 1
+    pp_rank: int = 0
+    pp_size: int = 1
+    attn_cp_rank: int = 0
+    attn_cp_size: int = 1
+    is_mla_model: bool = True
+    enable_storage_metrics: bool = False
+    is_page_first_layout: bool = True
+    tp_lcm_size: int | None = None
+    should_split_heads: bool = False
+    dp_rank: int = 0
+    dcp_size: int = 1
+    dcp_rank: int = 0
+    logical_page_size: int | None = None
+
+    @property
+    def is_storage_writer(self) -> bool:
+        """Always: see above."""
+        return True
+
+
+@dataclass
+class ExtraInfo:
+    """What SGLang passes as ``extra_info``; our keys need no prefix beside them."""
+
+    prefix_keys: list[str] | None = None
+    extra_info: dict[str, object] | None = None
+
+
+@dataclass
+class StagingPool:
+    """The host pool that a v1 class registers: slots of one page, one token a page.
+
+    Attributes:
+        slot_nbytes: size of a slot.
+        n_slots: how many there are.
+        kv_buffer: all of them, uint8, (n_slots, slot_nbytes).
+        page_size, layout, dtype, device: what SGLang's host pools have under these names.
+    """
+
+    slot_nbytes: int
+    n_slots: int
+    page_size: int = 1
+    layout: str = "page_first"
+    dtype: torch.dtype = torch.uint8
+    device: str = "cpu"
+    kv_buffer: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.kv_buffer = torch.empty((self.n_slots, self.slot_nbytes), dtype=torch.uint8)
+        self._free = list(range(self.n_slots))
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def slots(self, n: int) -> Iterator[list[int]]:
+        """``n`` slots for the caller's use; waits until so many are free.
+
+        Raises:
+            BackendTimeout: calls that do not return hold the slots.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: len(self._free) >= n, _SLOT_WAIT_S):
+                raise BackendTimeout(f"no {n} staging slots came free within {_SLOT_WAIT_S:g} s")
+            taken = [self._free.pop() for _ in range(n)]
+        try:
+            yield taken
+        finally:
+            with self._changed:
+                self._free.extend(taken)
+                self._changed.notify_all()
+
+    def bytes_of(self, slot: int) -> memoryview:
+        """The memory of one slot."""
+        return self.kv_buffer[slot].numpy().data
+
+    def get_page_buffer_meta(self, indices: torch.Tensor) -> tuple[list[int], list[int]]:
+        """Addresses and sizes of the pages at ``indices`` (int64, one for each page)."""
+        base = self.kv_buffer.data_ptr()
+        pointers = [base + int(index) * self.slot_nbytes for index in indices]
+        return pointers, [self.slot_nbytes] * len(pointers)
+
+
+class SettingsOfStranger(BackendConfig):
+    """Any key: the class has no ``Config`` of its own to check them by."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+
+class SGLangBackend(StorageBackend):
+    """A class for SGLang's generic path; ``adapt`` makes a subclass of it for each such class."""
+
+    Config = SettingsOfStranger
+    foreign_class: ClassVar[Callable[..., Any]]
+    chosen: ClassVar[DynamicSettings]
+
+    def __init__(self, config: BackendConfig, context: BackendContext) -> None:
+        # docstring inherited
+        super().__init__(config, context)
+        self._foreign: Any = None
+        self._closed = False
+        self._count_lock = threading.Lock()
+        self._odd_answers = 0
+
+    def open(self) -> None:
+        # docstring inherited
+        named = {key: getattr(self.chosen, key) for key in DynamicSettings.model_fields}
+        extra_config = {**named, **(self.config.model_extra or {})}
+        try:
+            self._foreign = self.foreign_class(self._storage_config(extra_config), {})
+        except Exception as error:  # a stranger's constructor may raise anything: translated
+            raise BackendUnavailable(
+                f"{self.chosen.class_name}(storage_config, kwargs) of backend {self.name!r}"
+                f" raised {type(error).__name__}: {error}"
+            ) from error
+
+    def close(self) -> None:
+        # docstring inherited
+        foreign, self._foreign, self._closed = self._foreign, None, True
+        if callable(getattr(foreign, "close", None)):
+            foreign.close()
+
+    def stats(self) -> Mapping[str, float]:
+        """How many answers were not of the documented form."""
+        return {"odd_answers": self._odd_answers}
+
+    def exists(self, key: str) -> bool:
+        # docstring inherited
+        answer = self._opened().exists(_plain(key))
+        return answer if isinstance(answer, bool) else bool(self._odd("exists", answer))
+
+    def batch_exists(self, keys: Sequence[str]) -> int:
+        # docstring inherited
+        foreign = self._opened()
+        if not callable(getattr(foreign, "batch_exists", None)):
+            return super().batch_exists(keys)
+        answer = foreign.batch_exists([_plain(key) for key in keys])
+        if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer <= len(keys):
+            return answer
+        return self._odd("batch_exists", answer)
+
+    def get(self, key: str) -> Buffer | None:
+        # docstring inherited
+        target = self._empty(self.context.object_nbytes) if self.context.object_nbytes else None
+        return self._bytes_of(self._opened().get(_plain(key), target, None), "get")
+
+    def set(self, key: str, value: Buffer) -> None:
+        # docstring inherited
+        if self.batch_set([key], [[memoryview(value).cast("B")]]) == 0:
+            raise BackendFull(f"backend {self.name!r} did not store {key}")
+
+    def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        # docstring inherited
+        foreign = self._opened()
+        plain = [_plain(key) for key in keys]
+        targets = [self._empty(nbytes_of(page)) for page in pages]
+        if callable(getattr(foreign, "batch_get", None)):
+            answers = foreign.batch_get(plain, targets, None)
+        else:
+            answers = [foreign.get(key, to, None) for key, to in zip(plain, targets, strict=True)]
+        if answers is None:
+            return 0
+        if not isinstance(answers, (list, tuple)) or len(answers) != len(keys):
+            return self._odd("batch_get", answers)
+        for n, (answer, page) in enumerate(zip(answers, pages, strict=True)):
+            data = self._bytes_of(answer, "batch_get")
+            if data is None or data.nbytes != nbytes_of(page):
+                return n
+            scatter(data, page)
+        return len(keys)
+
+    def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        # docstring inherited
+        foreign = self._opened()
+        plain = [_plain(key) for key in keys]
+        values = [self._copy_of(page) for page in pages]
+        if callable(getattr(foreign, "batch_set", None)):
+            if self._is_true(foreign.batch_set(plain, values, None, None), "batch_set"):
+                return len(keys)
+            return self.batch_exists(keys)  # it does not say how far it came
+        for n, (key, value) in enumerate(zip(plain, values, strict=True)):
+            if not self._is_true(foreign.set(key, value, None, None), "set"):
+                return n
+        return len(keys)
+
+    def _storage_config(self, extra_config: dict[str, object]) -> object:
+        """SGLang's own dataclass if the class brought sglang along, else ours."""
+        ours = StorageConfig(extra_config, model_name=self.context.namespace)
+        sglang = sys.modules.get(_SGLANG_MODULE)
+        if sglang is None:
+            return ours
+        theirs = sglang.HiCacheStorageConfig
+        names = {entry.name for entry in fields(theirs)}
+        return theirs(**{key: value for key, value in vars(ours).items() if key in names})
+
+    def _opened(self) -> Any:
+        if self._foreign is None:
+            what = "is closed" if self._closed else "was not opened"
+            raise UseAfterClose(f"backend {self.name!r} {what}")
+        return self._foreign
+
+    def _odd(self, method: str, answer: object) -> int:
+        """Counts an answer that is not of the documented form, and answers 0 in its place."""
+        with self._count_lock:
+            self._odd_answers += 1
+        message = f"backend {self.name!r}: {method} answered {type(answer).__name__}: a miss"
+        log_once(_logger, logging.WARNING, message)
+        return 0
+
+    def _is_true(self, answer: object, method: str) -> bool:
+        return answer if isinstance(answer, bool) else bool(self._odd(method, answer))
+
+    def _bytes_of(self, answer: object, method: str) -> memoryview | None:
+        if answer is None:
+            return None
+        if not isinstance(answer, torch.Tensor):
+            self._odd(method, answer)
+            return None
+        flat = answer.detach().cpu().contiguous().flatten().view(torch.uint8)
+        return flat.numpy().data
+
+    @staticmethod
+    def _empty(nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def _copy_of(self, page: Page) -> torch.Tensor:
+        tensor = self._empty(nbytes_of(page))
+        _gather(page, tensor.numpy().data)
+        return tensor
+
+
+class SGLangV1Backend(SGLangBackend):
+    """A class for SGLang's ``interface_v1``: it reads and writes registered memory."""
+
+    _pool: StagingPool
+
+    def open(self) -> None:
+        # docstring inherited
+        nbytes = self.context.object_nbytes
+        if nbytes <= 0:
+            raise IncompatibleBackend(
+                f"backend {self.name!r} with interface_v1 needs objects of one size;"
+                " the context's object_nbytes is 0"
+            )
+        super().open()
+        self._pool = StagingPool(nbytes, min(_MAX_SLOTS, max(1, _STAGING_NBYTES // nbytes)))
+        self._foreign.register_mem_pool_host(self._pool)
+
+    def get(self, key: str) -> Buffer | None:
+        # docstring inherited
+        value = bytearray(self.context.object_nbytes)
+        return value if self.batch_get([key], [[memoryview(value)]]) else None
+
+    def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        # docstring inherited
+
+        def run(keys: list[str], pages: Sequence[Page], slots: list[int]) -> int:
+            answer = self._opened().batch_get_v1(keys, torch.tensor(slots), ExtraInfo())
+            n_pages = self._leading(answer, len(keys), "batch_get_v1")
+            for slot, page in zip(slots[:n_pages], pages, strict=False):
+                scatter(self._pool.bytes_of(slot), page)
+            return n_pages
+
+        return self._in_slots(keys, pages, run)
+
+    def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        # docstring inherited
+
+        def run(keys: list[str], pages: Sequence[Page], slots: list[int]) -> int:
+            for slot, page in zip(slots, pages, strict=True):
+                _gather(page, self._pool.bytes_of(slot))
+            answer = self._opened().batch_set_v1(keys, torch.tensor(slots), ExtraInfo())
+            return self._leading(answer, len(keys), "batch_set_v1")
+
+        return self._in_slots(keys, pages, run)
+
+    def _in_slots(
+        self,
+        keys: Sequence[str],
+        pages: Sequence[Page],
+        run: Callable[[list[str], Sequence[Page], list[int]], int],
+    ) -> int:
+        """Runs ``run`` on as many pages at a time as there are slots, until one is missing."""
+        self._opened()
+        sizes = [nbytes_of(page) == self._pool.slot_nbytes for page in pages]
+        n_fit = sizes.index(False) if False in sizes else len(sizes)
+        done = 0
+        while done < n_fit:
+            n = min(self._pool.n_slots, n_fit - done)
+            part = slice(done, done + n)
+            with self._pool.slots(n) as slots:
+                n_pages = run([_plain(key) for key in keys[part]], pages[part], slots)
+            done += n_pages
+            if n_pages < n:
+                break
+        return done
+
+    def _leading(self, answer: object, n: int, method: str) -> int:
+        if not isinstance(answer, (list, tuple)) or len(answer) != n:
+            return self._odd(method, answer)
+        if not all(isinstance(one, bool) for one in answer):
+            return self._odd(method, answer)
+        return answer.index(False) if False in answer else n
+
+
+def adapt(foreign_class: type, chosen: DynamicSettings) -> type[StorageBackend]:
+    """A ``StorageBackend`` that drives ``foreign_class``, a class for SGLang's ``dynamic``.
+
+    Raises:
+        IncompatibleBackend: ``interface_v1`` is asked for and the class lacks its methods.
+    """
+    is_v1 = bool((chosen.model_extra or {}).get("interface_v1"))
+    missing = [name for name in _V1_METHODS if not callable(getattr(foreign_class, name, None))]
+    if is_v1 and missing:
+        raise IncompatibleBackend(
+            f"dynamic backend {chosen.backend_name!r}: interface_v1 is asked for, but"
+            f" {chosen.class_name} lacks {', '.join(missing)}"
+        )
+    base = SGLangV1Backend if is_v1 else SGLangBackend
+    own = {"name": chosen.backend_name, "foreign_class": foreign_class, "chosen": chosen}
+    return type(f"{base.__name__}For{foreign_class.__name__}", (base,), own)
+
+
+def _plain(key: str) -> str:
+    """Our key as one word: such classes make file names of the hex hashes that SGLang gives."""
+    return key.replace("/", "-")
+
+
+def _gather(page: Page, target: memoryview) -> None:
+    start = 0
+    for segment in page:
+        target[start : start + segment.nbytes] = segment
+        start += segment.nbytes

@@ -1,0 +1,201 @@
+"""Discovery of storage backends: entry points of the group ``hicache.backends``, read by pluggy.
+
+The core's own backends (``memory``, ``file``) are found the same way; there is no other registry.
+Called at start-up only, from the owner's thread.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
+from importlib.metadata import EntryPoint, entry_points
+from typing import Literal
+
+import pluggy
+from pydantic import BaseModel, ValidationError
+
+from hicache_core import hookspecs
+from hicache_core.config_errors import config_error
+from hicache_core.config_sources import nearest
+from hicache_core.errors import BrokenBackend, IncompatibleBackend, UnknownBackend
+from hicache_core.hookspecs import ENTRY_POINT_GROUP, PROJECT
+from hicache_core.storage.base import API_VERSION, BackendConfig, StorageBackend
+
+Status = Literal["installed", "ok", "broken"]
+
+
+@dataclass(frozen=True, slots=True)
+class BackendInfo:
+    """One installed backend, as its distribution's metadata describe it.
+
+    Attributes:
+        name: what stands in the configuration.
+        distribution: the distribution that offers it; empty if its metadata have no name.
+        version: that distribution's version.
+        module: the module that its entry point names.
+        status: ``installed`` if nothing speaks against it and it was not loaded; ``ok`` if it was
+            loaded (``plugin_check``); ``broken`` with ``error`` if it cannot be used.
+        error: why it is broken; empty otherwise.
+    """
+
+    name: str
+    distribution: str
+    version: str
+    module: str
+    status: Status
+    error: str = ""
+
+
+def list_backends() -> list[BackendInfo]:
+    """Every installed backend, by name, from metadata alone: no plugin is imported.
+
+    What can be told without running a plugin's code is told: a name that two distributions offer,
+    and a module that is not there, are ``broken``. The rest is ``installed``.
+    """
+    found = _entry_points()
+    names = [point.name for point in found]
+    infos = []
+    for point in found:
+        error = ""
+        if names.count(point.name) > 1:
+            error = _conflict(point.name, found)
+        elif not _is_there(point.module):
+            error = f"module {point.module!r} is not there; reinstall {_origin(point)}"
+        infos.append(_info(point, "broken" if error else "installed", error))
+    return infos
+
+
+def backend_class(name: str) -> type[StorageBackend]:
+    """The class of the installed backend ``name``; only its own plugin is imported.
+
+    Raises:
+        UnknownBackend: no distribution offers it; the message lists those that are there.
+        BrokenBackend: its module does not load or has no hook, two distributions offer the name,
+            or none of its classes has it.
+        IncompatibleBackend: what the hook returns is no backend of this core's api_version.
+    """
+    found = _entry_points()
+    offers = [point for point in found if point.name == name]
+    if not offers:
+        raise UnknownBackend(_unknown(name, [point.name for point in found]))
+    if len(offers) > 1:
+        raise BrokenBackend(_conflict(name, found))
+    offer = f"backend {name!r} of {_origin(offers[0])}"
+    classes = _load(name, offers[0], offer)
+    for cls in classes:
+        check_backend_class(cls, offer)
+        if cls.name == name:
+            return cls
+    names = ", ".join(repr(cls.name) for cls in classes) or "none"
+    raise BrokenBackend(
+        f"{offer}: the entry point is named {name!r}, but the classes that module"
+        f" {offers[0].module!r} offers are named: {names}; both names must be equal"
+    )
+
+
+def check_backend_class(cls: object, offer: str) -> None:
+    """Whether ``cls`` can be used as a backend; ``offer`` says in words where it comes from.
+
+    Raises:
+        IncompatibleBackend: it is no class, no ``StorageBackend``, abstract, of another
+            api_version, or its ``name`` or ``Config`` is missing; the message says which.
+    """
+    if not isinstance(cls, type) or not issubclass(cls, StorageBackend):
+        base = f"{StorageBackend.__module__}.{StorageBackend.__qualname__}"
+        what = cls.__name__ if isinstance(cls, type) else repr(cls)
+        raise IncompatibleBackend(f"{offer}: {what} is no subclass of {base}")
+    if cls.api_version != API_VERSION:
+        older = "the plugin" if cls.api_version < API_VERSION else "hicache-core"
+        raise IncompatibleBackend(
+            f"{offer} speaks api_version {cls.api_version}, this hicache-core speaks"
+            f" {API_VERSION}; upgrade {older}"
+        )
+    missing = sorted(cls.__abstractmethods__)
+    if missing:
+        raise IncompatibleBackend(
+            f"{offer}: {cls.__name__} does not implement {', '.join(missing)}"
+        )
+    if not isinstance(getattr(cls, "name", None), str):
+        raise IncompatibleBackend(f"{offer}: {cls.__name__} has no class attribute name")
+    if not (isinstance(cls.Config, type) and issubclass(cls.Config, BaseModel)):
+        raise IncompatibleBackend(f"{offer}: {cls.__name__}.Config is no pydantic model")
+
+
+def backend_settings(cls: type[StorageBackend], settings: Mapping[str, object]) -> BackendConfig:
+    """``settings`` as the backend's own ``Config``.
+
+    Raises:
+        ConfigError: a key is unknown or missing, or a value is wrong; secrets are masked.
+    """
+    try:
+        return cls.Config(**settings)
+    except ValidationError as error:
+        raise config_error(error, cls.Config, prefix=f"{cls.name}.") from None
+
+
+def _entry_points() -> list[EntryPoint]:
+    return sorted(
+        entry_points(group=ENTRY_POINT_GROUP), key=lambda point: (point.name, _origin(point))
+    )
+
+
+def _load(name: str, point: EntryPoint, offer: str) -> Sequence[type[StorageBackend]]:
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(hookspecs)
+    try:
+        manager.load_setuptools_entrypoints(ENTRY_POINT_GROUP, name=name)
+        answers = manager.hook.hicache_backends()
+    except (Exception, SystemExit) as error:  # a stranger's code may raise anything: translated
+        raise BrokenBackend(
+            f"{offer} does not load: {type(error).__name__}: {error} (module {point.module!r})"
+        ) from error
+    if not answers:
+        raise BrokenBackend(f"{offer}: module {point.module!r} has no hookimpl hicache_backends()")
+    classes = answers[0]
+    if not isinstance(classes, (list, tuple)):
+        raise BrokenBackend(f"{offer}: hicache_backends() must return a list, not {classes!r}")
+    return classes
+
+
+def _unknown(name: str, names: Sequence[str]) -> str:
+    found = ", ".join(dict.fromkeys(names)) or "none, hicache-core itself has no metadata here"
+    return (
+        f"no backend named {name!r} is installed; found: {found}{nearest(name, names)}"
+        f" (a plugin of that name comes with: pip install hicache-{name})"
+    )
+
+
+def _conflict(name: str, found: Sequence[EntryPoint]) -> str:
+    origins = " and ".join(_origin(point) for point in found if point.name == name)
+    return f"two backends are named {name!r}: of {origins}; uninstall one of them"
+
+
+def _origin(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown distribution"
+
+
+def _info(point: EntryPoint, status: Status, error: str) -> BackendInfo:
+    name, version = (point.dist.name, point.dist.version) if point.dist else ("", "")
+    return BackendInfo(point.name, name, version, point.module, status, error)
+
+
+def _is_there(module: str) -> bool:
+    """Whether ``module`` can be found; unlike ``importlib.util.find_spec``, runs no package."""
+    path: Sequence[str] | None = None
+    name = ""
+    for part in module.split("."):
+        name = f"{name}.{part}" if name else part
+        spec = next(_specs(name, path), None)
+        if spec is None:
+            return False
+        path = spec.submodule_search_locations or []
+    return True
+
+
+def _specs(name: str, path: Sequence[str] | None) -> Iterator[ModuleSpec]:
+    for finder in sys.meta_path:
+        spec = finder.find_spec(name, path)
+        if spec is not None:
+            yield spec
