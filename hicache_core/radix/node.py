@@ -7,6 +7,9 @@ from collections.abc import Iterator
 
 from hicache_core.page_keys import DIGEST_NBYTES
 
+# Up to here one comparison of the whole node pays, though a bisection may have to follow.
+_ONE_COMPARE_NBYTES = 32768
+
 
 class Node:
     """A run of pages below ``parent``. The tree changes it; everyone else only reads.
@@ -139,7 +142,7 @@ def keep_tokens(tokens: bytes | memoryview) -> bytes | memoryview:
     return tokens if 2 * len(tokens) > len(tokens.obj) else bytes(tokens)  # type: ignore[arg-type]
 
 
-def common_pages(child: Node, tokens: bytes, start: int, page_nbytes: int) -> int:
+def equal_pages(child: Node, tokens: bytes, start: int, page_nbytes: int) -> int:
     """Leading pages that ``child`` and ``tokens[start:]`` share; the first is known to be equal.
 
         child  |  equal  |  equal  |? ? ? ? ? ? |   |
@@ -147,6 +150,8 @@ def common_pages(child: Node, tokens: bytes, start: int, page_nbytes: int) -> in
 
     Each step compares only ``lo..mid``, so the bytes compared add up to one pass.
     """
+    if len(child.tokens) <= _ONE_COMPARE_NBYTES and tokens.startswith(child.tokens, start):
+        return child.n_pages
     view = memoryview(child.tokens)
     lo, hi = 1, min(child.n_pages, (len(tokens) - start) // page_nbytes)
     while lo < hi:

@@ -12,7 +12,7 @@ from hicache_core.errors import IntegrityError, InvalidTokens
 from hicache_core.page_keys import DIGEST_NBYTES, TOKEN_NBYTES, page_digests
 from hicache_core.radix.audit import check_tree, tree_nbytes
 from hicache_core.radix.inflight import InFlight
-from hicache_core.radix.node import Node, common_pages, descendants, keep_tokens, path_to_root
+from hicache_core.radix.node import Node, descendants, equal_pages, keep_tokens, path_to_root
 from hicache_core.radix.results import Dropped, InsertResult, Match
 
 
@@ -52,8 +52,8 @@ class RadixTree(InFlight):
             if child is None or not self._is_readable(child):
                 break
             pages = child.best_pages
-            if not tokens.startswith(child.tokens, at):
-                n_equal = common_pages(child, tokens, at, page_nbytes)
+            n_equal = equal_pages(child, tokens, at, page_nbytes)
+            if n_equal < child.n_pages:
                 if touch:
                     child = self._split(child, n_equal)
                 pages = pages[:n_equal]
@@ -261,8 +261,9 @@ class RadixTree(InFlight):
         if child is None:
             view = memoryview(tokens)[start : start + n_left * page_nbytes]
             return self._add_child(node, keep_tokens(view), n_left), True
-        if not tokens.startswith(child.tokens, start):
-            child = self._split(child, common_pages(child, tokens, start, page_nbytes))
+        n_equal = equal_pages(child, tokens, start, page_nbytes)
+        if n_equal < child.n_pages:
+            child = self._split(child, n_equal)
         return child, False
 
     def _last_pages(self, node: Node, max_pages: int) -> Node:
