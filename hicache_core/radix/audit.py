@@ -1,0 +1,148 @@
+"""Checks of a whole tree, for tests and for doubt: invariants, and the memory it takes."""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Callable
+
+from hicache_core.errors import IntegrityError
+from hicache_core.radix.core import TreeCore
+from hicache_core.radix.eviction import EvictionOrder
+from hicache_core.radix.node import Node, descendants
+
+
+def _require(holds: bool, node: Node, rule: str) -> None:
+    if not holds:
+        raise IntegrityError(f"{node}: {rule}")
+
+
+def check_tree(tree: TreeCore) -> None:
+    """Check every invariant of the tree.
+
+    Raises:
+        IntegrityError: one does not hold.
+    """
+    nodes: list[Node] = []
+    for seed, root in tree._roots.items():
+        _require(root.key == seed and root.parent is None, root, "a root stands under its seed")
+        _require(bool(root.children), root, "an empty root is not kept")
+        _check_children(root)
+        for node in descendants(root):
+            _check_shape(tree, node)
+            _check_copies(node)
+            _check_children(node)
+            nodes.append(node)
+    _check_counts(tree, nodes)
+    device, host = tree._device_order, tree._host_order
+    _check_order(device, nodes, lambda n: n.on_device, lambda n: n.lock_count > 0)
+    _check_order(host, nodes, lambda n: n.on_host, lambda n: n.lock_count > 0)
+
+
+def _check_shape(tree: TreeCore, node: Node) -> None:
+    parent = node.parent
+    assert parent is not None
+    page_nbytes = tree._page_nbytes
+    _require(node.n_pages > 0, node, "only a root is empty")
+    _require(len(node.tokens) == node.n_pages * page_nbytes, node, "tokens fill the pages")
+    _require(bytes(node.tokens[:page_nbytes]) == node.key, node, "the key is the first page")
+    _require(parent.children.get(node.key) is node, node, "its parent knows it")
+    _require(node.depth_pages == parent.depth_pages + parent.n_pages, node, "depths add up")
+    if node.digests is not None:
+        _require(len(node.digests) == 32 * node.n_pages, node, "a digest for each page")
+
+
+def _check_copies(node: Node) -> None:
+    parent = node.parent
+    assert parent is not None
+    for pages in (node.device_pages, node.host_pages):
+        _require(pages is None or len(pages) == node.n_pages, node, "a page id for each page")
+    _require(node.on_device or node.host_pages is not None, node, "a node has a copy")
+    _require(node.on_device or not node.device_pending, node, "pending pages exist")
+    _require(node.host_pages is not None or not node.host_pending, node, "pending pages exist")
+    _require(not (node.host_pending or node.device_pending) or node.lock_count > 0, node,
+             "what is in flight is locked")  # fmt: skip
+    _require(not node.device_pending or node.host_lock_count > 0, node, "a load locks its source")
+    _require(
+        not node.on_device or parent.parent is None or parent.on_device,
+        node,
+        "device residency is closed under prefixes",
+    )
+    if parent.parent is not None:
+        _require(parent.lock_count >= node.lock_count, node, "a parent has its child's locks")
+        _require(parent.host_lock_count >= node.host_lock_count, node, "host locks likewise")
+        _require(parent.hit_count >= node.hit_count, node, "a hit counts for the whole path")
+        _require(parent.priority >= node.priority, node, "a prefix has the highest priority")
+
+
+def _check_children(node: Node) -> None:
+    children = node.children.values()
+    n_device = sum(child.on_device for child in children)
+    n_host = sum(child.host_pages is not None for child in children)
+    _require(n_device == node.n_device_children, node, "children on the device are counted")
+    _require(n_host == node.n_host_children, node, "children with host pages are counted")
+    if node.host_pending and not node.on_device:
+        _require(not children, node, "nothing stands below pages that have not arrived")
+
+
+def _check_counts(tree: TreeCore, nodes: list[Node]) -> None:
+    device_pages, host_pages = array("i"), array("i")
+    n_locked = 0
+    for node in nodes:
+        device_pages.extend(node.device_pages or ())
+        host_pages.extend(node.host_pages or ())
+        n_locked += node.n_pages if node.lock_count and node.on_device else 0
+    for pages in tree._doomed.values():
+        device_pages.extend(pages)
+    for tier, pages, count in (
+        ("device", device_pages, tree.n_device_pages),
+        ("host", host_pages, tree.n_host_pages),
+        ("node", array("i", range(len(nodes))), tree.n_nodes),
+    ):
+        if len(set(pages)) != len(pages):
+            raise IntegrityError(f"a {tier} page belongs to two nodes")
+        if len(pages) != count:
+            raise IntegrityError(f"{len(pages)} {tier} pages or nodes, but {count} counted")
+    if n_locked != tree._n_locked_device_pages:
+        raise IntegrityError(
+            f"{n_locked} locked device pages, {tree._n_locked_device_pages} counted"
+        )
+
+
+def _check_order(
+    order: EvictionOrder,
+    nodes: list[Node],
+    has_copy: Callable[[Node], bool],
+    may_miss: Callable[[Node], bool],
+) -> None:
+    position = {node: i for i, node in enumerate(order)}
+    known = set(nodes)
+    for node in position:
+        _require(node in known and has_copy(node), node, "the order holds nodes of its tier")
+    for node in nodes:
+        if node not in position:
+            _require(not has_copy(node) or may_miss(node), node, "only locked nodes miss in order")
+            continue
+        above = node.parent
+        while above is not None and above.parent is not None:
+            if above in position:
+                _require(position[node] < position[above], node, "a child stands before its parent")
+            above = above.parent
+
+
+def tree_nbytes(tree: TreeCore) -> int:
+    """Bytes of the Python objects that the tree keeps alive, by ``sys.getsizeof``.
+
+    A buffer of tokens counts whole for the one node that views it.
+    """
+    size = sys.getsizeof
+    total = 0
+    for root in tree._roots.values():
+        total += size(root) + size(root.children)
+        for node in descendants(root):
+            total += size(node) + size(node.children) + size(node.key) + size(node.tokens)
+            if isinstance(node.tokens, memoryview):
+                total += size(node.tokens.obj)
+            for pages in (node.device_pages, node.host_pages, node.digests):
+                total += 0 if pages is None else size(pages)
+    return total + tree._device_order.memory_nbytes() + tree._host_order.memory_nbytes()

@@ -1,0 +1,206 @@
+"""A node of the radix tree: a run of whole pages that share one parent."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+
+from hicache_core.page_keys import DIGEST_NBYTES
+
+# Up to here one comparison of the whole node pays, though a bisection may have to follow.
+_ONE_COMPARE_NBYTES = 32768
+
+
+class Node:
+    """A run of pages below ``parent``. The tree changes it; everyone else only reads.
+
+    A root has no pages and no parent, and its ``key`` is the chain's seed. A node with pages but
+    without parent has left the tree.
+
+    Attributes:
+        parent: the node that holds the pages before.
+        children: by the bytes of their first page.
+        key: packed tokens of the first page (the seed, for a root).
+        tokens: packed tokens of all its pages; a view where it shares the caller's buffer.
+        n_pages: pages in this node.
+        depth_pages: pages before this node.
+        device_pages: page ids in the device pool, or None.
+        device_pending: a load_back into ``device_pages`` is in flight.
+        host_pages: page ids in the host pool, or None.
+        host_pending: a copy or read into ``host_pages`` is in flight.
+        n_device_children: children that have device pages.
+        n_host_children: children that have host pages, pending ones too.
+        lock_count: locks on this node or below it.
+        host_lock_count: host locks on this node or below it.
+        stored: storage has these pages.
+        hit_count: matches that went through this node.
+        priority: the highest that was inserted here or below.
+        digests: page digests, 32 bytes each, packed; None until somebody asked.
+    """
+
+    __slots__ = (
+        "children",
+        "depth_pages",
+        "device_pages",
+        "device_pending",
+        "digests",
+        "hit_count",
+        "host_lock_count",
+        "host_pages",
+        "host_pending",
+        "key",
+        "lock_count",
+        "n_device_children",
+        "n_host_children",
+        "n_pages",
+        "parent",
+        "priority",
+        "stored",
+        "tokens",
+    )
+
+    def __init__(
+        self, parent: Node | None, key: bytes, tokens: bytes | memoryview, n_pages: int
+    ) -> None:
+        self.parent = parent
+        self.children: dict[bytes, Node] = {}
+        self.key = key
+        self.tokens = tokens
+        self.n_pages = n_pages
+        self.depth_pages: int = 0 if parent is None else parent.depth_pages + parent.n_pages
+        self.device_pages: array[int] | None = None
+        self.device_pending = False
+        self.host_pages: array[int] | None = None
+        self.host_pending = False
+        self.n_device_children = 0
+        self.n_host_children = 0
+        self.lock_count = 0
+        self.host_lock_count = 0
+        self.stored = False
+        self.hit_count = 0
+        self.priority = 0
+        self.digests: bytes | None = None
+
+    @property
+    def on_device(self) -> bool:
+        """It has device pages, be they still arriving."""
+        return self.device_pages is not None
+
+    @property
+    def on_host(self) -> bool:
+        """It has host pages and they hold its KV."""
+        return self.host_pages is not None and not self.host_pending
+
+    @property
+    def best_pages(self) -> array[int]:
+        """Its device pages, or the host pages of a node that only the host has."""
+        pages = self.host_pages if self.device_pages is None else self.device_pages
+        assert pages is not None
+        return pages
+
+    @property
+    def in_tree(self) -> bool:
+        """It is a root or hangs below one."""
+        return self.parent is not None or self.n_pages == 0
+
+    def __repr__(self) -> str:
+        """Position and copies, for messages."""
+        copies = [
+            f"device{' pending' if self.device_pending else ''}" if self.on_device else "",
+            f"host{' pending' if self.host_pending else ''}" if self.host_pages is not None else "",
+        ]
+        where = "+".join(filter(None, copies)) or ("root" if self.n_pages == 0 else "nowhere")
+        pages = f"pages {self.depth_pages}..{self.depth_pages + self.n_pages}"
+        return f"<Node {pages} on {where}, {self.lock_count} locks>"
+
+
+def path_to_root(node: Node) -> Iterator[Node]:
+    """``node`` and its ancestors, deepest first, without the root."""
+    at: Node | None = node
+    while at is not None and at.parent is not None:
+        yield at
+        at = at.parent
+
+
+def descendants(node: Node) -> Iterator[Node]:
+    """All nodes below ``node``, parents before children. The tree must not change meanwhile."""
+    stack = list(node.children.values())
+    while stack:
+        at = stack.pop()
+        yield at
+        stack.extend(at.children.values())
+
+
+def keep_tokens(tokens: bytes | memoryview) -> bytes | memoryview:
+    """What a node keeps of a buffer: a view if it needs most of it, else a copy.
+
+    A view spares the page faults of fresh memory, and a node never keeps a buffer alive that is
+    twice as long as its own tokens. So no buffer is held by two nodes either.
+    """
+    if isinstance(tokens, bytes):
+        return tokens
+    return tokens if 2 * len(tokens) > len(tokens.obj) else bytes(tokens)  # type: ignore[arg-type]
+
+
+def equal_pages(child: Node, tokens: bytes, start: int, page_nbytes: int) -> int:
+    """Leading pages that ``child`` and ``tokens[start:]`` share; the first is known to be equal.
+
+        child  |  equal  |  equal  |? ? ? ? ? ? |   |
+               0         lo        mid          hi
+
+    Each step compares only ``lo..mid``, so the bytes compared add up to one pass.
+    """
+    if len(child.tokens) <= _ONE_COMPARE_NBYTES and tokens.startswith(child.tokens, start):
+        return child.n_pages
+    view = memoryview(child.tokens)
+    lo, hi = 1, min(child.n_pages, (len(tokens) - start) // page_nbytes)
+    while lo < hi:
+        mid = (lo + hi + 1) // 2
+        piece = view[lo * page_nbytes : mid * page_nbytes]
+        if tokens.startswith(piece, start + lo * page_nbytes):
+            lo = mid
+        else:
+            hi = mid - 1
+    return lo
+
+
+def cut(pages: array[int] | None, at: int) -> tuple[array[int] | None, array[int] | None]:
+    """Cut a node's page ids in two; the first half is the same array, shortened."""
+    if pages is None:
+        return None, None
+    tail = pages[at:]
+    del pages[at:]
+    return pages, tail
+
+
+def split_node(node: Node, at: int, page_nbytes: int) -> Node:
+    """Put a new node above ``node`` that takes its first ``at`` pages; returns the new one.
+
+    before:  parent - node[0..n]            after:  parent - upper[0..at] - node[at..n]
+
+    ``node`` stays the lower part, so whoever holds it still names the same last page.
+    """
+    parent = node.parent
+    assert parent is not None
+    assert 0 < at < node.n_pages
+    view = memoryview(node.tokens)
+    boundary = at * page_nbytes
+    upper = Node(parent, node.key, keep_tokens(view[:boundary]), at)
+    parent.children[node.key] = upper
+    node.key = bytes(view[boundary : boundary + page_nbytes])
+    node.tokens = keep_tokens(view[boundary:])
+    node.parent = upper
+    node.n_pages -= at
+    node.depth_pages += at
+    upper.children[node.key] = node
+    upper.device_pages, node.device_pages = cut(node.device_pages, at)
+    upper.host_pages, node.host_pages = cut(node.host_pages, at)
+    upper.device_pending, upper.host_pending = node.device_pending, node.host_pending
+    upper.n_device_children = int(node.device_pages is not None)
+    upper.n_host_children = int(node.host_pages is not None)
+    upper.lock_count, upper.host_lock_count = node.lock_count, node.host_lock_count
+    upper.stored, upper.hit_count, upper.priority = node.stored, node.hit_count, node.priority
+    if node.digests is not None:
+        upper.digests = node.digests[: at * DIGEST_NBYTES]
+        node.digests = node.digests[at * DIGEST_NBYTES :]
+    return upper

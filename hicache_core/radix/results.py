@@ -1,0 +1,74 @@
+"""What the tree answers: frozen, without behaviour."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+
+from hicache_core.radix.node import Node
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The longest known prefix, in whole pages: a run on the device, then a run on the host.
+
+    Attributes:
+        device_pages: device page ids of the first run.
+        host_pages: host page ids of the second run, which the device does not have.
+        device_node: deepest node of the first run.
+        node: deepest node of both runs.
+        page_size: tokens in a page.
+    """
+
+    device_pages: array[int]
+    host_pages: array[int]
+    device_node: Node
+    node: Node
+    page_size: int
+
+    @property
+    def n_device_tokens(self) -> int:
+        """Tokens of the device run."""
+        return len(self.device_pages) * self.page_size
+
+    @property
+    def n_host_tokens(self) -> int:
+        """Tokens of the host run."""
+        return len(self.host_pages) * self.page_size
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of both runs."""
+        return self.n_device_tokens + self.n_host_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class InsertResult:
+    """What came of an insert.
+
+    Attributes:
+        node: deepest node of the inserted prefix.
+        pages: the device page ids that the tree has for it, one for each whole page.
+        duplicates: those of the caller's pages that the tree did not take; the caller frees them.
+        n_known_pages: leading pages that were on the device before.
+        new_nodes: nodes that got device pages now, top to bottom.
+    """
+
+    node: Node
+    pages: array[int]
+    duplicates: array[int]
+    n_known_pages: int
+    new_nodes: list[Node]
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """Pages that the tree gave up; the caller frees them.
+
+    Attributes:
+        device_pages: ids in the device pool.
+        host_pages: ids in the host pool.
+    """
+
+    device_pages: array[int]
+    host_pages: array[int]
