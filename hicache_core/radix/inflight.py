@@ -62,6 +62,34 @@ class InFlight(TreeCore):
         self._gain_host(node, host_pages[:])
         self.lock(node)
 
+    def commit_host(self, node: Node, n_pages: int, n_ready: int) -> list[Node]:
+        """A part of a run has arrived: its first ``n_ready`` pages are hits from now on.
+
+        The run that ends at ``node`` stays locked; what is left of it, ``n_pages - n_ready`` pages,
+        is settled later (with 0 pages if nothing is left).
+
+        Returns:
+            The nodes that became valid, top to bottom.
+
+        Raises:
+            IntegrityError: the run is not pending, or ``n_ready`` is not within it.
+        """
+        if not 0 <= n_ready <= n_pages:
+            raise IntegrityError(f"{n_ready} pages arrived of a run of {n_pages}")
+        ready: list[Node] = []
+        for member in self.run(node, n_pages):
+            if not member.host_pending:
+                raise IntegrityError(f"pages of {member} arrived, but none were awaited")
+            if n_ready == 0:
+                break
+            arrived = self._split(member, n_ready) if n_ready < member.n_pages else member
+            arrived.host_pending = False
+            n_ready -= arrived.n_pages
+            ready.append(arrived)
+        for arrived in reversed(ready):
+            self._host_order.place(arrived)
+        return ready
+
     def settle_host(self, node: Node, n_pages: int, n_valid: int) -> array[int]:
         """Backup or prefetch ends: the first ``n_valid`` of the run's pages hold their KV.
 

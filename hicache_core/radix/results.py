@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hicache_core.radix.node import Node
 
@@ -25,6 +25,10 @@ class Match:
     device_node: Node
     node: Node
     page_size: int
+
+    def device_part(self) -> Match:
+        """The match without what only the host has."""
+        return replace(self, host_pages=array("i"), node=self.device_node)
 
     @property
     def n_device_tokens(self) -> int:

@@ -42,6 +42,18 @@ class RadixTree(InFlight):
         Raises:
             InvalidTokens: ``tokens`` is not a whole number of tokens.
         """
+        match = self._walk(tokens, seed, split=touch)
+        if touch:
+            for used in path_to_root(match.node):
+                used.hit_count += 1
+            self._renew(match.node, inserted=False)
+        return match
+
+    def locate(self, tokens: bytes, seed: bytes = b"") -> Match:
+        """As :meth:`match`, with the split but without counting as a use: to insert below it."""
+        return self._walk(tokens, seed, split=True)
+
+    def _walk(self, tokens: bytes, seed: bytes, *, split: bool) -> Match:
         end = self._whole_pages_nbytes(tokens)
         page_nbytes = self._page_nbytes
         device_pages, host_pages = array("i"), array("i")
@@ -54,7 +66,7 @@ class RadixTree(InFlight):
             pages = child.best_pages
             n_equal = equal_pages(child, tokens, at, page_nbytes)
             if n_equal < child.n_pages:
-                if touch:
+                if split:
                     child = self._split(child, n_equal)
                 pages = pages[:n_equal]
             (host_pages if child.device_pages is None else device_pages).extend(pages)
@@ -65,10 +77,6 @@ class RadixTree(InFlight):
         device_node = node
         while device_node.device_pages is None and device_node.parent is not None:
             device_node = device_node.parent
-        if touch:
-            for used in path_to_root(node):
-                used.hit_count += 1
-            self._renew(node, inserted=False)
         return Match(device_pages, host_pages, device_node, node, self.page_size)
 
     def insert(
@@ -135,6 +143,25 @@ class RadixTree(InFlight):
             at.digests = page_digests(bytes(at.tokens), self.page_size, last)
             last = at.digests[-DIGEST_NBYTES:]
         return node.digests or b""
+
+    def last_digest(self, node: Node) -> bytes:
+        """Digest of the last page of ``node``, which the next page chains; a root's seed."""
+        return self.digests(node)[-DIGEST_NBYTES:] if node.n_pages else node.key
+
+    def path(self, node: Node) -> list[Node]:
+        """The nodes from the first page down to ``node``, without the root."""
+        return list(path_to_root(node))[::-1]
+
+    def split(self, node: Node, n_pages: int) -> Node:
+        """Cut ``node`` behind its first ``n_pages``; returns the new node that holds those.
+
+        Raises:
+            IntegrityError: the cut is not inside the node.
+        """
+        self._require_in_tree(node)
+        if not 0 < n_pages < node.n_pages:
+            raise IntegrityError(f"split of {node} behind {n_pages} pages")
+        return self._split(node, n_pages)
 
     def path_digests(self, node: Node) -> bytes:
         """Page digests of the whole prefix that ends at ``node``."""

@@ -1,0 +1,71 @@
+"""Host → device: layer by layer, ahead of the attention that reads it."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, replace
+from functools import partial
+
+from hicache_core.controller.parts import Parts
+from hicache_core.radix.node import Node
+from hicache_core.radix.results import Match
+from hicache_core.transfer.base import Ticket
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadBack:
+    """A copy up that is under way: the run of ``n_pages`` that ends at ``node``."""
+
+    ticket: Ticket
+    node: Node
+    n_pages: int
+
+
+class LoadBackPath:
+    """Copies host hits into device pages. Owner thread only.
+
+    The nodes count as device hits at once; whoever reads them calls ``wait_layer`` first, so that a
+    second request on the same prefix waits for the same copy.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._under_way: list[LoadBack] = []
+        self._failed: list[LoadBack] = []  # settled before anybody waited; told by wait_layer
+
+    def start(self, match: Match, device_pages: array[int]) -> Match:
+        """Submits the copy of the match's host part into ``device_pages``, one page each."""
+        parts, tree = self._parts, self._parts.tree
+        node, n_pages = match.node, len(match.host_pages)
+        tree.attach_device(node, n_pages, device_pages)
+        assert parts.transfer is not None
+        ticket = parts.transfer.to_device(match.host_pages, device_pages)
+        load_back = LoadBack(ticket, node, n_pages)
+        self._under_way.append(load_back)
+        parts.jobs.add_copy(ticket, n_pages, partial(self._settled, load_back))
+        return replace(
+            match,
+            device_pages=match.device_pages + device_pages,
+            host_pages=array("i"),
+            device_node=node,
+        )
+
+    def wait_layer(self, layer: int) -> None:
+        """Returns when layer ``layer`` of every copy under way has arrived.
+
+        Raises:
+            LoadFailed: a copy failed. Its pages hold nothing and belong to the pool again; every
+                request that matched them starts over from ``match_prefix``.
+        """
+        failed, self._failed = self._failed, []
+        for load_back in failed + self._under_way:
+            load_back.ticket.wait_layer(layer)
+
+    def _settled(self, load_back: LoadBack, n_valid: int) -> None:
+        parts = self._parts
+        self._under_way.remove(load_back)
+        ok = n_valid == load_back.n_pages
+        if not ok:
+            self._failed.append(load_back)
+        freed = parts.tree.settle_device(load_back.node, load_back.n_pages, ok=ok)
+        parts.device.allocator.free(freed)

@@ -1,0 +1,117 @@
+"""Backends that misbehave on purpose; loaded by the dynamic loader, as a user's class would be."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import ClassVar
+
+from hicache_core.errors import BackendUnavailable
+from hicache_core.storage.base import Buffer, StorageBackend
+from hicache_core.types import Page
+
+
+class Store(StorageBackend):
+    """A dict shared by all instances."""
+
+    name = "store"
+    objects: ClassVar[dict[str, bytes]] = {}
+
+    def get(self, key: str) -> Buffer | None:
+        return self.objects.get(key)
+
+    def exists(self, key: str) -> bool:
+        return key in self.objects
+
+    def set(self, key: str, value: Buffer) -> None:
+        self.objects[key] = bytes(value)
+
+    def delete(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self.objects.pop(key, None)
+
+
+class Gated(Store):
+    """Each read says that it has ``entered`` and waits until the ``gate`` lets it through."""
+
+    name = "gated"
+    entered: ClassVar[threading.Semaphore] = threading.Semaphore(0)
+    gate: ClassVar[threading.Semaphore] = threading.Semaphore(0)
+
+    @classmethod
+    def reset(cls) -> None:
+        cls.entered, cls.gate = threading.Semaphore(0), threading.Semaphore(0)
+
+    def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        self.entered.release()
+        self.gate.acquire()
+        return super().batch_get(keys, pages)
+
+
+class EvictsBeforeRead(Store):
+    """Says that keys exist, and then has only the first ``n_kept`` of what is asked for."""
+
+    name = "evicts"
+    n_kept: ClassVar[int] = 0
+
+    def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        return super().batch_get(keys[: self.n_kept], pages[: self.n_kept])
+
+
+class Flips(Store):
+    """Flips one bit of every third object that it gives out."""
+
+    name = "flips"
+
+    def get(self, key: str) -> Buffer | None:
+        value = self.objects.get(key)
+        if value is None or sorted(self.objects).index(key) % 3:
+            return value
+        flipped = bytearray(value)
+        flipped[len(flipped) * 2 // 3] ^= 0x10
+        return flipped
+
+
+class Raises(StorageBackend):
+    """Raises in every method that the page path calls."""
+
+    name = "raises"
+
+    def get(self, key: str) -> Buffer | None:
+        raise BackendUnavailable("gone")
+
+    def exists(self, key: str) -> bool:
+        raise ValueError("not even a BackendError")
+
+    def set(self, key: str, value: Buffer) -> None:
+        raise BackendUnavailable("gone")
+
+    def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        raise KeyError("boom")
+
+    def delete(self, keys: Sequence[str]) -> None:
+        raise RuntimeError("boom")
+
+
+class RaisesOnRead(Store):
+    """Has everything, and fails to deliver it."""
+
+    name = "raises_on_read"
+
+    def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        raise BackendUnavailable("lost in the middle")
+
+
+class Lies(Store):
+    """Claims more pages than were asked for, and to have filled what it never touched."""
+
+    name = "lies"
+
+    def batch_exists(self, keys: Sequence[str]) -> int:
+        return len(keys)
+
+    def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        return len(keys)
+
+    def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        return len(keys) + 5

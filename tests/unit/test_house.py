@@ -1,0 +1,91 @@
+"""Rules of the house that no linter knows."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hicache_core
+from hicache_core import errors
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted((ROOT / "hicache_core").rglob("*.py")) + sorted(ROOT.glob("plugins/*/src/**/*.py"))
+
+
+def test_every_error_stands_in_the_tree_of_errors_py() -> None:
+    """The docstring of ``errors`` draws each class, below its parent and with its builtin."""
+    drawn = dict(re.findall(r"^[ │├└─]*(\w+)(?: \((\w+)\))?", errors.__doc__ or "", re.MULTILINE))
+    classes = {
+        name: kind
+        for name, kind in vars(errors).items()
+        if inspect.isclass(kind) and issubclass(kind, Exception)
+    }
+    assert len(classes) > 10
+    for name, kind in classes.items():
+        assert name in drawn, f"{name} is not drawn"
+        builtins = [base.__name__ for base in kind.__bases__ if base.__module__ == "builtins"]
+        if name != "HiCacheError":
+            assert drawn[name] == "".join(builtins), name
+
+
+def test_no_source_file_grows_beyond_its_limit() -> None:
+    assert len(SOURCES) > 30
+    long = {
+        str(path.relative_to(ROOT)): n
+        for path in SOURCES
+        if (n := len(path.read_text().splitlines())) > 420
+    }
+    assert long == {}
+
+
+def test_every_module_says_what_it_is() -> None:
+    for path in SOURCES:
+        assert path.read_text().startswith('"""'), path
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_links_between_the_documents_lead_somewhere() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("plugins/*/*.md")]
+    broken = [
+        f"{page.relative_to(ROOT)} -> {target}"
+        for page in pages
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+        if not (page.parent / target).exists()
+    ]
+    assert broken == []
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "hicache_core",
+        "hicache_core.storage.base",
+        "hicache_core.storage.file",
+        "hicache_core.radix.tree",
+        "hicache_core.plugin_manager",
+        "hicache_core.dynamic",
+        "hicache_core.cli.main",
+        "hicache_core.config",
+    ],
+)
+def test_what_authors_of_backends_import_needs_no_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", hicache_core.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    assert getattr(hicache_core, name).__doc__
+
+
+def test_an_unknown_public_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="Hicache"):
+        getattr(hicache_core, "Hicache")  # noqa: B009 - the name is wrong on purpose
