@@ -297,10 +297,11 @@ def test_a_file_that_cannot_be_used_is_named(
     path = tmp_path / name
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    for load in (
+    loaders: list[Callable[[], HiCacheConfig]] = [
         lambda: HiCacheConfig.load(file=path),
         lambda: build({EXTRA: f"@{path}"}),
-    ):
+    ]
+    for load in loaders:
         with pytest.raises(ConfigError, match=problem) as caught:
             load()
         assert str(path) in str(caught.value)
