@@ -137,6 +137,8 @@ def backend_settings(cls: type[StorageBackend], settings: Mapping[str, object]) 
 
 def module_is_there(module: str) -> bool:
     """Whether ``module`` can be found; unlike ``importlib.util.find_spec``, runs no package."""
+    if module in sys.modules:
+        return True
     path: Sequence[str] | None = None
     name = ""
     for part in module.split("."):
