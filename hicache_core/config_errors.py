@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import get_args
+from typing import Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -20,7 +20,9 @@ def allowed_values(model: type[BaseModel], key: str) -> str:
         return str(info.json_schema_extra["allowed"])
     if info.annotation is bool:
         return "true or false"
-    return ", ".join(str(choice) for choice in get_args(info.annotation))
+    if get_origin(info.annotation) is Literal:
+        return ", ".join(str(choice) for choice in get_args(info.annotation))
+    return ""
 
 
 def config_error(

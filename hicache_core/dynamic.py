@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from hicache_core.config_errors import config_error
 from hicache_core.config_sources import nearest, read_inline
 from hicache_core.errors import BrokenBackend, IncompatibleBackend
-from hicache_core.plugin_manager import check_backend_class
+from hicache_core.plugin_manager import check_backend_class, module_is_there
 from hicache_core.storage.base import StorageBackend
 
 ADAPTER_MODULE = "hicache_core.integrations.sglang_dynamic"
@@ -90,8 +90,12 @@ def load_class(settings: Mapping[str, object] | str) -> type[StorageBackend]:
 
 def _import(module_path: str) -> ModuleType:
     is_file = module_path.endswith(".py") or "/" in module_path
-    if not is_file:
-        _require_module(module_path)
+    if not is_file and not module_is_there(module_path):  # or its own imports fail, see below
+        asked = ", ".join(entry or "(working directory)" for entry in sys.path)
+        raise BrokenBackend(
+            f"module_path {module_path!r}: there is no such module; asked in sys.path: {asked};"
+            " set PYTHONPATH, or give the path of a .py file"
+        )
     try:
         return _import_file(module_path) if is_file else importlib.import_module(module_path)
     except BrokenBackend:
@@ -100,24 +104,6 @@ def _import(module_path: str) -> ModuleType:
         raise BrokenBackend(
             f"module_path {module_path!r} does not load: {type(error).__name__}: {error}"
         ) from error
-
-
-def _require_module(name: str) -> None:
-    """Tells a module that is not there from one whose own imports fail."""
-    try:
-        found = importlib.util.find_spec(name) is not None
-    except (ModuleNotFoundError, ValueError):  # a parent is not there, or is no package
-        found = False
-    except (Exception, SystemExit) as error:  # find_spec runs the parent packages
-        raise BrokenBackend(
-            f"module_path {name!r}: its package does not load: {type(error).__name__}: {error}"
-        ) from error
-    if not found:
-        asked = ", ".join(entry or "(working directory)" for entry in sys.path)
-        raise BrokenBackend(
-            f"module_path {name!r}: there is no such module; asked in sys.path: {asked};"
-            " set PYTHONPATH, or give the path of a .py file"
-        )
 
 
 def _import_file(path: str) -> ModuleType:

@@ -61,7 +61,7 @@ def list_backends() -> list[BackendInfo]:
         error = ""
         if names.count(point.name) > 1:
             error = _conflict(point.name, found)
-        elif not _is_there(point.module):
+        elif not module_is_there(point.module):
             error = f"module {point.module!r} is not there; reinstall {_origin(point)}"
         infos.append(_info(point, "broken" if error else "installed", error))
     return infos
@@ -135,6 +135,21 @@ def backend_settings(cls: type[StorageBackend], settings: Mapping[str, object]) 
         raise config_error(error, cls.Config, prefix=f"{cls.name}.") from None
 
 
+def module_is_there(module: str) -> bool:
+    """Whether ``module`` can be found; unlike ``importlib.util.find_spec``, runs no package."""
+    if module in sys.modules:
+        return True
+    path: Sequence[str] | None = None
+    name = ""
+    for part in module.split("."):
+        name = f"{name}.{part}" if name else part
+        spec = next(_specs(name, path), None) if part.isidentifier() else None
+        if spec is None:
+            return False
+        path = spec.submodule_search_locations or []
+    return True
+
+
 def _entry_points() -> list[EntryPoint]:
     return sorted(
         entry_points(group=ENTRY_POINT_GROUP), key=lambda point: (point.name, _origin(point))
@@ -179,19 +194,6 @@ def _origin(point: EntryPoint) -> str:
 def _info(point: EntryPoint, status: Status, error: str) -> BackendInfo:
     name, version = (point.dist.name, point.dist.version) if point.dist else ("", "")
     return BackendInfo(point.name, name, version, point.module, status, error)
-
-
-def _is_there(module: str) -> bool:
-    """Whether ``module`` can be found; unlike ``importlib.util.find_spec``, runs no package."""
-    path: Sequence[str] | None = None
-    name = ""
-    for part in module.split("."):
-        name = f"{name}.{part}" if name else part
-        spec = next(_specs(name, path), None)
-        if spec is None:
-            return False
-        path = spec.submodule_search_locations or []
-    return True
 
 
 def _specs(name: str, path: Sequence[str] | None) -> Iterator[ModuleSpec]:

@@ -1,0 +1,202 @@
+"""The command line: quick, one clear line for an error, no secret shown."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from hicache_core.cli.main import cli, main
+from hicache_core.config import HiCacheConfig
+from hicache_core.config_sources import EXTRA, env_name, flag_name
+
+
+def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("HICACHE_")}
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    return subprocess.run(
+        [sys.executable, "-m", "hicache_core.cli.main", *arguments],
+        env=clean | {"PYTHONPATH": path, "COLUMNS": "200"} | environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in HiCacheConfig.model_fields:
+        monkeypatch.delenv(env_name(key), raising=False)
+
+
+def in_process(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as caught:
+        main(list(arguments))
+    out, err = capsys.readouterr()
+    assert caught.value.code is None or isinstance(caught.value.code, int)
+    return caught.value.code or 0, out, err
+
+
+def test_help_lists_every_command_and_imports_none() -> None:
+    code = (
+        "import sys; from hicache_core.cli.main import main\n"
+        "try: main(['--help'])\n"
+        "finally: print('MODULES', *sys.modules)"
+    )
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    child = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    text, modules = child.stdout.split("MODULES")
+    loaded = set(modules.split())
+    for name in cli.list_commands(click.Context(cli)):
+        assert f"  {name} " in text
+        assert f"hicache_core.cli.{name.replace('-', '_')}" not in loaded
+    assert {"torch", "numpy", "pydantic", "rich", "transformers", "pluggy"}.isdisjoint(loaded)
+
+
+def test_every_command_module_has_a_command_and_a_summary() -> None:
+    context = click.Context(cli)
+    names = cli.list_commands(context)
+    assert {"backends", "config", "version"} <= set(names)
+    for name in names:
+        module = importlib.import_module(f"hicache_core.cli.{name.replace('-', '_')}")
+        assert isinstance(module.command, click.Command)
+        assert module.command.name == name
+        assert module.__doc__
+
+
+def test_config_shows_asked_source_and_in_force(tmp_path: Path) -> None:
+    file = tmp_path / "hicache.toml"
+    file.write_text("page_size = 16\nhicache_ratio = 4\n")
+    child = run(
+        *["config", "--json", "--config", str(file), "--hicache-io-backend", "direct"],
+        HICACHE_RATIO="3",
+    )
+    assert child.returncode == 0, child.stderr
+    report = json.loads(child.stdout)
+    assert set(report["settings"]) == set(HiCacheConfig.model_fields)
+    assert report["settings"]["page_size"] == {
+        "asked": 16,
+        "source": f"file {file}",
+        "in_force": 16,
+    }
+    assert report["settings"]["hicache_ratio"]["source"] == "environment HICACHE_RATIO"
+    assert report["settings"]["hicache_io_backend"]["source"] == "flag --hicache-io-backend"
+    layout = report["settings"]["hicache_mem_layout"]
+    assert (layout["asked"], layout["in_force"]) == ("page_first", "layer_first")
+    assert any("hicache_mem_layout" in line for line in report["adjustments"])
+
+
+def test_config_as_text_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = in_process(capsys, "config", "--hicache-size", "10")
+    assert status == 0
+    for key in HiCacheConfig.model_fields:
+        assert any(line.startswith(key) for line in out.splitlines())
+    assert "hicache_ratio: 2.0 was asked, 0.0 is in force" in out
+
+
+def test_every_setting_has_its_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = in_process(capsys, "config", "--help")
+    assert status == 0
+    for key in HiCacheConfig.model_fields:
+        assert flag_name(key) in out
+
+
+def test_the_flag_pair_turns_a_setting_off(capsys: pytest.CaptureFixture[str]) -> None:
+    for flag, value in [
+        ("--no-enable-hierarchical-cache", False),
+        ("--enable-hierarchical-cache", True),
+    ]:
+        _, out, _ = in_process(capsys, "config", "--json", flag)
+        assert json.loads(out)["settings"]["enable_hierarchical_cache"]["asked"] is value
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_config_never_shows_a_secret(capsys: pytest.CaptureFixture[str], form: list[str]) -> None:
+    extra = '{"password": "hunter2", "url": "redis://u:hunter2@host"}'
+    status, out, err = in_process(capsys, "config", *form, flag_name(EXTRA), extra)
+    assert status == 0
+    assert "hunter2" not in out + err
+    assert "redis://***@host" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--page-size", "0"], "page_size = '0' (from flag --page-size): allowed: an integer"),
+        (["--hicache-io-backend", "dirct"], "did you mean 'direct'?"),
+        ([flag_name(EXTRA), "{"], "is not valid JSON"),
+        ([flag_name(EXTRA), "@gone.json"], "file gone.json: there is no such file"),
+        (["--config", "gone.toml"], "configuration file gone.toml: there is no such file"),
+    ],
+)
+def test_an_error_of_ours_is_one_line_and_status_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], problem: str
+) -> None:
+    status, out, err = in_process(capsys, "config", *arguments)
+    assert status == 2
+    assert out == ""
+    assert err.startswith("hicache: ")
+    assert err.count("\n") == 1
+    assert problem in err
+
+
+def test_debug_shows_the_traceback() -> None:
+    child = run("--debug", "config", "--page-size", "0")
+    assert child.returncode == 1
+    assert "Traceback" in child.stderr
+    assert "ConfigError: page_size = '0'" in child.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["confg"], "no such command 'confg'; did you mean 'config'?"),
+        (["zzzz"], "no such command 'zzzz'; there are: backends, config,"),
+        (["config", "--page-siz", "3"], "--page-size"),
+    ],
+)
+def test_an_unknown_word_suggests_the_nearest(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], problem: str
+) -> None:
+    status, _, err = in_process(capsys, *arguments)
+    assert status == 2
+    assert problem in err
+
+
+def test_backends_without_a_check_reads_metadata_only(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = in_process(capsys, "backends", "--no-check", "--json")
+    assert status == 0
+    infos = {info["name"]: info for info in json.loads(out)}
+    assert infos["memory"]["distribution"] == "hicache-core"
+    assert infos["memory"]["status"] == "installed"
+
+
+def test_backends_as_text_has_one_line_a_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = in_process(capsys, "backends")
+    assert status == 0
+    lines = [line.split() for line in out.splitlines()]
+    assert lines[0] == ["NAME", "DISTRIBUTION", "VERSION", "STATUS", "ERROR"]
+    assert ["memory", "hicache-core"] in [line[:2] for line in lines]
+    assert next(line[3] for line in lines if line[0] == "memory") == "ok"
+
+
+def test_version_names_the_core_and_python(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = in_process(capsys, "version")
+    assert status == 0
+    assert out.startswith("hicache-core ")
+    assert f"python {sys.version_info.major}." in out
+    assert in_process(capsys, "--version")[0] == 0
