@@ -22,6 +22,7 @@ import xxhash
 
 from hicache_core.errors import BackendError
 from hicache_core.storage.base import Buffer, HasStats, StorageBackend
+from hicache_core.storage.lanes import Lanes, default_lanes
 from hicache_core.storage.segments import nbytes_of
 from hicache_core.storage.wrapper import BackendWrapper
 from hicache_core.types import Page
@@ -107,12 +108,17 @@ class SealedBackend(BackendWrapper):
     def __init__(self, inner: StorageBackend) -> None:
         super().__init__(inner)
         self._lock = threading.Lock()
+        self._lanes = Lanes(default_lanes(), "hicache-sealed")
         self._counts = {
             "sealed_corrupt": 0,
             "sealed_foreign": 0,
             "sealed_wrong_length": 0,
             "sealed_wrong_version": 0,
         }
+
+    def close(self) -> None:
+        self._lanes.close()
+        super().close()
 
     def get(self, key: str) -> Buffer | None:
         parse_key(key)
@@ -149,18 +155,23 @@ class SealedBackend(BackendWrapper):
         for key in keys:
             parse_key(key)
         n_filled = self.inner.batch_get(keys, pages)
-        for n in range(n_filled):
-            kind = mismatch(keys[n], pages[n])
-            if kind is not None:
-                self._reject(keys[n], kind)
-                return n
+        bad = self._first_mismatch(keys, pages, n_filled)
+        if bad is not None:
+            self._reject(keys[bad[0]], bad[1])
+            return bad[0]
         if n_filled < len(keys):
             self._reject_wrong_length(keys[n_filled], nbytes_of(pages[n_filled]))
         return n_filled
 
     def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
-        for key, page in zip(keys, pages, strict=True):
-            seal(key, page)
+        if len(keys) != len(pages):
+            raise ValueError(f"{len(keys)} keys for {len(pages)} pages")
+
+        def seal_part(part: range) -> None:
+            for n in part:
+                seal(keys[n], pages[n])
+
+        self._lanes.run(seal_part, self._lanes.split(len(keys), sum(map(nbytes_of, pages))))
         return self.inner.batch_set(keys, pages)
 
     def stats(self) -> Mapping[str, float]:
@@ -168,6 +179,21 @@ class SealedBackend(BackendWrapper):
         inside = self.inner.stats() if isinstance(self.inner, HasStats) else {}
         with self._lock:
             return {**inside, **self._counts}
+
+    def _first_mismatch(
+        self, keys: Sequence[str], pages: Sequence[Page], n_pages: int
+    ) -> tuple[int, str] | None:
+        """Which of the leading pages does not verify, and why."""
+
+        def verify(part: range) -> tuple[int, str] | None:
+            for n in part:
+                kind = mismatch(keys[n], pages[n])
+                if kind is not None:
+                    return n, kind
+            return None
+
+        parts = self._lanes.split(n_pages, sum(nbytes_of(pages[n]) for n in range(n_pages)))
+        return next((bad for bad in self._lanes.run(verify, parts) if bad is not None), None)
 
     def _reject(self, key: str, kind: str) -> None:
         """Counts a mismatch and removes the object, so that a good one can take its place."""

@@ -1,0 +1,269 @@
+"""A directory of the file backend: opening it, who uses it, what dead users left, rebuilding."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from hicache_core.errors import (
+    BackendCorrupt,
+    BackendDenied,
+    BackendError,
+    BackendFull,
+    BackendTimeout,
+    BackendUnavailable,
+)
+from hicache_core.storage.file_index import FileIndex, move
+from hicache_core.storage.record_store import BLOCK_NBYTES, Record, RecordStore
+
+logger = logging.getLogger(__name__)
+
+_LOCK_POLL_S = 0.02
+
+
+@contextlib.contextmanager
+def os_errors(path: Path) -> Iterator[None]:
+    """Raises the ``BackendError`` that fits what the system raises."""
+    try:
+        yield
+    except BackendError:
+        raise
+    except OSError as exc:
+        raise _backend_error(path, exc) from exc
+
+
+def _backend_error(path: Path, exc: OSError) -> BackendError:
+    text = f"{path}: {exc.strerror or exc}"
+    match exc:
+        case PermissionError():
+            return BackendDenied(f"{text}; give this user read and write access")
+        case FileNotFoundError():
+            return BackendUnavailable(f"{text}; create the parent directory first")
+        case NotADirectoryError() | FileExistsError():
+            return BackendUnavailable(f"{text}; give the path of a directory")
+    match exc.errno:
+        case errno.EROFS:
+            return BackendDenied(f"{text}; give a path that can be written")
+        case errno.ENOSPC | errno.EDQUOT:
+            return BackendFull(f"{text}; free some space or lower max_nbytes")
+    return BackendUnavailable(text)
+
+
+class FileDirectory:
+    """The files under ``path``, and this process among those that use them.
+
+        path/index.sqlite         which object lies where (beside it SQLite's -wal and -shm)
+        path/segments/*.seg       the objects
+        path/owners/*.lock        one for each open backend, locked for as long as it lives
+        path/open.lock            held by whoever opens the directory
+
+    Files of other names are left alone.
+    """
+
+    def __init__(self, path: Path, *, timeout_s: float, durable: bool) -> None:
+        self.path = path
+        self._timeout_s = timeout_s
+        self.store = RecordStore(path / "segments")
+        self.index = FileIndex(path / "index.sqlite", timeout_s=timeout_s, durable=durable)
+        self.owner = 0
+        self.rebuilt = False
+        self._owner_fd = -1
+
+    def open(self) -> None:
+        """Makes or opens the directory, registers this process, cleans up after dead ones.
+
+        Raises:
+            BackendError: of the kind that fits, with what to do.
+        """
+        with os_errors(self.path):
+            self.path.mkdir(exist_ok=True)
+            (self.path / "segments").mkdir(exist_ok=True)
+            (self.path / "owners").mkdir(exist_ok=True)
+            with self._opening():
+                self._connect()
+                try:
+                    with self.index.transaction() as connection:
+                        self._register(connection)
+                        self._clean_up(connection)
+                except BaseException:
+                    self.index.close()
+                    raise
+
+    def close(self) -> None:
+        """Gives back what this process had claimed, and lets go of everything."""
+        try:
+            with self.index.transaction() as connection:
+                self._forget(connection, self.owner)
+        finally:
+            self._lock_path(self.owner).unlink(missing_ok=True)
+            os.close(self._owner_fd)
+            self.index.close()
+            self.store.close()
+
+    @contextlib.contextmanager
+    def _opening(self) -> Iterator[None]:
+        """One process at a time; waits for another one for a bounded time."""
+        fd = os.open(self.path / "open.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            deadline = time.monotonic() + self._timeout_s
+            while not _try_lock(fd):
+                if time.monotonic() > deadline:
+                    raise BackendTimeout(
+                        f"{self.path}: another process has been opening it for "
+                        f"{self._timeout_s:g} s; look at who holds open.lock"
+                    )
+                time.sleep(_LOCK_POLL_S)
+            yield
+        finally:
+            os.close(fd)
+
+    def _connect(self) -> None:
+        """Connects to the index; builds it anew from the segments if it is lost or damaged."""
+        lost = not self.index.path.exists() and self.store.segments()
+        if not lost:
+            try:
+                self.index.connect()
+                return
+            except BackendCorrupt as exc:
+                logger.warning("%s; building it anew from the segment files", exc)
+        if self._others_alive():
+            raise BackendCorrupt(
+                f"index {self.index.path} is lost or damaged while other processes use it; "
+                "close them, then open again to rebuild it"
+            )
+        for suffix in ("", "-wal", "-shm"):
+            Path(f"{self.index.path}{suffix}").unlink(missing_ok=True)
+        self.index.connect()
+        with self.index.transaction() as connection:
+            n_objects = self._rebuild(connection)
+        self.rebuilt = True
+        logger.warning("%s: index rebuilt, %d objects found", self.path, n_objects)
+
+    def _others_alive(self) -> bool:
+        for lock in (self.path / "owners").glob("*.lock"):
+            if not self._is_dead(lock):
+                return True
+            lock.unlink(missing_ok=True)
+        return False
+
+    @staticmethod
+    def _is_dead(lock: Path) -> bool:
+        """Whether nobody holds ``lock``; the answer stands while ``open.lock`` is held."""
+        try:
+            fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return True
+        try:
+            return _try_lock(fd)
+        finally:
+            os.close(fd)
+
+    def _lock_path(self, owner: int) -> Path:
+        return self.path / "owners" / f"{owner}.lock"
+
+    def _register(self, connection: sqlite3.Connection) -> None:
+        self.owner = move(connection, "owner")
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        self._owner_fd = os.open(self._lock_path(self.owner), flags, 0o644)
+        if not _try_lock(self._owner_fd):
+            raise BackendCorrupt(f"{self._lock_path(self.owner)} is held by another process")
+        connection.execute("INSERT INTO owners VALUES (?)", (self.owner,))
+
+    def _clean_up(self, connection: sqlite3.Connection) -> None:
+        """Frees what dead processes had claimed and removes what they left on the disk."""
+        owners = [owner for (owner,) in connection.execute("SELECT owner FROM owners")]
+        dead = [
+            owner
+            for owner in owners
+            if owner != self.owner and self._is_dead(self._lock_path(owner))
+        ]
+        for owner in dead:
+            self._forget(connection, owner)
+        alive = {self._lock_path(owner).name for owner in owners if owner not in dead}
+        for lock in (self.path / "owners").glob("*.lock"):
+            if lock.name not in alive:
+                lock.unlink(missing_ok=True)
+        known = {segment for (segment,) in connection.execute("SELECT segment FROM segments")}
+        present = set(self.store.segments())
+        for segment in present - known:
+            self.store.unlink(segment)
+        for segment in known - present:
+            self._forget_segment(connection, segment)
+        if dead or self.rebuilt:
+            self._punch_gaps(connection)
+
+    def _forget(self, connection: sqlite3.Connection, owner: int) -> None:
+        seq = move(connection, "seq")
+        connection.execute("UPDATE extents SET owner = NULL, seq = ? WHERE owner = ?", (seq, owner))
+        connection.execute("DELETE FROM owners WHERE owner = ?", (owner,))
+
+    def _forget_segment(self, connection: sqlite3.Connection, segment: int) -> None:
+        """Drops what the index says of a file that somebody removed."""
+        (nbytes,) = connection.execute(
+            "SELECT coalesce(sum(capacity), 0) FROM extents WHERE segment = ?", (segment,)
+        ).fetchone()
+        connection.execute("DELETE FROM extents WHERE segment = ?", (segment,))
+        connection.execute("DELETE FROM segments WHERE segment = ?", (segment,))
+        move(connection, "held", -nbytes)
+        move(connection, "epoch")
+        logger.warning("%s: segment %08x is gone, and its objects with it", self.path, segment)
+
+    def _punch_gaps(self, connection: sqlite3.Connection) -> None:
+        """Gives back the space between extents, which nobody can claim any more."""
+        for segment, end in connection.execute("SELECT segment, end FROM segments").fetchall():
+            at = BLOCK_NBYTES
+            for offset, capacity in [
+                *connection.execute(
+                    "SELECT offset, capacity FROM extents WHERE segment = ? ORDER BY offset",
+                    (segment,),
+                ),
+                (end, 0),
+            ]:
+                if offset > at:
+                    self.store.punch(segment, at, offset - at)
+                at = offset + capacity
+
+    def _rebuild(self, connection: sqlite3.Connection) -> int:
+        """Fills an empty index from the records' headers; how many objects there are."""
+        newest: dict[str, Record] = {}
+        generation = last = 0
+        for segment in self.store.segments():
+            last = max(last, segment)
+            end = self.store.end_of(segment)
+            connection.execute("INSERT INTO segments VALUES (?, ?)", (segment, end))
+            for record in self.store.scan(segment):
+                generation = max(generation, record.extent.generation)
+                before = newest.get(record.key)
+                if before is None or before.extent.generation < record.extent.generation:
+                    newest[record.key] = record
+        seq = move(connection, "seq", generation + 1)
+        move(connection, "segment", last)
+        move(connection, "held", sum(r.extent.capacity for r in newest.values()))
+        connection.executemany(
+            "INSERT INTO extents (segment, offset, capacity, generation, seq, key, nbytes, "
+            "written_at, used_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                (*r.extent[1:], seq, r.key, r.nbytes, r.written_at, r.written_at)
+                for r in newest.values()
+            ),
+        )
+        connection.execute(
+            "DELETE FROM segments WHERE segment NOT IN (SELECT segment FROM extents)"
+        )
+        return len(newest)
+
+
+def _try_lock(fd: int) -> bool:
+    """Takes the whole-file lock of ``fd`` unless somebody else has it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

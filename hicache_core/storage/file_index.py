@@ -1,0 +1,287 @@
+"""The index of the file backend: an SQLite database, and what this process remembers of it.
+
+Every stretch of every segment that is or was in use is one row of ``extents``:
+
+    key set                 published: the object can be read
+    key NULL, owner set     claimed: that process is writing there
+    key NULL, owner NULL    free: anybody may claim it
+
+Each change of a row takes the next ``seq``, so a process learns what others did by reading the rows
+above the last ``seq`` it saw. Rows are deleted only where space is given back to the file system;
+then ``epoch`` moves on and everybody reads the table anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from hicache_core.errors import (
+    BackendCorrupt,
+    BackendDenied,
+    BackendError,
+    BackendFull,
+    BackendTimeout,
+    BackendUnavailable,
+)
+from hicache_core.storage.record_store import Extent
+
+APPLICATION_ID = 0x48694361  # "HiCa"
+FORMAT_VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+INSERT INTO counters VALUES ('seq', 0), ('epoch', 0), ('segment', 0), ('owner', 0), ('held', 0);
+CREATE TABLE segments (segment INTEGER PRIMARY KEY, end INTEGER NOT NULL);
+CREATE TABLE owners (owner INTEGER PRIMARY KEY);
+CREATE TABLE extents (
+    extent_id INTEGER PRIMARY KEY,
+    segment INTEGER NOT NULL,
+    offset INTEGER NOT NULL,
+    capacity INTEGER NOT NULL,
+    generation INTEGER NOT NULL,
+    seq INTEGER NOT NULL,
+    owner INTEGER,
+    key TEXT,
+    nbytes INTEGER,
+    written_at REAL,
+    used_at REAL
+);
+CREATE UNIQUE INDEX by_key ON extents (key) WHERE key IS NOT NULL;
+CREATE INDEX by_use ON extents (used_at) WHERE key IS NOT NULL;
+CREATE INDEX by_capacity ON extents (capacity) WHERE key IS NULL AND owner IS NULL;
+CREATE INDEX by_owner ON extents (owner) WHERE owner IS NOT NULL;
+CREATE UNIQUE INDEX by_place ON extents (segment, offset);
+CREATE INDEX by_seq ON extents (seq);
+"""
+
+_ERRORS: dict[int, tuple[type[BackendError], str]] = {
+    sqlite3.SQLITE_BUSY: (BackendTimeout, "another process held its lock for too long"),
+    sqlite3.SQLITE_LOCKED: (BackendTimeout, "another process held its lock for too long"),
+    sqlite3.SQLITE_FULL: (BackendFull, "the disk is full"),
+    sqlite3.SQLITE_READONLY: (BackendDenied, "it may not be written; check owner and mount"),
+    sqlite3.SQLITE_PERM: (BackendDenied, "it may not be opened; check its owner"),
+    sqlite3.SQLITE_CANTOPEN: (BackendDenied, "it cannot be opened; check owner and mount"),
+    sqlite3.SQLITE_CORRUPT: (BackendCorrupt, "it is damaged; reopen the backend to rebuild it"),
+    sqlite3.SQLITE_NOTADB: (BackendCorrupt, "it is damaged; reopen the backend to rebuild it"),
+}
+
+
+@contextlib.contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """Raises the ``BackendError`` that fits what SQLite raises."""
+    try:
+        yield
+    except sqlite3.Error as exc:
+        code = getattr(exc, "sqlite_errorcode", 0) & 0xFF
+        kind, advice = _ERRORS.get(code, (BackendUnavailable, "see the text before"))
+        raise kind(f"index {path}: {exc}: {advice}") from exc
+
+
+class Row(NamedTuple):
+    """A published object, as this process remembers it."""
+
+    extent: Extent
+    nbytes: int
+    written_at: float
+
+
+class FileIndex:
+    """Two connections: one writes, one follows what all processes write.
+
+    Threads: every method may be called from any thread. Reads never wait for writers, since the
+    index is in WAL mode.
+    """
+
+    def __init__(self, path: Path, *, timeout_s: float, durable: bool) -> None:
+        self.path = path
+        self._timeout_s = timeout_s
+        self._durable = durable
+        self._read_lock = threading.Lock()
+        self._write_lock = threading.Lock()
+        self._rows: dict[str, Row] = {}
+        self._keys: dict[int, str] = {}  # extent_id -> key, of those in _rows
+        self._version = 0  # moves on whenever _rows or _segments change
+        self._seen = (-1, -1, -1)  # data_version, epoch, seq
+        self.segments: frozenset[int] = frozenset()  # as of the last change of epoch
+
+    def connect(self) -> None:
+        """Opens both connections, makes the tables where there are none, checks what is there.
+
+        Raises:
+            BackendCorrupt: the file is no sound index of this version.
+            BackendError: it cannot be opened.
+        """
+        with translated(self.path):
+            self._writer = self._connection()
+            try:
+                self._check()
+                self._reader = self._connection()
+            except BaseException:
+                self._writer.close()
+                raise
+
+    def _connection(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            self.path,
+            timeout=self._timeout_s,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=64,
+        )
+        # A killed process loses nothing even with OFF; only a power cut may, and then the index is
+        # rebuilt. FULL is for those who asked for fsync.
+        connection.execute(f"PRAGMA synchronous = {'FULL' if self._durable else 'OFF'}")
+        return connection
+
+    def _check(self) -> None:
+        connection = self._writer
+        (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if tables == 0:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.executescript(
+                f"BEGIN IMMEDIATE; PRAGMA application_id = {APPLICATION_ID}; "
+                f"PRAGMA user_version = {FORMAT_VERSION}; {_SCHEMA} COMMIT;"
+            )
+        (application,) = connection.execute("PRAGMA application_id").fetchone()
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if (application, version) != (APPLICATION_ID, FORMAT_VERSION):
+            raise BackendCorrupt(
+                f"index {self.path} is of application {application:#x}, version {version}; "
+                f"expected {APPLICATION_ID:#x}, version {FORMAT_VERSION}"
+            )
+        (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise BackendCorrupt(f"index {self.path} is damaged: {verdict}")
+
+    def close(self) -> None:
+        """Closes both connections."""
+        with self._write_lock, self._read_lock:
+            self._writer.close()
+            self._reader.close()
+            self._rows.clear()
+            self._keys.clear()
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """The writing connection, in a transaction that ends with the block."""
+        with translated(self.path), self._write_lock:
+            connection = self._writer
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
+
+    def lookup(self, keys: Sequence[str]) -> tuple[int, list[Row | None]]:
+        """What is known of ``keys`` now, and the version to ask ``unchanged`` about."""
+        with self._read_lock:
+            self._follow()
+            return self._version, list(map(self._rows.get, keys))
+
+    def leading(self, keys: Sequence[str], older_than: float) -> int:
+        """How many leading keys are present and were written after ``older_than``."""
+        with self._read_lock:
+            self._follow()
+            rows = self._rows
+            for n, key in enumerate(keys):
+                row = rows.get(key)
+                if row is None or row.written_at <= older_than:
+                    return n
+        return len(keys)
+
+    def unchanged(self, version: int, keys: Sequence[str], rows: Sequence[Row | None]) -> int:
+        """How many leading ``rows`` still stand as ``lookup`` gave them.
+
+        Whoever read extents asks this afterwards: an extent is written again only after its row
+        was changed, so bytes that were read before the row changed are those of the key.
+        """
+        with self._read_lock:
+            self._follow()
+            if self._version == version:
+                return len(rows)
+            for n, (key, row) in enumerate(zip(keys, rows, strict=True)):
+                if self._rows.get(key) != row:
+                    return n
+        return len(rows)
+
+    def keys(self, prefix: str, older_than: float) -> list[str]:
+        """Every key that starts with ``prefix`` and was written after ``older_than``."""
+        with self._read_lock:
+            self._follow()
+            return [
+                key
+                for key, row in self._rows.items()
+                if key.startswith(prefix) and row.written_at > older_than
+            ]
+
+    def totals(self) -> tuple[int, int, int]:
+        """Number of objects, their bytes, and the bytes of all extents."""
+        with self._read_lock, translated(self.path):
+            self._follow()
+            (held,) = self._reader.execute(
+                "SELECT value FROM counters WHERE name = 'held'"
+            ).fetchone()
+            return len(self._rows), sum(row.nbytes for row in self._rows.values()), held
+
+    @property
+    def epoch(self) -> int:
+        """Moves on when rows were deleted; ``segments`` is of this epoch."""
+        return self._seen[1]
+
+    def _follow(self) -> None:
+        """Takes over what any connection committed since the last call. Holds the read lock."""
+        with translated(self.path):
+            connection = self._reader
+            (data_version,) = connection.execute("PRAGMA data_version").fetchone()
+            if data_version == self._seen[0]:
+                return
+            connection.execute("BEGIN")
+            try:
+                (epoch,) = connection.execute(
+                    "SELECT value FROM counters WHERE name = 'epoch'"
+                ).fetchone()
+                last = self._seen[2] if epoch == self._seen[1] else -1
+                if last == -1:
+                    self._rows.clear()
+                    self._keys.clear()
+                    self.segments = frozenset(
+                        segment for (segment,) in connection.execute("SELECT segment FROM segments")
+                    )
+                last = self._take_over(connection, last)
+            finally:
+                connection.execute("COMMIT")
+            self._version += 1
+            self._seen = (data_version, epoch, last)
+
+    def _take_over(self, connection: sqlite3.Connection, last: int) -> int:
+        """Applies the changes above ``last``; the seq of the newest."""
+        changes = connection.execute(
+            "SELECT extent_id, segment, offset, capacity, generation, key, nbytes, written_at, seq "
+            "FROM extents WHERE seq > ? ORDER BY seq",
+            (last,),
+        )
+        for *extent, key, nbytes, written_at, seq in changes:
+            last = seq
+            before = self._keys.pop(extent[0], None)
+            if before is not None and self._rows[before].extent.extent_id == extent[0]:
+                del self._rows[before]
+            if key is not None:
+                self._rows[key] = Row(Extent(*extent), nbytes, written_at)
+                self._keys[extent[0]] = key
+        return last
+
+
+def move(connection: sqlite3.Connection, counter: str, by: int = 1) -> int:
+    """Moves a counter on; its new value."""
+    row = connection.execute(
+        "UPDATE counters SET value = value + ? WHERE name = ? RETURNING value", (by, counter)
+    ).fetchone()
+    return int(row[0])

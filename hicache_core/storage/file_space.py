@@ -1,0 +1,391 @@
+"""Who may write where in the segment files: claims, eviction, and giving space back."""
+
+from __future__ import annotations
+
+import itertools
+import sqlite3
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from hicache_core.storage.file_index import FileIndex, move
+from hicache_core.storage.record_store import (
+    BLOCK_NBYTES,
+    SEGMENT_NBYTES,
+    Extent,
+    RecordStore,
+    capacity_for,
+)
+
+SWEEP_INTERVAL_S = 10.0
+"""Objects past their TTL are looked for this often at most, when room is needed."""
+
+_MAX_PENDING_USES = 4096
+_SPREAD = 2  # files that one batch is written to, since writers of one file wait for each other
+_EMPTY = "key = NULL, nbytes = NULL, written_at = NULL, used_at = NULL"
+_FREE = f"{_EMPTY}, owner = NULL"
+
+
+class Wanted(NamedTuple):
+    """An object that is to be stored."""
+
+    key: str
+    nbytes: int
+
+
+class _Place(NamedTuple):
+    extent_id: int
+    segment: int
+    offset: int
+    capacity: int
+
+
+class FileSpace:
+    """Hands out extents under a byte cap, the least recently used objects making room.
+
+    All of it happens in transactions of the index, so it holds among processes. Space is taken, in
+    this order: free extents that fit; fresh space below the cap; objects past their TTL; free
+    extents of other lengths; the least recently used objects. An extent of the right length is
+    written again where it lies: its pages are warm in the page cache, fresh ones are slow.
+
+    Threads: every method may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        index: FileIndex,
+        store: RecordStore,
+        *,
+        ttl_s: float | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self._index = index
+        self._store = store
+        self._ttl_s = ttl_s
+        self._clock = clock
+        self.max_nbytes = 0
+        self.owner = 0
+        self._uses: dict[Extent, float] = {}
+        self._uses_lock = threading.Lock()
+        self._next_sweep = 0.0
+        self.evicted_objects = 0
+        self.expired_objects = 0
+
+    def claim(self, wanted: Sequence[Wanted]) -> list[Extent | None]:
+        """An extent for each of the leading ``wanted`` that there is room for.
+
+        None stands for an object that is stored already. The list ends where the room ends. The
+        caller writes the extents and then calls ``publish``, or ``release``, or ``give_up``.
+        """
+        now = self._clock()
+        dropped: list[_Place] = []
+        with self._index.transaction() as connection:
+            seq = move(connection, "seq")
+            stored = self._refresh_stored(connection, wanted, now, seq)
+            self._flush_uses(connection)
+            extents: list[Extent | None] = []
+            for item in itertools.groupby(
+                wanted, lambda w: 0 if w.key in stored else capacity_for(w.nbytes)
+            ):
+                capacity, n = item[0], len(list(item[1]))
+                if capacity == 0:
+                    extents += [None] * n
+                    continue
+                kept = frozenset(stored.values())
+                places = self._take(connection, capacity, n, seq, kept, dropped)
+                extents += [Extent(*place, seq) for place in places]
+                if len(places) < n:
+                    break
+            emptied = self._remove_empty(connection, dropped)
+        self._give_back(dropped, emptied)
+        return extents
+
+    def publish(self, done: Sequence[tuple[Extent, Wanted]], written_at: float) -> None:
+        """Makes written extents readable by all; where another process was first, its copy stays.
+
+        Of the objects of one call the earlier ones count as used later: in a chain of pages the
+        last one has to go first.
+        """
+        with self._index.transaction() as connection:
+            seq = move(connection, "seq")
+            parameters = [
+                (want.key, want.nbytes, written_at, written_at - n * 1e-6, seq, extent.extent_id)
+                for n, (extent, want) in enumerate(done)
+            ]
+            cursor = connection.executemany(
+                "UPDATE OR IGNORE extents SET owner = NULL, key = ?, nbytes = ?, written_at = ?, "
+                "used_at = ?, seq = ? WHERE extent_id = ?",
+                parameters,
+            )
+            if cursor.rowcount != len(done):
+                self._free(connection, (extent for extent, _ in done), seq)
+
+    def release(self, extents: Iterable[Extent]) -> None:
+        """Gives claimed extents back unused."""
+        with self._index.transaction() as connection:
+            self._free(connection, extents, move(connection, "seq"))
+
+    def give_up(self, extents: Sequence[Extent]) -> None:
+        """Gives claimed extents back to the file system: it had no room for them."""
+        dropped = [_Place(*extent[:4]) for extent in extents]
+        with self._index.transaction() as connection:
+            self._drop(connection, dropped)
+            emptied = self._remove_empty(connection, dropped)
+        self._give_back(dropped, emptied)
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Frees what is stored under ``keys``."""
+        with self._index.transaction() as connection:
+            seq = move(connection, "seq")
+            connection.executemany(
+                f"UPDATE extents SET {_FREE}, seq = ? WHERE key = ?", ((seq, key) for key in keys)
+            )
+
+    def clear(self, prefix: str) -> int:
+        """Frees what is stored under keys that start with ``prefix``; how many there were."""
+        with self._index.transaction() as connection:
+            seq = move(connection, "seq")
+            cursor = connection.execute(
+                f"UPDATE extents SET {_FREE}, seq = ? WHERE key >= ? AND key < ?",
+                (seq, prefix, prefix + "\x7f"),  # keys are of [0-9a-z/], all below DEL
+            )
+            return cursor.rowcount
+
+    def used(self, extents: Sequence[Extent]) -> None:
+        """Remembers that these were read now; written down in batches."""
+        now = self._clock()
+        with self._uses_lock:
+            for n, extent in enumerate(extents):
+                self._uses[extent] = now - n * 1e-6
+            full = len(self._uses) >= _MAX_PENDING_USES
+        if full:
+            self.flush_uses()
+
+    def flush_uses(self) -> None:
+        """Writes down when objects were used, for all processes and the next start."""
+        if self._uses:
+            with self._index.transaction() as connection:
+                self._flush_uses(connection)
+
+    def trim(self) -> None:
+        """Removes least recently used objects until all fits below the cap."""
+        dropped: list[_Place] = []
+        with self._index.transaction() as connection:
+            while self._held(connection) > self.max_nbytes:
+                victims = self._unused(connection, 0, 64) or self._oldest(
+                    connection, 64, frozenset()
+                )
+                if not victims:
+                    break
+                self._drop(connection, victims)
+                dropped += victims
+            emptied = self._remove_empty(connection, dropped)
+        self._give_back(dropped, emptied)
+
+    # From here on: inside a transaction, but for _give_back.
+
+    def _refresh_stored(
+        self, connection: sqlite3.Connection, wanted: Sequence[Wanted], now: float, seq: int
+    ) -> dict[str, int]:
+        """The keys that are stored and stay, with their extents.
+
+        Frees what is too old or of another length.
+        """
+        oldest = now - self._ttl_s if self._ttl_s is not None else float("-inf")
+        stored: dict[str, int] = {}
+        used = []
+        for n, want in enumerate(wanted):
+            found = connection.execute(
+                "SELECT extent_id, nbytes, written_at FROM extents WHERE key = ?", (want.key,)
+            ).fetchone()
+            if found is None:
+                continue
+            if found[1] == want.nbytes and found[2] > oldest:
+                stored[want.key] = found[0]
+                used.append((now - n * 1e-6, found[0]))
+            else:
+                connection.execute(
+                    f"UPDATE extents SET {_FREE}, seq = ? WHERE extent_id = ?", (seq, found[0])
+                )
+        connection.executemany("UPDATE extents SET used_at = ? WHERE extent_id = ?", used)
+        return stored
+
+    def _take(
+        self,
+        connection: sqlite3.Connection,
+        capacity: int,
+        n: int,
+        seq: int,
+        kept: frozenset[int],
+        dropped: list[_Place],
+    ) -> list[_Place]:
+        """Claims up to ``n`` extents of ``capacity``, evicting none of the extents ``kept``."""
+        places = self._reuse(connection, capacity, n, seq)
+        places += self._grow(connection, capacity, n - len(places), seq)
+        if len(places) < n and capacity <= self.max_nbytes:
+            self._sweep(connection, seq)
+            places += self._reuse(connection, capacity, n - len(places), seq)
+        while len(places) < n and capacity <= self.max_nbytes:
+            missing = n - len(places)
+            victims = self._unused(connection, capacity, missing)
+            if not victims:
+                victims = self._oldest(connection, missing, kept)
+                self.evicted_objects += len(victims)
+            if not victims:
+                break
+            fitting = [place for place in victims if place.capacity == capacity]
+            others = [place for place in victims if place.capacity != capacity]
+            self._mark(connection, fitting, seq)
+            self._drop(connection, others)
+            dropped += others
+            places += fitting
+            places += self._grow(connection, capacity, n - len(places), seq)
+        return places
+
+    def _reuse(
+        self, connection: sqlite3.Connection, capacity: int, n: int, seq: int
+    ) -> list[_Place]:
+        """Claims free extents of exactly ``capacity``."""
+        rows = connection.execute(
+            "SELECT extent_id, segment, offset, capacity FROM extents "
+            "WHERE key IS NULL AND owner IS NULL AND capacity = ? ORDER BY extent_id LIMIT ?",
+            (capacity, n),
+        )
+        places = [_Place(*row) for row in rows]
+        self._mark(connection, places, seq)
+        return places
+
+    def _grow(
+        self, connection: sqlite3.Connection, capacity: int, n: int, seq: int
+    ) -> list[_Place]:
+        """Claims fresh space at the ends of segments, as far as the cap allows."""
+        n = min(n, max(0, self.max_nbytes - self._held(connection)) // capacity)
+        places: list[_Place] = []
+        (next_id,) = connection.execute(
+            "SELECT coalesce(max(extent_id), 0) + 1 FROM extents"
+        ).fetchone()
+        share = max(1, -(-n // _SPREAD))
+        taken: set[int] = set()
+        while len(places) < n:
+            segment, end = self._open_segment(connection, capacity, taken)
+            fit = max(1, (SEGMENT_NBYTES - end) // capacity)
+            count = min(share, fit, n - len(places))
+            for i in range(count):
+                places.append(_Place(next_id + len(places), segment, end + i * capacity, capacity))
+            connection.execute(
+                "UPDATE segments SET end = ? WHERE segment = ?", (end + count * capacity, segment)
+            )
+            taken.add(segment)
+        connection.executemany(
+            "INSERT INTO extents (extent_id, segment, offset, capacity, generation, seq, owner) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
+            ((*place, seq, seq, self.owner) for place in places),
+        )
+        move(connection, "held", capacity * len(places))
+        return places
+
+    def _open_segment(
+        self, connection: sqlite3.Connection, capacity: int, taken: set[int]
+    ) -> tuple[int, int]:
+        """A segment with room for one more extent, and its end; makes one if there is none."""
+        for segment, end in connection.execute(
+            "SELECT segment, end FROM segments WHERE end + ? <= ? ORDER BY segment",
+            (capacity, SEGMENT_NBYTES),
+        ):
+            if segment not in taken:
+                return segment, end
+        while True:
+            segment = move(connection, "segment")
+            try:
+                self._store.create(segment)
+            except FileExistsError:  # somebody else's file has that name
+                continue
+            connection.execute("INSERT INTO segments VALUES (?, ?)", (segment, BLOCK_NBYTES))
+            return segment, BLOCK_NBYTES
+
+    def _unused(self, connection: sqlite3.Connection, capacity: int, n: int) -> list[_Place]:
+        """Free extents of another length than ``capacity``."""
+        rows = connection.execute(
+            "SELECT extent_id, segment, offset, capacity FROM extents "
+            "WHERE key IS NULL AND owner IS NULL AND capacity != ? LIMIT ?",
+            (capacity, n),
+        )
+        return [_Place(*row) for row in rows]
+
+    def _oldest(self, connection: sqlite3.Connection, n: int, kept: frozenset[int]) -> list[_Place]:
+        """The least recently used objects, without those in ``kept``."""
+        rows = connection.execute(
+            "SELECT extent_id, segment, offset, capacity FROM extents "
+            "WHERE key IS NOT NULL ORDER BY used_at LIMIT ?",
+            (n + len(kept),),
+        )
+        return [_Place(*row) for row in rows if row[0] not in kept][:n]
+
+    def _sweep(self, connection: sqlite3.Connection, seq: int) -> None:
+        """Frees the objects past their TTL, now and then."""
+        now = self._clock()
+        if self._ttl_s is None or now < self._next_sweep:
+            return
+        self._next_sweep = now + min(SWEEP_INTERVAL_S, self._ttl_s)
+        cursor = connection.execute(
+            f"UPDATE extents SET {_FREE}, seq = ? WHERE key IS NOT NULL AND written_at <= ?",
+            (seq, now - self._ttl_s),
+        )
+        self.expired_objects += cursor.rowcount
+
+    def _mark(self, connection: sqlite3.Connection, places: Sequence[_Place], seq: int) -> None:
+        """Claims ``places`` for this process."""
+        connection.executemany(
+            f"UPDATE extents SET {_EMPTY}, owner = ?, generation = ?, seq = ? WHERE extent_id = ?",
+            ((self.owner, seq, seq, place.extent_id) for place in places),
+        )
+
+    def _free(self, connection: sqlite3.Connection, extents: Iterable[Extent], seq: int) -> None:
+        """Frees those of ``extents`` that this process still has claimed."""
+        connection.executemany(
+            "UPDATE extents SET owner = NULL, seq = ? WHERE extent_id = ? AND owner = ?",
+            ((seq, extent.extent_id, self.owner) for extent in extents),
+        )
+
+    def _drop(self, connection: sqlite3.Connection, places: Sequence[_Place]) -> None:
+        """Deletes the rows of ``places``: their space goes back to the file system."""
+        if places:
+            connection.executemany(
+                "DELETE FROM extents WHERE extent_id = ?", ((p.extent_id,) for p in places)
+            )
+            move(connection, "held", -sum(place.capacity for place in places))
+            move(connection, "epoch")
+
+    def _remove_empty(self, connection: sqlite3.Connection, dropped: Sequence[_Place]) -> set[int]:
+        """Deletes the rows of segments that hold no extent any more."""
+        emptied = set()
+        for segment in {place.segment for place in dropped}:
+            cursor = connection.execute(
+                "DELETE FROM segments WHERE segment = ?1 "
+                "AND NOT EXISTS (SELECT 1 FROM extents WHERE segment = ?1)",
+                (segment,),
+            )
+            if cursor.rowcount:
+                emptied.add(segment)
+        return emptied
+
+    def _give_back(self, dropped: Sequence[_Place], emptied: set[int]) -> None:
+        """Frees disk space that no row speaks of any more: nobody else can get at it."""
+        for segment in emptied:
+            self._store.unlink(segment)
+        for place in dropped:
+            if place.segment not in emptied:
+                self._store.punch(place.segment, place.offset, place.capacity)
+
+    def _held(self, connection: sqlite3.Connection) -> int:
+        (held,) = connection.execute("SELECT value FROM counters WHERE name = 'held'").fetchone()
+        return int(held)
+
+    def _flush_uses(self, connection: sqlite3.Connection) -> None:
+        with self._uses_lock:
+            uses, self._uses = self._uses, {}
+        connection.executemany(
+            "UPDATE extents SET used_at = ? "
+            "WHERE extent_id = ? AND generation = ? AND key IS NOT NULL AND used_at < ?",
+            ((at, e.extent_id, e.generation, at) for e, at in uses.items()),
+        )
