@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from typing import NoReturn
 
 from hicache_core.errors import IntegrityError, PoolExhausted, SpecError
 
@@ -57,12 +58,9 @@ class PageAllocator:
         """
         used = self._used
         n_used = len(used) - len(pages)
-        if not used.issuperset(pages):
-            raise IntegrityError(self._explain(pages))
         used.difference_update(pages)
         if len(used) != n_used:
-            used.update(pages)
-            raise IntegrityError(self._explain(pages))
+            self._refuse(pages)
         self._free.extend(pages[::-1])
 
     def is_used(self, page: int) -> bool:
@@ -84,11 +82,16 @@ class PageAllocator:
             lost = sorted(set(range(self.n_pages)) ^ (free | self._used))
             raise IntegrityError(f"pages {lost[:8]} are lost, or not of this pool")
 
-    def _explain(self, pages: Sequence[int]) -> str:
-        foreign = sorted({p for p in pages if not 0 <= p < self.n_pages})
+    def _refuse(self, pages: Sequence[int]) -> NoReturn:
+        """Puts back what ``free`` took out of the set before it saw that a page was not in it."""
+        free = set(self._free)
+        named = set(pages)
+        foreign = sorted(page for page in named if not 0 <= page < self.n_pages)
+        self._used |= named.difference(free, foreign)
         if foreign:
-            return f"pages {foreign[:8]} do not exist in a pool of {self.n_pages} pages"
-        unused = sorted({p for p in pages if p not in self._used})
-        if unused:
-            return f"pages {unused[:8]} are freed, but they are free already"
-        return "a page is named twice in one call of free()"
+            raise IntegrityError(
+                f"pages {foreign[:8]} do not exist in a pool of {self.n_pages} pages"
+            )
+        if twice := sorted(named & free):
+            raise IntegrityError(f"pages {twice[:8]} are freed, but they are free already")
+        raise IntegrityError("a page is named twice in one call of free()")

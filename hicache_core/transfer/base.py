@@ -8,8 +8,6 @@ from array import array
 from collections.abc import Callable
 from typing import TypeAlias
 
-import torch
-
 from hicache_core.errors import IntegrityError, SpecError
 from hicache_core.pools.device import DevicePool
 from hicache_core.pools.host import HostPool
@@ -167,8 +165,3 @@ class Transfer(ABC):
                 raise IntegrityError(
                     f"{name} pages {min(pages)} to {max(pages)} in a pool of {n_pages} pages"
                 )
-
-
-def device_rows(buffer: torch.Tensor) -> torch.Tensor:
-    """A device buffer as bytes: uint8 (n_pages, page_size, row_nbytes), a view."""
-    return buffer.view(*buffer.shape[:2], -1).view(torch.uint8)

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from hicache_core.pools.device import DevicePool
 from hicache_core.pools.host import HostPool
-from hicache_core.transfer.base import (
-    CopyLayers,
-    CopyQueue,
-    Direction,
-    PageIds,
-    Transfer,
-    device_rows,
-)
+from hicache_core.transfer.base import CopyLayers, CopyQueue, Direction, PageIds, Transfer
+from hicache_core.transfer.words import row_words
 
 
 class DirectTransfer(Transfer):
@@ -30,8 +24,7 @@ class DirectTransfer(Transfer):
     ) -> None:
         # docstring inherited
         super().__init__(device_pool, host_pool, queue, store_queue)
-        self._device = [[device_rows(t) for t in layers] for layers in device_pool.buffers]
-        self._host = [host_pool.rows(c) for c in range(len(host_pool.spec.components))]
+        self._device, self._host = row_words(device_pool, host_pool)
 
     def _prepare(
         self, direction: Direction, device_pages: PageIds, host_pages: PageIds

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from array import array
 
 import torch
 
 from hicache_core.pools.device import DevicePool
 from hicache_core.pools.host import HostPool
-from hicache_core.transfer.base import (
-    CopyLayers,
-    CopyQueue,
-    Direction,
-    PageIds,
-    Transfer,
-    device_rows,
-)
-
-WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+from hicache_core.transfer.base import CopyLayers, CopyQueue, Direction, PageIds, Transfer
+from hicache_core.transfer.words import row_words
 
 
 class KernelTransfer(Transfer):
@@ -33,14 +24,7 @@ class KernelTransfer(Transfer):
     ) -> None:
         # docstring inherited
         super().__init__(device_pool, host_pool, queue, store_queue)
-        self._device: list[list[torch.Tensor]] = []
-        self._host: list[torch.Tensor] = []
-        for component, layers in enumerate(device_pool.buffers):
-            on_device = [device_rows(layer) for layer in layers]
-            on_host = host_pool.rows(component)
-            word = _widest_word([on_host, *on_device])
-            self._device.append([rows.view(word) for rows in on_device])
-            self._host.append(on_host.view(word))
+        self._device, self._host = row_words(device_pool, host_pool)
 
     def _prepare(
         self, direction: Direction, device_pages: PageIds, host_pages: PageIds
@@ -62,11 +46,3 @@ class KernelTransfer(Transfer):
 def index_of(pages: PageIds) -> torch.Tensor:
     """Page ids as an int64 tensor (n_pages,): a copy, so that the caller may reuse its array."""
     return torch.tensor(array("q", pages), dtype=torch.int64)
-
-
-def _widest_word(tensors: list[torch.Tensor]) -> torch.dtype:
-    """The widest integer in which all these bytes can be addressed: fewer elements to move."""
-    unit = 8
-    for tensor in tensors:
-        unit = math.gcd(unit, tensor.shape[-1], int(tensor.storage_offset()), *tensor.stride()[:-1])
-    return WORDS[unit]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hicache_core.errors import SpecError
 from hicache_core.pools.device import DevicePool
 from hicache_core.pools.host import HostPool
+from hicache_core.transfer import native
 from hicache_core.transfer.base import CopyQueue, Transfer
 from hicache_core.transfer.direct import DirectTransfer
 from hicache_core.transfer.kernel import KernelTransfer
@@ -32,6 +33,9 @@ def open_transfer(
     """
     if io_backend not in IO_BACKENDS:
         raise SpecError(f"no io backend {io_backend!r}; there are: {', '.join(IO_BACKENDS)}")
-    transfer = IO_BACKENDS[io_backend](device_pool, host_pool, queue or ThreadQueue())
+    kind = IO_BACKENDS[io_backend]
+    if native.IS_BUILT and device_pool.device.type == "cpu":
+        kind = native.NativeTransfer
+    transfer = kind(device_pool, host_pool, queue or ThreadQueue())
     transfer.open()
     return transfer

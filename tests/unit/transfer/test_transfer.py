@@ -18,6 +18,7 @@ from hicache_core.kv_spec import Component, KVSpec
 from hicache_core.pools.device import DevicePool, paged
 from hicache_core.pools.host import HostPool
 from hicache_core.pools.layout import LAYOUTS
+from hicache_core.transfer import native
 from hicache_core.transfer.base import CopyQueue, Transfer
 from hicache_core.transfer.direct import DirectTransfer
 from hicache_core.transfer.kernel import KernelTransfer
@@ -25,6 +26,8 @@ from hicache_core.transfer.open import open_transfer
 from hicache_core.transfer.queues import InlineQueue, ThreadQueue
 
 TRANSFERS: list[type[Transfer]] = [DirectTransfer, KernelTransfer]
+if native.IS_BUILT:
+    TRANSFERS.append(native.NativeTransfer)
 MHA = KVSpec.mha(num_layers=3, num_heads=2, head_dim=8, dtype="bfloat16", fingerprint="f")
 
 
@@ -230,3 +233,27 @@ def test_engine_owned_slots_with_gaps_between_tokens_are_copied(kind: type[Trans
     assert transfer.to_device(array("i", [4]), array("i", [0])).error is None
     assert torch.equal(slots[0:4], slots[8:12])
     transfer.close()
+
+
+def big_spec(head_dim: int) -> KVSpec:
+    """Three pages of it are past the 4 MiB from which the native module stores past the cache."""
+    return KVSpec.mha(
+        num_layers=1, num_heads=8, head_dim=head_dim, dtype="bfloat16", fingerprint="f"
+    )
+
+
+@pytest.mark.parametrize("head_dim", [128, 100, 3], ids=["whole lines", "not lines", "odd"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", TRANSFERS)
+def test_large_copies_are_exact_there_and_back(
+    kind: type[Transfer], layout: str, head_dim: int
+) -> None:
+    page_size = 400 * 128 // head_dim
+    with opened(kind, layout, big_spec(head_dim), page_size, ThreadQueue()) as world:
+        down_device, down_host = array("i", [4, 1, 3]), array("i", [0, 6, 5])
+        assert world.transfer.to_host(down_device, down_host).wait(20)
+        for on_device, on_host in zip(world.device_rows(), world.host_rows(), strict=True):
+            assert torch.equal(on_device[down_device], on_host[down_host])
+        assert world.transfer.to_device(down_host, array("i", [2, 0, 1])).wait(20)
+        for on_device, on_host in zip(world.device_rows(), world.host_rows(), strict=True):
+            assert torch.equal(on_device[[2, 0, 1]], on_host[down_host])
