@@ -171,6 +171,13 @@ class TreeMachine(RuleBasedStateMachine):
             if leaf is not None:
                 self._begin_to_host(leaf, pages, is_new=True)
 
+    @rule(prompt=PROMPTS, seed=SEEDS)
+    def prefetch_at_once(self, prompt: list[int], seed: bytes) -> None:
+        n_before = len(self.to_host)
+        self.prefetch_begins(prompt, seed)
+        if len(self.to_host) > n_before:
+            self.copy_to_host_ends(n_before, len(prompt))
+
     def _begin_to_host(self, node: Node, pages: array[int], *, is_new: bool) -> None:
         if not is_new:
             self.tree.attach_host(node, pages)
@@ -212,6 +219,11 @@ class TreeMachine(RuleBasedStateMachine):
             self.model.locks[paths[-1]] += 1
             self.model.host_locks[paths[-1]] += 1
             self.to_device.append(Copy(match.node, paths))
+
+    @rule(prompt=PROMPTS, seed=SEEDS)
+    def load_back_in_parts(self, prompt: list[int], seed: bytes) -> None:
+        for end in range(1, len(prompt) + 1, 2):
+            self.load_back_begins(prompt[:end], seed)
 
     @precondition(lambda self: self.to_device)
     @rule(pick=PICKS, ok=st.booleans())
@@ -324,8 +336,8 @@ def test_tree_equals_the_model(policy: str, page_size: int) -> None:
     """No sequence of calls makes the tree and the page-by-page model disagree."""
     machine = type("Machine", (TreeMachine,), {"policy": policy, "page_size": page_size})
     settings_of_run = settings(
-        max_examples=25,
-        stateful_step_count=40,
+        max_examples=60,
+        stateful_step_count=60,
         deadline=None,
         suppress_health_check=[HealthCheck.too_slow],
     )
