@@ -322,9 +322,9 @@ class TreeMachine(RuleBasedStateMachine):
             self.storage_write_ends(0)
         while self.locked:
             self.unlock(0)
-        while self.tree.n_device_pages:
+        for _ in range(self.tree.n_device_pages):
             self.evict_from_device(3)
-        while self.tree.n_host_pages:
+        for _ in range(self.tree.n_host_pages):
             self.evict_from_host(3)
         assert self.tree.n_nodes == 0
         self.tree_equals_model()
