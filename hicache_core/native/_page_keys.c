@@ -222,7 +222,7 @@ static int64_t id_of(PyObject *item) {
     if (index == NULL) return -1;
     const unsigned long long id = PyLong_AsUnsignedLongLong(index);
     Py_DECREF(index);
-    if (PyErr_Occurred()) return -1;
+    if (id == (unsigned long long)-1 && PyErr_Occurred()) return -1;
     if (id > UINT32_MAX) {
         PyErr_SetString(PyExc_OverflowError, "a token id is larger than 2**32 - 1");
         return -1;

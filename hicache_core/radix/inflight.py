@@ -44,6 +44,7 @@ class InFlight(TreeCore):
         if tokens[: self._page_nbytes] in parent.children:
             return None
         leaf = self._add_child(parent, tokens, len(host_pages))
+        leaf.priority = parent.priority
         self._gain_host(leaf, host_pages[:])
         self.lock(leaf)
         return leaf

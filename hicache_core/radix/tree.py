@@ -121,6 +121,7 @@ class RadixTree(InFlight):
             at += child.n_pages
             node = child
             if is_new:
+                child.priority = priority
                 break
         for used in path_to_root(node):
             used.priority = max(used.priority, priority)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import hashlib
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 from array import array
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -282,3 +284,17 @@ def test_the_twin_can_be_forced() -> None:
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=True)
     assert out.stdout.decode().strip() == "pure-python"
     assert page_keys.IMPLEMENTATION in ("x86-sha", "portable", "pure-python")
+
+
+def test_the_published_specification_holds() -> None:
+    """Every vector of docs/key-spec.md is what the code computes."""
+    page = Path(page_keys.__file__).parents[1] / "docs" / "key-spec.md"
+    results = doctest.testfile(str(page), module_relative=False)
+    assert results.attempted > 8
+    assert results.failed == 0
+
+
+def test_index_and_keys_need_no_torch() -> None:
+    code = "import sys, hicache_core.radix; assert 'torch' not in sys.modules"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True)
