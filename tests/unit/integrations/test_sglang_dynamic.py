@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -206,6 +210,23 @@ def test_the_class_gets_what_sglang_would_give(monkeypatch: pytest.MonkeyPatch) 
     assert backend.name == "guest"
 
 
+def test_sglangs_own_dataclass_is_used_if_the_class_brought_sglang_along(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @dataclass
+    class HiCacheStorageConfig:  # an older one, with fewer fields
+        tp_rank: int
+        is_mla_model: bool
+        extra_config: dict[str, object]
+        is_storage_writer: bool = True
+
+    emulation = SimpleNamespace(HiCacheStorageConfig=HiCacheStorageConfig)
+    monkeypatch.setitem(sys.modules, "sglang.srt.mem_cache.hicache_storage", emulation)
+    backend: Any = opened("V1Store", 1)
+    assert isinstance(backend._foreign.storage_config, HiCacheStorageConfig)
+    assert backend._foreign.storage_config.extra_config["interface_v1"] == 1
+
+
 def test_a_constructor_that_fails_makes_the_store_unavailable() -> None:
     with pytest.raises(BackendUnavailable, match=r"Unreachable.*'guest' raised KeyError"):
         opened("Unreachable")
@@ -223,14 +244,15 @@ def test_after_close_every_call_says_so(cls: str, v1: int) -> None:
     backend: Any = opened(cls, v1)
     backend.close()
     backend.close()
-    for call in (
+    calls: list[Callable[[], object]] = [
         lambda: backend.get(KEYS[0]),
         lambda: backend.set(KEYS[0], bytes(NBYTES)),
         lambda: backend.exists(KEYS[0]),
         lambda: backend.batch_exists(KEYS),
         lambda: backend.batch_get(KEYS, [page(0) for _ in KEYS]),
         lambda: backend.batch_set(KEYS, [page(0) for _ in KEYS]),
-    ):
+    ]
+    for call in calls:
         with pytest.raises(UseAfterClose, match="'guest' is closed"):
             call()
 
