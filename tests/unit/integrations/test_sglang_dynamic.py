@@ -230,6 +230,8 @@ def test_sglangs_own_dataclass_is_used_if_the_class_brought_sglang_along(
 def test_a_constructor_that_fails_makes_the_store_unavailable() -> None:
     with pytest.raises(BackendUnavailable, match=r"Unreachable.*'guest' raised KeyError"):
         opened("Unreachable")
+    with pytest.raises(BackendUnavailable, match=r"Unregistered.*RuntimeError: cannot pin"):
+        opened("Unregistered", 1)
 
 
 def test_v1_without_its_methods_or_without_a_size_is_refused() -> None:
