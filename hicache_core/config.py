@@ -183,8 +183,6 @@ class HiCacheConfig(BaseModel):
     )
 
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
-    _controller_keys: ControllerKeys = PrivateAttr(default_factory=ControllerKeys)
-    _backend_config: dict[str, object] = PrivateAttr(default_factory=dict)
 
     if not TYPE_CHECKING:  # a type checker keeps the signature that lists the fields
 
@@ -243,13 +241,10 @@ class HiCacheConfig(BaseModel):
                 "hicache_ratio = 0 and hicache_size = 0: one of them must be greater than 0"
                 " (without a host tier, set enable_hierarchical_cache to false)"
             )
-        own = ControllerKeys.model_fields.keys()
-        extra = self.hicache_storage_backend_extra_config
         try:
-            self._controller_keys = ControllerKeys(**{k: v for k, v in extra.items() if k in own})
+            _ = self.controller_keys
         except ValidationError as error:
             raise config_error(error, ControllerKeys, sources, f"{EXTRA}.") from None
-        self._backend_config = {k: v for k, v in extra.items() if k not in own}
         self._sources.update(sources)
 
     @field_validator("hicache_storage_backend", mode="before")
@@ -272,12 +267,16 @@ class HiCacheConfig(BaseModel):
     @property
     def controller_keys(self) -> ControllerKeys:
         """The controller's own keys of the extra config, checked, with their defaults."""
-        return self._controller_keys
+        extra = self.hicache_storage_backend_extra_config
+        own = ControllerKeys.model_fields
+        return ControllerKeys(**{key: value for key, value in extra.items() if key in own})
 
     @property
     def backend_config(self) -> dict[str, object]:
         """A copy of the extra config without the controller's keys: for the backend's Config."""
-        return copy.deepcopy(self._backend_config)
+        extra = self.hicache_storage_backend_extra_config
+        own = ControllerKeys.model_fields
+        return copy.deepcopy({key: value for key, value in extra.items() if key not in own})
 
     def host_nbytes(self, device_nbytes: int) -> int:
         """Bytes that the host pool may take beside a device pool of ``device_nbytes``."""
