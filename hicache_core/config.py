@@ -38,7 +38,6 @@ from hicache_core.errors import ConfigError
 from hicache_core.logs import log_once
 from hicache_core.redact import masked
 
-GB = 1_000_000_000
 _RULE = "compatibility rule"
 _logger = logging.getLogger(__name__)
 
@@ -95,10 +94,6 @@ class ControllerKeys(BaseModel):
         "an integer of at least 1, or null",
         ge=1,
     )
-
-    def prefetch_timeout_s(self, n_tokens: int) -> float:
-        """How long a prefetch of ``n_tokens`` may take under the policy ``timeout``, in seconds."""
-        return self.prefetch_timeout_base + n_tokens / 1024 * self.prefetch_timeout_per_ki_token
 
 
 class HiCacheConfig(BaseModel):
@@ -277,12 +272,6 @@ class HiCacheConfig(BaseModel):
         extra = self.hicache_storage_backend_extra_config
         own = ControllerKeys.model_fields
         return copy.deepcopy({key: value for key, value in extra.items() if key not in own})
-
-    def host_nbytes(self, device_nbytes: int) -> int:
-        """Bytes that the host pool may take beside a device pool of ``device_nbytes``."""
-        if self.hicache_size > 0:
-            return int(self.hicache_size * GB)
-        return int(self.hicache_ratio * device_nbytes)
 
     def resolve(self) -> ResolvedConfig:
         """What is in force: the compatibility rules applied, each switch logged once."""

@@ -23,6 +23,7 @@ from hicache_core.errors import (
 from hicache_core.integrations import sglang_dynamic
 from hicache_core.plugin_manager import backend_settings
 from hicache_core.storage.base import StorageBackend
+from hicache_core.storage.sealed import SealedBackend
 from hicache_core.types import BackendContext, Page
 
 CLASSES = Path(__file__).parent / "sglang_classes.py"
@@ -266,3 +267,19 @@ def test_tensors_of_other_types_count_by_their_bytes() -> None:
     read = page(0)
     assert backend.batch_get(KEYS[:1], [read]) == 1
     assert b"".join(read) == bytes(value.view(torch.uint8).numpy())
+
+
+@pytest.mark.parametrize(("cls", "v1"), WORKING)
+def test_sealed_pages_survive_the_class_and_damaged_ones_are_a_miss(cls: str, v1: int) -> None:
+    guest: Any = opened(cls, v1)
+    backend = SealedBackend(guest)
+    written = [page(i + 1) for i in range(len(KEYS))]
+    assert backend.batch_set(KEYS, written) == len(KEYS)
+    read = [page(0) for _ in KEYS]
+    assert backend.batch_get(KEYS, read) == len(KEYS)
+    assert bytes_of(read) == bytes_of(written)
+    first, second = (key.replace("/", "-") for key in KEYS[2:4])
+    store = guest._foreign.objects if v1 else guest._foreign.data
+    store[first] = store[second]  # another page's bytes under this key
+    assert backend.batch_get(KEYS, [page(0) for _ in KEYS]) == 2
+    assert backend.stats()["sealed_foreign"] == 1
