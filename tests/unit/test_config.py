@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given
+from hypothesis import settings as property_settings
 from hypothesis import strategies as st
 
 from hicache_core.config import ControllerKeys, HiCacheConfig
@@ -39,6 +40,8 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "hicache_storage_max_read_nbytes": st.integers(1, 1 << 40),
     "hicache_storage_max_write_nbytes": st.integers(1, 1 << 40),
 }
+# A loaded machine is no failure.
+patient = property_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 SETTINGS = st.fixed_dictionaries({}, optional=VALUES)
 
 
@@ -81,6 +84,7 @@ def test_defaults_are_those_of_the_documents() -> None:
     assert set(config.sources.values()) == {"default"}
 
 
+@patient
 @given(arguments=SETTINGS, flags=SETTINGS, environ=SETTINGS, file=SETTINGS)
 def test_arguments_beat_flags_beat_environment_beats_file_beats_defaults(
     tmp_path_factory: pytest.TempPathFactory,
@@ -111,6 +115,7 @@ def test_arguments_beat_flags_beat_environment_beats_file_beats_defaults(
     assert config == HiCacheConfig(**config.model_dump())  # where from is no part of what
 
 
+@patient
 @given(settings=SETTINGS)
 def test_what_is_in_force_keeps_every_rule_and_resolves_to_itself(settings: dict[str, Any]) -> None:
     asked = HiCacheConfig(**settings)
