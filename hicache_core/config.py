@@ -38,7 +38,6 @@ from hicache_core.errors import ConfigError
 from hicache_core.logs import log_once
 from hicache_core.redact import masked
 
-GB = 1_000_000_000
 _RULE = "compatibility rule"
 _logger = logging.getLogger(__name__)
 
@@ -95,10 +94,6 @@ class ControllerKeys(BaseModel):
         "an integer of at least 1, or null",
         ge=1,
     )
-
-    def prefetch_timeout_s(self, n_tokens: int) -> float:
-        """How long a prefetch of ``n_tokens`` may take under the policy ``timeout``, in seconds."""
-        return self.prefetch_timeout_base + n_tokens / 1024 * self.prefetch_timeout_per_ki_token
 
 
 class HiCacheConfig(BaseModel):
@@ -183,8 +178,6 @@ class HiCacheConfig(BaseModel):
     )
 
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
-    _controller_keys: ControllerKeys = PrivateAttr(default_factory=ControllerKeys)
-    _backend_config: dict[str, object] = PrivateAttr(default_factory=dict)
 
     if not TYPE_CHECKING:  # a type checker keeps the signature that lists the fields
 
@@ -243,13 +236,10 @@ class HiCacheConfig(BaseModel):
                 "hicache_ratio = 0 and hicache_size = 0: one of them must be greater than 0"
                 " (without a host tier, set enable_hierarchical_cache to false)"
             )
-        own = ControllerKeys.model_fields.keys()
-        extra = self.hicache_storage_backend_extra_config
         try:
-            self._controller_keys = ControllerKeys(**{k: v for k, v in extra.items() if k in own})
+            _ = self.controller_keys
         except ValidationError as error:
             raise config_error(error, ControllerKeys, sources, f"{EXTRA}.") from None
-        self._backend_config = {k: v for k, v in extra.items() if k not in own}
         self._sources.update(sources)
 
     @field_validator("hicache_storage_backend", mode="before")
@@ -272,18 +262,16 @@ class HiCacheConfig(BaseModel):
     @property
     def controller_keys(self) -> ControllerKeys:
         """The controller's own keys of the extra config, checked, with their defaults."""
-        return self._controller_keys
+        extra = self.hicache_storage_backend_extra_config
+        own = ControllerKeys.model_fields
+        return ControllerKeys(**{key: value for key, value in extra.items() if key in own})
 
     @property
     def backend_config(self) -> dict[str, object]:
         """A copy of the extra config without the controller's keys: for the backend's Config."""
-        return copy.deepcopy(self._backend_config)
-
-    def host_nbytes(self, device_nbytes: int) -> int:
-        """Bytes that the host pool may take beside a device pool of ``device_nbytes``."""
-        if self.hicache_size > 0:
-            return int(self.hicache_size * GB)
-        return int(self.hicache_ratio * device_nbytes)
+        extra = self.hicache_storage_backend_extra_config
+        own = ControllerKeys.model_fields
+        return copy.deepcopy({key: value for key, value in extra.items() if key not in own})
 
     def resolve(self) -> ResolvedConfig:
         """What is in force: the compatibility rules applied, each switch logged once."""

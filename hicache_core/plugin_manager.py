@@ -6,6 +6,7 @@ Called at start-up only, from the owner's thread.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,9 +62,11 @@ def list_backends() -> list[BackendInfo]:
         error = ""
         if names.count(point.name) > 1:
             error = _conflict(point.name, found)
-        elif not module_is_there(point.module):
-            error = f"module {point.module!r} is not there; reinstall {_origin(point)}"
-        infos.append(_info(point, "broken" if error else "installed", error))
+        elif not module_is_there(_module(point)):
+            error = f"module {_module(point)!r} is not there; reinstall {_origin(point)}"
+        status: Status = "broken" if error else "installed"
+        name, version = _distribution(point)
+        infos.append(BackendInfo(point.name, name, version, _module(point), status, error))
     return infos
 
 
@@ -106,6 +109,8 @@ def check_backend_class(cls: object, offer: str) -> None:
         base = f"{StorageBackend.__module__}.{StorageBackend.__qualname__}"
         what = cls.__name__ if isinstance(cls, type) else repr(cls)
         raise IncompatibleBackend(f"{offer}: {what} is no subclass of {base}")
+    if not isinstance(cls.api_version, int):
+        raise IncompatibleBackend(f"{offer}: its api_version {cls.api_version!r} is no integer")
     if cls.api_version != API_VERSION:
         older = "the plugin" if cls.api_version < API_VERSION else "hicache-core"
         raise IncompatibleBackend(
@@ -164,10 +169,12 @@ def _load(name: str, point: EntryPoint, offer: str) -> Sequence[type[StorageBack
         answers = manager.hook.hicache_backends()
     except (Exception, SystemExit) as error:  # a stranger's code may raise anything: translated
         raise BrokenBackend(
-            f"{offer} does not load: {type(error).__name__}: {error} (module {point.module!r})"
+            f"{offer} does not load: {type(error).__name__}: {error} (module {_module(point)!r})"
         ) from error
     if not answers:
-        raise BrokenBackend(f"{offer}: module {point.module!r} has no hookimpl hicache_backends()")
+        raise BrokenBackend(
+            f"{offer}: module {_module(point)!r} has no hookimpl hicache_backends()"
+        )
     classes = answers[0]
     if not isinstance(classes, (list, tuple)):
         raise BrokenBackend(f"{offer}: hicache_backends() must return a list, not {classes!r}")
@@ -188,12 +195,21 @@ def _conflict(name: str, found: Sequence[EntryPoint]) -> str:
 
 
 def _origin(point: EntryPoint) -> str:
-    return f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown distribution"
+    name, version = _distribution(point)
+    return f"{name or 'an unknown distribution'} {version}".strip()
 
 
-def _info(point: EntryPoint, status: Status, error: str) -> BackendInfo:
-    name, version = (point.dist.name, point.dist.version) if point.dist else ("", "")
-    return BackendInfo(point.name, name, version, point.module, status, error)
+def _distribution(point: EntryPoint) -> tuple[str, str]:
+    """Name and version; empty where broken metadata have none."""
+    if point.dist is None:
+        return "", ""
+    fields = point.dist.metadata.json
+    return str(fields.get("name", "")), str(fields.get("version", ""))
+
+
+def _module(point: EntryPoint) -> str:
+    """As ``point.module``, but without raising where the value is malformed."""
+    return re.split(r"[:\[]", point.value)[0].strip()
 
 
 def _specs(name: str, path: Sequence[str] | None) -> Iterator[ModuleSpec]:

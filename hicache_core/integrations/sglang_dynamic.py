@@ -14,9 +14,8 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
@@ -25,11 +24,11 @@ from pydantic import ConfigDict
 from hicache_core.dynamic import DynamicSettings
 from hicache_core.errors import (
     BackendFull,
-    BackendTimeout,
     BackendUnavailable,
     IncompatibleBackend,
     UseAfterClose,
 )
+from hicache_core.integrations.sglang_stand_ins import ExtraInfo, StagingPool, StorageConfig
 from hicache_core.logs import log_once
 from hicache_core.storage.base import BackendConfig, Buffer, StorageBackend
 from hicache_core.storage.segments import nbytes_of, scatter
@@ -39,101 +38,7 @@ _SGLANG_MODULE = "sglang.srt.mem_cache.hicache_storage"
 _V1_METHODS = ("register_mem_pool_host", "batch_get_v1", "batch_set_v1")
 _STAGING_NBYTES = 128 << 20
 _MAX_SLOTS = 128
-_SLOT_WAIT_S = 30.0
 _logger = logging.getLogger(__name__)
-
-
-@dataclass
-class StorageConfig:
-    """What SGLang passes as ``storage_config``; the same attributes, one rank.
-
-    One rank and ``is_mla_model`` say to a class: one object a page, whole, written by you. Which
-    shard of the model the page holds is part of our keys already.
-    """
-
-    extra_config: dict[str, object]
-    model_name: str
-    tp_rank: int = 0
-    tp_size: int = 1
-    pp_rank: int = 0
-    pp_size: int = 1
-    attn_cp_rank: int = 0
-    attn_cp_size: int = 1
-    is_mla_model: bool = True
-    enable_storage_metrics: bool = False
-    is_page_first_layout: bool = True
-    tp_lcm_size: int | None = None
-    should_split_heads: bool = False
-    dp_rank: int = 0
-    dcp_size: int = 1
-    dcp_rank: int = 0
-    logical_page_size: int | None = None
-
-    @property
-    def is_storage_writer(self) -> bool:
-        """Always: see above."""
-        return True
-
-
-@dataclass
-class ExtraInfo:
-    """What SGLang passes as ``extra_info``; our keys need no prefix beside them."""
-
-    prefix_keys: list[str] | None = None
-    extra_info: dict[str, object] | None = None
-
-
-@dataclass
-class StagingPool:
-    """The host pool that a v1 class registers: slots of one page, one token a page.
-
-    Attributes:
-        slot_nbytes: size of a slot.
-        n_slots: how many there are.
-        kv_buffer: all of them, uint8, (n_slots, slot_nbytes).
-        page_size, layout, dtype, device: what SGLang's host pools have under these names.
-    """
-
-    slot_nbytes: int
-    n_slots: int
-    page_size: int = 1
-    layout: str = "page_first"
-    dtype: torch.dtype = torch.uint8
-    device: str = "cpu"
-    kv_buffer: torch.Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.kv_buffer = torch.empty((self.n_slots, self.slot_nbytes), dtype=torch.uint8)
-        self._free = list(range(self.n_slots))
-        self._changed = threading.Condition()
-
-    @contextmanager
-    def slots(self, n: int) -> Iterator[list[int]]:
-        """``n`` slots for the caller's use; waits until so many are free.
-
-        Raises:
-            BackendTimeout: calls that do not return hold the slots.
-        """
-        with self._changed:
-            if not self._changed.wait_for(lambda: len(self._free) >= n, _SLOT_WAIT_S):
-                raise BackendTimeout(f"no {n} staging slots came free within {_SLOT_WAIT_S:g} s")
-            taken = [self._free.pop() for _ in range(n)]
-        try:
-            yield taken
-        finally:
-            with self._changed:
-                self._free.extend(taken)
-                self._changed.notify_all()
-
-    def bytes_of(self, slot: int) -> memoryview:
-        """The memory of one slot."""
-        return self.kv_buffer[slot].numpy().data
-
-    def get_page_buffer_meta(self, indices: torch.Tensor) -> tuple[list[int], list[int]]:
-        """Addresses and sizes of the pages at ``indices`` (int64, one for each page)."""
-        base = self.kv_buffer.data_ptr()
-        pointers = [base + int(index) * self.slot_nbytes for index in indices]
-        return pointers, [self.slot_nbytes] * len(pointers)
 
 
 class SettingsOfStranger(BackendConfig):
@@ -162,12 +67,17 @@ class SGLangBackend(StorageBackend):
         named = {key: getattr(self.chosen, key) for key in DynamicSettings.model_fields}
         extra_config = {**named, **(self.config.model_extra or {})}
         try:
-            self._foreign = self.foreign_class(self._storage_config(extra_config), {})
+            foreign = self.foreign_class(self._storage_config(extra_config), {})
+            self._register(foreign)
         except Exception as error:  # a stranger's constructor may raise anything: translated
             raise BackendUnavailable(
-                f"{self.chosen.class_name}(storage_config, kwargs) of backend {self.name!r}"
+                f"opening {self.chosen.class_name} of backend {self.name!r}"
                 f" raised {type(error).__name__}: {error}"
             ) from error
+        self._foreign = foreign
+
+    def _register(self, foreign: Any) -> None:
+        """Hands over the memory that pages will lie in; the generic path has none."""
 
     def close(self) -> None:
         # docstring inherited
@@ -291,15 +201,20 @@ class SGLangV1Backend(SGLangBackend):
 
     def open(self) -> None:
         # docstring inherited
-        nbytes = self.context.object_nbytes
-        if nbytes <= 0:
+        if self.context.object_nbytes <= 0:
             raise IncompatibleBackend(
                 f"backend {self.name!r} with interface_v1 needs objects of one size;"
                 " the context's object_nbytes is 0"
             )
         super().open()
+
+    def _register(self, foreign: Any) -> None:
+        # docstring inherited
+        nbytes = self.context.object_nbytes
         self._pool = StagingPool(nbytes, min(_MAX_SLOTS, max(1, _STAGING_NBYTES // nbytes)))
-        self._foreign.register_mem_pool_host(self._pool)
+        foreign.register_mem_pool_host(self._pool)
+        if callable(getattr(foreign, "on_host_pools_registered", None)):
+            foreign.on_host_pools_registered()
 
     def get(self, key: str) -> Buffer | None:
         # docstring inherited

@@ -81,10 +81,16 @@ class V1Store(HiCacheStorage):
         assert storage_config.is_storage_writer
         assert storage_config.is_mla_model  # so: one address a page
         self.objects: dict[str, bytes] = {}
+        self.is_finalized = False
+
+    def on_host_pools_registered(self) -> None:
+        assert self.pool is not None
+        self.is_finalized = True
 
     def _places(self, keys: list[str], host_indices: torch.Tensor) -> list[tuple[int, int]]:
         n_pages = len(host_indices) // self.pool.page_size
         pointers, sizes = self.pool.get_page_buffer_meta(host_indices)
+        assert self.is_finalized
         assert n_pages == len(keys) == len(pointers) == len(sizes)
         start = self.pool.kv_buffer.data_ptr()
         stop = start + self.pool.kv_buffer.numel()
@@ -132,6 +138,13 @@ class Unreachable(DuckStore):
 
     def __init__(self, storage_config: Any, kwargs: dict[str, Any]) -> None:
         raise KeyError("server_url")
+
+
+class Unregistered(V1Store):
+    """Refuses the memory."""
+
+    def on_host_pools_registered(self) -> None:
+        raise RuntimeError("cannot pin")
 
 
 class NoV1(DuckStore):

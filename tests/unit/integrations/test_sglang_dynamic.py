@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +23,7 @@ from hicache_core.errors import (
 from hicache_core.integrations import sglang_dynamic
 from hicache_core.plugin_manager import backend_settings
 from hicache_core.storage.base import StorageBackend
+from hicache_core.storage.sealed import SealedBackend
 from hicache_core.types import BackendContext, Page
 
 CLASSES = Path(__file__).parent / "sglang_classes.py"
@@ -206,9 +211,28 @@ def test_the_class_gets_what_sglang_would_give(monkeypatch: pytest.MonkeyPatch) 
     assert backend.name == "guest"
 
 
+def test_sglangs_own_dataclass_is_used_if_the_class_brought_sglang_along(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @dataclass
+    class HiCacheStorageConfig:  # an older one, with fewer fields
+        tp_rank: int
+        is_mla_model: bool
+        extra_config: dict[str, object]
+        is_storage_writer: bool = True
+
+    emulation = SimpleNamespace(HiCacheStorageConfig=HiCacheStorageConfig)
+    monkeypatch.setitem(sys.modules, "sglang.srt.mem_cache.hicache_storage", emulation)
+    backend: Any = opened("V1Store", 1)
+    assert isinstance(backend._foreign.storage_config, HiCacheStorageConfig)
+    assert backend._foreign.storage_config.extra_config["interface_v1"] == 1
+
+
 def test_a_constructor_that_fails_makes_the_store_unavailable() -> None:
     with pytest.raises(BackendUnavailable, match=r"Unreachable.*'guest' raised KeyError"):
         opened("Unreachable")
+    with pytest.raises(BackendUnavailable, match=r"Unregistered.*RuntimeError: cannot pin"):
+        opened("Unregistered", 1)
 
 
 def test_v1_without_its_methods_or_without_a_size_is_refused() -> None:
@@ -223,14 +247,15 @@ def test_after_close_every_call_says_so(cls: str, v1: int) -> None:
     backend: Any = opened(cls, v1)
     backend.close()
     backend.close()
-    for call in (
+    calls: list[Callable[[], object]] = [
         lambda: backend.get(KEYS[0]),
         lambda: backend.set(KEYS[0], bytes(NBYTES)),
         lambda: backend.exists(KEYS[0]),
         lambda: backend.batch_exists(KEYS),
         lambda: backend.batch_get(KEYS, [page(0) for _ in KEYS]),
         lambda: backend.batch_set(KEYS, [page(0) for _ in KEYS]),
-    ):
+    ]
+    for call in calls:
         with pytest.raises(UseAfterClose, match="'guest' is closed"):
             call()
 
@@ -242,3 +267,19 @@ def test_tensors_of_other_types_count_by_their_bytes() -> None:
     read = page(0)
     assert backend.batch_get(KEYS[:1], [read]) == 1
     assert b"".join(read) == bytes(value.view(torch.uint8).numpy())
+
+
+@pytest.mark.parametrize(("cls", "v1"), WORKING)
+def test_sealed_pages_survive_the_class_and_damaged_ones_are_a_miss(cls: str, v1: int) -> None:
+    guest: Any = opened(cls, v1)
+    backend = SealedBackend(guest)
+    written = [page(i + 1) for i in range(len(KEYS))]
+    assert backend.batch_set(KEYS, written) == len(KEYS)
+    read = [page(0) for _ in KEYS]
+    assert backend.batch_get(KEYS, read) == len(KEYS)
+    assert bytes_of(read) == bytes_of(written)
+    first, second = (key.replace("/", "-") for key in KEYS[2:4])
+    store = guest._foreign.objects if v1 else guest._foreign.data
+    store[first] = store[second]  # another page's bytes under this key
+    assert backend.batch_get(KEYS, [page(0) for _ in KEYS]) == 2
+    assert backend.stats()["sealed_foreign"] == 1
