@@ -137,7 +137,7 @@ class EmulatedCudart:
         self.registered: dict[int, int] = {}
 
     def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
-        assert flags == 1
+        assert flags == 3
         self.registered[address] = nbytes
         return self.error
 
