@@ -26,9 +26,9 @@ BLOCK_WORDS = 256
 
 # One program copies one token's row of one page by one plan. Strides and bases are in bytes.
 def _copy_rows(
-    plans: Any,
-    device_pages: Any,
-    host_pages: Any,
+    plans: tl.tensor,
+    device_pages: tl.tensor,
+    host_pages: tl.tensor,
     TO_HOST: tl.constexpr,  # noqa: N803 - Triton's convention for compile-time constants
     WORD: tl.constexpr,  # noqa: N803
     FIELDS: tl.constexpr,  # noqa: N803

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from array import array
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -80,3 +81,29 @@ def test_the_kernel_moves_the_same_bytes_as_torch(
         transfer.close()
         results.append(all_bytes(device, host))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_kernel_compiles_for_gpus(
+    kernel: ModuleType, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton brings its own assembler, so the machine code can be made without a GPU."""
+    triton = pytest.importorskip("triton")
+    compiler = importlib.import_module("triton.backends.compiler")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    pointers = {"plans": "*i64", "device_pages": "*i32", "host_pages": "*i32"}
+    constants = {
+        "TO_HOST": True,
+        "WORD": triton.language.int64,
+        "FIELDS": kernel.PLAN_FIELDS,
+        "BLOCK": kernel.BLOCK_WORDS,
+    }
+    source = triton.compiler.ASTSource(
+        fn=triton.JITFunction(kernel._copy_rows),
+        signature=pointers | dict.fromkeys(constants, "constexpr"),
+        constexprs=constants,
+    )
+    compiled = triton.compile(source, target=compiler.GPUTarget("cuda", capability, 32))
+    assert "st.global.b64" in compiled.asm["ptx"]
+    assert compiled.asm["cubin"]
