@@ -45,22 +45,17 @@ def rows(quick: bool) -> Iterator[Row]:
     device = DevicePool(SPEC, PAGE_SIZE, n_pages + n_pages // 2)
     for layout in TARGETS:
         table = f"transfer, {layout}, {n_pages} pages of {SPEC.page_nbytes(PAGE_SIZE) >> 20} MiB"
-        yield from _plain_copies(table, n_pages * SPEC.page_nbytes(PAGE_SIZE), repeat)
+        yield _plain_copy(table, n_pages * SPEC.page_nbytes(PAGE_SIZE), repeat)
         host = HostPool(SPEC, PAGE_SIZE, device.n_pages, LAYOUTS[layout])
         for label, kind in kinds:
             yield from _both_ways(table, label, kind(device, host, ThreadQueue()), n_pages, repeat)
         host.close()
 
 
-def _plain_copies(table: str, nbytes: int, repeat: int) -> Iterator[Row]:
+def _plain_copy(table: str, nbytes: int, repeat: int) -> Row:
     source, target = (torch.frombuffer(map_memory(nbytes), dtype=torch.uint8) for _ in range(2))
-    threads = torch.get_num_threads()
-    note = f"torch with {threads} threads"
-    yield _row(table, BASELINE, nbytes, lambda: target.copy_(source), repeat, note=note)
-    torch.set_num_threads(1)
-    name = f"{BASELINE}, one thread"
-    yield _row(table, name, nbytes, lambda: target.copy_(source), repeat, note="for scale")
-    torch.set_num_threads(threads)
+    note = f"by {torch.get_num_threads()} threads"
+    return _row(table, BASELINE, nbytes, lambda: target.copy_(source), repeat, note=note)
 
 
 def _both_ways(

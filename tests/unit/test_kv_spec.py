@@ -143,6 +143,10 @@ def test_a_config_that_does_not_do_is_refused_by_the_name_of_its_field(
         spec_of(**fields)
 
 
+def test_a_config_may_have_values_of_another_width() -> None:
+    assert [c.shape for c in spec_of(head_dim=16, v_head_dim=8).components] == [(2, 16), (2, 8)]
+
+
 def test_sliding_window_layers_are_accepted() -> None:
     assert spec_of(layer_types=["full_attention", "sliding_attention"]).num_layers == 4
 

@@ -60,7 +60,7 @@ class AllocatorMachine(RuleBasedStateMachine):
     def every_page_is_free_or_used(self) -> None:
         self.allocator.check_integrity()
         assert self.allocator.n_free == N_PAGES - len(self.used)
-        assert [p for p in range(N_PAGES) if self.allocator.is_used(p)] == sorted(self.used)
+        assert self.allocator._used == self.used
 
 
 TestAllocatorMachine = AllocatorMachine.TestCase
