@@ -18,6 +18,7 @@ from hicache_core.transfer import native
 from hicache_core.transfer.base import Transfer
 from hicache_core.transfer.direct import DirectTransfer
 from hicache_core.transfer.kernel import KernelTransfer
+from hicache_core.transfer.native import NativeTransfer
 from hicache_core.transfer.queues import ThreadQueue
 
 PAGE_SIZE = 64
@@ -29,35 +30,32 @@ BASELINE = "contiguous copy_"
 
 
 def rows(quick: bool) -> Iterator[Row]:
-    """Both ways, every layout, by the native module and by its twins in torch."""
+    """Both ways, every layout, by the native module and by its twins in torch.
+
+    A table for each layout, so that its plain copy is measured right beside it.
+    """
     n_pages = 16 if quick else 64
     repeat = 3 if quick else 7
-    table = f"transfer, {n_pages} pages of {SPEC.page_nbytes(PAGE_SIZE) >> 20} MiB"
-    nbytes = n_pages * SPEC.page_nbytes(PAGE_SIZE)
-    yield from _plain_copies(table, nbytes, repeat)
     kinds: list[tuple[str, type[Transfer]]] = [
         ("direct (torch)", DirectTransfer),
         ("kernel (torch)", KernelTransfer),
     ]
     if native.IS_BUILT:
-        kinds.insert(0, ("direct, kernel (native)", native.NativeTransfer))
+        kinds.insert(0, ("direct or kernel (native)", NativeTransfer))
     device = DevicePool(SPEC, PAGE_SIZE, n_pages + n_pages // 2)
     for layout in TARGETS:
+        table = f"transfer, {layout}, {n_pages} pages of {SPEC.page_nbytes(PAGE_SIZE) >> 20} MiB"
+        yield _plain_copy(table, n_pages * SPEC.page_nbytes(PAGE_SIZE), repeat)
         host = HostPool(SPEC, PAGE_SIZE, device.n_pages, LAYOUTS[layout])
         for label, kind in kinds:
             yield from _both_ways(table, label, kind(device, host, ThreadQueue()), n_pages, repeat)
         host.close()
 
 
-def _plain_copies(table: str, nbytes: int, repeat: int) -> Iterator[Row]:
+def _plain_copy(table: str, nbytes: int, repeat: int) -> Row:
     source, target = (torch.frombuffer(map_memory(nbytes), dtype=torch.uint8) for _ in range(2))
-    threads = torch.get_num_threads()
-    note = f"torch with {threads} threads"
-    yield _row(table, BASELINE, nbytes, lambda: target.copy_(source), repeat, note=note)
-    torch.set_num_threads(1)
-    name = f"{BASELINE}, one thread"
-    yield _row(table, name, nbytes, lambda: target.copy_(source), repeat, note="for scale")
-    torch.set_num_threads(threads)
+    note = f"by {torch.get_num_threads()} threads"
+    return _row(table, BASELINE, nbytes, lambda: target.copy_(source), repeat, note=note)
 
 
 def _both_ways(
@@ -75,7 +73,7 @@ def _both_ways(
     ]
     transfer.open()
     for way, call in ways:
-        name = f"{layout} {way}, {label}"
+        name = f"{way}, {label}"
         yield _row(table, name, nbytes, call, repeat, target=target)
     transfer.close()
 

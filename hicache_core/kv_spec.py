@@ -163,8 +163,8 @@ class KVSpec:
         """The spec of a transformers model configuration.
 
         A config with ``kv_lora_rank`` is MLA. ``num_key_value_heads`` defaults to
-        ``num_attention_heads``, ``head_dim`` to ``hidden_size / num_attention_heads``. Of a
-        multimodal config, its ``text_config`` counts.
+        ``num_attention_heads``, ``head_dim`` to ``hidden_size / num_attention_heads``,
+        ``v_head_dim`` to ``head_dim``. Of a multimodal config, its ``text_config`` counts.
 
         Args:
             config: a ``transformers.PretrainedConfig``, or anything with its attributes.
@@ -194,12 +194,14 @@ class KVSpec:
             raise SpecError(
                 f"num_key_value_heads {kv_heads} does not divide num_attention_heads {query_heads}"
             )
+        v_head_dim = getattr(text, "v_head_dim", None)
         return cls.mha(
             num_layers=num_layers,
             num_heads=kv_heads,
             head_dim=_head_dim(text, query_heads),
             dtype=kv_dtype,
             fingerprint=fingerprint,
+            v_head_dim=None if v_head_dim is None else _field(text, "v_head_dim"),
         )
 
     def shard(

@@ -63,10 +63,6 @@ class PageAllocator:
             self._refuse(pages)
         self._free.extend(pages[::-1])
 
-    def is_used(self, page: int) -> bool:
-        """Whether ``page`` is allocated."""
-        return page in self._used
-
     def check_integrity(self) -> None:
         """Every page is either free or in use, once.
 

@@ -35,6 +35,7 @@ class HostPool:
         page_size: tokens of a page.
         n_pages: pages.
         layout: the order of the bytes.
+        pinned: whether the block is registered with CUDA.
         allocator: which pages are free; owner thread only.
     """
 
@@ -76,7 +77,7 @@ class HostPool:
         check_memory(nbytes, f"host pool of {n_pages} pages")
         self._memory: memoryview | None = map_memory(nbytes, progress)
         self._flat = torch.frombuffer(self._memory, dtype=torch.uint8)
-        self._pinned = pin
+        self.pinned = pin
         if pin:
             pin_memory(self._flat)
 
@@ -147,7 +148,7 @@ class HostPool:
         """
         if self._memory is None:
             return
-        if self._pinned:
+        if self.pinned:
             unpin_memory(self._flat)
         self._flat = torch.empty(0, dtype=torch.uint8)
         self._memory = None

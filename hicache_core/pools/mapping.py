@@ -16,6 +16,7 @@ Progress: TypeAlias = Callable[[int, int], None]
 
 STEP_NBYTES = 1 << 30
 CUDA_HOST_REGISTER_PORTABLE = 1
+CUDA_HOST_REGISTER_MAPPED = 2
 
 
 def map_memory(nbytes: int, progress: Progress | None = None) -> memoryview:
@@ -46,12 +47,13 @@ def map_memory(nbytes: int, progress: Progress | None = None) -> memoryview:
 
 
 def pin_memory(block: torch.Tensor) -> None:
-    """Registers ``block`` with CUDA (page-locked, portable between devices).
+    """Registers ``block`` with CUDA: page-locked, for all devices, and readable by kernels.
 
     Raises:
         NotEnoughMemory: CUDA refused; the message has its error.
     """
-    _call_cuda("cudaHostRegister", block, block.numel(), CUDA_HOST_REGISTER_PORTABLE)
+    flags = CUDA_HOST_REGISTER_PORTABLE | CUDA_HOST_REGISTER_MAPPED
+    _call_cuda("cudaHostRegister", block, block.numel(), flags)
 
 
 def unpin_memory(block: torch.Tensor) -> None:
