@@ -13,13 +13,13 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from pydantic import Field
 
-from hicache_core.errors import BackendFull, UseAfterClose
+from hicache_core.errors import BackendError, BackendFull, UseAfterClose
 from hicache_core.hookspecs import hookimpl
 from hicache_core.storage.base import BackendConfig, Buffer, Finding, StorageBackend
 from hicache_core.storage.file_directory import FileDirectory, os_errors
@@ -120,8 +120,9 @@ class FileBackend(StorageBackend):
         self._lanes.close()
         try:
             self._space.flush_uses()
-        finally:
-            directory.close()
+        except BackendError as exc:  # only the order of eviction suffers
+            logger.warning("%s: the last uses were not written: %s", self._settings.path, exc)
+        directory.close()
 
     def get(self, key: str) -> Buffer | None:
         with self._call() as directory:
@@ -216,7 +217,7 @@ class FileBackend(StorageBackend):
         with self._call() as directory:
             path, cap = self._settings.path, self._space.max_nbytes
             held = directory.index.totals()[2]
-            room = _free_nbytes(path)
+            room = directory.store.free_nbytes()
             yield Finding("ok", "directory", f"{path} can be read and written")
             if held + room < cap:
                 yield Finding(
@@ -236,6 +237,15 @@ class FileBackend(StorageBackend):
                     "cannot give back parts of a file: if the object size changes, more than "
                     "max_nbytes may be used; clear the directory when it does",
                 )
+
+    def check_integrity(self) -> None:
+        """Extents do not overlap, all sums hold, and the index is known as it stands.
+
+        Raises:
+            IntegrityError: it is not so.
+        """
+        with self._call() as directory:
+            directory.index.check_integrity()
 
     @contextmanager
     def _call(self) -> Iterator[FileDirectory]:
@@ -275,7 +285,9 @@ class FileBackend(StorageBackend):
         try:
             full = self._write(directory, writes)
         except BaseException:
-            self._space.release([write.extent for write in writes])
+            # A full disk may refuse this too; the claims are then given back at close.
+            with suppress(BackendError):
+                self._space.release([write.extent for write in writes])
             raise
         if full:
             self._space.give_up([write.extent for write in full])
@@ -300,6 +312,8 @@ class FileBackend(StorageBackend):
 
         parts = self._lanes.split(len(writes), sum(write.want.nbytes for write in writes))
         full = [write for part in self._lanes.run(write_part, parts) for write in part]
+        for write in full:  # at once, since the index needs some room as well
+            directory.store.punch(write.extent.segment, write.extent.offset, write.extent.capacity)
         failed = {write.position for write in full}
         done = sorted(
             (write for write in writes if write.position not in failed),
@@ -350,7 +364,7 @@ class FileBackend(StorageBackend):
 
     def _default_cap(self, directory: FileDirectory) -> int:
         held = directory.index.totals()[2]
-        return int(DEFAULT_SHARE * (held + _free_nbytes(self._settings.path)))
+        return int(DEFAULT_SHARE * (held + directory.store.free_nbytes()))
 
     def _count(self, **by: int) -> None:
         with self._calls_ended:
@@ -382,12 +396,6 @@ def _checked(key: str) -> str:
     if not 0 < len(key.encode()) <= MAX_KEY_NBYTES:
         raise ValueError(f"a key has 1 to {MAX_KEY_NBYTES} characters; found {len(key)}: {key!r}")
     return key
-
-
-def _free_nbytes(path: Path) -> int:
-    """What a user without privileges may still write to the file system of ``path``."""
-    status = os.statvfs(path)
-    return status.f_bavail * status.f_frsize
 
 
 @hookimpl

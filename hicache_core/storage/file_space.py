@@ -171,12 +171,13 @@ class FileSpace:
         """Removes least recently used objects until all fits below the cap."""
         dropped: list[_Place] = []
         with self._index.transaction() as connection:
-            while self._held(connection) > self.max_nbytes:
-                victims = self._unused(connection, 0, 64) or self._oldest(
-                    connection, 64, frozenset()
-                )
+            while (excess := self._held(connection) - self.max_nbytes) > 0:
+                victims = self._unused(connection, 0, 64)
+                victims = victims or self._oldest(connection, 64, frozenset())
                 if not victims:
                     break
+                before = itertools.accumulate((place.capacity for place in victims), initial=0)
+                victims = [place for place, n in zip(victims, before, strict=False) if n < excess]
                 self._drop(connection, victims)
                 dropped += victims
             emptied = self._remove_empty(connection, dropped)
@@ -222,10 +223,11 @@ class FileSpace:
         """Claims up to ``n`` extents of ``capacity``, evicting none of the extents ``kept``."""
         places = self._reuse(connection, capacity, n, seq)
         places += self._grow(connection, capacity, n - len(places), seq)
-        if len(places) < n and capacity <= self.max_nbytes:
-            self._sweep(connection, seq)
-            places += self._reuse(connection, capacity, n - len(places), seq)
-        while len(places) < n and capacity <= self.max_nbytes:
+        if len(places) == n or not self._can_hold(connection, capacity):
+            return places
+        self._sweep(connection, seq)
+        places += self._reuse(connection, capacity, n - len(places), seq)
+        while len(places) < n:
             missing = n - len(places)
             victims = self._unused(connection, capacity, missing)
             if not victims:
@@ -239,7 +241,8 @@ class FileSpace:
             self._drop(connection, others)
             dropped += others
             places += fitting
-            places += self._grow(connection, capacity, n - len(places), seq)
+            pending_nbytes = sum(place.capacity for place in dropped)
+            places += self._grow(connection, capacity, n - len(places), seq, pending_nbytes)
         return places
 
     def _reuse(
@@ -256,11 +259,20 @@ class FileSpace:
         return places
 
     def _grow(
-        self, connection: sqlite3.Connection, capacity: int, n: int, seq: int
+        self,
+        connection: sqlite3.Connection,
+        capacity: int,
+        n: int,
+        seq: int,
+        pending_nbytes: int = 0,
     ) -> list[_Place]:
         """Claims fresh space at the ends of segments, as far as the cap allows."""
-        n = min(n, max(0, self.max_nbytes - self._held(connection)) // capacity)
         places: list[_Place] = []
+        n = min(n, max(0, self.max_nbytes - self._held(connection)) // capacity)
+        # What was dropped is punched before anything is written, so it counts as room already.
+        n = n and min(n, (self._store.free_nbytes() + pending_nbytes) // capacity)
+        if n == 0:
+            return places
         (next_id,) = connection.execute(
             "SELECT coalesce(max(extent_id), 0) + 1 FROM extents"
         ).fetchone()
@@ -311,6 +323,11 @@ class FileSpace:
             (capacity, n),
         )
         return [_Place(*row) for row in rows]
+
+    def _can_hold(self, connection: sqlite3.Connection, capacity: int) -> bool:
+        """Whether an extent of this length would fit if everything else were evicted."""
+        room = self._held(connection) + self._store.free_nbytes()
+        return capacity <= min(self.max_nbytes, room)
 
     def _oldest(self, connection: sqlite3.Connection, n: int, kept: frozenset[int]) -> list[_Place]:
         """The least recently used objects, without those in ``kept``."""
