@@ -14,24 +14,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import ClassVar, NamedTuple
-
-from pydantic import Field
 
 from hicache_core.errors import BackendError, BackendFull, UseAfterClose
 from hicache_core.hookspecs import hookimpl
 from hicache_core.storage.base import BackendConfig, Buffer, Finding, StorageBackend
+from hicache_core.storage.file_config import FileConfig
 from hicache_core.storage.file_directory import FileDirectory, os_errors
 from hicache_core.storage.file_index import Row
 from hicache_core.storage.file_space import FileSpace, Wanted
-from hicache_core.storage.lanes import Lanes, default_lanes
+from hicache_core.storage.lanes import Lanes
 from hicache_core.storage.record_store import MAX_KEY_NBYTES, Extent
 from hicache_core.storage.segments import nbytes_of
-from hicache_core.storage.settings import Nbytes, Seconds
 from hicache_core.types import BackendContext, Page
 
 logger = logging.getLogger(__name__)
+
+__all__ = ["FileBackend", "FileConfig", "hicache_backends"]
 
 DEFAULT_SHARE = 0.9
 """Without ``max_nbytes``: of what the store holds and what is free together."""
@@ -40,30 +39,6 @@ CLOSE_TIMEOUT_S = 30.0
 """``close`` waits so long for calls that other threads are still in."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-class FileConfig(BackendConfig):
-    """Settings of the ``file`` backend."""
-
-    path: Path = Field(description="the directory; it is created if its parent exists")
-    max_nbytes: Nbytes | None = Field(
-        default=None,
-        description="cap on the disk space of the objects, the least recently used go first; "
-        "without it 90 % of what is free at start",
-    )
-    ttl_s: Seconds | None = Field(default=None, description="objects older than this are gone")
-    fsync: bool = Field(
-        default=False, description="stored means on the medium: survives a power cut, costs speed"
-    )
-    io_threads: int = Field(
-        default_factory=default_lanes,
-        ge=1,
-        le=64,
-        description="threads that share the work of one large call",
-    )
-    lock_timeout_s: Seconds = Field(
-        default=5.0, description="how long to wait for another process's transaction"
-    )
 
 
 class FileBackend(StorageBackend):

@@ -249,12 +249,8 @@ class FileSpace:
         self, connection: sqlite3.Connection, capacity: int, n: int, seq: int
     ) -> list[_Place]:
         """Claims free extents of exactly ``capacity``."""
-        rows = connection.execute(
-            "SELECT extent_id, segment, offset, capacity FROM extents "
-            "WHERE key IS NULL AND owner IS NULL AND capacity = ? ORDER BY extent_id LIMIT ?",
-            (capacity, n),
-        )
-        places = [_Place(*row) for row in rows]
+        where = "key IS NULL AND owner IS NULL AND capacity = ? ORDER BY extent_id LIMIT ?"
+        places = _select(connection, where, capacity, n)
         self._mark(connection, places, seq)
         return places
 
@@ -317,12 +313,8 @@ class FileSpace:
 
     def _unused(self, connection: sqlite3.Connection, capacity: int, n: int) -> list[_Place]:
         """Free extents of another length than ``capacity``."""
-        rows = connection.execute(
-            "SELECT extent_id, segment, offset, capacity FROM extents "
-            "WHERE key IS NULL AND owner IS NULL AND capacity != ? LIMIT ?",
-            (capacity, n),
-        )
-        return [_Place(*row) for row in rows]
+        where = "key IS NULL AND owner IS NULL AND capacity != ? LIMIT ?"
+        return _select(connection, where, capacity, n)
 
     def _can_hold(self, connection: sqlite3.Connection, capacity: int) -> bool:
         """Whether an extent of this length would fit if everything else were evicted."""
@@ -331,12 +323,9 @@ class FileSpace:
 
     def _oldest(self, connection: sqlite3.Connection, n: int, kept: frozenset[int]) -> list[_Place]:
         """The least recently used objects, without those in ``kept``."""
-        rows = connection.execute(
-            "SELECT extent_id, segment, offset, capacity FROM extents "
-            "WHERE key IS NOT NULL ORDER BY used_at LIMIT ?",
-            (n + len(kept),),
-        )
-        return [_Place(*row) for row in rows if row[0] not in kept][:n]
+        where = "key IS NOT NULL ORDER BY used_at LIMIT ?"
+        places = _select(connection, where, n + len(kept))
+        return [place for place in places if place.extent_id not in kept][:n]
 
     def _sweep(self, connection: sqlite3.Connection, seq: int) -> None:
         """Frees the objects past their TTL, now and then."""
@@ -406,3 +395,8 @@ class FileSpace:
             "WHERE extent_id = ? AND generation = ? AND key IS NOT NULL AND used_at < ?",
             ((at, e.extent_id, e.generation, at) for e, at in uses.items()),
         )
+
+
+def _select(connection: sqlite3.Connection, where: str, *parameters: int) -> list[_Place]:
+    query = f"SELECT extent_id, segment, offset, capacity FROM extents WHERE {where}"
+    return [_Place(*row) for row in connection.execute(query, parameters)]
