@@ -40,3 +40,13 @@ def open_file(tmp_path: Path, clock: Clock) -> Iterator[Callable[..., FileBacken
     yield open_one
     for backend in opened:
         backend.close()
+
+
+@pytest.fixture
+def advance(clock: Clock) -> Callable[[float], None]:
+    """Lets seconds pass for the backends of ``open_file``."""
+
+    def pass_(seconds: float) -> None:
+        clock.now += seconds
+
+    return pass_
