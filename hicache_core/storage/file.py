@@ -251,6 +251,10 @@ class FileBackend(StorageBackend):
         if self._all_stored(rows, wanted):
             self._space.used([row.extent for row in rows if row is not None])
             return len(wanted)
+        wanted = [
+            want if row is None else want._replace(seen=True)
+            for want, row in zip(wanted, rows, strict=True)
+        ]
         extents = self._space.claim(wanted)
         writes = [
             _Write(n, wanted[n], pages[n], extent)

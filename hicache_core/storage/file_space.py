@@ -27,10 +27,18 @@ _FREE = f"{_EMPTY}, owner = NULL"
 
 
 class Wanted(NamedTuple):
-    """An object that is to be stored."""
+    """An object that is to be stored.
+
+    Attributes:
+        key: its key.
+        nbytes: its length.
+        seen: whether an object of that key was there a moment ago. Where another process stores it
+            between then and ``publish``, that copy stays and ours is dropped.
+    """
 
     key: str
     nbytes: int
+    seen: bool = False
 
 
 class _Place(NamedTuple):
@@ -196,6 +204,8 @@ class FileSpace:
         stored: dict[str, int] = {}
         used = []
         for n, want in enumerate(wanted):
+            if not want.seen:
+                continue
             found = connection.execute(
                 "SELECT extent_id, nbytes, written_at FROM extents WHERE key = ?", (want.key,)
             ).fetchone()
