@@ -13,25 +13,24 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 from typing import ClassVar, NamedTuple
 
-from pydantic import Field
-
-from hicache_core.errors import BackendFull, UseAfterClose
+from hicache_core.errors import BackendError, BackendFull, UseAfterClose
 from hicache_core.hookspecs import hookimpl
 from hicache_core.storage.base import BackendConfig, Buffer, Finding, StorageBackend
+from hicache_core.storage.file_config import FileConfig
 from hicache_core.storage.file_directory import FileDirectory, os_errors
 from hicache_core.storage.file_index import Row
 from hicache_core.storage.file_space import FileSpace, Wanted
-from hicache_core.storage.lanes import Lanes, default_lanes
+from hicache_core.storage.lanes import Lanes
 from hicache_core.storage.record_store import MAX_KEY_NBYTES, Extent
 from hicache_core.storage.segments import nbytes_of
-from hicache_core.storage.settings import Nbytes, Seconds
 from hicache_core.types import BackendContext, Page
 
 logger = logging.getLogger(__name__)
+
+__all__ = ["FileBackend", "FileConfig", "hicache_backends"]
 
 DEFAULT_SHARE = 0.9
 """Without ``max_nbytes``: of what the store holds and what is free together."""
@@ -40,30 +39,6 @@ CLOSE_TIMEOUT_S = 30.0
 """``close`` waits so long for calls that other threads are still in."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-class FileConfig(BackendConfig):
-    """Settings of the ``file`` backend."""
-
-    path: Path = Field(description="the directory; it is created if its parent exists")
-    max_nbytes: Nbytes | None = Field(
-        default=None,
-        description="cap on the disk space of the objects, the least recently used go first; "
-        "without it 90 % of what is free at start",
-    )
-    ttl_s: Seconds | None = Field(default=None, description="objects older than this are gone")
-    fsync: bool = Field(
-        default=False, description="stored means on the medium: survives a power cut, costs speed"
-    )
-    io_threads: int = Field(
-        default_factory=default_lanes,
-        ge=1,
-        le=64,
-        description="threads that share the work of one large call",
-    )
-    lock_timeout_s: Seconds = Field(
-        default=5.0, description="how long to wait for another process's transaction"
-    )
 
 
 class FileBackend(StorageBackend):
@@ -120,8 +95,9 @@ class FileBackend(StorageBackend):
         self._lanes.close()
         try:
             self._space.flush_uses()
-        finally:
-            directory.close()
+        except BackendError as exc:  # only the order of eviction suffers
+            logger.warning("%s: the last uses were not written: %s", self._settings.path, exc)
+        directory.close()
 
     def get(self, key: str) -> Buffer | None:
         with self._call() as directory:
@@ -216,7 +192,7 @@ class FileBackend(StorageBackend):
         with self._call() as directory:
             path, cap = self._settings.path, self._space.max_nbytes
             held = directory.index.totals()[2]
-            room = _free_nbytes(path)
+            room = directory.store.free_nbytes()
             yield Finding("ok", "directory", f"{path} can be read and written")
             if held + room < cap:
                 yield Finding(
@@ -236,6 +212,15 @@ class FileBackend(StorageBackend):
                     "cannot give back parts of a file: if the object size changes, more than "
                     "max_nbytes may be used; clear the directory when it does",
                 )
+
+    def check_integrity(self) -> None:
+        """Extents do not overlap, all sums hold, and the index is known as it stands.
+
+        Raises:
+            IntegrityError: it is not so.
+        """
+        with self._call() as directory:
+            directory.index.check_integrity()
 
     @contextmanager
     def _call(self) -> Iterator[FileDirectory]:
@@ -266,6 +251,10 @@ class FileBackend(StorageBackend):
         if self._all_stored(rows, wanted):
             self._space.used([row.extent for row in rows if row is not None])
             return len(wanted)
+        wanted = [
+            want if row is None else want._replace(seen=True)
+            for want, row in zip(wanted, rows, strict=True)
+        ]
         extents = self._space.claim(wanted)
         writes = [
             _Write(n, wanted[n], pages[n], extent)
@@ -275,7 +264,9 @@ class FileBackend(StorageBackend):
         try:
             full = self._write(directory, writes)
         except BaseException:
-            self._space.release([write.extent for write in writes])
+            # A full disk may refuse this too; the claims are then given back at close.
+            with suppress(BackendError):
+                self._space.release([write.extent for write in writes])
             raise
         if full:
             self._space.give_up([write.extent for write in full])
@@ -300,6 +291,8 @@ class FileBackend(StorageBackend):
 
         parts = self._lanes.split(len(writes), sum(write.want.nbytes for write in writes))
         full = [write for part in self._lanes.run(write_part, parts) for write in part]
+        for write in full:  # at once, since the index needs some room as well
+            directory.store.punch(write.extent.segment, write.extent.offset, write.extent.capacity)
         failed = {write.position for write in full}
         done = sorted(
             (write for write in writes if write.position not in failed),
@@ -350,7 +343,7 @@ class FileBackend(StorageBackend):
 
     def _default_cap(self, directory: FileDirectory) -> int:
         held = directory.index.totals()[2]
-        return int(DEFAULT_SHARE * (held + _free_nbytes(self._settings.path)))
+        return int(DEFAULT_SHARE * (held + directory.store.free_nbytes()))
 
     def _count(self, **by: int) -> None:
         with self._calls_ended:
@@ -382,12 +375,6 @@ def _checked(key: str) -> str:
     if not 0 < len(key.encode()) <= MAX_KEY_NBYTES:
         raise ValueError(f"a key has 1 to {MAX_KEY_NBYTES} characters; found {len(key)}: {key!r}")
     return key
-
-
-def _free_nbytes(path: Path) -> int:
-    """What a user without privileges may still write to the file system of ``path``."""
-    status = os.statvfs(path)
-    return status.f_bavail * status.f_frsize
 
 
 @hookimpl

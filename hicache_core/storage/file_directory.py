@@ -70,7 +70,7 @@ class FileDirectory:
     def __init__(self, path: Path, *, timeout_s: float, durable: bool) -> None:
         self.path = path
         self._timeout_s = timeout_s
-        self.store = RecordStore(path / "segments")
+        self.store = RecordStore(path / "segments", durable=durable)
         self.index = FileIndex(path / "index.sqlite", timeout_s=timeout_s, durable=durable)
         self.owner = 0
         self.rebuilt = False
@@ -101,6 +101,8 @@ class FileDirectory:
         try:
             with self.index.transaction() as connection:
                 self._forget(connection, self.owner)
+        except BackendError as exc:  # the next one to open the directory does it then
+            logger.warning("%s: closed without giving back its claims: %s", self.path, exc)
         finally:
             self._lock_path(self.owner).unlink(missing_ok=True)
             os.close(self._owner_fd)
@@ -126,32 +128,50 @@ class FileDirectory:
 
     def _connect(self) -> None:
         """Connects to the index; builds it anew from the segments if it is lost or damaged."""
-        lost = not self.index.path.exists() and self.store.segments()
-        if not lost:
-            try:
-                self.index.connect()
+        if not self.index.path.exists() or self.index.path.stat().st_size == 0:
+            # Not even an empty one may be made while others use it: SQLite finds -wal by its name.
+            self._check_alone()
+            self._remove_index()
+        try:
+            self.index.connect()
+        except BackendCorrupt as exc:
+            self._check_alone()
+            logger.warning("%s; building it anew from the segment files", exc)
+            self._remove_index()
+            self.index.connect()
+        try:
+            self._complete()
+        except BaseException:
+            self.index.close()
+            raise
+
+    def _complete(self) -> None:
+        """Fills an index that was just made, or whose filling was interrupted."""
+        with self.index.transaction() as connection:
+            (complete,) = connection.execute(
+                "SELECT value FROM counters WHERE name = 'complete'"
+            ).fetchone()
+            if complete:
                 return
-            except BackendCorrupt as exc:
-                logger.warning("%s; building it anew from the segment files", exc)
-        if self._others_alive():
-            raise BackendCorrupt(
-                f"index {self.index.path} is lost or damaged while other processes use it; "
-                "close them, then open again to rebuild it"
-            )
+            move(connection, "complete")
+            if self.store.segments():
+                n_objects = self._rebuild(connection)
+                self.rebuilt = True
+                logger.warning("%s: index rebuilt, %d objects found", self.path, n_objects)
+
+    def _remove_index(self) -> None:
         for suffix in ("", "-wal", "-shm"):
             Path(f"{self.index.path}{suffix}").unlink(missing_ok=True)
-        self.index.connect()
-        with self.index.transaction() as connection:
-            n_objects = self._rebuild(connection)
-        self.rebuilt = True
-        logger.warning("%s: index rebuilt, %d objects found", self.path, n_objects)
 
-    def _others_alive(self) -> bool:
+    def _check_alone(self) -> None:
+        """Refuses to rebuild an index under the feet of those who use it."""
         for lock in (self.path / "owners").glob("*.lock"):
             if not self._is_dead(lock):
-                return True
+                raise BackendCorrupt(
+                    f"index {self.index.path} is lost or damaged while other processes use it "
+                    f"({lock.name} is held); close them, then open again to rebuild it"
+                )
             lock.unlink(missing_ok=True)
-        return False
 
     @staticmethod
     def _is_dead(lock: Path) -> bool:

@@ -27,15 +27,17 @@ from hicache_core.errors import (
     BackendFull,
     BackendTimeout,
     BackendUnavailable,
+    IntegrityError,
 )
-from hicache_core.storage.record_store import Extent
+from hicache_core.storage.record_store import BLOCK_NBYTES, Extent
 
 APPLICATION_ID = 0x48694361  # "HiCa"
 FORMAT_VERSION = 1
 
 _SCHEMA = """
 CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-INSERT INTO counters VALUES ('seq', 0), ('epoch', 0), ('segment', 0), ('owner', 0), ('held', 0);
+INSERT INTO counters VALUES ('seq', 0), ('epoch', 0), ('segment', 0), ('owner', 0), ('held', 0),
+    ('complete', 0);  -- 1 as soon as it speaks of all segment files
 CREATE TABLE segments (segment INTEGER PRIMARY KEY, end INTEGER NOT NULL);
 CREATE TABLE owners (owner INTEGER PRIMARY KEY);
 CREATE TABLE extents (
@@ -113,8 +115,8 @@ class FileIndex:
         """Opens both connections, makes the tables where there are none, checks what is there.
 
         Raises:
-            BackendCorrupt: the file is no sound index of this version.
-            BackendError: it cannot be opened.
+            BackendCorrupt: the file is damaged.
+            BackendError: it cannot be opened, or is not of this application and version.
         """
         with translated(self.path):
             self._writer = self._connection()
@@ -150,9 +152,9 @@ class FileIndex:
         (application,) = connection.execute("PRAGMA application_id").fetchone()
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         if (application, version) != (APPLICATION_ID, FORMAT_VERSION):
-            raise BackendCorrupt(
+            raise BackendUnavailable(
                 f"index {self.path} is of application {application:#x}, version {version}; "
-                f"expected {APPLICATION_ID:#x}, version {FORMAT_VERSION}"
+                f"expected {APPLICATION_ID:#x}, version {FORMAT_VERSION}; give another path"
             )
         (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
@@ -230,6 +232,34 @@ class FileIndex:
                 "SELECT value FROM counters WHERE name = 'held'"
             ).fetchone()
             return len(self._rows), sum(row.nbytes for row in self._rows.values()), held
+
+    def check_integrity(self) -> None:
+        """The rows fit each other, the segments, the counters, and what this process remembers.
+
+        Raises:
+            IntegrityError: they do not.
+        """
+        with self.transaction() as connection, self._read_lock:
+            self._follow()
+            extents = connection.execute(
+                "SELECT segment, offset, capacity, owner, key FROM extents ORDER BY segment, offset"
+            ).fetchall()
+            ends = dict(connection.execute("SELECT segment, end FROM segments"))
+            owners = {owner for (owner,) in connection.execute("SELECT owner FROM owners")}
+            (held,) = connection.execute(
+                "SELECT value FROM counters WHERE name = 'held'"
+            ).fetchone()
+            at = dict.fromkeys(ends, BLOCK_NBYTES)
+            for segment, offset, capacity, owner, key in extents:
+                if segment not in at or not at[segment] <= offset <= ends[segment] - capacity:
+                    raise IntegrityError(f"extent at {segment:08x}:{offset} overlaps or is outside")
+                if owner is not None and (key is not None or owner not in owners):
+                    raise IntegrityError(f"extent at {segment:08x}:{offset}: owner {owner} is none")
+                at[segment] = offset + capacity
+            if held != sum(extent[2] for extent in extents):
+                raise IntegrityError(f"{held} bytes counted as held, not the sum of the extents")
+            if {extent[4] for extent in extents if extent[4] is not None} != self._rows.keys():
+                raise IntegrityError("what this process remembers differs from the table")
 
     @property
     def epoch(self) -> int:

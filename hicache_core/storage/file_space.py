@@ -27,10 +27,18 @@ _FREE = f"{_EMPTY}, owner = NULL"
 
 
 class Wanted(NamedTuple):
-    """An object that is to be stored."""
+    """An object that is to be stored.
+
+    Attributes:
+        key: its key.
+        nbytes: its length.
+        seen: whether an object of that key was there a moment ago. Where another process stores it
+            between then and ``publish``, that copy stays and ours is dropped.
+    """
 
     key: str
     nbytes: int
+    seen: bool = False
 
 
 class _Place(NamedTuple):
@@ -171,12 +179,13 @@ class FileSpace:
         """Removes least recently used objects until all fits below the cap."""
         dropped: list[_Place] = []
         with self._index.transaction() as connection:
-            while self._held(connection) > self.max_nbytes:
-                victims = self._unused(connection, 0, 64) or self._oldest(
-                    connection, 64, frozenset()
-                )
+            while (excess := self._held(connection) - self.max_nbytes) > 0:
+                victims = self._unused(connection, 0, 64)
+                victims = victims or self._oldest(connection, 64, frozenset())
                 if not victims:
                     break
+                before = itertools.accumulate((place.capacity for place in victims), initial=0)
+                victims = [place for place, n in zip(victims, before, strict=False) if n < excess]
                 self._drop(connection, victims)
                 dropped += victims
             emptied = self._remove_empty(connection, dropped)
@@ -195,6 +204,8 @@ class FileSpace:
         stored: dict[str, int] = {}
         used = []
         for n, want in enumerate(wanted):
+            if not want.seen:
+                continue
             found = connection.execute(
                 "SELECT extent_id, nbytes, written_at FROM extents WHERE key = ?", (want.key,)
             ).fetchone()
@@ -222,10 +233,11 @@ class FileSpace:
         """Claims up to ``n`` extents of ``capacity``, evicting none of the extents ``kept``."""
         places = self._reuse(connection, capacity, n, seq)
         places += self._grow(connection, capacity, n - len(places), seq)
-        if len(places) < n and capacity <= self.max_nbytes:
-            self._sweep(connection, seq)
-            places += self._reuse(connection, capacity, n - len(places), seq)
-        while len(places) < n and capacity <= self.max_nbytes:
+        if len(places) == n or not self._can_hold(connection, capacity):
+            return places
+        self._sweep(connection, seq)
+        places += self._reuse(connection, capacity, n - len(places), seq)
+        while len(places) < n:
             missing = n - len(places)
             victims = self._unused(connection, capacity, missing)
             if not victims:
@@ -239,28 +251,34 @@ class FileSpace:
             self._drop(connection, others)
             dropped += others
             places += fitting
-            places += self._grow(connection, capacity, n - len(places), seq)
+            pending_nbytes = sum(place.capacity for place in dropped)
+            places += self._grow(connection, capacity, n - len(places), seq, pending_nbytes)
         return places
 
     def _reuse(
         self, connection: sqlite3.Connection, capacity: int, n: int, seq: int
     ) -> list[_Place]:
         """Claims free extents of exactly ``capacity``."""
-        rows = connection.execute(
-            "SELECT extent_id, segment, offset, capacity FROM extents "
-            "WHERE key IS NULL AND owner IS NULL AND capacity = ? ORDER BY extent_id LIMIT ?",
-            (capacity, n),
-        )
-        places = [_Place(*row) for row in rows]
+        where = "key IS NULL AND owner IS NULL AND capacity = ? ORDER BY extent_id LIMIT ?"
+        places = _select(connection, where, capacity, n)
         self._mark(connection, places, seq)
         return places
 
     def _grow(
-        self, connection: sqlite3.Connection, capacity: int, n: int, seq: int
+        self,
+        connection: sqlite3.Connection,
+        capacity: int,
+        n: int,
+        seq: int,
+        pending_nbytes: int = 0,
     ) -> list[_Place]:
         """Claims fresh space at the ends of segments, as far as the cap allows."""
-        n = min(n, max(0, self.max_nbytes - self._held(connection)) // capacity)
         places: list[_Place] = []
+        n = min(n, max(0, self.max_nbytes - self._held(connection)) // capacity)
+        # What was dropped is punched before anything is written, so it counts as room already.
+        n = n and min(n, (self._store.free_nbytes() + pending_nbytes) // capacity)
+        if n == 0:
+            return places
         (next_id,) = connection.execute(
             "SELECT coalesce(max(extent_id), 0) + 1 FROM extents"
         ).fetchone()
@@ -305,21 +323,19 @@ class FileSpace:
 
     def _unused(self, connection: sqlite3.Connection, capacity: int, n: int) -> list[_Place]:
         """Free extents of another length than ``capacity``."""
-        rows = connection.execute(
-            "SELECT extent_id, segment, offset, capacity FROM extents "
-            "WHERE key IS NULL AND owner IS NULL AND capacity != ? LIMIT ?",
-            (capacity, n),
-        )
-        return [_Place(*row) for row in rows]
+        where = "key IS NULL AND owner IS NULL AND capacity != ? LIMIT ?"
+        return _select(connection, where, capacity, n)
+
+    def _can_hold(self, connection: sqlite3.Connection, capacity: int) -> bool:
+        """Whether an extent of this length would fit if everything else were evicted."""
+        room = self._held(connection) + self._store.free_nbytes()
+        return capacity <= min(self.max_nbytes, room)
 
     def _oldest(self, connection: sqlite3.Connection, n: int, kept: frozenset[int]) -> list[_Place]:
         """The least recently used objects, without those in ``kept``."""
-        rows = connection.execute(
-            "SELECT extent_id, segment, offset, capacity FROM extents "
-            "WHERE key IS NOT NULL ORDER BY used_at LIMIT ?",
-            (n + len(kept),),
-        )
-        return [_Place(*row) for row in rows if row[0] not in kept][:n]
+        where = "key IS NOT NULL ORDER BY used_at LIMIT ?"
+        places = _select(connection, where, n + len(kept))
+        return [place for place in places if place.extent_id not in kept][:n]
 
     def _sweep(self, connection: sqlite3.Connection, seq: int) -> None:
         """Frees the objects past their TTL, now and then."""
@@ -389,3 +405,8 @@ class FileSpace:
             "WHERE extent_id = ? AND generation = ? AND key IS NOT NULL AND used_at < ?",
             ((at, e.extent_id, e.generation, at) for e, at in uses.items()),
         )
+
+
+def _select(connection: sqlite3.Connection, where: str, *parameters: int) -> list[_Place]:
+    query = f"SELECT extent_id, segment, offset, capacity FROM extents WHERE {where}"
+    return [_Place(*row) for row in connection.execute(query, parameters)]

@@ -31,6 +31,7 @@ from hicache_core.types import Page
 BLOCK_NBYTES = 4096
 SEGMENT_NBYTES = 256 << 20
 MAX_KEY_NBYTES = 200
+INDEX_RESERVE_NBYTES = 16 << 20
 
 _SEGMENT_MAGIC = b"HiCache segment, version 1\n"
 _SEGMENT_NAME = re.compile(r"([0-9a-f]{8})\.seg")
@@ -122,8 +123,9 @@ class RecordStore:
     Threads: every method may be called from any thread. Raises ``OSError`` as the system does.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, durable: bool = False) -> None:
         self._directory = directory
+        self._durable = durable
         self._files: dict[int, _SegmentFile] = {}
 
     def write(self, key: str, page: Page, extent: Extent, written_at: float) -> None:
@@ -178,6 +180,12 @@ class RecordStore:
         file = _SegmentFile(self._path(segment), os.O_CREAT | os.O_EXCL)
         os.pwrite(file.fd, _SEGMENT_MAGIC.ljust(BLOCK_NBYTES, b"\0"), 0)
         self._files[segment] = file
+        if self._durable:
+            fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
 
     def sync(self, segments: set[int]) -> None:
         """Returns when all that was written to ``segments`` is on the medium."""
@@ -188,6 +196,12 @@ class RecordStore:
         """Gives the space of a stretch back to the file system; False if that cannot do it."""
         fd = self._file(segment).fd
         return bool(_fallocate(fd, _FALLOC_FL_PUNCH_HOLE_KEEP_SIZE, offset, nbytes) == 0)
+
+    def free_nbytes(self) -> int:
+        """What the disk has room for, less a little that the index may need."""
+        status = os.statvfs(self._directory)
+        reserved = min(INDEX_RESERVE_NBYTES, status.f_blocks * status.f_frsize // 10)
+        return max(0, status.f_bavail * status.f_frsize - reserved)
 
     def can_punch(self) -> bool:
         """Whether the file system can give back parts of a file."""

@@ -1,0 +1,35 @@
+"""Settings of the file backend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from hicache_core.storage.base import BackendConfig
+from hicache_core.storage.lanes import default_lanes
+from hicache_core.storage.settings import Nbytes, Seconds
+
+
+class FileConfig(BackendConfig):
+    """Settings of the ``file`` backend."""
+
+    path: Path = Field(description="the directory; it is created if its parent exists")
+    max_nbytes: Nbytes | None = Field(
+        default=None,
+        description="cap on the disk space of the objects, the least recently used go first; "
+        "without it 90 % of what is free at start",
+    )
+    ttl_s: Seconds | None = Field(default=None, description="objects older than this are gone")
+    fsync: bool = Field(
+        default=False, description="stored means on the medium: survives a power cut, costs speed"
+    )
+    io_threads: int = Field(
+        default_factory=default_lanes,
+        ge=1,
+        le=64,
+        description="threads that share the work of one large call",
+    )
+    lock_timeout_s: Seconds = Field(
+        default=5.0, description="how long to wait for another process's transaction"
+    )
