@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import os
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from sys import byteorder
-from typing import NoReturn, Protocol, SupportsIndex, TypeAlias, cast
+from typing import NoReturn, Protocol, SupportsIndex, TypeAlias, cast, overload
 
 from hicache_core.errors import InvalidTokens, SpecError
 from hicache_core.types import Namespace
@@ -190,6 +190,78 @@ def object_keys(storage_namespace: str, digests: bytes) -> list[str]:
     text = digests.hex()
     step = 2 * DIGEST_NBYTES
     return [prefix + text[i : i + step] for i in range(0, len(text), step)]
+
+
+class PageKeys(Sequence[str]):
+    """The keys of consecutive pages, hashed by the first thread that looks at one.
+
+    So the scheduler hands a job its keys at no cost, and a storage thread pays for them, outside of
+    Python's lock where the native module is there. A slice shares what was computed.
+
+    Args:
+        storage_namespace: prefix of every key.
+        tokens: packed token ids of the pages; a view must be of immutable bytes.
+        page_size: tokens in a page.
+        parent: digest of the page before the first, or the chain's seed.
+    """
+
+    def __init__(
+        self,
+        storage_namespace: str,
+        tokens: bytes | memoryview,
+        page_size: int,
+        parent: bytes = b"",
+    ) -> None:
+        n_pages = len(tokens) // (page_size * TOKEN_NBYTES)
+        self._chain = _Chain(storage_namespace, tokens, page_size, parent)
+        self._range = range(n_pages)
+
+    @property
+    def digests(self) -> bytes:
+        """32 bytes a page; computed at the first call."""
+        first, last = self._range.start, self._range.stop
+        return self._chain.digests()[first * DIGEST_NBYTES : last * DIGEST_NBYTES]
+
+    def __len__(self) -> int:
+        return len(self._range)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> PageKeys: ...
+    def __getitem__(self, index: int | slice) -> str | PageKeys:
+        if isinstance(index, slice):
+            part = PageKeys.__new__(PageKeys)
+            part._chain, part._range = self._chain, self._range[index]
+            if part._range.step != 1:
+                raise ValueError("keys of consecutive pages are sliced without a step")
+            return part
+        page = self._range[index]
+        return object_keys(self._chain.storage_namespace, self._chain.digest(page))[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(object_keys(self._chain.storage_namespace, self.digests))
+
+
+class _Chain:
+    """Digests of a run of pages, computed once; two threads at once compute the same."""
+
+    def __init__(
+        self, storage_namespace: str, tokens: bytes | memoryview, page_size: int, parent: bytes
+    ) -> None:
+        self.storage_namespace = storage_namespace
+        self._tokens = tokens
+        self._page_size = page_size
+        self._parent = parent
+        self._digests: bytes | None = None
+
+    def digests(self) -> bytes:
+        if self._digests is None:
+            self._digests = page_digests(bytes(self._tokens), self._page_size, self._parent)
+        return self._digests
+
+    def digest(self, page: int) -> bytes:
+        return self.digests()[page * DIGEST_NBYTES : (page + 1) * DIGEST_NBYTES]
 
 
 def storage_namespace(identity: Mapping[str, object], page_size: int, layout: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from hicache_core.controller.parts import Parts
-from hicache_core.page_keys import object_keys, page_digests
+from hicache_core.page_keys import PageKeys
 from hicache_core.radix.node import Node
 from hicache_core.storage.worker import StorageWorker
 from hicache_core.types import ExistsJob, ReadJob
@@ -34,6 +34,7 @@ class Prefetch:
         batches: the reads, in order: job id and number of pages.
         n_settled_batches: leading batches that are settled.
         delivered: pages that each finished batch delivered, by its index.
+        n_ready: pages that have arrived without a gap and are no hits yet.
         broken: a batch fell short, so nothing behind it can be used.
         n_loaded_pages: pages of the run that are hits now.
         given_up: the request went on without the rest.
@@ -52,6 +53,7 @@ class Prefetch:
     batches: list[tuple[int, int]] = field(default_factory=list)
     n_settled_batches: int = 0
     delivered: dict[int, int] = field(default_factory=dict)
+    n_ready: int = 0
     broken: bool = False
     n_loaded_pages: int = 0
     given_up: bool = False
@@ -62,8 +64,9 @@ class PrefetchPath:
     """Asks storage for what host and device lack, and reads it into host pages. Owner thread only.
 
     The question comes first; host pages are taken only for what storage says it has. They belong to
-    a pending, locked node before the first byte is read ("own first, copy after"), become hits as
-    the leading batches arrive, and the tail behind a short batch is freed.
+    a pending, locked node before the first byte is read ("own first, copy after"). They become hits
+    when the reads are done, or, as far as they have arrived, when the request goes on without the
+    rest; the tail behind a short batch is freed.
     """
 
     def __init__(self, parts: Parts, worker: StorageWorker) -> None:
@@ -119,6 +122,7 @@ class PrefetchPath:
             prefetch.given_up = True
             self._parts.counters.prefetch_given_up += 1
             self._cancel_unstarted(prefetch)
+            self._commit(prefetch)
             if prefetch.waits_for is not None:
                 self._waiting.remove(prefetch)
                 prefetch.done = True
@@ -141,8 +145,8 @@ class PrefetchPath:
         parts.tree.lock(match.node)
         prefetch.anchor = match.node
         parent = parts.tree.last_digest(match.node)
-        digests = page_digests(prefetch.tokens[start:], parts.page_size, parent)
-        keys = object_keys(parts.storage_namespace, digests)
+        tail = prefetch.tokens[start:]
+        keys = PageKeys(parts.storage_namespace, tail, parts.page_size, parent)
         first_page = match.n_tokens // parts.page_size
         job_id = parts.jobs.add(partial(self._answered, prefetch, first_page, keys))
         self._worker.submit(ExistsJob(job_id, keys))
@@ -158,7 +162,7 @@ class PrefetchPath:
                 return True
         return False
 
-    def _answered(self, prefetch: Prefetch, first_page: int, keys: list[str], n_found: int) -> None:
+    def _answered(self, prefetch: Prefetch, first_page: int, keys: PageKeys, n_found: int) -> None:
         anchor = prefetch.anchor
         assert anchor is not None
         prefetch.anchor = None
@@ -171,7 +175,7 @@ class PrefetchPath:
 
     # The read.
 
-    def _read(self, prefetch: Prefetch, first_page: int, keys: list[str]) -> None:
+    def _read(self, prefetch: Prefetch, first_page: int, keys: PageKeys) -> None:
         """Takes host pages for what storage has, and submits the reads."""
         parts = self._parts
         assert parts.host is not None
@@ -188,6 +192,8 @@ class PrefetchPath:
         if host_pages:
             prefetch.node = parts.tree.insert_host(match.node, tokens, host_pages)
             assert prefetch.node is not None  # what is pending was waited for
+            digests = keys[: len(host_pages)].digests
+            parts.tree.adopt_digests(prefetch.node, len(host_pages), digests)
             prefetch.first_page, prefetch.n_pending = start, len(host_pages)
             self._reading.append(prefetch)
             for first in range(0, len(host_pages), parts.batch_pages):
@@ -204,37 +210,41 @@ class PrefetchPath:
 
     def _batch_settled(self, prefetch: Prefetch, index: int, n_pages: int) -> None:
         prefetch.delivered[index] = n_pages
-        n_ready = 0
         while prefetch.n_settled_batches in prefetch.delivered:
             delivered = prefetch.delivered.pop(prefetch.n_settled_batches)
             wanted = prefetch.batches[prefetch.n_settled_batches][1]
             prefetch.n_settled_batches += 1
             if not prefetch.broken:
-                n_ready += delivered
+                prefetch.n_ready += delivered
                 if delivered < wanted:
                     prefetch.broken = True
                     self._cancel_unstarted(prefetch)
-        finished = prefetch.n_settled_batches == len(prefetch.batches)
-        if n_ready or finished:
-            self._commit(prefetch, n_ready, finished=finished)
+        if prefetch.n_settled_batches == len(prefetch.batches):
+            self._finish_read(prefetch)
 
-    def _commit(self, prefetch: Prefetch, n_ready: int, *, finished: bool) -> None:
-        """Makes the next ``n_ready`` pages hits; at the end frees what did not come."""
+    def _commit(self, prefetch: Prefetch) -> None:
+        """Makes what has arrived without a gap a hit."""
+        parts, n_ready = self._parts, prefetch.n_ready
+        if prefetch.node is None or not n_ready:
+            return
+        for part in parts.tree.commit_host(prefetch.node, prefetch.n_pending, n_ready):
+            part.stored = True
+        prefetch.n_ready = 0
+        prefetch.n_pending -= n_ready
+        prefetch.n_loaded_pages += n_ready
+        parts.counters.storage_loaded_tokens += n_ready * parts.page_size
+
+    def _finish_read(self, prefetch: Prefetch) -> None:
+        """All reads are settled: frees what did not come."""
         parts, node = self._parts, prefetch.node
         assert node is not None
         assert parts.host is not None
-        if n_ready:
-            for part in parts.tree.commit_host(node, prefetch.n_pending, n_ready):
-                part.stored = True
-            prefetch.n_pending -= n_ready
-            prefetch.n_loaded_pages += n_ready
-            parts.counters.storage_loaded_tokens += n_ready * parts.page_size
-        if finished:
-            if not prefetch.given_up:
-                parts.counters.prefetch_failed_pages += prefetch.n_pending
-            parts.host.allocator.free(parts.tree.settle_host(node, prefetch.n_pending, 0))
-            self._reading.remove(prefetch)
-            self._done(prefetch)
+        self._commit(prefetch)
+        if not prefetch.given_up:
+            parts.counters.prefetch_failed_pages += prefetch.n_pending
+        parts.host.allocator.free(parts.tree.settle_host(node, prefetch.n_pending, 0))
+        self._reading.remove(prefetch)
+        self._done(prefetch)
 
     def _done(self, prefetch: Prefetch) -> None:
         prefetch.done = True

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from hicache_core.controller.parts import Parts
-from hicache_core.page_keys import object_keys
+from hicache_core.page_keys import PageKeys
 from hicache_core.radix.node import Node
 from hicache_core.types import WriteJob
 
@@ -79,8 +79,10 @@ class WritePath:
         parts = self._parts
         if parts.worker is None or parts.host is None or node.host_pages is None:
             return
-        store = _Store(node, node.n_pages)
-        digests = parts.tree.digests(node)
+        assert node.parent is not None
+        parent = parts.tree.last_digest(node.parent)
+        keys = PageKeys(parts.storage_namespace, node.tokens, parts.page_size, parent)
+        store = _Store(node, keys)
         node.stored = True  # from now on; taken back if storage does not take all of it
         parts.tree.lock_host(node, node.n_pages)
         self._under_way += 1
@@ -89,9 +91,8 @@ class WritePath:
             pages = parts.host.pages(node.host_pages[start:stop])
             job_id = parts.jobs.add(partial(self._batch_settled, store, stop - start))
             store.n_batches += 1
-            keys = object_keys(parts.storage_namespace, digests[32 * start : 32 * stop])
             nbytes = (stop - start) * parts.host.object_nbytes
-            if not parts.worker.submit(WriteJob(job_id, keys, pages, nbytes)):
+            if not parts.worker.submit(WriteJob(job_id, keys[start:stop], pages, nbytes)):
                 parts.jobs.report(job_id, 0)  # the write queue is full: dropped, and counted
 
     def _batch_settled(self, store: _Store, n_pages: int, n_stored: int) -> None:
@@ -104,6 +105,7 @@ class WritePath:
             return
         self._under_way -= 1
         parts.tree.unlock_host(store.node, store.n_pages)
+        parts.tree.adopt_digests(store.node, store.n_pages, store.keys.digests)
         if not store.complete:
             log.debug("storage did not take all of %d pages; the next use tries again", n_pages)
             for part in parts.tree.run(store.node, store.n_pages):
@@ -112,9 +114,14 @@ class WritePath:
 
 @dataclass(slots=True)
 class _Store:
-    """A node on its way to storage: the run of ``n_pages`` that ends at ``node``."""
+    """A node on its way to storage: by now perhaps a run of nodes, which ends at ``node``."""
 
     node: Node
-    n_pages: int
+    keys: PageKeys
     n_batches: int = 0
     complete: bool = True
+
+    @property
+    def n_pages(self) -> int:
+        """Pages of the run."""
+        return len(self.keys)

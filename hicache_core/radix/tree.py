@@ -145,6 +145,15 @@ class RadixTree(InFlight):
             last = at.digests[-DIGEST_NBYTES:]
         return node.digests or b""
 
+    def adopt_digests(self, node: Node, n_pages: int, digests: bytes) -> None:
+        """Keep the digests of the run of ``n_pages`` that ends at ``node``, computed elsewhere."""
+        start = 0
+        for member in self.run(node, n_pages):
+            stop = start + member.n_pages * DIGEST_NBYTES
+            if member.digests is None:
+                member.digests = digests[start:stop]
+            start = stop
+
     def last_digest(self, node: Node) -> bytes:
         """Digest of the last page of ``node``, which the next page chains; a root's seed."""
         return self.digests(node)[-DIGEST_NBYTES:] if node.n_pages else node.key

@@ -30,12 +30,13 @@ def run_job(backend: StorageBackend, job: Job, clock: Callable[[], float]) -> Jo
     """
     start = clock()
     try:
+        keys = list(job.keys)  # made on this thread, if they were not made yet
         if isinstance(job, ExistsJob):
-            answer = backend.batch_exists(job.keys)
+            answer = backend.batch_exists(keys)
         elif isinstance(job, ReadJob):
-            answer = backend.batch_get(job.keys, job.pages)
+            answer = backend.batch_get(keys, job.pages)
         else:
-            answer = backend.batch_set(job.keys, job.pages)
+            answer = backend.batch_set(keys, job.pages)
         n_pages = operator.index(answer)
         if not 0 <= n_pages <= len(job.keys):
             raise ValueError(f"answered {n_pages} pages of {len(job.keys)}")
