@@ -11,7 +11,7 @@ from array import array
 from hicache_core.errors import IntegrityError, SpecError
 from hicache_core.page_keys import TOKEN_NBYTES
 from hicache_core.radix.eviction import EvictionOrder, EvictionPolicy
-from hicache_core.radix.node import Node, descendants, path_to_root, split_node
+from hicache_core.radix.node import Node, descendants, path_to_root, require_in_tree, split_node
 
 
 class TreeCore:
@@ -62,7 +62,7 @@ class TreeCore:
 
         Device pages stay on the device; pages that only the host has stay there.
         """
-        self._require_in_tree(node)
+        require_in_tree(node)
         for at in path_to_root(node):
             if at.lock_count == 0 and at.device_pages is not None:
                 self._n_locked_device_pages += at.n_pages
@@ -74,7 +74,7 @@ class TreeCore:
         Raises:
             IntegrityError: it is not locked.
         """
-        self._require_in_tree(node)
+        require_in_tree(node)
         if node.n_pages and node.lock_count < 1:
             raise IntegrityError(f"unlock of {node}, which is not locked")
         for at in path_to_root(node):
@@ -114,7 +114,7 @@ class TreeCore:
         Raises:
             IntegrityError: the run starts inside a node or before the root.
         """
-        self._require_in_tree(node)
+        require_in_tree(node)
         members: list[Node] = []
         missing = n_pages
         for at in path_to_root(node):
@@ -128,10 +128,6 @@ class TreeCore:
         return members
 
     # -- structure ---------------------------------------------------------------------------
-
-    def _require_in_tree(self, node: Node) -> None:
-        if not node.in_tree:
-            raise IntegrityError(f"{node} has left the tree; lock a node to keep it")
 
     def _root(self, seed: bytes) -> Node:
         """The seed's root; it counts as the tree's only once it has a child."""

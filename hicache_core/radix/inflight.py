@@ -10,7 +10,7 @@ from array import array
 
 from hicache_core.errors import IntegrityError
 from hicache_core.radix.core import TreeCore
-from hicache_core.radix.node import Node, descendants
+from hicache_core.radix.node import Node, descendants, require_in_tree
 
 
 class InFlight(TreeCore):
@@ -31,7 +31,7 @@ class InFlight(TreeCore):
         Raises:
             IntegrityError: the pages do not fit the tokens, or ``parent`` itself is still pending.
         """
-        self._require_in_tree(parent)
+        require_in_tree(parent)
         if not host_pages or len(tokens) != len(host_pages) * self._page_nbytes:
             raise IntegrityError(
                 f"{len(host_pages)} host pages for {len(tokens)} bytes of tokens; "
@@ -55,7 +55,7 @@ class InFlight(TreeCore):
         Raises:
             IntegrityError: it has no arrived device pages, has host pages, or the count differs.
         """
-        self._require_in_tree(node)
+        require_in_tree(node)
         if not node.on_device or node.device_pending or node.host_pages is not None:
             raise IntegrityError(f"backup of {node}, which has no device pages or has host pages")
         if len(host_pages) != node.n_pages:

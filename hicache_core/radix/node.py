@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 
+from hicache_core.errors import IntegrityError
 from hicache_core.page_keys import DIGEST_NBYTES
 
 # Up to here one comparison of the whole node pays, though a bisection may have to follow.
@@ -112,6 +113,16 @@ class Node:
         where = "+".join(filter(None, copies)) or ("root" if self.n_pages == 0 else "nowhere")
         pages = f"pages {self.depth_pages}..{self.depth_pages + self.n_pages}"
         return f"<Node {pages} on {where}, {self.lock_count} locks>"
+
+
+def require_in_tree(node: Node) -> None:
+    """Refuse a handle that names nothing any more.
+
+    Raises:
+        IntegrityError: the node has left the tree.
+    """
+    if not node.in_tree:
+        raise IntegrityError(f"{node} has left the tree; lock a node to keep it")
 
 
 def path_to_root(node: Node) -> Iterator[Node]:

@@ -12,7 +12,14 @@ from hicache_core.errors import IntegrityError, InvalidTokens
 from hicache_core.page_keys import DIGEST_NBYTES, TOKEN_NBYTES, page_digests
 from hicache_core.radix.audit import check_tree, tree_nbytes
 from hicache_core.radix.inflight import InFlight
-from hicache_core.radix.node import Node, descendants, equal_pages, keep_tokens, path_to_root
+from hicache_core.radix.node import (
+    Node,
+    descendants,
+    equal_pages,
+    keep_tokens,
+    path_to_root,
+    require_in_tree,
+)
 from hicache_core.radix.results import Dropped, InsertResult, Match
 
 
@@ -130,7 +137,7 @@ class RadixTree(InFlight):
 
     def digests(self, node: Node) -> bytes:
         """Page digests of ``node``, 32 bytes each, packed; computed once and kept in the nodes."""
-        self._require_in_tree(node)
+        require_in_tree(node)
         missing: list[Node] = []
         root: Node = node
         for at in path_to_root(node):
@@ -219,7 +226,7 @@ class RadixTree(InFlight):
         Raises:
             IntegrityError: :meth:`may_drop_device` is False.
         """
-        self._require_in_tree(node)
+        require_in_tree(node)
         if not self.may_drop_device(node):
             raise IntegrityError(f"device pages of {node} are in use")
         device_pages = self._lose_device(node)
@@ -235,7 +242,7 @@ class RadixTree(InFlight):
         Raises:
             IntegrityError: :meth:`may_drop_host` is False.
         """
-        self._require_in_tree(node)
+        require_in_tree(node)
         if not self.may_drop_host(node):
             raise IntegrityError(f"host pages of {node} are in use")
         host_pages = self._lose_host(node)

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from hicache_core.page_keys import page_digests
 from hicache_core.radix import POLICY_NAMES, Node, RadixTree, eviction_policy
@@ -334,12 +340,15 @@ class TreeMachine(RuleBasedStateMachine):
 @pytest.mark.parametrize("policy", POLICY_NAMES)
 def test_tree_equals_the_model(policy: str, page_size: int) -> None:
     """No sequence of calls makes the tree and the page-by-page model disagree."""
-    machine = type("Machine", (TreeMachine,), {"policy": policy, "page_size": page_size})
-    settings_of_run = settings(
-        max_examples=60,
-        stateful_step_count=60,
-        deadline=None,
-        suppress_health_check=[HealthCheck.too_slow],
+    machine: type[TreeMachine] = type(
+        f"Machine_{policy}_{page_size}", (TreeMachine,), {"policy": policy, "page_size": page_size}
     )
-    machine.TestCase.settings = settings_of_run
-    machine.TestCase("runTest").runTest()
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=60,
+            stateful_step_count=60,
+            deadline=None,
+            suppress_health_check=[HealthCheck.too_slow],
+        ),
+    )

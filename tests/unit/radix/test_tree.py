@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 
 import pytest
 
@@ -324,7 +325,7 @@ def test_calls_that_break_the_contract_are_refused() -> None:
     host = host_only(tree, prompt(5))
     pending = tree.insert_host(tree.match(prompt(6)).node, prompt(6), ids(60, 1))
     assert pending is not None
-    refused = [
+    refused: list[tuple[Callable[[], object], str]] = [
         (lambda: tree.lock(gone), "has left the tree"),
         (lambda: tree.drop_device(gone), "has left the tree"),
         (lambda: tree.drop_device(host), "in use"),
