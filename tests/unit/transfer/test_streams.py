@@ -8,11 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from hicache_core.errors import LoadFailed, SpecError, UseAfterClose
-from hicache_core.kv_spec import KVSpec
-from hicache_core.pools.host import HostPool
-from hicache_core.pools.layout import LAYOUTS
-from hicache_core.transfer import open as transfer_open
+from hicache_core.errors import LoadFailed, UseAfterClose
 from hicache_core.transfer.streams import StreamQueue
 
 LAYERS = [range(i, i + 1) for i in range(3)]
@@ -158,10 +154,3 @@ def test_close_synchronizes_and_nothing_is_taken_afterwards(
     assert cuda.log.count(cuda.log[-1]) == 1
     with pytest.raises(UseAfterClose):
         queue.submit(LAYERS, lambda step: None)
-
-
-def test_the_kernel_on_cuda_needs_a_pinned_host_pool() -> None:
-    spec = KVSpec.mha(num_layers=1, num_heads=1, head_dim=8, dtype="bfloat16", fingerprint="f")
-    host = HostPool(spec, 4, 2, LAYOUTS["page_first"])
-    with pytest.raises(SpecError, match="pin=True"):
-        transfer_open._cuda_kernel(host)

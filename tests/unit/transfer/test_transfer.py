@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hicache_core.errors import IntegrityError, SpecError, UseAfterClose
+from hicache_core.errors import IntegrityError
 from hicache_core.kv_spec import Component, KVSpec
 from hicache_core.pools.device import DevicePool, paged
 from hicache_core.pools.host import HostPool
@@ -22,7 +22,6 @@ from hicache_core.transfer import native
 from hicache_core.transfer.base import CopyQueue, Transfer
 from hicache_core.transfer.direct import DirectTransfer
 from hicache_core.transfer.kernel import KernelTransfer
-from hicache_core.transfer.open import open_transfer
 from hicache_core.transfer.queues import InlineQueue, ThreadQueue
 
 TRANSFERS: list[type[Transfer]] = [DirectTransfer, KernelTransfer]
@@ -191,30 +190,6 @@ def test_pages_that_do_not_exist_are_refused_and_nothing_moves(
             world.transfer.to_device(host, device)
         after = world.device_rows() + world.host_rows()
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-
-def test_pools_of_different_pages_are_refused() -> None:
-    device, host = DevicePool(MHA, 4, 2), HostPool(MHA, 8, 2, LAYOUTS["page_first"])
-    with pytest.raises(SpecError, match="page"):
-        open_transfer("direct", device, host)
-
-
-def test_an_unknown_io_backend_is_named_with_those_that_exist() -> None:
-    device, host = DevicePool(MHA, 4, 2), HostPool(MHA, 4, 2, LAYOUTS["page_first"])
-    with pytest.raises(SpecError, match="'dircet'; there are: direct, kernel"):
-        open_transfer("dircet", device, host)
-
-
-@pytest.mark.parametrize("io_backend", ["direct", "kernel"])
-def test_after_close_a_transfer_takes_nothing(io_backend: str) -> None:
-    device, host = DevicePool(MHA, 4, 2), HostPool(MHA, 4, 2, LAYOUTS["page_first"])
-    transfer = open_transfer(io_backend, device, host)
-    ticket = transfer.to_host(array("i", [0]), array("i", [1]))
-    transfer.close()
-    transfer.close()
-    assert ticket.done()
-    with pytest.raises(UseAfterClose):
-        transfer.to_host(array("i", [0]), array("i", [1]))
 
 
 @pytest.mark.parametrize("kind", TRANSFERS)
