@@ -29,6 +29,7 @@ from hicache_core.storage.file import FileBackend, FileConfig, hicache_backends
 from hicache_core.storage.record_store import (
     BLOCK_NBYTES,
     SEGMENT_NBYTES,
+    Extent,
     RecordStore,
     capacity_for,
 )
@@ -325,6 +326,29 @@ def test_a_reader_of_a_deleted_object_gets_it_whole_or_not_at_all(open_file: Ope
         stop.set()
         thread.join()
     assert n_read > 20
+
+
+def test_bytes_that_were_overwritten_while_they_were_read_are_a_miss(
+    open_file: OpenFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record's own marks may look right though the middle is another's: the index decides."""
+    backend, other = open_file(), open_file()
+    put(backend, "a")
+    read = RecordStore.read
+
+    def torn_read(self: RecordStore, key: str, page: Any, extent: Extent) -> bool:
+        assert read(self, key, page, extent)
+        other.delete(["a"])
+        put(other, "b")  # takes the extent that became free
+        page[0][10:20] = b"not from a"
+        return True
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordStore, "read", torn_read)
+        assert backend.batch_get(["a"], [views(bytes(NBYTES))]) == 0
+    assert backend.stats()["raced_reads"] == 1
+    assert backend.stats()["damaged_records"] == 0
+    assert held(backend) == ["b"]
 
 
 def test_backends_on_one_directory_see_each_other_at_once(open_file: OpenFile) -> None:
