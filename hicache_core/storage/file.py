@@ -78,15 +78,19 @@ class FileBackend(StorageBackend):
         )
         self._space.owner = directory.owner
         self._epoch = directory.index.epoch
+        try:
+            self._space.max_nbytes = settings.max_nbytes or self._default_cap(directory)
+            self._space.trim()
+        except BaseException:
+            directory.close()
+            raise
         self._directory = directory
-        self._space.max_nbytes = settings.max_nbytes or self._default_cap(directory)
-        self._space.trim()
 
     def close(self) -> None:
         with self._calls_ended:
             directory, self._directory = self._directory, None
-            if directory is None:
-                return
+            if directory is None or self._pid != os.getpid():
+                return  # what a forked child inherited is its parent's to close
             idle = self._calls_ended.wait_for(lambda: self._calls == 0, CLOSE_TIMEOUT_S)
         if not idle:
             # Its claims stay claimed until this process ends: nobody may write where it may still.

@@ -93,7 +93,9 @@ class FileDirectory:
                         self._register(connection)
                         self._clean_up(connection)
                 except BaseException:
+                    self._unlock()
                     self.index.close()
+                    self.store.close()
                     raise
 
     def close(self) -> None:
@@ -104,10 +106,16 @@ class FileDirectory:
         except BackendError as exc:  # the next one to open the directory does it then
             logger.warning("%s: closed without giving back its claims: %s", self.path, exc)
         finally:
-            self._lock_path(self.owner).unlink(missing_ok=True)
-            os.close(self._owner_fd)
+            self._unlock()
             self.index.close()
             self.store.close()
+
+    def _unlock(self) -> None:
+        """Lets go of the owner's lock, if it was taken, and removes its file."""
+        if self._owner_fd >= 0:
+            self._lock_path(self.owner).unlink(missing_ok=True)
+            os.close(self._owner_fd)
+            self._owner_fd = -1
 
     @contextlib.contextmanager
     def _opening(self) -> Iterator[None]:

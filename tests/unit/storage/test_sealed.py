@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import xxhash
@@ -119,7 +119,8 @@ def test_each_kind_of_mismatch_is_counted_as_such(
     sealed.batch_set([KEY], [page(bytes(range(16)))])
     data = bytearray(inner.get(KEY) or b"")
     struct.pack_into(form, data, at, value)
-    for get in (lambda: read(sealed, 16), lambda: sealed.get(KEY)):
+    gets: list[Callable[[], object]] = [lambda: read(sealed, 16), lambda: sealed.get(KEY)]
+    for get in gets:
         inner.set(KEY, data)
         assert get() is None
         assert not inner.exists(KEY)
@@ -166,7 +167,7 @@ def test_the_count_ends_before_the_first_page_that_does_not_verify(bad: int) -> 
 )
 def test_a_key_of_another_form_is_an_error_at_the_edge(key: str) -> None:
     sealed, _ = store()
-    calls = [
+    calls: list[Callable[[], object]] = [
         lambda: sealed.get(key),
         lambda: sealed.set(key, b"x"),
         lambda: sealed.exists(key),
