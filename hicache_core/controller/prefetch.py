@@ -22,7 +22,8 @@ class Prefetch:
     """What one request has asked storage for.
 
     Attributes:
-        tokens: the request's whole pages that may be loaded, packed.
+        tokens: the request's tokens, packed, without the page that ends with the last one.
+        n_pages: whole pages of ``tokens``.
         seed: seed of the chain of page keys.
         n_asked_tokens: tokens that were missing when the request came.
         blocked_since: when the scheduler first wanted to run the request, by the clock.
@@ -42,6 +43,7 @@ class Prefetch:
     """
 
     tokens: bytes
+    n_pages: int
     seed: bytes
     n_asked_tokens: int
     blocked_since: float | None = None
@@ -84,13 +86,15 @@ class PrefetchPath:
         """
         parts = self._parts
         page_nbytes = parts.page_size * TOKEN_NBYTES
-        usable = tokens[: max(len(tokens) - TOKEN_NBYTES, 0) // page_nbytes * page_nbytes]
-        n_missing = len(usable) // TOKEN_NBYTES
-        n_missing -= parts.tree.match(usable, seed, touch=False).n_tokens
+        n_pages = max(len(tokens) - TOKEN_NBYTES, 0) // page_nbytes
+        if len(tokens) % page_nbytes == 0:  # else the tree leaves the tail out by itself
+            tokens = tokens[: n_pages * page_nbytes]
+        n_missing = n_pages * parts.page_size
+        n_missing -= parts.tree.match(tokens, seed, touch=False).n_tokens
         if n_missing < parts.prefetch_threshold:
             parts.counters.prefetch_below_threshold += 1
             return False
-        prefetch = self._requests[request_id] = Prefetch(usable, seed, n_missing)
+        prefetch = self._requests[request_id] = Prefetch(tokens, n_pages, seed, n_missing)
         self._ask(prefetch)
         return True
 
@@ -131,6 +135,11 @@ class PrefetchPath:
         for job_id, _ in prefetch.batches[prefetch.n_settled_batches :]:
             self._worker.cancel(job_id)
 
+    def _tokens_of(self, prefetch: Prefetch, start: int, stop: int) -> memoryview:
+        """Tokens of the pages from ``start`` to ``stop``: a view, since a copy would cost more."""
+        page_nbytes = self._parts.page_size * TOKEN_NBYTES
+        return memoryview(prefetch.tokens)[start * page_nbytes : stop * page_nbytes]
+
     # The question.
 
     def _ask(self, prefetch: Prefetch) -> None:
@@ -138,16 +147,15 @@ class PrefetchPath:
             return
         parts = self._parts
         match = parts.tree.locate(prefetch.tokens, prefetch.seed)
-        start = match.n_tokens * TOKEN_NBYTES
-        if start == len(prefetch.tokens):
+        first_page = match.n_tokens // parts.page_size
+        if first_page == prefetch.n_pages:
             self._done(prefetch)
             return
         parts.tree.lock(match.node)
         prefetch.anchor = match.node
         parent = parts.tree.last_digest(match.node)
-        tail = prefetch.tokens[start:]
+        tail = self._tokens_of(prefetch, first_page, prefetch.n_pages)
         keys = PageKeys(parts.storage_namespace, tail, parts.page_size, parent)
-        first_page = match.n_tokens // parts.page_size
         job_id = parts.jobs.add(partial(self._answered, prefetch, first_page, keys))
         self._worker.submit(ExistsJob(job_id, keys))
 
@@ -179,17 +187,14 @@ class PrefetchPath:
         """Takes host pages for what storage has, and submits the reads."""
         parts = self._parts
         assert parts.host is not None
-        page_nbytes = parts.page_size * TOKEN_NBYTES
-        found = prefetch.tokens[: (first_page + len(keys)) * page_nbytes]
-        match = parts.tree.locate(found, prefetch.seed)  # others may have come first
+        match = parts.tree.locate(prefetch.tokens, prefetch.seed)  # others may have come first
         start = match.n_tokens // parts.page_size
-        keys = keys[start - first_page :]
+        keys = keys[min(start - first_page, len(keys)) :]
         parts.tree.lock(match.node)
         host_pages = parts.allocate_host(len(keys))
         parts.counters.prefetch_dropped_pages += len(keys) - len(host_pages)
-        stop = start + len(host_pages)
-        tokens = found[start * page_nbytes : stop * page_nbytes]
         if host_pages:
+            tokens = self._tokens_of(prefetch, start, start + len(host_pages))
             prefetch.node = parts.tree.insert_host(match.node, tokens, host_pages)
             assert prefetch.node is not None  # what is pending was waited for
             digests = keys[: len(host_pages)].digests

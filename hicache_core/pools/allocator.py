@@ -6,7 +6,12 @@ from array import array
 from collections.abc import Sequence
 from typing import NoReturn
 
+import torch
+
 from hicache_core.errors import IntegrityError, PoolExhausted, SpecError
+
+VECTOR_FROM = 512
+"""Ids from which on torch finds their bounds sooner than Python."""
 
 
 class PageAllocator:
@@ -91,3 +96,18 @@ class PageAllocator:
         if twice := sorted(named & free):
             raise IntegrityError(f"pages {twice[:8]} are freed, but they are free already")
         raise IntegrityError("a page is named twice in one call of free()")
+
+
+def check_page_ids(pages: array[int], n_pages: int, where: str) -> None:
+    """Refuses ids that a pool of ``n_pages`` does not have.
+
+    Raises:
+        IntegrityError: names the pool and the ids.
+    """
+    if len(pages) < VECTOR_FROM:
+        low, high = (min(pages), max(pages)) if pages else (0, 0)
+    else:
+        bounds = torch.frombuffer(pages, dtype=torch.int32).aminmax()
+        low, high = int(bounds.min), int(bounds.max)
+    if low < 0 or high >= n_pages:
+        raise IntegrityError(f"{where} pages {low} to {high} in a pool of {n_pages} pages")

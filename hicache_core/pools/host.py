@@ -8,9 +8,9 @@ from typing import overload
 
 import torch
 
-from hicache_core.errors import IntegrityError, SpecError, UseAfterClose
+from hicache_core.errors import SpecError, UseAfterClose
 from hicache_core.kv_spec import KVSpec
-from hicache_core.pools.allocator import PageAllocator
+from hicache_core.pools.allocator import PageAllocator, check_page_ids
 from hicache_core.pools.layout import HostLayout, PoolShape
 from hicache_core.pools.limits import check_memory
 from hicache_core.pools.mapping import Progress, map_memory, pin_memory, unpin_memory
@@ -135,10 +135,7 @@ class HostPool:
         """
         memory = self._open_memory()
         ids = array("i", page_ids)
-        if ids and not 0 <= min(ids) <= max(ids) < self.n_pages:
-            raise IntegrityError(
-                f"page ids {min(ids)} to {max(ids)} in a pool of {self.n_pages} pages"
-            )
+        check_page_ids(ids, self.n_pages, "host")
         return _Pages(memory, self._payload_nbytes, self.layout, self.shape, ids)
 
     def close(self) -> None:

@@ -10,18 +10,20 @@ from array import array
 
 from hicache_core.errors import IntegrityError
 from hicache_core.radix.core import TreeCore
-from hicache_core.radix.node import Node, descendants, require_in_tree
+from hicache_core.radix.node import Node, descendants, keep_tokens, require_in_tree
 
 
 class InFlight(TreeCore):
     """The part of the tree that knows pages whose bytes are still on their way."""
 
-    def insert_host(self, parent: Node, tokens: bytes, host_pages: array[int]) -> Node | None:
+    def insert_host(
+        self, parent: Node, tokens: bytes | memoryview, host_pages: array[int]
+    ) -> Node | None:
         """Prefetch begins: add a pending, locked leaf below ``parent``; the host alone has it.
 
         Args:
             parent: the node after which the pages come (``Match.node``).
-            tokens: packed tokens of these pages alone.
+            tokens: packed tokens of these pages alone; a view must be of immutable bytes.
             host_pages: one id for each page; the tree owns them now.
 
         Returns:
@@ -43,7 +45,7 @@ class InFlight(TreeCore):
             parent = self._roots.get(parent.key, parent)
         if tokens[: self._page_nbytes] in parent.children:
             return None
-        leaf = self._add_child(parent, tokens, len(host_pages))
+        leaf = self._add_child(parent, keep_tokens(tokens), len(host_pages))
         leaf.priority = parent.priority
         self._gain_host(leaf, host_pages[:])
         self.lock(leaf)
