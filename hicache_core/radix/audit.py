@@ -82,7 +82,10 @@ def _check_children(node: Node) -> None:
     _require(n_device == node.n_device_children, node, "children on the device are counted")
     _require(n_host == node.n_host_children, node, "children with host pages are counted")
     if node.host_pending and not node.on_device:
-        _require(not children, node, "nothing stands below pages that have not arrived")
+        same_run = all(child.host_pending and not child.on_device for child in children)
+        _require(
+            same_run and len(children) <= 1, node, "only the rest of a pending run is below it"
+        )
 
 
 def _check_counts(tree: TreeCore, nodes: list[Node]) -> None:

@@ -79,10 +79,11 @@ class InFlight(TreeCore):
         """
         if not 0 <= n_ready <= n_pages:
             raise IntegrityError(f"{n_ready} pages arrived of a run of {n_pages}")
+        members = self.run(node, n_pages)
+        if not all(member.host_pending for member in members):
+            raise IntegrityError(f"pages of the {n_pages} up to {node} arrived, but not all wait")
         ready: list[Node] = []
-        for member in self.run(node, n_pages):
-            if not member.host_pending:
-                raise IntegrityError(f"pages of {member} arrived, but none were awaited")
+        for member in members:
             if n_ready == 0:
                 break
             arrived = self._split(member, n_ready) if n_ready < member.n_pages else member

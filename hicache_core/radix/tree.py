@@ -175,7 +175,7 @@ class RadixTree(InFlight):
         Raises:
             IntegrityError: the cut is not inside the node.
         """
-        self._require_in_tree(node)
+        require_in_tree(node)
         if not 0 < n_pages < node.n_pages:
             raise IntegrityError(f"split of {node} behind {n_pages} pages")
         return self._split(node, n_pages)

@@ -40,6 +40,10 @@ class Copy:
     node: Node
     paths: list[Path]
 
+    def __post_init__(self) -> None:
+        """The last page names the lock, also when no page is left to come."""
+        self.end = self.paths[-1]
+
 
 class TreeMachine(RuleBasedStateMachine):
     """Every call of the tree, in any order that its contract allows."""
@@ -115,6 +119,29 @@ class TreeMachine(RuleBasedStateMachine):
             whole = page_digests(tokens, self.page_size, seed)
             assert self.tree.digests(node) == whole[-32 * node.n_pages :]
             assert self.tree.path_digests(node) == whole
+            assert self.tree.last_digest(node) == whole[-32:]
+            assert self.tree.path(node)[-1] is node
+
+    @rule(prompt=PROMPTS, seed=SEEDS)
+    def locate(self, prompt: list[int], seed: bytes) -> None:
+        """As a match, and the orders stay as they are but for the node that a split adds."""
+        tokens = self.tokens(prompt)
+        before = [list(self.tree._device_order), list(self.tree._host_order)]
+        match = self.tree.locate(tokens, seed)
+        device, host = self.model.match(seed, tokens)
+        assert (match.device_pages.tolist(), match.host_pages.tolist()) == (device, host)
+        assert prefix_of(match.node) == (seed, tokens[: match.n_tokens * 4])
+        after = [list(self.tree._device_order), list(self.tree._host_order)]
+        for old, new in zip(before, after, strict=True):
+            assert [node for node in new if node in set(old)] == old
+
+    @rule(pick=PICKS, n_pages=st.integers(1, 6))
+    def split(self, pick: int, n_pages: int) -> None:
+        nodes = [node for node in all_nodes(self.tree) if node.n_pages > n_pages]
+        if nodes:
+            node = nodes[pick % len(nodes)]
+            upper = self.tree.split(node, n_pages)
+            assert (upper.n_pages, node.parent) == (n_pages, upper)
 
     # -- locks -------------------------------------------------------------------------------
 
@@ -195,11 +222,22 @@ class TreeMachine(RuleBasedStateMachine):
         self.to_host.append(Copy(node, paths))
 
     @precondition(lambda self: self.to_host)
+    @rule(pick=PICKS, n_ready=st.integers(0, 7))
+    def part_arrives_on_host(self, pick: int, n_ready: int) -> None:
+        copy = self.to_host[pick % len(self.to_host)]
+        n_ready = min(n_ready, len(copy.paths))
+        ready = self.tree.commit_host(copy.node, len(copy.paths), n_ready)
+        assert sum(node.n_pages for node in ready) == n_ready
+        for path in copy.paths[:n_ready]:
+            self.model.pages[path].host_pending = False
+        del copy.paths[:n_ready]
+
+    @precondition(lambda self: self.to_host)
     @rule(pick=PICKS, n_valid=st.integers(0, 7))
     def copy_to_host_ends(self, pick: int, n_valid: int) -> None:
         copy = self.to_host.pop(pick % len(self.to_host))
         n_valid = min(n_valid, len(copy.paths))
-        self.model.locks[copy.paths[-1]] -= 1
+        self.model.locks[copy.end] -= 1
         freed: list[int | None] = []
         for i, path in enumerate(copy.paths):
             page = self.model.pages[path]

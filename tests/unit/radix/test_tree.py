@@ -181,6 +181,22 @@ def test_pending_pages_are_no_hit_until_settled() -> None:
     tree.check_integrity()
 
 
+def test_parts_of_a_prefetch_are_hits_as_they_arrive() -> None:
+    tree = make()
+    tokens = prompt(1, 2, 3)
+    node = tree.insert_host(tree.match(tokens).node, tokens, ids(0, 3))
+    assert node is not None
+    assert [part.n_pages for part in tree.commit_host(node, 3, 2)] == [2]
+    assert pages(tree.match(tokens)) == ([], [0, 1])
+    assert tree.host_victim(9) is None
+    tree.check_integrity()
+    assert tree.commit_host(node, 1, 1) == [node]
+    assert not tree.settle_host(node, 0, 0)
+    assert pages(tree.match(tokens)) == ([], [0, 1, 2])
+    assert tree.host_victim(9) is node
+    tree.check_integrity()
+
+
 def test_a_computed_prefix_meets_its_own_prefetch() -> None:
     """Pages that arrive late still count for the host; those that fail cost nothing."""
     tree = make()
@@ -343,6 +359,10 @@ def test_calls_that_break_the_contract_are_refused() -> None:
         (lambda: tree.unlock_host(host, 1), "not locked"),
         (lambda: tree.run(node, 1), "no run of 1 pages"),
         (lambda: tree.run(node, 3), "no run of 3 pages"),
+        (lambda: tree.split(node, 2), "behind 2 pages"),
+        (lambda: tree.split(gone, 1), "has left the tree"),
+        (lambda: tree.commit_host(node, 2, 1), "not all wait"),
+        (lambda: tree.commit_host(pending, 1, 2), "2 pages arrived of a run of 1"),
         (lambda: tree.device_victim(0), "at most 0 pages"),
         (tree.reset, "in use"),
     ]
