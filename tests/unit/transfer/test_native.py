@@ -9,9 +9,7 @@ import pytest
 
 from hicache_core.transfer import native
 
-pytestmark = pytest.mark.skipif(
-    not native.IS_BUILT, reason="the native module is not built, or switched off"
-)
+_transfer = pytest.importorskip("hicache_core._transfer", reason="it was not built")
 
 ROW_NBYTES = 16
 
@@ -32,7 +30,7 @@ def copy(device_pages: list[int], host_pages: list[int], *, cut: int = 0) -> byt
     plan = plan_of(device, host)
     ids = array("i", device_pages), 2, array("i", host_pages), 3
     try:
-        native._transfer.copy_rows(plan[: len(plan) - cut], *ids, True)
+        _transfer.copy_rows(plan[: len(plan) - cut], *ids, True)
     finally:
         assert device == b"d" * 2 * ROW_NBYTES
         if device_pages != [1]:
