@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from hicache_core.errors import IntegrityError, SpecError
+from hicache_core.pools.allocator import check_page_ids
 from hicache_core.pools.device import DevicePool
 from hicache_core.pools.host import HostPool
 
@@ -157,11 +158,5 @@ class Transfer(ABC):
             raise IntegrityError(
                 f"{len(device_pages)} device pages and {len(host_pages)} host pages in one transfer"
             )
-        for name, pages, n_pages in (
-            ("device", device_pages, self.device_pool.n_pages),
-            ("host", host_pages, self.host_pool.n_pages),
-        ):
-            if pages and not 0 <= min(pages) <= max(pages) < n_pages:
-                raise IntegrityError(
-                    f"{name} pages {min(pages)} to {max(pages)} in a pool of {n_pages} pages"
-                )
+        check_page_ids(device_pages, self.device_pool.n_pages, "device")
+        check_page_ids(host_pages, self.host_pool.n_pages, "host")
