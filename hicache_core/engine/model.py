@@ -94,7 +94,9 @@ def load_gguf(file: Path, dtype: torch.dtype, cache_dir: Path | None = None) -> 
     cache_dir = default_cache_dir() if cache_dir is None else cache_dir
     digest = _sha256(file)[:16]
     dtype_name = str(dtype).removeprefix("torch.")
-    folder = cache_dir / f"{file.stem}-{dtype_name}-{digest}-transformers-{transformers.__version__}"
+    folder = (
+        cache_dir / f"{file.stem}-{dtype_name}-{digest}-transformers-{transformers.__version__}"
+    )
     if not _is_intact(folder):
         parsed = _parse_gguf(file, dtype)
         try:
