@@ -36,7 +36,7 @@ class Generation:
         return (len(self.tokens) - 1) / elapsed if elapsed > 0 else 0.0
 
 
-class _FirstToken(BaseStreamer):  # type: ignore[misc]  # transformers has no types
+class _FirstToken(BaseStreamer):
     """Notes when generate hands out its first new token; the prompt comes before it."""
 
     def __init__(self, clock: Clock) -> None:
@@ -44,7 +44,7 @@ class _FirstToken(BaseStreamer):  # type: ignore[misc]  # transformers has no ty
         self._n_puts = 0
         self.at_s = 0.0
 
-    def put(self, value: torch.Tensor) -> None:
+    def put(self, value: torch.Tensor) -> None:  # noqa: ARG002 - only the time counts
         self._n_puts += 1
         if self._n_puts == 2:
             self.at_s = self._clock()

@@ -74,7 +74,7 @@ def load_folder(folder: Path, dtype: torch.dtype) -> LoadedModel:
     """
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} is no model folder: it has no config.json")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return LoadedModel(folder.name, model.eval(), tokenizer)
 
@@ -109,7 +109,7 @@ def load_gguf(file: Path, dtype: torch.dtype, cache_dir: Path | None = None) -> 
 
 
 def _parse_gguf(file: Path, dtype: torch.dtype) -> LoadedModel:
-    parsed = AutoModelForCausalLM.from_pretrained(
+    parsed: Any = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=dtype, local_files_only=True
     )
     tokenizer = AutoTokenizer.from_pretrained(
@@ -119,7 +119,7 @@ def _parse_gguf(file: Path, dtype: torch.dtype) -> LoadedModel:
     fields = parsed.config.to_dict()
     fields.pop("quantization_config", None)
     with torch.device("meta"):
-        model = type(parsed)(type(parsed.config)(**fields))
+        model: Any = type(parsed)(type(parsed.config)(**fields))
     model.load_state_dict(parsed.state_dict(), assign=True)
     model.tie_weights()
     # Buffers that are not part of the state (the rotary frequencies) were left on "meta".

@@ -63,7 +63,7 @@ def _capacity(n_tokens: int) -> int:
     return n_tokens + max(64, n_tokens // 2)
 
 
-class PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no types
+class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer of a PagedCache; made by it.
 
     Nothing is read before the layer's first ``update``, which waits until this layer's rows have
@@ -76,8 +76,8 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
     def __init__(
         self, pool: DevicePool, layer: int, prefix_pages: torch.Tensor, wait_layer: WaitLayer
     ) -> None:
-        """Reads nothing; ``prefix_pages`` (n_pages,) int64 are the pages of the prefix, in order."""
-        super().__init__()
+        """Reads nothing; ``prefix_pages`` (n_pages,) int64: pages of the prefix, in order."""
+        super().__init__()  # type: ignore[no-untyped-call]
         self._pool = pool
         self._layer = layer
         self._prefix_pages = prefix_pages
@@ -119,7 +119,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
                 )
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends (1, heads, n, width) each; all keys and values as (1, heads, n_tokens, width).
 
@@ -167,15 +167,15 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
         """Forgets everything, the prefix too."""
         self.crop(-self._n_tokens)
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:  # noqa: ARG002
         """Raises SpecError: one sequence has no beams."""
         raise SpecError("a PagedCache holds one sequence: beam search needs one cache for each")
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
+    def batch_repeat_interleave(self, repeats: int) -> None:  # noqa: ARG002
         """Raises SpecError: the cache holds one sequence."""
         raise SpecError("a PagedCache holds one sequence and cannot be repeated")
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
+    def batch_select_indices(self, indices: torch.Tensor) -> None:  # noqa: ARG002
         """Raises SpecError: the cache holds one sequence."""
         raise SpecError("a PagedCache holds one sequence: there is nothing to select")
 
@@ -196,7 +196,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
             buffer.index_copy_(0, pages, rows.tokens(start, stop).view(-1, *buffer.shape[1:]))
 
 
-class PagedCache(Cache):  # type: ignore[misc]  # transformers has no types
+class PagedCache(Cache):
     """The KV of one sequence: a prefix in pages of a device pool, then what the model adds.
 
     Give it to ``model.generate(…, past_key_values=cache)`` or to a plain forward. Attention in
@@ -217,17 +217,16 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers has no types
             wait_layer: called before layer i of the prefix is read; returns when it has arrived.
         """
         pages = page_index(prefix_pages, pool.device)
-        super().__init__(
-            layers=[
-                PagedLayer(pool, layer, pages, wait_layer) for layer in range(pool.spec.num_layers)
-            ]
-        )
+        self._paged = [
+            PagedLayer(pool, layer, pages, wait_layer) for layer in range(pool.spec.num_layers)
+        ]
+        super().__init__(layers=list(self._paged))
         self._pool = pool
 
     @property
     def n_shared_pages(self) -> int:
         """Leading pages of the sequence that are the prefix's own, untouched by crop or reset."""
-        return int(self.layers[0].n_shared) // self._pool.page_size
+        return self._paged[0].n_shared // self._pool.page_size
 
     def activate_past_recording(self) -> None:
         """Called by transformers when assisted decoding starts.
@@ -254,7 +253,7 @@ class PagedCache(Cache):  # type: ignore[misc]  # transformers has no types
             SpecError: the sequence is shorter than that.
         """
         index = page_index(pages, self._pool.device)
-        for layer in self.layers:
+        for layer in self._paged:
             layer.write_pages(first_page, index)
 
 
