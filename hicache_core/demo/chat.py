@@ -44,7 +44,9 @@ class Chat:
         for n, part in enumerate(parts):
             messages.append({"role": ("user", "assistant")[n % 2], "content": part})
         return str(
-            self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
         )
 
     def _encode(self, text: str) -> list[int]:

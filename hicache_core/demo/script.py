@@ -93,7 +93,13 @@ off the computers, then the lights from top to bottom. Set the alarm with the co
 and lock the main door twice.
 
 13. Telephone, post and complaints
-Answer the telephone before the fourth ring, with the name of the library and your own. For a question that takes longer than five minutes, write down the number and call back on the same day. The post comes at 10:30; parcels with books go unopened to the workshop. A complaint is heard to the end, written on the yellow form, and answered by the director within a week. We thank everybody who complains: most readers just stay away. What readers borrow and read is their own affair; we tell it to nobody, not to parents, not to the town, and not to the police unless they bring the order of a judge.
+Answer the telephone before the fourth ring, with the name of the library and your own. For a \
+question that takes longer than five minutes, write down the number and call back on the same \
+day. The post comes at 10:30; parcels with books go unopened to the workshop. A complaint is \
+heard to the end, written on the yellow form, and answered by the director within a week. We \
+thank everybody who complains: most readers just stay away. What readers borrow and read is \
+their own affair; we tell it to nobody, not to parents, not to the town, and not to the police \
+unless they bring the order of a judge.
 """
 
 QUESTIONS = (
