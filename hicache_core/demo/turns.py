@@ -69,7 +69,7 @@ class TurnRunner:
     def run(self, plan: TurnPlan, say: Say) -> TurnRecord:
         """One turn: with the cache first, then again without."""
         if plan.flush_device:
-            n_pages = self._cached.cache.device_pool.n_pages
+            n_pages = self._cached.device_pool.n_pages
             say(Note(f"device tier emptied: {self._cached.cache.evict(n_pages)} pages given up"))
         chat = Chat(self._tokenizer, HANDBOOK) if plan.other_user else self._chat
         prompt = chat.ask(plan.question)
@@ -102,9 +102,9 @@ class TurnRunner:
     def _corrupt(self, prompt: list[int]) -> int:
         """Overwrites a page in the middle of the prompt's prefix with other numbers; its id."""
         cache = self._cached.cache
-        pages = cache.match_prefix(prompt).device_pages
+        pages = cache.match_prefix(prompt, touch=False).device_pages
         page = pages[len(pages) // 2]
-        for layers in cache.device_pool.buffers:
+        for layers in self._cached.device_pool.buffers:
             for layer in layers:
                 layer[page].normal_(std=3.0)
         return page

@@ -28,13 +28,15 @@ import xxhash
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from hicache_core.build import HiCache
 from hicache_core.config import HiCacheConfig
-from hicache_core.controller.controller import HiCache, Match
+from hicache_core.controller.controller import Controller
 from hicache_core.errors import InvalidTokens, LoadFailed, PoolExhausted, SpecError
 from hicache_core.integrations.paged_cache import PagedCache
 from hicache_core.kv_spec import KVSpec
-from hicache_core.page_keys import pack_tokens
+from hicache_core.page_keys import TOKEN_NBYTES, pack_tokens
 from hicache_core.pools.device import DevicePool
+from hicache_core.radix.results import Match
 from hicache_core.types import Namespace
 
 log = logging.getLogger(__name__)
@@ -84,14 +86,19 @@ class Turn:
     """
 
     def __init__(
-        self, cache: HiCache, past: PagedCache, match: Match, cached: CachedTokens, spot: Namespace
+        self,
+        cache: Controller,
+        past: PagedCache,
+        match: Match,
+        cached: CachedTokens,
+        namespace: Namespace,
     ) -> None:
         """Owns nothing: ``match`` stays locked as long as the turn lasts."""
         self.past = past
         self.cached = cached
         self._cache = cache
         self._match = match
-        self._namespace = spot
+        self._namespace = namespace
 
     def store(self, tokens: Tokens, *, priority: int = 0) -> int:
         """Gives what the model computed to the cache: the whole pages of it.
@@ -112,7 +119,7 @@ class Turn:
         n_seen = self.past.get_seq_length()
         if len(ids) < n_seen:
             raise InvalidTokens(f"the model has seen {n_seen} tokens; only {len(ids)} were given")
-        page_size = self._cache.device_pool.page_size
+        page_size = self._cache.page_size
         n_pages, n_shared = n_seen // page_size, self.past.n_shared_pages
         try:
             new_pages = self._cache.allocate(n_pages - n_shared)
@@ -126,9 +133,10 @@ class Turn:
             raise
         pages = self._match.device_pages[:n_shared] + new_pages
         result = self._cache.insert(
-            pack_tokens(ids[: n_pages * page_size]), pages, self._namespace, priority
+            pack_tokens(ids[: n_pages * page_size]), pages, self._namespace, priority=priority
         )
         self._cache.free(result.duplicates)
+        self._cache.poll()
         return n_pages * page_size
 
 
@@ -138,9 +146,10 @@ class CachedModel:
     Attributes:
         model: the model, unchanged.
         cache: the tiers behind it.
+        device_pool: the first of them.
     """
 
-    def __init__(self, model: Any, cache: HiCache) -> None:
+    def __init__(self, model: Any, cache: Controller, device_pool: DevicePool) -> None:
         """Joins the two; use ``open`` to build the cache as well.
 
         Raises:
@@ -149,6 +158,7 @@ class CachedModel:
         check_layers(model.config)
         self.model = model
         self.cache = cache
+        self.device_pool = device_pool
         self._request_ids = (f"turn-{n}" for n in itertools.count(1))
 
     @classmethod
@@ -177,7 +187,7 @@ class CachedModel:
         spec = kv_spec_of(model, fingerprint or fingerprint_of_model(model))
         n_pages = max(1, device_tokens // config.page_size)
         pool = DevicePool(spec, config.page_size, n_pages, model.device)
-        return cls(model, HiCache(config, spec, pool))
+        return cls(model, HiCache(config, spec, pool), pool)
 
     def close(self) -> None:
         """Closes the cache; what has not reached storage yet is given up (``cache.flush``)."""
@@ -217,7 +227,7 @@ class CachedModel:
             return self._generate(ids, namespace, arguments)
         except LoadFailed as error:
             log.warning("the cached prefix did not arrive, computing all of it: %s", error)
-            past = PagedCache(self.cache.device_pool, array("i"))
+            past = PagedCache(self.device_pool, array("i"))
             return Answer(self._run(ids, past, arguments)[len(ids) :], CachedTokens())
 
     def _generate(self, ids: list[int], namespace: Namespace, arguments: dict[str, Any]) -> Answer:
@@ -250,35 +260,32 @@ class CachedModel:
         Raises:
             InvalidTokens: an empty prompt, more than one, or something that is no token.
         """
-        ids = _token_list(input_ids)
-        tokens = pack_tokens(ids)[:-4]
-        with self._found(tokens, namespace) as (match, cached):
+        tokens = pack_tokens(_token_list(input_ids))
+        match, cached = self._find(tokens, namespace)
+        self.cache.lock(match.node)
+        try:
             loaded = self.cache.load_back(match)
-            past = PagedCache(self.cache.device_pool, loaded.device_pages, self.cache.wait_layer)
+            if loaded.n_tokens < match.n_tokens:  # no room on the device for what the host has
+                cached = CachedTokens(device=loaded.n_tokens)
+            past = PagedCache(self.device_pool, loaded.device_pages, self.cache.wait_layer)
             yield Turn(self.cache, past, loaded, cached, namespace)
-
-    @contextmanager
-    def _found(self, tokens: bytes, namespace: Namespace) -> Iterator[tuple[Match, CachedTokens]]:
-        """The longest match, locked, after storage was asked for the rest."""
-        page_size = self.cache.device_pool.page_size
-        before = self.cache.match_prefix(tokens, namespace)
-        self.cache.lock(before.node)  # the prefetch may need host pages: not these
-        try:
-            request_id = next(self._request_ids)
-            if self.cache.prefetch(request_id, tokens, namespace):
-                while not self.cache.prefetch_ready(request_id):
-                    time.sleep(_POLL_S)
-                    self.cache.poll()
-            match = self.cache.match_prefix(tokens, namespace)
-            self.cache.lock(match.node)
-        finally:
-            self.cache.unlock(before.node)
-        device = len(before.device_pages) * page_size
-        host = len(before.host_pages) * page_size
-        try:
-            yield match, CachedTokens(device, host, match.n_tokens - device - host)
         finally:
             self.cache.unlock(match.node)
+
+    def _find(self, tokens: bytes, namespace: Namespace) -> tuple[Match, CachedTokens]:
+        """The longest match, after storage was asked for what device and host lack."""
+        self.cache.poll()
+        usable = tokens[:-TOKEN_NBYTES]
+        before = self.cache.match_prefix(usable, namespace, touch=False)
+        request_id = next(self._request_ids)
+        if self.cache.prefetch(request_id, tokens, namespace):
+            while not self.cache.prefetch_ready(request_id):
+                time.sleep(_POLL_S)
+                self.cache.poll()
+            self.cache.finish_prefetch(request_id)
+        match = self.cache.match_prefix(usable, namespace)
+        device, host = before.n_device_tokens, before.n_host_tokens
+        return match, CachedTokens(device, host, max(0, match.n_tokens - device - host))
 
 
 def check_layers(config: Any) -> None:
@@ -304,15 +311,16 @@ def kv_spec_of(model: Any, fingerprint: str) -> KVSpec:
     past = DynamicCache(config=model.config)
     with torch.no_grad():
         model(torch.zeros((1, 1), dtype=torch.int64, device=model.device), past_key_values=past)
+    layers: list[Any] = list(past.layers)
     rows = {
         (layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3], layer.keys.dtype)
-        for layer in past.layers
+        for layer in layers
     }
     if len(rows) != 1:
         raise SpecError(f"the layers have several shapes of KV, pages need one: {sorted(rows)}")
     num_heads, k_dim, v_dim, dtype = rows.pop()
     return KVSpec.mha(
-        num_layers=len(past.layers),
+        num_layers=len(layers),
         num_heads=num_heads,
         head_dim=k_dim,
         v_head_dim=v_dim,
