@@ -302,8 +302,8 @@ def check_layers(config: Any) -> None:
 def kv_spec_of(model: Any, fingerprint: str) -> KVSpec:
     """The spec of what ``model`` really hands to its cache, found by computing one token.
 
-    A config does not always tell: transformers caches the expanded keys and values of MLA models,
-    and a model's cache may have another dtype than its weights.
+    A config does not always tell: of an MLA model, transformers caches the latent as keys and the
+    rotary key as values, and a model's cache may have another dtype than its weights.
 
     Raises:
         SpecError: the layers differ in shape or dtype.
