@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import os
+import secrets
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +22,10 @@ from hicache_core.config_sources import read_inline
 from hicache_core.demo.records import DemoSettings, Outcome
 from hicache_core.demo.run import run_demo
 from hicache_core.demo.table import print_outcome, shown
+from hicache_core.dynamic import load_class, split_settings
 from hicache_core.errors import ConfigError
+from hicache_core.plugin_manager import backend_class as backend_class_of
+from hicache_core.plugin_manager import backend_settings
 
 _NEEDED = ("torch", "transformers", "gguf")
 _WritableFile = click.Path(dir_okay=False, writable=True, path_type=Path)
@@ -80,14 +84,26 @@ def _settings(backend: str, extra: dict[str, Any], options: dict[str, Any]) -> D
     }
     given = {key: options[key] for key in HiCacheConfig.model_fields if key in options}
     cache |= {key: value for key, value in given.items() if value is not None}
-    HiCacheConfig(**cache)
+    _check_backend(backend, HiCacheConfig(**cache))
     return DemoSettings(
         model=options["model"],
         max_new_tokens=options["max_new_tokens"],
         threads=options["threads"] or len(os.sched_getaffinity(0)),
         cache=cache,
+        salt=secrets.token_hex(8),
         corrupt=options["corrupt"],
     )
+
+
+def _check_backend(name: str, config: HiCacheConfig) -> None:
+    """Raises PluginError or ConfigError here, before a model is loaded."""
+    settings = config.backend_config
+    if name == "dynamic":
+        backend_class = load_class(settings)
+        _, settings = split_settings(settings)
+    else:
+        backend_class = backend_class_of(name)
+    backend_settings(backend_class, settings)
 
 
 @contextlib.contextmanager

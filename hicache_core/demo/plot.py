@@ -21,15 +21,22 @@ BAR_WIDTH = 0.38
 
 def draw(outcome: Outcome, file: Path) -> None:
     """Writes the picture, in the format that the file's suffix names."""
-    figure = Figure(figsize=(9, 4.8), layout="constrained")
+    figure = Figure(figsize=(9, 5.2), layout="constrained")
     axes = figure.subplots()
     places = range(len(outcome.turns))
-    axes.bar(
+    baseline = axes.bar(
         [x - BAR_WIDTH / 2 for x in places],
         [turn.baseline_ttft_s for turn in outcome.turns],
         BAR_WIDTH,
         color=NO_CACHE_COLOUR,
         label="no cache",
+    )
+    axes.bar_label(
+        baseline,
+        [f"{turn.baseline_ttft_s:.2f} s" for turn in outcome.turns],
+        padding=2,
+        fontsize=9,
+        color="#777777",
     )
     named: set[str] = set()
     for x, turn in zip(places, outcome.turns, strict=True):
@@ -53,7 +60,7 @@ def draw(outcome: Outcome, file: Path) -> None:
     axes.set_title(_title(outcome))
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.12)
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(file, dpi=130)
 
 

@@ -19,6 +19,7 @@ class DemoSettings:
         max_new_tokens: length of an answer, at most.
         threads: torch's threads.
         cache: the settings of ``HiCacheConfig`` by name.
+        salt: of this run, so that turn 1 is cold even on a store that others use.
         corrupt: overwrite a cached page on purpose, to show that the comparison can fail.
     """
 
@@ -26,6 +27,7 @@ class DemoSettings:
     max_new_tokens: int
     threads: int
     cache: Mapping[str, Any]
+    salt: str
     corrupt: bool = False
 
     def to_json(self) -> str:

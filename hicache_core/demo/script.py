@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 HANDBOOK = """\
-You answer questions of the staff of the Harbour Street Library. Use this handbook. Answer in one \
-short sentence.
+You work at the front desk of the Harbour Street Library. You answer questions with the help of \
+this handbook.
 
 Harbour Street Library: handbook for the front desk
 
@@ -103,13 +103,13 @@ unless they bring the order of a judge.
 """
 
 QUESTIONS = (
-    "How long can a reader keep a film?",
-    "What does an adult pay for a library card each year?",
-    "A book came back wet. What do I do with it?",
-    "How many people fit into the large room?",
-    "What is the telephone number of the caretaker?",
+    "What is the number of the caretaker, Mr Oduya?",
+    "When is the story hour on Saturday?",
+    "When does the library open on Saturday?",
+    "How many people does the large room seat?",
+    "What does a guest card cost?",
 )
 """The first conversation, one question a turn."""
 
-OTHER_QUESTION = "When is the story hour on Saturday?"
+OTHER_QUESTION = "How long can I keep a magazine?"
 """Another user: shares the system prompt with the first conversation, and nothing else."""

@@ -19,6 +19,7 @@ from hicache_core.demo.script import HANDBOOK
 from hicache_core.engine.generation import Generation, generate_greedy
 from hicache_core.engine.model import LoadedModel, find_smollm2, load_folder, load_gguf
 from hicache_core.integrations.transformers import CachedModel, CachedTokens
+from hicache_core.types import Namespace
 
 DTYPE = torch.float32
 WARM_UP_TOKENS = 256
@@ -47,6 +48,7 @@ class TurnRunner:
         self._settings = settings
         self._model = loaded.model
         self._tokenizer = loaded.tokenizer
+        self._namespace = Namespace(cache_salt=settings.salt)
         self._chat = Chat(loaded.tokenizer, HANDBOOK, history)
         self._cached = CachedModel.open(loaded.model, HiCacheConfig(**settings.cache))
 
@@ -78,14 +80,15 @@ class TurnRunner:
         say(Step(f"turn {plan.number} ({plan.label}): {len(prompt)} tokens, with the cache"))
         found, cached = self._with_cache(prompt)
         # What is still being written to host and storage would slow the baseline down.
-        self._flush()
+        if not self._flush():
+            say(Note(f"after {FLUSH_TIMEOUT_S:.0f} s, not everything has reached the storage"))
         say(Step(f"turn {plan.number} ({plan.label}): {len(prompt)} tokens, without any cache"))
         baseline = generate_greedy(self._model, prompt, self._settings.max_new_tokens)
         return _record(plan, prompt, cached, found, baseline, chat.answered(found.tokens))
 
     def _with_cache(self, prompt: list[int]) -> tuple[Generation, CachedTokens]:
         started_at = time.perf_counter()
-        with self._cached.turn(prompt) as turn:
+        with self._cached.turn(prompt, namespace=self._namespace) as turn:
             found = generate_greedy(
                 self._model,
                 prompt,
@@ -96,13 +99,13 @@ class TurnRunner:
             turn.store([*prompt, *found.tokens])
             return found, turn.cached
 
-    def _flush(self) -> None:
-        self._cached.cache.flush(FLUSH_TIMEOUT_S)
+    def _flush(self) -> bool:
+        return self._cached.cache.flush(FLUSH_TIMEOUT_S)
 
     def _corrupt(self, prompt: list[int]) -> int:
         """Overwrites a page in the middle of the prompt's prefix with other numbers; its id."""
         cache = self._cached.cache
-        pages = cache.match_prefix(prompt, touch=False).device_pages
+        pages = cache.match_prefix(prompt, self._namespace, touch=False).device_pages
         page = pages[len(pages) // 2]
         for layers in self._cached.device_pool.buffers:
             for layer in layers:

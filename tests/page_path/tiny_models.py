@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,14 +47,3 @@ def prompt_of(n_tokens: int, seed: int = 0) -> list[int]:
     """Random token ids that every model of this module knows."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 512, (n_tokens,), generator=generator).tolist()
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch on one thread: a tiny model is faster so, and the machine is shared."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(n_threads)

@@ -10,21 +10,10 @@ from transformers import PreTrainedTokenizerFast
 
 from hicache_core.demo.chat import Chat
 
-WORDS = [
-    "<unk>",
-    "<start>",
-    "<end>",
-    "system",
-    "user",
-    "assistant",
-    "rules",
-    "one",
-    "two",
-    "three",
-    "four",
-    "yes",
-    "no",
-]
+WORDS = (
+    *("<unk>", "<start>", "<end>", "system", "user", "assistant"),
+    *("rules", "one", "two", "three", "four", "yes", "no"),
+)
 
 
 @pytest.fixture
