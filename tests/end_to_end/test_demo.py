@@ -14,8 +14,7 @@ from click.testing import CliRunner
 
 from hicache_core.cli.demo import command
 from hicache_core.errors import ConfigError, UnknownBackend
-
-from .tiny_chat import save_tiny_chat_model
+from tests.unit.engine.tiny_chat_model import save_tiny_chat_model
 
 TIERS = {"device", "host", "storage"}
 SERVED_BY = {1: None, 2: "device", 3: "host", 4: "storage", 5: "device", 6: "device"}
@@ -140,9 +139,7 @@ def test_smollm2_answers_the_same_from_every_tier(tmp_path: Path) -> None:
 def test_a_mistake_is_told_before_a_model_is_loaded(
     arguments: list[str], error: type[Exception], message: str
 ) -> None:
-    runner = CliRunner()
-    with runner.isolated_filesystem():
-        result = runner.invoke(command, arguments)
+    result = CliRunner().invoke(command, arguments)
     assert isinstance(result.exception, error), result.output
     assert message in str(result.exception)
 
