@@ -1,0 +1,153 @@
+"""A conversation with a real model, its prefixes served by every tier, checked token by token."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import os
+import secrets
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from hicache_core.config import HiCacheConfig
+from hicache_core.config_sources import read_inline
+from hicache_core.demo.records import DemoSettings, Outcome
+from hicache_core.demo.run import run_demo
+from hicache_core.demo.table import print_outcome, shown
+from hicache_core.dynamic import load_class, split_settings
+from hicache_core.errors import ConfigError
+from hicache_core.plugin_manager import backend_class as backend_class_of
+from hicache_core.plugin_manager import backend_settings
+
+_NEEDED = ("torch", "transformers", "gguf")
+_WritableFile = click.Path(dir_okay=False, writable=True, path_type=Path)
+
+
+@click.command("demo")
+@click.option("--json", "json_file", type=_WritableFile, help="Write turns and summary as JSON.")
+@click.option("--plot", "plot_file", type=_WritableFile, help="Draw time to first token by turn.")
+@click.option("--backend", default="file", show_default=True, help="Name of the storage backend.")
+@click.option("--backend-config", default="{}", help="Its settings: JSON, or @file.")
+@click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="Store here, keep.")
+@click.option("--model", help="A local model folder or GGUF file. Default: SmolLM2-135M-Instruct.")
+@click.option("--max-new-tokens", type=click.IntRange(2, 512), default=24, show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="Torch's threads. Default: all cores.")
+@click.option("--page-size", default="64", show_default=True, help="Tokens in a page.")
+@click.option("--hicache-io-backend", help="kernel or direct.")
+@click.option("--hicache-mem-layout", help="page_first, page_first_direct or layer_first.")
+@click.option("--hicache-write-policy", help="write_through, write_through_selective, write_back.")
+@click.option("--corrupt", is_flag=True, help="Overwrite a cached page: the check must fail.")
+def command(
+    *,
+    json_file: Path | None,
+    plot_file: Path | None,
+    backend: str,
+    backend_config: str,
+    keep: Path | None,
+    **options: Any,
+) -> None:
+    """Hold a conversation in two processes and show where each prefix came from.
+
+    Every turn is computed again without any cache. Exit status 1 if a token differs, or if a tier
+    that should have served a turn did not.
+    """
+    plot = _ready_to_draw(plot_file)
+    _check_needs()
+    _check_folders(json_file, plot_file)
+    with _storage_settings(backend, backend_config, keep) as extra:
+        settings = _settings(backend, extra, options)
+        console = Console()
+        with shown(console) as on_event:
+            outcome = run_demo(settings, on_event)
+    print_outcome(console, outcome)
+    _write(outcome, json_file)
+    if plot is not None:
+        plot.draw(outcome, plot_file)
+    if outcome.problems():
+        sys.exit(1)
+
+
+def _settings(backend: str, extra: dict[str, Any], options: dict[str, Any]) -> DemoSettings:
+    """What the processes need; the cache's settings are checked here, to tell mistakes at once."""
+    cache: dict[str, Any] = {
+        "hicache_storage_backend": backend,
+        "hicache_storage_prefetch_policy": "wait_complete",
+        "hicache_storage_backend_extra_config": extra,
+    }
+    given = {key: options[key] for key in HiCacheConfig.model_fields if key in options}
+    cache |= {key: value for key, value in given.items() if value is not None}
+    _check_backend(backend, HiCacheConfig(**cache))
+    return DemoSettings(
+        model=options["model"],
+        max_new_tokens=options["max_new_tokens"],
+        threads=options["threads"] or len(os.sched_getaffinity(0)),
+        cache=cache,
+        salt=secrets.token_hex(8),
+        corrupt=options["corrupt"],
+    )
+
+
+def _check_backend(name: str, config: HiCacheConfig) -> None:
+    """Raises PluginError or ConfigError here, before a model is loaded."""
+    settings = config.backend_config
+    if name == "dynamic":
+        backend_class = load_class(settings)
+        _, settings = split_settings(settings)
+    else:
+        backend_class = backend_class_of(name)
+    backend_settings(backend_class, settings)
+
+
+@contextlib.contextmanager
+def _storage_settings(backend: str, given: str, keep: Path | None) -> Iterator[dict[str, Any]]:
+    """The backend's settings; for ``file`` without a path, a folder that is removed at the end."""
+    extra: Any = read_inline(given)
+    if not isinstance(extra, dict):
+        raise ConfigError(f"--backend-config: need a JSON object, found {given!r}")
+    if backend != "file" or "path" in extra:
+        if keep is not None:
+            raise ConfigError("--keep is for the file backend without a path of its own")
+        yield extra
+    elif keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        yield {**extra, "path": str(keep)}
+    else:
+        with tempfile.TemporaryDirectory(prefix="hicache-demo-storage-") as folder:
+            yield {**extra, "path": folder}
+
+
+def _check_needs() -> None:
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"hicache demo needs {', '.join(missing)}: pip install 'hicache-core[demo]', or run "
+            "`make demo` in a clone"
+        )
+
+
+def _check_folders(*files: Path | None) -> None:
+    for file in files:
+        if file is not None and not file.absolute().parent.is_dir():
+            raise ConfigError(f"cannot write {file}: there is no folder {file.absolute().parent}")
+
+
+def _ready_to_draw(plot_file: Path | None) -> Any:
+    """The drawing module, imported only when asked for: matplotlib is slow and optional."""
+    if plot_file is None:
+        return None
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib: pip install 'hicache-core[demo]'")
+    return importlib.import_module("hicache_core.demo.plot")
+
+
+def _write(outcome: Outcome, json_file: Path | None) -> None:
+    if json_file is not None:
+        json_file.write_text(json.dumps(outcome.public(), indent=2) + "\n")

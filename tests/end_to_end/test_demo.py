@@ -1,0 +1,160 @@
+"""``hicache demo`` as a user runs it: two processes, six turns, every tier."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from hicache_core.cli.demo import command
+from hicache_core.errors import ConfigError, UnknownBackend
+from tests.unit.engine.tiny_chat_model import save_tiny_chat_model
+
+TIERS = {"device", "host", "storage"}
+SERVED_BY = {1: None, 2: "device", 3: "host", 4: "storage", 5: "device", 6: "device"}
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_chat_model(tmp_path_factory.mktemp("tiny")))
+
+
+def run(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    """Runs the demo, with its storage below ``folder``; the process and its JSON document."""
+    file = folder / "demo.json"
+    process = subprocess.run(
+        [sys.executable, "-m", "hicache_core.cli.main", "demo", "--json", str(file), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+        env={**os.environ, "TMPDIR": str(folder)},
+    )
+    document = json.loads(file.read_text()) if file.exists() else {}
+    return process, document
+
+
+def check_document(document: dict[str, Any]) -> None:
+    """The form that ``--json`` promises, and where each turn's prefix came from."""
+    assert set(document) == {"turns", "summary"}
+    assert [turn["turn"] for turn in document["turns"]] == list(SERVED_BY)
+    page_size = document["summary"]["in_force"]["page_size"]
+    for turn in document["turns"]:
+        assert set(turn) == {
+            *("turn", "prompt_tokens", "cached_tokens", "ttft_s", "baseline_ttft_s", "identical")
+        }
+        assert turn["identical"] is True
+        assert turn["ttft_s"] > 0
+        assert turn["baseline_ttft_s"] > 0
+        cached = turn["cached_tokens"]
+        assert set(cached) == TIERS
+        assert sum(cached.values()) < turn["prompt_tokens"]
+        assert all(n % page_size == 0 for n in cached.values())
+        assert {tier for tier in TIERS if cached[tier]} == {SERVED_BY[turn["turn"]]} - {None}
+    first, last = document["turns"][0], document["turns"][-1]
+    # The other user shares the system prompt only: most of the first prompt, and no answer.
+    assert 0.8 * first["prompt_tokens"] < last["cached_tokens"]["device"] < first["prompt_tokens"]
+    assert len(set(document["summary"]["pids"])) == 2
+    assert document["summary"]["problems"] == []
+
+
+def test_every_tier_serves_its_turn_and_the_tokens_are_identical(
+    tiny_model: str, tmp_path: Path
+) -> None:
+    picture = tmp_path / "demo.png"
+    process, document = run(
+        tmp_path,
+        *("--model", tiny_model, "--max-new-tokens", "8", "--threads", "1"),
+        *("--plot", str(picture)),
+    )
+    assert process.returncode == 0, process.stderr + process.stdout
+    check_document(document)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    for pid in document["summary"]["pids"]:
+        assert f"process {pid}" in process.stdout
+    assert "tokens identical to those computed without a cache: 6 of 6 turns" in process.stdout
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"demo.json", "demo.png"}, "the storage folder is removed at the end"
+
+
+def test_a_corrupted_page_fails_loudly(tiny_model: str, tmp_path: Path) -> None:
+    """The comparison is real: one page of other numbers, and the demo ends with status 1."""
+    kept = tmp_path / "kept"
+    process, document = run(
+        tmp_path,
+        *("--model", tiny_model, "--max-new-tokens", "8", "--threads", "1"),
+        *("--corrupt", "--keep", str(kept), "--page-size", "32"),
+        *("--hicache-io-backend", "direct", "--hicache-mem-layout", "page_first_direct"),
+    )
+    assert process.returncode == 1
+    assert "FAILED: turn 5: the tokens differ" in process.stdout
+    assert [turn["identical"] for turn in document["turns"][:4]] == [True] * 4
+    assert document["turns"][4]["identical"] is False
+    assert document["summary"]["identical"] is False
+    assert document["summary"]["in_force"]["mem_layout"] == "page_first_direct"
+    assert any(kept.iterdir()), "--keep keeps what was stored"
+
+
+def test_a_backend_that_forgets_at_a_restart_is_told(tiny_model: str, tmp_path: Path) -> None:
+    process, document = run(
+        tmp_path,
+        *("--model", tiny_model, "--max-new-tokens", "4", "--threads", "1"),
+        *("--backend", "memory"),
+    )
+    assert process.returncode == 1
+    assert "FAILED: turn 4: expected something from the storage tier" in process.stdout
+    assert document["summary"]["identical"] is True
+    assert document["summary"]["as_expected"] is False
+
+
+@pytest.mark.slow
+def test_smollm2_answers_the_same_from_every_tier(tmp_path: Path) -> None:
+    """The demo itself, on real weights; only the answers are shorter."""
+    process, document = run(tmp_path, "--max-new-tokens", "8")
+    assert process.returncode == 0, process.stderr + process.stdout
+    check_document(document)
+    assert "SmolLM2-135M-Instruct" in document["summary"]["model"]
+    assert all(1_200 < turn["prompt_tokens"] < 2_500 for turn in document["turns"])
+    assert "4417" in document["summary"]["answers"][0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["--backend", "rediss"], UnknownBackend, "no backend named 'rediss' is installed"),
+        (["--backend-config", "{"], ConfigError, "JSON"),
+        (["--backend-config", '{"pth": "/x"}'], ConfigError, "pth"),
+        (["--backend", "memory", "--keep", "kept"], ConfigError, "--keep is for the file backend"),
+        (["--json", "no/such/folder/x.json"], ConfigError, "there is no folder"),
+        (["--page-size", "0"], ConfigError, "page_size"),
+        (["--hicache-mem-layout", "pages_last"], ConfigError, "hicache_mem_layout"),
+    ],
+)
+def test_a_mistake_is_told_before_a_model_is_loaded(
+    arguments: list[str], error: type[Exception], message: str
+) -> None:
+    result = CliRunner().invoke(command, arguments)
+    assert isinstance(result.exception, error), result.output
+    assert message in str(result.exception)
+
+
+def test_a_process_that_cannot_load_the_model_says_why(tmp_path: Path) -> None:
+    process, document = run(tmp_path, "--model", str(tmp_path))
+    assert process.returncode == 2
+    assert "is no model folder: it has no config.json" in process.stderr
+    assert document == {}
+
+
+def test_a_process_that_dies_tells_its_last_words(tmp_path: Path) -> None:
+    """transformers does not know the model: its own error comes through."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "no-such-model"}')
+    process, _ = run(tmp_path, "--model", str(tmp_path / "model"))
+    assert process.returncode == 2
+    assert "no-such-model" in process.stderr
