@@ -211,28 +211,7 @@ class FileBackend(StorageBackend):
     def diagnose(self) -> Iterator[Finding]:
         """The directory's rights, room, file system and what was found when it was opened."""
         with self._call() as directory:
-            path, cap = self._settings.path, self._space.max_nbytes
-            held = directory.index.totals()[2]
-            room = directory.store.free_nbytes()
-            yield Finding("ok", "directory", f"{path} can be read and written")
-            if held + room < cap:
-                yield Finding(
-                    "warning",
-                    "room",
-                    f"max_nbytes is {cap}, but the disk has only {room} bytes beside the {held} "
-                    "held: writes will be dropped before the cap; lower max_nbytes",
-                )
-            else:
-                yield Finding("ok", "room", f"{held} of {cap} bytes held, {room} free on the disk")
-            if directory.rebuilt:
-                yield Finding("warning", "index", "was lost or damaged; it was built anew")
-            if not directory.store.can_punch():
-                yield Finding(
-                    "warning",
-                    "file system",
-                    "cannot give back parts of a file: if the object size changes, more than "
-                    "max_nbytes may be used; clear the directory when it does",
-                )
+            return iter(directory.findings(self._space.max_nbytes))
 
     def check_integrity(self) -> None:
         """Extents do not overlap, all sums hold, and the index is known as it stands.

@@ -154,23 +154,13 @@ class SealedBackend(BackendWrapper):
     def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
         for key in keys:
             parse_key(key)
-        if self._visiting is not None:
-            n_good = self._visiting.batch_get_visiting(
-                keys, pages, lambda n: mismatch(keys[n], pages[n]) is None
-            )
-            # The page behind may have been overwritten while it was read, which is no damage, so
-            # it is read once more before it is judged.
-            n_filled = n_good
-            if n_good < len(keys):
-                n_filled += self.inner.batch_get(keys[n_good : n_good + 1], pages[n_good:][:1])
-        else:
-            n_good, n_filled = 0, self.inner.batch_get(keys, pages)
+        n_good, n_filled = self._fill(keys, pages)
         for n in range(n_good, n_filled):
             kind = mismatch(keys[n], pages[n])
             if kind is not None:
                 self._reject(keys[n], kind)
                 return n
-        if n_filled < len(keys) and (self._visiting is None or n_filled == n_good):
+        if n_filled < len(keys):
             self._reject_wrong_length(keys[n_filled], nbytes_of(pages[n_filled]))
         return n_filled
 
@@ -189,6 +179,24 @@ class SealedBackend(BackendWrapper):
         inside = self.inner.stats() if isinstance(self.inner, HasStats) else {}
         with self._lock:
             return {**inside, **self._counts}
+
+    def _fill(self, keys: Sequence[str], pages: Sequence[Page]) -> tuple[int, int]:
+        """Reads pages; how many leading ones verified already, and how many are filled."""
+        if self._visiting is None:
+            return 0, self.inner.batch_get(keys, pages)
+        refused: set[int] = set()
+
+        def arrived(n: int) -> bool:
+            good = mismatch(keys[n], pages[n]) is None
+            if not good:
+                refused.add(n)
+            return good
+
+        n = self._visiting.batch_get_visiting(keys, pages, arrived)
+        if n not in refused:
+            return n, n
+        # Perhaps it was overwritten while it was read, and that is no damage: it is read once more.
+        return n, n + self.inner.batch_get(keys[n : n + 1], pages[n : n + 1])
 
     def _reject(self, key: str, kind: str) -> None:
         """Counts a mismatch and removes the object, so that a good one can take its place."""
