@@ -90,6 +90,13 @@ class Bench:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
                 os.close(fd)
 
+    def remove_stores(self) -> None:
+        for backend in self.backends:
+            backend.close()
+        self.backends.clear()
+        for store in self.directory.glob("store*"):
+            shutil.rmtree(store)
+
     def remove_files(self) -> None:
         for path in self.directory.iterdir():
             if path.is_file():
@@ -104,8 +111,7 @@ def rows(quick: bool) -> Iterator[Row]:
         try:
             yield from _size_rows(bench, f"file backend, {label}", 3 if quick else 9)
         finally:
-            for backend in bench.backends:
-                backend.close()
+            bench.remove_stores()
             shutil.rmtree(directory)
 
 
@@ -168,6 +174,7 @@ def _size_rows(bench: Bench, table: str, repeat: int) -> Iterator[Row]:
 
     def start_empty() -> None:
         bench.new_keys()
+        bench.remove_stores()  # as the rows above do, whose files are removed before each sample
         empty[:] = [bench.backend()]
 
     yield row(

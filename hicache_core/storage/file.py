@@ -126,14 +126,28 @@ class FileBackend(StorageBackend):
             return directory.index.leading(keys, self._oldest())
 
     def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        return self.batch_get_visiting(keys, pages, lambda _: True)
+
+    def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        return self.batch_set_visiting(keys, pages, lambda _: None)
+
+    def batch_get_visiting(
+        self, keys: Sequence[str], pages: Sequence[Page], arrived: Callable[[int], bool]
+    ) -> int:
+        """See ``VisitsPages``: ``arrived`` is called right after a page was read."""
         with self._call() as directory:
             version, found = self._lookup(directory, keys)
             rows = self._readable(found, pages)
             parts = self._lanes.split(len(rows), sum(row.nbytes for row in rows))
 
+            damaged: set[int] = set()
+
             def read(part: range) -> int:
                 for done, n in enumerate(part):
                     if not directory.store.read(keys[n], pages[n], rows[n].extent):
+                        damaged.add(n)
+                        return done
+                    if not arrived(n):
                         return done
                 return len(part)
 
@@ -141,19 +155,22 @@ class FileBackend(StorageBackend):
                 n_read = _leading(parts, self._lanes.run(read, parts))
             n_valid = directory.index.unchanged(version, keys[:n_read], rows[:n_read])
             self._space.used([row.extent for row in rows[:n_valid]])
-            if n_valid == n_read < len(rows):
+            if n_valid == n_read and n_read in damaged:
                 self._drop_damaged(directory, keys[n_read], rows[n_read])
             self._count(reads=n_valid, misses=len(keys) - n_valid, raced_reads=n_read - n_valid)
             return n_valid
 
-    def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+    def batch_set_visiting(
+        self, keys: Sequence[str], pages: Sequence[Page], leaving: Callable[[int], None]
+    ) -> int:
+        """See ``VisitsPages``: ``leaving`` is called right before a page is written."""
         wanted = [
             Wanted(_checked(key), nbytes_of(page)) for key, page in zip(keys, pages, strict=True)
         ]
         with self._call() as directory:
             try:
                 with os_errors(self._settings.path):
-                    n_stored = self._store(directory, wanted, pages)
+                    n_stored = self._store(directory, wanted, pages, leaving)
             except BackendFull:
                 n_stored = 0
             self._count(writes=n_stored, dropped_writes=len(keys) - n_stored)
@@ -194,28 +211,7 @@ class FileBackend(StorageBackend):
     def diagnose(self) -> Iterator[Finding]:
         """The directory's rights, room, file system and what was found when it was opened."""
         with self._call() as directory:
-            path, cap = self._settings.path, self._space.max_nbytes
-            held = directory.index.totals()[2]
-            room = directory.store.free_nbytes()
-            yield Finding("ok", "directory", f"{path} can be read and written")
-            if held + room < cap:
-                yield Finding(
-                    "warning",
-                    "room",
-                    f"max_nbytes is {cap}, but the disk has only {room} bytes beside the {held} "
-                    "held: writes will be dropped before the cap; lower max_nbytes",
-                )
-            else:
-                yield Finding("ok", "room", f"{held} of {cap} bytes held, {room} free on the disk")
-            if directory.rebuilt:
-                yield Finding("warning", "index", "was lost or damaged; it was built anew")
-            if not directory.store.can_punch():
-                yield Finding(
-                    "warning",
-                    "file system",
-                    "cannot give back parts of a file: if the object size changes, more than "
-                    "max_nbytes may be used; clear the directory when it does",
-                )
+            return iter(directory.findings(self._space.max_nbytes))
 
     def check_integrity(self) -> None:
         """Extents do not overlap, all sums hold, and the index is known as it stands.
@@ -248,7 +244,11 @@ class FileBackend(StorageBackend):
                     self._calls_ended.notify_all()
 
     def _store(
-        self, directory: FileDirectory, wanted: Sequence[Wanted], pages: Sequence[Page]
+        self,
+        directory: FileDirectory,
+        wanted: Sequence[Wanted],
+        pages: Sequence[Page],
+        leaving: Callable[[int], None],
     ) -> int:
         """Writes and publishes what is not stored yet; how many leading pages are stored then."""
         rows = self._lookup(directory, [want.key for want in wanted])[1]
@@ -266,7 +266,7 @@ class FileBackend(StorageBackend):
             if extent is not None
         ]
         try:
-            full = self._write(directory, writes)
+            full = self._write(directory, writes, leaving)
         except BaseException:
             # A full disk may refuse this too; the claims are then given back at close.
             with suppress(BackendError):
@@ -276,7 +276,9 @@ class FileBackend(StorageBackend):
             self._space.give_up([write.extent for write in full])
         return min((write.position for write in full), default=len(extents))
 
-    def _write(self, directory: FileDirectory, writes: list[_Write]) -> list[_Write]:
+    def _write(
+        self, directory: FileDirectory, writes: list[_Write], leaving: Callable[[int], None]
+    ) -> list[_Write]:
         """Writes and publishes; returns those that the disk had no room for."""
         # Neighbours go to one thread: two that write to one file would wait for each other.
         writes.sort(key=lambda write: (write.extent.segment, write.extent.offset))
@@ -285,6 +287,7 @@ class FileBackend(StorageBackend):
         def write_part(part: range) -> list[_Write]:
             full = []
             for write in (writes[i] for i in part):
+                leaving(write.position)
                 try:
                     directory.store.write(write.want.key, write.page, write.extent, written_at)
                 except OSError as exc:

@@ -20,6 +20,7 @@ from hicache_core.errors import (
     BackendTimeout,
     BackendUnavailable,
 )
+from hicache_core.storage.base import Finding
 from hicache_core.storage.file_index import FileIndex, move
 from hicache_core.storage.record_store import BLOCK_NBYTES, Record, RecordStore
 
@@ -109,6 +110,30 @@ class FileDirectory:
             self._unlock()
             self.index.close()
             self.store.close()
+
+    def findings(self, max_nbytes: int) -> list[Finding]:
+        """What there is to say of the directory under a cap of ``max_nbytes``."""
+        held, room = self.index.totals()[2], self.store.free_nbytes()
+        found = [Finding("ok", "directory", f"{self.path} can be read and written")]
+        if held + room < max_nbytes:
+            message = (
+                f"max_nbytes is {max_nbytes}, but the disk has only {room} bytes beside the {held} "
+                "held: lower max_nbytes or free some space"
+            )
+            found.append(Finding("warning", "room", message))
+        else:
+            message = f"{held} of {max_nbytes} bytes held, {room} free on the disk"
+            found.append(Finding("ok", "room", message))
+        if self.rebuilt:
+            message = "was lost or damaged; it was built anew"
+            found.append(Finding("warning", "index", message))
+        if not self.store.can_punch():
+            message = (
+                "cannot give back parts of a file: if the object size changes, more than "
+                "max_nbytes may be used; clear the directory when it does"
+            )
+            found.append(Finding("warning", "file system", message))
+        return found
 
     def _unlock(self) -> None:
         """Lets go of the owner's lock, if it was taken, and removes its file."""

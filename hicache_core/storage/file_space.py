@@ -8,6 +8,18 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from hicache_core.storage.file_extents import (
+    FREE,
+    Place,
+    drop,
+    free,
+    held,
+    mark,
+    oldest,
+    remove_empty,
+    select,
+    unused,
+)
 from hicache_core.storage.file_index import FileIndex, move
 from hicache_core.storage.record_store import (
     BLOCK_NBYTES,
@@ -22,8 +34,6 @@ SWEEP_INTERVAL_S = 10.0
 
 _MAX_PENDING_USES = 4096
 _SPREAD = 2  # files that one batch is written to, since writers of one file wait for each other
-_EMPTY = "key = NULL, nbytes = NULL, written_at = NULL, used_at = NULL"
-_FREE = f"{_EMPTY}, owner = NULL"
 
 
 class Wanted(NamedTuple):
@@ -39,13 +49,6 @@ class Wanted(NamedTuple):
     key: str
     nbytes: int
     seen: bool = False
-
-
-class _Place(NamedTuple):
-    extent_id: int
-    segment: int
-    offset: int
-    capacity: int
 
 
 class FileSpace:
@@ -86,7 +89,7 @@ class FileSpace:
         caller writes the extents and then calls ``publish``, or ``release``, or ``give_up``.
         """
         now = self._clock()
-        dropped: list[_Place] = []
+        dropped: list[Place] = []
         with self._index.transaction() as connection:
             seq = move(connection, "seq")
             stored = self._refresh_stored(connection, wanted, now, seq)
@@ -104,7 +107,7 @@ class FileSpace:
                 extents += [Extent(*place, seq) for place in places]
                 if len(places) < n:
                     break
-            emptied = self._remove_empty(connection, dropped)
+            emptied = remove_empty(connection, dropped)
         self._give_back(dropped, emptied)
         return extents
 
@@ -126,19 +129,19 @@ class FileSpace:
                 parameters,
             )
             if cursor.rowcount != len(done):
-                self._free(connection, (extent for extent, _ in done), seq)
+                free(connection, self.owner, (extent for extent, _ in done), seq)
 
     def release(self, extents: Iterable[Extent]) -> None:
         """Gives claimed extents back unused."""
         with self._index.transaction() as connection:
-            self._free(connection, extents, move(connection, "seq"))
+            free(connection, self.owner, extents, move(connection, "seq"))
 
     def give_up(self, extents: Sequence[Extent]) -> None:
         """Gives claimed extents back to the file system: it had no room for them."""
-        dropped = [_Place(*extent[:4]) for extent in extents]
+        dropped = [Place(*extent[:4]) for extent in extents]
         with self._index.transaction() as connection:
-            self._drop(connection, dropped)
-            emptied = self._remove_empty(connection, dropped)
+            drop(connection, dropped)
+            emptied = remove_empty(connection, dropped)
         self._give_back(dropped, emptied)
 
     def delete(self, keys: Sequence[str]) -> None:
@@ -146,7 +149,7 @@ class FileSpace:
         with self._index.transaction() as connection:
             seq = move(connection, "seq")
             connection.executemany(
-                f"UPDATE extents SET {_FREE}, seq = ? WHERE key = ?", ((seq, key) for key in keys)
+                f"UPDATE extents SET {FREE}, seq = ? WHERE key = ?", ((seq, key) for key in keys)
             )
 
     def clear(self, prefix: str) -> int:
@@ -154,7 +157,7 @@ class FileSpace:
         with self._index.transaction() as connection:
             seq = move(connection, "seq")
             cursor = connection.execute(
-                f"UPDATE extents SET {_FREE}, seq = ? WHERE key >= ? AND key < ?",
+                f"UPDATE extents SET {FREE}, seq = ? WHERE key >= ? AND key < ?",
                 (seq, prefix, prefix + "\x7f"),  # keys are of [0-9a-z/], all below DEL
             )
             return cursor.rowcount
@@ -177,18 +180,18 @@ class FileSpace:
 
     def trim(self) -> None:
         """Removes least recently used objects until all fits below the cap."""
-        dropped: list[_Place] = []
+        dropped: list[Place] = []
         with self._index.transaction() as connection:
-            while (excess := self._held(connection) - self.max_nbytes) > 0:
-                victims = self._unused(connection, 0, 64)
-                victims = victims or self._oldest(connection, 64, frozenset())
+            while (excess := held(connection) - self.max_nbytes) > 0:
+                victims = unused(connection, 0, 64)
+                victims = victims or oldest(connection, 64, frozenset())
                 if not victims:
                     break
                 before = itertools.accumulate((place.capacity for place in victims), initial=0)
                 victims = [place for place, n in zip(victims, before, strict=False) if n < excess]
-                self._drop(connection, victims)
+                drop(connection, victims)
                 dropped += victims
-            emptied = self._remove_empty(connection, dropped)
+            emptied = remove_empty(connection, dropped)
         self._give_back(dropped, emptied)
 
     # From here on: inside a transaction, but for _give_back.
@@ -216,7 +219,7 @@ class FileSpace:
                 used.append((now - n * 1e-6, found[0]))
             else:
                 connection.execute(
-                    f"UPDATE extents SET {_FREE}, seq = ? WHERE extent_id = ?", (seq, found[0])
+                    f"UPDATE extents SET {FREE}, seq = ? WHERE extent_id = ?", (seq, found[0])
                 )
         connection.executemany("UPDATE extents SET used_at = ? WHERE extent_id = ?", used)
         return stored
@@ -228,8 +231,8 @@ class FileSpace:
         n: int,
         seq: int,
         kept: frozenset[int],
-        dropped: list[_Place],
-    ) -> list[_Place]:
+        dropped: list[Place],
+    ) -> list[Place]:
         """Claims up to ``n`` extents of ``capacity``, evicting none of the extents ``kept``."""
         places = self._reuse(connection, capacity, n, seq)
         places += self._grow(connection, capacity, n - len(places), seq)
@@ -239,16 +242,16 @@ class FileSpace:
         places += self._reuse(connection, capacity, n - len(places), seq)
         while len(places) < n:
             missing = n - len(places)
-            victims = self._unused(connection, capacity, missing)
+            victims = unused(connection, capacity, missing)
             if not victims:
-                victims = self._oldest(connection, missing, kept)
+                victims = oldest(connection, missing, kept)
                 self.evicted_objects += len(victims)
             if not victims:
                 break
             fitting = [place for place in victims if place.capacity == capacity]
             others = [place for place in victims if place.capacity != capacity]
-            self._mark(connection, fitting, seq)
-            self._drop(connection, others)
+            mark(connection, self.owner, fitting, seq)
+            drop(connection, others)
             dropped += others
             places += fitting
             pending_nbytes = sum(place.capacity for place in dropped)
@@ -257,11 +260,11 @@ class FileSpace:
 
     def _reuse(
         self, connection: sqlite3.Connection, capacity: int, n: int, seq: int
-    ) -> list[_Place]:
+    ) -> list[Place]:
         """Claims free extents of exactly ``capacity``."""
         where = "key IS NULL AND owner IS NULL AND capacity = ? ORDER BY extent_id LIMIT ?"
-        places = _select(connection, where, capacity, n)
-        self._mark(connection, places, seq)
+        places = select(connection, where, capacity, n)
+        mark(connection, self.owner, places, seq)
         return places
 
     def _grow(
@@ -271,10 +274,10 @@ class FileSpace:
         n: int,
         seq: int,
         pending_nbytes: int = 0,
-    ) -> list[_Place]:
+    ) -> list[Place]:
         """Claims fresh space at the ends of segments, as far as the cap allows."""
-        places: list[_Place] = []
-        n = min(n, max(0, self.max_nbytes - self._held(connection)) // capacity)
+        places: list[Place] = []
+        n = min(n, max(0, self.max_nbytes - held(connection)) // capacity)
         # What was dropped is punched before anything is written, so it counts as room already.
         n = n and min(n, (self._store.free_nbytes() + pending_nbytes) // capacity)
         if n == 0:
@@ -289,7 +292,7 @@ class FileSpace:
             fit = max(1, (SEGMENT_NBYTES - end) // capacity)
             count = min(share, fit, n - len(places))
             for i in range(count):
-                places.append(_Place(next_id + len(places), segment, end + i * capacity, capacity))
+                places.append(Place(next_id + len(places), segment, end + i * capacity, capacity))
             connection.execute(
                 "UPDATE segments SET end = ? WHERE segment = ?", (end + count * capacity, segment)
             )
@@ -321,21 +324,10 @@ class FileSpace:
             connection.execute("INSERT INTO segments VALUES (?, ?)", (segment, BLOCK_NBYTES))
             return segment, BLOCK_NBYTES
 
-    def _unused(self, connection: sqlite3.Connection, capacity: int, n: int) -> list[_Place]:
-        """Free extents of another length than ``capacity``."""
-        where = "key IS NULL AND owner IS NULL AND capacity != ? LIMIT ?"
-        return _select(connection, where, capacity, n)
-
     def _can_hold(self, connection: sqlite3.Connection, capacity: int) -> bool:
         """Whether an extent of this length would fit if everything else were evicted."""
-        room = self._held(connection) + self._store.free_nbytes()
+        room = held(connection) + self._store.free_nbytes()
         return capacity <= min(self.max_nbytes, room)
-
-    def _oldest(self, connection: sqlite3.Connection, n: int, kept: frozenset[int]) -> list[_Place]:
-        """The least recently used objects, without those in ``kept``."""
-        where = "key IS NOT NULL ORDER BY used_at LIMIT ?"
-        places = _select(connection, where, n + len(kept))
-        return [place for place in places if place.extent_id not in kept][:n]
 
     def _sweep(self, connection: sqlite3.Connection, seq: int) -> None:
         """Frees the objects past their TTL, now and then."""
@@ -344,58 +336,18 @@ class FileSpace:
             return
         self._next_sweep = now + min(SWEEP_INTERVAL_S, self._ttl_s)
         cursor = connection.execute(
-            f"UPDATE extents SET {_FREE}, seq = ? WHERE key IS NOT NULL AND written_at <= ?",
+            f"UPDATE extents SET {FREE}, seq = ? WHERE key IS NOT NULL AND written_at <= ?",
             (seq, now - self._ttl_s),
         )
         self.expired_objects += cursor.rowcount
 
-    def _mark(self, connection: sqlite3.Connection, places: Sequence[_Place], seq: int) -> None:
-        """Claims ``places`` for this process."""
-        connection.executemany(
-            f"UPDATE extents SET {_EMPTY}, owner = ?, generation = ?, seq = ? WHERE extent_id = ?",
-            ((self.owner, seq, seq, place.extent_id) for place in places),
-        )
-
-    def _free(self, connection: sqlite3.Connection, extents: Iterable[Extent], seq: int) -> None:
-        """Frees those of ``extents`` that this process still has claimed."""
-        connection.executemany(
-            "UPDATE extents SET owner = NULL, seq = ? WHERE extent_id = ? AND owner = ?",
-            ((seq, extent.extent_id, self.owner) for extent in extents),
-        )
-
-    def _drop(self, connection: sqlite3.Connection, places: Sequence[_Place]) -> None:
-        """Deletes the rows of ``places``: their space goes back to the file system."""
-        if places:
-            connection.executemany(
-                "DELETE FROM extents WHERE extent_id = ?", ((p.extent_id,) for p in places)
-            )
-            move(connection, "held", -sum(place.capacity for place in places))
-            move(connection, "epoch")
-
-    def _remove_empty(self, connection: sqlite3.Connection, dropped: Sequence[_Place]) -> set[int]:
-        """Deletes the rows of segments that hold no extent any more."""
-        emptied = set()
-        for segment in {place.segment for place in dropped}:
-            cursor = connection.execute(
-                "DELETE FROM segments WHERE segment = ?1 "
-                "AND NOT EXISTS (SELECT 1 FROM extents WHERE segment = ?1)",
-                (segment,),
-            )
-            if cursor.rowcount:
-                emptied.add(segment)
-        return emptied
-
-    def _give_back(self, dropped: Sequence[_Place], emptied: set[int]) -> None:
+    def _give_back(self, dropped: Sequence[Place], emptied: set[int]) -> None:
         """Frees disk space that no row speaks of any more: nobody else can get at it."""
         for segment in emptied:
             self._store.unlink(segment)
         for place in dropped:
             if place.segment not in emptied:
                 self._store.punch(place.segment, place.offset, place.capacity)
-
-    def _held(self, connection: sqlite3.Connection) -> int:
-        (held,) = connection.execute("SELECT value FROM counters WHERE name = 'held'").fetchone()
-        return int(held)
 
     def _flush_uses(self, connection: sqlite3.Connection) -> None:
         with self._uses_lock:
@@ -405,8 +357,3 @@ class FileSpace:
             "WHERE extent_id = ? AND generation = ? AND key IS NOT NULL AND used_at < ?",
             ((at, e.extent_id, e.generation, at) for e, at in uses.items()),
         )
-
-
-def _select(connection: sqlite3.Connection, where: str, *parameters: int) -> list[_Place]:
-    query = f"SELECT extent_id, segment, offset, capacity FROM extents WHERE {where}"
-    return [_Place(*row) for row in connection.execute(query, parameters)]

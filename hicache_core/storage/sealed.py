@@ -22,8 +22,8 @@ import xxhash
 
 from hicache_core.errors import BackendError
 from hicache_core.storage.base import Buffer, HasStats, StorageBackend
-from hicache_core.storage.lanes import Lanes, default_lanes
 from hicache_core.storage.segments import nbytes_of
+from hicache_core.storage.visiting import VisitsPages
 from hicache_core.storage.wrapper import BackendWrapper
 from hicache_core.types import Page
 
@@ -64,14 +64,18 @@ def seal(key: str, page: Page) -> None:
         ValueError: the key is no page key, or the first segment is not 64 bytes long.
     """
     namespace, page_hash = parse_key(key)
-    if not page or page[0].nbytes != HEADER_NBYTES:
-        found = f"{page[0].nbytes} bytes" if page else "no segment"
-        raise ValueError(f"a page starts with a segment of {HEADER_NBYTES} bytes; found {found}")
+    _check_page(page)
     payload = page[1:]
     nbytes = nbytes_of(payload)
     _HEADER.pack_into(
         page[0], 0, MAGIC, VERSION, 0, nbytes, checksum(payload), namespace, page_hash
     )
+
+
+def _check_page(page: Page) -> None:
+    if not page or page[0].nbytes != HEADER_NBYTES:
+        found = f"{page[0].nbytes} bytes" if page else "no segment"
+        raise ValueError(f"a page starts with a segment of {HEADER_NBYTES} bytes; found {found}")
 
 
 def mismatch(key: str, page: Page) -> str | None:
@@ -108,17 +112,13 @@ class SealedBackend(BackendWrapper):
     def __init__(self, inner: StorageBackend) -> None:
         super().__init__(inner)
         self._lock = threading.Lock()
-        self._lanes = Lanes(default_lanes(), "hicache-sealed")
+        self._visiting = inner if isinstance(inner, VisitsPages) else None
         self._counts = {
             "sealed_corrupt": 0,
             "sealed_foreign": 0,
             "sealed_wrong_length": 0,
             "sealed_wrong_version": 0,
         }
-
-    def close(self) -> None:
-        self._lanes.close()
-        super().close()
 
     def get(self, key: str) -> Buffer | None:
         parse_key(key)
@@ -154,24 +154,24 @@ class SealedBackend(BackendWrapper):
     def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
         for key in keys:
             parse_key(key)
-        n_filled = self.inner.batch_get(keys, pages)
-        bad = self._first_mismatch(keys, pages, n_filled)
-        if bad is not None:
-            self._reject(keys[bad[0]], bad[1])
-            return bad[0]
+        n_good, n_filled = self._fill(keys, pages)
+        for n in range(n_good, n_filled):
+            kind = mismatch(keys[n], pages[n])
+            if kind is not None:
+                self._reject(keys[n], kind)
+                return n
         if n_filled < len(keys):
             self._reject_wrong_length(keys[n_filled], nbytes_of(pages[n_filled]))
         return n_filled
 
     def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
-        if len(keys) != len(pages):
-            raise ValueError(f"{len(keys)} keys for {len(pages)} pages")
-
-        def seal_part(part: range) -> None:
-            for n in part:
-                seal(keys[n], pages[n])
-
-        self._lanes.run(seal_part, self._lanes.split(len(keys), sum(map(nbytes_of, pages))))
+        for key, page in zip(keys, pages, strict=True):
+            parse_key(key)
+            _check_page(page)
+        if self._visiting is not None:
+            return self._visiting.batch_set_visiting(keys, pages, lambda n: seal(keys[n], pages[n]))
+        for key, page in zip(keys, pages, strict=True):
+            seal(key, page)
         return self.inner.batch_set(keys, pages)
 
     def stats(self) -> Mapping[str, float]:
@@ -180,20 +180,23 @@ class SealedBackend(BackendWrapper):
         with self._lock:
             return {**inside, **self._counts}
 
-    def _first_mismatch(
-        self, keys: Sequence[str], pages: Sequence[Page], n_pages: int
-    ) -> tuple[int, str] | None:
-        """Which of the leading pages does not verify, and why."""
+    def _fill(self, keys: Sequence[str], pages: Sequence[Page]) -> tuple[int, int]:
+        """Reads pages; how many leading ones verified already, and how many are filled."""
+        if self._visiting is None:
+            return 0, self.inner.batch_get(keys, pages)
+        refused: set[int] = set()
 
-        def verify(part: range) -> tuple[int, str] | None:
-            for n in part:
-                kind = mismatch(keys[n], pages[n])
-                if kind is not None:
-                    return n, kind
-            return None
+        def arrived(n: int) -> bool:
+            good = mismatch(keys[n], pages[n]) is None
+            if not good:
+                refused.add(n)
+            return good
 
-        parts = self._lanes.split(n_pages, sum(nbytes_of(pages[n]) for n in range(n_pages)))
-        return next((bad for bad in self._lanes.run(verify, parts) if bad is not None), None)
+        n = self._visiting.batch_get_visiting(keys, pages, arrived)
+        if n not in refused:
+            return n, n
+        # Perhaps it was overwritten while it was read, and that is no damage: it is read once more.
+        return n, n + self.inner.batch_get(keys[n : n + 1], pages[n : n + 1])
 
     def _reject(self, key: str, kind: str) -> None:
         """Counts a mismatch and removes the object, so that a good one can take its place."""

@@ -1,0 +1,87 @@
+"""Statements on the index's table of extents; each is called inside a transaction."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from hicache_core.storage.file_index import move
+from hicache_core.storage.record_store import Extent
+
+EMPTY = "key = NULL, nbytes = NULL, written_at = NULL, used_at = NULL"
+FREE = f"{EMPTY}, owner = NULL"
+
+
+class Place(NamedTuple):
+    """Where an extent lies."""
+
+    extent_id: int
+    segment: int
+    offset: int
+    capacity: int
+
+
+def select(connection: sqlite3.Connection, where: str, *parameters: int) -> list[Place]:
+    """The extents that fit ``where``."""
+    query = f"SELECT extent_id, segment, offset, capacity FROM extents WHERE {where}"
+    return [Place(*row) for row in connection.execute(query, parameters)]
+
+
+def unused(connection: sqlite3.Connection, capacity: int, n: int) -> list[Place]:
+    """Free extents of another length than ``capacity``."""
+    where = "key IS NULL AND owner IS NULL AND capacity != ? LIMIT ?"
+    return select(connection, where, capacity, n)
+
+
+def oldest(connection: sqlite3.Connection, n: int, kept: frozenset[int]) -> list[Place]:
+    """The least recently used objects, without those in ``kept``."""
+    where = "key IS NOT NULL ORDER BY used_at LIMIT ?"
+    places = select(connection, where, n + len(kept))
+    return [place for place in places if place.extent_id not in kept][:n]
+
+
+def mark(connection: sqlite3.Connection, owner: int, places: Sequence[Place], seq: int) -> None:
+    """Claims ``places`` for ``owner``."""
+    connection.executemany(
+        f"UPDATE extents SET {EMPTY}, owner = ?, generation = ?, seq = ? WHERE extent_id = ?",
+        ((owner, seq, seq, place.extent_id) for place in places),
+    )
+
+
+def free(connection: sqlite3.Connection, owner: int, extents: Iterable[Extent], seq: int) -> None:
+    """Frees those of ``extents`` that ``owner`` still has claimed."""
+    connection.executemany(
+        "UPDATE extents SET owner = NULL, seq = ? WHERE extent_id = ? AND owner = ?",
+        ((seq, extent.extent_id, owner) for extent in extents),
+    )
+
+
+def drop(connection: sqlite3.Connection, places: Sequence[Place]) -> None:
+    """Deletes the rows of ``places``: their space goes back to the file system."""
+    if places:
+        connection.executemany(
+            "DELETE FROM extents WHERE extent_id = ?", ((p.extent_id,) for p in places)
+        )
+        move(connection, "held", -sum(place.capacity for place in places))
+        move(connection, "epoch")
+
+
+def remove_empty(connection: sqlite3.Connection, dropped: Sequence[Place]) -> set[int]:
+    """Deletes the rows of segments that hold no extent any more."""
+    emptied = set()
+    for segment in {place.segment for place in dropped}:
+        cursor = connection.execute(
+            "DELETE FROM segments WHERE segment = ?1 "
+            "AND NOT EXISTS (SELECT 1 FROM extents WHERE segment = ?1)",
+            (segment,),
+        )
+        if cursor.rowcount:
+            emptied.add(segment)
+    return emptied
+
+
+def held(connection: sqlite3.Connection) -> int:
+    """Bytes of all extents."""
+    (held,) = connection.execute("SELECT value FROM counters WHERE name = 'held'").fetchone()
+    return int(held)
