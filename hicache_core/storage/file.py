@@ -2,7 +2,7 @@
 
 ``record_store`` reads and writes the bytes, ``file_index`` knows which object lies where,
 ``file_space`` decides who writes where and what has to go, ``file_directory`` opens and cleans up.
-docs/file-backend.md tells how they work together; docs/decisions/0002-file-store.md why so.
+docs/file-backend.md tells how they work together; docs/decisions/0003-file-store.md why so.
 """
 
 from __future__ import annotations
