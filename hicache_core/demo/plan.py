@@ -8,13 +8,13 @@ from hicache_core.demo.script import OTHER_QUESTION, QUESTIONS
 PROCESSES: tuple[tuple[TurnPlan, ...], ...] = (
     (
         TurnPlan(1, QUESTIONS[0], "", "cold"),
-        TurnPlan(2, QUESTIONS[1], "device", "same conversation"),
-        TurnPlan(3, QUESTIONS[2], "host", "device tier emptied", flush_device=True),
+        TurnPlan(2, QUESTIONS[1], "device", "goes on"),
+        TurnPlan(3, QUESTIONS[2], "host", "device emptied", flush_device=True),
     ),
     (
-        TurnPlan(4, QUESTIONS[3], "storage", "process restarted"),
-        TurnPlan(5, QUESTIONS[4], "device", "same conversation"),
-        TurnPlan(6, OTHER_QUESTION, "device", "another user", other_user=True),
+        TurnPlan(4, QUESTIONS[3], "storage", "restarted"),
+        TurnPlan(5, QUESTIONS[4], "device", "goes on"),
+        TurnPlan(6, OTHER_QUESTION, "device", "other user", other_user=True),
     ),
 )
 """The turns of the first process, then those of the second."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -125,22 +126,25 @@ def summary_lines(outcome: Outcome) -> list[str]:
 
 
 def _empty_table() -> Table:
-    table = Table(title="hicache demo: where each turn's prefix came from")
-    table.add_column("turn")
+    """As wide as 80 characters at most."""
+    table = Table(
+        title="where each prefix came from (tokens), and the time to the first token",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 0),
+    )
+    table.add_column("turn", no_wrap=True)
     table.add_column("process", justify="right")
     table.add_column("prompt", justify="right")
     for tier in TIERS:
         table.add_column(tier, justify="right", style=COLOURS[tier])
-    table.add_column("first token", justify="right")
-    table.add_column("no cache", justify="right")
-    table.add_column("ratio", justify="right")
-    table.add_column("tokens")
+    for name in ("TTFT", "no cache", "ratio", "same"):
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
 def _cells(turn: TurnRecord) -> list[RenderableType]:
     found = [str(turn.cached_tokens[tier] or "–") for tier in TIERS]
-    verdict = Text("identical", "green") if turn.identical else Text("DIFFERENT", "bold red")
     ratio = turn.baseline_ttft_s / turn.ttft_s if turn.ttft_s > 0 else 0.0
     return [
         f"{turn.turn} {turn.label}",
@@ -150,5 +154,5 @@ def _cells(turn: TurnRecord) -> list[RenderableType]:
         f"{turn.ttft_s:.2f} s",
         f"{turn.baseline_ttft_s:.2f} s",
         f"{ratio:.1f}×",
-        verdict,
+        Text("yes", "green") if turn.identical else Text("NO", "bold red"),
     ]
