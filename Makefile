@@ -56,7 +56,7 @@ lint: $(TESTS_READY)
 	$(BIN)/ruff check .
 
 types: $(TESTS_READY)
-	$(BIN)/mypy
+	$(BIN)/mypy hicache_core benchmarks $(wildcard plugins/*/src)
 
 layers: $(TESTS_READY)
 	$(BIN)/lint-imports
