@@ -1,6 +1,6 @@
 """Runs benchmarks, prints them as tables and keeps the raw samples as JSON.
 
-    python -m benchmarks [--quick] [--only NAME ...] [--json FILE] [--markdown FILE]
+    python -m benchmarks [--quick] [--only NAME ...] [--json FILE] [--docs FILE]
 
 A benchmark is a module of this package with ``rows(quick: bool) -> Iterator[Row]``. Wall time and
 CPU time stand side by side, since machines are shared and noisy; compare ratios inside one run.
@@ -25,7 +25,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-TIME_UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
+TABLES_BEGIN = "<!-- tables: written by `make docs` -->"
+TABLES_END = "<!-- end of tables -->"
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,15 @@ def markdown(rows: list[Row], facts: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
+def with_tables(page: str, tables: str) -> str:
+    """``page`` with what stands between its two markers replaced by ``tables``."""
+    head, _, rest = page.partition(TABLES_BEGIN)
+    _, end, tail = rest.partition(TABLES_END)
+    if not end:
+        raise ValueError(f"the page lacks {TABLES_BEGIN} and {TABLES_END}")
+    return f"{head}{TABLES_BEGIN}\n\n{tables}\n{TABLES_END}{tail}"
+
+
 def benchmark_names() -> list[str]:
     """Every benchmark module of this package."""
     package = Path(__file__).parent
@@ -171,10 +181,8 @@ def run(names: Iterable[str], *, quick: bool, console: Console) -> Iterator[Row]
 @click.option("--quick", is_flag=True, help="Fewer repetitions and smaller data.")
 @click.option("--only", multiple=True, help="Run just this benchmark (may be repeated).")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write raw samples.")
-@click.option("--markdown", "markdown_file", type=click.Path(path_type=Path))
-def main(
-    quick: bool, only: tuple[str, ...], json_file: Path | None, markdown_file: Path | None
-) -> None:
+@click.option("--docs", type=click.Path(path_type=Path), help="Replace the tables of this page.")
+def main(quick: bool, only: tuple[str, ...], json_file: Path | None, docs: Path | None) -> None:
     """Prints tables: median, spread, CPU time, ratio."""
     known = benchmark_names()
     unknown = [name for name in only if name not in known]
@@ -188,5 +196,5 @@ def main(
         json_file.parent.mkdir(parents=True, exist_ok=True)
         report = {"machine": facts, "quick": quick, "rows": [asdict(row) for row in rows]}
         json_file.write_text(json.dumps(report, indent=1))
-    if markdown_file is not None:
-        markdown_file.write_text(markdown(rows, facts))
+    if docs is not None:
+        docs.write_text(with_tables(docs.read_text(), markdown(rows, facts)))
