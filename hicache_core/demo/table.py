@@ -128,7 +128,7 @@ def summary_lines(outcome: Outcome) -> list[str]:
 def _empty_table() -> Table:
     """As wide as 80 characters at most."""
     table = Table(
-        title="where each prefix came from (tokens), and the time to the first token",
+        title="prefix tokens by tier, and time to first token (TTFT)",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         padding=(0, 0),
