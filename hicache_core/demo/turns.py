@@ -15,7 +15,7 @@ from hicache_core.config import HiCacheConfig
 from hicache_core.demo.chat import Chat
 from hicache_core.demo.plan import CORRUPTED_TURN
 from hicache_core.demo.records import DemoSettings, Event, Facts, Note, Step, TurnPlan, TurnRecord
-from hicache_core.demo.script import HANDBOOK
+from hicache_core.demo.script import HANDBOOK, QUESTIONS
 from hicache_core.engine.generation import Generation, generate_greedy
 from hicache_core.engine.model import LoadedModel, find_smollm2, load_folder, load_gguf
 from hicache_core.integrations.transformers import CachedModel, CachedTokens
@@ -50,7 +50,11 @@ class TurnRunner:
         self._tokenizer = loaded.tokenizer
         self._namespace = Namespace(cache_salt=settings.salt)
         self._chat = Chat(loaded.tokenizer, HANDBOOK, history)
-        self._cached = CachedModel.open(loaded.model, HiCacheConfig(**settings.cache))
+        self._cached = CachedModel.open(
+            loaded.model,
+            HiCacheConfig(**settings.cache),
+            device_tokens=_device_tokens(loaded.tokenizer, settings.max_new_tokens),
+        )
 
     def close(self) -> None:
         """Waits until all is stored, then closes the cache."""
@@ -111,6 +115,13 @@ class TurnRunner:
             for layer in layers:
                 layer[page].normal_(std=3.0)
         return page
+
+
+def _device_tokens(tokenizer: Any, max_new_tokens: int) -> int:
+    """Room for both conversations, so that nothing is evicted but on purpose."""
+    longest_question = 64
+    first_prompt = len(Chat(tokenizer, HANDBOOK).ask(QUESTIONS[0]))
+    return 2 * (first_prompt + len(QUESTIONS) * (longest_question + max_new_tokens))
 
 
 def _record(
