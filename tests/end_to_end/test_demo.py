@@ -121,7 +121,7 @@ def test_smollm2_answers_the_same_from_every_tier(tmp_path: Path) -> None:
     check_document(document)
     assert "SmolLM2-135M-Instruct" in document["summary"]["model"]
     assert all(1_200 < turn["prompt_tokens"] < 2_500 for turn in document["turns"])
-    assert document["summary"]["answers"][0].startswith("The number of the caretaker")
+    assert "caretaker" in document["summary"]["answers"][0]
 
 
 @pytest.mark.parametrize(
