@@ -75,8 +75,7 @@ class TurnRunner:
     def run(self, plan: TurnPlan, say: Say) -> TurnRecord:
         """One turn: with the cache first, then again without."""
         if plan.flush_device:
-            n_pages = self._cached.device_pool.n_pages
-            say(Note(f"device tier emptied: {self._cached.cache.evict(n_pages)} pages given up"))
+            say(Note(f"device tier emptied: {self._empty_device()} pages given up"))
         chat = Chat(self._tokenizer, HANDBOOK) if plan.other_user else self._chat
         prompt = chat.ask(plan.question)
         if self._settings.corrupt and plan.number == CORRUPTED_TURN:
@@ -105,6 +104,15 @@ class TurnRunner:
 
     def _flush(self) -> bool:
         return self._cached.cache.flush(FLUSH_TIMEOUT_S)
+
+    def _empty_device(self) -> int:
+        """Evicts until nothing goes any more; under write_back, a page waits for those below it."""
+        cache, n_pages = self._cached.cache, self._cached.device_pool.n_pages
+        n_given_up = 0
+        while n := cache.evict(n_pages):
+            n_given_up += n
+            self._flush()
+        return n_given_up
 
     def _corrupt(self, prompt: list[int]) -> int:
         """Overwrites a page in the middle of the prompt's prefix with other numbers; its id."""
