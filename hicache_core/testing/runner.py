@@ -11,7 +11,7 @@ from hicache_core.testing.features import CAPABILITIES, Feature, Target, detect
 from hicache_core.testing.figures import measure
 from hicache_core.testing.harness import Harness
 from hicache_core.testing.hidden import secrets_in
-from hicache_core.testing.report import Figure, Report, RuleResult, Status
+from hicache_core.testing.report import Figure, Report, RuleResult
 from hicache_core.testing.rules import RULES
 from hicache_core.testing.rules.rule import Rule
 from hicache_core.testing.settings import FULL, KitSettings
@@ -70,8 +70,11 @@ def run(
     """
     features: frozenset[Feature] = frozenset()
     results: dict[str, RuleResult] = {}
+    broken: set[str] = set()
     for rule in rules:
-        result = _not_run(rule, features, results) or run_rule(rule, target, settings)
+        result = _left_out(rule, features, broken) or run_rule(rule, target, settings)
+        if result.status == "failed" or not broken.isdisjoint(rule.needs):
+            broken.add(rule.id)
         if rule.id == "opens" and result.status == "passed":
             features = detect_features(target, settings)
         results[rule.id] = result
@@ -82,17 +85,16 @@ def run(
     return Report(report.backend, report.results, _measured(target, settings))
 
 
-def _not_run(
-    rule: Rule, features: frozenset[Feature], results: dict[str, RuleResult]
-) -> RuleResult | None:
+def _left_out(rule: Rule, features: frozenset[Feature], broken: set[str]) -> RuleResult | None:
     """Why ``rule`` is not run; None if it is."""
-    lacking = [need for need in rule.needs if results[need].status != "passed"]
-    if lacking:
-        return RuleResult.of(rule, "not run", f"it needs {lacking[0]}, which has not passed")
-    if rule.requires is None or rule.requires in features:
-        return None
-    status: Status = "not implemented" if rule.requires in CAPABILITIES else "not run"
-    return RuleResult.of(rule, status, f"there is no {rule.requires}")
+    if rule.requires is not None and rule.requires not in features:
+        if rule.requires in CAPABILITIES:
+            return RuleResult.of(rule, "not implemented")
+        return RuleResult.of(rule, "not run", f"for want of {rule.requires}")
+    for need in rule.needs:
+        if need in broken:
+            return RuleResult.of(rule, "not run", f"it builds on {need}, which has not passed")
+    return None
 
 
 def _told(error: BaseException, target: Target) -> str:

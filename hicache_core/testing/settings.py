@@ -47,7 +47,7 @@ class KitSettings:
     def arena_nbytes(self) -> int:
         """Memory for pages that are alive at once, where it has to be registered beforehand."""
         largest = max(self.large_nbytes, self.batch_pages * self.batch_page_nbytes)
-        return 4 * largest + self.n_threads * 8 * self.race_nbytes + (16 << 20)
+        return 4 * largest + self.n_threads * 8 * self.race_nbytes + (128 << 20)
 
 
 FULL = KitSettings()

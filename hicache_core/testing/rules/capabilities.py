@@ -23,7 +23,7 @@ from hicache_core.testing.harness import (
 )
 from hicache_core.testing.rules.rule import RuleBook
 
-_book = RuleBook("batch_round_trip", "miss_is_an_answer")
+_book = RuleBook("segments_of_every_shape", "miss_is_an_answer")
 rule = _book.rule
 RULES = _book.rules
 

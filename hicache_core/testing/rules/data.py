@@ -84,7 +84,7 @@ def exists_counts_leading(h: Harness) -> None:
 
 @rule(
     "batch_get counts and fills the leading pages, wherever the hole is.",
-    needs=("batch_round_trip", "miss_is_an_answer"),
+    needs=("segments_of_every_shape", "miss_is_an_answer"),
 )
 def get_counts_leading(h: Harness) -> None:
     for hole in range(6):
@@ -103,12 +103,12 @@ def empty_batch(h: Harness) -> None:
 @rule("A key twice in one batch fills both of its pages.", needs=("batch_round_trip",))
 def same_key_twice(h: Harness) -> None:
     one, other = h.keys(2)
-    h.put(h.backend, [one, other, one], _PAGE)
+    h.put(h.backend, [one, other], _PAGE)
     h.expect_pages(h.backend, [one, other, one], _PAGE)
     expect(h.backend.batch_exists([one, one]) == 2, "batch_exists of a key twice is not 2")
 
 
-@rule("A batch of many pages round-trips.", needs=("batch_round_trip",), patience=2)
+@rule("A batch of many pages round-trips.", needs=("segments_of_every_shape",), patience=2)
 def large_batch(h: Harness) -> None:
     keys = h.keys(h.settings.batch_pages)
     nbytes = h.nbytes(h.settings.batch_page_nbytes)
@@ -122,7 +122,7 @@ def re_put(h: Harness) -> None:
     keys = h.keys(3)
     h.put(h.backend, keys[:2], _PAGE)
     put_each(h.backend, keys, 4096)
-    h.put(h.backend, keys, _PAGE)
+    h.put(h.backend, [*keys, *keys], _PAGE)
     h.expect_pages(h.backend, keys, _PAGE)
     for key in keys:
         expect_hit(h.backend, key, 4096)

@@ -12,7 +12,7 @@ from hicache_core.testing.resources import Resources, settled
 from hicache_core.testing.rules.rule import RuleBook
 
 _opening = RuleBook()
-_book = RuleBook("batch_round_trip", "miss_is_an_answer")
+_book = RuleBook("segments_of_every_shape", "miss_is_an_answer")
 rule = _book.rule
 OPENING = _opening.rules
 RULES = _book.rules
@@ -79,7 +79,11 @@ def _expect_refused(name: str, call: Callable[[], object]) -> None:
     raise RuleBroken(f"{name} after close() works; it should raise UseAfterClose")
 
 
-@rule("close() leaves no descriptor and no thread behind.", needs=("close_twice",), patience=2)
+@rule(
+    "close() leaves no descriptor and no thread behind.",
+    needs=("close_twice", "re_put"),
+    patience=2,
+)
 def close_releases(h: Harness) -> None:
     (key,) = h.keys(1)
     _open_use_close(h, key)  # what is set up once for the process is there after this
@@ -104,7 +108,7 @@ def _open_use_close(h: Harness, key: str) -> None:
 
 @rule(
     "Thousands of operations on an open instance leave no descriptor, thread or memory behind.",
-    needs=("close_releases", "re_put"),
+    needs=("close_releases", "set_only_reads"),
     patience=10,
 )
 def no_leaks(h: Harness) -> None:

@@ -9,7 +9,8 @@ from hicache_core.testing.harness import Harness
 from hicache_core.testing.rules.rule import RuleBook
 
 _book = RuleBook(
-    "exists_counts_leading", "get_counts_leading", "same_key_twice", "re_put", "empty_object"
+    *("exists_counts_leading", "get_counts_leading", "empty_batch", "same_key_twice", "re_put"),
+    *("empty_object", "tiny_objects", "delete_removes", "evicted_after_exists"),
 )
 RULES = _book.rules
 

@@ -16,7 +16,9 @@ from hicache_core.testing.harness import (
 )
 from hicache_core.testing.rules.rule import RuleBook
 
-_book = RuleBook("large_batch", "set_copies", "get_gives_its_own_bytes", "re_put")
+_book = RuleBook(
+    "miss_is_an_answer", "large_batch", "set_copies", "get_gives_its_own_bytes", "re_put"
+)
 rule = _book.rule
 RULES = _book.rules
 _deleting = RuleBook("delete_removes", "all_or_nothing")

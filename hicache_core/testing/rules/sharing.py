@@ -9,7 +9,7 @@ from hicache_core.testing.features import Feature
 from hicache_core.testing.harness import Harness, expect, expect_hit
 from hicache_core.testing.rules.rule import RuleBook
 
-_book = RuleBook("batch_round_trip")
+_book = RuleBook("segments_of_every_shape")
 rule = _book.rule
 RULES = _book.rules
 
@@ -49,14 +49,14 @@ def close_leaves_the_others(h: Harness) -> None:
     h.forget(other)
     other.close()
     h.expect_pages(h.backend, keys[:2], _PAGE)
-    h.put(h.backend, keys, _PAGE)
+    h.put(h.backend, keys[2:], _PAGE)
     h.expect_pages(h.backend, keys, _PAGE)
 
 
 @rule(
     "Two processes read what the other has stored, one after the other and at once.",
     requires=Feature.SECOND_PROCESS,
-    needs=("instances_share",),
+    needs=("instances_share", "re_put"),
 )
 def two_processes(h: Harness) -> None:
     backend, peer = h.backend, h.peer()
@@ -89,10 +89,10 @@ def killed_writer(h: Harness) -> None:
     nbytes = h.nbytes(h.settings.race_nbytes)
     draw = random.Random(0)
     for kill in range(h.settings.kills):
-        keys = h.keys(64, f"kill {kill}")
+        keys = h.keys(256, f"kill {kill}")
         peer = h.peer()
         peer.start_writing(keys, nbytes)
-        time.sleep(draw.uniform(0.0, 0.05))
+        time.sleep(draw.uniform(0.0, 0.02))
         peer.kill()
         for key in keys:
             value = h.backend.get(key)
