@@ -13,12 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from tests.conformance.right import RichBackend, RightBackend
-
 from hicache_core.errors import BackendDenied, BackendFull
 from hicache_core.storage.base import Buffer, Finding
 from hicache_core.storage.segments import join, nbytes_of, scatter
 from hicache_core.types import Page
+from tests.conformance.right import RichBackend, RightBackend
 
 END_OF_TESTS = threading.Event()
 _RACED_NBYTES = 16 << 10  # objects of this length are those of the races
