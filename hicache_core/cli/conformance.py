@@ -1,0 +1,75 @@
+"""Whether a live backend keeps the storage contract: a levelled report."""
+
+from __future__ import annotations
+
+import faulthandler
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from hicache_core.config_sources import read_inline
+from hicache_core.testing.features import Target
+from hicache_core.testing.recipe import Recipe, Scope
+from hicache_core.testing.report import RuleResult
+from hicache_core.testing.runner import run
+from hicache_core.testing.settings import FULL, QUICK
+
+_GRACE_S = 30.0
+
+
+@click.command("conformance")
+@click.argument("name")
+@click.option("--config", default="{}", help="The backend's settings: JSON text, or @file.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the report here.")
+@click.option("--quick", is_flag=True, help="Every rule, but fewer rounds and smaller batches.")
+@click.option(
+    "--scope",
+    type=click.Choice([scope.value for scope in Scope]),
+    default=Scope.SHARED.value,
+    show_default=True,
+    help="Who finds what an instance has stored: any process, its own process, or itself alone.",
+)
+@click.option("--max-object-nbytes", default=0, help="Larger objects are not stored; 0: no limit.")
+@click.option("--rule-timeout-s", type=float, help="A rule that takes longer has hung.")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    *,
+    name: str,
+    config: str,
+    json_file: Path | None,
+    quick: bool,
+    scope: str,
+    max_object_nbytes: int,
+    rule_timeout_s: float | None,
+) -> None:
+    """Run the conformance kit on the backend NAME, or on 'dynamic' with a class in --config.
+
+    Its keys lie under random namespaces and are deleted in the end, if the backend can delete. The
+    exit status is 0 if every base rule, and every rule of a capability that it has, passes;
+    otherwise 1, and 2 if the backend does not load.
+    """
+    recipe = Recipe.named(
+        name, read_inline(config, what="--config: "), Scope(scope), max_object_nbytes
+    )
+    recipe.make()  # a wrong setting is the user's error, not the backend's
+    settings = QUICK if quick else FULL
+    if rule_timeout_s is not None:
+        settings = replace(settings, rule_s=rule_timeout_s)
+    progress = click.get_text_stream("stderr").isatty()
+
+    def on_result(result: RuleResult) -> None:
+        # The kit's watchdog is a thread: it cannot end a backend that holds the interpreter's lock.
+        faulthandler.dump_traceback_later(11 * settings.rule_s + _GRACE_S, exit=True)
+        if progress:
+            click.echo(f"\r\033[K{result.status:16} {result.id}", nl=False, err=True)
+
+    report = run(Target(recipe), settings, on_result=on_result)
+    faulthandler.cancel_dump_traceback_later()
+    if progress:
+        click.echo("\r\033[K", nl=False, err=True)
+    click.echo("\n".join(report.lines()))
+    if json_file is not None:
+        json_file.write_text(report.to_json() + "\n", encoding="utf-8")
+    ctx.exit(0 if report.passed else 1)

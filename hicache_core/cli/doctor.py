@@ -1,0 +1,31 @@
+"""What is well and what is wrong with a backend's store, and what to change."""
+
+from __future__ import annotations
+
+import click
+
+from hicache_core.config_sources import read_inline
+from hicache_core.testing.examination import examine
+from hicache_core.testing.features import Target
+from hicache_core.testing.recipe import Recipe
+from hicache_core.testing.settings import QUICK
+
+_STATUS = {"ok": 0, "warning": 1, "error": 2}
+
+
+@click.command("doctor")
+@click.argument("name")
+@click.option("--config", default="{}", help="The backend's settings: JSON text, or @file.")
+@click.pass_context
+def command(ctx: click.Context, *, name: str, config: str) -> None:
+    """Examine the store of the backend NAME: open, its own checks, round trip, speed.
+
+    The exit status is that of the worst finding: 0 ok, 1 warning, 2 error.
+    """
+    recipe = Recipe.named(name, read_inline(config, what="--config: "))
+    recipe.make()
+    worst = 0
+    for finding in examine(Target(recipe), QUICK):
+        worst = max(worst, _STATUS[finding.level])
+        click.echo(f"{finding.level:8} {finding.topic:12} {finding.message}")
+    ctx.exit(worst)

@@ -1,0 +1,87 @@
+"""What a backend can do, and what its tests give: which rules apply follows from it."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from hicache_core.storage.base import (
+    Clearable,
+    Diagnosable,
+    HasStats,
+    Listable,
+    RegistersMemory,
+    StorageBackend,
+)
+from hicache_core.testing.control import StoreControl
+from hicache_core.testing.hidden import secrets_in
+from hicache_core.testing.recipe import Recipe, Scope
+
+
+class Feature(enum.StrEnum):
+    """What some rules need beside the base contract; the value stands in reports."""
+
+    DELETE = "delete"
+    LIST = "list_keys"
+    CLEAR = "clear"
+    STATS = "stats"
+    DIAGNOSE = "diagnose"
+    REGISTER_MEMORY = "register_memory"
+    SECOND_INSTANCE = "a second instance on the same store"
+    SECOND_PROCESS = "a second process on the same store"
+    CONTROL = "control of the server"
+    SMALL_STORE = "a store with little room"
+    SECRETS = "a secret among the settings"
+    HYPOTHESIS = "the package hypothesis"
+
+
+PROTOCOLS: dict[Feature, type] = {
+    Feature.LIST: Listable,
+    Feature.CLEAR: Clearable,
+    Feature.STATS: HasStats,
+    Feature.DIAGNOSE: Diagnosable,
+    Feature.REGISTER_MEMORY: RegistersMemory,
+}
+CAPABILITIES = frozenset([Feature.DELETE, *PROTOCOLS])
+"""What the backend itself can or cannot do; the other features are given by its tests."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is tested, and what the kit is given to test it with.
+
+    Attributes:
+        recipe: makes backends on one store.
+        control: power over the server of that store, if there is one.
+        small: makes backends on a store that ``KitSettings.full_nbytes`` fill, if there is one.
+    """
+
+    recipe: Recipe
+    control: StoreControl | None = None
+    small: Recipe | None = None
+
+
+def detect(backend: StorageBackend, target: Target) -> frozenset[Feature]:
+    """The features of an opened ``backend`` of ``target``."""
+    scope = target.recipe.scope
+    present = {
+        Feature.DELETE: _deletes(backend),
+        Feature.SECOND_INSTANCE: scope is not Scope.INSTANCE,
+        Feature.SECOND_PROCESS: scope is Scope.SHARED,
+        Feature.CONTROL: target.control is not None,
+        Feature.SMALL_STORE: target.small is not None,
+        Feature.SECRETS: bool(secrets_in(target.recipe.settings)),
+        Feature.HYPOTHESIS: find_spec("hypothesis") is not None,
+    }
+    found = {feature for feature, there in present.items() if there}
+    return frozenset(found | {f for f, p in PROTOCOLS.items() if isinstance(backend, p)})
+
+
+def _deletes(backend: StorageBackend) -> bool:
+    """Every class has the method: whether it works is found by a call that changes nothing."""
+    try:
+        backend.delete([])
+    except NotImplementedError:
+        return False
+    return True

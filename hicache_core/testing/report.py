@@ -1,0 +1,108 @@
+"""What came of a run of the kit: for people and for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from hicache_core.testing.rules.rule import Rule
+
+Status = Literal["passed", "failed", "not run", "not implemented"]
+
+_TITLES = {"base": "Base: must pass", "capability": "Capabilities: must pass where implemented"}
+
+
+@dataclass(frozen=True, slots=True)
+class RuleResult:
+    """What came of one rule.
+
+    Attributes:
+        id: the rule's id.
+        level: base or capability.
+        text: the rule in a sentence.
+        status: how it ended.
+        message: why, unless it passed.
+        elapsed_s: how long it took.
+    """
+
+    id: str
+    level: str
+    text: str
+    status: Status
+    message: str = ""
+    elapsed_s: float = 0.0
+
+    @classmethod
+    def of(
+        cls, rule: Rule, status: Status, message: str = "", elapsed_s: float = 0.0
+    ) -> RuleResult:
+        """The result of ``rule``."""
+        return cls(rule.id, rule.level, rule.text, status, message, round(elapsed_s, 3))
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One measured figure: no verdict follows from it."""
+
+    what: str
+    value: float
+    unit: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A whole run.
+
+    Attributes:
+        backend: the backend's name.
+        results: one for each rule, in the order of the run.
+        figures: what was measured; empty if the base failed.
+    """
+
+    backend: str
+    results: Sequence[RuleResult]
+    figures: Sequence[Figure] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether no rule failed; one that was not run because another failed cannot hide that."""
+        return all(result.status != "failed" for result in self.results)
+
+    def to_json(self) -> str:
+        """The report as JSON, stable enough to be compared."""
+        return json.dumps({**asdict(self), "passed": self.passed}, indent=2)
+
+    def lines(self) -> Iterator[str]:
+        """The report as text."""
+        for level, title in _TITLES.items():
+            yield title
+            for result in self.results:
+                if result.level == level:
+                    yield from _result_lines(result)
+            yield ""
+        if self.figures:
+            yield "Performance: figures, no verdict"
+            width = max(len(figure.what) for figure in self.figures)
+            for figure in self.figures:
+                yield f"  {figure.what:{width}}  {figure.value:10,.4g} {figure.unit}"
+            yield ""
+        yield self.summary()
+
+    def summary(self) -> str:
+        """One line: how many rules ended how."""
+        counts = {
+            status: sum(result.status == status for result in self.results)
+            for status in ("passed", "failed", "not run", "not implemented")
+        }
+        told = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
+        verdict = "conforms" if self.passed else "does not conform"
+        return f"backend {self.backend!r} {verdict}: {told}"
+
+
+def _result_lines(result: RuleResult) -> Iterator[str]:
+    mark = {"passed": "ok", "failed": "FAILED", "not run": "not run"}.get(result.status, "-")
+    yield f"  {mark:8} {result.id:28} {result.text}"
+    if result.message:
+        yield f"  {'':8} {'':28} {result.message}"

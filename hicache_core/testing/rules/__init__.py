@@ -1,0 +1,33 @@
+"""The rules of the kit, in the order in which they are run.
+
+A rule is one function with one sentence. Later rules build on earlier ones and name them in
+``needs``: when those do not pass, the later ones are not run, so that one defect is one failure.
+"""
+
+from __future__ import annotations
+
+from hicache_core.testing.rules import (
+    capabilities,
+    data,
+    lifetime,
+    model,
+    races,
+    server,
+    sharing,
+    sizes,
+)
+from hicache_core.testing.rules.rule import Rule
+
+RULES: tuple[Rule, ...] = (
+    *lifetime.OPENING,
+    *data.RULES,
+    *sizes.RULES,
+    *lifetime.RULES,
+    *races.RULES,
+    *sharing.RULES,
+    *capabilities.RULES,
+    *races.DELETING,
+    *server.RULES,
+    *model.RULES,
+)
+"""Every rule; ids are unique and stable."""

@@ -1,0 +1,78 @@
+"""The conformance kit as a pytest class. Needs the extra ``hicache-core[testing]``."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+
+from hicache_core.testing.control import StoreControl
+from hicache_core.testing.features import Feature, Target
+from hicache_core.testing.recipe import Recipe
+from hicache_core.testing.rules import RULES
+from hicache_core.testing.rules.rule import Rule
+from hicache_core.testing.runner import detect_features, run_rule
+from hicache_core.testing.settings import QUICK, KitSettings
+
+
+class StorageBackendTests:
+    """Every rule of the storage contract as one test; subclass it and give one fixture::
+
+        class TestRedis(StorageBackendTests):
+            @pytest.fixture
+            def recipe(self, server):
+                return Recipe.named("redis", {"url": server.url})
+
+    Attributes:
+        features: what the backend can do and the fixtures give beside the base contract. Only the
+            rules that apply are collected, so that nothing is skipped; ``test_features`` fails if
+            this says too much or too little.
+        kit: how much is done and how long is waited.
+    """
+
+    features: ClassVar[frozenset[Feature]] = frozenset(
+        [Feature.DELETE, Feature.SECOND_INSTANCE, Feature.SECOND_PROCESS, Feature.HYPOTHESIS]
+    )
+    kit: ClassVar[KitSettings] = QUICK
+
+    @pytest.fixture
+    def recipe(self) -> Recipe:
+        """How backends on one store are made, that of this test."""
+        raise NotImplementedError("give a fixture `recipe` that returns a Recipe")
+
+    @pytest.fixture
+    def store_control(self) -> StoreControl | None:
+        """Power over the server of the store; give it with ``Feature.CONTROL``."""
+        return None
+
+    @pytest.fixture
+    def small_store(self) -> Recipe | None:
+        """How backends on a store with little room are made; with ``Feature.SMALL_STORE``."""
+        return None
+
+    @pytest.fixture
+    def conformance_target(
+        self, recipe: Recipe, store_control: StoreControl | None, small_store: Recipe | None
+    ) -> Target:
+        """All of it together."""
+        return Target(recipe, store_control, small_store)
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """One test for each rule that applies."""
+        if "conformance_rule" in metafunc.fixturenames:
+            rules = [r for r in RULES if r.requires is None or r.requires in self.features]
+            metafunc.parametrize("conformance_rule", rules, ids=[rule.id for rule in rules])
+
+    def test_rule(self, conformance_rule: Rule, conformance_target: Target) -> None:
+        """The backend keeps one rule of the contract."""
+        result = run_rule(conformance_rule, conformance_target, self.kit)
+        if result.status == "failed":
+            pytest.fail(f"{result.text}\n{result.message}", pytrace=False)
+
+    def test_features(self, conformance_target: Target) -> None:
+        """``features`` is what the backend can do and the fixtures give, no more and no less."""
+        found = detect_features(conformance_target, self.kit)
+        more = sorted(feature.name for feature in found - self.features)
+        fewer = sorted(feature.name for feature in self.features - found)
+        assert not more, f"add to `features`, so that their rules are tested: {', '.join(more)}"
+        assert not fewer, f"remove from `features`, for they are not there: {', '.join(fewer)}"
