@@ -36,6 +36,7 @@ $(READY): pyproject.toml setup.py constraints.txt requirements.txt $(wildcard hi
 	@touch $(READY)
 
 $(TESTS_READY): $(READY) requirements-dev.txt $(PLUGINS)
+	@sh tools/debian-packages.sh
 	$(PIP) install --constraint constraints.txt --requirement requirements-dev.txt
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install --no-deps triton==3.9.0
 	$(if $(PLUGINS),$(PIP) install --no-deps --no-build-isolation $(patsubst %/pyproject.toml,--editable %,$(PLUGINS)))
