@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -31,7 +30,6 @@ _GRACE_S = 30.0
     help="Who finds what an instance has stored: any process, its own process, or itself alone.",
 )
 @click.option("--max-object-nbytes", default=0, help="Larger objects are not stored; 0: no limit.")
-@click.option("--rule-timeout-s", type=float, help="A rule that takes longer has hung.")
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -42,7 +40,6 @@ def command(
     quick: bool,
     scope: str,
     max_object_nbytes: int,
-    rule_timeout_s: float | None,
 ) -> None:
     """Run the conformance kit on the backend NAME, or on 'dynamic' with a class in --config.
 
@@ -55,8 +52,6 @@ def command(
     )
     recipe.make()  # a wrong setting is the user's error, not the backend's
     settings = QUICK if quick else FULL
-    if rule_timeout_s is not None:
-        settings = replace(settings, rule_s=rule_timeout_s)
     progress = click.get_text_stream("stderr").isatty()
 
     def on_result(result: RuleResult) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from hicache_core.errors import BackendError
 from hicache_core.redact import MASK, masked_text
 from hicache_core.storage.base import Diagnosable, Finding
-from hicache_core.testing.bounded import Hung, bounded
 from hicache_core.testing.features import Target
 from hicache_core.testing.figures import measure
-from hicache_core.testing.harness import Harness, RuleBroken, expect
+from hicache_core.testing.harness import Harness, expect
 from hicache_core.testing.hidden import secrets_in
 from hicache_core.testing.report import Figure
+from hicache_core.testing.rules.rule import Rule
+from hicache_core.testing.runner import run_rule
 from hicache_core.testing.settings import KitSettings
 
 _SHAPE = (64, 65472)
@@ -22,9 +22,10 @@ _SLOW_GET_US = 50_000.0  # a page that takes longer to come is hardly worth wait
 def examine(target: Target, settings: KitSettings) -> Iterator[Finding]:
     """Opens the store, asks the backend for its findings, stores and reads, measures.
 
+    Each step is bounded in time. No secret of the settings is in what it yields.
+
     Yields:
-        Findings, most basic first; the first error of opening or of the round trip is the last.
-        No secret of the settings is in them.
+        Findings, most basic first; a failed step is the last.
     """
     hidden = secrets_in(target.recipe.settings)
     for finding in _examine(target, settings):
@@ -35,33 +36,36 @@ def examine(target: Target, settings: KitSettings) -> Iterator[Finding]:
 
 
 def _examine(target: Target, settings: KitSettings) -> Iterator[Finding]:
-    with Harness(target, settings) as h:
-        try:
-            bounded(lambda: h.backend, settings.answer_s, "open()")
-        except (BackendError, Hung) as error:
-            yield Finding("error", "open", f"{type(error).__name__}: {error}")
+    findings: list[Finding] = []
+
+    def speed(h: Harness) -> None:
+        findings.extend(_judged(figure) for figure in measure(h))
+
+    steps: dict[str, tuple[str, Callable[[Harness], None]]] = {
+        "open": ("the store is there and takes the credentials", _open),
+        "own checks": ("", lambda h: findings.extend(_said_by_backend(h))),
+        "round trip": ("4 pages were stored and read back", _round_trip),
+        "speed": ("", speed),
+    }
+    for topic, (well, check) in steps.items():
+        result = run_rule(Rule(topic, topic, check), target, settings)
+        if result.status == "failed":
+            yield Finding("error", topic, result.message)
             return
-        yield Finding("ok", "open", "the store is there and takes the credentials")
-        yield from _said_by_backend(h)
-        try:
-            bounded(lambda: _round_trip(h), settings.rule_s, "the round trip")
-            figures = bounded(lambda: measure(h), 5 * settings.rule_s, "the measurement")
-        except (BackendError, Hung, RuleBroken) as error:
-            yield Finding("error", "round trip", f"{type(error).__name__}: {error}")
-            return
-        yield Finding("ok", "round trip", "4 pages were stored and read back")
-        yield from map(_judged, figures)
+        if well:
+            yield Finding("ok", topic, well)
+        yield from findings
+        findings.clear()
+
+
+def _open(h: Harness) -> None:
+    h.another()
 
 
 def _said_by_backend(h: Harness) -> Iterator[Finding]:
-    backend = h.backend
-    if not isinstance(backend, Diagnosable):
-        yield Finding("ok", "own checks", "the backend has none (it is not Diagnosable)")
-        return
-    try:
-        yield from bounded(lambda: list(backend.diagnose()), h.settings.rule_s, "diagnose()")
-    except (BackendError, Hung) as error:
-        yield Finding("error", "own checks", f"{type(error).__name__}: {error}")
+    if isinstance(h.backend, Diagnosable):
+        return h.backend.diagnose()
+    return iter([Finding("ok", "own checks", "the backend has none (it is not Diagnosable)")])
 
 
 def _round_trip(h: Harness) -> None:

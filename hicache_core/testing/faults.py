@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from hicache_core.errors import BackendError, BackendUnavailable
 from hicache_core.storage.base import Buffer, StorageBackend
@@ -38,35 +38,47 @@ class _Draws:
         return random.Random(f"{self._seed} {call} {n_asked}")
 
 
+class _Asked(NamedTuple):
+    """One call: its method, its keys, and the bytes that it moves as far as the caller says."""
+
+    method: str
+    keys: Sequence[str]
+    nbytes: int
+
+
 class _AroundEveryCall(BackendWrapper):
     """Sends every call but ``open`` and ``close`` through ``_around``."""
 
-    def _around(self, method: str, keys: Sequence[str], nbytes: int, call: Callable[[], T]) -> T:
+    def _around(self, asked: _Asked, call: Callable[[], T]) -> T:
         raise NotImplementedError
 
     def get(self, key: str) -> Buffer | None:
-        return self._around("get", [key], 0, lambda: self.inner.get(key))
+        return self._around(_Asked("get", [key], 0), lambda: self.inner.get(key))
 
     def exists(self, key: str) -> bool:
-        return self._around("exists", [key], 0, lambda: self.inner.exists(key))
+        return self._around(_Asked("exists", [key], 0), lambda: self.inner.exists(key))
 
     def set(self, key: str, value: Buffer) -> None:
         nbytes = memoryview(value).nbytes
-        self._around("set", [key], nbytes, lambda: self.inner.set(key, value))
+        self._around(_Asked("set", [key], nbytes), lambda: self.inner.set(key, value))
 
     def delete(self, keys: Sequence[str]) -> None:
-        self._around("delete", keys, 0, lambda: self.inner.delete(keys))
+        self._around(_Asked("delete", keys, 0), lambda: self.inner.delete(keys))
 
     def batch_exists(self, keys: Sequence[str]) -> int:
-        return self._around("batch_exists", keys, 0, lambda: self.inner.batch_exists(keys))
+        return self._around(_Asked("batch_exists", keys, 0), lambda: self.inner.batch_exists(keys))
 
     def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
         nbytes = sum(nbytes_of(page) for page in pages)
-        return self._around("batch_get", keys, nbytes, lambda: self.inner.batch_get(keys, pages))
+        return self._around(
+            _Asked("batch_get", keys, nbytes), lambda: self.inner.batch_get(keys, pages)
+        )
 
     def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
         nbytes = sum(nbytes_of(page) for page in pages)
-        return self._around("batch_set", keys, nbytes, lambda: self.inner.batch_set(keys, pages))
+        return self._around(
+            _Asked("batch_set", keys, nbytes), lambda: self.inner.batch_set(keys, pages)
+        )
 
 
 class SlowBackend(_AroundEveryCall):
@@ -93,8 +105,8 @@ class SlowBackend(_AroundEveryCall):
         self._bytes_per_s = bytes_per_s
         self._sleep = sleep
 
-    def _around(self, method: str, keys: Sequence[str], nbytes: int, call: Callable[[], T]) -> T:
-        self._sleep(self._latency_s + nbytes / self._bytes_per_s)
+    def _around(self, asked: _Asked, call: Callable[[], T]) -> T:
+        self._sleep(self._latency_s + asked.nbytes / self._bytes_per_s)
         return call()
 
 
@@ -122,9 +134,9 @@ class FlakyBackend(_AroundEveryCall):
         self._error = error
         self._draws = _Draws(seed)
 
-    def _around(self, method: str, keys: Sequence[str], nbytes: int, call: Callable[[], T]) -> T:
-        if self._draws.next(method, keys).random() < self._error_rate:
-            raise self._error(f"injected fault: {method} of {len(keys)} keys")
+    def _around(self, asked: _Asked, call: Callable[[], T]) -> T:
+        if self._draws.next(asked.method, asked.keys).random() < self._error_rate:
+            raise self._error(f"injected fault: {asked.method} of {len(asked.keys)} keys")
         return call()
 
 
@@ -201,7 +213,7 @@ class StuckBackend(_AroundEveryCall):
         with self._changed:
             return self._changed.wait_for(lambda: self._n_waiting >= n_calls, timeout_s)
 
-    def _around(self, method: str, keys: Sequence[str], nbytes: int, call: Callable[[], T]) -> T:
+    def _around(self, _asked: _Asked, call: Callable[[], T]) -> T:
         with self._changed:
             self._n_waiting += 1
             self._changed.notify_all()
