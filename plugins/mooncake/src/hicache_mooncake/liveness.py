@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import threading
 import time
@@ -64,6 +63,7 @@ class Liveness:
                 f"no mooncake_master at {host}:{port} ({error}); start it, or correct "
                 "master_server_address"
             ) from error
+        canary.setblocking(False)
         canary.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         canary.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5)
         canary.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2)
@@ -120,12 +120,10 @@ class Liveness:
         canary = self._canary
         if canary is None:
             return self._address is None
-        with contextlib.suppress(BlockingIOError):
-            try:
-                # Nothing is ever sent to us: data would be a surprise, no data is the end.
-                return bool(canary.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
-            except BlockingIOError:
-                return True
-            except OSError:
-                return False
-        return False
+        try:
+            # The master has nothing to say here: no data is the end of the connection.
+            return bool(canary.recv(1, socket.MSG_PEEK))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
