@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hicache_mooncake import MooncakeBackend, MooncakeConfig
 
 from hicache_core.types import BackendContext
-from hicache_mooncake import MooncakeBackend, MooncakeConfig
 
 NAMESPACE = "0123456789abcdef"
 SEGMENT_NBYTES = 64 * 2**20
@@ -115,18 +115,26 @@ class Peer:
             text=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
         )
-        assert self._answer() == "ready"
+        assert self.answer() == "ready"
 
     def ask(self, **command: Any) -> Any:
         """Sends one command and waits for its result."""
         self.send(**command)
-        return self._answer()
+        return self.answer()
 
     def send(self, **command: Any) -> None:
         """Sends one command."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
+
+    def stop(self) -> None:
+        """Lets it take its memory back from the store and end; a second call does nothing."""
+        if self._process.poll() is None:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            self._process.wait(20)
+        self.kill()
 
     def kill(self) -> None:
         """Ends it without warning."""
@@ -136,7 +144,8 @@ class Peer:
             if pipe is not None:
                 pipe.close()
 
-    def _answer(self) -> Any:
+    def answer(self) -> Any:
+        """The result of the command that was sent last."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         assert line, "the peer process ended"
@@ -173,25 +182,29 @@ def make_master(tmp_path: Path) -> Iterator[Callable[..., Master]]:
         server.kill()
 
 
+def new_backend(address: str, *, object_nbytes: int = 0, **options: Any) -> MooncakeBackend:
+    """A backend with short limits, not open yet."""
+    config = MooncakeConfig(
+        **{
+            "master_server_address": address,
+            "global_segment_size": SEGMENT_NBYTES,
+            "rpc_timeout_s": 1.0,
+            "retry_interval_s": 0.2,
+            **options,
+        }
+    )
+    return MooncakeBackend(config, BackendContext(NAMESPACE, object_nbytes))
+
+
 @pytest.fixture
 def make_backend() -> Iterator[Callable[..., MooncakeBackend]]:
     """Opens backends and closes them."""
     backends: list[MooncakeBackend] = []
 
-    def make(address: str, *, object_nbytes: int = 0, **options: Any) -> MooncakeBackend:
-        config = MooncakeConfig(
-            **{
-                "master_server_address": address,
-                "global_segment_size": SEGMENT_NBYTES,
-                "rpc_timeout_s": 1.0,
-                "retry_interval_s": 0.2,
-                **options,
-            }
-        )
-        backend = MooncakeBackend(config, BackendContext(NAMESPACE, object_nbytes))
-        backends.append(backend)
-        backend.open()
-        return backend
+    def make(address: str, **options: Any) -> MooncakeBackend:
+        backends.append(new_backend(address, **options))
+        backends[-1].open()
+        return backends[-1]
 
     yield make
     for backend in backends:
@@ -215,12 +228,34 @@ def make_peer() -> Iterator[Callable[..., Peer]]:
 
     yield make
     for peer in peers:
-        peer.kill()
+        peer.stop()
+
+
+@pytest.fixture(scope="session")
+def _shared(master: Master) -> Iterator[MooncakeBackend]:
+    opened = new_backend(master.address)
+    opened.open()
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="session")
+def _shared_unregistered(master: Master, _shared: MooncakeBackend) -> Iterator[MooncakeBackend]:
+    opened = new_backend(master.address, global_segment_size=0)
+    opened.open()
+    yield opened
+    opened.close()
 
 
 @pytest.fixture
-def backend(master: Master, make_backend: Callable[..., MooncakeBackend]) -> MooncakeBackend:
-    """A backend on an empty store."""
-    opened = make_backend(master.address)
-    opened.clear("")
-    return opened
+def backend(_shared: MooncakeBackend) -> MooncakeBackend:
+    """A backend on an empty store; shared by the tests, since closing one takes two seconds."""
+    _shared.clear("")
+    return _shared
+
+
+@pytest.fixture
+def unregistered(_shared_unregistered: MooncakeBackend) -> MooncakeBackend:
+    """The same, for tests in which no memory is ever registered."""
+    _shared_unregistered.clear("")
+    return _shared_unregistered

@@ -5,8 +5,9 @@ import os
 import random
 import sys
 
-from hicache_core.types import BackendContext
 from hicache_mooncake import MooncakeBackend, MooncakeConfig
+
+from hicache_core.types import BackendContext
 
 
 def main() -> None:
@@ -33,7 +34,8 @@ def main() -> None:
                 for page, seed in zip(pages[:n_filled], command["seeds"], strict=False)
             ]
         print(json.dumps(answer), flush=True)
-    os._exit(0)
+    backend.close()
+    os._exit(0)  # threads of the client may crash an orderly exit
 
 
 if __name__ == "__main__":

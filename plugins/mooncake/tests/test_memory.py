@@ -1,0 +1,77 @@
+"""Addresses of pages against a dumb model; stretches of a batch."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+from hicache_mooncake.memory import RegisteredMemory, address_of, runs
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hicache_core.errors import IntegrityError
+
+
+def test_the_address_is_that_of_the_first_byte() -> None:
+    memory = bytearray(b"0123456789")
+    assert ctypes.string_at(address_of(memoryview(memory)[3:]), 4) == b"3456"
+
+
+@given(st.lists(st.integers(0, 50)), st.integers(1, 60))
+def test_runs_cover_the_batch_in_order_within_the_limit(sizes: list[int], limit: int) -> None:
+    stretches = list(runs(sizes, limit))
+    covered = [n for run in stretches for n in range(run.start, run.stop)]
+    assert covered == list(range(len(sizes)))
+    for run in stretches:
+        assert run.stop > run.start
+        assert run.stop - run.start == 1 or sum(sizes[run]) <= limit
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 250), st.integers(0, 40)), max_size=8),
+    st.sets(st.integers(0, 4), min_size=1),
+)
+def test_slices_are_the_bytes_of_the_page_or_none_outside(
+    cuts: list[tuple[int, int]], registered: set[int]
+) -> None:
+    """Five neighbouring blocks of 60 bytes, some registered; segments anywhere in them."""
+    memory = memoryview(bytearray(range(256)) + bytearray(44))
+    blocks = RegisteredMemory()
+    for block in registered:
+        blocks.add(memory[block * 60 : block * 60 + 60])
+    page = [memory[start : start + size] for start, size in cuts]
+
+    inside = all(
+        not segment.nbytes
+        or (start // 60 in registered and (start + segment.nbytes - 1) // 60 == start // 60)
+        for (start, _), segment in zip(cuts, page, strict=True)
+    )
+    slices = blocks.slices(page)
+    assert (slices is not None) == inside
+    if slices is not None:
+        stored = [
+            ctypes.string_at(address, size)
+            for address, size in zip(slices.addresses, slices.sizes, strict=True)
+        ]
+        assert b"".join(stored) == b"".join(page)
+        assert slices.nbytes == sum(slices.sizes)
+
+
+def test_read_only_memory_is_never_taken_in_place() -> None:
+    memory = bytearray(16)
+    blocks = RegisteredMemory()
+    blocks.add(memoryview(memory))
+    assert blocks.slices([memoryview(memory)]) is not None
+    assert blocks.slices([memoryview(memory).toreadonly()]) is None
+
+
+def test_ranges_that_overlap_are_an_error_and_neighbours_are_not() -> None:
+    memory = memoryview(bytearray(64))
+    blocks = RegisteredMemory()
+    blocks.add(memory[16:32])
+    blocks.add(memory[32:48])
+    blocks.add(memory[:16])
+    for start, stop in [(8, 17), (47, 60), (20, 24), (0, 64)]:
+        with pytest.raises(IntegrityError, match="overlaps"):
+            blocks.add(memory[start:stop])
+    assert blocks.nbytes == 48
