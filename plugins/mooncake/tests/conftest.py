@@ -1,4 +1,4 @@
-"""A real ``mooncake_master`` on free loopback ports, backends on it, and a second client process."""
+"""A real ``mooncake_master`` on free loopback ports, backends on it, and a second process."""
 
 from __future__ import annotations
 

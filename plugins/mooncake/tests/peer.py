@@ -26,7 +26,7 @@ def main() -> None:
         if command["do"] == "set":
             for page, seed in zip(pages, command["seeds"], strict=True):
                 page[0][:] = random.Random(seed).randbytes(nbytes)
-            answer = backend.batch_set(keys, pages)
+            answer: object = backend.batch_set(keys, pages)
         else:
             n_filled = backend.batch_get(keys, pages)
             answer = [

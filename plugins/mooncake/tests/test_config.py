@@ -33,7 +33,9 @@ def test_the_environment_gives_what_the_config_leaves_out(monkeypatch: pytest.Mo
 def test_a_config_key_beats_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOONCAKE_MASTER", "10.0.0.1:50051")
     monkeypatch.setenv("MOONCAKE_GLOBAL_SEGMENT_SIZE", "1")
-    config = MooncakeConfig(master_server_address="10.0.0.2:1", global_segment_size="4gb")
+    config = MooncakeConfig.model_validate(
+        {"master_server_address": "10.0.0.2:1", "global_segment_size": "4gb"}
+    )
     assert config.master_server_address == "10.0.0.2:1"
     assert config.global_segment_size == 4 * 10**9
 

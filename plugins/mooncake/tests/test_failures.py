@@ -1,4 +1,4 @@
-"""A master that is wrong, silent, killed, frozen or restarted: an error in bounded time, no crash."""
+"""A master that is wrong, silent, killed, frozen or restarted: an error, soon, and no crash."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def test_an_empty_object_is_kept_apart_from_every_other(backend: MooncakeBackend
     assert backend.exists(key(0))
 
     assert backend.batch_set([key(2), key(3)], [(), page_of(memory, 0, 0)]) == 2
-    assert backend.batch_get(keys(1) + [key(2), key(3)], [(), (), page_of(memory, 0, 0)]) == 3
+    assert backend.batch_get([key(0), key(2), key(3)], [(), (), page_of(memory, 0, 0)]) == 3
     assert backend.batch_get([key(0)], [page_of(memory, 0, 16)]) == 0
     assert backend.batch_get([key(1)], [()]) == 0
     assert backend.batch_get([key(1)], [page_of(memory, 100, 16)]) == 1

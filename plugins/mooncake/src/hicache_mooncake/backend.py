@@ -266,6 +266,7 @@ class MooncakeBackend(StorageBackend):
                 if code not in DROPS:
                     raise self.client.error(code, "set")
                 self._count(f"dropped_{DROPS[code]}", len(codes) - n)
+                self._count("dropped_nbytes", sum(sizes[n:]))
                 return n
         return len(codes)
 
