@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 
 import pytest
-from hicache_mooncake.memory import RegisteredMemory, address_of, runs
+from hicache_mooncake.memory import Batch, RegisteredMemory, SliceGate, address_of, runs
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,14 +18,48 @@ def test_the_address_is_that_of_the_first_byte() -> None:
     assert ctypes.string_at(address_of(memoryview(memory)[3:]), 4) == b"3456"
 
 
-@given(st.lists(st.integers(0, 50)), st.integers(1, 60))
-def test_runs_cover_the_batch_in_order_within_the_limit(sizes: list[int], limit: int) -> None:
-    stretches = list(runs(sizes, limit))
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 50), st.integers(1, 9))),
+    st.integers(1, 60),
+    st.integers(1, 12),
+)
+def test_runs_cover_the_batch_in_order_within_the_limits_and_name_no_key_twice(
+    pages: list[tuple[int, int, int]], max_nbytes: int, max_slices: int
+) -> None:
+    keys = [f"key {n}" for n, _, _ in pages]
+    sizes, counts = [size for _, size, _ in pages], [count for _, _, count in pages]
+    stretches = list(runs(Batch(keys, sizes, counts), max_nbytes, max_slices))
     covered = [n for run in stretches for n in range(run.start, run.stop)]
-    assert covered == list(range(len(sizes)))
+    assert covered == list(range(len(pages)))
     for run in stretches:
         assert run.stop > run.start
-        assert run.stop - run.start == 1 or sum(sizes[run]) <= limit
+        assert len(set(keys[run])) == run.stop - run.start
+        within = sum(sizes[run]) <= max_nbytes and sum(counts[run]) <= max_slices
+        assert within or run.stop - run.start == 1
+
+
+def test_the_gate_keeps_the_slices_under_way_within_its_limit() -> None:
+    gate = SliceGate(10)
+    lock = threading.Lock()
+    under_way: list[int] = []
+    seen: list[tuple[int, int]] = []
+
+    def work(n_slices: int) -> None:
+        for _ in range(50):
+            with gate.passing(n_slices):
+                with lock:
+                    under_way.append(n_slices)
+                    seen.append((sum(under_way), len(under_way)))
+                with lock:
+                    under_way.remove(n_slices)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in (1, 3, 4, 7, 25)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 250
+    assert all(total <= 10 or n_calls == 1 for total, n_calls in seen)
 
 
 @given(

@@ -112,6 +112,18 @@ def test_only_the_pages_before_the_first_hole_count(backend: MooncakeBackend, ho
     assert gained["misses_missing"] == 1
 
 
+def test_a_key_that_stands_twice_in_a_batch_fills_both_pages(backend: MooncakeBackend) -> None:
+    memory = registered(backend, 1 << 16)
+    backend.batch_set(keys(2), [page_of(memory, 0, 100), page_of(memory, 100, 100)])
+    targets = [page_of(memory, 4096 * n, 100) for n in range(1, 4)]
+    assert backend.batch_get([key(0), key(1), key(0)], targets) == 3
+    assert [bytes(page[0]) for page in targets] == [
+        bytes(memory[:100]),
+        bytes(memory[100:200]),
+        bytes(memory[:100]),
+    ]
+
+
 @pytest.mark.parametrize("sizes", [(99,), (101,), (64, 35), (64, 37)])
 def test_an_object_of_another_size_than_its_page_is_a_miss(
     backend: MooncakeBackend, sizes: tuple[int, ...]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -60,6 +62,36 @@ def test_two_processes_that_write_the_same_keys_at_once_both_read_them_whole(
         assert pages[n][0] == random.Random(n).randbytes(NBYTES)
     seeds = list(range(16))
     assert peer.ask(do="get", keys=keys(16), nbytes=NBYTES, seeds=seeds) == [True] * 16
+
+
+def test_pages_of_thousands_of_segments_cross_tcp_from_several_threads(
+    make_master: Callable[..., Any],
+    make_backend: Callable[..., MooncakeBackend],
+    make_peer: Callable[..., Any],
+) -> None:
+    """The transport fails what exceeds its queue: 4 threads, 16 pages, 300 segments a page."""
+    master = make_master()
+    make_peer(master.address)
+    backend = make_backend(master.address, global_segment_size=0)
+    memory = memoryview(bytearray(os.urandom(8 << 20)))
+    backend.register_memory([memory])
+    n_moved: list[int] = []
+
+    def work(worker: int) -> None:
+        names = [f"{worker:016x}/{n:064x}" for n in range(16)]
+        starts = [(worker * 16 + n) << 16 for n in range(16)]
+        pages = [[memory[s + i * 200 : s + i * 200 + 100] for i in range(300)] for s in starts]
+        before = [b"".join(page) for page in pages]
+        n_moved.append(backend.batch_set(names, pages))
+        n_moved.append(backend.batch_get(names, pages))
+        assert [b"".join(page) for page in pages] == before
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert n_moved == [16] * 8
 
 
 def test_pages_of_a_server_that_died_are_misses_and_never_wrong(

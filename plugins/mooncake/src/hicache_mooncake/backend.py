@@ -24,10 +24,13 @@ from hicache_mooncake.errors import (
     OBJECT_NOT_FOUND,
     OK,
 )
-from hicache_mooncake.memory import RegisteredMemory, Slices, address_of, runs
+from hicache_mooncake.memory import Batch, RegisteredMemory, SliceGate, Slices, address_of, runs
 from hicache_mooncake.staging import Staging, may_be_empty
 
 logger = logging.getLogger(__name__)
+
+MAX_SLICES = 1024
+"""Slices under way at once: what the tcp transport queues for one peer unless told otherwise."""
 
 
 class MooncakeBackend(StorageBackend):
@@ -46,6 +49,7 @@ class MooncakeBackend(StorageBackend):
         self.client = Client(config)
         self._memory = RegisteredMemory()
         self._staging = Staging(config.staging_nbytes, self.client.register, self.client.unregister)
+        self._gate = SliceGate(MAX_SLICES)
         self._counts: Counter[str] = Counter()
         self._counts_lock = threading.Lock()
         self._is_open = False
@@ -163,18 +167,21 @@ class MooncakeBackend(StorageBackend):
             raise ValueError(f"{len(keys)} keys do not fit {len(pages)} pages")
         with self.client.using() as store:
             layout = self._layout(pages)
-            n_moved = 0
             if layout is not None:
                 sizes = [slices.nbytes for slices in layout]
+                batch = Batch(keys, sizes, [len(slices.sizes) for slices in layout])
                 limit = self.settings.max_call_nbytes
             else:
                 sizes = [nbytes_of(page) for page in pages]
+                batch = Batch(keys, sizes, [1] * len(pages))
                 limit = self._staging.limit_nbytes
-            for run in runs(sizes, limit):
-                if layout is not None:
-                    codes = direct(store, keys[run], layout[run])
-                else:
-                    codes = staged(store, keys[run], pages[run])
+            n_moved = 0
+            for run in runs(batch, limit, self._gate.limit):
+                with self._gate.passing(sum(batch.n_slices[run])):
+                    if layout is not None:
+                        codes = direct(store, keys[run], layout[run])
+                    else:
+                        codes = staged(store, keys[run], pages[run])
                 n_moved += leading(codes, sizes[run])
                 if n_moved < run.stop:
                     break

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -111,13 +113,58 @@ class RegisteredMemory:
         return Slices(addresses, sizes, total)
 
 
-def runs(sizes: Sequence[int], limit: int) -> Iterator[slice]:
-    """Consecutive stretches of ``sizes`` that each add up to at most ``limit``, or are one long."""
-    start = total = 0
-    for n, size in enumerate(sizes):
-        if n > start and total + size > limit:
+class Batch(NamedTuple):
+    """What is known of a batch before it is cut into calls, all as long as its keys."""
+
+    keys: Sequence[str]
+    sizes: Sequence[int]
+    n_slices: Sequence[int]
+
+
+def runs(batch: Batch, max_nbytes: int, max_slices: int) -> Iterator[slice]:
+    """Consecutive stretches of a batch, each one call of the client.
+
+    A stretch is one page long or stays within both limits. No key occurs twice in it: Mooncake
+    would fill one of the two pages and report success for both.
+    """
+    start = nbytes = n_slices = 0
+    seen: set[str] = set()
+    for n, (key, size, count) in enumerate(zip(*batch, strict=True)):
+        full = nbytes + size > max_nbytes or n_slices + count > max_slices
+        if n > start and (full or key in seen):
             yield slice(start, n)
-            start, total = n, 0
-        total += size
-    if start < len(sizes):
-        yield slice(start, len(sizes))
+            start, nbytes, n_slices = n, 0, 0
+            seen.clear()
+        nbytes += size
+        n_slices += count
+        seen.add(key)
+    if start < len(batch.keys):
+        yield slice(start, len(batch.keys))
+
+
+class SliceGate:
+    """Keeps the slices of all calls under way within a limit.
+
+    The tcp transport queues a thousand transfers for a peer, lets as many wait for a moment, and
+    fails what comes on top.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._room = threading.Condition()
+        self._n_under_way = 0
+
+    @contextlib.contextmanager
+    def passing(self, n_slices: int) -> Iterator[None]:
+        """Waits for room; more than the limit passes alone."""
+        with self._room:
+            self._room.wait_for(
+                lambda: not self._n_under_way or self._n_under_way + n_slices <= self.limit
+            )
+            self._n_under_way += n_slices
+        try:
+            yield
+        finally:
+            with self._room:
+                self._n_under_way -= n_slices
+                self._room.notify_all()
