@@ -210,7 +210,7 @@ def throughput(
     megabytes = n_pages * nbytes / 1e6
     samples: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
     with ThreadPoolExecutor(n_workers) as pool:
-        for _ in range(3 if quick else 7):
+        for _ in range(5 if quick else 7):
             for name, (keys, write, read) in everyone.items():
                 for verb, work in (("write", write), ("read", read)):
                     wall, cpu = measure(lambda w=work: split(w, n_pages, n_workers, pool), repeat=1)  # type: ignore[misc]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
 from array import array
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hicache_mooncake import MooncakeBackend
@@ -361,3 +363,37 @@ def test_a_soft_pinned_replicated_preferred_object_is_an_ordinary_hit(
     assert first.get(key(0)) == b"value"
     assert backend.client.replication.replica_num == 2
     assert backend.client.replication.soft_pin_ttl_ms == 60_000
+
+
+def test_tenants_do_not_see_each_other(
+    make_master: Callable[..., object],
+    make_backend: Callable[..., MooncakeBackend],
+    tmp_path: Path,
+) -> None:
+    quotas = tmp_path / "quotas.yaml"
+    tenants = [{"name": name, "quota": "16MB"} for name in ("default", "ours", "theirs")]
+    quotas.write_text(json.dumps({"version": 1, "tenants": tenants}))
+    flags = ["--enable_multi_tenants=true", f"--tenant_quota_connector_uri={quotas}"]
+    server = make_master(flags=flags)
+    address = server.address  # type: ignore[attr-defined]
+    ours = make_backend(address, tenant_id="ours")
+    theirs = make_backend(address, tenant_id="theirs", global_segment_size=0)
+    ours.set(key(0), b"value")
+    assert ours.get(key(0)) == b"value"
+    assert theirs.get(key(0)) is None
+    assert not theirs.exists(key(0))
+
+
+def test_a_closed_backend_can_be_opened_again(
+    master: object, make_backend: Callable[..., MooncakeBackend]
+) -> None:
+    backend = make_backend(master.address, require_registered=True)  # type: ignore[attr-defined]
+    memory = registered(backend, 4096)
+    page = page_of(memory, 0, 100)
+    assert backend.batch_set([key(7)], [page]) == 1
+    backend.close()
+    backend.open()
+    assert backend.stats()["registered_nbytes"] == 0
+    backend.register_memory([memory])
+    assert backend.batch_set([key(8)], [page]) == 1
+    assert backend.batch_get([key(8)], [page]) == 1

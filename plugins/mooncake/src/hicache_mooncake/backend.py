@@ -57,6 +57,7 @@ class MooncakeBackend(StorageBackend):
     def open(self) -> None:
         if not self._is_open:
             self.client.open()
+            self._counts.clear()
             self._is_open = True
 
     def close(self) -> None:
@@ -76,8 +77,9 @@ class MooncakeBackend(StorageBackend):
                 view = memoryview(buffer).cast("B")
                 if not view.nbytes:
                     continue
-                self._memory.add(view)
+                self._memory.check_apart(view)
                 self.client.register(address_of(view), view.nbytes)
+                self._memory.add(view)
 
     def get(self, key: str) -> Buffer | None:
         with self.client.using() as store:

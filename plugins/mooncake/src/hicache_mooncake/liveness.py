@@ -46,6 +46,7 @@ class Liveness:
         self._canary: socket.socket | None = None
         self._reason: str | None = None  # why calls fail; None while the master lives
         self._retry_at = 0.0
+        self._is_trying = False
 
     def connect(self) -> str | None:
         """Connects the canary; the local address that faces the master, None if nothing is watched.
@@ -86,10 +87,13 @@ class Liveness:
                 if self._canary_lives():
                     return
                 self._reason = "the connection to it was lost"
-            elif time.monotonic() < self._retry_at:
+            elif self._is_trying or time.monotonic() < self._retry_at:
                 raise BackendUnavailable(f"mooncake master is not used for now: {self._reason}")
-            self._retry_at = time.monotonic() + 3600  # the others fail at once while this one tries
-        self._try_again()
+            self._is_trying = True
+        try:
+            self._try_again()
+        finally:
+            self._is_trying = False
 
     def lost(self, error: BackendError) -> None:
         """A call found that the master does not answer."""

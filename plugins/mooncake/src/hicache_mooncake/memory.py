@@ -58,23 +58,27 @@ class RegisteredMemory:
         """First address of each range."""
         return list(self._starts)
 
-    def add(self, view: memoryview) -> None:
-        """Remembers a range that was registered.
+    def check_apart(self, view: memoryview) -> None:
+        """Returns if ``view`` overlaps no range.
 
         Raises:
-            IntegrityError: the range overlaps another.
+            IntegrityError: it does.
         """
         start, end = address_of(view), address_of(view) + view.nbytes
         at = bisect_right(self._starts, start)
-        if (at and self._ends[at - 1] > start) or (
-            at < len(self._starts) and self._starts[at] < end
-        ):
+        behind = at < len(self._starts) and self._starts[at] < end
+        if behind or (at and self._ends[at - 1] > start):
             raise IntegrityError(
                 f"memory {start:#x}..{end:#x} overlaps memory that is registered already; "
                 "register every buffer once"
             )
+
+    def add(self, view: memoryview) -> None:
+        """Remembers a range that was registered and overlaps no other."""
+        start = address_of(view)
+        at = bisect_right(self._starts, start)
         self._starts.insert(at, start)
-        self._ends.insert(at, end)
+        self._ends.insert(at, start + view.nbytes)
         self._views.insert(at, view)
 
     def clear(self) -> None:
