@@ -271,7 +271,11 @@ def test_a_read_that_outlives_its_lease_is_a_miss(
     assert gained["misses_leases_expired"] == 1
 
 
-def test_a_full_store_drops_writes_counts_them_and_goes_on(backend: MooncakeBackend) -> None:
+def test_a_full_store_drops_writes_counts_them_and_goes_on(
+    make_master: Callable[..., object], make_backend: Callable[..., MooncakeBackend]
+) -> None:
+    server = make_master()  # its own, since a full store goes on evicting for a while
+    backend = make_backend(server.address)  # type: ignore[attr-defined]
     gained = Gained(backend)
     size = 8 << 20
     memory = registered(backend, size)
@@ -281,7 +285,7 @@ def test_a_full_store_drops_writes_counts_them_and_goes_on(backend: MooncakeBack
     with pytest.raises(BackendFull, match="global_segment_size"):
         backend.set(key(99), bytes(60 << 20))
     backend.clear("")
-    assert backend.batch_set(keys(2), [page_of(memory, 0, size)] * 2) == 2
+    assert backend.batch_set(keys(2, 200), [page_of(memory, 0, size)] * 2) == 2
 
 
 def test_an_object_under_lease_can_be_deleted(backend: MooncakeBackend) -> None:
