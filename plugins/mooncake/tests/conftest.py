@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,17 @@ class Master:
             self._process.wait()
             self._process = None
 
+    def wait_for_memory(self) -> None:
+        """Returns when some process lends memory; after a restart they join again by themselves."""
+        url = f"http://127.0.0.1:{self.metrics_port}/get_all_segments"
+        deadline = time.monotonic() + 20
+        while True:
+            with urllib.request.urlopen(url, timeout=2) as answer:
+                if answer.read().strip():
+                    return
+            assert time.monotonic() < deadline, "no process lends memory to the master"
+            time.sleep(0.05)
+
     def freeze(self) -> None:
         """Stops it where it stands; its ports stay open."""
         assert self._process is not None
@@ -169,6 +181,26 @@ class Peer:
         line = self._process.stdout.readline()
         assert line, "the peer process ended"
         return json.loads(line)
+
+
+@pytest.fixture(scope="session")
+def start_world() -> Callable[[Path, int], AbstractContextManager[Master]]:
+    """Starts a master and a peer that lends it so many bytes."""
+
+    @contextmanager
+    def start(directory: Path, segment_nbytes: int) -> Iterator[Master]:
+        server = Master(directory)
+        server.start()
+        config = {
+            "master_server_address": server.address,
+            "global_segment_size": segment_nbytes,
+        }
+        peer = Peer(config)
+        yield server
+        peer.stop()
+        server.kill()
+
+    return start
 
 
 @pytest.fixture(autouse=True)
