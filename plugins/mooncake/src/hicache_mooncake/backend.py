@@ -1,0 +1,300 @@
+"""Pages in a Mooncake store, moved straight between registered host memory and the store."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import ClassVar
+
+from hicache_core.errors import BackendFull, IntegrityError
+from hicache_core.storage.base import BackendConfig, Buffer, Finding, StorageBackend
+from hicache_core.storage.segments import nbytes_of
+from hicache_core.types import BackendContext, Page
+from hicache_mooncake.client import Client, Store
+from hicache_mooncake.config import MooncakeConfig
+from hicache_mooncake.diagnose import diagnose
+from hicache_mooncake.errors import (
+    ALREADY_EXISTS,
+    DROPS,
+    INVALID_PARAMS,
+    MISSES,
+    OBJECT_NOT_FOUND,
+    OK,
+)
+from hicache_mooncake.memory import Batch, RegisteredMemory, SliceGate, Slices, address_of, runs
+from hicache_mooncake.staging import Staging, may_be_empty
+
+logger = logging.getLogger(__name__)
+
+MAX_SLICES = 1024
+"""Slices under way at once: what the tcp transport queues for one peer unless told otherwise."""
+
+
+class MooncakeBackend(StorageBackend):
+    """Immutable objects in the pooled memory of the servers that share a ``mooncake_master``.
+
+    Memory announced with ``register_memory`` is read and written in place. Other memory is copied
+    through one registered buffer, or refused (``require_registered``).
+    """
+
+    name: ClassVar[str] = "mooncake"
+    Config: ClassVar[type[BackendConfig]] = MooncakeConfig
+
+    def __init__(self, config: MooncakeConfig, context: BackendContext) -> None:
+        super().__init__(config, context)
+        self.settings = config
+        self.client = Client(config)
+        self._memory = RegisteredMemory()
+        self._staging = Staging(config.staging_nbytes, self.client.register, self.client.unregister)
+        self._gate = SliceGate(MAX_SLICES)
+        self._counts: Counter[str] = Counter()
+        self._counts_lock = threading.Lock()
+        self._is_open = False
+
+    def open(self) -> None:
+        if not self._is_open:
+            self.client.open()
+            self._counts.clear()
+            self._is_open = True
+
+    def close(self) -> None:
+        if self._is_open:
+            self._is_open = False
+            self.client.close(self._release_memory)
+
+    def register_memory(self, buffers: Sequence[memoryview]) -> None:
+        """Announces memory that pages lie in; called by the owner, before any page.
+
+        Raises:
+            BackendError: the transport refused a buffer.
+            IntegrityError: two buffers overlap.
+        """
+        with self.client.using():
+            for buffer in buffers:
+                view = memoryview(buffer).cast("B")
+                if not view.nbytes:
+                    continue
+                self._memory.check_apart(view)
+                self.client.register(address_of(view), view.nbytes)
+                self._memory.add(view)
+
+    def get(self, key: str) -> Buffer | None:
+        with self.client.using() as store:
+            value = self._staging.fetch(store, key)
+        if isinstance(value, int):
+            self._missed(value, f"get of {key}")
+            return None
+        return value
+
+    def exists(self, key: str) -> bool:
+        return self.batch_exists([key]) == 1
+
+    def set(self, key: str, value: Buffer) -> None:
+        with self.client.using() as store:
+            page = (memoryview(value).cast("B"),)
+            codes = self._staging.write(store, [key], [page], self.client.replication)
+            if not self._stored(codes, [page[0].nbytes]):
+                raise BackendFull(
+                    f"mooncake dropped {key} (code {codes[0]}); lend more memory "
+                    "(global_segment_size) or start more servers"
+                )
+
+    def delete(self, keys: Sequence[str]) -> None:
+        if not keys:
+            return
+        with self.client.using() as store:
+            for code in store.batch_remove(list(keys), True):
+                if code < 0 and code != OBJECT_NOT_FOUND and code not in DROPS:
+                    raise self.client.error(code, "delete")
+
+    def batch_exists(self, keys: Sequence[str]) -> int:
+        if not keys:
+            return 0
+        with self.client.using() as store:
+            codes = store.batch_is_exist(list(keys))
+        for n, code in enumerate(codes):
+            if code != 1:
+                if code < 0 and code not in MISSES:
+                    raise self.client.error(code, "exists")
+                return n
+        return len(keys)
+
+    def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        return self._move(keys, pages, self._read_direct, self._read_staged, self._filled)
+
+    def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        return self._move(keys, pages, self._write_direct, self._write_staged, self._stored)
+
+    def clear(self, prefix: str) -> int:
+        """Removes every key that starts with ``prefix``, leased or not; how many there were."""
+        with self.client.using() as store:
+            n = store.remove_by_regex(f"^{re.escape(prefix)}.*", True)
+        if n < 0:
+            raise self.client.error(n, f"clear of {prefix!r}")
+        return n
+
+    def stats(self) -> Mapping[str, float]:
+        """Misses, drops and staged pages by kind since ``open``; sizes of the memory in use."""
+        with self._counts_lock:
+            counts = {name: float(n) for name, n in self._counts.items()}
+        dropped = sum(counts.get(f"dropped_{kind}", 0.0) for kind in set(DROPS.values()))
+        return {
+            "staged_pages": 0.0,
+            "staged_nbytes": 0.0,
+            **counts,
+            "dropped_writes": dropped,
+            "registered_nbytes": float(self._memory.nbytes),
+            "segment_nbytes": float(self.settings.global_segment_size),
+        }
+
+    def diagnose(self) -> Iterator[Finding]:
+        """Findings about the library, the master, the transport, the memory and the lease."""
+        return diagnose(self.client, self.stats())
+
+    # How a batch moves
+
+    def _move(
+        self,
+        keys: Sequence[str],
+        pages: Sequence[Page],
+        direct: Callable[[Store, Sequence[str], Sequence[Slices]], list[int]],
+        staged: Callable[[Store, Sequence[str], Sequence[Page]], list[int]],
+        leading: Callable[[Sequence[int], Sequence[int]], int],
+    ) -> int:
+        """Moves a batch in calls of bounded size, up to the first page that fails."""
+        if len(keys) != len(pages):
+            raise ValueError(f"{len(keys)} keys do not fit {len(pages)} pages")
+        with self.client.using() as store:
+            layout = self._layout(pages)
+            if layout is not None:
+                sizes = [slices.nbytes for slices in layout]
+                batch = Batch(keys, sizes, [len(slices.sizes) for slices in layout])
+                limit = self.settings.max_call_nbytes
+            else:
+                sizes = [nbytes_of(page) for page in pages]
+                batch = Batch(keys, sizes, [1] * len(pages))
+                limit = self._staging.limit_nbytes
+            n_moved = 0
+            for run in runs(batch, limit, self._gate.limit):
+                with self._gate.passing(sum(batch.n_slices[run])):
+                    if layout is not None:
+                        codes = direct(store, keys[run], layout[run])
+                    else:
+                        codes = staged(store, keys[run], pages[run])
+                n_moved += leading(codes, sizes[run])
+                if n_moved < run.stop:
+                    break
+            return n_moved
+
+    def _layout(self, pages: Sequence[Page]) -> list[Slices] | None:
+        """The pages in registered memory; None if they must be staged.
+
+        Raises:
+            IntegrityError: a page lies outside registered memory, which must not be. RDMA would
+                fail on it and tcp would not notice.
+        """
+        layout: list[Slices] = []
+        staged = False
+        for n, page in enumerate(pages):
+            slices = self._memory.slices(page)
+            if slices is None:
+                self._check_staging_allowed(n, len(pages))
+                return None
+            staged = staged or may_be_empty(slices.nbytes)
+            layout.append(slices)
+        return None if staged else layout
+
+    def _check_staging_allowed(self, n: int, n_pages: int) -> None:
+        required = self.settings.require_registered
+        if required if required is not None else len(self._memory) > 0:
+            raise IntegrityError(
+                f"page {n} of {n_pages} lies outside the {self._memory.nbytes} bytes of registered "
+                "memory; pass every buffer that holds pages to register_memory()"
+            )
+
+    def _read_direct(
+        self, store: Store, keys: Sequence[str], layout: Sequence[Slices]
+    ) -> list[int]:
+        names = list(keys)
+        if all(len(slices.addresses) == 1 for slices in layout):
+            return store.batch_get_into(
+                names, [s.addresses[0] for s in layout], [s.nbytes for s in layout]
+            )
+        return store.batch_get_into_multi_buffers(
+            names, [s.addresses for s in layout], [s.sizes for s in layout]
+        )
+
+    def _write_direct(
+        self, store: Store, keys: Sequence[str], layout: Sequence[Slices]
+    ) -> list[int]:
+        names, replication = list(keys), self.client.replication
+        if all(len(slices.addresses) == 1 for slices in layout):
+            return store.batch_put_from(
+                names, [s.addresses[0] for s in layout], [s.nbytes for s in layout], replication
+            )
+        return store.batch_put_from_multi_buffers(
+            names, [s.addresses for s in layout], [s.sizes for s in layout], replication
+        )
+
+    def _read_staged(self, store: Store, keys: Sequence[str], pages: Sequence[Page]) -> list[int]:
+        self._note_staged(pages)
+        return self._staging.read(store, keys, pages)
+
+    def _write_staged(self, store: Store, keys: Sequence[str], pages: Sequence[Page]) -> list[int]:
+        self._note_staged(pages)
+        return self._staging.write(store, keys, pages, self.client.replication)
+
+    def _note_staged(self, pages: Sequence[Page]) -> None:
+        with self._counts_lock:
+            first = not self._counts["staged_pages"]
+            self._counts["staged_pages"] += len(pages)
+            self._counts["staged_nbytes"] += sum(nbytes_of(page) for page in pages)
+        if first:
+            logger.info(
+                "mooncake copies pages through its staging buffer, since no memory is registered; "
+                "register_memory() saves the copy"
+            )
+
+    # What came of it
+
+    def _filled(self, codes: Sequence[int], sizes: Sequence[int]) -> int:
+        """How many leading codes are the size of their page; counts the miss that ended them."""
+        for n, (code, size) in enumerate(zip(codes, sizes, strict=True)):
+            if code != size:
+                self._missed(code if code < 0 else INVALID_PARAMS, "get")
+                return n
+        return len(codes)
+
+    def _stored(self, codes: Sequence[int], sizes: Sequence[int]) -> int:
+        """How many leading codes say stored; counts the pages dropped behind them."""
+        for n, code in enumerate(codes):
+            if code not in (OK, ALREADY_EXISTS):
+                if code not in DROPS:
+                    raise self.client.error(code, "set")
+                self._count(f"dropped_{DROPS[code]}", len(codes) - n)
+                self._count("dropped_nbytes", sum(sizes[n:]))
+                return n
+        return len(codes)
+
+    def _missed(self, code: int, action: str) -> None:
+        """Counts a miss.
+
+        Raises:
+            BackendError: ``code`` is a failure, no miss.
+        """
+        if code not in MISSES:
+            raise self.client.error(code, action)
+        self._count(f"misses_{MISSES[code]}", 1)
+
+    def _count(self, name: str, n: int) -> None:
+        with self._counts_lock:
+            self._counts[name] += n
+
+    def _release_memory(self) -> None:
+        self._staging.release()
+        for address in self._memory.addresses:
+            self.client.unregister(address)
+        self._memory.clear()

@@ -1,0 +1,76 @@
+"""The conformance kit on a real master, the memory lent by another process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import pytest
+from hicache_core.testing.features import Feature
+from hicache_core.testing.recipe import Recipe
+from hicache_core.testing.suite import StorageBackendTests
+from hicache_mooncake import MooncakeBackend
+
+SETTINGS = {"global_segment_size": 0, "rpc_timeout_s": 1.0, "retry_interval_s": 0.2}
+
+
+class MasterControl:
+    """Power over a master."""
+
+    def __init__(self, master: Any) -> None:
+        self._master = master
+        self.kill = master.kill
+        self.freeze = master.freeze
+        self.thaw = master.thaw
+
+    def restart(self) -> None:
+        """Starts the master and waits for the process that lends the memory."""
+        self._master.start()
+        self._master.wait_for_memory()
+
+
+@pytest.fixture(scope="module")
+def world(start_world: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A master and a process that lends it a gibibyte."""
+    with start_world(tmp_path_factory.mktemp("world"), 1 << 30) as master:
+        yield master
+
+
+@pytest.fixture(scope="module")
+def small_world(start_world: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A master and a process that lends it little."""
+    with start_world(tmp_path_factory.mktemp("small"), 32 << 20) as master:
+        yield master
+
+
+def recipe_for(master: Any) -> Recipe:
+    """Backends that lend nothing themselves, so that one that is killed takes no page with it."""
+    return Recipe.of(MooncakeBackend, {"master_server_address": master.address, **SETTINGS})
+
+
+class TestMooncake(StorageBackendTests):
+    """Every rule that applies."""
+
+    features: ClassVar[frozenset[Feature]] = StorageBackendTests.features | {
+        Feature.CLEAR,
+        Feature.CONTROL,
+        Feature.DIAGNOSE,
+        Feature.REGISTER_MEMORY,
+        Feature.SMALL_STORE,
+        Feature.STATS,
+    }
+
+    @pytest.fixture
+    def recipe(self, world: Any) -> Recipe:
+        # docstring inherited
+        return recipe_for(world)
+
+    @pytest.fixture
+    def store_control(self, world: Any) -> MasterControl:
+        # docstring inherited
+        return MasterControl(world)
+
+    @pytest.fixture
+    def small_store(self, small_world: Any) -> Recipe:
+        # docstring inherited
+        return recipe_for(small_world)
