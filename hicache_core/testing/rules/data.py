@@ -144,9 +144,9 @@ def set_copies(h: Harness) -> None:
 
 @rule("batch_set reads its pages and changes nothing in them.", needs=("batch_round_trip",))
 def set_only_reads(h: Harness) -> None:
-    keys = h.keys(3)
+    backend, keys = h.backend, h.keys(3)
     pages = [h.filled(key, (64, 1000)) for key in keys]
-    h.backend.batch_set(keys, pages)
+    backend.batch_set(keys, pages)
     for key, page in zip(keys, pages, strict=True):
         wrong = page_difference(key, page)
         expect(not wrong, f"batch_set changed the page that it was given: {wrong}")

@@ -229,7 +229,7 @@ def _disturb(h: Harness, disturbance: contextlib.AbstractContextManager[None]) -
     finally:
         stop.set()
     user.result(2 * h.settings.answer_s, "a batch, while the server was away,")
-    _expect_recovery(h, backend, keys[0], "back")
+    _expect_recovery(h, backend, h.keys(1, "recovery")[0], "back")
     h.leading_hits(backend, keys, shape)
 
 
