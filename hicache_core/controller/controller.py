@@ -205,23 +205,26 @@ class Controller:
         the host first. Waits for copies under way when nothing else can go.
         """
         parts = self._parts
+        backs_up = parts.write_policy.backs_up_before_eviction and parts.host is not None
         n_freed = n_on_their_way = 0
         while n_freed < n_pages:
             n_wanted = n_pages - n_freed - n_on_their_way
-            victim = parts.tree.device_victim(n_wanted) if n_wanted > 0 else None
-            if victim is None:
-                if not self._wait_for_copy():
-                    break
-                n_on_their_way = 0
-            elif self._goes_to_host_first(victim) and self._write_path.backup(victim):
+            victim = None
+            if n_wanted > 0:
+                victim = parts.tree.device_victim(n_wanted, back_up_first=backs_up)
+            if victim is not None and backs_up and self._goes_to_host(victim):
                 n_on_their_way += victim.n_pages
-            else:
+            elif victim is not None and parts.tree.may_drop_device(victim):
                 n_freed += self._drop_device(victim)
+            elif self._wait_for_copy():
+                n_on_their_way = 0
+            else:
+                break
         return n_freed
 
-    def _goes_to_host_first(self, node: Node) -> bool:
-        policy = self._parts.write_policy
-        return policy.backs_up_before_eviction and node.host_pages is None
+    def _goes_to_host(self, node: Node) -> bool:
+        """Starts a copy to the host, unless there is one or the host has no room."""
+        return node.host_pages is None and self._write_path.backup(node)
 
     def _drop_device(self, node: Node) -> int:
         parts = self._parts

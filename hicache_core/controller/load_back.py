@@ -55,7 +55,9 @@ class LoadBackPath:
 
         Raises:
             LoadFailed: a copy failed. Its pages hold nothing and belong to the pool again; every
-                request that matched them starts over from ``match_prefix``.
+                request that matched them starts over from ``match_prefix``. A failure that was told
+                before its job settled is told once more after it: a request may have matched those
+                pages in between, and one recompute too many is no wrong KV.
         """
         failed, self._failed = self._failed, []
         for load_back in failed + self._under_way:

@@ -205,13 +205,33 @@ class RadixTree(InFlight):
             and (node.lock_count == 0 or node.on_device)
         )
 
-    def device_victim(self, max_pages: int) -> Node | None:
+    def may_back_up(self, node: Node) -> bool:
+        """As :meth:`may_drop_device`, but for a copy to the host that comes first."""
+        return (
+            node.device_pages is not None
+            and node.host_pages is None
+            and node.lock_count == 0
+            and node.n_device_children == 0
+        )
+
+    def device_victim(self, max_pages: int, *, back_up_first: bool = False) -> Node | None:
         """The node whose device pages go next, or None; it stays in the tree.
 
         A longer node is split, so that its last ``max_pages`` go first.
+
+        Args:
+            max_pages: pages of the victim at most.
+            back_up_first: also a node that may not be dropped before it has a host copy, since
+                host pages below it are in use.
         """
-        node = self._device_order.victim(self.may_drop_device)
+        may_leave = self.may_drop_device
+        if back_up_first:
+            may_leave = self._may_leave_or_back_up
+        node = self._device_order.victim(may_leave)
         return None if node is None else self._last_pages(node, max_pages)
+
+    def _may_leave_or_back_up(self, node: Node) -> bool:
+        return self.may_drop_device(node) or self.may_back_up(node)
 
     def host_victim(self, max_pages: int) -> Node | None:
         """The node whose host pages go next, or None; else as :meth:`device_victim`."""

@@ -115,3 +115,14 @@ class Lies(Store):
 
     def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
         return len(keys) + 5
+
+
+class GatedWrites(Store):
+    """Each write waits until the ``gate`` lets it through."""
+
+    name = "gated_writes"
+    gate: ClassVar[threading.Semaphore] = threading.Semaphore(0)
+
+    def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        self.gate.acquire()
+        return super().batch_set(keys, pages)

@@ -227,3 +227,17 @@ def _until(world: World, condition: Any, polls: int = 2000) -> None:
         world.cache.poll()
         world.check()
     raise AssertionError("it never came to that")
+
+
+def test_write_back_evicts_a_prefix_while_what_follows_it_is_still_being_stored(
+    worlds: list[World],
+) -> None:
+    """A slow store must not keep the pages above its write on the device."""
+    world = on(worlds, backends.GatedWrites, hicache_write_policy="write_back")
+    world.request(ids(17))
+    world.request(ids(33))  # a second node, below the first
+    assert world.cache.evict(4) == 4  # its store waits at the gate
+    assert world.cache.evict(4) == 4
+    world.check()
+    backends.GatedWrites.gate.release(8)
+    assert world.request(ids(33)).host == 32

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
+from hicache_mooncake import MooncakeBackend
+
 from hicache_core.testing.features import Feature
 from hicache_core.testing.recipe import Recipe
 from hicache_core.testing.suite import StorageBackendTests
-from hicache_mooncake import MooncakeBackend
 
 SETTINGS = {"global_segment_size": 0, "rpc_timeout_s": 1.0, "retry_interval_s": 0.2}
 
