@@ -44,6 +44,7 @@ def check(h: Harness) -> None:
             database=None,
             derandomize=True,
             print_blob=False,
+            report_multiple_bugs=False,
             verbosity=Verbosity.quiet,
             suppress_health_check=list(HealthCheck),
         ),

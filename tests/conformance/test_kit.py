@@ -25,9 +25,9 @@ TINY = KitSettings(
     batch_page_nbytes=4 << 10,
     leak_operations=2000,
     reopenings=4,
-    n_threads=4,
+    n_threads=3,
     race_nbytes=16 << 10,
-    race_s=0.08,
+    race_s=0.05,
     kills=2,
     full_nbytes=4 << 20,
     examples=15,
@@ -38,7 +38,8 @@ SECRET = "open-sesame"
 
 
 def _all_subclasses(cls: type) -> list[type]:
-    return [c for sub in cls.__subclasses__() for c in (sub, *_all_subclasses(sub))]
+    below: list[type] = cls.__subclasses__()
+    return below + [c for sub in below for c in _all_subclasses(sub)]
 
 
 DEFECTS = [
