@@ -17,6 +17,7 @@ from hicache_core.testing.runner import run
 from hicache_core.testing.settings import FULL, QUICK, KitSettings
 
 _GRACE_S = 30.0
+_STDERR = 2
 
 
 @click.command("conformance")
@@ -78,4 +79,4 @@ def _arm(settings: KitSettings) -> None:
     The kit's watchdog is a thread: a backend that holds the interpreter's lock stops it too.
     """
     longest_s = max(rule.patience for rule in RULES) * settings.rule_s
-    faulthandler.dump_traceback_later(longest_s + _GRACE_S, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(longest_s + _GRACE_S, exit=True, file=_STDERR)

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 from hicache_core.cli import conformance, doctor
 from hicache_core.errors import ConfigError, UnknownBackend
-from tests.conformance import defects, right
+from tests.conformance import defects_data, right
 
 SECRET = "open-sesame"
 
@@ -44,7 +44,7 @@ def test_a_right_class_conforms_and_the_report_says_so(tmp_path: Path) -> None:
 
 
 def test_a_wrong_class_ends_with_status_1_and_no_figures() -> None:
-    config = dynamic("EmptyIsMissing", defects.__file__)
+    config = dynamic("EmptyIsMissing", defects_data.__file__)
     result = run_conformance("dynamic", "--config", config, "--scope", "process")
     assert result.exit_code == 1
     assert "FAILED   empty_object" in result.output

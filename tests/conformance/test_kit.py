@@ -17,7 +17,7 @@ from hicache_core.testing.rules import RULES
 from hicache_core.testing.rules.rule import Rule
 from hicache_core.testing.runner import run, run_rule
 from hicache_core.testing.settings import KitSettings
-from tests.conformance import defects, defects_server
+from tests.conformance import defects, defects_data, defects_server
 from tests.conformance.right import STORES, RichBackend, RightBackend
 
 TINY = KitSettings(
@@ -27,7 +27,7 @@ TINY = KitSettings(
     reopenings=4,
     n_threads=3,
     race_nbytes=16 << 10,
-    race_s=0.05,
+    race_s=0.08,
     kills=2,
     full_nbytes=4 << 20,
     examples=15,
@@ -45,7 +45,7 @@ def _all_subclasses(cls: type) -> list[type]:
 DEFECTS = [
     cls
     for cls in _all_subclasses(RightBackend)
-    if cls.__module__ == defects.__name__
+    if cls.__module__ in (defects_data.__name__, defects.__name__)
     and not cls.__name__.startswith("_")
     and cls is not defects.DirectoryBackend
 ]
