@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import sys
 from pathlib import Path
 
 import click
@@ -11,10 +12,12 @@ from hicache_core.config_sources import read_inline
 from hicache_core.testing.features import Target
 from hicache_core.testing.recipe import Recipe, Scope
 from hicache_core.testing.report import RuleResult
+from hicache_core.testing.rules import RULES
 from hicache_core.testing.runner import run
-from hicache_core.testing.settings import FULL, QUICK
+from hicache_core.testing.settings import FULL, QUICK, KitSettings
 
 _GRACE_S = 30.0
+_STDERR = 2
 
 
 @click.command("conformance")
@@ -52,14 +55,14 @@ def command(
     )
     recipe.make()  # a wrong setting is the user's error, not the backend's
     settings = QUICK if quick else FULL
-    progress = click.get_text_stream("stderr").isatty()
+    progress = sys.stderr.isatty()
 
     def on_result(result: RuleResult) -> None:
-        # The kit's watchdog is a thread: it cannot end a backend that holds the interpreter's lock.
-        faulthandler.dump_traceback_later(11 * settings.rule_s + _GRACE_S, exit=True)
+        _arm(settings)
         if progress:
             click.echo(f"\r\033[K{result.status:16} {result.id}", nl=False, err=True)
 
+    _arm(settings)
     report = run(Target(recipe), settings, on_result=on_result)
     faulthandler.cancel_dump_traceback_later()
     if progress:
@@ -68,3 +71,12 @@ def command(
     if json_file is not None:
         json_file.write_text(report.to_json() + "\n", encoding="utf-8")
     ctx.exit(0 if report.passed else 1)
+
+
+def _arm(settings: KitSettings) -> None:
+    """Ends the process with a traceback, unless armed again in time.
+
+    The kit's watchdog is a thread: a backend that holds the interpreter's lock stops it too.
+    """
+    longest_s = max(rule.patience for rule in RULES) * settings.rule_s
+    faulthandler.dump_traceback_later(longest_s + _GRACE_S, exit=True, file=_STDERR)

@@ -17,7 +17,7 @@ from hicache_core.testing.rules import RULES
 from hicache_core.testing.rules.rule import Rule
 from hicache_core.testing.runner import run, run_rule
 from hicache_core.testing.settings import KitSettings
-from tests.conformance import defects, defects_server
+from tests.conformance import defects, defects_data, defects_server
 from tests.conformance.right import STORES, RichBackend, RightBackend
 
 TINY = KitSettings(
@@ -25,7 +25,7 @@ TINY = KitSettings(
     batch_page_nbytes=4 << 10,
     leak_operations=2000,
     reopenings=4,
-    n_threads=4,
+    n_threads=3,
     race_nbytes=16 << 10,
     race_s=0.08,
     kills=2,
@@ -38,13 +38,14 @@ SECRET = "open-sesame"
 
 
 def _all_subclasses(cls: type) -> list[type]:
-    return [c for sub in cls.__subclasses__() for c in (sub, *_all_subclasses(sub))]
+    below: list[type] = cls.__subclasses__()
+    return below + [c for sub in below for c in _all_subclasses(sub)]
 
 
 DEFECTS = [
     cls
     for cls in _all_subclasses(RightBackend)
-    if cls.__module__ == defects.__name__
+    if cls.__module__ in (defects_data.__name__, defects.__name__)
     and not cls.__name__.startswith("_")
     and cls is not defects.DirectoryBackend
 ]

@@ -19,7 +19,7 @@ from hicache_core.testing.harness import Harness, RuleBroken, expect, is_hit, pu
 from hicache_core.testing.hidden import secrets_in
 from hicache_core.testing.rules.rule import RuleBook
 
-_book = RuleBook("segments_of_every_shape", "miss_is_an_answer", "re_put", "set_only_reads")
+_book = RuleBook("get_counts_leading", "re_put", "set_only_reads")
 rule = _book.rule
 RULES = _book.rules
 
