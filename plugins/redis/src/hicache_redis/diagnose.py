@@ -1,0 +1,138 @@
+"""What ``hicache doctor redis`` finds out about the servers."""
+
+from __future__ import annotations
+
+import ipaddress
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+
+from hicache_core.storage.base import Finding, StorageBackend
+from hicache_redis.config import RedisConfig
+from hicache_redis.connections import Pool
+from hicache_redis.errors import ErrorReply
+from hicache_redis.resp import Wire
+from hicache_redis.topology import Topology
+
+_PROBE_KEY = "doctor/probe"
+_PROBE_NBYTES = 4 * 2**20
+_N_PINGS = 20
+
+
+def diagnose(backend: StorageBackend, topology: Topology, config: RedisConfig) -> Iterator[Finding]:
+    """Findings about every server, then about a round trip through the whole path.
+
+    Raises:
+        BackendError: a server cannot be asked.
+    """
+    pools = topology.pools()
+    yield Finding("ok", "address", f"{config.shown_url}: {len(pools)} server(s) hold the keys")
+    yield _encryption(config)
+    for pool in pools:
+        with pool.lease("examine") as wire:
+            yield from _server(pool, wire)
+    yield _round_trip(backend)
+
+
+def _encryption(config: RedisConfig) -> Finding:
+    if config.tls or config.socket_path is not None or _is_loopback(config.address[0]):
+        return Finding("ok", "network", "encrypted, or it does not leave this host")
+    return Finding(
+        "warning",
+        "network",
+        "pages and passwords travel in the clear; use rediss:// unless the network is yours alone",
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _server(pool: Pool, wire: Wire) -> Iterator[Finding]:
+    info = _info(wire)
+    if not info:
+        yield Finding("warning", pool.server, "INFO is not allowed; add +info to this user")
+        return
+    product = "valkey" if "valkey_version" in info else "redis"
+    version = info.get("valkey_version") or info.get("redis_version", "of unknown version")
+    role = info.get("role", "master")
+    text = f"{product} {version}, {role}, {_latency_us(wire):.0f} us a round trip"
+    if role == "master":
+        yield Finding("ok", pool.server, text)
+    else:
+        yield Finding("error", pool.server, f"{text}; it takes no writes: point url at the primary")
+    yield _memory(pool, info)
+    yield _persistence(pool, info, wire)
+
+
+def _info(wire: Wire) -> Mapping[str, str]:
+    """INFO as a dict; empty if this user may not ask."""
+    reply = wire.call(b"INFO")
+    if not isinstance(reply, bytes):
+        return {}
+    pairs = (line.partition(":") for line in reply.decode(errors="replace").splitlines())
+    return {name: value for name, colon, value in pairs if colon}
+
+
+def _latency_us(wire: Wire) -> float:
+    samples = []
+    for _ in range(_N_PINGS):
+        start = time.perf_counter()
+        wire.call(b"PING")
+        samples.append(time.perf_counter() - start)
+    return statistics.median(samples) * 1e6
+
+
+def _memory(pool: Pool, info: Mapping[str, str]) -> Finding:
+    limit, used = int(info.get("maxmemory", 0)), int(info.get("used_memory", 0))
+    policy = info.get("maxmemory_policy", "unknown")
+    text = f"{used / 1e9:.2f} of {limit / 1e9:.2f} GB used, maxmemory-policy {policy}"
+    topic = f"{pool.server} memory"
+    if not limit:
+        return Finding(
+            "warning", topic, "maxmemory is not set: it grows until the system kills it; set both "
+            "maxmemory and maxmemory-policy allkeys-lru"
+        )  # fmt: skip
+    if not policy.startswith("allkeys-"):
+        return Finding(
+            "warning", topic, f"{text}: when it is full, writes are dropped; set maxmemory-policy "
+            "allkeys-lru"
+        )  # fmt: skip
+    return Finding("ok", topic, text)
+
+
+def _persistence(pool: Pool, info: Mapping[str, str], wire: Wire) -> Finding:
+    topic = f"{pool.server} persistence"
+    reply = wire.call(b"CONFIG", b"GET", b"save")
+    snapshots = reply[1] if isinstance(reply, list) and len(reply) == 2 else b""
+    if info.get("aof_enabled") == "1" or snapshots:
+        return Finding(
+            "warning", topic, "it writes the cache to its disk, which costs memory and stalls; "
+            "set save '' and appendonly no"
+        )  # fmt: skip
+    if isinstance(reply, ErrorReply):
+        return Finding("ok", topic, "no append-only file; snapshots could not be asked for")
+    return Finding("ok", topic, "off")
+
+
+def _round_trip(backend: StorageBackend) -> Finding:
+    """Writes, reads and removes one object."""
+    source = memoryview(bytes(range(256)) * (_PROBE_NBYTES // 256))
+    target = memoryview(bytearray(_PROBE_NBYTES))
+    start = time.perf_counter()
+    n_stored = backend.batch_set([_PROBE_KEY], [(source,)])
+    written = time.perf_counter()
+    n_filled = backend.batch_get([_PROBE_KEY], [(target,)])
+    read = time.perf_counter()
+    backend.delete([_PROBE_KEY])
+    if not n_stored:
+        return Finding("error", "round trip", "the server had no room for an object of 4 MiB")
+    if not n_filled or source != target:
+        return Finding("error", "round trip", "what was written did not come back")
+    write_rate, read_rate = (_PROBE_NBYTES / t / 1e6 for t in (written - start, read - written))
+    return Finding(
+        "ok", "round trip", f"4 MiB written at {write_rate:.0f} and read at {read_rate:.0f} MB/s"
+    )
