@@ -61,7 +61,7 @@ class Fetch(Operation):
     verb = "read"
 
     def __init__(self, keys: Sequence[bytes], pages: Sequence[Page], window_nbytes: int) -> None:
-        self.pages = pages
+        self.pages = list(pages)  # made once: a lazy sequence makes segments at each access
         self._sizes = [nbytes_of(page) for page in pages]
         self.n_wrong_size = 0
         super().__init__(keys, sum(self._sizes), window_nbytes)
@@ -118,7 +118,7 @@ class Store(Operation):
         window_nbytes: int,
         ttl_ms: int | None = None,
     ) -> None:
-        self.pages = pages
+        self.pages = list(pages)  # made once: a lazy sequence makes segments at each access
         self.refusal: ErrorReply | None = None
         self._ttl_ms = ttl_ms
         self._sizes = [nbytes_of(page) for page in pages]
