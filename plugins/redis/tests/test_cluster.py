@@ -41,7 +41,7 @@ def slot_of(key: str) -> int:
 
 
 def owner_of(cluster: ClusterOfServers, key: str) -> Server:
-    return cluster.nodes[min(slot_of(key) // 5461, 2)]
+    return cluster.owner(slot_of(key))
 
 
 def test_pages_spread_over_all_shards_and_come_back(
@@ -66,7 +66,7 @@ def test_pages_spread_over_all_shards_and_come_back(
 
 def migrate(cluster: ClusterOfServers, slot: int, target: Server) -> Callable[[], None]:
     """Begins to move a slot to ``target``; what comes back ends it."""
-    source = next(n for n in cluster.nodes if n is cluster.nodes[min(slot // 5461, 2)])
+    source = cluster.owner(slot)
     ids = {node.port: bytes_of(node.call("CLUSTER", "MYID")) for node in (source, target)}
     target.call("CLUSTER", "SETSLOT", slot, "IMPORTING", ids[source.port])
     source.call("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[target.port])
@@ -139,7 +139,7 @@ def test_a_dead_shard_makes_its_keys_misses_and_the_others_go_on(
                       cluster=True).batch_exists(alive) == 0  # fmt: skip
     finally:
         dead.restart()
-        cluster._wait()
+        cluster.wait()
     assert put(backend, keys) == leading(backend, keys) == 30
 
 
@@ -161,7 +161,7 @@ def test_a_frozen_shard_costs_its_timeout_once_and_is_then_left_alone(
         assert time.monotonic() - start < 1.0
     finally:
         frozen.thaw()
-        cluster._wait()
+        cluster.wait()
     time.sleep(1.2)
     assert leading(backend, keys) == 30
 
@@ -190,9 +190,7 @@ def test_a_cluster_of_which_nothing_answers_is_an_error(
     assert put(backend, keys) == 30
 
 
-def test_open_fails_where_no_node_is_and_where_no_cluster_is(
-    server: Server, opened: Open
-) -> None:
+def test_open_fails_where_no_node_is_and_where_no_cluster_is(server: Server, opened: Open) -> None:
     with pytest.raises(BackendUnavailable):
         opened(url=f"redis://127.0.0.1:{free_port()}", cluster=True)
     with pytest.raises(OSError, match="cluster support disabled"):
