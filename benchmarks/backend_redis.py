@@ -7,18 +7,18 @@ split among the workers; rows take turns, so that the noise of the machine hits 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 
 import redis
+from hicache_redis import RedisBackend, RedisConfig
 
 from benchmarks.harness import Row, measure
 from hicache_core.storage.base import StorageBackend
 from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
 from hicache_core.types import BackendContext, Page
-from hicache_redis import RedisBackend, RedisConfig
 from plugins.redis.tests.servers import Server, running
 
 SIZES = (256 << 10, 1 << 20, 4 << 20, 8 << 20)
@@ -105,8 +105,8 @@ class Bench:
         self.plain = RedisBackend(RedisConfig.model_validate({"url": server.url}), _CONTEXT)
         self.sealed = SealedBackend(self.plain)
         self.sealed.open()
-        for client in (*self.bare, self.stock, self.sealed):
-            stack.callback(client.close)
+        for close in (*(bare.close for bare in self.bare), self.stock.close, self.sealed.close):
+            stack.callback(close)
         self.threads = stack.enter_context(ThreadPoolExecutor(max(WORKERS)))
 
     def split(self, n_workers: int, move: Callable[[int, slice], object]) -> None:
@@ -168,7 +168,7 @@ _BASELINES = {
 
 
 def _in_turns(
-    calls: dict[str, Callable[[], object]], repeat: int, number: int = 1
+    calls: Mapping[str, Callable[[], object]], repeat: int, number: int = 1
 ) -> dict[str, tuple[list[float], list[float]]]:
     """Seconds and CPU seconds of each call, one sample of each after the other."""
     samples: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in calls}
@@ -211,7 +211,7 @@ def _throughput(bench: Bench, title: str, n_workers: int, repeat: int) -> Iterat
 
 
 def _latency(bench: Bench, title: str, repeat: int) -> Iterator[Row]:
-    for name, (wall, cpu) in _in_turns(bench.single_reads(), 3 * repeat, number=5).items():
+    for name, (wall, cpu) in _in_turns(bench.single_reads(), 3 * repeat, number=20).items():
         yield Row(
             table=title,
             name=name,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
+from hicache_redis import RedisBackend, RedisConfig
 
 from hicache_core.types import BackendContext
-from hicache_redis import RedisBackend, RedisConfig
 from plugins.redis.tests.servers import ClusterOfServers, Server, running
 
 NAMESPACE = "0123456789abcdef"

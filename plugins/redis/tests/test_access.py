@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hicache_redis import RedisBackend, RedisConfig
 from pydantic import ValidationError
 
 from hicache_core import plugin_manager
 from hicache_core.errors import BackendDenied, BackendUnavailable, ConfigError, HiCacheError
-from hicache_redis import RedisBackend, RedisConfig
 from plugins.redis.tests.pages import blank, filled, holds, keys_of
 from plugins.redis.tests.servers import REDIS, Server, certificate, running
 

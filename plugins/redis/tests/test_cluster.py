@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
+from hicache_redis import RedisBackend
 from redis.crc import key_slot
 
 from hicache_core.errors import BackendTimeout, BackendUnavailable
-from hicache_redis import RedisBackend
 from plugins.redis.tests.pages import blank, filled, holds, keys_of
 from plugins.redis.tests.servers import ClusterOfServers, Server, free_port
 
@@ -18,10 +18,9 @@ SHAPE = (64, 100_000)
 
 
 @pytest.fixture(autouse=True)
-def _emptied(cluster: ClusterOfServers) -> Iterator[None]:
+def _emptied(cluster: ClusterOfServers) -> None:
     for node in cluster.nodes:
         node.call("FLUSHALL")
-    yield
 
 
 def put(backend: RedisBackend, keys: list[str]) -> int:

@@ -5,20 +5,19 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import hicache_redis
 import pytest
-from pydantic import ValidationError
-
-from hicache_core import plugin_manager
 from hicache_redis import RedisBackend, RedisConfig
 from hicache_redis.config import split_address
 from hicache_redis.errors import REPLIES
+from pydantic import ValidationError
+
+from hicache_core import plugin_manager
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
 def test_the_plugin_hands_out_the_backend_of_its_name() -> None:
-    import hicache_redis
-
     assert hicache_redis.hicache_backends() == [RedisBackend]
     assert RedisBackend.name == "redis"
 
@@ -116,13 +115,16 @@ def test_the_readme_lists_every_setting_with_its_default_and_meaning() -> None:
         assert text == field.description, name
         value = field.get_default()
         value = value.get_secret_value() if name == "url" else value
-        shown = {None: "–", True: "true", False: "false", (): "none"}.get(value, str(value))
-        assert default.strip("`") in (shown, _as_size(value)), name
+        assert default.strip("`") == _shown(name, value), name
 
 
-def _as_size(value: object) -> str:
-    """``4194304`` -> ``4MiB``."""
-    return f"{value >> 20}MiB" if isinstance(value, int) else ""
+def _shown(name: str, value: object) -> str:
+    """A default as the README writes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) and name.endswith("_nbytes"):
+        return f"{value >> 20}MiB"
+    return "–" if value is None else "none" if value == () else str(value)
 
 
 def test_the_readme_explains_every_error_reply_in_the_table() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from hicache_redis import RedisBackend
 
 from hicache_core.errors import (
     BackendCorrupt,
@@ -17,9 +18,8 @@ from hicache_core.errors import (
     BackendTimeout,
     BackendUnavailable,
 )
-from hicache_redis import RedisBackend
 from plugins.redis.tests.pages import blank, filled, holds, keys_of
-from plugins.redis.tests.servers import Server, free_port, running
+from plugins.redis.tests.servers import ClusterOfServers, Server, free_port, running
 
 Open = Callable[..., RedisBackend]
 SHAPE = (64, 1 << 20)
@@ -191,9 +191,11 @@ def test_calls_wait_for_a_free_connection_but_not_for_ever(
 
 
 def test_a_replica_refuses_at_open_and_says_what_to_do(own_server: Server, opened: Open) -> None:
-    with running("--replicaof", f"127.0.0.1 {own_server.port}") as replica:
-        with pytest.raises(BackendDenied, match="primary"):
-            opened(url=replica.url)
+    with (
+        running("--replicaof", f"127.0.0.1 {own_server.port}") as replica,
+        pytest.raises(BackendDenied, match="primary"),
+    ):
+        opened(url=replica.url)
 
 
 def test_a_primary_that_becomes_a_replica_refuses_writes_but_answers_reads(
@@ -203,7 +205,7 @@ def test_a_primary_that_becomes_a_replica_refuses_writes_but_answers_reads(
     backend.set("k", b"x")
     own_server.call("REPLICAOF", "127.0.0.1", free_port())
     own_server.call("CONFIG", "SET", "replica-serve-stale-data", "yes")
-    with pytest.raises(BackendDenied, match="READONLY.*primary"):
+    with pytest.raises(BackendDenied, match=r"READONLY.*primary"):
         backend.set("k", b"x")
     assert backend.get("k") == b"x"
     own_server.call("REPLICAOF", "NO", "ONE")
@@ -211,13 +213,15 @@ def test_a_primary_that_becomes_a_replica_refuses_writes_but_answers_reads(
 
 
 def test_a_cluster_node_asked_as_a_single_server_says_how_to_configure_it(
-    cluster: Server, opened: Open
+    cluster: ClusterOfServers, opened: Open
 ) -> None:
-    backend = None
-    with pytest.raises(BackendUnavailable, match="set cluster to true"):
+    def look_up() -> None:
         backend = opened(url=cluster.url)
         for key in keys_of(64, "moved"):
             backend.exists(key)
+
+    with pytest.raises(BackendUnavailable, match="set cluster to true"):
+        look_up()
 
 
 def test_too_many_clients_is_an_outage_with_advice(own_server: Server, opened: Open) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from hicache_redis import RedisBackend
 
 from hicache_core.errors import BackendFull, UseAfterClose
 from hicache_core.storage.base import Clearable, Diagnosable, HasStats, Listable
-from hicache_redis import RedisBackend
 from plugins.redis.tests.pages import blank, content, filled, holds, keys_of
 from plugins.redis.tests.servers import Server, running
 
@@ -160,7 +160,7 @@ def test_open_twice_is_once_and_after_close_nothing_works(server: Server, opened
     for call in (
         lambda: backend.get("k"),
         lambda: backend.batch_get([], []),
-        lambda: backend.stats(),
+        backend.stats,
         lambda: list(backend.list_keys("")),
     ):
         with pytest.raises(UseAfterClose):

@@ -7,13 +7,13 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
+from hicache_redis.channel import PlainChannel
+from hicache_redis.errors import ErrorReply
+from hicache_redis.resp import Wire, command, set_command
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hicache_core.errors import BackendCorrupt
-from hicache_redis.channel import PlainChannel
-from hicache_redis.errors import ErrorReply
-from hicache_redis.resp import Wire, command, set_command
 from plugins.redis.tests.pages import blank, filled, holds
 
 

@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from hicache_redis import RedisBackend
 
 from hicache_core.errors import BackendError, BackendUnavailable
-from hicache_redis import RedisBackend
 from plugins.redis.tests.pages import blank, filled, holds, keys_of
 from plugins.redis.tests.servers import SentinelServer, Server, free_port, running
 

@@ -213,11 +213,11 @@ class Pool:
         """Waits until a connection is idle or may be opened; the caller holds the lock."""
         if time.monotonic() < self._rests_until:
             raise BackendUnavailable(f"redis {self.server} timed out lately and is left alone")
-        free = self._changed.wait_for(
+        free = bool(self._idle) or self._changed.wait_for(
             lambda: self._closed or self._idle or self._n_open < self._limit, self._wait_s
         )
         if self._closed:
-            raise UseAfterClose("the redis backend is closed")
+            raise UseAfterClose("the redis backend was closed")
         if not free:
             raise BackendTimeout(
                 f"all {self._limit} connections to redis {self.server} were busy for "
