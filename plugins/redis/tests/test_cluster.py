@@ -99,7 +99,6 @@ def test_a_slot_that_moves_is_followed_while_it_does_and_after(opened: Open) -> 
         backend.delete([moving])
         assert leading(backend, keys) == 4
         assert put(backend, keys) == 30
-        assert target.client().execute_command("ASKING") is not None
         n_redirects = backend.stats()["redirects"]
         assert n_redirects >= 4
 
@@ -179,10 +178,10 @@ def test_a_cluster_of_which_nothing_answers_is_an_error(
         cluster.thaw()
     cluster.kill()
     try:
+        with pytest.raises(BackendUnavailable):  # one key says nothing of the other shards
+            backend.get(keys[0])
         with pytest.raises(BackendUnavailable):
             backend.batch_exists(keys)
-        with pytest.raises(BackendUnavailable):
-            backend.get(keys[0])
     finally:
         cluster.restart()
     time.sleep(1.0)

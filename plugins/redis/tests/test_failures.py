@@ -18,6 +18,7 @@ from hicache_core.errors import (
     BackendTimeout,
     BackendUnavailable,
 )
+from hicache_core.types import Page
 from plugins.redis.tests.pages import blank, filled, holds, keys_of
 from plugins.redis.tests.servers import ClusterOfServers, Server, free_port, running
 
@@ -36,7 +37,7 @@ def _bounded() -> Iterator[None]:
 class Tripwire(tuple[memoryview, ...]):
     """A page that calls ``spring`` when its segments are wanted for the transfer."""
 
-    spring: Callable[[], None]
+    spring: Callable[[], object]
     n_looks = 0
 
     def __iter__(self) -> Iterator[memoryview]:
@@ -46,7 +47,7 @@ class Tripwire(tuple[memoryview, ...]):
         return super().__iter__()
 
 
-def trap(pages: list[tuple[memoryview, ...]], at: int, spring: Callable[[], None]) -> None:
+def trap(pages: list[Page], at: int, spring: Callable[[], object]) -> None:
     """Puts a tripwire in place of ``pages[at]``."""
     page = Tripwire(pages[at])
     page.spring = spring

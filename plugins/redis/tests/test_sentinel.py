@@ -34,7 +34,7 @@ def watched() -> Iterator[tuple[Server, Server, SentinelServer]]:
         until(lambda: replica.client().info("replication")["master_link_status"] == "up")
         sentinel = SentinelServer("pages", str(primary.port))
         stack.callback(sentinel.close)
-        until(lambda: sentinel.client().sentinel_master("pages")["num-slaves"] == 1)
+        until(lambda: sentinel.client().info()["master0"]["slaves"] == 1)
         yield primary, replica, sentinel
 
 

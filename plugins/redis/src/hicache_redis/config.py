@@ -111,7 +111,7 @@ class RedisConfig(BackendConfig):
         default=2, ge=1, le=64, description="connections that one large batch is split over"
     )
     window_nbytes: Nbytes = Field(
-        default=4 * 2**20,
+        default=2 * 2**20,
         description="a connection asks for the next pages while about so much is still to come; "
         "bounds the reply buffers of the server",
     )

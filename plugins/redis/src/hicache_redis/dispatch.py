@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -9,9 +10,11 @@ from dataclasses import dataclass
 
 from hicache_core.errors import BackendError, BackendTimeout, BackendUnavailable
 from hicache_core.storage.lanes import Lanes
+from hicache_redis.connections import Pool
 from hicache_redis.operations import Operation, Progress, Redirect, run
 from hicache_redis.topology import Share, Topology
 
+_MAX_ASKED = 3
 _MAX_ROUNDS = 5  # a slot that is being moved may redirect twice; more is a cluster in disarray
 
 
@@ -40,7 +43,6 @@ class Dispatcher:
         self.counts: Counter[str] = Counter()
         self._lanes = lanes
         self._retries = retries
-        self._down: set[str] = set()
         self._lock = threading.Lock()
 
     def count(self, name: str, n: int) -> None:
@@ -91,10 +93,16 @@ class Dispatcher:
             for error in errors:
                 if not isinstance(error, (BackendUnavailable, BackendTimeout)):
                     raise error
-            if self._down.issuperset(pool.server for pool in self.topology.pools()):
+            if len(errors) == len(came) and not self._any_other_answers(shares):
                 raise errors[0]
             self.count("shard_failures", len(errors))
         return came
+
+    def _any_other_answers(self, shares: Sequence[Share]) -> bool:
+        """Whether a server that has no part in the batch works; a few are asked, in any order."""
+        asked = {share.pool.server for share in shares}
+        others = [pool for pool in self.topology.pools() if pool.server not in asked]
+        return any(map(_answers, random.sample(others, min(len(others), _MAX_ASKED))))
 
     def _attempts(self, operation: Operation, share: Share) -> Progress | BackendError:
         """Runs a share, again after a lost connection as often as the settings allow."""
@@ -109,11 +117,17 @@ class Dispatcher:
         pool = share.pool
         try:
             with pool.lease(operation.verb) as wire:
-                progress = run(wire, pool.server, operation, share.indices, asking=share.asking)
+                return run(wire, pool.server, operation, share.indices, asking=share.asking)
         except BackendError as error:
-            self._down.add(pool.server)
             self.topology.failed(pool)
             return error
-        if self._down:
-            self._down.discard(pool.server)
-        return progress
+
+
+def _answers(pool: Pool) -> bool:
+    """Whether the server answers anything at all."""
+    try:
+        with pool.lease("answer") as wire:
+            wire.call(b"PING")
+    except BackendError:
+        return False
+    return True
