@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -252,6 +253,26 @@ def _text(reply: object) -> bytes:
     if isinstance(reply, dict):  # redis-py parses some replies
         return "\n".join(f"{k}:{v}" for k, v in reply.items()).encode()
     return reply.encode() if isinstance(reply, str) else reply
+
+
+def emulated(replies: Sequence[bytes]) -> tuple[socket.socket, threading.Thread]:
+    """A server that answers each message with the next reply and then hangs up.
+
+    An emulation: for what no real server can be made to say.
+    """
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        peer, _ = listener.accept()
+        with peer:
+            for reply in replies:
+                if not peer.recv(1 << 16):
+                    return
+                peer.sendall(reply)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    return listener, thread
 
 
 def certificate(directory: Path) -> tuple[Path, Path]:

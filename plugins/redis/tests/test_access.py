@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from hicache_core import plugin_manager
 from hicache_core.errors import BackendDenied, BackendUnavailable, ConfigError, HiCacheError
 from plugins.redis.tests.pages import blank, filled, holds, keys_of
-from plugins.redis.tests.servers import REDIS, Server, certificate, running
+from plugins.redis.tests.servers import REDIS, Server, certificate, emulated, running
 
 Open = Callable[..., RedisBackend]
 SECRET = "hunter2-Tr0ub4dor"
@@ -89,6 +89,21 @@ def test_wrong_credentials_and_missing_rights_fail_at_open_and_show_no_secret(
 def test_a_password_for_a_server_without_one_is_refused(own_server: Server, opened: Open) -> None:
     with pytest.raises(BackendDenied) as caught:
         opened(url=own_server.url, username="hicache", password=SECRET)
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+def test_a_server_that_quotes_the_password_back_is_not_repeated(
+    opened: Open, protocol: int
+) -> None:
+    """As an old server does with a command that it does not know."""
+    quote = f"-ERR unknown command 'HELLO', with args beginning with: 'AUTH' '{SECRET}'\r\n"
+    listener, thread = emulated([quote.encode()])
+    with listener, pytest.raises(HiCacheError, match="unknown command") as caught:
+        opened(
+            url=f"redis://127.0.0.1:{listener.getsockname()[1]}", password=SECRET, protocol=protocol
+        )
+    thread.join()
     assert SECRET not in "".join(traceback.format_exception(caught.value))
 
 

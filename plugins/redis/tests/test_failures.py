@@ -20,7 +20,7 @@ from hicache_core.errors import (
 )
 from hicache_core.types import Page
 from plugins.redis.tests.pages import blank, filled, holds, keys_of
-from plugins.redis.tests.servers import ClusterOfServers, Server, free_port, running
+from plugins.redis.tests.servers import ClusterOfServers, Server, emulated, free_port, running
 
 Open = Callable[..., RedisBackend]
 SHAPE = (64, 1 << 20)
@@ -98,6 +98,26 @@ def test_a_frozen_server_costs_each_call_its_timeout_and_then_works_again(
     target = [blank(SHAPE) for _ in keys]
     assert backend.batch_get(keys, target) == 16
     assert all(holds(key, page) for key, page in zip(keys, target, strict=True))
+
+
+def test_the_answer_that_a_timeout_gave_up_on_is_not_the_next_ones(
+    own_server: Server, opened: Open
+) -> None:
+    """The server is still frozen when the second question is asked, so nothing is late yet."""
+    backend = opened(url=own_server.url, socket_timeout_s=1.0, max_connections=1)
+    backend.set("first", b"1")
+    backend.set("second", b"2")
+    own_server.freeze()
+    try:
+        with pytest.raises(BackendTimeout):
+            backend.get("first")
+        with ThreadPoolExecutor(1) as threads:
+            second = threads.submit(backend.get, "second")
+            time.sleep(0.1)
+            own_server.thaw()
+            assert second.result() == b"2"
+    finally:
+        own_server.thaw()
 
 
 @pytest.mark.parametrize("n_connections", [1, 2])
@@ -232,26 +252,6 @@ def test_too_many_clients_is_an_outage_with_advice(own_server: Server, opened: O
         two.ping()
         with pytest.raises(BackendUnavailable, match="maxclients"):
             opened(url=own_server.url)
-
-
-# A server that breaks the protocol cannot be had for real: these are emulations of one.
-
-
-def emulated(replies: list[bytes]) -> tuple[socket.socket, threading.Thread]:
-    """A listener that answers each message with the next reply and then hangs up."""
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def serve() -> None:
-        peer, _ = listener.accept()
-        with peer:
-            for reply in replies:
-                if not peer.recv(1 << 16):
-                    return
-                peer.sendall(reply)
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    return listener, thread
 
 
 @pytest.mark.parametrize(
