@@ -20,7 +20,7 @@ _N_PINGS = 20
 
 
 def diagnose(backend: StorageBackend, topology: Topology, config: RedisConfig) -> Iterator[Finding]:
-    """Findings about every server, then about a round trip through the whole path.
+    """Findings about every server, then about one object's way there and back.
 
     Raises:
         BackendError: a server cannot be asked.
@@ -30,7 +30,8 @@ def diagnose(backend: StorageBackend, topology: Topology, config: RedisConfig) -
     yield _encryption(config)
     for pool in pools:
         with pool.lease("examine") as wire:
-            yield from _server(pool, wire)
+            findings = list(_server(pool, wire))
+        yield from findings
     yield _round_trip(backend)
 
 
@@ -54,16 +55,18 @@ def _is_loopback(host: str) -> bool:
 def _server(pool: Pool, wire: Wire) -> Iterator[Finding]:
     info = _info(wire)
     if not info:
-        yield Finding("warning", pool.server, "INFO is not allowed; add +info to this user")
+        yield Finding(
+            "warning", "server", f"{pool.server} refuses INFO; add +info to this user's rights"
+        )
         return
     product = "valkey" if "valkey_version" in info else "redis"
     version = info.get("valkey_version") or info.get("redis_version", "of unknown version")
     role = info.get("role", "master")
-    text = f"{product} {version}, {role}, {_latency_us(wire):.0f} us a round trip"
+    text = f"{pool.server}: {product} {version}, {role}, {_latency_us(wire):.0f} us a round trip"
     if role == "master":
-        yield Finding("ok", pool.server, text)
+        yield Finding("ok", "server", text)
     else:
-        yield Finding("error", pool.server, f"{text}; it takes no writes: point url at the primary")
+        yield Finding("error", "server", f"{text}; it takes no writes: point url at the primary")
     yield _memory(pool, info)
     yield _persistence(pool, info, wire)
 
@@ -89,33 +92,31 @@ def _latency_us(wire: Wire) -> float:
 def _memory(pool: Pool, info: Mapping[str, str]) -> Finding:
     limit, used = int(info.get("maxmemory", 0)), int(info.get("used_memory", 0))
     policy = info.get("maxmemory_policy", "unknown")
-    text = f"{used / 1e9:.2f} of {limit / 1e9:.2f} GB used, maxmemory-policy {policy}"
-    topic = f"{pool.server} memory"
+    text = f"{pool.server}: {used / 1e9:.2f} of {limit / 1e9:.2f} GB used, policy {policy}"
     if not limit:
         return Finding(
-            "warning", topic, "maxmemory is not set: it grows until the system kills it; set both "
-            "maxmemory and maxmemory-policy allkeys-lru"
+            "warning", "memory", f"{pool.server} has no maxmemory: it grows until the system kills "
+            "it; set maxmemory and maxmemory-policy allkeys-lru"
         )  # fmt: skip
     if not policy.startswith("allkeys-"):
         return Finding(
-            "warning", topic, f"{text}: when it is full, writes are dropped; set maxmemory-policy "
-            "allkeys-lru"
+            "warning", "memory", f"{text}: when it is full, writes are dropped; set "
+            "maxmemory-policy allkeys-lru"
         )  # fmt: skip
-    return Finding("ok", topic, text)
+    return Finding("ok", "memory", text)
 
 
 def _persistence(pool: Pool, info: Mapping[str, str], wire: Wire) -> Finding:
-    topic = f"{pool.server} persistence"
     reply = wire.call(b"CONFIG", b"GET", b"save")
     snapshots = reply[1] if isinstance(reply, list) and len(reply) == 2 else b""
     if info.get("aof_enabled") == "1" or snapshots:
         return Finding(
-            "warning", topic, "it writes the cache to its disk, which costs memory and stalls; "
-            "set save '' and appendonly no"
+            "warning", "persistence", f"{pool.server} writes the cache to its disk, which costs "
+            "memory and stalls; set save '' and appendonly no"
         )  # fmt: skip
     if isinstance(reply, ErrorReply):
-        return Finding("ok", topic, "no append-only file; snapshots could not be asked for")
-    return Finding("ok", topic, "off")
+        return Finding("ok", "persistence", f"{pool.server} has no append-only file")
+    return Finding("ok", "persistence", f"{pool.server} keeps its disk out of it")
 
 
 def _round_trip(backend: StorageBackend) -> Finding:
@@ -129,10 +130,10 @@ def _round_trip(backend: StorageBackend) -> Finding:
     read = time.perf_counter()
     backend.delete([_PROBE_KEY])
     if not n_stored:
-        return Finding("error", "round trip", "the server had no room for an object of 4 MiB")
+        return Finding("error", "bandwidth", "the server had no room for an object of 4 MiB")
     if not n_filled or source != target:
-        return Finding("error", "round trip", "what was written did not come back")
+        return Finding("error", "bandwidth", "what was written did not come back")
     write_rate, read_rate = (_PROBE_NBYTES / t / 1e6 for t in (written - start, read - written))
     return Finding(
-        "ok", "round trip", f"4 MiB written at {write_rate:.0f} and read at {read_rate:.0f} MB/s"
+        "ok", "bandwidth", f"4 MiB written at {write_rate:.0f} and read at {read_rate:.0f} MB/s"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -21,6 +22,7 @@ from hicache_redis.operations import Operation, Redirect
 from hicache_redis.resp import Reply, Wire
 
 _REFRESH_INTERVAL_S = 0.5
+_MAX_ASKED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,13 +173,18 @@ class Cluster(Topology):
         return current
 
     def _refresh(self) -> None:
-        """Reads the map from the first node that knows it; the caller holds the lock.
+        """Reads the map from a node that knows it; the caller holds the lock.
+
+        Once there is a map, only a few nodes are tried: it comes soon again, and picks others.
 
         Raises:
             BackendError: no node answers, and there is no older map to go on with.
         """
         self._next_refresh = time.monotonic() + _REFRESH_INTERVAL_S
-        addresses = dict.fromkeys([*self._pool_of, *self._entry_points])
+        addresses = self._entry_points
+        if self._map is not None:
+            known = [*self._pool_of, *self._entry_points]
+            addresses = random.sample(known, min(_MAX_ASKED, len(known)))
         error: BackendError | None = None
         for address in addresses:
             try:
@@ -201,6 +208,8 @@ class Cluster(Topology):
             owner = self._pool_locked((host, port))
             n_owner = owners.setdefault(owner, len(owners))
             owner_of_slot[first : last + 1] = [n_owner] * (last + 1 - first)
+        for left in set(self._pool_of.values()).difference(owners):
+            left.drop_idle()  # a replica, or a node that has gone
         if not owners:
             raise BackendUnavailable(f"redis {pool.server} knows no slot of its cluster yet")
         return _Map(tuple(owners), tuple(owner_of_slot))
