@@ -1,0 +1,165 @@
+"""Pages in Redis or Valkey, moved between the socket and page memory without a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
+
+from hicache_core.errors import UseAfterClose
+from hicache_core.storage.base import BackendConfig, Buffer, Finding, StorageBackend
+from hicache_core.storage.lanes import Lanes
+from hicache_core.types import BackendContext, Page
+from hicache_redis.config import RedisConfig
+from hicache_redis.connections import Dialer
+from hicache_redis.diagnose import diagnose
+from hicache_redis.dispatch import Dispatcher
+from hicache_redis.errors import reply_error
+from hicache_redis.operations import Count, Fetch, FetchAny, Probe, Remove, Store
+from hicache_redis.scan import scan
+from hicache_redis.topology import Cluster, SingleServer, Topology
+
+_REMOVE_KEYS = 1024
+
+
+class RedisBackend(StorageBackend):
+    """Immutable objects as strings of a Redis or Valkey server, primary or cluster."""
+
+    name: ClassVar[str] = "redis"
+    Config: ClassVar[type[BackendConfig]] = RedisConfig
+
+    def __init__(self, config: RedisConfig, context: BackendContext) -> None:
+        super().__init__(config, context)
+        self.settings = config
+        self._prefix = config.key_prefix.encode()
+        self._ttl_ms = None if config.ttl_s is None else max(1, round(config.ttl_s * 1000))
+        self._opened: tuple[Dispatcher, Lanes] | None = None
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        """The connected servers.
+
+        Raises:
+            UseAfterClose: the backend is not open.
+        """
+        if self._opened is None:
+            raise UseAfterClose("the redis backend is not open; call open() first")
+        return self._opened[0]
+
+    def open(self) -> None:
+        if self._opened is not None:
+            return
+        config = self.settings
+        lanes = Lanes(config.batch_connections, "hicache-redis")
+        dialer = Dialer(config)
+        topology: Topology
+        if config.cluster:
+            topology = Cluster(config, dialer)
+        else:
+            topology = SingleServer(config, dialer, lanes)
+        dispatcher = Dispatcher(topology, lanes, config.retries)
+        try:
+            # Credentials, rights and role fail here, not at the first page.
+            dispatcher.run(Count([self._whole("probe")]))
+            dispatcher.run(Probe([self._whole("probe")]))
+        except BaseException:
+            topology.close()
+            lanes.close()
+            raise
+        self._opened = dispatcher, lanes
+
+    def close(self) -> None:
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            dispatcher, lanes = opened
+            dispatcher.topology.close()
+            lanes.close()
+
+    def get(self, key: str) -> Buffer | None:
+        operation = FetchAny([self._whole(key)])
+        self.dispatcher.run(operation)
+        return operation.values[0]
+
+    def exists(self, key: str) -> bool:
+        return self.batch_exists([key]) == 1
+
+    def set(self, key: str, value: Buffer) -> None:
+        operation = self._store([key], [(memoryview(value).cast("B"),)])
+        if self.dispatcher.run(operation).n_leading == 0 and operation.refusal is not None:
+            self.dispatcher.count("dropped_writes", 1)
+            raise reply_error(operation.refusal, "server", f"store {key}")
+
+    def delete(self, keys: Sequence[str]) -> None:
+        if keys:
+            self.dispatcher.run(Remove([self._whole(key) for key in keys]))
+
+    def batch_exists(self, keys: Sequence[str]) -> int:
+        dispatcher = self.dispatcher
+        if not keys:
+            return 0
+        return dispatcher.run(Count([self._whole(key) for key in keys])).n_leading
+
+    def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        dispatcher = self.dispatcher
+        _check_lengths(keys, pages)
+        if not keys:
+            return 0
+        operation = Fetch([self._whole(key) for key in keys], pages, self.settings.window_nbytes)
+        n_filled = dispatcher.run(operation).n_leading
+        if operation.n_wrong_size:
+            dispatcher.count("wrong_size_objects", operation.n_wrong_size)
+        return n_filled
+
+    def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        dispatcher = self.dispatcher
+        _check_lengths(keys, pages)
+        if not keys:
+            return 0
+        n_stored = dispatcher.run(self._store(keys, pages)).n_leading
+        if n_stored < len(keys):
+            dispatcher.count("dropped_writes", len(keys) - n_stored)
+        return n_stored
+
+    def list_keys(self, prefix: str) -> Iterator[str]:
+        """Every key that starts with ``prefix``, in no order; one may come twice while it runs."""
+        start = len(self._prefix)
+        for keys in scan(self.dispatcher.topology, self._whole(prefix)):
+            for key in keys:
+                yield key[start:].decode(errors="replace")
+
+    def clear(self, prefix: str) -> int:
+        """Removes every key that starts with ``prefix``; how many there were."""
+        dispatcher = self.dispatcher
+        n_removed = 0
+        for keys in scan(dispatcher.topology, self._whole(prefix)):
+            for start in range(0, len(keys), _REMOVE_KEYS):
+                n_removed += dispatcher.run(Remove(keys[start : start + _REMOVE_KEYS])).n_yes
+        return n_removed
+
+    def stats(self) -> Mapping[str, float]:
+        """Counters since ``open`` and the connections; asks no server."""
+        dispatcher = self.dispatcher
+        pools = dispatcher.topology.pools()
+        known = ("dropped_writes", "wrong_size_objects", "shard_failures", "redirects",
+                 "retries", "unserved_batches")  # fmt: skip
+        return {
+            **{name: float(dispatcher.counts[name]) for name in known},
+            "connections": float(sum(pool.n_open for pool in pools)),
+            "connections_opened": float(sum(pool.n_opened for pool in pools)),
+        }
+
+    def diagnose(self) -> Iterator[Finding]:
+        """What `hicache doctor` shows; writes, reads and removes one object of its own."""
+        return diagnose(self, self.dispatcher.topology, self.settings)
+
+    def _whole(self, key: str) -> bytes:
+        """The key as it stands in the database."""
+        return self._prefix + key.encode()
+
+    def _store(self, keys: Sequence[str], pages: Sequence[Page]) -> Store:
+        whole = [self._whole(key) for key in keys]
+        return Store(whole, pages, self.settings.window_nbytes, self._ttl_ms)
+
+
+def _check_lengths(keys: Sequence[str], pages: Sequence[Page]) -> None:
+    if len(keys) != len(pages):
+        raise ValueError(f"{len(keys)} keys for {len(pages)} pages")

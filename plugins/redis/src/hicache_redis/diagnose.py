@@ -1,0 +1,139 @@
+"""What ``hicache doctor redis`` finds out about the servers."""
+
+from __future__ import annotations
+
+import ipaddress
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+
+from hicache_core.storage.base import Finding, StorageBackend
+from hicache_redis.config import RedisConfig
+from hicache_redis.connections import Pool
+from hicache_redis.errors import ErrorReply
+from hicache_redis.resp import Wire
+from hicache_redis.topology import Topology
+
+_PROBE_KEY = "doctor/probe"
+_PROBE_NBYTES = 4 * 2**20
+_N_PINGS = 20
+
+
+def diagnose(backend: StorageBackend, topology: Topology, config: RedisConfig) -> Iterator[Finding]:
+    """Findings about every server, then about one object's way there and back.
+
+    Raises:
+        BackendError: a server cannot be asked.
+    """
+    pools = topology.pools()
+    yield Finding("ok", "address", f"{config.shown_url}: {len(pools)} server(s) hold the keys")
+    yield _encryption(config)
+    for pool in pools:
+        with pool.lease("examine") as wire:
+            findings = list(_server(pool, wire))
+        yield from findings
+    yield _round_trip(backend)
+
+
+def _encryption(config: RedisConfig) -> Finding:
+    if config.tls or config.socket_path is not None or _is_loopback(config.address[0]):
+        return Finding("ok", "network", "encrypted, or it does not leave this host")
+    return Finding(
+        "warning",
+        "network",
+        "pages and passwords travel in the clear; use rediss:// unless the network is yours alone",
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _server(pool: Pool, wire: Wire) -> Iterator[Finding]:
+    info = _info(wire)
+    if not info:
+        yield Finding(
+            "warning", "server", f"{pool.server} refuses INFO; add +info to this user's rights"
+        )
+        return
+    product = "valkey" if "valkey_version" in info else "redis"
+    version = info.get("valkey_version") or info.get("redis_version", "of unknown version")
+    role = info.get("role", "master")
+    text = f"{pool.server}: {product} {version}, {role}, {_latency_us(wire):.0f} us a round trip"
+    if role == "master":
+        yield Finding("ok", "server", text)
+    else:
+        yield Finding("error", "server", f"{text}; it takes no writes: point url at the primary")
+    yield _memory(pool, info)
+    yield _persistence(pool, info, wire)
+
+
+def _info(wire: Wire) -> Mapping[str, str]:
+    """INFO as a dict; empty if this user may not ask."""
+    reply = wire.call(b"INFO")
+    if not isinstance(reply, bytes):
+        return {}
+    pairs = (line.partition(":") for line in reply.decode(errors="replace").splitlines())
+    return {name: value for name, colon, value in pairs if colon}
+
+
+def _latency_us(wire: Wire) -> float:
+    samples = []
+    for _ in range(_N_PINGS):
+        start = time.perf_counter()
+        wire.call(b"PING")
+        samples.append(time.perf_counter() - start)
+    return statistics.median(samples) * 1e6
+
+
+def _memory(pool: Pool, info: Mapping[str, str]) -> Finding:
+    limit, used = int(info.get("maxmemory", 0)), int(info.get("used_memory", 0))
+    policy = info.get("maxmemory_policy", "unknown")
+    text = f"{pool.server}: {used / 1e9:.2f} of {limit / 1e9:.2f} GB used, policy {policy}"
+    if not limit:
+        return Finding(
+            "warning", "memory", f"{pool.server} has no maxmemory: it grows until the system kills "
+            "it; set maxmemory and maxmemory-policy allkeys-lru"
+        )  # fmt: skip
+    if not policy.startswith("allkeys-"):
+        return Finding(
+            "warning", "memory", f"{text}: when it is full, writes are dropped; set "
+            "maxmemory-policy allkeys-lru"
+        )  # fmt: skip
+    return Finding("ok", "memory", text)
+
+
+def _persistence(pool: Pool, info: Mapping[str, str], wire: Wire) -> Finding:
+    reply = wire.call(b"CONFIG", b"GET", b"save")
+    snapshots = reply[1] if isinstance(reply, list) and len(reply) == 2 else b""
+    if info.get("aof_enabled") == "1" or snapshots:
+        return Finding(
+            "warning", "persistence", f"{pool.server} writes the cache to its disk, which costs "
+            "memory and stalls; set save '' and appendonly no"
+        )  # fmt: skip
+    if isinstance(reply, ErrorReply):
+        return Finding("ok", "persistence", f"{pool.server} has no append-only file")
+    return Finding("ok", "persistence", f"{pool.server} keeps its disk out of it")
+
+
+def _round_trip(backend: StorageBackend) -> Finding:
+    """Writes, reads and removes one object."""
+    source = memoryview(bytes(range(256)) * (_PROBE_NBYTES // 256))
+    target = memoryview(bytearray(_PROBE_NBYTES))
+    start = time.perf_counter()
+    n_stored = backend.batch_set([_PROBE_KEY], [(source,)])
+    written = time.perf_counter()
+    n_filled = backend.batch_get([_PROBE_KEY], [(target,)])
+    read = time.perf_counter()
+    backend.delete([_PROBE_KEY])
+    if not n_stored:
+        return Finding("error", "bandwidth", "the server had no room for an object of 4 MiB")
+    if not n_filled or source != target:
+        return Finding("error", "bandwidth", "what was written did not come back")
+    write_rate, read_rate = (_PROBE_NBYTES / t / 1e6 for t in (written - start, read - written))
+    return Finding(
+        "ok", "bandwidth", f"4 MiB written at {write_rate:.0f} and read at {read_rate:.0f} MB/s"
+    )

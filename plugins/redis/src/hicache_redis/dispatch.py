@@ -1,0 +1,133 @@
+"""Runs a batch on its servers, in parallel, and makes one count of what came back."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hicache_core.errors import BackendError, BackendTimeout, BackendUnavailable
+from hicache_core.storage.lanes import Lanes
+from hicache_redis.connections import Pool
+from hicache_redis.operations import Operation, Progress, Redirect, run
+from hicache_redis.topology import Share, Topology
+
+_MAX_ASKED = 3
+_MAX_ROUNDS = 5  # a slot that is being moved may redirect twice; more is a cluster in disarray
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a batch.
+
+    Attributes:
+        n_leading: leading keys answered with yes.
+        n_yes: keys answered with yes, wherever they stand.
+    """
+
+    n_leading: int
+    n_yes: int
+
+
+class Dispatcher:
+    """Any thread.
+
+    A server that cannot be reached makes its keys misses as long as another one works; when none
+    does, the error is raised. With one server that is the first error.
+    """
+
+    def __init__(self, topology: Topology, lanes: Lanes, retries: int) -> None:
+        self.topology = topology
+        self.counts: Counter[str] = Counter()
+        self._lanes = lanes
+        self._retries = retries
+        self._lock = threading.Lock()
+
+    def count(self, name: str, n: int) -> None:
+        """Adds to a counter."""
+        with self._lock:
+            self.counts[name] += n
+
+    def run(self, operation: Operation) -> Outcome:
+        """Asks for every key of the batch, redirected ones again.
+
+        Raises:
+            BackendError: no server works, or one refused for a reason that is no outage.
+        """
+        shares = self.topology.shares(operation)
+        n_leading, n_yes = len(operation.keys), 0
+        if sum(len(share.indices) for share in shares) < n_leading:  # slots that nobody serves
+            covered = {n for share in shares for n in share.indices}
+            n_leading = next(n for n in range(n_leading) if n not in covered)
+            self.count("unserved_batches", 1)
+        for _ in range(_MAX_ROUNDS):
+            redirects: list[Redirect] = []
+            for share, came in zip(shares, self._round(operation, shares), strict=True):
+                if isinstance(came, BackendError):
+                    n_leading = min(n_leading, share.indices[0])
+                    continue
+                n_yes += came.n_yes
+                redirects += came.redirects
+                if came.first_no is not None:
+                    n_leading = min(n_leading, came.first_no)
+            redirects = [r for r in redirects if r.index < n_leading or not operation.stops]
+            if not redirects:
+                return Outcome(n_leading, n_yes)
+            self.count("redirects", len(redirects))
+            shares = self.topology.follow(redirects)
+        return Outcome(min(n_leading, *(r.index for r in redirects)), n_yes)
+
+    def _round(
+        self, operation: Operation, shares: Sequence[Share]
+    ) -> list[Progress | BackendError]:
+        """Runs all shares at once; an outage comes back as an error unless nothing works."""
+        if len(shares) == 1:
+            came = [self._attempts(operation, shares[0])]
+        else:
+            parts = [range(n, n + 1) for n in range(len(shares))]
+            came = self._lanes.run(lambda part: self._attempts(operation, shares[part[0]]), parts)
+        errors = [result for result in came if isinstance(result, BackendError)]
+        if errors:
+            for error in errors:
+                if not isinstance(error, (BackendUnavailable, BackendTimeout)):
+                    raise error
+            if len(errors) == len(came) and not self._any_other_answers(shares):
+                raise errors[0]
+            self.count("shard_failures", len(errors))
+        return came
+
+    def _any_other_answers(self, shares: Sequence[Share]) -> bool:
+        """Whether a server that has no part in the batch works; a few are asked, in any order."""
+        asked = {share.pool.server for share in shares}
+        others = [pool for pool in self.topology.pools() if pool.server not in asked]
+        return any(map(_answers, random.sample(others, min(len(others), _MAX_ASKED))))
+
+    def _attempts(self, operation: Operation, share: Share) -> Progress | BackendError:
+        """Runs a share, again after a lost connection as often as the settings allow."""
+        for attempt in range(self._retries + 1):
+            result = self._attempt(operation, share)
+            if not isinstance(result, BackendUnavailable) or attempt == self._retries:
+                break
+            self.count("retries", 1)
+        return result
+
+    def _attempt(self, operation: Operation, share: Share) -> Progress | BackendError:
+        pool = share.pool
+        try:
+            with pool.lease(operation.verb) as wire:
+                return run(wire, pool.server, operation, share.indices, asking=share.asking)
+        except BackendError as error:
+            self.topology.failed(pool)
+            return error
+
+
+def _answers(pool: Pool) -> bool:
+    """Whether the server answers anything at all."""
+    try:
+        with pool.lease("answer") as wire:
+            wire.call(b"PING")
+    except BackendError:
+        return False
+    return True

@@ -1,0 +1,248 @@
+"""What is asked for each key of a batch, and how one connection is kept full of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from hicache_core.errors import BackendCorrupt
+from hicache_core.storage.segments import nbytes_of
+from hicache_core.types import Page
+from hicache_redis.channel import Chunk
+from hicache_redis.errors import DROPS, MISSES, ErrorReply, reply_error
+from hicache_redis.resp import Reply, Wire, command, set_command
+
+_SMALL_STEP = 1024  # keys of one send where nothing large follows
+_ASKING = command(b"ASKING")
+
+
+class Operation(ABC):
+    """The same request for each key of a batch; several wires may work on it at once.
+
+    Attributes:
+        keys: the whole keys, as they stand in the database.
+        nbytes: bytes of payload that the batch moves.
+        step: keys that are asked for in one send; two steps are in flight at most.
+        stops: whether nothing behind a key that was answered with no is of interest.
+    """
+
+    verb: ClassVar[str]
+    stops: ClassVar[bool] = True
+
+    def __init__(self, keys: Sequence[bytes], nbytes: int = 0, window_nbytes: int = 0) -> None:
+        self.keys = keys
+        self.nbytes = nbytes
+        self.step = _SMALL_STEP
+        if nbytes and keys:
+            self.step = max(1, min(_SMALL_STEP, window_nbytes * len(keys) // nbytes // 2))
+
+    @abstractmethod
+    def request(self, n: int) -> list[Chunk]:
+        """The command for ``keys[n]``."""
+
+    def answer(self, wire: Wire, n: int) -> bool | ErrorReply:  # noqa: ARG002 - Fetch needs it
+        """Reads the whole reply for ``keys[n]``: yes, no, or what the server complains about."""
+        return self.verdict(wire.read_reply())
+
+    def verdict(self, reply: Reply) -> bool | ErrorReply:
+        """What a short reply means."""
+        if isinstance(reply, ErrorReply):
+            return reply
+        if isinstance(reply, int):
+            return reply != 0
+        raise BackendCorrupt(f"the server answered {reply!r:.60} where 0 or 1 was due")
+
+
+class Fetch(Operation):
+    """Fills pages. An object of another length than its page is a miss; its bytes are skipped."""
+
+    verb = "read"
+
+    def __init__(self, keys: Sequence[bytes], pages: Sequence[Page], window_nbytes: int) -> None:
+        self.pages = list(pages)  # made once: a lazy sequence makes segments at each access
+        self._sizes = [nbytes_of(page) for page in pages]
+        self.n_wrong_size = 0
+        super().__init__(keys, sum(self._sizes), window_nbytes)
+
+    def request(self, n: int) -> list[Chunk]:
+        key = self.keys[n]
+        return [b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(key), key)]
+
+    def answer(self, wire: Wire, n: int) -> bool | ErrorReply:
+        length = wire.read_length()
+        if isinstance(length, int):
+            if length == self._sizes[n]:
+                wire.read_payload(self.pages[n])
+                return True
+            wire.skip_payload(length)
+            self.n_wrong_size += 1  # a statistic: two wires at once may lose one
+            return False
+        if length is None or length.code in MISSES:
+            return False
+        return length
+
+
+class FetchAny(Operation):
+    """Reads objects of unknown length into memory of their own, found in ``values``."""
+
+    verb = "read"
+
+    def __init__(self, keys: Sequence[bytes]) -> None:
+        super().__init__(keys)
+        self.values: list[bytearray | None] = [None] * len(keys)
+
+    def request(self, n: int) -> list[Chunk]:
+        return [command(b"GET", self.keys[n])]
+
+    def answer(self, wire: Wire, n: int) -> bool | ErrorReply:
+        length = wire.read_length()
+        if isinstance(length, int):
+            value = bytearray(length)
+            wire.read_payload([memoryview(value)])
+            self.values[n] = value
+            return True
+        return False if length is None or length.code in MISSES else length
+
+
+class Store(Operation):
+    """Stores pages; no is what a full server says."""
+
+    verb = "write"
+
+    def __init__(
+        self,
+        keys: Sequence[bytes],
+        pages: Sequence[Page],
+        window_nbytes: int,
+        ttl_ms: int | None = None,
+    ) -> None:
+        self.pages = list(pages)  # made once: a lazy sequence makes segments at each access
+        self.refusal: ErrorReply | None = None
+        self._ttl_ms = ttl_ms
+        self._sizes = [nbytes_of(page) for page in pages]
+        super().__init__(keys, sum(self._sizes), window_nbytes)
+
+    def request(self, n: int) -> list[Chunk]:
+        return set_command(self.keys[n], self.pages[n], self._sizes[n], self._ttl_ms)
+
+    def verdict(self, reply: Reply) -> bool | ErrorReply:
+        if isinstance(reply, ErrorReply) and reply.code in DROPS:
+            self.refusal = reply
+            return False
+        return True if reply == b"OK" else super().verdict(reply)
+
+
+class Count(Operation):
+    """Asks which keys are present."""
+
+    verb = "look up"
+
+    def request(self, n: int) -> list[Chunk]:
+        key = self.keys[n]
+        return [b"*2\r\n$6\r\nEXISTS\r\n$%d\r\n%b\r\n" % (len(key), key)]
+
+
+class Remove(Operation):
+    """Unlinks keys; the server frees their memory in the background."""
+
+    verb = "delete"
+    stops = False
+
+    def request(self, n: int) -> list[Chunk]:
+        return [command(b"UNLINK", self.keys[n])]
+
+
+class Probe(Operation):
+    """Asks for the right to write, and writes nothing: XX stores only over what is there."""
+
+    verb = "write"
+
+    def request(self, n: int) -> list[Chunk]:
+        return [command(b"SET", self.keys[n], b"", b"XX")]
+
+    def verdict(self, reply: Reply) -> bool | ErrorReply:
+        if isinstance(reply, ErrorReply) and reply.code not in DROPS:
+            return reply
+        return reply == b"OK"
+
+
+@dataclass(frozen=True, slots=True)
+class Redirect:
+    """The server said that the slot of ``keys[index]`` is, or is going, elsewhere."""
+
+    index: int
+    address: str
+    asking: bool
+
+
+@dataclass(slots=True)
+class Progress:
+    """What came of one connection's part of a batch.
+
+    Attributes:
+        first_no: index of the first key that was answered with no; None if there is none.
+        n_yes: keys answered with yes, wherever they stand.
+        redirects: keys to ask for elsewhere; they are neither yes nor no yet.
+    """
+
+    first_no: int | None = None
+    n_yes: int = 0
+    redirects: list[Redirect] = field(default_factory=list)
+
+
+def run(
+    wire: Wire, server: str, operation: Operation, indices: Sequence[int], *, asking: bool = False
+) -> Progress:
+    """Asks for ``operation.keys[n]`` for each n of ``indices`` over one connection, pipelined.
+
+    Two steps are in flight, so that the server always has the next requests while replies are
+    read, and never more than that: its reply buffers count as used memory, and would push pages
+    out. When it returns, nothing is owed on the wire.
+
+    Args:
+        wire: a quiet connection; it must be closed if this raises.
+        server: its address, for messages.
+        operation: what to ask.
+        indices: ascending.
+        asking: the slots are on their way to this server, which answers only when asked so.
+
+    Raises:
+        BackendError, OSError: the batch ends; what is in flight is lost.
+    """
+    progress = Progress()
+    n_sent = n_read = 0
+    while True:
+        stopped = operation.stops and progress.first_no is not None
+        if n_sent < len(indices) and n_sent - n_read <= operation.step and not stopped:
+            buffers: list[Chunk] = []
+            for n in indices[n_sent : n_sent + operation.step]:
+                if asking:
+                    buffers.append(_ASKING)
+                buffers += operation.request(n)
+                n_sent += 1
+            wire.send(buffers)
+        elif n_read == n_sent:
+            return progress
+        else:
+            if asking:
+                wire.read_reply()
+            n = indices[n_read]
+            n_read += 1
+            _note(progress, n, operation.answer(wire, n), (server, operation.verb))
+
+
+def _note(progress: Progress, n: int, answer: bool | ErrorReply, context: tuple[str, str]) -> None:
+    """Enters the answer for ``keys[n]``."""
+    if isinstance(answer, ErrorReply):
+        if answer.code not in ("MOVED", "ASK"):
+            raise reply_error(answer, *context)
+        address = answer.split(" ")[-1]
+        if address.startswith(":"):  # the server does not know its own name: it is the same host
+            address = context[0].rpartition(":")[0] + address
+        progress.redirects.append(Redirect(n, address, answer.code == "ASK"))
+    elif answer:
+        progress.n_yes += 1
+    elif progress.first_no is None:
+        progress.first_no = n

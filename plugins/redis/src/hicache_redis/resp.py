@@ -1,0 +1,220 @@
+"""The Redis protocol on a channel: commands as bytes, replies straight into page memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from hicache_core.errors import BackendCorrupt
+from hicache_core.types import Page
+from hicache_redis.channel import Channel, Chunk
+from hicache_redis.errors import ErrorReply
+
+Reply: TypeAlias = "int | float | bool | bytes | ErrorReply | list[Reply] | None"
+
+MAX_BULK_NBYTES = 512 * 2**20  # the protocol's own limit
+_BUFFER_NBYTES = 16384
+_CRLF = b"\r\n"
+
+
+def _error(text: bytes | bytearray) -> ErrorReply:
+    return ErrorReply(text.decode(errors="replace"))
+
+
+# Replies that are one line: what the rest of the line means.
+_SIMPLE: dict[bytes, Callable[[bytes], Reply]] = {
+    b"+": bytes,
+    b"-": _error,
+    b":": int,
+    b"(": int,
+    b"_": lambda _: None,
+    b"#": lambda body: body == b"t",
+    b",": float,
+}
+
+
+def command(*words: bytes) -> bytes:
+    """A command of the protocol: an array of bulk strings."""
+    parts = [b"*%d\r\n" % len(words)]
+    parts += [b"$%d\r\n%b\r\n" % (len(word), word) for word in words]
+    return b"".join(parts)
+
+
+def set_command(key: bytes, page: Page, nbytes: int, ttl_ms: int | None) -> list[Chunk]:
+    """``SET key page [PX ttl_ms]`` as buffers to gather: the page's segments stand among them.
+
+    Args:
+        key: the whole key.
+        page: segments of ``nbytes`` bytes together.
+        nbytes: length of the object.
+        ttl_ms: life of the object in milliseconds; for ever if None.
+    """
+    n_words, tail = 3, _CRLF
+    if ttl_ms is not None:
+        n_words, tail = 5, b"\r\n$2\r\nPX\r\n$%d\r\n%d\r\n" % (len(str(ttl_ms)), ttl_ms)
+    head = b"*%d\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (n_words, len(key), key, nbytes)
+    return [head, *page, tail]
+
+
+class Wire:
+    """A connection that speaks RESP2 or RESP3. One thread at a time.
+
+    Lines are read through a buffer of 16 KiB. Of a payload no more than that ever passes through
+    it; the rest is received where it belongs.
+
+    Any exception leaves requests and replies out of step: the wire must be closed.
+    """
+
+    def __init__(self, channel: Channel, close: Callable[[], None]) -> None:
+        """Wraps a connection whose handshake is over.
+
+        Args:
+            channel: the connection.
+            close: ends it.
+        """
+        self._channel = channel
+        self.close = close
+        self._buffer = bytearray(_BUFFER_NBYTES)
+        self._view = memoryview(self._buffer)
+        self._start = 0  # what has arrived and is not yet read: buffer[start:stop]
+        self._stop = 0
+        self._end = memoryview(bytearray(2))
+
+    def send(self, buffers: Sequence[Chunk]) -> None:
+        """Sends commands."""
+        self._channel.send(buffers)
+
+    def call(self, *words: bytes) -> Reply:
+        """Sends one command and reads its reply."""
+        self.send([command(*words)])
+        return self.read_reply()
+
+    def is_quiet(self) -> bool:
+        """Whether the connection stands and owes nothing; does not wait."""
+        return self._start == self._stop and self._channel.is_quiet()
+
+    def read_length(self) -> int | ErrorReply | None:
+        """Reads the head of a bulk string: its length, None for null, or an error reply.
+
+        The payload of that length must be read next, by ``read_payload`` or ``skip_payload``.
+
+        Raises:
+            BackendCorrupt: it is another kind of reply.
+        """
+        line = self._reply_line()
+        kind = line[:1]
+        if kind == b"$":
+            length = self._number(line)
+            return None if length < 0 else length
+        if kind == b"_":
+            return None
+        if kind == b"-":
+            return _error(line[1:])
+        raise _garbage(line)
+
+    def read_payload(self, page: Sequence[memoryview]) -> None:
+        """Reads a payload of exactly the page's length into its segments."""
+        rest = [*page, self._end]
+        first = 0
+        while first < len(rest) and self._start < self._stop:
+            segment = rest[first]
+            n_bytes = min(self._stop - self._start, segment.nbytes)
+            segment[:n_bytes] = self._view[self._start : self._start + n_bytes]
+            self._start += n_bytes
+            if n_bytes < segment.nbytes:
+                rest[first] = segment[n_bytes:]
+            else:
+                first += 1
+        if first < len(rest):
+            self._channel.fill(rest[first:])
+        if self._end != _CRLF:
+            raise _garbage(bytes(self._end))
+
+    def skip_payload(self, nbytes: int) -> None:
+        """Reads a payload of ``nbytes`` bytes and forgets it."""
+        scrap = memoryview(bytearray(min(nbytes, 1 << 18)))
+        while nbytes > len(scrap):
+            n_buffered = min(self._stop - self._start, nbytes)
+            self._start += n_buffered
+            nbytes -= n_buffered
+            if not n_buffered:
+                self._channel.fill([scrap])
+                nbytes -= len(scrap)
+        self.read_payload([scrap[:nbytes]])
+
+    def read_reply(self) -> Reply:
+        """Reads one whole reply of any kind; maps come as flat lists."""
+        line = self._reply_line()
+        kind, body = line[:1], line[1:]
+        try:
+            if kind in _SIMPLE:
+                return _SIMPLE[kind](body)
+        except ValueError:
+            raise _garbage(line) from None
+        return self._read_long(line)
+
+    def _read_long(self, line: bytes) -> Reply:
+        """The rest of a reply whose head says how long it is."""
+        kind, length = line[:1], self._number(line)
+        if kind in b"$=!":
+            if length < 0:
+                return None
+            value = bytearray(length)
+            self.read_payload([memoryview(value)])
+            if kind == b"!":
+                return _error(value)
+            return bytes(value[4:] if kind == b"=" else value)
+        if kind in b"*~":
+            return None if length < 0 else [self.read_reply() for _ in range(length)]
+        if kind == b"%":
+            return [self.read_reply() for _ in range(2 * length)]
+        raise _garbage(line)
+
+    def _reply_line(self) -> bytes:
+        """The first line of the next reply; what the server pushes between replies is dropped."""
+        while True:
+            line = self._line()
+            if line[:1] == b">":
+                for _ in range(self._number(line)):
+                    self.read_reply()
+            elif line[:1] == b"|":
+                for _ in range(2 * self._number(line)):
+                    self.read_reply()
+            else:
+                return line
+
+    def _line(self) -> bytes:
+        while True:
+            end = self._buffer.find(_CRLF, self._start, self._stop)
+            if end >= 0:
+                line = bytes(self._view[self._start : end])
+                self._start = end + 2
+                return line
+            self._receive()
+
+    def _receive(self) -> None:
+        """Appends what has arrived to the buffer."""
+        n_unread = self._stop - self._start
+        if n_unread == _BUFFER_NBYTES:
+            raise _garbage(bytes(self._view[self._start : self._start + 64]))
+        if self._start:
+            self._view[:n_unread] = bytes(self._view[self._start : self._stop])
+            self._start, self._stop = 0, n_unread
+        self._stop += self._channel.receive(self._view[self._stop :])
+
+    @staticmethod
+    def _number(line: bytes) -> int:
+        try:
+            number = int(line[1:])
+        except ValueError:
+            raise _garbage(line) from None
+        if line[:1] == b"$" and number > MAX_BULK_NBYTES:
+            raise _garbage(line)
+        return number
+
+
+def _garbage(line: bytes) -> BackendCorrupt:
+    return BackendCorrupt(
+        f"the server sent {line[:32]!r} where a reply was due; is it a Redis server, and does a "
+        "proxy stand between that changes replies?"
+    )

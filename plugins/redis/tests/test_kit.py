@@ -1,0 +1,85 @@
+"""The conformance kit on real servers: over TCP, a unix socket and in a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import pytest
+
+from hicache_core.testing.control import StoreControl
+from hicache_core.testing.features import Feature
+from hicache_core.testing.recipe import Recipe
+from hicache_core.testing.suite import StorageBackendTests
+from plugins.redis.tests.servers import ClusterOfServers, Server, running
+
+PASSWORD = "a-secret-of-the-kit"
+FEATURES = frozenset(Feature) - {Feature.REGISTER_MEMORY, Feature.SMALL_STORE, Feature.SECRETS}
+LIMITS = ("--maxmemory", "1gb", "--maxmemory-policy", "allkeys-lru")
+
+
+@pytest.fixture(scope="module")
+def kit_server() -> Iterator[Server]:
+    """A server with a password, which the kit kills, freezes and restarts."""
+    with running(*LIMITS, "--requirepass", PASSWORD, password=PASSWORD) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def full_server() -> Iterator[Server]:
+    """A server that refuses writes when it is full, sooner than the kit gives up."""
+    with running("--maxmemory", "24mb", "--maxmemory-policy", "noeviction") as server:
+        yield server
+
+
+class TestStandalone(StorageBackendTests):
+    """Over TCP, with a password."""
+
+    features: ClassVar[frozenset[Feature]] = FEATURES | {Feature.SMALL_STORE, Feature.SECRETS}
+
+    @pytest.fixture
+    def recipe(self, kit_server: Server) -> Recipe:
+        settings = {"url": kit_server.url, "password": PASSWORD, "socket_timeout_s": 0.5}
+        return Recipe.named("redis", settings)
+
+    @pytest.fixture
+    def store_control(self, kit_server: Server) -> StoreControl:
+        return kit_server
+
+    @pytest.fixture
+    def small_store(self, full_server: Server) -> Recipe:
+        return Recipe.named("redis", {"url": full_server.url})
+
+
+class TestUnixSocket(StorageBackendTests):
+    """Over a unix socket, with RESP3 and the password in the URL.
+
+    What the kit does to the server is done to it over TCP.
+    """
+
+    features: ClassVar[frozenset[Feature]] = (FEATURES | {Feature.SECRETS}) - {Feature.CONTROL}
+
+    @pytest.fixture
+    def recipe(self, kit_server: Server) -> Recipe:
+        url = f"unix://:{PASSWORD}@{kit_server.socket_path}"
+        return Recipe.named("redis", {"url": url, "protocol": 3})
+
+
+class TestCluster(StorageBackendTests):
+    """Three shards; the kit kills and freezes all of them."""
+
+    features: ClassVar[frozenset[Feature]] = FEATURES
+
+    @pytest.fixture
+    def recipe(self, cluster: ClusterOfServers) -> Recipe:
+        settings = {
+            "url": cluster.url,
+            "cluster": True,
+            "socket_timeout_s": 0.3,
+            "node_retry_interval_s": 0.01,  # the kit wants a thawed server back at once
+        }
+        return Recipe.named("redis", settings)
+
+    @pytest.fixture
+    def store_control(self, cluster: ClusterOfServers) -> StoreControl:
+        return cluster

@@ -1,0 +1,193 @@
+"""The protocol on a real pair of sockets: what is read, and that not a byte more is."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+from hicache_redis.channel import PlainChannel
+from hicache_redis.errors import ErrorReply
+from hicache_redis.resp import Wire, command, set_command
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hicache_core.errors import BackendCorrupt
+from plugins.redis.tests.pages import blank, filled, holds
+
+
+class Ends:
+    """A wire and the server's end of its connection."""
+
+    def __init__(self) -> None:
+        ours, self.theirs = socket.socketpair()
+        self.wire = Wire(PlainChannel(ours, timeout_s=0.2), ours.close)
+
+    def close(self) -> None:
+        self.wire.close()
+        self.theirs.close()
+
+
+@pytest.fixture
+def ends() -> Iterator[Ends]:
+    ends = Ends()
+    yield ends
+    ends.close()
+
+
+@pytest.fixture
+def reading(ends: Ends) -> Callable[[bytes], Wire]:
+    """The wire, on which the given bytes have arrived."""
+
+    def arrive(data: bytes) -> Wire:
+        ends.theirs.sendall(data)
+        return ends.wire
+
+    return arrive
+
+
+@pytest.mark.parametrize(
+    ("data", "reply"),
+    [
+        (b"+OK\r\n", b"OK"),
+        (b":-12\r\n", -12),
+        (b"$3\r\nabc\r\n", b"abc"),
+        (b"$0\r\n\r\n", b""),
+        (b"$-1\r\n", None),
+        (b"_\r\n", None),
+        (b"*-1\r\n", None),
+        (b"*2\r\n:1\r\n*1\r\n+x\r\n", [1, [b"x"]]),
+        (b"~1\r\n#t\r\n", [True]),
+        (b"%1\r\n+a\r\n,1.5\r\n", [b"a", 1.5]),
+        (b"(12345678901234567890\r\n", 12345678901234567890),
+        (b"=7\r\ntxt:abc\r\n", b"abc"),
+        (b"-OOM full\r\n", ErrorReply("OOM full")),
+        (b"!6\r\nERR no\r\n", ErrorReply("ERR no")),
+        (b">2\r\n+invalidate\r\n*1\r\n+k\r\n+OK\r\n", b"OK"),
+        (b"|1\r\n+ttl\r\n:3\r\n+OK\r\n", b"OK"),
+    ],
+)
+def test_every_kind_of_reply_of_RESP2_and_RESP3_is_read_whole(
+    reading: Callable[[bytes], Wire], data: bytes, reply: object
+) -> None:
+    wire = reading(data)
+    assert wire.read_reply() == reply
+    assert wire.is_quiet()
+
+
+def test_error_replies_are_told_from_text() -> None:
+    assert ErrorReply("WRONGTYPE of value").code == "WRONGTYPE"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"HTTP/1.1 400 Bad\r\n", b"$x\r\n", b":1x\r\n", b"$99999999999\r\n", b"?\r\n", b"x" * 20000],
+)
+def test_what_is_no_reply_is_an_error_and_never_data(
+    reading: Callable[[bytes], Wire], data: bytes
+) -> None:
+    with pytest.raises(BackendCorrupt, match="where a reply was due"):
+        reading(data).read_reply()
+
+
+def test_a_payload_that_does_not_end_where_it_should_is_an_error(
+    reading: Callable[[bytes], Wire],
+) -> None:
+    wire = reading(b"$4\r\nabcdef\r\n")
+    assert wire.read_length() == 4
+    with pytest.raises(BackendCorrupt):
+        wire.read_payload(blank((4,)))
+
+
+def test_an_integer_is_no_head_of_a_payload(reading: Callable[[bytes], Wire]) -> None:
+    with pytest.raises(BackendCorrupt):
+        reading(b":4\r\n").read_length()
+
+
+@given(
+    sizes=st.lists(st.integers(0, 3000), min_size=1, max_size=12),
+    cuts=st.lists(st.integers(1, 5000), min_size=1, max_size=8),
+    wrong=st.sets(st.integers(0, 11)),
+)
+def test_payloads_fill_their_segments_however_they_arrive(
+    sizes: list[int], cuts: list[int], wrong: set[int]
+) -> None:
+    """Replies arrive in pieces of any length; some are skipped; none moves another by a byte."""
+    ends = Ends()
+    stream = b"".join(
+        b"$%d\r\n%b\r\n" % (size, b"".join(filled(str(n), (size,)))) for n, size in enumerate(sizes)
+    )
+
+    def serve() -> None:
+        start = n = 0
+        while start < len(stream):
+            piece = cuts[n % len(cuts)]
+            ends.theirs.sendall(stream[start : start + piece])
+            start, n = start + piece, n + 1
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        for n, size in enumerate(sizes):
+            assert ends.wire.read_length() == size
+            if n in wrong:
+                ends.wire.skip_payload(size)
+                continue
+            page = blank((size // 3, 0, size - size // 3))
+            ends.wire.read_payload(page)
+            assert holds(str(n), page)
+        assert ends.wire.is_quiet()
+    finally:
+        thread.join()
+        ends.close()
+
+
+@pytest.mark.parametrize("shape", [(5,), (), (0, 3, 0), (1,) * 2500, (64, 3_000_000)])
+def test_a_page_of_any_shape_is_sent_as_one_string(ends: Ends, shape: tuple[int, ...]) -> None:
+    """Also above IOV_MAX segments, and when the socket takes only a part at a time."""
+    page, nbytes = filled("k", shape), sum(shape)
+    expected = command(b"SET", b"k", b"".join(page), b"PX", b"1500")
+    received = bytearray()
+
+    def read() -> None:
+        while len(received) < len(expected):
+            received.extend(ends.theirs.recv(1 << 16))
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    ends.wire.send(set_command(b"k", page, nbytes, 1500))
+    thread.join()
+    assert received == expected
+
+
+def test_a_server_that_sends_nothing_or_half_ends_in_a_timeout(ends: Ends) -> None:
+    with pytest.raises(TimeoutError):
+        ends.wire.read_reply()
+    ends.theirs.sendall(b"$10\r\nabc")
+    assert ends.wire.read_length() == 10
+    with pytest.raises(TimeoutError):
+        ends.wire.read_payload(blank((10,)))
+
+
+def test_a_server_that_takes_nothing_ends_in_a_timeout(ends: Ends) -> None:
+    with pytest.raises(TimeoutError):
+        ends.wire.send([bytes(1 << 24)])
+
+
+def test_a_server_that_hangs_up_is_a_lost_connection(ends: Ends) -> None:
+    ends.theirs.sendall(b"$10\r\nabc")
+    assert ends.wire.read_length() == 10
+    ends.theirs.close()
+    with pytest.raises(ConnectionError):
+        ends.wire.read_payload(blank((10,)))
+
+
+def test_a_wire_with_unread_bytes_or_without_a_server_is_not_quiet(ends: Ends) -> None:
+    assert ends.wire.is_quiet()
+    ends.theirs.sendall(b"+LATE\r\n")
+    assert not ends.wire.is_quiet()
+    assert ends.wire.read_reply() == b"LATE"
+    assert ends.wire.is_quiet()
+    ends.theirs.close()
+    assert not ends.wire.is_quiet()
