@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 from hicache_core.errors import BackendError
@@ -37,7 +37,7 @@ class Crew:
                 if failures:
                     return
 
-        helpers = [self._pool.submit(share) for _ in range(min(self.n_threads, len(todo)) - 1)]
+        helpers = self._call(share, min(self.n_threads, len(todo)) - 1)
         try:
             share()
         finally:
@@ -50,5 +50,14 @@ class Crew:
             raise failures[0]
 
     def close(self) -> None:
-        """Joins the threads."""
+        """Joins the threads; calls that are under way go on with their callers alone."""
         self._pool.shutdown()
+
+    def _call(self, share: Callable[[], None], n_helpers: int) -> list[Future[None]]:
+        helpers: list[Future[None]] = []
+        for _ in range(n_helpers):
+            try:
+                helpers.append(self._pool.submit(share))
+            except RuntimeError:  # closed meanwhile
+                break
+        return helpers
