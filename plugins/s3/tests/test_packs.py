@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hicache_s3.crew import Crew
@@ -67,11 +68,11 @@ def test_reading_takes_one_request_for_each_run(make_backend: MakeBackend, weed:
     objects = reader._opened().objects
     fetch = objects.fetch
 
-    def counting(name: str, *rest: object) -> object:
+    def counting(name: str, *rest: Any, **named: Any) -> Any:
         asked.append(name)
-        return fetch(name, *rest)  # type: ignore[arg-type]
+        return fetch(name, *rest, **named)
 
-    objects.fetch = counting  # type: ignore[method-assign,assignment]
+    objects.fetch = counting  # type: ignore[method-assign]
     assert reader.batch_exists(keys) == 32
     assert len(asked) <= 5  # four packs; one more where the first guess of their size was wrong
     asked.clear()

@@ -42,6 +42,7 @@ class Endpoint:
             BackendError: boto3 cannot use these settings.
         """
         self._client_config = Config(
+            signature_version="s3v4",  # without it, sample addresses are not those of the region
             connect_timeout=config.connect_timeout_s,
             read_timeout=config.read_timeout_s,
             retries={"total_max_attempts": 2, "mode": "standard"},
