@@ -5,6 +5,7 @@ It answers each request with the next of the prepared answers, whatever was aske
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import socket
 import threading
@@ -33,8 +34,8 @@ class Reply(NamedTuple):
 
 def error(status: int, code: str, extra: str = "") -> Reply:
     """An error as S3 writes it."""
-    body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>as emulated</Message>{extra}</Error>"
-    return Reply(status, body.encode())
+    said = f"<Code>{code}</Code><Message>as emulated</Message>{extra}"
+    return Reply(status, f"<?xml version='1.0'?><Error>{said}</Error>".encode())
 
 
 ABSENT = error(404, "NoSuchKey")
@@ -58,7 +59,7 @@ class Emulation:
             def answer(self) -> None:
                 emulation._answer(self)
 
-            do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = answer
+            do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = answer  # noqa: N815 - as the base asks
 
             def log_message(self, format: str, *args: object) -> None:
                 """Says nothing."""
@@ -88,7 +89,8 @@ class Emulation:
         request.send_header("Content-Length", str(length))
         request.end_headers()
         if request.command != "HEAD":
-            request.wfile.write(reply.body)
+            with contextlib.suppress(ConnectionError):  # the client has seen enough
+                request.wfile.write(reply.body)
         if self.hang_up or length != len(reply.body):
             request.close_connection = True
             request.connection.shutdown(socket.SHUT_WR)

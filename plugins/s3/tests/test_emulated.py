@@ -85,11 +85,11 @@ def test_slow_down_is_waited_out_and_counted(
 def test_slow_down_without_end_is_an_error_in_bounded_time(
     emulation: Emulation, make_backend: MakeBackend
 ) -> None:
-    backend = make_backend(emulation.url, retry_s=0.5, pack=False)
+    backend = make_backend(emulation.url, retry_s=0.5)
     emulation.last = SLOW_DOWN
     start = time.monotonic()
     keys = keys_of(20)
-    with pytest.raises(BackendUnavailable, match="SlowDown.*limits requests"):
+    with pytest.raises(BackendUnavailable, match=r"SlowDown.*limits requests"):
         backend.batch_set(keys, [filled(key, PAGE) for key in keys])
     assert time.monotonic() - start < 2
     assert backend.stats()["slow_downs"] > 3
@@ -103,7 +103,7 @@ def test_a_full_store_ends_the_count(emulation: Emulation, make_backend: MakeBac
     emulation.replies = [error(404, "NoSuchKey"), STORED, STORED, full, STORED]
     assert backend.batch_set(keys, [filled(key, PAGE) for key in keys]) == 2
     assert backend.stats()["dropped_writes"] == 3
-    with pytest.raises(BackendFull, match="lifecycle"):
+    with pytest.raises(BackendFull, match=r"lifecycle"):
         backend.set(KEY, b"x")
 
 
@@ -112,9 +112,9 @@ def test_a_body_that_ends_early_fills_no_page(
 ) -> None:
     backend = make_backend(emulation.url)
     emulation.last = Reply(200, content(KEY, NBYTES)[:-10], nbytes=NBYTES)
-    with pytest.raises(BackendUnavailable, match="middle of an object"):
+    with pytest.raises(BackendUnavailable, match=r"middle of an object"):
         backend.batch_get([KEY], [blank(PAGE)])
-    with pytest.raises(BackendUnavailable, match="middle of an object"):
+    with pytest.raises(BackendUnavailable, match=r"middle of an object"):
         backend.get(KEY)
 
 
@@ -136,7 +136,7 @@ def test_a_silent_server_is_a_timeout(emulation: Emulation, make_backend: MakeBa
     backend = make_backend(emulation.url, read_timeout_s=0.3)
     emulation.replies = [Reply(200, delay_s=1.0)]
     start = time.monotonic()
-    with pytest.raises(BackendTimeout, match="no answer in time"):
+    with pytest.raises(BackendTimeout, match=r"no answer in time"):
         backend.get(KEY)
     assert time.monotonic() - start < 0.9
 

@@ -27,9 +27,9 @@ def test_a_missing_bucket_is_named_or_made(make_backend: MakeBackend) -> None:
 
 
 def test_wrong_keys_are_denied(make_backend: MakeBackend) -> None:
-    with pytest.raises(BackendDenied, match="secret_access_key belongs to another"):
+    with pytest.raises(BackendDenied, match=r"secret_access_key belongs to another"):
         make_backend(secret_access_key="wrong-secret")
-    with pytest.raises(BackendDenied, match="knows no such access_key_id"):
+    with pytest.raises(BackendDenied, match=r"knows no such access_key_id"):
         make_backend(access_key_id="AKNOBODY")
 
 
@@ -40,7 +40,7 @@ def test_a_reader_reads_and_is_denied_the_rest(make_backend: MakeBackend) -> Non
     assert reader.batch_exists(keys) == 8
     assert hits(reader, keys) == 8
     new = keys_of(8, "new")
-    with pytest.raises(BackendDenied, match="s3:PutObject"):
+    with pytest.raises(BackendDenied, match=r"s3:PutObject"):
         reader.batch_set(new, [filled(key, PAGE) for key in new])
     for gone in (keys[:1], keys):
         with pytest.raises(BackendDenied):
@@ -52,7 +52,7 @@ def test_a_reader_reads_and_is_denied_the_rest(make_backend: MakeBackend) -> Non
 
 def test_a_refused_connection_is_an_error_at_once(make_backend: MakeBackend) -> None:
     start = time.monotonic()
-    with pytest.raises(BackendUnavailable, match="refused.*check endpoint_url"):
+    with pytest.raises(BackendUnavailable, match=r"refused.*check endpoint_url"):
         make_backend(f"http://127.0.0.1:{free_ports(1)[0]}")
     assert time.monotonic() - start < 2
 
@@ -92,7 +92,7 @@ def test_killed_frozen_and_restarted_in_mid_batch(
     own_weed.thaw()
     assert eventually(lambda: hits(backend, keys, MIB) == 24)
 
-    # Killed while a batch is under way: pages of the leading count are right, or an error is raised.
+    # Killed while a batch is under way: leading pages that are right, or an error.
     killer = threading.Timer(0.02, own_weed.kill)
     killer.start()
     while killer.is_alive():
@@ -146,7 +146,7 @@ def test_https_is_verified_and_carries_pages(
     server = Weed(tmp_path / "weed", certificate)
     server.start()
     try:
-        with pytest.raises(BackendUnavailable, match="set ca_bundle"):
+        with pytest.raises(BackendUnavailable, match=r"set ca_bundle"):
             make_backend(server.https_url)
         backend = make_backend(server.https_url, ca_bundle=str(certificate[0]))
         keys = keys_of(9)

@@ -99,7 +99,7 @@ def _lifecycle(objects: Objects) -> Finding:
             return Finding("warning", "lifecycle", f"nothing ever expires; {advice}")
         return Finding("warning", "lifecycle", f"rules cannot be read ({code}); {advice}")
     except BotoCoreError as error:
-        text = shown(str(error), objects.config.secrets())
+        text = shown(str(error), objects.endpoint.secrets())
         return Finding("warning", "lifecycle", f"rules cannot be read ({text}); {advice}")
     rules = [rule for rule in answer.get("Rules", ()) if rule.get("Status") == "Enabled"]
     if not any("Expiration" in rule for rule in rules):

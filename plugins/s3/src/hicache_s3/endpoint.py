@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import ssl
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,6 +19,7 @@ from hicache_core.errors import BackendDenied, BackendError
 from hicache_s3.config import S3Config
 from hicache_s3.connections import Address
 from hicache_s3.errors import shown
+from hicache_s3.masking import LogMask
 
 DEFAULT_REGION = "us-east-1"
 
@@ -42,7 +43,6 @@ class Endpoint:
             BackendError: boto3 cannot use these settings.
         """
         self._client_config = Config(
-            signature_version="s3v4",  # without it, sample addresses are not those of the region
             connect_timeout=config.connect_timeout_s,
             read_timeout=config.read_timeout_s,
             retries={"total_max_attempts": 2, "mode": "standard"},
@@ -50,12 +50,18 @@ class Endpoint:
             response_checksum_validation="when_required",
             s3={"addressing_style": config.addressing_style, "payload_signing_enabled": False},
         )
+        self.mask = LogMask(config.secrets())
+        self.mask.install()
         try:
             self._connect(config)
         except (BotoCoreError, ValueError) as error:
+            self.mask.remove()
             raise BackendError(
                 shown(f"boto3 cannot use these settings of s3: {error}", config.secrets())
             ) from None
+        except BackendDenied:
+            self.mask.remove()
+            raise
 
     def _connect(self, config: S3Config) -> None:
         session = _session(config)
@@ -74,11 +80,7 @@ class Endpoint:
                 "no credentials for s3: set access_key_id and secret_access_key, AWS_PROFILE, or "
                 "give the machine a role"
             )
-        # boto3 knows how bucket, region, style and endpoint make a URL: take one of its apart.
-        sample = self.client.generate_presigned_url(
-            "get_object", Params={"Bucket": config.bucket, "Key": "x"}
-        )
-        url = urlsplit(sample)
+        url = urlsplit(_sample_url(self.client, config.bucket))
         self.path = url.path.removesuffix("x")
         self.url = f"{url.scheme}://{url.netloc}"
         self._host = url.netloc
@@ -102,12 +104,44 @@ class Endpoint:
         request = AWSRequest(method, self.url + target, dict(headers))
         request.context["client_config"] = self._client_config
         credentials = self._credentials.get_frozen_credentials()
+        self.mask.hold(credentials)
         S3SigV4Auth(credentials, "s3", self.region).add_auth(request)
         return {"Host": self._host, **dict(request.headers.items())}
+
+    def secrets(self) -> Sequence[str]:
+        """What must not be shown, wherever boto3 found it."""
+        return self.mask.secrets
 
     def close(self) -> None:
         """Closes the connections of boto3's client."""
         self.client.close()
+        self.mask.remove()
+
+
+class _Located(Exception):
+    """Ends a request that is not meant to be sent."""
+
+
+def _sample_url(client: Any, bucket: str) -> str:
+    """The URL of an object ``x``: boto3 knows how bucket, region, style and endpoint make one.
+
+    A presigned URL would be that of the global endpoint, whatever the region.
+    """
+    urls: list[str] = []
+
+    def note(request: Any, **_: object) -> None:
+        urls.append(request.url)
+        raise _Located
+
+    event = "before-sign.s3.GetObject"
+    client.meta.events.register(event, note, unique_id=event)
+    try:
+        client.get_object(Bucket=bucket, Key="x")
+    except _Located:
+        pass
+    finally:
+        client.meta.events.unregister(event, unique_id=event)
+    return urls[0]
 
 
 def _session(config: S3Config) -> Any:

@@ -243,10 +243,10 @@ class Objects:
             raise self._of_botocore(error, action) from None
 
     def _refused(self, refusal: Refusal, action: str) -> Exception:
-        return refused(refusal, f"{self._where}, {action}", self.config.secrets())
+        return refused(refusal, f"{self._where}, {action}", self.endpoint.secrets())
 
     def _of_botocore(self, error: BotoCoreError, action: str) -> Exception:
-        text = shown(f"{self._where}, {action}: {error}", self.config.secrets())
+        text = shown(f"{self._where}, {action}: {error}", self.endpoint.secrets())
         if isinstance(error, (ReadTimeoutError, ConnectTimeoutError)):
             return BackendTimeout(text)
         if isinstance(error, EndpointConnectionError):
