@@ -1,0 +1,212 @@
+"""Pages in an S3 bucket: streamed between the memory of pages and the store, several at once."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import ClassVar
+
+from hicache_core.errors import BackendError, UseAfterClose
+from hicache_core.storage.base import BackendConfig, Buffer, Finding, StorageBackend
+from hicache_core.storage.segments import nbytes_of
+from hicache_core.types import BackendContext, Page
+from hicache_s3.config import S3Config
+from hicache_s3.crew import Crew
+from hicache_s3.diagnose import diagnose
+from hicache_s3.endpoint import Endpoint
+from hicache_s3.index import IndexCache, PackIndex
+from hicache_s3.objects import Counts, Objects
+from hicache_s3.pages import Alone, Found, Pages, page_name
+from hicache_s3.reading import read_batch
+from hicache_s3.search import Search
+from hicache_s3.writing import pages_per_pack, write_batch
+
+_COUNTERS = (
+    "hits",
+    "misses",
+    "writes",
+    "dropped_writes",
+    "puts",
+    "read_nbytes",
+    "written_nbytes",
+    "slow_downs",
+)
+_LIKELY_PACK_PAGES = 32
+_NAMESPACE_NCHARS = 17  # 16 hex digits and the slash
+
+
+class S3Backend(StorageBackend):
+    """Immutable objects in a bucket that any number of servers share.
+
+    Small pages of one write become one object, a pack, and are read back by one ranged request for
+    each run. A page that is stored alone is an object of its own.
+    """
+
+    name: ClassVar[str] = "s3"
+    Config: ClassVar[type[BackendConfig]] = S3Config
+
+    def __init__(self, config: S3Config, context: BackendContext) -> None:
+        super().__init__(config, context)
+        self.settings = config
+        self._store: Pages | None = None
+        self._crew = Crew(config.threads)
+        self._counts = Counts()
+        self._lock = threading.Lock()
+
+    def open(self) -> None:
+        if self._store is not None:
+            return
+        settings = self.settings
+        self._crew = Crew(settings.threads)
+        self._counts = Counts()
+        self._counts.add(**dict.fromkeys(_COUNTERS, 0))
+        objects = Objects(settings, Endpoint(settings), self._crew, self._counts)
+        try:
+            _check_bucket(objects)
+        except BaseException:
+            objects.close()
+            self._crew.close()
+            raise
+        self._store = Pages(objects, IndexCache(settings.index_cache_packs, settings.index_ttl_s))
+
+    def close(self) -> None:
+        with self._lock:
+            store, self._store = self._store, None
+        if store is not None:
+            self._crew.close()
+            store.objects.close()
+
+    def get(self, key: str) -> Buffer | None:
+        value = self._opened().value(key)
+        if value is None:
+            self._counts.add(misses=1)
+        else:
+            self._counts.add(hits=1, read_nbytes=value.nbytes)
+        return value
+
+    def exists(self, key: str) -> bool:
+        return (
+            self._opened().find(key, packed=self._stride(self.context.object_nbytes) > 1)
+            is not None
+        )
+
+    def set(self, key: str, value: Buffer) -> None:
+        self._opened().objects.store(page_name(key), (memoryview(value).cast("B"),))
+        self._counts.add(writes=1)
+
+    def delete(self, keys: Sequence[str]) -> None:
+        store = self._opened()
+        gone = frozenset(keys)
+        packs = self._packs_of(store, list(gone))
+        names = [page_name(key) for key in gone]
+        for index in packs:
+            store.cache.drop(index)
+            rest = index.without(gone)
+            if rest.slots:
+                # First the keys that stay lead to an index without those that go.
+                self._crew.run(partial(store.write_index, index=rest), rest.slots)
+                store.cache.add(rest)
+            else:
+                names.append(index.pack_name)
+        if names:
+            store.objects.remove(names)
+
+    def batch_exists(self, keys: Sequence[str]) -> int:
+        store = self._opened()
+        search = Search(keys, self._stride(self.context.object_nbytes))
+
+        def ask(n: int) -> Found:
+            return store.find(keys[n], packed=search.stride > 1)
+
+        search.run(self._crew, ask)
+        return search.end
+
+    def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        _check_lengths(keys, pages)
+        store = self._opened()
+        if not keys:
+            return 0
+        stride = self._stride(nbytes_of(pages[0]))
+        n_filled = read_batch(keys, pages, stride=stride, store=store, crew=self._crew)
+        nbytes = sum(nbytes_of(page) for page in pages[:n_filled])
+        self._counts.add(hits=n_filled, misses=len(keys) - n_filled, read_nbytes=nbytes)
+        return n_filled
+
+    def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        _check_lengths(keys, pages)
+        store = self._opened()
+        pack_nbytes = self.settings.pack_nbytes if self.settings.pack else 0
+        n_stored = write_batch(keys, pages, pack_nbytes=pack_nbytes, store=store, crew=self._crew)
+        self._counts.add(writes=n_stored, dropped_writes=len(keys) - n_stored)
+        return n_stored
+
+    def list_keys(self, prefix: str) -> Iterator[str]:
+        """Every key that starts with ``prefix``, a thousand at a time."""
+        start = len(page_name(""))
+        return (name[start:] for name in self._opened().objects.names(page_name(prefix)))
+
+    def clear(self, prefix: str) -> int:
+        """Removes every key that starts with ``prefix``; how many there were."""
+        store = self._opened()
+        keys = list(self.list_keys(prefix))
+        if len(prefix) > _NAMESPACE_NCHARS:  # packs may hold other pages as well
+            self.delete(keys)
+            return len(keys)
+        store.cache.clear()
+        packs = list(store.objects.names(f"packs/{prefix}"))
+        store.objects.remove([*map(page_name, keys), *packs])
+        return len(keys)
+
+    def stats(self) -> Mapping[str, float]:
+        """Pages and bytes read, written, missed and dropped since ``open``; busy answers."""
+        store = self._opened()
+        return {**self._counts.copy(), "known_packs": float(len(store.cache))}
+
+    def diagnose(self) -> Iterator[Finding]:
+        """Findings about the bucket, the rights, the rules of expiry and the latency."""
+        return diagnose(self._opened().objects)
+
+    def _opened(self) -> Pages:
+        store = self._store
+        if store is None:
+            raise UseAfterClose("the s3 backend is not open")
+        return store
+
+    def _stride(self, page_nbytes: int) -> int:
+        """How many pages a pack is likely to have; ``page_nbytes`` is 0 if it is not known."""
+        if not self.settings.pack:
+            return 1
+        if page_nbytes == 0:
+            return _LIKELY_PACK_PAGES
+        return pages_per_pack(page_nbytes, self.settings.pack_nbytes)
+
+    def _packs_of(self, store: Pages, keys: Sequence[str]) -> list[PackIndex]:
+        """The packs that hold any of ``keys``: those that the store names and those known here."""
+        search = Search(keys, 1, leading=False)
+        search.run(self._crew, lambda n: store.find(keys[n], packed=self.settings.pack))
+        found = [place for place in search.places if place and not isinstance(place, Alone)]
+        known = [index for key in keys if (index := store.cache.find(key)) is not None]
+        return list({index.pack_name: index for index in [*found, *known]}.values())
+
+
+def _check_bucket(objects: Objects) -> None:
+    """Asks for an object that is not there: address, bucket, credentials and rights show.
+
+    Raises:
+        BackendError: with what was found and what to do.
+    """
+    name = f"probe-{secrets.token_hex(8)}"
+    try:
+        objects.fetch(name)
+    except BackendError as error:
+        if not objects.config.create_bucket or "NoSuchBucket" not in str(error):
+            raise
+        objects.create_bucket()
+        objects.fetch(name)
+
+
+def _check_lengths(keys: Sequence[str], pages: Sequence[Page]) -> None:
+    if len(keys) != len(pages):
+        raise ValueError(f"{len(keys)} keys do not fit {len(pages)} pages")

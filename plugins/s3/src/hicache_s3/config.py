@@ -1,0 +1,123 @@
+"""Settings of the ``s3`` backend; what is not set here is found as boto3 finds it."""
+
+from __future__ import annotations
+
+from typing import Literal
+from urllib.parse import urlsplit
+
+from pydantic import ConfigDict, Field, SecretStr, field_validator, model_validator
+
+from hicache_core.storage.base import BackendConfig
+from hicache_core.storage.settings import Nbytes, Seconds
+
+MIN_PART_NBYTES = 5 * 2**20
+"""S3 takes no smaller part of a multipart upload, except the last."""
+
+
+class S3Config(BackendConfig):
+    """Settings of the ``s3`` backend."""
+
+    # Errors of validation would otherwise show the value, and that may be a secret.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    bucket: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._:/-]+$", description="the bucket")
+    prefix: str = Field(
+        default="hicache/",
+        pattern=r"^[A-Za-z0-9._/-]*$",
+        description="start of every object name; two caches with two prefixes share nothing",
+    )
+    endpoint_url: str | None = Field(
+        default=None, description="URL of an S3-compatible server; AWS if not set"
+    )
+    region: str | None = Field(
+        default=None, description="region of the bucket; as boto3 finds it, else us-east-1"
+    )
+    access_key_id: SecretStr | None = Field(
+        default=None, description="with secret_access_key; as boto3 finds them if not set"
+    )
+    secret_access_key: SecretStr | None = Field(default=None, description="with access_key_id")
+    session_token: SecretStr | None = Field(
+        default=None, description="with temporary keys; they are not refreshed"
+    )
+    profile: str | None = Field(default=None, description="profile of the AWS config files")
+    addressing_style: Literal["auto", "path", "virtual"] = Field(
+        default="auto", description="path: server/bucket, virtual: bucket.server"
+    )
+    ca_bundle: str | None = Field(
+        default=None, description="PEM file of the authorities that sign the server's certificate"
+    )
+    sse: Literal["AES256", "aws:kms", "aws:kms:dsse"] | None = Field(
+        default=None, description="server-side encryption; the bucket's default if not set"
+    )
+    sse_kms_key_id: str | None = Field(default=None, description="KMS key, with sse aws:kms")
+    create_bucket: bool = Field(default=False, description="whether open() makes a missing bucket")
+    threads: int = Field(
+        default=8, ge=1, le=256, description="requests that one batch has under way at once"
+    )
+    max_connections: int = Field(
+        default=64, ge=1, le=1024, description="connections of this process at most"
+    )
+    connect_timeout_s: Seconds = Field(default=2.0, description="limit for one connection")
+    read_timeout_s: Seconds = Field(
+        default=5.0, description="limit for each wait for the server's next bytes"
+    )
+    retry_s: float = Field(
+        default=2.0,
+        ge=0,
+        description="how long a request is tried again after SlowDown and other 5xx answers",
+    )
+    pack: bool = Field(default=True, description="whether small pages of one write are packed")
+    pack_nbytes: Nbytes = Field(
+        default=8 * 2**20, description="size of a pack, to the nearest page"
+    )
+    multipart_nbytes: Nbytes = Field(
+        default=64 * 2**20, description="objects above this are written in parts"
+    )
+    part_nbytes: Nbytes = Field(
+        default=16 * 2**20, description="size of such a part; at least 5 MiB"
+    )
+    index_cache_packs: int = Field(
+        default=4096, ge=1, description="packs whose index is kept in memory; about 10 KB each"
+    )
+    index_ttl_s: Seconds = Field(
+        default=300.0, description="how long such an index is trusted without asking"
+    )
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _check_endpoint(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        url = urlsplit(value)
+        if (
+            url.scheme not in ("http", "https")
+            or not url.hostname
+            or url.query
+            or url.path.strip("/")
+        ):
+            raise ValueError("endpoint_url must be http://host[:port] or https://host[:port]")
+        if "@" in url.netloc:
+            raise ValueError("endpoint_url must hold no credentials; set access_key_id instead")
+        return value.rstrip("/")
+
+    @field_validator("part_nbytes")
+    @classmethod
+    def _check_part(cls, value: int) -> int:
+        if value < MIN_PART_NBYTES:
+            raise ValueError(f"part_nbytes must be at least {MIN_PART_NBYTES} (5 MiB)")
+        return value
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> S3Config:
+        if (self.access_key_id is None) != (self.secret_access_key is None):
+            raise ValueError("set access_key_id and secret_access_key together, or neither")
+        if self.session_token is not None and self.access_key_id is None:
+            raise ValueError("session_token needs access_key_id and secret_access_key")
+        if self.sse_kms_key_id is not None and self.sse not in ("aws:kms", "aws:kms:dsse"):
+            raise ValueError("sse_kms_key_id needs sse to be aws:kms or aws:kms:dsse")
+        return self
+
+    def secrets(self) -> list[str]:
+        """What must never be shown."""
+        held = (self.access_key_id, self.secret_access_key, self.session_token)
+        return [secret.get_secret_value() for secret in held if secret is not None]

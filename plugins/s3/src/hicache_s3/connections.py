@@ -1,0 +1,234 @@
+"""HTTP connections that send from, and receive into, the memory of pages."""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from hicache_core.errors import BackendTimeout
+from hicache_core.storage.segments import nbytes_of
+from hicache_core.types import Page
+
+MAX_DRAIN_NBYTES = 64 << 10
+"""An unwanted body up to this is read, so that its connection can serve again."""
+
+_MAX_VECTORS = 512  # IOV_MAX is 1024
+_NO_BODY = frozenset([204, 304])
+
+
+class Head(NamedTuple):
+    """Status and headers of an answer, before its body is read.
+
+    Attributes:
+        status: HTTP status.
+        headers: case-insensitive.
+        nbytes: length of the body.
+    """
+
+    status: int
+    headers: http.client.HTTPMessage
+    nbytes: int
+
+
+class Answer(NamedTuple):
+    """An answer whose body has been read, or dropped.
+
+    Attributes:
+        status: HTTP status.
+        headers: case-insensitive.
+        body: the segments that were filled; None if the body was dropped.
+    """
+
+    status: int
+    headers: http.client.HTTPMessage
+    body: Page | None
+
+
+Choose = Callable[[Head], Page | None]
+"""Where an answer's body goes: segments of its exact length, or None to drop it."""
+
+
+def new_memory(head: Head) -> Page:
+    """Memory of its own for a body of any length."""
+    return (memoryview(bytearray(head.nbytes)),)
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where the server is and how long it is waited for.
+
+    Attributes:
+        host: name or address.
+        port: TCP port.
+        tls: context for https, or None.
+        connect_timeout_s: limit for one connection.
+        read_timeout_s: limit for each wait for bytes.
+    """
+
+    host: str
+    port: int
+    tls: ssl.SSLContext | None
+    connect_timeout_s: float
+    read_timeout_s: float
+
+
+class Connections:
+    """Up to ``limit`` connections to one server, kept open between requests. Thread-safe."""
+
+    def __init__(self, address: Address, limit: int) -> None:
+        self.address = address
+        self._idle: list[socket.socket] = []
+        self._slots = threading.BoundedSemaphore(limit)
+        self._lock = threading.Lock()
+        self._closed = False
+        self.n_opened = 0
+
+    def exchange(
+        self, method: str, target: str, headers: Mapping[str, str], body: Page, choose: Choose
+    ) -> Answer:
+        """One request and its answer.
+
+        A connection that was kept open may have been closed by the server meanwhile: a request
+        that is lost on such a one is sent once more, on a new connection.
+
+        Raises:
+            OSError, http.client.HTTPException: the server cannot be reached, or was lost.
+        """
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        length = f"Content-Length: {nbytes_of(body)}\r\n" if method in ("PUT", "POST") else ""
+        request = (memoryview(f"{method} {target} HTTP/1.1\r\n{head}{length}\r\n".encode()), *body)
+        limit_s = self.address.connect_timeout_s + self.address.read_timeout_s
+        if not self._slots.acquire(timeout=limit_s):
+            raise BackendTimeout(
+                f"no connection became free in {limit_s:g} s; raise max_connections"
+            )
+        try:
+            kept = self._take()
+            if kept is not None:
+                try:
+                    return self._converse(kept, method, request, choose)
+                except TimeoutError:
+                    raise
+                except (OSError, http.client.HTTPException):
+                    self._drop_idle()
+            return self._converse(self._connect(), method, request, choose)
+        finally:
+            self._slots.release()
+
+    def close(self) -> None:
+        """Closes the idle connections now, the others as soon as their answer is there."""
+        with self._lock:
+            self._closed = True
+        self._drop_idle()
+
+    def _take(self) -> socket.socket | None:
+        with self._lock:
+            return self._idle.pop() if self._idle else None
+
+    def _drop_idle(self) -> None:
+        """Closes what is idle: what is true of one is likely true of all."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for sock in idle:
+            sock.close()
+
+    def _connect(self) -> socket.socket:
+        address = self.address
+        sock = socket.create_connection((address.host, address.port), address.connect_timeout_s)
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if address.tls is not None:
+                sock = address.tls.wrap_socket(sock, server_hostname=address.host)
+            sock.settimeout(address.read_timeout_s)
+        except BaseException:
+            sock.close()
+            raise
+        with self._lock:
+            self.n_opened += 1
+        return sock
+
+    def _converse(self, sock: socket.socket, method: str, request: Page, choose: Choose) -> Answer:
+        keep = False
+        try:
+            try:
+                send(sock, request)
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # a server that refuses a body answers before it has read all of it
+            else:
+                keep = True
+            with http.client.HTTPResponse(sock, method=method) as response:
+                response.begin()
+                answer, read_whole = _read(response, method, choose)
+                keep = keep and read_whole and not response.will_close
+            return answer
+        except BaseException:
+            keep = False
+            raise
+        finally:
+            self._give_back(sock, keep)
+
+    def _give_back(self, sock: socket.socket, keep: bool) -> None:
+        with self._lock:
+            if keep and not self._closed:
+                self._idle.append(sock)
+                return
+        sock.close()
+
+
+def send(sock: socket.socket, buffers: Iterable[memoryview]) -> None:
+    """Sends ``buffers`` one after the other, in as few calls as the socket allows."""
+    if isinstance(sock, ssl.SSLSocket):  # it has no sendmsg
+        for buffer in buffers:
+            sock.sendall(buffer)
+        return
+    waiting = [buffer for buffer in buffers if buffer.nbytes]
+    for start in range(0, len(waiting), _MAX_VECTORS):
+        _send_vectors(sock, waiting[start : start + _MAX_VECTORS])
+
+
+def _send_vectors(sock: socket.socket, vectors: Sequence[memoryview]) -> None:
+    vectors = list(vectors)
+    first = 0
+    while first < len(vectors):
+        sent = sock.sendmsg(itertools.islice(vectors, first, None))
+        while first < len(vectors) and sent >= vectors[first].nbytes:
+            sent -= vectors[first].nbytes
+            first += 1
+        if sent:
+            vectors[first] = vectors[first][sent:]
+
+
+def _read(response: http.client.HTTPResponse, method: str, choose: Choose) -> tuple[Answer, bool]:
+    """The answer, and whether its body was read to the end."""
+    status, headers = response.status, response.msg
+    if method == "HEAD" or status in _NO_BODY:
+        response.read()
+        return Answer(status, headers, None), True
+    if status >= 300 or response.length is None:  # an error's body may come in chunks
+        body = memoryview(response.read(MAX_DRAIN_NBYTES))
+        return Answer(status, headers, (body,)), response.isclosed()
+    place = choose(Head(status, headers, response.length))
+    if place is None:
+        if response.length > MAX_DRAIN_NBYTES:
+            return Answer(status, headers, None), False
+        response.read()
+        return Answer(status, headers, None), True
+    for segment in place:
+        _fill(response, segment)
+    response.read()
+    return Answer(status, headers, place), True
+
+
+def _fill(response: http.client.HTTPResponse, segment: memoryview) -> None:
+    start = 0
+    while start < segment.nbytes:
+        n = response.readinto(segment[start:])
+        if not n:
+            raise ConnectionResetError("the connection ended in the middle of an object")
+        start += n

@@ -1,0 +1,54 @@
+"""Keeps credentials out of botocore's debug log, which shows the headers of its requests."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from hicache_s3.errors import shown
+
+_LOGGERS = ("botocore.auth", "botocore.endpoint")
+
+
+class Credentials(Protocol):
+    """Keys as botocore has them at one moment."""
+
+    access_key: str
+    secret_key: str
+    token: str | None
+
+
+class LogMask(logging.Filter):
+    """Masks known secrets in what botocore logs, from ``install`` to ``remove``; drops nothing.
+
+    Attributes:
+        secrets: what is masked.
+    """
+
+    def __init__(self, secrets: Iterable[str]) -> None:
+        super().__init__()
+        self.secrets: Sequence[str] = tuple(secrets)
+
+    def hold(self, credentials: Credentials) -> None:
+        """Adds credentials that were found elsewhere, or renewed."""
+        held = (credentials.access_key, credentials.secret_key, credentials.token)
+        if any(text and text not in self.secrets for text in held):
+            self.secrets = (*self.secrets, *(text for text in held if text))[-12:]
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        # docstring inherited
+        text = record.getMessage()
+        if any(secret in text for secret in self.secrets):
+            record.msg, record.args = shown(text, self.secrets), ()
+        return True
+
+    def install(self) -> None:
+        """Begins."""
+        for name in _LOGGERS:
+            logging.getLogger(name).addFilter(self)
+
+    def remove(self) -> None:
+        """Ends; a second call does nothing."""
+        for name in _LOGGERS:
+            logging.getLogger(name).removeFilter(self)

@@ -1,0 +1,282 @@
+"""Requests on the objects of one bucket: signed, bounded in time, repeated where that helps."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import itertools
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from urllib.parse import quote
+
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectTimeoutError,
+    EndpointConnectionError,
+    ReadTimeoutError,
+)
+
+from hicache_core.errors import BackendTimeout, BackendUnavailable
+from hicache_core.storage.segments import nbytes_of
+from hicache_core.types import Page
+from hicache_s3.config import S3Config
+from hicache_s3.connections import Answer, Choose, Connections, Head, new_memory
+from hicache_s3.crew import Crew
+from hicache_s3.endpoint import Endpoint
+from hicache_s3.errors import ABSENT, BUSY, Refusal, lost, parse_refusal, refused, shown
+
+DELETE_AT_ONCE = 1000
+"""DeleteObjects takes no more names."""
+
+NOT_IN_RANGE = 416
+_FIRST_PAUSE_S = 0.05
+
+
+class Counts:
+    """Counters that many threads add to."""
+
+    def __init__(self) -> None:
+        self._counter: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def add(self, **amounts: int) -> None:
+        """Adds to the named counters."""
+        with self._lock:
+            self._counter.update(amounts)
+
+    def copy(self) -> dict[str, float]:
+        """Their values now."""
+        with self._lock:
+            return {name: float(value) for name, value in self._counter.items()}
+
+
+class Objects:
+    """The objects under one prefix of one bucket. Thread-safe.
+
+    Every method raises a ``BackendError`` when the store cannot answer.
+    """
+
+    def __init__(self, config: S3Config, endpoint: Endpoint, crew: Crew, counts: Counts) -> None:
+        self.config = config
+        self.endpoint = endpoint
+        self._crew = crew
+        self._counts = counts
+        self._connections = Connections(endpoint.address, config.max_connections)
+        self._where = f"s3 bucket {config.bucket} at {endpoint.url}"
+        self._write_headers: dict[str, str] = {}
+        if config.sse:
+            self._write_headers["x-amz-server-side-encryption"] = config.sse
+        if config.sse_kms_key_id:
+            name = "x-amz-server-side-encryption-aws-kms-key-id"
+            self._write_headers[name] = config.sse_kms_key_id
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._connections.close()
+        self.endpoint.close()
+
+    def fetch(
+        self, name: str, choose: Choose = new_memory, span: tuple[int, int] | None = None
+    ) -> Answer | None:
+        """Reads an object; None if there is none.
+
+        Args:
+            name: its name below the prefix.
+            choose: where the body goes.
+            span: first byte and the one behind the last; the whole object if not given. The answer
+                has status 416 if the object ends before it begins.
+        """
+        headers = {"Range": f"bytes={span[0]}-{span[1] - 1}"} if span else {}
+        return self._request("GET", name, headers=headers, choose=choose)
+
+    def look(self, name: str) -> Answer | None:
+        """The headers of an object; None if there is none."""
+        return self._request("HEAD", name)
+
+    def store(self, name: str, page: Page, headers: Mapping[str, str] | None = None) -> None:
+        """Writes an object; in parts if it is large, and still whole or not at all."""
+        if nbytes_of(page) > self.config.multipart_nbytes:
+            self._store_in_parts(name, page)
+        else:
+            self._request(
+                "PUT", name, headers={**self._write_headers, **(headers or {})}, body=page
+            )
+        self._counts.add(puts=1, written_nbytes=nbytes_of(page))
+
+    def remove(self, names: Sequence[str]) -> None:
+        """Removes objects; those that are absent are passed over."""
+        if len(names) == 1:
+            self._request("DELETE", names[0])
+            return
+        for start in range(0, len(names), DELETE_AT_ONCE):
+            part = [{"Key": self.config.prefix + name} for name in names[start:][:DELETE_AT_ONCE]]
+            with self._control("DeleteObjects"):
+                answer = self.endpoint.client.delete_objects(
+                    Bucket=self.config.bucket, Delete={"Objects": part, "Quiet": True}
+                )
+            for error in answer.get("Errors", ()):
+                if error.get("Code") not in ABSENT:
+                    refusal = Refusal(200, error.get("Code", "?"), error.get("Message", ""))
+                    raise self._refused(refusal, "delete")
+
+    def names(self, prefix: str) -> Iterator[str]:
+        """Names below the prefix that start with ``prefix``, as they are listed."""
+        start = len(self.config.prefix)
+        token: dict[str, str] = {}
+        while True:
+            with self._control("ListObjectsV2"):
+                page = self.endpoint.client.list_objects_v2(
+                    Bucket=self.config.bucket, Prefix=self.config.prefix + prefix, **token
+                )
+            for entry in page.get("Contents", ()):
+                yield entry["Key"][start:]
+            if not page.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def create_bucket(self) -> None:
+        """Makes the bucket; that another process made it meanwhile is fine."""
+        region = self.endpoint.region
+        where = {"CreateBucketConfiguration": {"LocationConstraint": region}}
+        with self._control("CreateBucket", allowed="BucketAlreadyOwnedByYou"):
+            self.endpoint.client.create_bucket(
+                Bucket=self.config.bucket, **(where if region != "us-east-1" else {})
+            )
+
+    # Below: one request
+
+    def _request(
+        self,
+        method: str,
+        name: str,
+        *,
+        query: str = "",
+        headers: Mapping[str, str] | None = None,
+        body: Page = (),
+        choose: Choose = new_memory,
+    ) -> Answer | None:
+        """Sends until the store answers with something else than "busy"; None if it is absent."""
+        target = self.endpoint.path + self.config.prefix + name + query
+        give_up_at = time.monotonic() + self.config.retry_s
+        for attempt in itertools.count():
+            answer = self._exchange(method, target, headers or {}, body, choose)
+            if answer.status < 300 or answer.status == NOT_IN_RANGE:
+                return answer
+            text = bytes(answer.body[0]) if answer.body else b""
+            region = answer.headers.get("x-amz-bucket-region")
+            refusal = parse_refusal(answer.status, text, region)
+            if refusal.code in ABSENT:
+                return None
+            if refusal.code in BUSY:
+                self._counts.add(slow_downs=1)
+                pause_s = _FIRST_PAUSE_S * 2**attempt * random.uniform(0.5, 1.0)
+                if time.monotonic() + pause_s < give_up_at:
+                    time.sleep(pause_s)
+                    continue
+            raise self._refused(refusal, f"{method} {name}")
+        raise AssertionError("unreachable")
+
+    def _exchange(
+        self, method: str, target: str, headers: Mapping[str, str], body: Page, choose: Choose
+    ) -> Answer:
+        try:
+            signed = self.endpoint.signed(method, target, headers)
+            return self._connections.exchange(method, target, signed, body, choose)
+        except (BackendTimeout, BackendUnavailable):
+            raise
+        except (OSError, http.client.HTTPException) as error:
+            raise lost(error, f"{self._where}, {method}") from error
+        except BotoCoreError as error:
+            raise self._of_botocore(error, method) from None
+
+    def _store_in_parts(self, name: str, page: Page) -> None:
+        """A multipart upload, its parts sent at once; the object appears when it is completed."""
+        client = self.endpoint.client
+        where = {"Bucket": self.config.bucket, "Key": self.config.prefix + name}
+        extra: dict[str, str] = {}
+        if self.config.sse:
+            extra["ServerSideEncryption"] = self.config.sse
+        if self.config.sse_kms_key_id:
+            extra["SSEKMSKeyId"] = self.config.sse_kms_key_id
+        with self._control("CreateMultipartUpload"):
+            upload = client.create_multipart_upload(**where, **extra)["UploadId"]
+        parts = split_page(page, self.config.part_nbytes)
+        tags = [""] * len(parts)
+
+        def send(n: int) -> None:
+            query = f"?partNumber={n + 1}&uploadId={quote(upload, safe='')}"
+            answer = self._request("PUT", name, query=query, body=parts[n])
+            tags[n] = answer.headers.get("ETag", "") if answer else ""
+
+        try:
+            self._crew.run(send, range(len(parts)))
+            listed = [{"PartNumber": n + 1, "ETag": tag} for n, tag in enumerate(tags)]
+            with self._control("CompleteMultipartUpload"):
+                client.complete_multipart_upload(
+                    **where, UploadId=upload, MultipartUpload={"Parts": listed}
+                )
+        except BaseException:
+            # Parts that stay behind cost money; where even this fails, a lifecycle rule ends them.
+            with contextlib.suppress(BotoCoreError, ClientError):
+                client.abort_multipart_upload(**where, UploadId=upload)
+            raise
+
+    # Below: errors
+
+    @contextlib.contextmanager
+    def _control(self, action: str, allowed: str = "") -> Iterator[None]:
+        """Around a call of boto3's client: its errors become ours."""
+        try:
+            yield
+        except ClientError as error:
+            said = error.response.get("Error", {})
+            if said.get("Code") == allowed:
+                return
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            refusal = Refusal(status, str(said.get("Code")), str(said.get("Message", "")))
+            raise self._refused(refusal, action) from None
+        except BotoCoreError as error:
+            raise self._of_botocore(error, action) from None
+
+    def _refused(self, refusal: Refusal, action: str) -> Exception:
+        return refused(refusal, f"{self._where}, {action}", self.endpoint.secrets())
+
+    def _of_botocore(self, error: BotoCoreError, action: str) -> Exception:
+        text = shown(f"{self._where}, {action}: {error}", self.endpoint.secrets())
+        if isinstance(error, (ReadTimeoutError, ConnectTimeoutError)):
+            return BackendTimeout(text)
+        if isinstance(error, EndpointConnectionError):
+            return BackendUnavailable(f"{text}; check endpoint_url and the server")
+        return BackendUnavailable(text)
+
+
+def total_nbytes(answer: Answer) -> int:
+    """Length of the whole object of which ``answer`` is (a part of) the body."""
+    if answer.status == NOT_IN_RANGE:
+        return 0
+    whole = answer.headers.get("Content-Range", "").rpartition("/")[2]
+    return int(whole if whole.isdecimal() else answer.headers.get("Content-Length", "0"))
+
+
+def split_page(page: Page, limit_nbytes: int) -> list[Page]:
+    """``page`` in parts of ``limit_nbytes``, the last one shorter; no byte is copied."""
+    parts: list[list[memoryview]] = [[]]
+    room = limit_nbytes
+    for segment in page:
+        start = 0
+        while start < segment.nbytes:
+            if not room:
+                parts.append([])
+                room = limit_nbytes
+            piece = segment[start : start + room]
+            parts[-1].append(piece)
+            start += piece.nbytes
+            room -= piece.nbytes
+    return [tuple(part) for part in parts]
+
+
+__all__ = ["Counts", "Head", "Objects", "split_page", "total_nbytes"]

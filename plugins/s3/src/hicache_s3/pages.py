@@ -1,0 +1,131 @@
+"""What stands under the key of a page: the page itself, or the index of the pack that holds it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Sequence
+from email.message import Message
+from typing import NamedTuple, TypeAlias
+
+from hicache_core.errors import BackendError
+from hicache_core.storage.segments import nbytes_of
+from hicache_core.types import Page
+from hicache_s3.connections import Head, new_memory
+from hicache_s3.index import INDEX_NBYTES, MARK, IndexCache, PackIndex
+from hicache_s3.objects import Objects, total_nbytes
+
+
+class Alone(NamedTuple):
+    """A page that is an object of its own, of so many bytes."""
+
+    nbytes: int
+
+
+Found: TypeAlias = PackIndex | Alone | None
+"""Where a page is: in a pack, in an object of its own, or nowhere."""
+
+
+def page_name(key: str) -> str:
+    """Name of the object under a page's key, below the prefix."""
+    return f"pages/{key}"
+
+
+class Pages:
+    """Reads and writes pages and indexes; what it learns of packs goes into ``cache``."""
+
+    def __init__(self, objects: Objects, cache: IndexCache) -> None:
+        self.objects = objects
+        self.cache = cache
+
+    def find(self, key: str, *, packed: bool) -> Found:
+        """Asks the store where the page is.
+
+        Args:
+            key: the page's key.
+            packed: whether an index is likelier than a page; a wrong guess costs a request.
+        """
+        name = page_name(key)
+        answer = None if packed else self.objects.look(name)
+        if packed:
+            answer = self.objects.fetch(name, span=(0, INDEX_NBYTES))
+        if answer is None:
+            return None
+        if not _is_index(answer.headers):
+            return Alone(total_nbytes(answer))
+        if not packed:
+            answer = self.objects.fetch(name)
+        body = answer.body if answer is not None else None
+        return self._index(key, body) if body else None
+
+    def read(self, key: str, page: Page) -> Found:
+        """Fills ``page`` if an object of its own and of its length is there.
+
+        Returns:
+            An index if the page is in a pack (``page`` is untouched then); None if there is nothing
+            of this length.
+        """
+        nbytes = nbytes_of(page)
+
+        def choose(head: Head) -> Page | None:
+            if _is_index(head.headers):
+                return new_memory(head) if head.nbytes <= INDEX_NBYTES else None
+            return page if head.nbytes == nbytes else None
+
+        answer = self.objects.fetch(page_name(key), choose)
+        if answer is None or answer.body is None:
+            return None
+        return self._index(key, answer.body) if answer.body is not page else Alone(nbytes)
+
+    def read_run(self, index: PackIndex, keys: Sequence[str], pages: Sequence[Page]) -> bool:
+        """Fills ``pages``, neighbours in the pack, by one request; False if the pack is gone."""
+        first, last = index.slots[keys[0]], index.slots[keys[-1]]
+        span = (first.offset, last.offset + last.nbytes)
+        place = tuple(itertools.chain.from_iterable(pages))
+
+        def choose(head: Head) -> Page | None:
+            right = head.status == 206 or span[0] == 0
+            return place if right and head.nbytes == span[1] - span[0] else None
+
+        if span[0] == span[1]:
+            return True
+        answer = self.objects.fetch(index.pack_name, choose, span)
+        return answer is not None and answer.body is place
+
+    def value(self, key: str) -> memoryview | None:
+        """The whole page under ``key``, in memory of its own."""
+        answer = self.objects.fetch(page_name(key))
+        if answer is None or answer.body is None:
+            return None
+        if not _is_index(answer.headers):
+            return answer.body[0]
+        index = self._index(key, answer.body)
+        if index is None:
+            return None
+        memory = memoryview(bytearray(index.slots[key].nbytes))
+        if self.read_run(index, [key], [(memory,)]):
+            return memory
+        self.forget(index)
+        return None
+
+    def write_index(self, key: str, index: PackIndex) -> None:
+        """Makes ``key`` lead to ``index``."""
+        self.objects.store(page_name(key), (memoryview(index.encode()),), dict([MARK]))
+
+    def forget(self, index: PackIndex) -> None:
+        """The pack is gone: removes the keys that lead to it, so that they can be written again."""
+        self.cache.drop(index)
+        # Nobody asked for this: where it fails, the answer is still a miss.
+        with contextlib.suppress(BackendError):
+            self.objects.remove([page_name(key) for key in index.slots])
+
+    def _index(self, key: str, body: Page) -> PackIndex | None:
+        index = PackIndex.decode(key.partition("/")[0], b"".join(body))
+        if index is None or key not in index.slots:
+            return None
+        self.cache.add(index)
+        return index
+
+
+def _is_index(headers: Message) -> bool:
+    return headers.get(MARK[0]) == MARK[1]

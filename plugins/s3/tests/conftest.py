@@ -1,0 +1,77 @@
+"""A real S3 server on free loopback ports, and backends on it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hicache_s3 import S3Backend, S3Config
+
+from hicache_core.types import BackendContext
+from plugins.s3.tests.weed import BUCKET, KEY, SECRET, Weed
+from plugins.s3.tests.world import NAMESPACE
+
+
+@pytest.fixture(autouse=True)
+def _no_aws_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))
+
+
+@pytest.fixture(scope="session")
+def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Weed]:
+    """One server for every test that leaves it alone."""
+    server = Weed(tmp_path_factory.mktemp("weed"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def own_weed(tmp_path: Path) -> Iterator[Weed]:
+    """A server that a test may kill."""
+    server = Weed(tmp_path / "weed")
+    server.start()
+    yield server
+    server.kill()
+
+
+def settings(url: str, **options: Any) -> dict[str, Any]:
+    """Settings for a server of these tests, with short limits."""
+    return {
+        "bucket": BUCKET,
+        "endpoint_url": url,
+        "access_key_id": KEY,
+        "secret_access_key": SECRET,
+        "read_timeout_s": 2.0,
+        "connect_timeout_s": 1.0,
+        "retry_s": 0.5,
+        **options,
+    }
+
+
+MakeBackend = Callable[..., S3Backend]
+
+
+@pytest.fixture
+def make_backend(weed: Weed) -> Iterator[MakeBackend]:
+    """Opens backends, each with the prefix of the test, and closes them."""
+    backends: list[S3Backend] = []
+    prefix = f"t{time.monotonic_ns():x}/"
+
+    def make(url: str = "", object_nbytes: int = 0, **options: Any) -> S3Backend:
+        config = S3Config(**settings(url or weed.url, **{"prefix": prefix, **options}))
+        backends.append(S3Backend(config, BackendContext(NAMESPACE, object_nbytes)))
+        backends[-1].open()
+        return backends[-1]
+
+    yield make
+    for backend in backends:
+        backend.close()

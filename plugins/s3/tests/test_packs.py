@@ -1,0 +1,328 @@
+"""Packs: any page leads to its pack, none leads to wrong bytes, and nothing is left behind."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hicache_s3.crew import Crew
+from hicache_s3.index import INDEX_NBYTES, MAX_PACK_PAGES, IndexCache, PackIndex
+from hicache_s3.pages import Alone, Found
+from hicache_s3.search import Search
+from hicache_s3.writing import MIN_PACK_PAGES, pages_per_pack, plan
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hicache_core.storage.base import StorageBackend
+from plugins.s3.tests.conftest import MakeBackend
+from plugins.s3.tests.weed import BUCKET, Weed
+from plugins.s3.tests.world import NBYTES, blank, filled, hits, is_right, keys_of, put
+
+EIGHT = {"pack_nbytes": 8 * NBYTES}
+"""Packs of eight pages."""
+
+
+def packs(weed: Weed, backend: StorageBackend) -> list[str]:
+    return weed.names(f"{backend.settings.prefix}packs/")  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def crew() -> Iterator[Crew]:
+    crew = Crew(3)
+    yield crew
+    crew.close()
+
+
+# On a real server
+
+
+def test_a_write_becomes_packs_and_the_same_write_the_same_packs(
+    make_backend: MakeBackend, weed: Weed
+) -> None:
+    backend = make_backend(**EIGHT)
+    keys = keys_of(19)
+    put(backend, keys)
+    names = packs(weed, backend)
+    assert len(names) == 2  # of eight pages each; three are too few for a third
+    put(make_backend(**EIGHT), keys)
+    assert packs(weed, backend) == names
+    assert hits(make_backend(**EIGHT), keys) == 19
+
+
+def test_what_is_stored_is_not_written_again(make_backend: MakeBackend) -> None:
+    first, second = make_backend(**EIGHT), make_backend(**EIGHT)
+    keys = keys_of(32)
+    put(first, keys[:16])
+    put(second, keys)
+    assert second.stats()["puts"] == 2 + 16  # packs and indexes of the new half only
+    assert hits(make_backend(**EIGHT), keys) == 32
+
+
+def test_reading_takes_one_request_for_each_run(make_backend: MakeBackend, weed: Weed) -> None:
+    keys = keys_of(32)
+    put(make_backend(**EIGHT), keys)
+    reader = make_backend(**EIGHT)
+    asked: list[str] = []
+    objects = reader._opened().objects
+    fetch = objects.fetch
+
+    def counting(name: str, *rest: Any, **named: Any) -> Any:
+        asked.append(name)
+        return fetch(name, *rest, **named)
+
+    objects.fetch = counting  # type: ignore[method-assign]
+    assert reader.batch_exists(keys) == 32
+    assert len(asked) <= 5  # four packs; one more where the first guess of their size was wrong
+    asked.clear()
+    assert hits(reader, keys) == 32
+    assert len(asked) == 4
+    asked.clear()
+    assert hits(reader, keys[5:20]) == 15
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("start", [0, 1, 7, 8, 13, 31])
+def test_a_read_may_begin_in_the_middle_of_a_pack(make_backend: MakeBackend, start: int) -> None:
+    keys = keys_of(32)
+    put(make_backend(**EIGHT), keys)
+    assert hits(make_backend(**EIGHT), keys[start:]) == 32 - start
+    fresh = make_backend(**EIGHT)
+    assert fresh.batch_exists(keys[start:]) == 32 - start
+    assert fresh.batch_exists([keys[start], *keys_of(3, "other")]) == 1
+
+
+def test_packs_of_any_size_and_pages_alone_are_read_together(make_backend: MakeBackend) -> None:
+    keys = keys_of(40)
+    put(make_backend(**EIGHT), keys[:8])
+    put(make_backend(pack=False), keys[8:11])
+    put(make_backend(pack_nbytes=4 * NBYTES), keys[11:23])
+    put(make_backend(**EIGHT), keys[23:40])
+    for reader in (make_backend(**EIGHT), make_backend(), make_backend(pack=False)):
+        assert reader.batch_exists(keys) == 40
+        assert hits(reader, keys) == 40
+
+
+def test_overlapping_packs_serve_each_others_pages(make_backend: MakeBackend) -> None:
+    keys = keys_of(24)
+    put(make_backend(**EIGHT), keys[8:16])
+    put(make_backend(**EIGHT), keys)  # the first page is new: all is written
+    reader = make_backend(**EIGHT)
+    assert hits(reader, keys) == 24
+    reader.delete(keys[10:11])
+    assert hits(make_backend(**EIGHT), keys) == 10
+
+
+def test_a_lost_pack_is_a_miss_and_can_be_written_again(
+    make_backend: MakeBackend, weed: Weed
+) -> None:
+    writer, warm = make_backend(**EIGHT), make_backend(**EIGHT)
+    keys = keys_of(16)
+    put(writer, keys)
+    assert hits(warm, keys) == 16
+    client = weed.client()
+    for name in packs(weed, writer):
+        client.delete_object(Bucket=BUCKET, Key=name)
+    cold = make_backend(**EIGHT)
+    assert hits(warm, keys) == 0
+    assert cold.get(keys[8]) is None
+    assert hits(cold, keys) == 0
+    assert cold.batch_exists(keys) == 0  # the keys that led nowhere are gone
+    put(cold, keys)
+    assert hits(warm, keys) == 16
+
+
+def test_a_pack_that_moved_is_found_again(make_backend: MakeBackend) -> None:
+    """What one process knows of a pack may be outdated; the pages may be elsewhere by now."""
+    keys = keys_of(16)
+    first, warm = make_backend(**EIGHT), make_backend(**EIGHT)
+    put(first, keys)
+    assert hits(warm, keys) == 16
+    first.delete(keys)
+    put(make_backend(pack_nbytes=16 * NBYTES), keys)
+    assert hits(warm, keys) == 16
+
+
+def test_a_pack_that_was_cut_short_is_a_miss(make_backend: MakeBackend, weed: Weed) -> None:
+    backend = make_backend(**EIGHT)
+    keys = keys_of(8)
+    put(backend, keys)
+    (name,) = packs(weed, backend)
+    client = weed.client()
+    data = client.get_object(Bucket=BUCKET, Key=name)["Body"].read()
+    client.put_object(Bucket=BUCKET, Key=name, Body=data[: 3 * NBYTES + 5])
+    assert hits(make_backend(**EIGHT), keys) == 0
+    assert make_backend(**EIGHT).get(keys[5]) is None
+
+
+def test_an_index_that_is_damaged_is_a_miss(make_backend: MakeBackend, weed: Weed) -> None:
+    backend = make_backend(**EIGHT)
+    keys = keys_of(8)
+    put(backend, keys)
+    client = weed.client()
+    name = f"{backend.settings.prefix}pages/{keys[0]}"
+    mark = client.get_object(Bucket=BUCKET, Key=name)["Metadata"]
+    other = PackIndex.of({key: NBYTES for key in keys_of(4, "other")}).encode()
+    for body in (b"", b"HiS3", other, other[:-1], bytes(INDEX_NBYTES + 1), bytes(300_000)):
+        client.put_object(Bucket=BUCKET, Key=name, Body=body, Metadata=mark)
+        fresh = make_backend(**EIGHT)
+        assert fresh.get(keys[0]) is None
+        assert hits(fresh, keys) == 0
+        assert hits(fresh, keys[1:]) == 7
+
+
+def test_readers_meet_whole_pages_or_none_while_packs_come_and_go(
+    make_backend: MakeBackend,
+) -> None:
+    writer, reader = make_backend(**EIGHT), make_backend(**EIGHT)
+    keys = keys_of(16)
+    failures: list[BaseException] = []
+    stop = threading.Event()
+
+    def read() -> None:
+        try:
+            while not stop.is_set():
+                hits(reader, keys)
+                for key in keys[::5]:
+                    value = reader.get(key)
+                    assert value is None or is_right(key, (memoryview(value),))
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=read) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for turn in range(12):
+        put(writer, keys)
+        writer.delete(keys if turn % 3 else keys[3:9])
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_nothing_is_left_when_all_keys_are_deleted(make_backend: MakeBackend, weed: Weed) -> None:
+    backend = make_backend(**EIGHT)
+    keys = keys_of(20)
+    put(backend, keys)
+    for key in keys[::3]:
+        backend.delete([key])
+    backend.delete(keys)
+    assert weed.names(backend.settings.prefix) == []
+
+
+def test_the_same_key_twice_in_a_batch_is_stored_once_and_read_twice(
+    make_backend: MakeBackend,
+) -> None:
+    backend = make_backend(**EIGHT)
+    keys = keys_of(6)
+    twice = [*keys, keys[0], keys[5]]
+    assert backend.batch_set(twice, [filled(key, (NBYTES,)) for key in twice]) == 8
+    assert hits(make_backend(**EIGHT), twice, (NBYTES,)) == 8
+    pages = [blank((NBYTES,)) for _ in range(2)]
+    assert backend.batch_get([keys[2]] * 2, pages) == 2
+    assert all(is_right(keys[2], page) for page in pages)
+
+
+# By themselves
+
+
+@given(st.lists(st.integers(0, 2**20), min_size=1, max_size=MAX_PACK_PAGES))
+def test_an_index_is_read_as_it_was_written(sizes: list[int]) -> None:
+    index = PackIndex.of(dict(zip(keys_of(len(sizes)), sizes, strict=True)))
+    data = index.encode()
+    assert len(data) <= INDEX_NBYTES
+    assert PackIndex.decode(index.namespace, data) == index
+    assert PackIndex.decode(index.namespace, data[:-1]) is None
+    ends = [slot.offset + slot.nbytes for slot in index.slots.values()]
+    assert [0, *ends[:-1]] == [slot.offset for slot in index.slots.values()]
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_an_index_or_none(data: bytes) -> None:
+    index = PackIndex.decode("0" * 16, data)
+    assert index is None or len(data) == 24 + 40 * len(data[24:]) // 40
+
+
+@given(
+    st.lists(st.sampled_from([100, 1000, 5000]), max_size=40),
+    st.sets(st.integers(0, 39)),
+    st.sampled_from([0, 4000, 10_000]),
+)
+def test_a_plan_writes_each_page_once_and_packs_neighbours_only(
+    sizes: list[int], left_out: set[int], pack_nbytes: int
+) -> None:
+    keys = keys_of(len(sizes))
+    wanted = [n for n in range(len(sizes)) if n not in left_out]
+    groups = plan(keys, sizes, wanted, pack_nbytes)
+    assert [n for group in groups for n in group] == wanted
+    for group in groups:
+        assert group == list(range(group[0], group[0] + len(group)))
+        assert len({sizes[n] for n in group}) == 1
+        assert len(group) == 1 or len(group) >= MIN_PACK_PAGES
+        assert len(group) <= pages_per_pack(sizes[group[0]], pack_nbytes)
+
+
+def test_keys_that_are_no_page_keys_are_not_packed() -> None:
+    keys = [f"{'0' * 16}/{n}" for n in range(8)]
+    assert plan(keys, [10] * 8, range(8), 1000) == [[n] for n in range(8)]
+    mixed = [*keys_of(4), *keys_of(4, namespace="f" * 16)]
+    assert plan(mixed, [10] * 8, range(8), 1000) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+@given(
+    st.lists(st.sampled_from(["pack", "join", "alone", "absent"]), max_size=30),
+    st.integers(1, 12),
+    st.booleans(),
+)
+def test_a_search_finds_what_asking_for_each_key_finds(
+    crew: Crew, kinds: list[str], stride: int, leading: bool
+) -> None:
+    keys = keys_of(len(kinds))
+    groups: list[list[int]] = []
+    for n, kind in enumerate(kinds):
+        if kind == "join" and groups and groups[-1][-1] == n - 1:
+            groups[-1].append(n)
+        elif kind in ("pack", "join"):
+            groups.append([n])
+    truth: list[Found] = [Alone(1) if kind == "alone" else None for kind in kinds]
+    for group in groups:
+        index = PackIndex.of({keys[n]: 1 for n in group})
+        for n in group:
+            truth[n] = index
+    search = Search(keys, stride, leading=leading)
+    asked: list[int] = []
+
+    def ask(n: int) -> Found:
+        asked.append(n)
+        return truth[n]
+
+    search.run(crew, ask)
+    assert search.end == next((n for n, place in enumerate(truth) if place is None), len(keys))
+    stop = search.end if leading else len(keys)
+    assert search.places[:stop] == truth[:stop]
+    assert len(asked) == len(set(asked))
+
+
+def test_the_cache_forgets_what_is_old_or_too_much() -> None:
+    now = [0.0]
+    cache = IndexCache(limit=2, ttl_s=10, clock=lambda: now[0])
+    one, two, three = (PackIndex.of({key: 1 for key in keys_of(4, label)}) for label in "abc")
+    key = [next(iter(index.slots)) for index in (one, two, three)]
+    for index in (one, two):
+        cache.add(index)
+        cache.check_integrity()
+    assert cache.find(key[0]) is one
+    cache.add(three)
+    cache.check_integrity()
+    assert cache.find(key[1]) is None  # the one that was used least recently
+    assert cache.find(key[0]) is one
+    now[0] = 10.0
+    assert cache.find(key[0]) is None
+    cache.check_integrity()
+    cache.add(one.without({key[0]}))
+    assert cache.find(key[0]) is None
+    cache.drop(one)
+    cache.check_integrity()
+    assert len(cache) == 1
