@@ -87,7 +87,7 @@ def peer_on(tmp_path: Path) -> Iterator[Callable[..., Peer]]:
 
 
 @pytest.fixture(params=["posix sqlite", "posix redis", "usrbio sqlite"])
-def anyhow(request: pytest.FixtureRequest, opened: Open) -> Open:
+def anyhow(request: pytest.FixtureRequest) -> Open:
     """Opens backends, in each mode and on each metadata store."""
     mode, metadata = request.param.split()
     fixed: dict[str, Any] = {"mode": mode}
@@ -95,6 +95,7 @@ def anyhow(request: pytest.FixtureRequest, opened: Open) -> Open:
         request.getfixturevalue("emulation")
     if metadata == "redis":
         fixed["metadata_url"] = request.getfixturevalue("valkey").url
+    opened: Open = request.getfixturevalue("opened")  # after the emulation, so it is closed before
 
     def open_backend(**settings: Any) -> Hf3fsBackend:
         return opened(**fixed, **settings)

@@ -32,7 +32,7 @@ class Slots(RuleBasedStateMachine):
         self.store.open()
         self.store.register(SLAB, N_SLOTS, [])
         self.leased: dict[int, float] = {}  # slot number -> end of the lease that was promised
-        self.reserved: dict[int, float] = {}  # slot number -> end of the reservation
+        self.reserved: dict[int, tuple[Slot, float]] = {}  # slot number -> for whom, until when
 
     @rule(target=reservations, keys=KEYS)
     def reserve(self, keys: list[str]) -> object:
@@ -40,20 +40,29 @@ class Slots(RuleBasedStateMachine):
         taken = [(k, s) for k, s in zip(keys, slots, strict=False) if s is not None]
         for _, slot in taken:
             assert self.leased.get(slot.number, 0) <= self.now, "a leased slot was given away"
-            assert self.reserved.get(slot.number, 0) <= self.now, "a reserved slot was given away"
-            self.reserved[slot.number] = self.now + LIMITS.write_lease_s
+            _, end = self.reserved.get(slot.number, (None, 0))
+            assert end <= self.now, "a reserved slot was given away"
+            self.reserved[slot.number] = slot, self.now + LIMITS.write_lease_s
         return multiple(*taken)
 
-    @rule(reservation=reservations, publishes=st.booleans())
-    def end(self, reservation: tuple[str, Slot], publishes: bool) -> None:
+    @rule(reservation=reservations)
+    def publish(self, reservation: tuple[str, Slot]) -> None:
         key, slot = reservation
-        if publishes and self.store.publish([Written(key, 10, slot)]) == [True]:
-            self.reserved.pop(slot.number)
-        elif not publishes and self.reserved.get(slot.number, 0) > self.now:
-            bound = {b.slot for b in self.store.lookup([key_of(n) for n in range(9)]) if b}
-            self.store.release([slot])
-            if slot not in bound and self.store.totals(SLAB).held < len(self.reserved):
-                self.reserved.pop(slot.number)
+        holder, _ = self.reserved.get(slot.number, (None, 0))
+        published = self.store.publish([Written(key, 10, slot)])
+        assert published == [holder == slot], "published without a reservation, or refused with one"
+        if holder == slot:
+            assert self.store.leading([key]) == 1
+            del self.reserved[slot.number]
+
+    @rule(reservation=reservations)
+    def release(self, reservation: tuple[str, Slot]) -> None:
+        slot = reservation[1]
+        bound = self.store.totals(SLAB).bound
+        self.store.release([slot])
+        assert self.store.totals(SLAB).bound == bound, "what is published cannot be released"
+        if self.reserved.get(slot.number, (None, 0))[0] == slot:
+            del self.reserved[slot.number]
 
     @rule(keys=KEYS)
     def lookup(self, keys: list[str]) -> None:
