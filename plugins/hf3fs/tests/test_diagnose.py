@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hicache_core.storage.base import Clearable, Diagnosable, HasStats, Listable
 from hicache_hf3fs import Hf3fsBackend
 from hicache_hf3fs.diagnose import filesystem_of
+
+from hicache_core.storage.base import Clearable, Diagnosable, HasStats, Listable
 from plugins.hf3fs.tests.conftest import Open
 from plugins.hf3fs.tests.helpers import Valkey, hits, put
 

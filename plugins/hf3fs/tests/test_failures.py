@@ -42,27 +42,28 @@ def test_a_slab_that_the_disk_has_no_room_for_fails_at_open(
     backend = new_backend(
         small_disk / "kv", file_size="8MiB", metadata_url=f"sqlite://{tmp_path}/index"
     )
-    with pytest.raises(BackendFull, match="needs 8388608 bytes.*lower file_size"):
+    with pytest.raises(BackendFull, match=r"needs 8388608 bytes.*lower file_size"):
         backend.open()
     assert list(small_disk.iterdir()) == [], "nothing is left behind"
     assert os.statvfs(small_disk).f_bavail == os.statvfs(small_disk).f_blocks
 
 
 def test_an_allocated_slab_is_written_even_when_others_fill_the_disk(
-    opened: Open, small_disk: Path, tmp_path: Path
+    small_disk: Path, opened: Open, tmp_path: Path
 ) -> None:
     backend = opened(
         prefix=small_disk / "kv", file_size="1MiB", metadata_url=f"sqlite://{tmp_path}/index"
     )
-    with (small_disk / "other").open("wb", buffering=0) as file, pytest.raises(OSError, match="28"):
-        while True:
-            file.write(bytes(1 << 16))
+    subprocess.run(
+        ["dd", "if=/dev/zero", f"of={small_disk}/other"], stderr=subprocess.DEVNULL, check=False
+    )
+    assert os.statvfs(small_disk).f_bavail == 0
     assert put(backend, range(100)) == 100
     assert hits(backend, range(100)) == 100
 
 
 def test_a_full_disk_under_a_slab_with_holes_ends_the_count(
-    opened: Open, small_disk: Path, tmp_path: Path
+    small_disk: Path, opened: Open, tmp_path: Path
 ) -> None:
     """As on a file system that cannot reserve space."""
     (small_disk / "kv.r0.4096.slab").touch()
@@ -119,10 +120,10 @@ def test_a_slab_that_was_cut_gives_misses_and_is_mended_by_writes(opened: Open) 
     with backend._calls.call() as store:
         os.ftruncate(store.own.fd, 3 * 4096)
     assert hits(backend, range(8)) == 3
-    assert put(backend, range(8)) == 4, "only the key that was missed is unbound"
-    assert all(hits(backend, [n]) == 0 for n in range(4, 8))
-    assert put(backend, range(8)) == 8
-    assert hits(backend, range(8)) == 8
+    for n in range(3, 8):
+        assert not backend.exists(key_of(n)), "what was missed is unbound"
+        assert put(backend, range(8)) == 8
+        assert hits(backend, range(8)) == (n + 1 if n < 7 else 8)
 
 
 def test_a_slab_of_another_rank_that_is_gone_is_a_miss(opened: Open, tmp_path: Path) -> None:

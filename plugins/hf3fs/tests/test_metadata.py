@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from hicache_hf3fs.metadata import (
     Binding,
     Found,
@@ -20,6 +19,7 @@ from hicache_hf3fs.metadata import (
 )
 from hicache_hf3fs.metadata_redis import RedisMetadata
 from hicache_hf3fs.metadata_sqlite import SqliteMetadata
+
 from plugins.hf3fs.tests.helpers import Valkey, key_of
 
 SLAB = "r0.4096"
@@ -29,7 +29,9 @@ A, B, C, D, E = (key_of(label) for label in "ABCDE")
 
 
 @pytest.fixture(params=["sqlite", "redis"])
-def store(request: pytest.FixtureRequest, tmp_path: Path, valkey: Valkey) -> Iterator[MetadataStore]:
+def store(
+    request: pytest.FixtureRequest, tmp_path: Path, valkey: Valkey
+) -> Iterator[MetadataStore]:
     """A store that knows a slab of three slots."""
     made: MetadataStore
     if request.param == "sqlite":

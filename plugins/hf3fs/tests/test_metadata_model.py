@@ -6,11 +6,11 @@ import tempfile
 from pathlib import Path
 
 import hypothesis.strategies as st
+from hicache_hf3fs.metadata import Limits, Slot, Wanted, Written
+from hicache_hf3fs.metadata_sqlite import SqliteMetadata
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule
 
-from hicache_hf3fs.metadata import Limits, Slot, Wanted, Written
-from hicache_hf3fs.metadata_sqlite import SqliteMetadata
 from plugins.hf3fs.tests.helpers import key_of
 
 SLAB, N_SLOTS = "r0.4096", 5

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-
 from hicache_hf3fs import Hf3fsBackend
 from hicache_hf3fs.page_io import PageIO, Transfer
 from hicache_hf3fs.posix import PosixIO
+
 from plugins.hf3fs.tests.conftest import Open
 from plugins.hf3fs.tests.helpers import Valkey, hits, key_of, put
 

@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
+from hicache_hf3fs.metadata import Wanted, Written
 
 from hicache_core.errors import BackendCorrupt, BackendUnavailable
-from hicache_hf3fs.metadata import Wanted, Written
 from plugins.hf3fs.tests.conftest import Open
 from plugins.hf3fs.tests.helpers import Valkey, content, hits, key_of, put
 
@@ -87,7 +87,9 @@ def test_what_was_cut_while_it_was_written_is_not_found(opened: Open, tmp_path: 
     backend = opened()
     put(backend, range(4), 2000)
     with backend._calls.call() as store:
-        places = [b.slot.number * 4096 for b in store.metadata.lookup(list(map(key_of, range(4)))) if b]
+        places = [
+            b.slot.number * 4096 for b in store.metadata.lookup(list(map(key_of, range(4)))) if b
+        ]
         fd = store.own.fd
         os.pwrite(fd, bytes(16), places[0] + 256 + 2000)
         os.pwrite(fd, bytes(256), places[1])
