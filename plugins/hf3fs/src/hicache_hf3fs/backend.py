@@ -1,0 +1,335 @@
+"""The hf3fs backend: objects in slots of slab files, bound to their keys by a metadata store.
+
+A read looks its keys up, which leases their slots; reads slots, headers and footers in one go;
+counts what ended within the lease and carries the right header; and asks the metadata whether all
+is bound as before. A write reserves slots, writes them, and publishes.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar, NamedTuple
+
+from hicache_core.errors import BackendError, BackendFull, BackendTimeout
+from hicache_core.storage.base import BackendConfig, Buffer, Finding, StorageBackend
+from hicache_core.storage.segments import nbytes_of
+from hicache_core.types import BackendContext, Page
+from hicache_hf3fs.config import Hf3fsConfig
+from hicache_hf3fs.diagnose import findings
+from hicache_hf3fs.metadata import Binding, SlabUnknown, Slot, Wanted, Written
+from hicache_hf3fs.page_io import Transfer
+from hicache_hf3fs.slab import (
+    FOOTER_NBYTES,
+    HEADER_NBYTES,
+    MAX_KEY_NBYTES,
+    Slab,
+    pack_footer,
+    pack_header,
+)
+from hicache_hf3fs.store import Calls, Store, open_store
+
+logger = logging.getLogger(__name__)
+
+_COUNTS = (
+    "reads",
+    "misses",
+    "late_reads",
+    "raced_reads",
+    "damaged_slots",
+    "writes",
+    "dropped_writes",
+    "oversized_writes",
+)
+_FULL = (-errno.ENOSPC, -errno.EDQUOT)
+
+
+class _Read(NamedTuple):
+    """A slot that is being read, with the memory for its header and footer."""
+
+    transfer: Transfer
+    header: bytearray
+    footer: bytearray
+    binding: Binding
+
+    def holds(self, key: str) -> bool:
+        """Whether what was read is the object of ``key`` that the metadata speaks of."""
+        generation = self.binding.slot.generation
+        return self.footer == pack_footer(generation) and self.header == pack_header(
+            key, self.binding.nbytes, generation
+        )
+
+
+class Hf3fsBackend(StorageBackend):
+    """Slab files on 3FS, by USRBIO, or on any shared file system, by POSIX calls."""
+
+    name: ClassVar[str] = "hf3fs"
+    Config: ClassVar[type[BackendConfig]] = Hf3fsConfig
+
+    def __init__(self, config: Hf3fsConfig, context: BackendContext) -> None:
+        super().__init__(config, context)
+        self._settings = config
+        self._calls: Calls[Store] = Calls(f"hf3fs backend {config.file_path_prefix}")
+        self._counts = dict.fromkeys(_COUNTS, 0)
+
+    def open(self) -> None:
+        if self._calls.is_open:
+            return
+        self._calls.open(open_store(self._settings, self.context))
+
+    def close(self) -> None:
+        store = self._calls.close()
+        if store is not None:
+            store.close()
+
+    def get(self, key: str) -> Buffer | None:
+        with self._calls.call() as store:
+            bound = store.metadata.lookup([key])[0]
+            if bound is None:
+                self._count(misses=1)
+                return None
+            value = bytearray(bound.nbytes)
+            return value if self._get(store, [key], [[memoryview(value)]]) == 1 else None
+
+    def exists(self, key: str) -> bool:
+        return self.batch_exists([key]) == 1
+
+    def set(self, key: str, value: Buffer) -> None:
+        data = memoryview(value).cast("B")
+        if self.batch_set([key], [[data]]) == 1:
+            return
+        with self._calls.call() as store:
+            limit = store.own.object_nbytes
+            if data.nbytes > limit:
+                raise BackendFull(
+                    f"an object of {data.nbytes} bytes does not fit a slot of {store.own.path}, "
+                    f"which holds {limit}; raise slot_nbytes"
+                )
+            raise BackendFull(
+                f"{store.own.path} has no slot for {data.nbytes} bytes: all are leased by readers "
+                "or being written; raise file_size or lower lease_s"
+            )
+
+    def batch_exists(self, keys: Sequence[str]) -> int:
+        with self._calls.call() as store:
+            return store.metadata.leading(keys)
+
+    def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        with self._calls.call() as store:
+            return self._get(store, keys, pages)
+
+    def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        wanted = [
+            Wanted(_checked(key), nbytes_of(page)) for key, page in zip(keys, pages, strict=True)
+        ]
+        with self._calls.call() as store:
+            limit = store.own.object_nbytes
+            fitting = next((n for n, w in enumerate(wanted) if w.nbytes > limit), len(wanted))
+            n_stored = self._set(store, wanted[:fitting], pages) if fitting else 0
+            self._count(
+                writes=n_stored,
+                dropped_writes=len(keys) - n_stored,
+                oversized_writes=sum(want.nbytes > limit for want in wanted),
+            )
+            return n_stored
+
+    def delete(self, keys: Sequence[str]) -> None:
+        with self._calls.call() as store:
+            self._delete(store, keys)
+
+    def list_keys(self, prefix: str) -> Iterator[str]:
+        """Every key that starts with ``prefix``, as of now."""
+        with self._calls.call() as store:
+            return iter(list(store.metadata.keys(prefix)))
+
+    def clear(self, prefix: str) -> int:
+        """Removes every key that starts with ``prefix``; how many there were."""
+        with self._calls.call() as store:
+            return self._delete(store, list(store.metadata.keys(prefix)))
+
+    def stats(self) -> Mapping[str, float]:
+        """Counts since ``open``, and the slots of this rank's slab by state.
+
+        ``held_slots`` are reserved by writers, or wait for a lease to end; ``used_nbytes`` are
+        whole slots.
+        """
+        with self._calls.call() as store:
+            totals = store.metadata.totals(store.own.name)
+            return {
+                "slots": totals.n_slots,
+                "objects": totals.bound,
+                "held_slots": totals.held,
+                "used_nbytes": totals.bound * store.own.slot_nbytes,
+                "max_nbytes": totals.n_slots * store.own.slot_nbytes,
+                **store.io_stats(),
+                **self._counts,
+            }
+
+    def diagnose(self) -> Iterator[Finding]:
+        """Mode, mount, room, slots, slabs of other sizes, and the metadata's answer."""
+        with self._calls.call() as store:
+            yield from findings(self._settings, store)
+
+    def check_integrity(self) -> None:
+        """Every slot is in one state.
+
+        Raises:
+            IntegrityError: it is not so.
+        """
+        with self._calls.call() as store:
+            store.metadata.check_integrity()
+
+    def _get(self, store: Store, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        # Measured before the question: the lease begins later, so it cannot end before this.
+        deadline = time.monotonic() + self._settings.lease_s
+        found = store.metadata.lookup(keys)
+        reads = self._readable(store, found, pages)
+        results = store.io.read([read.transfer for read in reads], deadline) if reads else []
+        n_read, damaged = len(reads), False
+        for n, (read, result) in enumerate(zip(reads, results, strict=True)):
+            if result != read.transfer.nbytes or not read.holds(keys[n]):
+                n_read, damaged = n, result != -errno.ETIME
+                break
+        n_valid = store.metadata.unchanged(keys[:n_read], [read.binding for read in reads[:n_read]])
+        self._count(
+            reads=n_valid,
+            misses=len(keys) - n_valid,
+            raced_reads=n_read - n_valid,
+            late_reads=sum(result == -errno.ETIME for result in results),
+        )
+        if damaged:
+            self._drop_damaged(store, keys[n_read], reads[n_read].binding, results[n_read])
+        return n_valid
+
+    @staticmethod
+    def _readable(
+        store: Store, found: Sequence[Binding | None], pages: Sequence[Page]
+    ) -> list[_Read]:
+        """The leading slots that are bound, reachable, and hold as much as their pages."""
+        reads = []
+        for binding, page in zip(found, pages, strict=True):
+            if binding is None or binding.nbytes != nbytes_of(page):
+                break
+            slab = store.slab(binding.slot.slab)
+            if slab is None:
+                break
+            header, footer = bytearray(HEADER_NBYTES), bytearray(FOOTER_NBYTES)
+            buffers = [memoryview(header), *page, memoryview(footer)]
+            transfer = _transfer(slab, binding.slot.number, binding.nbytes, buffers)
+            reads.append(_Read(transfer, header, footer, binding))
+        return reads
+
+    def _drop_damaged(self, store: Store, key: str, binding: Binding, result: int) -> None:
+        """Unbinds a slot that does not hold what it should, so that a new write can mend it."""
+        if result < 0 and result not in (-errno.EIO, -errno.ENODATA):
+            logger.warning("reading %s: %s", store.slab_path(binding), os.strerror(-result))
+            return
+        if store.metadata.delete([key], [binding.slot.generation]):
+            self._count(damaged_slots=1)
+            logger.warning(
+                "slot %d of %s does not hold %s; dropped",
+                binding.slot.number,
+                store.slab_path(binding),
+                key,
+            )
+
+    def _set(self, store: Store, wanted: Sequence[Wanted], pages: Sequence[Page]) -> int:
+        """Writes and publishes what is not stored yet; how many leading objects are stored then."""
+        deadline = time.monotonic() + self._settings.write_lease_s
+        try:
+            slots = store.metadata.reserve(store.own.name, wanted)
+        except SlabUnknown:  # the metadata was lost a moment ago
+            store.attach()
+            deadline = time.monotonic() + self._settings.write_lease_s
+            slots = store.metadata.reserve(store.own.name, wanted)
+        writes = [
+            (n, Written(wanted[n].key, wanted[n].nbytes, slot))
+            for n, slot in enumerate(slots)
+            if slot is not None
+        ]
+        if not writes:
+            return len(slots)
+        stored = self._write(store, [write for _, write in writes], pages, writes, deadline)
+        missing = (n for (n, _), is_stored in zip(writes, stored, strict=True) if not is_stored)
+        return min(missing, default=len(slots))
+
+    def _write(
+        self,
+        store: Store,
+        written: Sequence[Written],
+        pages: Sequence[Page],
+        positions: Sequence[tuple[int, Written]],
+        deadline: float,
+    ) -> list[bool]:
+        """Writes reserved slots; which of them are published afterwards."""
+        transfers = [
+            _transfer(store.own, one.slot.number, one.nbytes, _sealed_slot(one, pages[n]))
+            for n, one in positions
+        ]
+        try:
+            results = store.io.write(transfers, deadline)
+            if self._settings.fsync:
+                os.fdatasync(store.own.fd)
+        except BackendTimeout:
+            raise  # what hangs may still be written: the slots stay reserved until their time ends
+        except BaseException:
+            store.metadata.release([one.slot for one in written])
+            raise
+        done = [r == t.nbytes for r, t in zip(results, transfers, strict=True)]
+        kept = [one for one, is_done in zip(written, done, strict=True) if is_done]
+        published = iter(store.metadata.publish(kept) if kept else [])
+        lost = [one.slot for one, is_done in zip(written, done, strict=True) if not is_done]
+        if lost:
+            store.metadata.release(lost)
+            _raise_unless_full(store, results, transfers)
+        return [is_done and next(published) for is_done in done]
+
+    def _delete(self, store: Store, keys: Sequence[str]) -> int:
+        """Wipes the headers, so that no rebuild finds the objects again, then unbinds them."""
+        deadline = time.monotonic() + self._settings.lease_s
+        wipes = []
+        for binding in store.metadata.lookup(keys):  # leased: nobody else writes there meanwhile
+            slab = store.slab(binding.slot.slab) if binding is not None else None
+            if binding is not None and slab is not None:
+                offset = binding.slot.number * slab.slot_nbytes
+                nothing = memoryview(bytes(HEADER_NBYTES))
+                wipes.append(Transfer(slab.fd, offset, HEADER_NBYTES, [nothing]))
+        if wipes:
+            store.io.write(wipes, deadline)
+        return store.metadata.delete(keys) if keys else 0
+
+    def _count(self, **by: int) -> None:
+        with self._calls.lock:
+            for name, n in by.items():
+                self._counts[name] += n
+
+
+def _checked(key: str) -> str:
+    if not key or len(key) > MAX_KEY_NBYTES or not key.isascii():
+        raise ValueError(f"{key!r} is no key; a key is 1 to {MAX_KEY_NBYTES} ASCII characters")
+    return key
+
+
+def _sealed_slot(one: Written, page: Page) -> list[memoryview]:
+    """What stands in the slot: header, object, footer."""
+    header = pack_header(one.key, one.nbytes, one.slot.generation)
+    return [memoryview(header), *page, memoryview(pack_footer(one.slot.generation))]
+
+
+def _transfer(slab: Slab, number: int, nbytes: int, buffers: list[memoryview]) -> Transfer:
+    total = HEADER_NBYTES + nbytes + FOOTER_NBYTES
+    return Transfer(slab.fd, number * slab.slot_nbytes, total, buffers)
+
+
+def _raise_unless_full(store: Store, results: Sequence[int], transfers: Sequence[Transfer]) -> None:
+    """A full disk and a reservation that ran out end the count; anything else is a failure."""
+    for result, transfer in zip(results, transfers, strict=True):
+        if result != transfer.nbytes and result not in (*_FULL, -errno.ETIME):
+            why = os.strerror(-result) if result < 0 else f"{result} of {transfer.nbytes} bytes"
+            raise BackendError(f"writing {store.own.path}: {why}; check the file system")
+
+
+__all__ = ["Hf3fsBackend", "Slot"]

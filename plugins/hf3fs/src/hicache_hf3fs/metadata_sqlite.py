@@ -1,0 +1,343 @@
+"""Metadata in an SQLite database on a local disk, for all processes of one host.
+
+Times are of the host's monotonic clock, which no clock adjustment moves; after a reboot all holds
+are over, since their holders are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from hicache_core.errors import BackendError, IntegrityError, UseAfterClose
+from hicache_hf3fs.metadata import (
+    Binding,
+    Found,
+    Limits,
+    MetadataStore,
+    SlabUnknown,
+    Slot,
+    Totals,
+    Wanted,
+    Written,
+    new_generation,
+)
+from hicache_hf3fs.sqlite_file import SqliteFile, translated
+
+_CHUNK = 500  # parameters of one statement
+
+_BINDINGS = (
+    "SELECT key, slab_id, number, generation, nbytes, held_until FROM slots WHERE key IN ({})"
+)
+
+
+class _Bound(NamedTuple):
+    """A row of ``slots`` that has a key."""
+
+    slab_id: int
+    number: int
+    generation: int
+    nbytes: int
+    held_until: float
+
+
+class SqliteMetadata(MetadataStore):
+    """Two connections: one writes; one reads, which in WAL mode never waits for a writer."""
+
+    def __init__(
+        self,
+        path: Path,
+        limits: Limits,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.where = str(path)
+        self._path = path
+        self._file = SqliteFile(path, limits.timeout_s)
+        self._lease_s = limits.lease_s
+        self._write_lease_s = limits.write_lease_s
+        self._clock = clock
+        self._read_lock = threading.Lock()
+        self._write_lock = threading.Lock()
+        self._names: dict[int, str] = {}  # slab_id -> name
+        self._reader: sqlite3.Connection | None = None
+        self._writer: sqlite3.Connection | None = None
+
+    def open(self) -> None:
+        self._writer = self._file.open()
+        with translated(self._path):
+            self._reader = self._file.connection()
+
+    def close(self) -> None:
+        with self._write_lock, self._read_lock:
+            for connection in (self._reader, self._writer):
+                if connection is not None:
+                    connection.close()
+            self._reader = self._writer = None
+            self._file.close()
+
+    def n_slots(self, slab: str) -> int | None:
+        with self._reading() as db:
+            row = db.execute("SELECT n_slots FROM slabs WHERE name = ?", (slab,)).fetchone()
+            return None if row is None else int(row[0])
+
+    def register(self, slab: str, n_slots: int, found: Sequence[Found]) -> None:
+        with self._writing() as db:
+            known = db.execute("SELECT n_slots FROM slabs WHERE name = ?", (slab,)).fetchone()
+            if known is not None:
+                db.execute(
+                    "UPDATE slabs SET n_slots = max(n_slots, ?) WHERE name = ?", (n_slots, slab)
+                )
+                return
+            fresh = max((one.number + 1 for one in found), default=0)
+            slab_id = db.execute(
+                "INSERT INTO slabs (name, n_slots, fresh) VALUES (?, ?, ?)", (slab, n_slots, fresh)
+            ).lastrowid
+            db.executemany(
+                "INSERT INTO slots VALUES (?, ?, 0, NULL, NULL, NULL, 0)",
+                ((slab_id, number) for number in range(fresh)),
+            )
+            now = self._clock()
+            db.executemany(  # a key that was found twice, or is bound elsewhere, stays where it is
+                "UPDATE OR IGNORE slots SET generation = ?, key = ?, nbytes = ?, used_at = ? "
+                "WHERE slab_id = ? AND number = ?",
+                ((f.generation, f.key, f.nbytes, now, slab_id, f.number) for f in found),
+            )
+
+    def lookup(self, keys: Sequence[str]) -> list[Binding | None]:
+        bound = self._bound(keys)
+        now = self._clock()
+        if any(row.held_until < now + self._lease_s for row in bound.values()):
+            # A lease is given for twice its time, so that most lookups of a hot key only read.
+            until, found = now + 2 * self._lease_s, list(bound)
+            with self._writing() as db:
+                for part in _chunks(found):
+                    db.execute(
+                        "UPDATE slots SET used_at = ?, held_until = max(held_until, ?) "
+                        f"WHERE key IN ({_marks(part)})",
+                        (now, until, *part),
+                    )
+                bound = self._bound(found, db)
+        return [self._binding(bound.get(key)) for key in keys]
+
+    def leading(self, keys: Sequence[str]) -> int:
+        n_bound = 0
+        with self._reading() as db:
+            for part in _chunks(keys):
+                bound = {
+                    key
+                    for (key,) in db.execute(
+                        f"SELECT key FROM slots WHERE key IN ({_marks(part)})", part
+                    )
+                }
+                for key in part:
+                    if key not in bound:
+                        return n_bound
+                    n_bound += 1
+        return n_bound
+
+    def unchanged(self, keys: Sequence[str], bindings: Sequence[Binding]) -> int:
+        bound = self._bound(keys)
+        for n, (key, binding) in enumerate(zip(keys, bindings, strict=True)):
+            row = bound.get(key)
+            if row is None or row.generation != binding.slot.generation:
+                return n
+        return len(keys)
+
+    def reserve(self, slab: str, wanted: Sequence[Wanted]) -> list[Slot | None]:
+        with self._writing() as db:
+            row = db.execute(
+                "SELECT slab_id, n_slots, fresh FROM slabs WHERE name = ?", (slab,)
+            ).fetchone()
+            if row is None:
+                raise SlabUnknown(slab)
+            slab_id, n_slots, fresh = row
+            now = self._clock()
+            bound = self._bound([want.key for want in wanted], db)
+            stored = [
+                want.key in bound and bound[want.key].nbytes == want.nbytes for want in wanted
+            ]
+            # Touched, so that making room for the others of this call cannot remove them.
+            db.executemany(
+                "UPDATE slots SET used_at = ? WHERE key = ?", ((now, key) for key in bound)
+            )
+            numbers = list(
+                islice(self._room(db, slab_id, (fresh, n_slots), now), stored.count(False))
+            )
+            slots: list[Slot | None] = []
+            free = iter(numbers)
+            for is_stored in stored:
+                if is_stored:
+                    slots.append(None)
+                    continue
+                number = next(free, None)
+                if number is None:
+                    break
+                slots.append(Slot(slab, number, new_generation()))
+            db.executemany(
+                "INSERT OR REPLACE INTO slots VALUES (?, ?, ?, NULL, NULL, NULL, ?)",
+                (
+                    (slab_id, slot.number, slot.generation, now + self._write_lease_s)
+                    for slot in slots
+                    if slot is not None
+                ),
+            )
+            db.execute(
+                "UPDATE slabs SET fresh = max(fresh, ?) WHERE slab_id = ?",
+                (max((number + 1 for number in numbers), default=0), slab_id),
+            )
+            return slots
+
+    def publish(self, written: Sequence[Written]) -> list[bool]:
+        with self._writing() as db:
+            now = self._clock()
+            return [self._publish_one(db, one, now) for one in written]
+
+    def release(self, slots: Sequence[Slot]) -> None:
+        with self._writing() as db:
+            db.executemany(
+                "UPDATE slots SET held_until = 0, generation = 0 "
+                "WHERE key IS NULL AND generation = ? AND number = ? "
+                "AND slab_id = (SELECT slab_id FROM slabs WHERE name = ?)",
+                ((slot.generation, slot.number, slot.slab) for slot in slots),
+            )
+
+    def delete(self, keys: Sequence[str], generations: Sequence[int] | None = None) -> int:
+        with self._writing() as db:
+            before = db.total_changes
+            if generations is None:
+                db.executemany(
+                    "UPDATE slots SET key = NULL, generation = 0 WHERE key = ?",
+                    ((key,) for key in keys),
+                )
+            else:
+                db.executemany(
+                    "UPDATE slots SET key = NULL, generation = 0 WHERE key = ? AND generation = ?",
+                    zip(keys, generations, strict=True),
+                )
+            return db.total_changes - before
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        with self._reading() as db:
+            rows = db.execute(
+                "SELECT key FROM slots WHERE key >= ? AND key < ?", (prefix, prefix + "\x7f")
+            ).fetchall()
+        return (key for (key,) in rows)
+
+    def totals(self, slab: str) -> Totals:
+        with self._reading() as db:
+            row = db.execute(
+                "SELECT n_slots, "
+                "(SELECT count(*) FROM slots WHERE slab_id = s.slab_id AND key IS NOT NULL), "
+                "(SELECT count(*) FROM slots WHERE slab_id = s.slab_id AND key IS NULL "
+                "AND held_until > ?) FROM slabs s WHERE name = ?",
+                (self._clock(), slab),
+            ).fetchone()
+            return Totals(*row) if row is not None else Totals(0, 0, 0)
+
+    def check_integrity(self) -> None:
+        with self._writing() as db:
+            for name, n_slots, fresh, n_rows, last in db.execute(
+                "SELECT name, n_slots, fresh, count(number), max(number) "
+                "FROM slabs LEFT JOIN slots USING (slab_id) GROUP BY slab_id"
+            ):
+                if n_rows != fresh or fresh > n_slots or (last is not None and last != fresh - 1):
+                    raise IntegrityError(
+                        f"{self.where}: slab {name} has {n_rows} rows of {fresh} used slots, the "
+                        f"last is {last}, of {n_slots} in all"
+                    )
+
+    def _bound(
+        self, keys: Sequence[str], db: sqlite3.Connection | None = None
+    ) -> dict[str, _Bound]:
+        """The rows of those keys that are bound."""
+        if db is None:
+            with self._reading() as reader:
+                return self._bound(keys, reader)
+        bound = {}
+        for part in _chunks(keys):
+            for key, *row in db.execute(_BINDINGS.format(_marks(part)), part):
+                bound[key] = _Bound(*row)
+        if any(row.slab_id not in self._names for row in bound.values()):
+            self._names.update(db.execute("SELECT slab_id, name FROM slabs").fetchall())
+        return bound
+
+    def _binding(self, row: _Bound | None) -> Binding | None:
+        if row is None:
+            return None
+        return Binding(Slot(self._names[row.slab_id], row.number, row.generation), row.nbytes)
+
+    @staticmethod
+    def _room(
+        db: sqlite3.Connection, slab_id: int, unused: tuple[int, int], now: float
+    ) -> Iterator[int]:
+        """Slots that may be written: free ones, those never used, then the least recently used."""
+        free = "SELECT number FROM slots WHERE slab_id = ? AND key IS NULL AND held_until <= ?"
+        yield from (number for (number,) in db.execute(free, (slab_id, now)))
+        yield from range(*unused)
+        # Of objects that came in one call the last goes first: without it the others are of use.
+        oldest = (
+            "SELECT number FROM slots WHERE slab_id = ? AND key IS NOT NULL AND used_at < ? "
+            "AND held_until <= ? ORDER BY used_at, number DESC"
+        )
+        yield from (number for (number,) in db.execute(oldest, (slab_id, now, now)))
+
+    def _publish_one(self, db: sqlite3.Connection, one: Written, now: float) -> bool:
+        key, nbytes, slot = one
+        place = db.execute(
+            "SELECT slab_id, number FROM slots JOIN slabs USING (slab_id) "
+            "WHERE name = ? AND number = ? AND generation = ? AND key IS NULL",
+            (slot.slab, slot.number, slot.generation),
+        ).fetchone()
+        if place is None:
+            return False
+        other = db.execute("SELECT nbytes FROM slots WHERE key = ?", (key,)).fetchone()
+        if other == (nbytes,):  # somebody was faster; no reader has seen ours
+            db.execute("UPDATE slots SET held_until = 0 WHERE slab_id = ? AND number = ?", place)
+            return True
+        if other is not None:
+            db.execute("UPDATE slots SET key = NULL, generation = 0 WHERE key = ?", (key,))
+        db.execute(
+            "UPDATE slots SET key = ?, nbytes = ?, used_at = ?, held_until = 0 "
+            "WHERE slab_id = ? AND number = ?",
+            (key, nbytes, now, *place),
+        )
+        return True
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._read_lock, translated(self._path):
+            if self._reader is None:
+                raise UseAfterClose(f"metadata {self.where} is not open")
+            yield self._reader
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """The writing connection, in a transaction that ends with the block."""
+        with self._write_lock, translated(self._path):
+            db = self._writer
+            if db is None:
+                raise UseAfterClose(f"metadata {self.where} is not open")
+            self._file.check_current()
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+                db.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error, BackendError):
+                    db.execute("ROLLBACK")
+                raise
+
+
+def _chunks(keys: Sequence[str]) -> Iterator[Sequence[str]]:
+    """The keys in parts that one statement takes."""
+    return (keys[start : start + _CHUNK] for start in range(0, len(keys), _CHUNK))
+
+
+def _marks(part: Sequence[str]) -> str:
+    return ",".join("?" * len(part))

@@ -1,0 +1,59 @@
+"""The contract of the data path: bytes between slots and memory, many at a time."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
+
+
+class Transfer(NamedTuple):
+    """One stretch of a file and the memory that it is read into or written from, in order."""
+
+    fd: int
+    offset: int
+    nbytes: int
+    buffers: list[memoryview]
+
+
+class PageIO(ABC):
+    """Moves bytes. Threads: ``read`` and ``write`` may be called from several at once."""
+
+    mode: ClassVar[str]
+    """As in the configuration."""
+
+    def open(self) -> None:  # noqa: B027 - the POSIX mode has nothing to open
+        """Allocates what it needs."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Releases it; no call is under way, and every file was removed."""
+
+    def add_file(self, fd: int) -> None:  # noqa: B027 - POSIX files need no registration
+        """Announces a descriptor that was just opened."""
+
+    def remove_file(self, fd: int) -> None:  # noqa: B027 - see above
+        """Takes it back; called before the descriptor is closed."""
+
+    @abstractmethod
+    def read(self, transfers: Sequence[Transfer], deadline: float) -> list[int]:
+        """Fills the memory of each transfer.
+
+        Args:
+            transfers: what to read.
+            deadline: by ``time.monotonic``; what ends later is no result any more.
+
+        Returns:
+            For each transfer the bytes that were read, fewer at the end of the file, or a negative
+            errno: ``-ETIME`` if it ended after the deadline.
+
+        Raises:
+            BackendTimeout: the file system does not answer.
+        """
+
+    @abstractmethod
+    def write(self, transfers: Sequence[Transfer], deadline: float) -> list[int]:
+        """Writes the memory of each transfer; arguments and results as for ``read``.
+
+        Nothing is begun after the deadline.
+        """

@@ -1,0 +1,81 @@
+"""The POSIX mode: ``preadv`` and ``pwritev`` between slots and the pages' own memory."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+from hicache_core.storage.lanes import Lanes
+from hicache_hf3fs.page_io import PageIO, Transfer
+
+_IOV_MAX = os.sysconf("SC_IOV_MAX")
+
+
+class PosixIO(PageIO):
+    """Any file system. A large call is shared by up to ``n_threads`` threads."""
+
+    mode: ClassVar[str] = "posix"
+
+    def __init__(self, n_threads: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lanes = Lanes(n_threads, "hicache-hf3fs")
+
+    def close(self) -> None:
+        self._lanes.close()
+
+    def read(self, transfers: Sequence[Transfer], deadline: float) -> list[int]:
+        def read_one(transfer: Transfer) -> int:
+            result = _vectored(os.preadv, transfer)
+            return result if self._clock() <= deadline else -errno.ETIME
+
+        return self._each(read_one, transfers)
+
+    def write(self, transfers: Sequence[Transfer], deadline: float) -> list[int]:
+        def write_one(transfer: Transfer) -> int:
+            if self._clock() > deadline:
+                return -errno.ETIME
+            return _vectored(os.pwritev, transfer)
+
+        return self._each(write_one, transfers)
+
+    def _each(self, move: Callable[[Transfer], int], transfers: Sequence[Transfer]) -> list[int]:
+        parts = self._lanes.split(len(transfers), sum(transfer.nbytes for transfer in transfers))
+
+        def move_part(part: range) -> list[int]:
+            return [move(transfers[n]) for n in part]
+
+        return [result for part in self._lanes.run(move_part, parts) for result in part]
+
+
+def _vectored(call: Callable[[int, list[memoryview], int], int], transfer: Transfer) -> int:
+    """One ``preadv`` or ``pwritev``, nearly always; how many bytes went, or a negative errno."""
+    fd, offset, nbytes, buffers = transfer
+    done = 0
+    try:
+        if len(buffers) <= _IOV_MAX:
+            done = call(fd, buffers, offset)
+            if done == nbytes:
+                return done
+            buffers = _behind(buffers, done)
+        while buffers:
+            n = call(fd, buffers[:_IOV_MAX], offset + done)
+            if n == 0:
+                break
+            done += n
+            buffers = _behind(buffers, n)
+    except OSError as exc:
+        return -(exc.errno or errno.EIO)
+    return done
+
+
+def _behind(buffers: list[memoryview], nbytes: int) -> list[memoryview]:
+    """What is left of the buffers behind the first ``nbytes``; none of them empty."""
+    for n, buffer in enumerate(buffers):
+        if nbytes < buffer.nbytes:
+            rest = [buffer[nbytes:], *buffers[n + 1 :]]
+            return [buffer for buffer in rest if buffer.nbytes]
+        nbytes -= buffer.nbytes
+    return []

@@ -1,0 +1,203 @@
+"""Slab files: slots of one size, each with a header, an object and a footer.
+
+    slot n at n × slot_nbytes                                            multiple of 4 KiB
+    | header 256 | object nbytes                      | footer 16 | unused ...............|
+
+The header is a function of key, length and generation, so it is checked by building it again. The
+footer is written last and repeats the generation: a slot that was cut while it was written has not
+both.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import xxhash
+
+from hicache_core.errors import BackendDenied, BackendError, BackendFull, BackendUnavailable
+from hicache_core.logs import log_once
+from hicache_hf3fs.metadata import Found
+
+logger = logging.getLogger(__name__)
+
+HEADER_NBYTES = 256
+FOOTER_NBYTES = 16
+MAX_KEY_NBYTES = 200
+_BLOCK_NBYTES = 4096
+_MAGIC, _END_MAGIC, _VERSION = b"Hi3F", b"Hi3F end", 1
+_HEADER = struct.Struct("<4sHHQQ200s")  # magic, version, key's length, nbytes, generation, key
+_DIGEST = struct.Struct("<Q24x")  # xxh3-64 of what precedes
+_FOOTER = struct.Struct("<Q8s")
+_NAME = re.compile(r"r(\d+)\.(\d+)")
+
+
+def slot_nbytes_for(object_nbytes: int) -> int:
+    """Length of a slot that holds objects of up to ``object_nbytes``."""
+    return -(-(HEADER_NBYTES + object_nbytes + FOOTER_NBYTES) // _BLOCK_NBYTES) * _BLOCK_NBYTES
+
+
+def pack_header(key: str, nbytes: int, generation: int) -> bytes:
+    """The 256 bytes before an object."""
+    name = key.encode()
+    packed = _HEADER.pack(_MAGIC, _VERSION, len(name), nbytes, generation, name)
+    return packed + _DIGEST.pack(xxhash.xxh3_64_intdigest(packed))
+
+
+def pack_footer(generation: int) -> bytes:
+    """The 16 bytes behind an object."""
+    return _FOOTER.pack(generation, _END_MAGIC)
+
+
+def slab_name(rank: int, slot_nbytes: int) -> str:
+    """The name under which the metadata store knows the slab of a rank."""
+    return f"r{rank}.{slot_nbytes}"
+
+
+def slab_path(prefix: Path, name: str) -> Path:
+    """The file of a slab."""
+    return prefix.with_name(f"{prefix.name}.{name}.slab")
+
+
+class Slab:
+    """An open slab file. The owner closes it; reads and writes go through a ``PageIO``."""
+
+    def __init__(self, path: Path, name: str, fd: int) -> None:
+        match = _NAME.fullmatch(name)
+        assert match is not None  # names are made by slab_name only
+        self.path = path
+        self.name = name
+        self.fd = fd
+        self.slot_nbytes = int(match[2])
+
+    @classmethod
+    def existing(cls, prefix: Path, name: str) -> Slab | None:
+        """The slab of any rank, None if its file is not there."""
+        path = slab_path(prefix, name)
+        try:
+            return cls(path, name, os.open(path, os.O_RDWR | os.O_CLOEXEC))
+        except FileNotFoundError:
+            return None
+        except OSError as exc:
+            raise _translated(exc, path) from exc
+
+    @classmethod
+    def allocated(cls, prefix: Path, name: str, file_nbytes: int) -> Slab:
+        """This rank's own slab, with at least ``file_nbytes`` reserved on the disk.
+
+        Raises:
+            BackendFull: the file system has not that much room.
+            BackendDenied: it may not be written.
+            BackendUnavailable: the directory is not there.
+        """
+        path = slab_path(prefix, name)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as exc:
+            raise _translated(exc, path) from exc
+        before = os.fstat(fd).st_size
+        try:
+            if before < file_nbytes:
+                _allocate(path, fd, file_nbytes)
+        except BaseException as exc:
+            os.ftruncate(fd, before)
+            os.close(fd)
+            if before == 0:
+                path.unlink(missing_ok=True)
+            if isinstance(exc, OSError) and not isinstance(exc, BackendError):
+                raise _translated(exc, path, file_nbytes) from exc
+            raise
+        return cls(path, name, fd)
+
+    @property
+    def n_slots(self) -> int:
+        """Whole slots of the file, as long as it is now."""
+        return os.fstat(self.fd).st_size // self.slot_nbytes
+
+    @property
+    def object_nbytes(self) -> int:
+        """Length of the largest object that fits a slot."""
+        return self.slot_nbytes - HEADER_NBYTES - FOOTER_NBYTES
+
+    def close(self) -> None:
+        """Closes the file."""
+        os.close(self.fd)
+
+    def scan(self) -> Iterator[Found]:
+        """Every slot that holds a whole object, in order; holes are passed over."""
+        number, n_slots = 0, self.n_slots
+        while number < n_slots:
+            try:
+                offset = os.lseek(self.fd, number * self.slot_nbytes, os.SEEK_DATA)
+            except OSError as exc:
+                if exc.errno == errno.ENXIO:  # nothing but a hole to the end
+                    return
+                offset = number * self.slot_nbytes  # no SEEK_DATA here: look at every slot
+            number = max(number, offset // self.slot_nbytes)
+            if number < n_slots:
+                found = self._object_in(number)
+                if found is not None:
+                    yield found
+            number += 1
+
+    def _object_in(self, number: int) -> Found | None:
+        start = number * self.slot_nbytes
+        header = os.pread(self.fd, HEADER_NBYTES, start)
+        if len(header) < HEADER_NBYTES or header[:4] != _MAGIC:
+            return None
+        _, version, key_nbytes, nbytes, generation, name = _HEADER.unpack_from(header)
+        if version != _VERSION or key_nbytes > MAX_KEY_NBYTES or nbytes > self.object_nbytes:
+            return None
+        key = name[:key_nbytes].decode("ascii", "replace")
+        footer = os.pread(self.fd, FOOTER_NBYTES, start + HEADER_NBYTES + nbytes)
+        if header != pack_header(key, nbytes, generation) or footer != pack_footer(generation):
+            return None
+        return Found(number, generation, key, nbytes)
+
+
+def _allocate(path: Path, fd: int, nbytes: int) -> None:
+    """Reserves the space, so that a write into a slot cannot meet a full disk later."""
+    if _fallocate(fd, 0, 0, nbytes) == 0:
+        return
+    code = ctypes.get_errno()
+    if code not in (errno.EOPNOTSUPP, errno.ENOSYS):
+        raise OSError(code, os.strerror(code))
+    # glibc's posix_fallocate would now write a byte into every block, of a terabyte perhaps.
+    status = os.fstatvfs(fd)
+    if status.f_bavail * status.f_frsize < nbytes - os.fstat(fd).st_blocks * 512:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    os.ftruncate(fd, nbytes)
+    log_once(
+        logger,
+        logging.WARNING,
+        f"{path}: this file system cannot reserve space; writes are dropped if others fill it",
+    )
+
+
+def _translated(exc: OSError, path: Path, nbytes: int = 0) -> BackendError:
+    """The error of HiCache that says what to do."""
+    if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        status = os.statvfs(path.parent)
+        return BackendFull(
+            f"slab {path} needs {nbytes} bytes, but its file system has room for "
+            f"{status.f_bavail * status.f_frsize}; lower file_size or make room ({exc.strerror})"
+        )
+    if exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return BackendDenied(f"slab {path} may not be written: {exc.strerror}; check owner, mount")
+    if exc.errno == errno.ENOENT:
+        return BackendUnavailable(
+            f"directory {path.parent} does not exist; mount the file system or create it"
+        )
+    return BackendUnavailable(f"slab {path} cannot be opened: {exc.strerror}")
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_fallocate = _libc.fallocate
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_fallocate.restype = ctypes.c_int

@@ -1,0 +1,230 @@
+"""The database file of the SQLite metadata: made once, checked, and made anew when damaged.
+
+Every process that has it open holds a shared lock on ``<file>.lock``. Who makes the file, the first
+time or anew, holds the exclusive one: so there are never two databases that speak of one slab.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from hicache_core.errors import (
+    BackendCorrupt,
+    BackendDenied,
+    BackendError,
+    BackendFull,
+    BackendTimeout,
+    BackendUnavailable,
+)
+
+logger = logging.getLogger(__name__)
+
+APPLICATION_ID = 0x48334653  # "H3FS"
+FORMAT_VERSION = 1
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_POLL_S = 0.02
+
+_SCHEMA = """
+CREATE TABLE boots (boot_id TEXT NOT NULL);
+CREATE TABLE slabs (
+    slab_id INTEGER PRIMARY KEY,
+    name TEXT NOT NULL UNIQUE,
+    n_slots INTEGER NOT NULL,
+    fresh INTEGER NOT NULL  -- slots from here on were never used and have no row
+);
+CREATE TABLE slots (
+    slab_id INTEGER NOT NULL,
+    number INTEGER NOT NULL,
+    generation INTEGER NOT NULL,
+    key TEXT,
+    nbytes INTEGER,
+    used_at REAL,
+    held_until REAL NOT NULL,  -- end of the lease, of the reservation, or of the quarantine
+    PRIMARY KEY (slab_id, number)
+) WITHOUT ROWID;
+CREATE UNIQUE INDEX by_key ON slots (key) WHERE key IS NOT NULL;
+CREATE INDEX by_use ON slots (slab_id, used_at, number DESC) WHERE key IS NOT NULL;
+CREATE INDEX by_hold ON slots (slab_id, held_until) WHERE key IS NULL;
+"""
+
+_ERRORS: dict[int, tuple[type[BackendError], str]] = {
+    sqlite3.SQLITE_BUSY: (BackendTimeout, "another process held its lock for too long"),
+    sqlite3.SQLITE_LOCKED: (BackendTimeout, "another process held its lock for too long"),
+    sqlite3.SQLITE_FULL: (BackendFull, "its disk is full"),
+    sqlite3.SQLITE_READONLY: (BackendDenied, "it may not be written; check owner and mount"),
+    sqlite3.SQLITE_PERM: (BackendDenied, "it may not be opened; check its owner"),
+    sqlite3.SQLITE_CANTOPEN: (BackendDenied, "it cannot be opened; check directory and owner"),
+    sqlite3.SQLITE_CORRUPT: (BackendCorrupt, "it is damaged; reopen the backend to rebuild it"),
+    sqlite3.SQLITE_NOTADB: (BackendCorrupt, "it is damaged; reopen the backend to rebuild it"),
+}
+
+
+@contextlib.contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """Raises the ``BackendError`` that fits what SQLite raises."""
+    try:
+        yield
+    except sqlite3.Error as exc:
+        code = getattr(exc, "sqlite_errorcode", 0) & 0xFF
+        kind, advice = _ERRORS.get(code, (BackendUnavailable, "see the text before"))
+        raise kind(f"metadata {path}: {exc}: {advice}") from exc
+
+
+class SqliteFile:
+    """Opens the database, under the lock that keeps it the only one."""
+
+    def __init__(self, path: Path, timeout_s: float) -> None:
+        self._path = path
+        self._timeout_s = timeout_s
+        self._lock_fd = -1
+        self._identity = (0, 0)
+
+    def open(self) -> sqlite3.Connection:
+        """A connection to a database that is whole and of this version.
+
+        Raises:
+            BackendCorrupt: it is missing or damaged while other processes use what it was.
+            BackendError: it cannot be opened.
+        """
+        deadline = time.monotonic() + self._timeout_s
+        self._lock_fd = self._open_lock()
+        try:
+            while True:
+                if self._lock(fcntl.LOCK_SH):
+                    connection = self._sound()
+                    if connection is not None:
+                        status = self._path.stat()
+                        self._identity = (status.st_dev, status.st_ino)
+                        return connection
+                    fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
+                if self._lock(fcntl.LOCK_EX):
+                    self._make()
+                    continue
+                if time.monotonic() > deadline:
+                    raise BackendCorrupt(
+                        f"metadata {self._path} is missing or damaged, and other processes still "
+                        "use it; stop them all, then it is rebuilt from the slabs"
+                    )
+                time.sleep(_POLL_S)
+        except BaseException:
+            self.close()
+            raise
+
+    def connection(self) -> sqlite3.Connection:
+        """One more connection."""
+        connection = sqlite3.connect(
+            self._path,
+            timeout=self._timeout_s,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=64,
+        )
+        # A killed process loses nothing; a power cut may, and then the slabs are scanned.
+        connection.execute("PRAGMA synchronous = OFF")
+        return connection
+
+    def check_current(self) -> None:
+        """Raises ``BackendUnavailable`` if the file was removed or replaced under its users."""
+        try:
+            status = self._path.stat()
+        except OSError:
+            status = None
+        if status is None or (status.st_dev, status.st_ino) != self._identity:
+            raise BackendUnavailable(
+                f"metadata {self._path} was removed while in use; stop all processes that use it, "
+                "then it is rebuilt from the slabs"
+            )
+
+    def close(self) -> None:
+        """Gives up the lock."""
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    def _open_lock(self) -> int:
+        path = self._path.with_name(self._path.name + ".lock")
+        try:
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError as exc:
+            raise BackendUnavailable(
+                f"directory {path.parent} does not exist; create it or set metadata_url"
+            ) from exc
+        except OSError as exc:
+            raise BackendDenied(f"{path} cannot be opened: {exc.strerror}") from exc
+
+    def _lock(self, kind: int) -> bool:
+        try:
+            fcntl.flock(self._lock_fd, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _sound(self) -> sqlite3.Connection | None:
+        """A connection to the database, None if it is missing or damaged. Holds the shared lock."""
+        if not self._path.exists():
+            return None
+        connection = None
+        try:
+            with translated(self._path):
+                connection = self.connection()
+                self._check(connection)
+            return connection
+        except BackendCorrupt as exc:
+            logger.warning("%s", exc)
+            if connection is not None:
+                connection.close()
+            return None
+        except BaseException:
+            if connection is not None:
+                connection.close()
+            raise
+
+    def _check(self, connection: sqlite3.Connection) -> None:
+        (application,) = connection.execute("PRAGMA application_id").fetchone()
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if (application, version) != (APPLICATION_ID, FORMAT_VERSION):
+            (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            if tables == 0:  # whoever made it was killed before it was done
+                raise BackendCorrupt(f"metadata {self._path} is empty")
+            raise BackendUnavailable(
+                f"metadata {self._path} is of application {application:#x}, version {version}; "
+                f"expected {APPLICATION_ID:#x}, version {FORMAT_VERSION}; give another path"
+            )
+        (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise BackendCorrupt(f"metadata {self._path} is damaged: {verdict}")
+        connection.execute("BEGIN IMMEDIATE")
+        boot_id = _BOOT_ID.read_text().strip()
+        if connection.execute("SELECT boot_id FROM boots").fetchone() != (boot_id,):
+            # The clock began anew: nobody of before lives, and all of now comes after.
+            connection.execute("DELETE FROM boots")
+            connection.execute("INSERT INTO boots VALUES (?)", (boot_id,))
+            connection.execute(
+                "UPDATE slots SET held_until = 0, "
+                "used_at = used_at - (SELECT max(used_at) FROM slots)"
+            )
+        connection.execute("COMMIT")
+
+    def _make(self) -> None:
+        """An empty database in place of what is there. Holds the exclusive lock."""
+        for suffix in ("-wal", "-shm"):
+            self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
+        if self._path.exists():
+            self._path.replace(self._path.with_name(self._path.name + ".damaged"))
+        with translated(self._path):
+            connection = self.connection()
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.executescript(
+                    f"BEGIN IMMEDIATE; PRAGMA application_id = {APPLICATION_ID}; "
+                    f"PRAGMA user_version = {FORMAT_VERSION}; {_SCHEMA} COMMIT;"
+                )
+            finally:
+                connection.close()

@@ -1,0 +1,247 @@
+"""What an open backend holds: the way of the bytes, the metadata, and the slab files."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from hicache_core.errors import BackendUnavailable, ConfigError, UseAfterClose
+from hicache_core.logs import log_once
+from hicache_core.types import BackendContext
+from hicache_hf3fs.config import Hf3fsConfig
+from hicache_hf3fs.metadata import Binding, Limits, MetadataStore
+from hicache_hf3fs.metadata_sqlite import SqliteMetadata
+from hicache_hf3fs.page_io import PageIO
+from hicache_hf3fs.posix import PosixIO
+from hicache_hf3fs.slab import Slab, slab_name, slab_path, slot_nbytes_for
+from hicache_hf3fs.usrbio import LIBRARY, UsrbioIO, load_library, mount_of
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_OBJECT_NBYTES = 4 << 20
+CLOSE_TIMEOUT_S = 30.0
+
+T = TypeVar("T")
+
+
+class Calls(Generic[T]):
+    """What calls use while it is open; closing waits until the last of them has ended."""
+
+    def __init__(self, name: str) -> None:
+        self.lock = threading.Lock()
+        self._name = name
+        self._ended = threading.Condition(self.lock)
+        self._n_calls = 0
+        self._pid = 0
+        self._value: T | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is something to use."""
+        return self._value is not None
+
+    def open(self, value: T) -> None:
+        """From now on calls use ``value``."""
+        self._value, self._pid = value, os.getpid()
+
+    def close(self) -> T | None:
+        """The value, for the caller to release; None if there is none, or some call never ends."""
+        with self._ended:
+            value, self._value = self._value, None
+            if value is None or self._pid != os.getpid():
+                return None  # what a forked child inherited is its parent's to close
+            if self._ended.wait_for(lambda: self._n_calls == 0, CLOSE_TIMEOUT_S):
+                return value
+        logger.warning("%s: a call still runs; its files stay open", self._name)
+        return None
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[T]:
+        """The value, which is not released before the block has ended."""
+        with self._ended:
+            value = self._value
+            if value is None:
+                raise UseAfterClose(f"{self._name} is not open; call open() first")
+            if self._pid != os.getpid():
+                raise UseAfterClose(
+                    f"{self._name} was opened in process {self._pid}; a forked child has to open "
+                    "one of its own"
+                )
+            self._n_calls += 1
+        try:
+            yield value
+        finally:
+            with self._ended:
+                self._n_calls -= 1
+                if not self._n_calls:
+                    self._ended.notify_all()
+
+
+class Store:
+    """Metadata, data path and slabs; slabs of other ranks are opened when first read."""
+
+    def __init__(self, prefix: Path, io: PageIO, metadata: MetadataStore) -> None:
+        self.prefix = prefix
+        self.io = io
+        self.metadata = metadata
+        self.rebuilt = False
+        self._lock = threading.Lock()
+        self._slabs: dict[str, Slab] = {}
+        self._own: Slab | None = None
+
+    @property
+    def own(self) -> Slab:
+        """This rank's slab."""
+        assert self._own is not None
+        return self._own
+
+    def open(self, name: str, file_nbytes: int) -> None:
+        """Allocates this rank's slab and makes it known."""
+        slab = Slab.allocated(self.prefix, name, file_nbytes)
+        try:
+            self.io.add_file(slab.fd)
+        except BaseException:
+            slab.close()
+            raise
+        self._own = self._slabs[name] = slab
+        self.rebuilt = self.attach()
+
+    def attach(self) -> bool:
+        """Makes the own slab known to the metadata; whether objects were found in it."""
+        rebuilt = self.metadata.attach(self.own.name, self.own.n_slots, self.own.scan)
+        if rebuilt:
+            logger.warning(
+                "metadata %s knew nothing of %s; rebuilt from its headers",
+                self.metadata.where,
+                self.own.path,
+            )
+        return rebuilt
+
+    def slab(self, name: str) -> Slab | None:
+        """The slab of any rank; None if its file is gone."""
+        found = self._slabs.get(name)
+        if found is not None:
+            return found
+        with self._lock:
+            if name not in self._slabs:
+                slab = Slab.existing(self.prefix, name)
+                if slab is None:
+                    return None
+                try:
+                    self.io.add_file(slab.fd)
+                except BaseException:
+                    slab.close()
+                    raise
+                self._slabs[name] = slab
+            return self._slabs[name]
+
+    def slab_path(self, binding: Binding) -> Path:
+        """The file that a binding speaks of."""
+        return slab_path(self.prefix, binding.slot.slab)
+
+    def io_stats(self) -> Mapping[str, float]:
+        """What only one of the modes counts."""
+        return {"lost_rings": self.io.lost_rings} if isinstance(self.io, UsrbioIO) else {}
+
+    def close(self) -> None:
+        """Takes the files back from the data path, closes them, and disconnects."""
+        for slab in self._slabs.values():
+            self.io.remove_file(slab.fd)  # before the descriptor's number can be another file's
+            slab.close()
+        self._slabs.clear()
+        self.io.close()
+        self.metadata.close()
+
+
+def open_store(settings: Hf3fsConfig, context: BackendContext) -> Store:
+    """Everything connected and allocated; if anything fails, nothing is left open."""
+    prefix = settings.file_path_prefix.absolute()
+    if not prefix.parent.is_dir():
+        raise BackendUnavailable(
+            f"directory {prefix.parent} does not exist; mount the file system or create it"
+        )
+    object_nbytes = settings.slot_nbytes or context.object_nbytes or DEFAULT_OBJECT_NBYTES
+    slot_nbytes = slot_nbytes_for(object_nbytes)
+    if settings.file_size < slot_nbytes:
+        raise ConfigError(
+            f"file_size is {settings.file_size}, but one slot for objects of {object_nbytes} bytes "
+            f"takes {slot_nbytes}; raise file_size"
+        )
+    io = _page_io(settings, prefix)
+    store = Store(prefix, io, _metadata(settings, prefix))
+    try:
+        io.open()
+        store.metadata.open()
+        store.open(slab_name(context.rank, slot_nbytes), settings.file_size)
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def _page_io(settings: Hf3fsConfig, prefix: Path) -> PageIO:
+    """The mode that is asked for, or that is possible here; said once in the log."""
+    library = load_library() if settings.mode != "posix" else None
+    mount = mount_of(library, prefix.parent) if library is not None else None
+    if library is not None and mount is not None:
+        log_once(logger, logging.INFO, f"{prefix}: mode usrbio, 3FS mount {mount}")
+        return UsrbioIO(
+            library,
+            mount,
+            n_rings=settings.numjobs,
+            entries=settings.entries,
+            iovec_nbytes=settings.iovec_nbytes,
+            timeout_s=settings.io_timeout_s,
+        )
+    why = f"{LIBRARY} is not installed" if library is None else f"{prefix.parent} is no 3FS mount"
+    if settings.mode == "usrbio":
+        raise BackendUnavailable(f"mode usrbio is not possible: {why}; set mode to auto or posix")
+    why = "as configured" if settings.mode == "posix" else why
+    log_once(logger, logging.INFO, f"{prefix}: mode posix, {why}")
+    return PosixIO(settings.numjobs)
+
+
+def _metadata(settings: Hf3fsConfig, prefix: Path) -> MetadataStore:
+    """The metadata store that the URL names."""
+    url = settings.metadata_url.get_secret_value() if settings.metadata_url else ""
+    limits = Limits(settings.metadata_timeout_s, settings.lease_s, settings.write_lease_s)
+    if not url:
+        return SqliteMetadata(prefix.with_name(f"{prefix.name}.index.sqlite"), limits)
+    if url.startswith("sqlite://"):
+        return SqliteMetadata(Path(url.removeprefix("sqlite://")), limits)
+    try:
+        module = importlib.import_module("hicache_hf3fs.metadata_redis")
+    except ModuleNotFoundError as exc:
+        raise BackendUnavailable(
+            "metadata in Redis needs redis-py: pip install 'hicache-hf3fs[redis]'"
+        ) from exc
+    redis_metadata: MetadataStore = module.RedisMetadata(url, _store_id(prefix), limits)
+    return redis_metadata
+
+
+def _store_id(prefix: Path) -> str:
+    """What names the slabs of this prefix in a Redis, on every host and under every mount path."""
+    path = prefix.with_name(f"{prefix.name}.store")
+    try:
+        with path.open("x") as file:
+            file.write(secrets.token_hex(8))
+    except FileExistsError:
+        pass
+    except OSError as exc:
+        raise BackendUnavailable(f"{path} cannot be written: {exc.strerror}") from exc
+    deadline = time.monotonic() + 1.0
+    while True:  # whoever made it may not have written it yet
+        store_id = path.read_text()
+        if len(store_id) == 16:
+            return store_id
+        if time.monotonic() > deadline:
+            raise BackendUnavailable(f"{path} does not hold 16 hex digits; remove it")
+        time.sleep(0.01)

@@ -1,0 +1,261 @@
+"""The USRBIO mode: reads and writes of a 3FS mount through rings in shared memory.
+
+3FS moves bytes between its servers and an *iovec*, shared memory that it knows. Pages do not lie in
+it, so each page is copied once between the iovec and its own memory; the copy of one piece overlaps
+with the transfer of others.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import queue
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from hicache_core.errors import BackendTimeout, BackendUnavailable
+from hicache_hf3fs.page_io import PageIO, Transfer
+
+LIBRARY = "hf3fs_fuse.io"
+_ALIGNMENT = 4096
+
+
+def load_library() -> Any | None:
+    """3FS's client, None where it is not installed."""
+    try:
+        return importlib.import_module(LIBRARY)
+    except ImportError:
+        return None
+
+
+def mount_of(library: Any, path: Path) -> str | None:
+    """The 3FS mount that ``path`` lies in, None if it lies in none."""
+    found = library.extract_mount_point(str(path))
+    return str(found) if found else None
+
+
+class _Piece(NamedTuple):
+    """A part of a transfer that fits a cell; ``start`` counts from the transfer's first byte."""
+
+    transfer: int
+    start: int
+    nbytes: int
+
+
+class _Ring:
+    """A ring for reads, one for writes, and the memory that both use, cut into equal cells."""
+
+    def __init__(self, library: Any, mount: str, entries: int, iovec_nbytes: int) -> None:
+        self.cell_nbytes = max(_ALIGNMENT, iovec_nbytes // entries // _ALIGNMENT * _ALIGNMENT)
+        self._n_cells = entries
+        self._memory = SharedMemory(create=True, size=self.cell_nbytes * entries)
+        try:
+            self._iovec = library.make_iovec(self._memory, mount)
+            self._rings = {
+                read: library.make_ioring(mount, entries, for_read=read) for read in (True, False)
+            }
+        except BaseException:
+            self._iovec = None
+            self._memory.close()
+            self._memory.unlink()
+            raise
+        assert self._memory.buf is not None
+        self._view = memoryview(self._memory.buf)
+
+    def close(self) -> None:
+        """Takes the memory away from 3FS, then gives it back to the system."""
+        self._rings.clear()
+        self._iovec = None  # removes its link in the mount
+        self._view.release()
+        self._memory.close()
+        self._memory.unlink()
+
+    def run(
+        self, transfers: Sequence[Transfer], *, read: bool, deadline: float, timeout_s: float
+    ) -> list[int]:
+        """Moves all transfers, as many pieces at once as there are cells.
+
+        Raises:
+            BackendTimeout: nothing was completed for ``timeout_s``; this object must not be used
+                again, since 3FS may still write to its memory.
+        """
+        ring = self._rings[read]
+        pieces = self._pieces(transfers)
+        results = [0] * len(transfers)
+        free = list(range(self._n_cells))
+        under_way: dict[int, _Piece] = {}
+        while True:
+            while free and time.monotonic() <= deadline:
+                piece = next(pieces, None)
+                if piece is None:
+                    break
+                cell = free.pop()
+                self._prepare(ring, cell, piece, transfers[piece.transfer], read=read)
+                under_way[cell] = piece
+            if not under_way:
+                break
+            done = ring.submit().wait(min_results=1, timeout=timedelta(seconds=timeout_s))
+            if not done:
+                raise BackendTimeout(
+                    f"3FS completed none of {len(under_way)} operations within {timeout_s} s"
+                )
+            for completion in done:  # in any order: userdata says which it is
+                cell = int(completion.userdata)
+                piece = under_way.pop(cell)
+                result = int(completion.result)
+                if read and 0 < result <= piece.nbytes:
+                    self._copy(cell, piece._replace(nbytes=result), transfers, read=True)
+                _add(results, piece, result)
+                free.append(cell)
+        late = {piece.transfer for piece in pieces}
+        if read and time.monotonic() > deadline:
+            late = set(range(len(transfers)))
+        for n in late:
+            results[n] = -errno.ETIME
+        return results
+
+    def _prepare(
+        self, ring: Any, cell: int, piece: _Piece, transfer: Transfer, *, read: bool
+    ) -> None:
+        if not read:
+            self._copy(cell, piece, {piece.transfer: transfer}, read=False)
+        start = cell * self.cell_nbytes
+        ring.prepare(
+            self._iovec[start : start + piece.nbytes],
+            read,
+            transfer.fd,
+            transfer.offset + piece.start,
+            userdata=cell,
+        )
+
+    def _copy(self, cell: int, piece: _Piece, transfers: Any, *, read: bool) -> None:
+        """Between the cell and the piece of the page's memory."""
+        at = cell * self.cell_nbytes
+        transfer = transfers[piece.transfer]
+        for part in _window(transfer.buffers, piece.start, piece.start + piece.nbytes):
+            cell_part = self._view[at : at + part.nbytes]
+            if read:
+                part[:] = cell_part
+            else:
+                cell_part[:] = part
+            at += part.nbytes
+
+    def _pieces(self, transfers: Sequence[Transfer]) -> Iterator[_Piece]:
+        for n, transfer in enumerate(transfers):
+            for start in range(0, transfer.nbytes, self.cell_nbytes):
+                yield _Piece(n, start, min(self.cell_nbytes, transfer.nbytes - start))
+
+
+class UsrbioIO(PageIO):
+    """Rings on one 3FS mount. A call uses one pair of rings and waits for it if all are in use."""
+
+    mode: ClassVar[str] = "usrbio"
+
+    def __init__(
+        self,
+        library: Any,
+        mount: str,
+        *,
+        n_rings: int,
+        entries: int,
+        iovec_nbytes: int,
+        timeout_s: float,
+    ) -> None:
+        self.mount = mount
+        self.lost_rings = 0
+        self._library = library
+        self._n_rings = n_rings
+        self._timeout_s = timeout_s
+        self._new_ring: Callable[[], _Ring] = lambda: _Ring(library, mount, entries, iovec_nbytes)
+        self._idle: queue.LifoQueue[_Ring] = queue.LifoQueue()
+        self._lost: list[_Ring] = []
+
+    def open(self) -> None:
+        try:
+            for _ in range(self._n_rings):
+                self._idle.put(self._new_ring())
+        except OSError as exc:
+            self.close()
+            raise BackendUnavailable(
+                f"3FS at {self.mount} gives no ring: {exc}; check the mount and lower numjobs, "
+                "entries or iovec_nbytes"
+            ) from exc
+
+    def close(self) -> None:
+        while not self._idle.empty():
+            self._idle.get_nowait().close()
+        for ring in self._lost:
+            ring.close()
+        self._lost.clear()
+
+    def add_file(self, fd: int) -> None:
+        try:
+            self._library.register_fd(fd)
+        except OSError as exc:
+            raise BackendUnavailable(f"3FS at {self.mount} refuses a file: {exc}") from exc
+
+    def remove_file(self, fd: int) -> None:
+        self._library.deregister_fd(fd)
+
+    def read(self, transfers: Sequence[Transfer], deadline: float) -> list[int]:
+        return self._run(transfers, deadline, read=True)
+
+    def write(self, transfers: Sequence[Transfer], deadline: float) -> list[int]:
+        return self._run(transfers, deadline, read=False)
+
+    def _run(self, transfers: Sequence[Transfer], deadline: float, *, read: bool) -> list[int]:
+        ring = self._take_ring()
+        try:
+            results = ring.run(transfers, read=read, deadline=deadline, timeout_s=self._timeout_s)
+        except BaseException:
+            # What it has under way may still write to its memory: nobody uses that again.
+            self._lost.append(ring)
+            self.lost_rings += 1
+            raise
+        self._idle.put(ring)
+        return results
+
+    def _take_ring(self) -> _Ring:
+        """An idle ring; a new one for each that was lost, up to twice ``numjobs`` in all."""
+        try:
+            return self._idle.get_nowait()
+        except queue.Empty:
+            pass
+        if 0 < len(self._lost) <= self._n_rings:
+            return self._replacement()
+        try:
+            return self._idle.get(timeout=self._timeout_s)
+        except queue.Empty:
+            raise BackendTimeout(
+                f"no ring of 3FS at {self.mount} was free within {self._timeout_s} s; "
+                f"{len(self._lost)} were lost to operations that never ended: raise numjobs, or "
+                "look at the mount and reopen"
+            ) from None
+
+    def _replacement(self) -> _Ring:
+        try:
+            return self._new_ring()
+        except OSError as exc:
+            raise BackendUnavailable(f"3FS at {self.mount} gives no ring: {exc}") from exc
+
+
+def _add(results: list[int], piece: _Piece, result: int) -> None:
+    """Adds a piece to its transfer; the first error stays."""
+    if results[piece.transfer] >= 0:
+        results[piece.transfer] = result if result < 0 else results[piece.transfer] + result
+
+
+def _window(buffers: Sequence[memoryview], start: int, stop: int) -> Iterator[memoryview]:
+    """The parts of the buffers that hold bytes ``start`` to ``stop`` of their concatenation."""
+    at = 0
+    for buffer in buffers:
+        end = at + buffer.nbytes
+        if end > start and at < stop and buffer.nbytes:
+            yield buffer[max(start - at, 0) : min(stop, end) - at]
+        at = end
+        if at >= stop:
+            return
