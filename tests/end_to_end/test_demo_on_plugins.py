@@ -1,0 +1,76 @@
+"""``hicache demo`` on every plugin of this repository, each on its real server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plugins.mooncake.tests.conftest import Master, Peer
+from plugins.redis.tests.servers import running
+from plugins.s3.tests.conftest import settings as s3_settings
+from plugins.s3.tests.weed import Weed
+from tests.end_to_end.test_demo import check_document, run
+from tests.unit.engine.tiny_chat_model import save_tiny_chat_model
+
+
+@contextmanager
+def redis_server(_: Path) -> Iterator[dict[str, Any]]:
+    with running() as server:
+        yield {"url": server.url}
+
+
+@contextmanager
+def s3_server(directory: Path) -> Iterator[dict[str, Any]]:
+    weed = Weed(directory / "weed")
+    weed.start()
+    try:
+        yield s3_settings(weed.url, read_timeout_s=10.0)
+    finally:
+        weed.kill()
+
+
+@contextmanager
+def mooncake_store(directory: Path) -> Iterator[dict[str, Any]]:
+    """A master, and a process that lends memory: the demo's own processes come and go."""
+    master = Master(directory)
+    master.start()
+    config = {"master_server_address": master.address}
+    peer = Peer(config | {"global_segment_size": 256 * 2**20})
+    try:
+        yield config | {"global_segment_size": 0}
+    finally:
+        peer.stop()
+        master.kill()
+
+
+@contextmanager
+def posix_mount(directory: Path) -> Iterator[dict[str, Any]]:
+    """A directory stands for the mount: HF3FS in its POSIX mode."""
+    yield {"file_path_prefix": str(directory / "hf3fs"), "file_size": 64 * 2**20, "mode": "posix"}
+
+
+@pytest.mark.parametrize(
+    ("backend", "store"),
+    [
+        ("redis", redis_server),
+        ("s3", s3_server),
+        ("mooncake", mooncake_store),
+        ("hf3fs", posix_mount),
+    ],
+)
+def test_the_demo_runs_on_the_plugin(tmp_path: Path, backend: str, store: Any) -> None:
+    """A restarted process is served from the store; every answer is the same as without cache."""
+    model = save_tiny_chat_model(tmp_path / "model")
+    with store(tmp_path) as config:
+        process, document = run(
+            tmp_path,
+            *("--model", str(model), "--max-new-tokens", "4", "--threads", "1"),
+            *("--backend", backend, "--backend-config", json.dumps(config)),
+        )
+    assert process.returncode == 0, process.stderr + process.stdout
+    check_document(document)
