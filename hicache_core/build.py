@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -35,7 +36,10 @@ from hicache_core.storage.worker import StorageWorker
 from hicache_core.transfer.open import open_transfer
 from hicache_core.types import BackendContext
 
+log = logging.getLogger(__name__)
+
 DYNAMIC = "dynamic"
+GB = 1e9
 
 
 def backend_from(
@@ -151,6 +155,7 @@ def _parts(
             ),
             LAYOUTS[config.hicache_mem_layout],
             pin=device_pool.device.type == "cuda",
+            progress=_log_progress,
         )
         undo.callback(host.close)
         transfer = open_transfer(config.hicache_io_backend, device_pool, host)
@@ -170,6 +175,11 @@ def _parts(
         ),
         prefetch_threshold=config.controller_keys.prefetch_threshold,
     )
+
+
+def _log_progress(done_nbytes: int, all_nbytes: int) -> None:
+    """Says how far a large host pool has been faulted in."""
+    log.info("host pool: %.0f of %.1f GB are ready", done_nbytes / GB, all_nbytes / GB)
 
 
 def _with_storage(parts: Parts, config: HiCacheConfig, undo: contextlib.ExitStack) -> Parts:

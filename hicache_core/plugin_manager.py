@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import EntryPoint, entry_points
 from typing import Literal
 
@@ -214,6 +214,9 @@ def _module(point: EntryPoint) -> str:
 
 def _specs(name: str, path: Sequence[str] | None) -> Iterator[ModuleSpec]:
     for finder in sys.meta_path:
-        spec = finder.find_spec(name, path)
+        try:
+            spec = finder.find_spec(name, path)
+        except KeyError:  # a namespace package looks for its parent among imported modules
+            spec = PathFinder.find_spec(name.rpartition(".")[2], path)
         if spec is not None:
             yield spec

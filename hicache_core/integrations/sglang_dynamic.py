@@ -12,6 +12,7 @@ the documented form counts as a miss, in ``stats()["odd_answers"]``.
 from __future__ import annotations
 
 import logging
+import struct
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +41,9 @@ _STAGING_NBYTES = 128 << 20
 _MAX_SLOTS = 128
 _logger = logging.getLogger(__name__)
 
+_LENGTH = struct.Struct("<Q")
+_UNTOUCHED = 2**64 - 1
+
 
 class SettingsOfStranger(BackendConfig):
     """Any key: the class has no ``Config`` of its own to check them by."""
@@ -66,6 +70,8 @@ class SGLangBackend(StorageBackend):
         # docstring inherited
         named = {key: getattr(self.chosen, key) for key in DynamicSettings.model_fields}
         extra_config = {**named, **(self.config.model_extra or {})}
+        if self._foreign is not None:
+            return
         try:
             foreign = self.foreign_class(self._storage_config(extra_config), {})
             self._register(foreign)
@@ -195,7 +201,13 @@ class SGLangBackend(StorageBackend):
 
 
 class SGLangV1Backend(SGLangBackend):
-    """A class for SGLang's ``interface_v1``: it reads and writes registered memory."""
+    """A class for SGLang's ``interface_v1``: it reads and writes registered memory.
+
+    Such a class knows one size only, so every object takes a slot of ``object_nbytes`` and eight
+    bytes behind them that say how much of it is used::
+
+        | object, then zeros up to object_nbytes | length, u64 little-endian |
+    """
 
     _pool: StagingPool
 
@@ -203,14 +215,14 @@ class SGLangV1Backend(SGLangBackend):
         # docstring inherited
         if self.context.object_nbytes <= 0:
             raise IncompatibleBackend(
-                f"backend {self.name!r} with interface_v1 needs objects of one size;"
-                " the context's object_nbytes is 0"
+                f"backend {self.name!r} with interface_v1 has slots of one size, and the context's"
+                " object_nbytes is 0 (for the conformance kit: --max-object-nbytes)"
             )
         super().open()
 
     def _register(self, foreign: Any) -> None:
         # docstring inherited
-        nbytes = self.context.object_nbytes
+        nbytes = self.context.object_nbytes + _LENGTH.size
         self._pool = StagingPool(nbytes, min(_MAX_SLOTS, max(1, _STAGING_NBYTES // nbytes)))
         foreign.register_mem_pool_host(self._pool)
         if callable(getattr(foreign, "on_host_pools_registered", None)):
@@ -218,17 +230,27 @@ class SGLangV1Backend(SGLangBackend):
 
     def get(self, key: str) -> Buffer | None:
         # docstring inherited
-        value = bytearray(self.context.object_nbytes)
-        return value if self.batch_get([key], [[memoryview(value)]]) else None
+        found: list[bytes] = []
+
+        def run(keys: list[str], _: Sequence[Page], slots: list[int]) -> int:
+            if self._load(keys, slots):
+                content = self._pool.bytes_of(slots[0])
+                found.append(bytes(content[: self._length_in(slots[0])]))
+            return len(found)
+
+        self._in_slots([key], [()], run)
+        return found[0] if found else None
 
     def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
         # docstring inherited
 
         def run(keys: list[str], pages: Sequence[Page], slots: list[int]) -> int:
-            answer = self._opened().batch_get_v1(keys, torch.tensor(slots), ExtraInfo())
-            n_pages = self._leading(answer, len(keys), "batch_get_v1")
-            for slot, page in zip(slots[:n_pages], pages, strict=False):
-                scatter(self._pool.bytes_of(slot), page)
+            n_pages = self._load(keys, slots)
+            for n, (slot, page) in enumerate(zip(slots[:n_pages], pages, strict=False)):
+                nbytes = nbytes_of(page)
+                if self._length_in(slot) != nbytes:
+                    return n
+                scatter(self._pool.bytes_of(slot)[:nbytes], page)
             return n_pages
 
         return self._in_slots(keys, pages, run)
@@ -238,7 +260,10 @@ class SGLangV1Backend(SGLangBackend):
 
         def run(keys: list[str], pages: Sequence[Page], slots: list[int]) -> int:
             for slot, page in zip(slots, pages, strict=True):
-                _gather(page, self._pool.bytes_of(slot))
+                content = self._pool.bytes_of(slot)
+                nbytes = _gather(page, content)
+                content[nbytes : -_LENGTH.size] = bytes(len(content) - _LENGTH.size - nbytes)
+                _LENGTH.pack_into(content, len(content) - _LENGTH.size, nbytes)
             answer = self._opened().batch_set_v1(keys, torch.tensor(slots), ExtraInfo())
             return self._leading(answer, len(keys), "batch_set_v1")
 
@@ -252,7 +277,7 @@ class SGLangV1Backend(SGLangBackend):
     ) -> int:
         """Runs ``run`` on as many pages at a time as there are slots, until one is missing."""
         self._opened()
-        sizes = [nbytes_of(page) == self._pool.slot_nbytes for page in pages]
+        sizes = [nbytes_of(page) <= self.context.object_nbytes for page in pages]
         n_fit = sizes.index(False) if False in sizes else len(sizes)
         done = 0
         while done < n_fit:
@@ -264,6 +289,21 @@ class SGLangV1Backend(SGLangBackend):
             if n_pages < n:
                 break
         return done
+
+    def _load(self, keys: list[str], slots: list[int]) -> int:
+        """Has the class fill the slots; what it says that it filled, if it touched it."""
+        for slot in slots:
+            content = self._pool.bytes_of(slot)
+            _LENGTH.pack_into(content, len(content) - _LENGTH.size, _UNTOUCHED)
+        answer = self._opened().batch_get_v1(keys, torch.tensor(slots), ExtraInfo())
+        n_pages = self._leading(answer, len(keys), "batch_get_v1")
+        filled = [self._length_in(slot) <= self.context.object_nbytes for slot in slots[:n_pages]]
+        return filled.index(False) if False in filled else n_pages
+
+    def _length_in(self, slot: int) -> int:
+        content = self._pool.bytes_of(slot)
+        length: int = _LENGTH.unpack_from(content, len(content) - _LENGTH.size)[0]
+        return length
 
     def _leading(self, answer: object, n: int, method: str) -> int:
         if not isinstance(answer, (list, tuple)) or len(answer) != n:
@@ -296,8 +336,9 @@ def _plain(key: str) -> str:
     return key.replace("/", "-")
 
 
-def _gather(page: Page, target: memoryview) -> None:
+def _gather(page: Page, target: memoryview) -> int:
     start = 0
     for segment in page:
         target[start : start + segment.nbytes] = segment
         start += segment.nbytes
+    return start

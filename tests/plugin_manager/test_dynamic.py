@@ -167,3 +167,11 @@ def test_a_config_stays_frozen(site: Any) -> None:
     config = backend_settings(load_class(settings("mine")), {})
     with pytest.raises(ValidationError):
         config.depth = 4  # type: ignore[attr-defined]
+
+
+def test_a_class_in_nested_folders_without_init_files_is_loaded(site: Any) -> None:
+    """Namespace packages, which nobody has imported before."""
+    site.write(**{"outer/inner/mine": OURS})
+    assert load_class(settings("outer.inner.mine")).__module__ == "outer.inner.mine"
+    with pytest.raises(BrokenBackend, match="there is no such module"):
+        load_class(settings("outer.inner.yours"))

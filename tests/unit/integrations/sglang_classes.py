@@ -60,7 +60,8 @@ class BatchStore(DuckStore, HiCacheStorage):
         answers = []
         for key, target in zip(keys, target_locations, strict=True):
             value = self.data.get(key)
-            answers.append(None if value is None else target.copy_(value))
+            fits = value is not None and value.shape == target.shape
+            answers.append(target.copy_(value) if fits else None)
         return answers
 
     def batch_set(

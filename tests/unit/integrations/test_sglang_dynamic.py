@@ -122,9 +122,11 @@ def test_an_object_of_another_size_is_a_miss() -> None:
     backend.set(KEYS[0], bytes(NBYTES - 1))
     assert backend.batch_get(KEYS[:1], [page(0)]) == 0
     v1 = opened("V1Store", 1)
-    short = [memoryview(bytearray(NBYTES - 1))]
-    assert v1.batch_set(KEYS[:2], [page(1), short]) == 1
-    assert v1.batch_get(KEYS[:2], [page(0), short]) == 1
+    short, long = ([memoryview(bytearray(NBYTES + more))] for more in (-1, 1))
+    assert v1.batch_set(KEYS[:3], [page(1), short, long]) == 2
+    assert v1.batch_get(KEYS[:2], [page(0), page(0)]) == 1
+    assert v1.batch_get(KEYS[:2], [page(0), short]) == 2
+    assert len(v1.get(KEYS[1]) or b"") == NBYTES - 1
 
 
 @pytest.mark.parametrize("v1", [0, 1])
@@ -166,7 +168,7 @@ def test_a_batch_larger_than_the_staging_memory_goes_in_parts(
 
 
 def test_threads_do_not_mix_their_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sglang_dynamic, "_STAGING_NBYTES", 3 * NBYTES)
+    monkeypatch.setattr(sglang_dynamic, "_STAGING_NBYTES", 3 * (NBYTES + 8))
     backend = opened("V1Store", 1)
     wrong: list[int] = []
 

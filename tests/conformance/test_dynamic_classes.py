@@ -1,0 +1,86 @@
+"""Classes named by JSON go through the same kit: ours, and those written for SGLang's ``dynamic``.
+
+The SGLang-style classes are emulations of what its users write; SGLang itself is not installed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from hicache_core.testing.features import Feature
+from hicache_core.testing.recipe import Recipe, Scope
+from hicache_core.testing.suite import StorageBackendTests
+
+ALONE = StorageBackendTests.features - {
+    Feature.DELETE,
+    Feature.SECOND_INSTANCE,
+    Feature.SECOND_PROCESS,
+}
+
+
+def named(
+    class_name: str, module: str = "integrations.sglang_classes", **more: Any
+) -> dict[str, Any]:
+    return {
+        "backend_name": "mine",
+        "module_path": f"tests.unit.{module}",
+        "class_name": class_name,
+        **more,
+    }
+
+
+class TestGenericPath(StorageBackendTests):
+    """A class with get, set and exists."""
+
+    features: ClassVar[frozenset[Feature]] = ALONE | {Feature.STATS}
+
+    @pytest.fixture
+    def recipe(self) -> Recipe:
+        return Recipe.named("dynamic", named("DuckStore"), Scope.INSTANCE)
+
+
+class TestGenericBatchPath(StorageBackendTests):
+    """A class with SGLang's batch methods, filling the targets in place."""
+
+    features: ClassVar[frozenset[Feature]] = ALONE | {Feature.STATS}
+
+    @pytest.fixture
+    def recipe(self) -> Recipe:
+        return Recipe.named("dynamic", named("BatchStore"), Scope.INSTANCE)
+
+
+class TestInterfaceV1(StorageBackendTests):
+    """A class on registered memory: ``interface_v1`` and ``get_page_buffer_meta``."""
+
+    features: ClassVar[frozenset[Feature]] = ALONE | {Feature.STATS}
+
+    @pytest.fixture
+    def recipe(self) -> Recipe:
+        settings = named("V1Store", interface_v1=1)
+        return Recipe.named("dynamic", settings, Scope.INSTANCE, max_object_nbytes=1 << 20)
+
+
+def test_the_command_takes_such_a_class(tmp_path: Path) -> None:
+    """``hicache conformance dynamic``, by the command line."""
+    report = tmp_path / "report.json"
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "hicache_core.cli.main", "conformance", "dynamic", "--quick"),
+            *("--scope", "instance", "--config", json.dumps(named("DuckStore"))),
+            *("--json", str(report)),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert json.loads(report.read_text())["passed"] is True
