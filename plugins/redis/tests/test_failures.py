@@ -167,6 +167,27 @@ def test_a_restart_between_two_calls_is_not_noticed(own_server: Server, opened: 
         assert backend.get(key) == b"x"
 
 
+def test_one_of_two_connections_lost_is_an_error_not_a_short_count(
+    own_server: Server, opened: Open
+) -> None:
+    backend = opened(url=own_server.url, batch_connections=2)
+    keys = keys_of(16, "half")
+    assert backend.batch_set(keys, [filled(key, SHAPE) for key in keys]) == 16
+    target = [blank(SHAPE) for _ in keys]
+    first_half_done = threading.Event()
+
+    def lose_the_second_half() -> None:
+        assert first_half_done.wait(BOUND_S)
+        time.sleep(0.2)
+        own_server.call("CLIENT", "KILL", "TYPE", "normal")
+
+    trap(target, 7, first_half_done.set)
+    trap(target, 12, lose_the_second_half)
+    with pytest.raises(BackendUnavailable):
+        backend.batch_get(keys, target)
+    assert backend.batch_exists(keys) == 16
+
+
 def test_a_lost_connection_is_tried_again_only_if_asked(own_server: Server, opened: Open) -> None:
     def strike(retries: int) -> tuple[RedisBackend, int]:
         backend = opened(url=own_server.url, retries=retries, batch_connections=1)

@@ -49,7 +49,10 @@ class RedisBackend(StorageBackend):
         if self._opened is not None:
             return
         config = self.settings
-        lanes = Lanes(config.batch_connections, "hicache-redis")
+        n_lanes = config.batch_connections
+        if not config.cluster:  # a lane must not wait for the connection of another one
+            n_lanes = min(n_lanes, config.max_connections)
+        lanes = Lanes(n_lanes, "hicache-redis")
         dialer = Dialer(config)
         topology: Topology
         if config.cluster:

@@ -13,6 +13,9 @@ from typing import TypeAlias
 Chunk: TypeAlias = bytes | bytearray | memoryview
 
 IOV_MAX = 1024
+# Plain integers: these flags are enums, which take a microsecond to combine.
+_PEEK = int(socket.MSG_PEEK) | int(socket.MSG_DONTWAIT)
+_WAITALL = int(socket.MSG_WAITALL)
 _JOINED_NBYTES = 16384  # one TLS record
 
 
@@ -93,9 +96,7 @@ class PlainChannel(Channel):
         first = 0
         while first < len(views):
             try:
-                n_bytes = self._sock.recvmsg_into(
-                    views[first : first + IOV_MAX], 0, socket.MSG_WAITALL
-                )[0]
+                n_bytes = self._sock.recvmsg_into(views[first : first + IOV_MAX], 0, _WAITALL)[0]
             except BlockingIOError:
                 raise TimeoutError("it sent no bytes in time") from None
             if not n_bytes:
@@ -113,7 +114,7 @@ class PlainChannel(Channel):
 
     def is_quiet(self) -> bool:
         try:
-            self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            self._sock.recv(1, _PEEK)
         except BlockingIOError:
             return True
         except OSError:

@@ -105,10 +105,16 @@ class RedisConfig(BackendConfig):
         default=1.0, description="limit for the server to send or take the next bytes"
     )
     max_connections: int = Field(
-        default=8, ge=1, description="connections to one server; a call waits for a free one"
+        default=8,
+        ge=1,
+        description="connections to one server; a call waits for a free one, for "
+        "socket_timeout_s at most",
     )
     batch_connections: int = Field(
-        default=2, ge=1, le=64, description="connections that one large batch is split over"
+        default=2,
+        ge=1,
+        le=64,
+        description="connections that move one large batch at once; in a cluster, shards",
     )
     window_nbytes: Nbytes = Field(
         default=2 * 2**20,

@@ -88,20 +88,25 @@ class Dispatcher:
         else:
             parts = [range(n, n + 1) for n in range(len(shares))]
             came = self._lanes.run(lambda part: self._attempts(operation, shares[part[0]]), parts)
-        errors = [result for result in came if isinstance(result, BackendError)]
+        errors = {
+            share.pool: result
+            for share, result in zip(shares, came, strict=True)
+            if isinstance(result, BackendError)
+        }
         if errors:
-            for error in errors:
+            for error in errors.values():
                 if not isinstance(error, (BackendUnavailable, BackendTimeout)):
                     raise error
-            if len(errors) == len(came) and not self._any_other_answers(shares):
-                raise errors[0]
+            if not self._another_works({share.pool for share in shares}, set(errors)):
+                raise next(iter(errors.values()))
             self.count("shard_failures", len(errors))
         return came
 
-    def _any_other_answers(self, shares: Sequence[Share]) -> bool:
-        """Whether a server that has no part in the batch works; a few are asked, in any order."""
-        asked = {share.pool.server for share in shares}
-        others = [pool for pool in self.topology.pools() if pool.server not in asked]
+    def _another_works(self, asked: set[Pool], failed: set[Pool]) -> bool:
+        """Whether a server beside the failed ones works; of those not asked a few are tried."""
+        if asked != failed:
+            return True
+        others = [pool for pool in self.topology.pools() if pool not in asked]
         return any(map(_answers, random.sample(others, min(len(others), _MAX_ASKED))))
 
     def _attempts(self, operation: Operation, share: Share) -> Progress | BackendError:

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
-from hicache_core.errors import BackendError, BackendUnavailable
+from hicache_core.errors import BackendCorrupt, BackendError, BackendUnavailable
 from hicache_core.storage.lanes import Lanes
 from hicache_redis.config import DEFAULT_PORT, RedisConfig, split_address
 from hicache_redis.connections import Dialer, Pool, shown
@@ -102,7 +102,7 @@ class _Map:
 
 
 class Cluster(Topology):
-    """A Redis Cluster: every shard gets its keys over a connection of its own, all at once."""
+    """A Redis Cluster: every shard gets its keys over a connection of its own, some at a time."""
 
     def __init__(self, config: RedisConfig, dialer: Dialer) -> None:
         """Connects to nothing; the map is read when it is first needed."""
@@ -136,6 +136,8 @@ class Cluster(Topology):
         shares = []
         for (address, asking), part in parts.items():
             host, _, port = address.rpartition(":")
+            if not port.isdecimal():
+                raise BackendCorrupt(f"the cluster redirects to {address!r}, which is no address")
             shares.append(Share(self._pool((host, int(port))), sorted(part), asking))
         return shares
 
