@@ -167,12 +167,13 @@ class World:
         self.raw.get(f"raw/{label}/{n}", self.payloads[n])
 
     def our_set(self, kind: str, part: Sequence[int], label: str) -> None:
-        assert self.sealed[kind].batch_set(*self._batch(part, label)) == len(part)
+        assert self.sealed[kind].batch_set(*self.batch(part, label)) == len(part)
 
     def our_get(self, kind: str, part: Sequence[int], label: str) -> None:
-        assert self.sealed[kind].batch_get(*self._batch(part, label)) == len(part)
+        assert self.sealed[kind].batch_get(*self.batch(part, label)) == len(part)
 
-    def _batch(self, part: Sequence[int], label: str) -> tuple[list[str], list[Page]]:
+    def batch(self, part: Sequence[int], label: str) -> tuple[list[str], list[Page]]:
+        """Keys and pages of a part of the batch."""
         keys = [f"{NAMESPACE}/{label.encode().hex():0>32}{n:032x}" for n in part]
         return keys, [self.pages[n] for n in part]
 
@@ -250,7 +251,7 @@ def single_hit(world: World, size: str, repeat: int) -> Iterator[Row]:
 def presence(world: World, size: str, repeat: int) -> Iterator[Row]:
     """How long it takes to learn that all pages of a batch are there."""
     n_pages = len(world.pages)
-    keys, _ = world._batch(range(n_pages), "w1t1")
+    keys, _ = world.batch(range(n_pages), "w1t1")
 
     def heads(pool: ThreadPoolExecutor) -> None:
         names = [f"boto3/w1t1/{n}" for n in range(n_pages)]
