@@ -114,9 +114,8 @@ def test_an_unknown_profile_is_an_error_that_names_it() -> None:
 def test_bucket_region_and_style_make_the_address(
     options: dict[str, Any], url: str, path: str
 ) -> None:
-    config = S3Config(
-        bucket="pages", region="eu-central-1", access_key_id="a", secret_access_key="b", **options
-    )
+    place = {"bucket": "pages", "region": "eu-central-1", **options}
+    config = S3Config.model_validate({**place, "access_key_id": "a", "secret_access_key": "b"})
     endpoint = Endpoint(config)
     assert (endpoint.url, endpoint.path) == (url, path)
     assert (endpoint.address.tls is not None) == url.startswith("https")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import ClassVar
@@ -51,31 +50,23 @@ class S3Backend(StorageBackend):
         super().__init__(config, context)
         self.settings = config
         self._store: Pages | None = None
-        self._crew = Crew(config.threads)
-        self._counts = Counts()
-        self._lock = threading.Lock()
+        self._counts = Counts(_COUNTERS)
 
     def open(self) -> None:
         if self._store is not None:
             return
         settings = self.settings
-        self._crew = Crew(settings.threads)
-        self._counts = Counts()
-        self._counts.add(**dict.fromkeys(_COUNTERS, 0))
-        objects = Objects(settings, Endpoint(settings), self._crew, self._counts)
+        objects = Objects(settings, Endpoint(settings), Crew(settings.threads), self._counts)
         try:
             _check_bucket(objects)
         except BaseException:
             objects.close()
-            self._crew.close()
             raise
         self._store = Pages(objects, IndexCache(settings.index_cache_packs, settings.index_ttl_s))
 
     def close(self) -> None:
-        with self._lock:
-            store, self._store = self._store, None
+        store, self._store = self._store, None
         if store is not None:
-            self._crew.close()
             store.objects.close()
 
     def get(self, key: str) -> Buffer | None:
@@ -106,7 +97,7 @@ class S3Backend(StorageBackend):
             rest = index.without(gone)
             if rest.slots:
                 # First the keys that stay lead to an index without those that go.
-                self._crew.run(partial(store.write_index, index=rest), rest.slots)
+                store.crew.run(partial(store.write_index, index=rest), rest.slots)
                 store.cache.add(rest)
             else:
                 names.append(index.pack_name)
@@ -120,7 +111,7 @@ class S3Backend(StorageBackend):
         def ask(n: int) -> Found:
             return store.find(keys[n], packed=search.stride > 1)
 
-        search.run(self._crew, ask)
+        search.run(store.crew, ask)
         return search.end
 
     def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
@@ -129,7 +120,7 @@ class S3Backend(StorageBackend):
         if not keys:
             return 0
         stride = self._stride(nbytes_of(pages[0]))
-        n_filled = read_batch(keys, pages, stride=stride, store=store, crew=self._crew)
+        n_filled = read_batch(keys, pages, stride=stride, store=store)
         nbytes = sum(nbytes_of(page) for page in pages[:n_filled])
         self._counts.add(hits=n_filled, misses=len(keys) - n_filled, read_nbytes=nbytes)
         return n_filled
@@ -138,7 +129,7 @@ class S3Backend(StorageBackend):
         _check_lengths(keys, pages)
         store = self._opened()
         pack_nbytes = self.settings.pack_nbytes if self.settings.pack else 0
-        n_stored = write_batch(keys, pages, pack_nbytes=pack_nbytes, store=store, crew=self._crew)
+        n_stored = write_batch(keys, pages, pack_nbytes=pack_nbytes, store=store)
         self._counts.add(writes=n_stored, dropped_writes=len(keys) - n_stored)
         return n_stored
 
@@ -185,7 +176,7 @@ class S3Backend(StorageBackend):
     def _packs_of(self, store: Pages, keys: Sequence[str]) -> list[PackIndex]:
         """The packs that hold any of ``keys``: those that the store names and those known here."""
         search = Search(keys, 1, leading=False)
-        search.run(self._crew, lambda n: store.find(keys[n], packed=self.settings.pack))
+        search.run(store.crew, lambda n: store.find(keys[n], packed=self.settings.pack))
         found = [place for place in search.places if place and not isinstance(place, Alone)]
         known = [index for key in keys if (index := store.cache.find(key)) is not None]
         return list({index.pack_name: index for index in [*found, *known]}.values())

@@ -77,7 +77,7 @@ class S3Config(BackendConfig):
         default=16 * 2**20, description="size of such a part; at least 5 MiB"
     )
     index_cache_packs: int = Field(
-        default=4096, ge=1, description="packs whose index is kept in memory; about 10 KB each"
+        default=1024, ge=1, description="packs whose index is kept in memory; about 10 KB each"
     )
     index_ttl_s: Seconds = Field(
         default=300.0, description="how long such an index is trusted without asking"

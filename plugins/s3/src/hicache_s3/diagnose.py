@@ -44,9 +44,9 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 def _round_trip(objects: Objects, name: str) -> Iterator[Finding]:
-    """Writes, reads and removes an object of 1 MiB."""
+    """Writes, reads and removes an object of 1 MiB; the best of three times."""
     data = memoryview(secrets.token_bytes(PROBE_NBYTES))
-    write_s = _timed(lambda: objects.store(name, (data,)))
+    write_s = min(_timed(lambda: objects.store(name, (data,))) for _ in range(3))
     found: list[bytes] = []
 
     def read() -> None:
@@ -54,9 +54,9 @@ def _round_trip(objects: Objects, name: str) -> Iterator[Finding]:
         if answer is not None and answer.body is not None:
             found.append(b"".join(answer.body))
 
-    read_s = _timed(read)
+    read_s = min(_timed(read) for _ in range(3))
     objects.remove([name])
-    if found != [bytes(data)]:
+    if found != [bytes(data)] * 3:
         yield Finding(
             "error", "round trip", "1 MiB came back changed; the store or a proxy is broken"
         )

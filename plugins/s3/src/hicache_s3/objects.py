@@ -9,7 +9,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from urllib.parse import quote
 
 from botocore.exceptions import (
@@ -39,8 +39,9 @@ _FIRST_PAUSE_S = 0.05
 class Counts:
     """Counters that many threads add to."""
 
-    def __init__(self) -> None:
-        self._counter: Counter[str] = Counter()
+    def __init__(self, names: Iterable[str]) -> None:
+        """All of ``names`` are 0."""
+        self._counter: Counter[str] = Counter(dict.fromkeys(names, 0))
         self._lock = threading.Lock()
 
     def add(self, **amounts: int) -> None:
@@ -63,7 +64,7 @@ class Objects:
     def __init__(self, config: S3Config, endpoint: Endpoint, crew: Crew, counts: Counts) -> None:
         self.config = config
         self.endpoint = endpoint
-        self._crew = crew
+        self.crew = crew
         self._counts = counts
         self._connections = Connections(endpoint.address, config.max_connections)
         self._where = f"s3 bucket {config.bucket} at {endpoint.url}"
@@ -75,7 +76,8 @@ class Objects:
             self._write_headers[name] = config.sse_kms_key_id
 
     def close(self) -> None:
-        """Closes the connections."""
+        """Joins the crew and closes the connections."""
+        self.crew.close()
         self._connections.close()
         self.endpoint.close()
 
@@ -213,7 +215,7 @@ class Objects:
             tags[n] = answer.headers.get("ETag", "") if answer else ""
 
         try:
-            self._crew.run(send, range(len(parts)))
+            self.crew.run(send, range(len(parts)))
             listed = [{"PartNumber": n + 1, "ETag": tag} for n, tag in enumerate(tags)]
             with self._control("CompleteMultipartUpload"):
                 client.complete_multipart_upload(

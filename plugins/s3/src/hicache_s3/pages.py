@@ -32,10 +32,17 @@ def page_name(key: str) -> str:
 
 
 class Pages:
-    """Reads and writes pages and indexes; what it learns of packs goes into ``cache``."""
+    """Reads and writes pages and indexes; what it learns of packs goes into ``cache``.
+
+    Attributes:
+        objects: the bucket.
+        crew: the threads that take part in a batch.
+        cache: the packs that are known.
+    """
 
     def __init__(self, objects: Objects, cache: IndexCache) -> None:
         self.objects = objects
+        self.crew = objects.crew
         self.cache = cache
 
     def find(self, key: str, *, packed: bool) -> Found:

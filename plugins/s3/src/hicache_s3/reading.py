@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from hicache_core.storage.segments import nbytes_of
 from hicache_core.types import Page
-from hicache_s3.crew import Crew
 from hicache_s3.index import PackIndex
 from hicache_s3.pages import Found, Pages
 from hicache_s3.search import Search
@@ -21,9 +20,7 @@ class Run(NamedTuple):
     stop: int
 
 
-def read_batch(
-    keys: Sequence[str], pages: Sequence[Page], *, stride: int, store: Pages, crew: Crew
-) -> int:
+def read_batch(keys: Sequence[str], pages: Sequence[Page], *, stride: int, store: Pages) -> int:
     """Fills leading pages; how many.
 
     Args:
@@ -31,7 +28,6 @@ def read_batch(
         pages: memory to fill.
         stride: how many pages of this size a pack is likely to have; 1 if they are not packed.
         store: the pages that are stored.
-        crew: the threads that take part.
     """
     search = Search(keys, stride)
     search.know(store.cache.find)
@@ -42,23 +38,23 @@ def read_batch(
         filled[n] = found is not None and not isinstance(found, PackIndex)
         return found
 
-    search.run(crew, ask)
-    lost = _read_runs(search, pages, filled, store, crew)
+    search.run(store.crew, ask)
+    lost = _read_runs(search, pages, filled, store)
     if lost:
         # The packs may have been known for long, and the pages may be elsewhere by now: once more.
         for run in lost:
             store.cache.drop(run.pack)
             for n in range(run.start, run.stop):
                 search.places[n] = None
-        search.run(crew, ask)
-        for run in _read_runs(search, pages, filled, store, crew):
+        search.run(store.crew, ask)
+        for run in _read_runs(search, pages, filled, store):
             store.forget(run.pack)
             search.miss(run.start)
     return search.end
 
 
 def _read_runs(
-    search: Search, pages: Sequence[Page], filled: list[bool], store: Pages, crew: Crew
+    search: Search, pages: Sequence[Page], filled: list[bool], store: Pages
 ) -> list[Run]:
     """Reads what lies in packs and is not filled yet; the runs whose pack is gone."""
     lost: list[Run] = []
@@ -70,7 +66,7 @@ def _read_runs(
         else:
             lost.append(run)
 
-    crew.run(read, _runs(search, pages, filled))
+    store.crew.run(read, _runs(search, pages, filled))
     return lost
 
 

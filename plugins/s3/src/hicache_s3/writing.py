@@ -9,7 +9,6 @@ from hicache_core.errors import BackendFull
 from hicache_core.storage.sealed import parse_key
 from hicache_core.storage.segments import nbytes_of
 from hicache_core.types import Page
-from hicache_s3.crew import Crew
 from hicache_s3.index import MAX_PACK_PAGES, PackIndex
 from hicache_s3.pages import Alone, Found, Pages, page_name
 from hicache_s3.search import Search
@@ -25,7 +24,7 @@ def pages_per_pack(page_nbytes: int, pack_nbytes: int) -> int:
 
 
 def write_batch(
-    keys: Sequence[str], pages: Sequence[Page], *, pack_nbytes: int, store: Pages, crew: Crew
+    keys: Sequence[str], pages: Sequence[Page], *, pack_nbytes: int, store: Pages
 ) -> int:
     """Stores pages; how many leading ones are stored afterwards.
 
@@ -34,9 +33,8 @@ def write_batch(
         pages: their bytes.
         pack_nbytes: size of a pack; 0 packs nothing.
         store: where to.
-        crew: the threads that take part.
     """
-    stored = _already_stored(keys, pages, pack_nbytes, store, crew)
+    stored = _already_stored(keys, pages, pack_nbytes, store)
     sizes = [nbytes_of(page) for page in pages]
     groups = plan(keys, sizes, [n for n in range(len(keys)) if not stored[n]], pack_nbytes)
     indexes: list[PackIndex] = []
@@ -63,9 +61,9 @@ def write_batch(
         indexed.add(item[0])
 
     indexed: set[str] = set()
-    crew.run(write, groups)
+    store.crew.run(write, groups)
     # Only now, when the packs are whole, do keys lead to them.
-    crew.run(write_index, [(key, index) for index in indexes for key in index.slots])
+    store.crew.run(write_index, [(key, index) for index in indexes for key in index.slots])
     for index in indexes:
         store.cache.add(index)
     alone = {keys[n] for n in range(len(keys)) if stored[n]}
@@ -74,7 +72,7 @@ def write_batch(
 
 
 def _already_stored(
-    keys: Sequence[str], pages: Sequence[Page], pack_nbytes: int, store: Pages, crew: Crew
+    keys: Sequence[str], pages: Sequence[Page], pack_nbytes: int, store: Pages
 ) -> list[bool]:
     """Which pages need not be written.
 
@@ -92,7 +90,7 @@ def _already_stored(
     def ask(n: int) -> Found:
         return store.find(keys[n], packed=search.stride > 1)
 
-    search.run(crew, ask)
+    search.run(store.crew, ask)
     for n, place in enumerate(search.places):
         if isinstance(place, Alone):
             stored[n] = place.nbytes == nbytes_of(pages[n])
