@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,11 +15,12 @@ from hicache_hf3fs import Hf3fsBackend
 from hicache_core.testing.control import StoreControl
 from hicache_core.testing.features import Feature
 from hicache_core.testing.recipe import Recipe
+from hicache_core.testing.settings import QUICK, KitSettings
 from hicache_core.testing.suite import StorageBackendTests
 from plugins.hf3fs.tests.helpers import EMULATION, Valkey
 
-LARGEST = 32 << 20
-SLOT_NBYTES = LARGEST + 4096  # header and footer fit what is left of a block
+# Slots for 32 MiB once; elsewhere for less, for there many are needed in little time.
+LARGEST, LARGE = 32 << 20, 4 << 20
 
 
 @pytest.fixture
@@ -29,12 +31,12 @@ def directory(tmp_path: Path) -> Iterator[Path]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def recipe_in(directory: Path, **settings: Any) -> Recipe:
+def recipe_in(directory: Path, slot_nbytes: int, **settings: Any) -> Recipe:
     """Backends with slots for the kit's largest objects."""
     fixed = {
         "file_path_prefix": str(directory / "kv"),
-        "file_size": 192 * SLOT_NBYTES,
-        "slot_nbytes": LARGEST,
+        "file_size": 6 << 30,
+        "slot_nbytes": slot_nbytes,
         "lease_s": 2.0,
         "metadata_timeout_s": 5.0,
     }
@@ -43,7 +45,7 @@ def recipe_in(directory: Path, **settings: Any) -> Recipe:
 
 def small_in(directory: Path, **settings: Any) -> Recipe:
     """Backends on a store that the kit fills."""
-    return recipe_in(directory, file_size=16 << 20, slot_nbytes=1 << 20, **settings)
+    return recipe_in(directory, 1 << 20, file_size=16 << 20, **settings)
 
 
 class TestPosixSqlite(StorageBackendTests):
@@ -59,7 +61,7 @@ class TestPosixSqlite(StorageBackendTests):
 
     @pytest.fixture
     def recipe(self, directory: Path) -> Recipe:
-        return recipe_in(directory, mode="posix")
+        return recipe_in(directory, LARGEST, mode="posix")
 
     @pytest.fixture
     def small_store(self, directory: Path) -> Recipe:
@@ -74,11 +76,12 @@ class TestPosixRedis(TestPosixSqlite):
     """Plain POSIX calls, the metadata in Valkey, which is killed and frozen."""
 
     features: ClassVar[frozenset[Feature]] = TestPosixSqlite.features | {Feature.CONTROL}
+    kit: ClassVar[KitSettings] = replace(QUICK, large_nbytes=LARGE)
 
     @pytest.fixture
     def recipe(self, directory: Path, controlled: Valkey) -> Recipe:
         url = controlled.url
-        return recipe_in(directory, mode="posix", metadata_url=url, metadata_timeout_s=1.0)
+        return recipe_in(directory, LARGE, mode="posix", metadata_url=url, metadata_timeout_s=0.5)
 
     @pytest.fixture
     def small_store(self, directory: Path, controlled: Valkey) -> Recipe:
@@ -96,9 +99,11 @@ class TestPosixRedis(TestPosixSqlite):
 class TestUsrbio(TestPosixSqlite):
     """USRBIO on the emulation of 3FS's client, in both processes."""
 
+    kit: ClassVar[KitSettings] = replace(QUICK, large_nbytes=LARGE)
+
     @pytest.fixture
     def recipe(self, directory: Path) -> Recipe:
-        return recipe_in(directory, mode="usrbio", iovec_nbytes=4 << 20)
+        return recipe_in(directory, LARGE, mode="usrbio", iovec_nbytes=4 << 20)
 
     @pytest.fixture
     def small_store(self, directory: Path) -> Recipe:

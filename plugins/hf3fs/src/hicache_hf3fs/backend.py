@@ -44,6 +44,7 @@ _COUNTS = (
     "dropped_writes",
     "oversized_writes",
 )
+_WIPE_LEASE_S = 1.0
 _GONE = (-errno.EIO, -errno.ENODATA)
 _FULL = (-errno.ENOSPC, -errno.EDQUOT)
 
@@ -329,9 +330,11 @@ class Hf3fsBackend(StorageBackend):
 
     def _delete(self, store: Store, keys: Sequence[str]) -> int:
         """Wipes the headers, so that no rebuild finds the objects again, then unbinds them."""
-        deadline = time.monotonic() + self._settings.lease_s
+        lease_s = min(_WIPE_LEASE_S, self._settings.lease_s)
+        deadline = time.monotonic() + lease_s
         wipes = []
-        for binding in store.metadata.lookup(keys):  # leased: nobody else writes there meanwhile
+        # Leased, so that nobody else writes there meanwhile; shortly, since it delays reuse.
+        for binding in store.metadata.lookup(keys, lease_s):
             slab = store.slab(binding.slot.slab) if binding is not None else None
             if binding is not None and slab is not None:
                 offset = binding.slot.number * slab.slot_nbytes

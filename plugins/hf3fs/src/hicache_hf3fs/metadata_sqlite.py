@@ -113,12 +113,13 @@ class SqliteMetadata(MetadataStore):
                 ((f.generation, f.key, f.nbytes, now, slab_id, f.number) for f in found),
             )
 
-    def lookup(self, keys: Sequence[str]) -> list[Binding | None]:
+    def lookup(self, keys: Sequence[str], lease_s: float | None = None) -> list[Binding | None]:
+        lease_s = lease_s or self._lease_s
         bound = self._bound(keys)
         now = self._clock()
-        if any(row.held_until < now + self._lease_s for row in bound.values()):
+        if any(row.held_until < now + lease_s for row in bound.values()):
             # A lease is given for twice its time, so that most lookups of a hot key only read.
-            until, found = now + 2 * self._lease_s, list(bound)
+            until, found = now + 2 * lease_s, list(bound)
             with self._writing() as db:
                 for part in _chunks(found):
                     db.execute(
