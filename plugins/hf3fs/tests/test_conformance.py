@@ -5,22 +5,21 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 from hicache_hf3fs import Hf3fsBackend
+from hicache_hf3fs.slab import slab_name, slab_path, slot_nbytes_for
 
 from hicache_core.testing.control import StoreControl
 from hicache_core.testing.features import Feature
 from hicache_core.testing.recipe import Recipe
-from hicache_core.testing.settings import QUICK, KitSettings
 from hicache_core.testing.suite import StorageBackendTests
 from plugins.hf3fs.tests.helpers import EMULATION, Valkey
 
-# Slots for 32 MiB once; elsewhere for less, for there many are needed in little time.
-LARGEST, LARGE = 32 << 20, 4 << 20
+LARGEST = 32 << 20
+FILE_NBYTES = 64 << 30
 
 
 @pytest.fixture
@@ -31,12 +30,18 @@ def directory(tmp_path: Path) -> Iterator[Path]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def recipe_in(directory: Path, slot_nbytes: int, **settings: Any) -> Recipe:
-    """Backends with slots for the kit's largest objects."""
+def recipe_in(directory: Path, **settings: Any) -> Recipe:
+    """Backends with many slots for the kit's largest objects.
+
+    The slab is there already, with holes, so that it takes no more of the disk than is written.
+    """
+    slab = slab_path(directory / "kv", slab_name(0, slot_nbytes_for(LARGEST)))
+    slab.touch()
+    os.truncate(slab, FILE_NBYTES)
     fixed = {
         "file_path_prefix": str(directory / "kv"),
-        "file_size": 6 << 30,
-        "slot_nbytes": slot_nbytes,
+        "file_size": FILE_NBYTES,
+        "slot_nbytes": LARGEST,
         "lease_s": 2.0,
         "metadata_timeout_s": 5.0,
     }
@@ -45,7 +50,8 @@ def recipe_in(directory: Path, slot_nbytes: int, **settings: Any) -> Recipe:
 
 def small_in(directory: Path, **settings: Any) -> Recipe:
     """Backends on a store that the kit fills."""
-    return recipe_in(directory, 1 << 20, file_size=16 << 20, **settings)
+    fixed = {"file_path_prefix": str(directory / "kv"), "file_size": 16 << 20}
+    return Recipe.of(Hf3fsBackend, {**fixed, "slot_nbytes": 1 << 20, **settings})
 
 
 class TestPosixSqlite(StorageBackendTests):
@@ -61,7 +67,7 @@ class TestPosixSqlite(StorageBackendTests):
 
     @pytest.fixture
     def recipe(self, directory: Path) -> Recipe:
-        return recipe_in(directory, LARGEST, mode="posix")
+        return recipe_in(directory, mode="posix")
 
     @pytest.fixture
     def small_store(self, directory: Path) -> Recipe:
@@ -76,12 +82,11 @@ class TestPosixRedis(TestPosixSqlite):
     """Plain POSIX calls, the metadata in Valkey, which is killed and frozen."""
 
     features: ClassVar[frozenset[Feature]] = TestPosixSqlite.features | {Feature.CONTROL}
-    kit: ClassVar[KitSettings] = replace(QUICK, large_nbytes=LARGE)
 
     @pytest.fixture
     def recipe(self, directory: Path, controlled: Valkey) -> Recipe:
         url = controlled.url
-        return recipe_in(directory, LARGE, mode="posix", metadata_url=url, metadata_timeout_s=0.5)
+        return recipe_in(directory, mode="posix", metadata_url=url, metadata_timeout_s=0.5)
 
     @pytest.fixture
     def small_store(self, directory: Path, controlled: Valkey) -> Recipe:
@@ -99,11 +104,9 @@ class TestPosixRedis(TestPosixSqlite):
 class TestUsrbio(TestPosixSqlite):
     """USRBIO on the emulation of 3FS's client, in both processes."""
 
-    kit: ClassVar[KitSettings] = replace(QUICK, large_nbytes=LARGE)
-
     @pytest.fixture
     def recipe(self, directory: Path) -> Recipe:
-        return recipe_in(directory, LARGE, mode="usrbio", iovec_nbytes=4 << 20)
+        return recipe_in(directory, mode="usrbio", iovec_nbytes=4 << 20)
 
     @pytest.fixture
     def small_store(self, directory: Path) -> Recipe:
