@@ -119,14 +119,26 @@ class Valkey:
         self._process.kill()
         self._process.wait()
 
+    def restart(self) -> None:
+        """Starts it again at its old address; what it held is gone."""
+        self.start()
+
+    def freeze(self) -> None:
+        """Stops it where it stands; its port stays open."""
+        os.kill(self._process.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Lets it go on."""
+        os.kill(self._process.pid, signal.SIGCONT)
+
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
-        """Stops it where it stands, for the block; its port stays open."""
-        os.kill(self._process.pid, signal.SIGSTOP)
+        """Frozen for the block."""
+        self.freeze()
         try:
             yield
         finally:
-            os.kill(self._process.pid, signal.SIGCONT)
+            self.thaw()
 
 
 class Peer:

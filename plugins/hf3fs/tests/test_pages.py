@@ -101,6 +101,23 @@ def test_deleted_keys_are_gone_and_can_be_stored_again(anyhow: Open) -> None:
     backend.check_integrity()
 
 
+def test_each_page_is_shown_while_it_moves_and_may_be_refused(anyhow: Open) -> None:
+    backend, keys = anyhow(), [key_of(n) for n in range(6)]
+    pages = [page_of(key, (1000,)) for key in keys]
+
+    def leaving(n: int) -> None:
+        pages[n][0][0] = n
+
+    assert backend.batch_set_visiting(keys, pages, leaving) == 6
+    arrived = [blank((1000,)) for _ in keys]
+    refused = 4
+    n_filled = backend.batch_get_visiting(
+        keys, arrived, lambda n: arrived[n][0][0] == n and n != refused
+    )
+    assert n_filled == refused
+    assert backend.exists(keys[refused]), "whoever refuses a page says what becomes of it"
+
+
 def test_many_threads_at_once_get_their_own_bytes(anyhow: Open) -> None:
     backend = anyhow(file_size=48 * 4096, lease_s=0.02)
 

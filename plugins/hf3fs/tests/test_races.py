@@ -23,9 +23,11 @@ class InterruptedIO(PosixIO):
         super().__init__(1)
         self._meanwhile = meanwhile
 
-    def read(self, transfers: Sequence[Transfer], deadline: float) -> list[int]:
+    def read(
+        self, transfers: Sequence[Transfer], deadline: float, arrived: Callable[[int], bool]
+    ) -> list[int]:
         self._meanwhile()
-        return super().read(transfers, deadline)
+        return super().read(transfers, deadline, arrived)
 
 
 def interrupt(backend: Hf3fsBackend, meanwhile: Callable[[], None]) -> None:

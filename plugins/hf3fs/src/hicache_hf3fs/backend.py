@@ -11,7 +11,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 from hicache_core.errors import BackendError, BackendFull, BackendTimeout
@@ -44,6 +44,8 @@ _COUNTS = (
     "dropped_writes",
     "oversized_writes",
 )
+_WIPE_LEASE_S = 1.0
+_GONE = (-errno.EIO, -errno.ENODATA)
 _FULL = (-errno.ENOSPC, -errno.EDQUOT)
 
 
@@ -61,6 +63,14 @@ class _Read(NamedTuple):
         return self.footer == pack_footer(generation) and self.header == pack_header(
             key, self.binding.nbytes, generation
         )
+
+
+class _Write(NamedTuple):
+    """A page of the call that goes to a reserved slot."""
+
+    position: int
+    written: Written
+    buffers: list[memoryview]
 
 
 class Hf3fsBackend(StorageBackend):
@@ -92,7 +102,7 @@ class Hf3fsBackend(StorageBackend):
                 self._count(misses=1)
                 return None
             value = bytearray(bound.nbytes)
-            return value if self._get(store, [key], [[memoryview(value)]]) == 1 else None
+            return value if self._get(store, [key], [[memoryview(value)]], lambda _: True) else None
 
     def exists(self, key: str) -> bool:
         return self.batch_exists([key]) == 1
@@ -118,17 +128,29 @@ class Hf3fsBackend(StorageBackend):
             return store.metadata.leading(keys)
 
     def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
-        with self._calls.call() as store:
-            return self._get(store, keys, pages)
+        return self.batch_get_visiting(keys, pages, lambda _: True)
 
     def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        return self.batch_set_visiting(keys, pages, lambda _: None)
+
+    def batch_get_visiting(
+        self, keys: Sequence[str], pages: Sequence[Page], arrived: Callable[[int], bool]
+    ) -> int:
+        """As ``batch_get``; each page is shown to ``arrived``, which may refuse it."""
+        with self._calls.call() as store:
+            return self._get(store, keys, pages, arrived)
+
+    def batch_set_visiting(
+        self, keys: Sequence[str], pages: Sequence[Page], leaving: Callable[[int], None]
+    ) -> int:
+        """As ``batch_set``; each page is shown to ``leaving`` before it is written."""
         wanted = [
             Wanted(_checked(key), nbytes_of(page)) for key, page in zip(keys, pages, strict=True)
         ]
         with self._calls.call() as store:
             limit = store.own.object_nbytes
             fitting = next((n for n, w in enumerate(wanted) if w.nbytes > limit), len(wanted))
-            n_stored = self._set(store, wanted[:fitting], pages) if fitting else 0
+            n_stored = self._set(store, wanted[:fitting], pages, leaving) if fitting else 0
             self._count(
                 writes=n_stored,
                 dropped_writes=len(keys) - n_stored,
@@ -182,17 +204,28 @@ class Hf3fsBackend(StorageBackend):
         with self._calls.call() as store:
             store.metadata.check_integrity()
 
-    def _get(self, store: Store, keys: Sequence[str], pages: Sequence[Page]) -> int:
+    def _get(
+        self,
+        store: Store,
+        keys: Sequence[str],
+        pages: Sequence[Page],
+        arrived: Callable[[int], bool],
+    ) -> int:
         # Measured before the question: the lease begins later, so it cannot end before this.
         deadline = time.monotonic() + self._settings.lease_s
         found = store.metadata.lookup(keys)
         reads = self._readable(store, found, pages)
-        results = store.io.read([read.transfer for read in reads], deadline) if reads else []
-        n_read, damaged = len(reads), False
-        for n, (read, result) in enumerate(zip(reads, results, strict=True)):
-            if result != read.transfer.nbytes or not read.holds(keys[n]):
-                n_read, damaged = n, result != -errno.ETIME
-                break
+        foreign: list[int] = []
+
+        def check(n: int) -> bool:
+            if reads[n].holds(keys[n]):
+                return arrived(n)
+            foreign.append(n)
+            return False
+
+        results = store.io.read([read.transfer for read in reads], deadline, check) if reads else []
+        bad = (n for n, read in enumerate(reads) if results[n] != read.transfer.nbytes)
+        n_read = next(bad, len(reads))
         n_valid = store.metadata.unchanged(keys[:n_read], [read.binding for read in reads[:n_read]])
         self._count(
             reads=n_valid,
@@ -200,8 +233,13 @@ class Hf3fsBackend(StorageBackend):
             raced_reads=n_read - n_valid,
             late_reads=sum(result == -errno.ETIME for result in results),
         )
-        if damaged:
-            self._drop_damaged(store, keys[n_read], reads[n_read].binding, results[n_read])
+        if n_read < len(reads):
+            result = results[n_read]
+            if n_read in foreign or result >= 0 or result in _GONE:
+                self._drop_damaged(store, keys[n_read], reads[n_read].binding)
+            elif result not in (-errno.ETIME, -errno.EBADMSG):
+                path = store.slab_path(reads[n_read].binding)
+                logger.warning("reading %s: %s", path, os.strerror(-result))
         return n_valid
 
     @staticmethod
@@ -222,11 +260,8 @@ class Hf3fsBackend(StorageBackend):
             reads.append(_Read(transfer, header, footer, binding))
         return reads
 
-    def _drop_damaged(self, store: Store, key: str, binding: Binding, result: int) -> None:
+    def _drop_damaged(self, store: Store, key: str, binding: Binding) -> None:
         """Unbinds a slot that does not hold what it should, so that a new write can mend it."""
-        if result < 0 and result not in (-errno.EIO, -errno.ENODATA):
-            logger.warning("reading %s: %s", store.slab_path(binding), os.strerror(-result))
-            return
         if store.metadata.delete([key], [binding.slot.generation]):
             self._count(damaged_slots=1)
             logger.warning(
@@ -236,7 +271,13 @@ class Hf3fsBackend(StorageBackend):
                 key,
             )
 
-    def _set(self, store: Store, wanted: Sequence[Wanted], pages: Sequence[Page]) -> int:
+    def _set(
+        self,
+        store: Store,
+        wanted: Sequence[Wanted],
+        pages: Sequence[Page],
+        leaving: Callable[[int], None],
+    ) -> int:
         """Writes and publishes what is not stored yet; how many leading objects are stored then."""
         deadline = time.monotonic() + self._settings.write_lease_s
         try:
@@ -246,31 +287,31 @@ class Hf3fsBackend(StorageBackend):
             deadline = time.monotonic() + self._settings.write_lease_s
             slots = store.metadata.reserve(store.own.name, wanted)
         writes = [
-            (n, Written(wanted[n].key, wanted[n].nbytes, slot))
+            _Write(n, Written(*wanted[n], slot), _slot_content(wanted[n], slot, pages[n]))
             for n, slot in enumerate(slots)
             if slot is not None
         ]
         if not writes:
             return len(slots)
-        stored = self._write(store, [write for _, write in writes], pages, writes, deadline)
-        missing = (n for (n, _), is_stored in zip(writes, stored, strict=True) if not is_stored)
+        stored = self._write(store, writes, deadline, leaving)
+        missing = (w.position for w, is_stored in zip(writes, stored, strict=True) if not is_stored)
         return min(missing, default=len(slots))
 
     def _write(
         self,
         store: Store,
-        written: Sequence[Written],
-        pages: Sequence[Page],
-        positions: Sequence[tuple[int, Written]],
+        writes: Sequence[_Write],
         deadline: float,
+        leaving: Callable[[int], None],
     ) -> list[bool]:
         """Writes reserved slots; which of them are published afterwards."""
+        written = [write.written for write in writes]
         transfers = [
-            _transfer(store.own, one.slot.number, one.nbytes, _sealed_slot(one, pages[n]))
-            for n, one in positions
+            _transfer(store.own, one.slot.number, one.nbytes, write.buffers)
+            for one, write in zip(written, writes, strict=True)
         ]
         try:
-            results = store.io.write(transfers, deadline)
+            results = store.io.write(transfers, deadline, lambda n: leaving(writes[n].position))
             if self._settings.fsync:
                 os.fdatasync(store.own.fd)
         except BackendTimeout:
@@ -289,16 +330,18 @@ class Hf3fsBackend(StorageBackend):
 
     def _delete(self, store: Store, keys: Sequence[str]) -> int:
         """Wipes the headers, so that no rebuild finds the objects again, then unbinds them."""
-        deadline = time.monotonic() + self._settings.lease_s
+        lease_s = min(_WIPE_LEASE_S, self._settings.lease_s)
+        deadline = time.monotonic() + lease_s
         wipes = []
-        for binding in store.metadata.lookup(keys):  # leased: nobody else writes there meanwhile
+        # Leased, so that nobody else writes there meanwhile; shortly, since it delays reuse.
+        for binding in store.metadata.lookup(keys, lease_s):
             slab = store.slab(binding.slot.slab) if binding is not None else None
             if binding is not None and slab is not None:
                 offset = binding.slot.number * slab.slot_nbytes
                 nothing = memoryview(bytes(HEADER_NBYTES))
                 wipes.append(Transfer(slab.fd, offset, HEADER_NBYTES, [nothing]))
         if wipes:
-            store.io.write(wipes, deadline)
+            store.io.write(wipes, deadline, lambda _: None)
         return store.metadata.delete(keys) if keys else 0
 
     def _count(self, **by: int) -> None:
@@ -313,10 +356,10 @@ def _checked(key: str) -> str:
     return key
 
 
-def _sealed_slot(one: Written, page: Page) -> list[memoryview]:
+def _slot_content(want: Wanted, slot: Slot, page: Page) -> list[memoryview]:
     """What stands in the slot: header, object, footer."""
-    header = pack_header(one.key, one.nbytes, one.slot.generation)
-    return [memoryview(header), *page, memoryview(pack_footer(one.slot.generation))]
+    header = pack_header(want.key, want.nbytes, slot.generation)
+    return [memoryview(header), *page, memoryview(pack_footer(slot.generation))]
 
 
 def _transfer(slab: Slab, number: int, nbytes: int, buffers: list[memoryview]) -> Transfer:
@@ -330,6 +373,3 @@ def _raise_unless_full(store: Store, results: Sequence[int], transfers: Sequence
         if result != transfer.nbytes and result not in (*_FULL, -errno.ETIME):
             why = os.strerror(-result) if result < 0 else f"{result} of {transfer.nbytes} bytes"
             raise BackendError(f"writing {store.own.path}: {why}; check the file system")
-
-
-__all__ = ["Hf3fsBackend", "Slot"]

@@ -108,7 +108,7 @@ class Hf3fsConfig(BackendConfig):
         default=2.0, description="limit for one answer of the metadata store"
     )
     lease_s: Seconds = Field(
-        default=10.0,
+        default=5.0,
         description="a slot that was looked up is not reused for at least so long; a read that "
         "takes longer is a miss",
     )

@@ -109,8 +109,11 @@ class MetadataStore(ABC):
         """Makes a slab known with what was found in it; of a known one only raises ``n_slots``."""
 
     @abstractmethod
-    def lookup(self, keys: Sequence[str]) -> list[Binding | None]:
-        """Where the objects lie. None of these slots is reused for the next ``lease_s``."""
+    def lookup(self, keys: Sequence[str], lease_s: float | None = None) -> list[Binding | None]:
+        """Where the objects lie. None of these slots is reused for the next ``lease_s`` seconds.
+
+        Without ``lease_s`` it is that of the configuration.
+        """
 
     @abstractmethod
     def leading(self, keys: Sequence[str]) -> int:

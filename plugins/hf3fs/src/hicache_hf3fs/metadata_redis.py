@@ -119,10 +119,10 @@ class RedisMetadata(MetadataStore):
             self._run("restore", slab, *flat)
         self._run("register", slab, n_slots, fresh)
 
-    def lookup(self, keys: Sequence[str]) -> list[Binding | None]:
+    def lookup(self, keys: Sequence[str], lease_s: float | None = None) -> list[Binding | None]:
         if not keys:
             return []
-        values = self._run("lookup", self._lease_s, *keys)
+        values = self._run("lookup", lease_s or self._lease_s, *keys)
         return [_parsed(value) for value in values]
 
     def leading(self, keys: Sequence[str]) -> int:

@@ -31,6 +31,7 @@ from hicache_hf3fs.metadata import (
 from hicache_hf3fs.sqlite_file import SqliteFile, translated
 
 _CHUNK = 500  # parameters of one statement
+_MEMORY_ROWS = 100_000
 
 _BINDINGS = (
     "SELECT key, slab_id, number, generation, nbytes, held_until FROM slots WHERE key IN ({})"
@@ -65,6 +66,8 @@ class SqliteMetadata(MetadataStore):
         self._read_lock = threading.Lock()
         self._write_lock = threading.Lock()
         self._names: dict[int, str] = {}  # slab_id -> name
+        self._memory: dict[str, _Bound] = {}  # rows as of the reader's _version
+        self._version = -1
         self._reader: sqlite3.Connection | None = None
         self._writer: sqlite3.Connection | None = None
 
@@ -75,6 +78,7 @@ class SqliteMetadata(MetadataStore):
 
     def close(self) -> None:
         with self._write_lock, self._read_lock:
+            self._memory.clear()
             for connection in (self._reader, self._writer):
                 if connection is not None:
                     connection.close()
@@ -109,12 +113,13 @@ class SqliteMetadata(MetadataStore):
                 ((f.generation, f.key, f.nbytes, now, slab_id, f.number) for f in found),
             )
 
-    def lookup(self, keys: Sequence[str]) -> list[Binding | None]:
+    def lookup(self, keys: Sequence[str], lease_s: float | None = None) -> list[Binding | None]:
+        lease_s = lease_s or self._lease_s
         bound = self._bound(keys)
         now = self._clock()
-        if any(row.held_until < now + self._lease_s for row in bound.values()):
+        if any(row.held_until < now + lease_s for row in bound.values()):
             # A lease is given for twice its time, so that most lookups of a hot key only read.
-            until, found = now + 2 * self._lease_s, list(bound)
+            until, found = now + 2 * lease_s, list(bound)
             with self._writing() as db:
                 for part in _chunks(found):
                     db.execute(
@@ -258,7 +263,7 @@ class SqliteMetadata(MetadataStore):
         """The rows of those keys that are bound."""
         if db is None:
             with self._reading() as reader:
-                return self._bound(keys, reader)
+                return self._remembered(keys, reader)
         bound = {}
         for part in _chunks(keys):
             for key, *row in db.execute(_BINDINGS.format(_marks(part)), part):
@@ -266,6 +271,20 @@ class SqliteMetadata(MetadataStore):
         if any(row.slab_id not in self._names for row in bound.values()):
             self._names.update(db.execute("SELECT slab_id, name FROM slabs").fetchall())
         return bound
+
+    def _remembered(self, keys: Sequence[str], db: sqlite3.Connection) -> dict[str, _Bound]:
+        """As ``_bound``, but asks only for what was not asked since the last commit of anybody.
+
+        So a read that asks twice, before and after, pays once if nobody wrote meanwhile.
+        """
+        (version,) = db.execute("PRAGMA data_version").fetchone()
+        if version != self._version or len(self._memory) > _MEMORY_ROWS:
+            self._memory.clear()
+            self._version = version
+        asked = [key for key in keys if key not in self._memory]
+        if asked:
+            self._memory.update(self._bound(asked, db))
+        return {key: self._memory[key] for key in keys if key in self._memory}
 
     def _binding(self, row: _Bound | None) -> Binding | None:
         if row is None:

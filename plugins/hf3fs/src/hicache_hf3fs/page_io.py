@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
 
@@ -36,24 +36,30 @@ class PageIO(ABC):
         """Takes it back; called before the descriptor is closed."""
 
     @abstractmethod
-    def read(self, transfers: Sequence[Transfer], deadline: float) -> list[int]:
+    def read(
+        self, transfers: Sequence[Transfer], deadline: float, arrived: Callable[[int], bool]
+    ) -> list[int]:
         """Fills the memory of each transfer.
 
         Args:
             transfers: what to read.
             deadline: by ``time.monotonic``; what ends later is no result any more.
+            arrived: called with the number of each transfer that is filled, from any thread and
+                while the bytes are in its cache; says whether they are what they should be.
 
         Returns:
             For each transfer the bytes that were read, fewer at the end of the file, or a negative
-            errno: ``-ETIME`` if it ended after the deadline.
+            errno: ``-ETIME`` if it ended after the deadline, ``-EBADMSG`` if ``arrived`` said no.
 
         Raises:
             BackendTimeout: the file system does not answer.
         """
 
     @abstractmethod
-    def write(self, transfers: Sequence[Transfer], deadline: float) -> list[int]:
-        """Writes the memory of each transfer; arguments and results as for ``read``.
+    def write(
+        self, transfers: Sequence[Transfer], deadline: float, leaving: Callable[[int], None]
+    ) -> list[int]:
+        """Writes the memory of each transfer; ``leaving`` is called before each.
 
-        Nothing is begun after the deadline.
+        Arguments, results and errors as for ``read``; nothing is begun after the deadline.
         """

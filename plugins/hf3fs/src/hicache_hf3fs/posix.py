@@ -26,26 +26,35 @@ class PosixIO(PageIO):
     def close(self) -> None:
         self._lanes.close()
 
-    def read(self, transfers: Sequence[Transfer], deadline: float) -> list[int]:
-        def read_one(transfer: Transfer) -> int:
-            result = _vectored(os.preadv, transfer)
-            return result if self._clock() <= deadline else -errno.ETIME
+    def read(
+        self, transfers: Sequence[Transfer], deadline: float, arrived: Callable[[int], bool]
+    ) -> list[int]:
+        def read_one(n: int) -> int:
+            result = _vectored(os.preadv, transfers[n])
+            if self._clock() > deadline:
+                return -errno.ETIME
+            if result == transfers[n].nbytes and not arrived(n):
+                return -errno.EBADMSG
+            return result
 
         return self._each(read_one, transfers)
 
-    def write(self, transfers: Sequence[Transfer], deadline: float) -> list[int]:
-        def write_one(transfer: Transfer) -> int:
+    def write(
+        self, transfers: Sequence[Transfer], deadline: float, leaving: Callable[[int], None]
+    ) -> list[int]:
+        def write_one(n: int) -> int:
+            leaving(n)
             if self._clock() > deadline:
                 return -errno.ETIME
-            return _vectored(os.pwritev, transfer)
+            return _vectored(os.pwritev, transfers[n])
 
         return self._each(write_one, transfers)
 
-    def _each(self, move: Callable[[Transfer], int], transfers: Sequence[Transfer]) -> list[int]:
+    def _each(self, move: Callable[[int], int], transfers: Sequence[Transfer]) -> list[int]:
         parts = self._lanes.split(len(transfers), sum(transfer.nbytes for transfer in transfers))
 
         def move_part(part: range) -> list[int]:
-            return [move(transfers[n]) for n in part]
+            return [move(n) for n in part]
 
         return [result for part in self._lanes.run(move_part, parts) for result in part]
 

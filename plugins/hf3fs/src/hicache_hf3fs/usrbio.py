@@ -46,6 +46,18 @@ class _Piece(NamedTuple):
     nbytes: int
 
 
+class _Visit(NamedTuple):
+    """Who is told of each transfer: ``arrived`` when reading, ``leaving`` when writing."""
+
+    arrived: Callable[[int], bool] | None = None
+    leaving: Callable[[int], None] | None = None
+
+    @property
+    def reads(self) -> bool:
+        """The direction."""
+        return self.arrived is not None
+
+
 class _Ring:
     """A ring for reads, one for writes, and the memory that both use, cut into equal cells."""
 
@@ -75,7 +87,7 @@ class _Ring:
         self._memory.unlink()
 
     def run(
-        self, transfers: Sequence[Transfer], *, read: bool, deadline: float, timeout_s: float
+        self, transfers: Sequence[Transfer], visit: _Visit, *, deadline: float, timeout_s: float
     ) -> list[int]:
         """Moves all transfers, as many pieces at once as there are cells.
 
@@ -83,18 +95,14 @@ class _Ring:
             BackendTimeout: nothing was completed for ``timeout_s``; this object must not be used
                 again, since 3FS may still write to its memory.
         """
-        ring = self._rings[read]
-        pieces = self._pieces(transfers)
-        results = [0] * len(transfers)
+        ring = self._rings[visit.reads]
+        batch = _Batch(transfers, visit, self.cell_nbytes)
         free = list(range(self._n_cells))
         under_way: dict[int, _Piece] = {}
         while True:
-            while free and time.monotonic() <= deadline:
-                piece = next(pieces, None)
-                if piece is None:
-                    break
+            while free and time.monotonic() <= deadline and (piece := batch.next_piece()):
                 cell = free.pop()
-                self._prepare(ring, cell, piece, transfers[piece.transfer], read=read)
+                self._prepare(ring, cell, piece, batch)
                 under_way[cell] = piece
             if not under_way:
                 break
@@ -106,48 +114,85 @@ class _Ring:
             for completion in done:  # in any order: userdata says which it is
                 cell = int(completion.userdata)
                 piece = under_way.pop(cell)
-                result = int(completion.result)
-                if read and 0 < result <= piece.nbytes:
-                    self._copy(cell, piece._replace(nbytes=result), transfers, read=True)
-                _add(results, piece, result)
+                batch.ended(piece, int(completion.result), self._memory_of(cell))
                 free.append(cell)
-        late = {piece.transfer for piece in pieces}
-        if read and time.monotonic() > deadline:
-            late = set(range(len(transfers)))
-        for n in late:
-            results[n] = -errno.ETIME
-        return results
+        return batch.results_at_end(late=time.monotonic() > deadline)
 
-    def _prepare(
-        self, ring: Any, cell: int, piece: _Piece, transfer: Transfer, *, read: bool
-    ) -> None:
-        if not read:
-            self._copy(cell, piece, {piece.transfer: transfer}, read=False)
+    def _prepare(self, ring: Any, cell: int, piece: _Piece, batch: _Batch) -> None:
+        batch.begins(piece, self._memory_of(cell))
         start = cell * self.cell_nbytes
+        transfer = batch.transfers[piece.transfer]
         ring.prepare(
             self._iovec[start : start + piece.nbytes],
-            read,
+            batch.visit.reads,
             transfer.fd,
             transfer.offset + piece.start,
             userdata=cell,
         )
 
-    def _copy(self, cell: int, piece: _Piece, transfers: Any, *, read: bool) -> None:
-        """Between the cell and the piece of the page's memory."""
-        at = cell * self.cell_nbytes
-        transfer = transfers[piece.transfer]
-        for part in _window(transfer.buffers, piece.start, piece.start + piece.nbytes):
-            cell_part = self._view[at : at + part.nbytes]
-            if read:
-                part[:] = cell_part
-            else:
-                cell_part[:] = part
+    def _memory_of(self, cell: int) -> memoryview:
+        return self._view[cell * self.cell_nbytes : (cell + 1) * self.cell_nbytes]
+
+
+class _Batch:
+    """The transfers of one call, cut into pieces; their pages, and what came of each so far."""
+
+    def __init__(self, transfers: Sequence[Transfer], visit: _Visit, cell_nbytes: int) -> None:
+        self.transfers = transfers
+        self.visit = visit
+        self._results = [0] * len(transfers)
+        self._pieces = (
+            _Piece(n, start, min(cell_nbytes, transfer.nbytes - start))
+            for n, transfer in enumerate(transfers)
+            for start in range(0, transfer.nbytes, cell_nbytes)
+        )
+
+    def next_piece(self) -> _Piece | None:
+        """The next to be moved, None at the end."""
+        return next(self._pieces, None)
+
+    def begins(self, piece: _Piece, memory: memoryview) -> None:
+        """Fills the cell with what is written."""
+        if self.visit.leaving is None:
+            return
+        if piece.start == 0:
+            self.visit.leaving(piece.transfer)
+        at = 0
+        for part in self._parts(piece, piece.nbytes):
+            memory[at : at + part.nbytes] = part
             at += part.nbytes
 
-    def _pieces(self, transfers: Sequence[Transfer]) -> Iterator[_Piece]:
-        for n, transfer in enumerate(transfers):
-            for start in range(0, transfer.nbytes, self.cell_nbytes):
-                yield _Piece(n, start, min(self.cell_nbytes, transfer.nbytes - start))
+    def ended(self, piece: _Piece, result: int, memory: memoryview) -> None:
+        """Takes what was read out of the cell; the first error of a transfer stays."""
+        n = piece.transfer
+        if self._results[n] < 0:
+            return
+        if result < 0:
+            self._results[n] = result
+            return
+        self._results[n] += result
+        if self.visit.arrived is None:
+            return
+        at = 0
+        for part in self._parts(piece, min(result, piece.nbytes)):
+            part[:] = memory[at : at + part.nbytes]
+            at += part.nbytes
+        if self._results[n] == self.transfers[n].nbytes and not self.visit.arrived(n):
+            self._results[n] = -errno.EBADMSG
+
+    def results_at_end(self, *, late: bool) -> list[int]:
+        """The results; what was never begun, or was read too late, is ``-ETIME``."""
+        never_begun = {piece.transfer for piece in self._pieces}
+        if late and self.visit.reads:
+            never_begun = set(range(len(self.transfers)))
+        for n in never_begun:
+            self._results[n] = -errno.ETIME
+        return self._results
+
+    def _parts(self, piece: _Piece, nbytes: int) -> Iterator[memoryview]:
+        """The memory of the page that a piece, or its first ``nbytes``, lies in."""
+        buffers = self.transfers[piece.transfer].buffers
+        return _window(buffers, piece.start, piece.start + nbytes)
 
 
 class UsrbioIO(PageIO):
@@ -201,16 +246,20 @@ class UsrbioIO(PageIO):
     def remove_file(self, fd: int) -> None:
         self._library.deregister_fd(fd)
 
-    def read(self, transfers: Sequence[Transfer], deadline: float) -> list[int]:
-        return self._run(transfers, deadline, read=True)
+    def read(
+        self, transfers: Sequence[Transfer], deadline: float, arrived: Callable[[int], bool]
+    ) -> list[int]:
+        return self._run(transfers, deadline, _Visit(arrived=arrived))
 
-    def write(self, transfers: Sequence[Transfer], deadline: float) -> list[int]:
-        return self._run(transfers, deadline, read=False)
+    def write(
+        self, transfers: Sequence[Transfer], deadline: float, leaving: Callable[[int], None]
+    ) -> list[int]:
+        return self._run(transfers, deadline, _Visit(leaving=leaving))
 
-    def _run(self, transfers: Sequence[Transfer], deadline: float, *, read: bool) -> list[int]:
+    def _run(self, transfers: Sequence[Transfer], deadline: float, visit: _Visit) -> list[int]:
         ring = self._take_ring()
         try:
-            results = ring.run(transfers, read=read, deadline=deadline, timeout_s=self._timeout_s)
+            results = ring.run(transfers, visit, deadline=deadline, timeout_s=self._timeout_s)
         except BaseException:
             # What it has under way may still write to its memory: nobody uses that again.
             self._lost.append(ring)
@@ -241,12 +290,6 @@ class UsrbioIO(PageIO):
             return self._new_ring()
         except OSError as exc:
             raise BackendUnavailable(f"3FS at {self.mount} gives no ring: {exc}") from exc
-
-
-def _add(results: list[int], piece: _Piece, result: int) -> None:
-    """Adds a piece to its transfer; the first error stays."""
-    if results[piece.transfer] >= 0:
-        results[piece.transfer] = result if result < 0 else results[piece.transfer] + result
 
 
 def _window(buffers: Sequence[memoryview], start: int, stop: int) -> Iterator[memoryview]:
