@@ -39,7 +39,7 @@ class Site:
         """Writes modules by their path without .py; give one in a package as ``**{"a/b": …}``."""
         for name, source in modules.items():
             file = self.directory / (f"{name}.py")
-            file.parent.mkdir(exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(textwrap.dedent(source))
         importlib.invalidate_caches()
 

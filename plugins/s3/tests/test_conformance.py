@@ -7,12 +7,12 @@ from dataclasses import replace
 from typing import ClassVar
 
 import pytest
+from hicache_s3 import S3Backend
+
 from hicache_core.testing.features import Feature
 from hicache_core.testing.recipe import Recipe
 from hicache_core.testing.settings import QUICK, KitSettings
 from hicache_core.testing.suite import StorageBackendTests
-from hicache_s3 import S3Backend
-
 from plugins.s3.tests.conftest import settings
 from plugins.s3.tests.weed import Weed
 
