@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
 from hicache_s3 import S3Backend, S3Config, hicache_backends
 from hicache_s3.endpoint import Endpoint
 from pydantic import ValidationError
@@ -119,6 +122,26 @@ def test_bucket_region_and_style_make_the_address(
     endpoint = Endpoint(config)
     assert (endpoint.url, endpoint.path) == (url, path)
     assert (endpoint.address.tls is not None) == url.startswith("https")
+    endpoint.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [
+        ("https://store.example:443", "store.example"),
+        ("http://store.example:80", "store.example"),
+        ("http://store.example:443", "store.example:443"),
+        ("http://[::1]:9000", "[::1]:9000"),
+    ],
+)
+def test_the_host_that_is_sent_is_the_one_that_is_signed(url: str, host: str) -> None:
+    config = {"bucket": "pages", "access_key_id": "a", "secret_access_key": "b"}
+    endpoint = Endpoint(S3Config.model_validate({**config, "endpoint_url": url}))
+    request = AWSRequest("GET", url, endpoint.signed("GET", "/pages/x", {}))
+    assert request.headers["Host"] == host
+    del request.headers["Host"]  # botocore then adds what it takes for the host
+    headers = S3SigV4Auth(Credentials("a", "b"), "s3", "us-east-1").headers_to_sign(request)
+    assert headers["host"] == host
     endpoint.close()
 
 

@@ -83,7 +83,8 @@ class Endpoint:
         url = urlsplit(_sample_url(self.client, config.bucket))
         self.path = url.path.removesuffix("x")
         self.url = f"{url.scheme}://{url.netloc}"
-        self._host = url.netloc
+        # As botocore signs it: a server would compare "host:443" with "host".
+        self._host = url.netloc.removesuffix(":443" if url.scheme == "https" else ":80")
         tls = None
         if url.scheme == "https":
             tls = ssl.create_default_context(cafile=verify or get_cert_path(True))

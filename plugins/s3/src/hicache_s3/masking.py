@@ -1,4 +1,4 @@
-"""Keeps credentials out of botocore's debug log, which shows the headers of its requests."""
+"""Keeps credentials out of botocore's debug log, which shows headers and answers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 
 from hicache_s3.errors import shown
 
-_LOGGERS = ("botocore.auth", "botocore.endpoint")
+_LOGGERS = ("botocore.auth", "botocore.endpoint", "botocore.parsers")
 
 
 class Credentials(Protocol):
