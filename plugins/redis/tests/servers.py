@@ -176,8 +176,10 @@ class ClusterOfServers:
 
     def __init__(self, *options: str) -> None:
         """Starts the nodes and returns when each of them says that the cluster is up."""
+        # The timeout is longer than any test freezes a node: a node that was given up would answer
+        # CLUSTERDOWN for a moment after it is thawed, at no time that a test could wait for.
         flags = (
-            "--cluster-enabled", "yes", "--cluster-node-timeout", "2000",
+            "--cluster-enabled", "yes", "--cluster-node-timeout", "60000",
             "--cluster-require-full-coverage", "no", *options,
         )  # fmt: skip
         self.nodes: list[Server] = []

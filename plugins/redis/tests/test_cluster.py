@@ -129,6 +129,8 @@ def test_a_dead_shard_makes_its_keys_misses_and_the_others_go_on(
         assert put(backend, keys) == first
         assert leading(backend, alive) == put(backend, alive) == len(alive)
         assert backend.get(keys[first]) is None
+        with pytest.raises(BackendUnavailable, match="the others go on"):
+            backend.set(keys[first], b"x")
         backend.delete(keys)
         assert backend.batch_exists(alive) == 0
         assert backend.stats()["shard_failures"] >= 5

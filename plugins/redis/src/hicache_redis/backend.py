@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
-from hicache_core.errors import UseAfterClose
+from hicache_core.errors import BackendUnavailable, UseAfterClose
 from hicache_core.storage.base import BackendConfig, Buffer, Finding, StorageBackend
 from hicache_core.storage.lanes import Lanes
 from hicache_core.types import BackendContext, Page
@@ -87,9 +87,11 @@ class RedisBackend(StorageBackend):
 
     def set(self, key: str, value: Buffer) -> None:
         operation = self._store([key], [(memoryview(value).cast("B"),)])
-        if self.dispatcher.run(operation).n_leading == 0 and operation.refusal is not None:
+        if self.dispatcher.run(operation).n_leading == 0:
             self.dispatcher.count("dropped_writes", 1)
-            raise reply_error(operation.refusal, "server", f"store {key}")
+            if operation.refusal is not None:
+                raise reply_error(operation.refusal, "server", f"store {key}")
+            raise BackendUnavailable(f"the redis shard of {key} is down; the others go on")
 
     def delete(self, keys: Sequence[str]) -> None:
         if keys:
