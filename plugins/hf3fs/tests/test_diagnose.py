@@ -34,6 +34,18 @@ def test_a_good_store_gives_no_warning(opened: Open, valkey: Valkey) -> None:
         assert "answers in" in texts(backend, "ok")
 
 
+def test_a_redis_that_may_drop_the_bindings_is_a_warning(opened: Open, own_valkey: Valkey) -> None:
+    backend = opened(metadata_url=own_valkey.url)
+    with own_valkey.client() as client:
+        client.config_set("maxmemory", "100mb")
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        assert "set it to noeviction" in texts(backend, "warning")
+        client.config_set("maxmemory-policy", "noeviction")
+        assert texts(backend, "warning") == ""
+        client.config_set("maxmemory", "1")
+        assert "raise maxmemory" in texts(backend, "warning")
+
+
 def test_the_rings_are_named_and_lost_ones_are_a_warning(emulation: Any, opened: Open) -> None:
     backend = opened(mode="usrbio")
     assert "usrbio on 3FS mount" in texts(backend, "ok")

@@ -173,6 +173,24 @@ def test_frozen_metadata_is_a_timeout(opened: Open, own_valkey: Valkey) -> None:
     assert hits(backend, ["a"]) == 1
 
 
+def test_metadata_without_room_drops_writes_and_misses_until_it_has_some(
+    opened: Open, own_valkey: Valkey
+) -> None:
+    backend = opened(metadata_url=own_valkey.url)
+    put(backend, ["a"])
+    with own_valkey.client() as client:
+        client.config_set("maxmemory-policy", "noeviction")
+        client.config_set("maxmemory", "1")
+        assert put(backend, ["b"]) == 0
+        with pytest.raises(BackendFull):
+            backend.set(key_of("b"), b"x")
+        assert backend.exists(key_of("a"))
+        assert hits(backend, ["a"]) == 0, "without a lease nothing is read"
+        client.config_set("maxmemory", "0")
+    assert put(backend, ["b"]) == 1
+    assert hits(backend, ["a", "b"]) == 2
+
+
 def test_metadata_errors_name_the_cause_and_hide_the_password(tmp_path: Path) -> None:
     server = Valkey("--requirepass", "correct horse")
     try:

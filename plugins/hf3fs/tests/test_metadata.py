@@ -194,6 +194,7 @@ def test_of_two_writers_of_one_key_the_first_binds_and_no_slot_is_lost(
     assert second is not None
     assert store.publish([Written(A, 10, second)]) == [True]
     assert store.publish([Written(A, 10, first)]) == [True]
+    assert store.publish([Written(A, 10, first)]) == [False], "a reservation is published once"
     assert store.lookup([A]) == [Binding(second, 10)]
     assert write(store, B, C) == [True, True]
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from plugins.hf3fs.tests.conftest import Open
-from plugins.hf3fs.tests.helpers import Peer, Valkey, hits, put
+from plugins.hf3fs.tests.helpers import Peer, Valkey, hits, new_backend, put
 
 Start = Callable[..., Peer]
 
@@ -28,6 +30,21 @@ def test_two_processes_read_what_the_other_has_stored(
     assert peer.ask("hits", ["a", "b"]) == 2
     assert peer.ask("put", ["c"]) == 1
     assert hits(backend, ["a", "b", "c"]) == 3
+
+
+def test_backends_that_open_at_once_share_one_slab(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """The index and the slab are made by whoever is first, while the others wait."""
+    backends = [new_backend(tmp_path / "kv", **settings) for _ in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda backend: backend.open(), backends))
+    for n, backend in enumerate(backends):
+        assert put(backend, [n]) == 1
+    for backend in backends:
+        assert hits(backend, range(6)) == 6
+        backend.check_integrity()
+        backend.close()
 
 
 def test_two_processes_churn_in_one_slab_without_mixing_bytes(

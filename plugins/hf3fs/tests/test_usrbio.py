@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,9 @@ def test_a_write_that_hangs_keeps_its_slot_reserved(emulation: Any, opened: Open
     assert backend.stats()["held_slots"] == 1
 
 
-def test_rings_that_are_all_lost_end_in_bounded_time(emulation: Any, opened: Open) -> None:
+def test_rings_that_are_all_lost_end_in_bounded_time(
+    emulation: Any, opened: Open, tmp_path: Path
+) -> None:
     backend = open_small(emulation, opened, io_timeout_s=0.05)
     put(backend, ["a"])
     emulation.faults.hang = True
@@ -146,7 +149,22 @@ def test_rings_that_are_all_lost_end_in_bounded_time(emulation: Any, opened: Ope
         with pytest.raises(BackendTimeout):
             hits(backend, ["a"])
     assert backend.stats()["lost_rings"] == 2, "no more shared memory than twice numjobs is taken"
+    assert len(os.listdir(tmp_path / "3fs-virt" / "iovs")) == 2
     assert time.monotonic() - start < 5
+
+
+def test_busy_rings_are_waited_for_and_not_taken_for_lost_ones(
+    emulation: Any, opened: Open, tmp_path: Path
+) -> None:
+    backend = open_small(emulation, opened, numjobs=2, io_timeout_s=2.0)
+    put(backend, range(8))
+    emulation.faults.hang = True
+    with pytest.raises(BackendTimeout):
+        hits(backend, [0])
+    emulation.faults.hang = False
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda n: hits(backend, [n % 8]), range(200))) == [1] * 200
+    assert len(os.listdir(tmp_path / "3fs-virt" / "iovs")) == 3, "two live rings and a lost one"
 
 
 def test_a_read_past_its_lease_is_a_miss(emulation: Any, opened: Open) -> None:

@@ -150,7 +150,11 @@ class Hf3fsBackend(StorageBackend):
         with self._calls.call() as store:
             limit = store.own.object_nbytes
             fitting = next((n for n, w in enumerate(wanted) if w.nbytes > limit), len(wanted))
-            n_stored = self._set(store, wanted[:fitting], pages, leaving) if fitting else 0
+            try:
+                n_stored = self._set(store, wanted[:fitting], pages, leaving) if fitting else 0
+            except BackendFull as exc:  # the metadata has no room: nothing of this call is bound
+                logger.warning("%s", exc)
+                n_stored = 0
             self._count(
                 writes=n_stored,
                 dropped_writes=len(keys) - n_stored,

@@ -113,6 +113,7 @@ def _metadata(store: Store, kind: str) -> Iterator[Finding]:
     store.metadata.leading(["0"])
     took_ms = (time.perf_counter() - start) * 1e3
     yield Finding("ok", "metadata", f"{store.metadata.where} answers in {took_ms:.2f} ms")
+    yield from store.metadata.findings()
     if store.metadata.where.startswith("/"):
         at = filesystem_of(Path(store.metadata.where).parent)
         if at not in _HOST_LOCAL:

@@ -17,6 +17,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from hicache_core.storage.base import Finding
+
 
 class Slot(NamedTuple):
     """A place in a slab, and what the header and footer there must carry."""
@@ -161,6 +163,10 @@ class MetadataStore(ABC):
         Raises:
             IntegrityError: it is not so.
         """
+
+    def findings(self) -> Iterator[Finding]:
+        """What ``hicache doctor`` should say of the store beside that it answers."""
+        return iter(())
 
     def attach(self, slab: str, n_slots: int, scan: Callable[[], Iterable[Found]]) -> bool:
         """Makes a slab known, with what ``scan`` finds if the store has not heard of it.

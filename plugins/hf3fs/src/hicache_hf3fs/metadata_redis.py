@@ -31,6 +31,7 @@ from hicache_core.errors import (
     IntegrityError,
 )
 from hicache_core.redact import masked_text
+from hicache_core.storage.base import Finding
 from hicache_hf3fs import redis_scripts as scripts
 from hicache_hf3fs.metadata import (
     Binding,
@@ -191,6 +192,27 @@ class RedisMetadata(MetadataStore):
         wrong = self._run("check")
         if wrong:
             raise IntegrityError(f"metadata {self.where}: {wrong}")
+
+    def findings(self) -> Iterator[Finding]:
+        with self._translated():
+            memory = self._client.info("memory")
+        limit, policy = int(memory.get("maxmemory", 0)), str(memory.get("maxmemory_policy", ""))
+        if limit and policy != "noeviction":
+            yield Finding(
+                "warning",
+                "metadata",
+                f"maxmemory-policy is {policy}: the server may drop all bindings at once; set it "
+                "to noeviction",
+            )
+        elif limit and int(memory["used_memory"]) > 0.9 * limit:
+            yield Finding(
+                "warning",
+                "metadata",
+                f"{memory['used_memory']} of maxmemory {limit} bytes are used; when it is full, "
+                "writes are dropped: raise maxmemory or slot sizes",
+            )
+        else:
+            yield Finding("ok", "metadata", f"maxmemory {limit}, maxmemory-policy {policy}")
 
     def _bindings(self, keys: Sequence[str]) -> list[Binding | None]:
         if not keys:

@@ -317,7 +317,10 @@ class SqliteMetadata(MetadataStore):
             return False
         other = db.execute("SELECT nbytes FROM slots WHERE key = ?", (key,)).fetchone()
         if other == (nbytes,):  # somebody was faster; no reader has seen ours
-            db.execute("UPDATE slots SET held_until = 0 WHERE slab_id = ? AND number = ?", place)
+            db.execute(
+                "UPDATE slots SET held_until = 0, generation = 0 WHERE slab_id = ? AND number = ?",
+                place,
+            )
             return True
         if other is not None:
             db.execute("UPDATE slots SET key = NULL, generation = 0 WHERE key = ?", (key,))

@@ -39,8 +39,12 @@ for i = 2, #ARGV do
         local b = unpack_binding(value)
         if b.till < now + lease then
             b.till = now + 2 * lease
-            redis.call('HSET', BIND, ARGV[i], pack_binding(b))
-            redis.call('ZADD', base .. 'lru:' .. b.slab, text(now), ARGV[i])
+            local leased = redis.pcall('HSET', BIND, ARGV[i], pack_binding(b))
+            if type(leased) == 'table' then
+                answers[i - 1] = false  -- no memory for it: without a lease it cannot be read
+            else
+                redis.call('ZADD', base .. 'lru:' .. b.slab, text(now), ARGV[i])
+            end
         end
     end
 end

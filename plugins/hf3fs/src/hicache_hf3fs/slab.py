@@ -10,8 +10,10 @@ both.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
+import fcntl
 import logging
 import os
 import re
@@ -35,6 +37,7 @@ _MAGIC, _END_MAGIC, _VERSION = b"Hi3F", b"Hi3F end", 1
 _HEADER = struct.Struct("<4sHHQQ200s")  # magic, version, key's length, nbytes, generation, key
 _DIGEST = struct.Struct("<Q24x")  # xxh3-64 of what precedes
 _FOOTER = struct.Struct("<Q8s")
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY)  # as of some network file systems
 _NAME = re.compile(r"r(\d+)\.(\d+)")
 
 
@@ -98,21 +101,21 @@ class Slab:
         """
         path = slab_path(prefix, name)
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fd = _locked(path)
         except OSError as exc:
             raise _translated(exc, path) from exc
         before = os.fstat(fd).st_size
         try:
             if before < file_nbytes:
                 _allocate(path, fd, file_nbytes)
-        except BaseException as exc:
+        except OSError as exc:
             os.ftruncate(fd, before)
-            os.close(fd)
             if before == 0:
                 path.unlink(missing_ok=True)
-            if isinstance(exc, OSError) and not isinstance(exc, BackendError):
-                raise _translated(exc, path, file_nbytes) from exc
-            raise
+            os.close(fd)
+            raise _translated(exc, path, file_nbytes) from exc
+        with contextlib.suppress(OSError):  # some network file systems know no locks
+            fcntl.flock(fd, fcntl.LOCK_UN)
         return cls(path, name, fd)
 
     @property
@@ -159,6 +162,22 @@ class Slab:
         if header != pack_header(key, nbytes, generation) or footer != pack_footer(generation):
             return None
         return Found(number, generation, key, nbytes)
+
+
+def _locked(path: Path) -> int:
+    """A descriptor of the slab, made if it is missing, that no other process is allocating."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        except OSError as exc:
+            if exc.errno not in _NO_LOCKS:
+                os.close(fd)
+                raise
+            return fd
+        if os.fstat(fd).st_nlink:
+            return fd
+        os.close(fd)  # somebody else's disk was full, and removed it again
 
 
 def _allocate(path: Path, fd: int, nbytes: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import importlib
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -218,6 +219,8 @@ class UsrbioIO(PageIO):
         self._new_ring: Callable[[], _Ring] = lambda: _Ring(library, mount, entries, iovec_nbytes)
         self._idle: queue.LifoQueue[_Ring] = queue.LifoQueue()
         self._lost: list[_Ring] = []
+        self._lock = threading.Lock()
+        self._n_live = n_rings  # idle or in use, or about to be made
 
     def open(self) -> None:
         try:
@@ -262,19 +265,24 @@ class UsrbioIO(PageIO):
             results = ring.run(transfers, visit, deadline=deadline, timeout_s=self._timeout_s)
         except BaseException:
             # What it has under way may still write to its memory: nobody uses that again.
-            self._lost.append(ring)
-            self.lost_rings += 1
+            with self._lock:
+                self._lost.append(ring)
+                self.lost_rings += 1
+                self._n_live -= 1
             raise
         self._idle.put(ring)
         return results
 
     def _take_ring(self) -> _Ring:
-        """An idle ring; a new one for each that was lost, up to twice ``numjobs`` in all."""
+        """An idle ring, or a new one for one that was lost; no more than ``numjobs`` of those."""
         try:
             return self._idle.get_nowait()
         except queue.Empty:
             pass
-        if 0 < len(self._lost) <= self._n_rings:
+        with self._lock:
+            makes_one = self._n_live < self._n_rings >= len(self._lost)
+            self._n_live += makes_one
+        if makes_one:
             return self._replacement()
         try:
             return self._idle.get(timeout=self._timeout_s)
@@ -289,6 +297,8 @@ class UsrbioIO(PageIO):
         try:
             return self._new_ring()
         except OSError as exc:
+            with self._lock:
+                self._n_live -= 1
             raise BackendUnavailable(f"3FS at {self.mount} gives no ring: {exc}") from exc
 
 
