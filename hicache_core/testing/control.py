@@ -6,7 +6,9 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 
@@ -36,6 +38,18 @@ class StoreControl(Protocol):
         ...
 
 
+def freeze_process(pid: int) -> None:
+    """Sends SIGSTOP and returns when every thread of the process has stopped.
+
+    The signal alone returns at once, and a server may answer one more question meanwhile.
+    """
+    os.kill(pid, signal.SIGSTOP)
+    for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
+            while stat.read_text().rpartition(")")[2].split()[0] != "T":
+                time.sleep(0.001)
+
+
 class ServerProcess:
     """A ``StoreControl`` over servers that are child processes."""
 
@@ -59,7 +73,7 @@ class ServerProcess:
 
     def freeze(self) -> None:
         # docstring inherited
-        os.kill(self._process.pid, signal.SIGSTOP)
+        freeze_process(self._process.pid)
 
     def thaw(self) -> None:
         # docstring inherited

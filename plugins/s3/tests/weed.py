@@ -17,6 +17,8 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from hicache_core.testing.control import freeze_process
+
 BUCKET = "hicache"
 KEY, SECRET = "AKADMINPLAIN", "SKADMIN/of+the=tests"
 READER_KEY, READER_SECRET = "AKREADERPLAIN", "SKREADER/of+the=tests"
@@ -131,7 +133,7 @@ class Weed:
     def freeze(self) -> None:
         """Stops it where it stands; its ports stay open."""
         assert self._process is not None
-        os.kill(self._process.pid, signal.SIGSTOP)
+        freeze_process(self._process.pid)
 
     def thaw(self) -> None:
         """Lets it go on."""
