@@ -58,9 +58,23 @@ def test_every_backend_loads_beside_the_core_and_none_needs_torch(environment: P
 
 
 @pytest.mark.slow
-def test_the_embedded_store_and_the_templates_are_in_the_wheel(environment: Path) -> None:
+def test_the_embedded_store_works_from_the_wheel(environment: Path) -> None:
     hicache = environment / "venv" / "bin" / "hicache"
     config = json.dumps({"path": str(environment / "store")})
     assert "ok" in run(hicache, "doctor", "file", "--config", config, cwd=environment)
+
+
+@pytest.mark.slow
+def test_a_new_backend_is_built_installed_tested_and_listed(environment: Path) -> None:
+    """A third party's first five minutes, with nothing of the repository on any path."""
+    python = environment / "venv" / "bin" / "python"
+    hicache = python.with_name("hicache")
     run(hicache, "new-backend", "tape", cwd=environment)
-    assert (environment / "hicache-tape" / "pyproject.toml").is_file()
+    plugin = environment / "hicache-tape"
+    install = [python, "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
+    tools = ["pytest", "pytest-timeout", "hypothesis", "psutil", "setuptools", "wheel"]
+    run(*install, "--constraint", ROOT / "constraints.txt", *tools, cwd=environment)
+    run(*install, "--no-deps", "--no-build-isolation", plugin, cwd=environment)
+    assert " passed" in run(python, "-m", "pytest", "-q", plugin, cwd=plugin)
+    listed = json.loads(run(hicache, "backends", "--json", cwd=environment))
+    assert "tape" in {backend["name"] for backend in listed if backend["status"] == "ok"}
