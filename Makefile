@@ -1,5 +1,6 @@
 # The verbs of the project. CI calls only these.
 #
+#   make setup   build .venv with the core, the plugins and what the tests need
 #   make demo    set up .venv and run `hicache demo`
 #   make test    set up .venv and run every test
 #   make check   format, lint, types, import layers, tests, examples of the docs
