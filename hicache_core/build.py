@@ -161,7 +161,6 @@ def _parts(
         transfer = open_transfer(config.hicache_io_backend, device_pool, host)
         undo.callback(transfer.close)
     return Parts(
-        spec=spec,
         page_size=config.page_size,
         tree=tree,
         device=device_pool,

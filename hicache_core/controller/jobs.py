@@ -39,9 +39,6 @@ class JobTable:
         self._reported: dict[int, int] = {}
         self._copies: dict[int, Copy] = {}
 
-    def __len__(self) -> int:
-        return len(self._settle)
-
     def add(self, settle: Settle) -> int:
         """Enters a job; its new id."""
         job_id = self._next_id

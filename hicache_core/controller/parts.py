@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from hicache_core.controller.jobs import JobTable
 from hicache_core.controller.prefetch_policy import PrefetchPolicy
 from hicache_core.controller.write_policy import WritePolicy
-from hicache_core.kv_spec import KVSpec
 from hicache_core.pools.device import DevicePool
 from hicache_core.pools.host import HostPool
 from hicache_core.radix.tree import RadixTree
@@ -64,7 +63,6 @@ class Parts:
     """The pieces of one cache; all but ``transfer`` and ``worker`` belong to the owner thread.
 
     Attributes:
-        spec: what one token's KV is.
         page_size: tokens a page.
         tree: the prefix index.
         device: the L1 pool.
@@ -82,7 +80,6 @@ class Parts:
         counters: what happened so far.
     """
 
-    spec: KVSpec
     page_size: int
     tree: RadixTree
     device: DevicePool

@@ -161,9 +161,8 @@ class PrefetchPath:
 
     def _waits_behind_another(self, prefetch: Prefetch) -> bool:
         """Lets a read of the same pages go first; the question is asked again when it is done."""
-        page_nbytes = self._parts.page_size * TOKEN_NBYTES
         for other in self._reading:
-            head = other.tokens[: (other.first_page + 1) * page_nbytes]
+            head = self._tokens_of(other, 0, other.first_page + 1)
             if other.seed == prefetch.seed and prefetch.tokens.startswith(head):
                 prefetch.waits_for = other
                 self._waiting.append(prefetch)
