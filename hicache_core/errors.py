@@ -9,12 +9,14 @@ HiCacheError
 ├── UseAfterClose (RuntimeError)        a call after close()
 ├── IntegrityError (AssertionError)     our own bug: an invariant does not hold
 ├── LoadFailed (RuntimeError)           a copy into device pages failed
+├── RankLost (ConnectionError)          another rank died, hangs, or decided otherwise
 ├── PluginError                         a backend that cannot be used
 │   ├── UnknownBackend (LookupError)    no installed distribution has that name
 │   ├── BrokenBackend (ImportError)     it is installed, but its module or class does not load
 │   └── IncompatibleBackend (TypeError) it loads, but is no backend of this api_version
 └── BackendError (OSError)              a storage backend's failure, never just a miss
     ├── BackendUnavailable (ConnectionError)   the store cannot be reached, or was lost
+    │   └── BreakerOpen                        it failed so often that it is not asked for a while
     ├── BackendTimeout (TimeoutError)          the store did not answer in time
     ├── BackendDenied (PermissionError)        credentials or rights are wrong
     ├── BackendFull                            the store has no room: the write was dropped
@@ -60,6 +62,10 @@ class LoadFailed(HiCacheError, RuntimeError):
     """A copy into device pages failed; those pages hold nothing and the request must recompute."""
 
 
+class RankLost(HiCacheError, ConnectionError):
+    """Another rank died or does not answer: the ranks can no longer decide alike."""
+
+
 class PluginError(HiCacheError):
     """A backend plugin that cannot be used."""
 
@@ -82,6 +88,10 @@ class BackendError(HiCacheError, OSError):
 
 class BackendUnavailable(BackendError, ConnectionError):
     """The store cannot be reached, or the connection to it was lost."""
+
+
+class BreakerOpen(BackendUnavailable):
+    """The circuit breaker is open: the store was not asked, so that nobody waits for it."""
 
 
 class BackendTimeout(BackendError, TimeoutError):

@@ -61,23 +61,36 @@ class WriteJob:
 Job: TypeAlias = ExistsJob | ReadJob | WriteJob
 
 
+class Tier(enum.Enum):
+    """Where pages are kept."""
+
+    DEVICE = "device"
+    HOST = "host"
+    STORAGE = "storage"
+
+
 class JobState(enum.Enum):
-    """How a job ended."""
+    """How a job ended, or that it should have."""
 
     DONE = "done"  # the backend answered; n_pages may still be 0
     FAILED = "failed"  # the backend raised; n_pages is 0
     CANCELLED = "cancelled"  # never started; n_pages is 0 and no byte was touched
+    OVERDUE = "overdue"  # runs beyond its deadline; n_pages is 0, and its bytes may be touched
 
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """What came of a job; every submitted job yields exactly one.
+    """What came of a job; every submitted job yields exactly one final result.
+
+    A job that runs beyond its deadline yields one OVERDUE result before it: nobody needs to wait
+    for it any longer, but its pages may be read or written until the final one comes.
 
     Attributes:
         job: the job itself.
         state: how it ended.
         n_pages: leading pages present, filled or stored.
         error: text of the exception, for logs; empty unless FAILED.
+        error_kind: class name of the exception, such as ``BreakerOpen``; empty unless FAILED.
         elapsed_s: time the backend took.
     """
 
@@ -86,6 +99,7 @@ class JobResult:
     n_pages: int
     error: str = ""
     elapsed_s: float = 0.0
+    error_kind: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,6 +159,37 @@ class HasStats(Protocol):
         ...
 
 
+@runtime_checkable
+class Pins(Protocol):
+    """A backend that keeps named objects longer than others, for a while."""
+
+    def pin(self, keys: Sequence[str], ttl_s: float) -> int:
+        """Asks to evict ``keys`` last for ``ttl_s`` seconds; how many of them are present.
+
+        A soft pin that decays: it ends by itself, another call renews it, 0 ends it now, and when
+        all that could be evicted is pinned, the least recently used goes all the same.
+        """
+        ...
+
+
+@runtime_checkable
+class ReportsUsage(Protocol):
+    """A backend that knows how many bytes each namespace takes."""
+
+    def usage(self) -> Mapping[str, int]:
+        """Bytes of stored objects by namespace (what stands before the ``/`` of a key)."""
+        ...
+
+
+@runtime_checkable
+class Flushable(Protocol):
+    """A backend that acknowledges writes before they are where they belong (write-behind)."""
+
+    def flush(self, timeout_s: float) -> bool:
+        """Waits until all acknowledged writes have reached every store; False if time ran out."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One line of ``hicache doctor``.

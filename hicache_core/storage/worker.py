@@ -42,7 +42,8 @@ def run_job(backend: StorageBackend, job: Job, clock: Callable[[], float]) -> Jo
             raise ValueError(f"answered {n_pages} pages of {len(job.keys)}")
     except (Exception, SystemExit) as exc:
         error = f"{type(exc).__name__}: {exc}"
-        return JobResult(job, JobState.FAILED, 0, error, clock() - start)
+        kind = type(exc).__name__
+        return JobResult(job, JobState.FAILED, 0, error, clock() - start, kind)
     return JobResult(job, JobState.DONE, n_pages, "", clock() - start)
 
 

@@ -11,9 +11,12 @@ from hicache_core.storage.base import (
     Clearable,
     Diagnosable,
     Finding,
+    Flushable,
     HasStats,
     Listable,
+    Pins,
     RegistersMemory,
+    ReportsUsage,
     StorageBackend,
 )
 from hicache_core.types import Page
@@ -48,12 +51,30 @@ class _Diagnosable:
         return cast(Diagnosable, self.inner).diagnose()
 
 
+class _Pins:
+    def pin(self: _Wraps, keys: Sequence[str], ttl_s: float) -> int:
+        return cast(Pins, self.inner).pin(keys, ttl_s)
+
+
+class _ReportsUsage:
+    def usage(self: _Wraps) -> Mapping[str, int]:
+        return cast(ReportsUsage, self.inner).usage()
+
+
+class _Flushable:
+    def flush(self: _Wraps, timeout_s: float) -> bool:
+        return cast(Flushable, self.inner).flush(timeout_s)
+
+
 _CAPABILITIES: tuple[tuple[type, type], ...] = (
     (RegistersMemory, _RegistersMemory),
     (Listable, _Listable),
     (Clearable, _Clearable),
     (HasStats, _HasStats),
     (Diagnosable, _Diagnosable),
+    (Pins, _Pins),
+    (ReportsUsage, _ReportsUsage),
+    (Flushable, _Flushable),
 )
 
 

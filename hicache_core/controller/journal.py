@@ -1,0 +1,70 @@
+"""Who is told what each tier holds: events for routers, the memory of the miss explainer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hicache_core.types import Tier
+
+
+@dataclass(frozen=True, slots=True)
+class PageRun:
+    """Consecutive pages of one prefix.
+
+    Attributes:
+        parent: digest of the page before the first: 32 bytes, a chain's seed, or empty.
+        digests: 32 bytes a page, packed.
+        tokens: packed token ids of these pages.
+        seed: seed of the chain, which tells namespaces apart; empty for the default one.
+    """
+
+    parent: bytes
+    digests: bytes
+    tokens: bytes | memoryview
+    seed: bytes
+
+
+class Journal(ABC):
+    """Told of every page that a tier gains or loses. Owner thread; must not block or raise."""
+
+    @abstractmethod
+    def stored(self, tier: Tier, run: PageRun) -> None:
+        """``tier`` holds the pages of ``run`` from now on, readable."""
+
+    @abstractmethod
+    def removed(self, tier: Tier, run: PageRun, cause: str) -> None:
+        """``tier`` does not hold them any more.
+
+        Args:
+            tier: which tier.
+            run: the pages.
+            cause: ``evicted``, ``corrupt``, ``reset`` or ``failed``, one word for metrics.
+        """
+
+    @abstractmethod
+    def cleared(self) -> None:
+        """All tiers of this process are empty now."""
+
+
+class Journals(Journal):
+    """Tells several, in order."""
+
+    def __init__(self, journals: Sequence[Journal]) -> None:
+        self._journals = tuple(journals)
+
+    def stored(self, tier: Tier, run: PageRun) -> None:
+        # docstring inherited
+        for journal in self._journals:
+            journal.stored(tier, run)
+
+    def removed(self, tier: Tier, run: PageRun, cause: str) -> None:
+        # docstring inherited
+        for journal in self._journals:
+            journal.removed(tier, run, cause)
+
+    def cleared(self) -> None:
+        # docstring inherited
+        for journal in self._journals:
+            journal.cleared()
