@@ -102,6 +102,15 @@ class RaisesOnRead(Store):
         raise BackendUnavailable("lost in the middle")
 
 
+class RaisesOnWrite(Store):
+    """Takes nothing."""
+
+    name = "raises_on_write"
+
+    def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        raise BackendUnavailable("not now")
+
+
 class Lies(Store):
     """Claims more pages than were asked for, and to have filled what it never touched."""
 
