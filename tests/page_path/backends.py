@@ -132,6 +132,10 @@ class GatedWrites(Store):
     name = "gated_writes"
     gate: ClassVar[threading.Semaphore] = threading.Semaphore(0)
 
+    @classmethod
+    def reset(cls) -> None:
+        cls.gate = threading.Semaphore(0)
+
     def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
         self.gate.acquire()
         return super().batch_set(keys, pages)
