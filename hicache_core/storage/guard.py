@@ -143,10 +143,9 @@ class GuardedBackend(BackendWrapper):
     def get(self, key: str) -> Buffer | None:
         try:
             value = self._guarded("get", self.context.object_nbytes, self.inner.get, key)
-        except BreakerOpen:
-            raise
-        except Exception:
-            self._failed.remember(key)
+        except Exception as exc:
+            if _is_failed_load(exc):
+                self._failed.remember(key)
             raise
         if value is None:
             self._failed.remember(key)
@@ -182,10 +181,8 @@ class GuardedBackend(BackendWrapper):
         nbytes = page_nbytes * len(pages)
         try:
             n = self._guarded("get", nbytes, self.inner.batch_get, keys, pages)
-        except BreakerOpen:
-            raise
-        except Exception:
-            if keys:
+        except Exception as exc:
+            if keys and _is_failed_load(exc):
                 self._failed.remember(keys[0])
             raise
         self._failed.forget(keys[:n])
@@ -279,3 +276,8 @@ def _verdict(exc: BaseException) -> Verdict:
     if isinstance(exc, NotImplementedError | UseAfterClose) or not isinstance(exc, Exception):
         return Verdict.NOTHING
     return Verdict.TIMED_OUT if isinstance(exc, BackendTimeout) else Verdict.FAILED
+
+
+def _is_failed_load(exc: Exception) -> bool:
+    """Whether a load was tried and failed: nobody asked the store if a breaker is open."""
+    return not isinstance(exc, BreakerOpen) and _verdict(exc) is not Verdict.NOTHING

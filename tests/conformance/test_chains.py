@@ -66,10 +66,7 @@ class KitGuard(GuardedBackend):
     Config = MemoryConfig
 
     def __new__(cls, config: MemoryConfig, context: BackendContext) -> GuardedBackend:  # type: ignore[misc]
-        return GuardedBackend(MemoryBackend(config, context), GuardConfig(negative_ttl_s=0.001))
-
-
-SETTINGS = {"guard": {"negative_ttl_s": 0.001}}  # the kit reads what is not there, then stores it
+        return GuardedBackend(MemoryBackend(config, context), GuardConfig())
 
 
 class ChainTests(StorageBackendTests):
@@ -82,7 +79,7 @@ class ChainTests(StorageBackendTests):
 
     def links(self, _directory: Path) -> list[dict[str, object]]:
         return [
-            {"backend": "memory", "name": name, "config": {"share": f"kit-{name}"}, **SETTINGS}
+            {"backend": "memory", "name": name, "config": {"share": f"kit-{name}"}}
             for name in ("near", "far")
         ]
 
@@ -111,7 +108,7 @@ class FileChainTests(ChainTests):
 
     def links(self, directory: Path) -> list[dict[str, object]]:
         near, _ = super().links(directory)
-        return [near, {"backend": "file", "config": {"path": str(directory / "far")}, **SETTINGS}]
+        return [near, {"backend": "file", "config": {"path": str(directory / "far")}}]
 
 
 class TestFileThrough(FileChainTests):
