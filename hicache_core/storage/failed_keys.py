@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 
 class FailedKeys:
@@ -32,12 +32,12 @@ class FailedKeys:
             while len(self._until_s) > self._max_keys:
                 self._until_s.popitem(last=False)
 
-    def forget(self, keys: Iterable[str]) -> None:
-        """``keys`` were loaded or stored: they count as failed no more."""
+    def forget(self, keys: Sequence[str], n: int) -> None:
+        """The first ``n`` of ``keys`` were loaded or stored: they count as failed no more."""
         if not self._until_s:
             return
         with self._lock:
-            for key in keys:
+            for key in keys[:n]:
                 self._until_s.pop(key, None)
 
     def n_leading_good(self, keys: Sequence[str]) -> int:

@@ -71,13 +71,13 @@ class GuardedBackend(BackendWrapper):
 
     - An open breaker raises ``BreakerOpen`` at once; see ``CircuitBreaker``.
     - ``BackendUnavailable`` and ``BackendTimeout`` are retried with full jitter while another
-      attempt as long as the last one still fits into the deadline of the call.
+      attempt as long as the last one still fits into the time that the call has.
     - A key whose load failed counts as absent for ``negative_ttl_s``, or until it is stored or
       loaded again through this guard. A load that the breaker refused is no failed load.
 
     What is behind the optional capabilities (``list_keys``, ``pin``, ...) is passed on unguarded.
-    The deadline of a batch is that of its first page times their number: pages of one batch are
-    taken to be equally long.
+    The time of a batch is that of its first page times their number: pages of one batch are taken
+    to be equally long.
 
     Threads: as those of the backend inside; the guard adds no waiting but the pause of a retry.
     """
@@ -101,7 +101,7 @@ class GuardedBackend(BackendWrapper):
         """
         super().__init__(inner)
         self.guard_config = config
-        self._deadlines = config.deadlines
+        self._hang_limits = config.hang_limits
         self._slow_limits = config.slow_limits
         self._clock = clock
         self._sleep = sleep
@@ -150,7 +150,7 @@ class GuardedBackend(BackendWrapper):
         if value is None:
             self._failed.remember(key)
         else:
-            self._failed.forget([key])
+            self._failed.forget([key], 1)
             self._calls.moved("get", memoryview(value).nbytes)
         return value
 
@@ -162,7 +162,7 @@ class GuardedBackend(BackendWrapper):
     def set(self, key: str, value: Buffer) -> None:
         nbytes = memoryview(value).nbytes
         self._guarded("set", nbytes, self.inner.set, key, value)
-        self._failed.forget([key])
+        self._failed.forget([key], 1)
         self._calls.moved("set", nbytes)
 
     def delete(self, keys: Sequence[str]) -> None:
@@ -185,7 +185,7 @@ class GuardedBackend(BackendWrapper):
             if keys and _is_failed_load(exc):
                 self._failed.remember(keys[0])
             raise
-        self._failed.forget(keys[:n])
+        self._failed.forget(keys, n)
         if 0 <= n < len(keys):
             self._failed.remember(keys[n])
         self._calls.moved("get", page_nbytes * n)
@@ -195,7 +195,7 @@ class GuardedBackend(BackendWrapper):
         page_nbytes = nbytes_of(pages[0]) if pages else 0
         nbytes = page_nbytes * len(pages)
         n = self._guarded("set", nbytes, self.inner.batch_set, keys, pages)
-        self._failed.forget(keys[:n])
+        self._failed.forget(keys, n)
         self._calls.moved("set", page_nbytes * n)
         return n
 
@@ -216,7 +216,7 @@ class GuardedBackend(BackendWrapper):
         **kwargs: P.kwargs,
     ) -> T:
         """Makes a call of at most ``nbytes``, once or more often, unless the breaker is open."""
-        allowed_s = self._deadlines.for_nbytes(nbytes)
+        allowed_s = self._hang_limits.for_nbytes(nbytes)
         ticket = self._breaker.enter(operation, self._slow_limits.for_nbytes(nbytes), allowed_s)
         if ticket is None:
             with self._lock:

@@ -14,6 +14,11 @@ Share = Annotated[float, Field(gt=0, le=1)]
 """A part of the whole, above 0 and at most 1."""
 
 
+HANG_SHARE = 0.9
+"""A call hangs at this part of its deadline: when the worker finds the job overdue and another
+thread takes over, that thread must find the breaker open, or it would be lost too."""
+
+
 class GuardConfig(BackendConfig):
     """Settings of a guard: its breaker, its retries, its memory of failed loads, its deadlines."""
 
@@ -59,10 +64,10 @@ class GuardConfig(BackendConfig):
         default=10_000, ge=0, description="so many failed keys are remembered; 0 for none"
     )
     deadline_base_s: Seconds = Field(
-        default=2.0, description="a call may take this long, beside deadline_per_gib_s"
+        default=2.0, description="a storage job may take this long, beside deadline_per_gib_s"
     )
     deadline_per_gib_s: float = Field(
-        default=20.0, ge=0, description="seconds added to the deadline for each GiB of a call"
+        default=20.0, ge=0, description="seconds added to the deadline for each GiB of a job"
     )
 
     @model_validator(mode="after")
@@ -74,8 +79,13 @@ class GuardConfig(BackendConfig):
 
     @property
     def deadlines(self) -> Deadlines:
-        """What a call, and the storage job that makes it, may take."""
+        """What a storage job that makes one call may take."""
         return Deadlines(self.deadline_base_s, self.deadline_per_gib_s)
+
+    @property
+    def hang_limits(self) -> Deadlines:
+        """What a call may take before it hangs: a little less than its job may."""
+        return Deadlines(HANG_SHARE * self.deadline_base_s, HANG_SHARE * self.deadline_per_gib_s)
 
     @property
     def slow_limits(self) -> Deadlines:
