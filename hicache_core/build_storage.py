@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from hicache_core import dynamic, plugin_manager
 from hicache_core.config import HiCacheConfig
+from hicache_core.config_errors import config_error
 from hicache_core.controller.admission import Admission, AlwaysAdmit, CostAware
 from hicache_core.controller.storage_tier import Attachment
 from hicache_core.page_keys import storage_namespace
 from hicache_core.pools.host import HostPool
 from hicache_core.ranks import RankGroup
 from hicache_core.storage.base import RegistersMemory, StorageBackend
+from hicache_core.storage.chain import ChainBackend
+from hicache_core.storage.chain_capabilities import Link
+from hicache_core.storage.chain_config import ChainConfig
+from hicache_core.storage.executor import Deadlines, Worker
+from hicache_core.storage.guard import GuardedBackend
+from hicache_core.storage.guard_config import GuardConfig
 from hicache_core.storage.sealed import SealedBackend
 from hicache_core.storage.worker import StorageWorker
 from hicache_core.types import BackendContext
 
 DYNAMIC = "dynamic"
+CHAIN = "chain"
+
+Clock = Callable[[], float]
+M = TypeVar("M", bound=BaseModel)
 
 ADMISSIONS: dict[str, type[Admission]] = {"always": AlwaysAdmit, "cost_aware": CostAware}
 
@@ -43,15 +58,95 @@ def backend_from(
     return backend_class(plugin_manager.backend_settings(backend_class, settings), context)
 
 
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """A backend with all that stands around it, not yet opened.
+
+    Attributes:
+        backend: the outermost.
+        guards: of each store, the nearest first.
+        seals: likewise.
+        deadlines: what a job on it may take.
+    """
+
+    backend: StorageBackend
+    guards: tuple[GuardedBackend, ...]
+    seals: tuple[SealedBackend, ...]
+    deadlines: Deadlines
+
+
+def composed(
+    name: str, settings: Mapping[str, object], context: BackendContext, clock: Clock
+) -> Composed:
+    """The named backend, sealed and guarded; for ``chain``, that for each of its links.
+
+    Args:
+        name: an installed plugin, ``dynamic`` or ``chain``.
+        settings: the backend's own settings, and those of its guard under ``guard``.
+        context: what it may know of the cache.
+        clock: seconds.
+
+    Raises:
+        PluginError: a backend is not installed, does not load, or is no backend.
+        ConfigError: a setting is wrong.
+    """
+    if name != CHAIN:
+        own = dict(settings)
+        guard = _checked(GuardConfig, own.pop("guard", {}), "guard.")
+        return _guarded(name, own, guard, context, clock)
+    config = _checked(ChainConfig, settings, "chain.")
+    parts = [_guarded(c.backend, c.config, c.guard, context, clock) for c in config.links]
+    links = [Link(c.label, part.backend) for c, part in zip(config.links, parts, strict=True)]
+    deadlines = Deadlines(
+        sum(part.deadlines.base_s for part in parts),
+        sum(part.deadlines.per_gib_s for part in parts),
+    )
+
+    def make_worker(backend: StorageBackend, max_nbytes: int) -> Worker:
+        return StorageWorker(
+            backend,
+            n_threads=1,
+            max_read_nbytes=1,
+            max_write_nbytes=max_nbytes,
+            clock=clock,
+        )
+
+    return Composed(
+        ChainBackend(config, context, links, make_worker, clock),
+        tuple(guard for part in parts for guard in part.guards),
+        tuple(seal for part in parts for seal in part.seals),
+        deadlines,
+    )
+
+
+def _guarded(
+    name: str,
+    settings: Mapping[str, object],
+    config: GuardConfig,
+    context: BackendContext,
+    clock: Clock,
+) -> Composed:
+    seal = SealedBackend(backend_from(name, settings, context))
+    guard = GuardedBackend(seal, config, clock)
+    return Composed(guard, (guard,), (seal,), config.deadlines)
+
+
+def _checked(model: type[M], settings: object, prefix: str) -> M:
+    try:
+        return model.model_validate(settings)
+    except ValidationError as error:
+        raise config_error(error, model, prefix=prefix) from None
+
+
 class StorageOpener:
-    """Makes attachments for one cache: the backend, seals, guard and worker.
+    """Makes attachments for one cache: backend, seal, guard, chain, worker.
 
     ``open`` may be called on any thread; it touches nothing of the owner's but the host pool's
     buffers, which do not change.
     """
 
     def __init__(
-        self, config: HiCacheConfig, host: HostPool, ranks: RankGroup, clock: Callable[[], float]
+        self, config: HiCacheConfig, host: HostPool, ranks: RankGroup, clock: Clock
     ) -> None:
         """Asks the other ranks what they hold, so it is called by every rank at the start."""
         self._config = config
@@ -68,28 +163,29 @@ class StorageOpener:
 
     def open(self, name: str, settings: Mapping[str, object]) -> Attachment:
         """See ``controller.storage_tier.OpenStorage``."""
-        backend = backend_from(name, settings, self._context)
+        made = composed(name, settings, self._context, self._clock)
+        backend = made.backend
         backend.open()
         try:
             if isinstance(backend, RegistersMemory):
                 backend.register_memory(self._host.buffers)
-            sealed = SealedBackend(backend)
             worker = StorageWorker(
-                sealed,
+                backend,
                 n_threads=self._config.hicache_storage_threads,
                 max_read_nbytes=self._config.hicache_storage_max_read_nbytes,
                 max_write_nbytes=self._config.hicache_storage_max_write_nbytes,
                 clock=self._clock,
+                deadline=made.deadlines,
             )
         except BaseException:
             backend.close()
             raise
         return Attachment(
             name,
-            sealed,
+            backend,
             worker,
             self._namespace,
             is_writer=self._is_writer,
             admission=ADMISSIONS[self._config.prefetch_admission](),
-            verdict=sealed.verdict,
+            verdict=lambda key: next(filter(None, (s.verdict(key) for s in made.seals)), None),
         )

@@ -13,7 +13,7 @@ from hicache_core.controller.jobs import JobTable
 from hicache_core.controller.quarantine import Quarantine
 from hicache_core.errors import HiCacheError
 from hicache_core.storage.base import Flushable, StorageBackend
-from hicache_core.storage.worker import StorageWorker
+from hicache_core.storage.executor import Worker
 from hicache_core.types import Job, JobResult, JobState, ReadJob, WriteJob
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Attachment:
 
     name: str
     backend: StorageBackend
-    worker: StorageWorker
+    worker: Worker
     namespace: str
     is_writer: bool = True
     admission: Admission = field(default_factory=AlwaysAdmit)

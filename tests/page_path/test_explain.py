@@ -101,7 +101,8 @@ def test_evicted_says_when_and_from_where(worlds: list[World]) -> None:
 
 
 def test_what_left_before_storage_had_it_is_not_durable(worlds: list[World]) -> None:
-    world = on(worlds, backends.RaisesOnWrite, device_pages=9, ratio=1.0)
+    guard = {"guard": {"min_calls": 1000}}  # no breaker, whose word would go first
+    world = on(worlds, backends.RaisesOnWrite, device_pages=9, ratio=1.0, keys=guard)
     for start in (0, 1000, 2000):  # each takes both tiers as a whole
         world.request(ids(33, start))
         assert world.cache.flush(10.0)
@@ -129,6 +130,15 @@ def test_a_store_that_fails_is_a_storage_error_with_its_words(worlds: list[World
     explanation = explained(on(worlds, backends.RaisesOnRead), ids(33))
     assert explanation.reason is Reason.STORAGE_ERROR
     assert "lost in the middle" in explanation.detail
+
+
+def test_a_store_that_is_not_asked_any_more_is_an_open_breaker(worlds: list[World]) -> None:
+    world = on(worlds, backends.Raises)
+    while (explanation := explained(world, ids(33))).reason is Reason.STORAGE_ERROR:
+        assert world.cache.flush(10.0)
+        assert world.cache.reset()
+    assert explanation.reason is Reason.BREAKER_OPEN
+    assert "the next probe goes in" in explanation.detail
 
 
 def test_what_vanished_between_question_and_read_is_named(

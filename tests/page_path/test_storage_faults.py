@@ -242,3 +242,49 @@ def test_write_back_evicts_a_prefix_while_what_follows_it_is_still_being_stored(
     world.check()
     backends.GatedWrites.gate.release(8)
     assert world.request(ids(33)).host == 32
+
+
+HASTY = {"guard": {"deadline_base_s": 0.2, "deadline_per_gib_s": 0.0}}
+
+
+def test_a_read_that_hangs_costs_its_deadline_and_keeps_only_its_own_pages(
+    worlds: list[World],
+) -> None:
+    """The request goes on; the pages come back when the call does, and nobody had them before."""
+    stored(worlds)
+    world = on(worlds, backends.Gated, keys=HASTY)
+    outcome = world.request(ids(33))  # waits for its deadline, and computes
+    assert outcome == Outcome(0, 0, 0, computed_pages=8)
+    quarantine = world.cache._parts.storage.quarantine
+    assert quarantine.n_pages == 8
+    assert world.request(ids(33)).device == 32
+    backends.Gated.gate.release(8)
+    _until(world, lambda: quarantine.n_pages == 0)
+    assert world.cache._parts.storage.n_overdue == 0
+
+
+def test_a_store_that_hangs_is_asked_once_and_then_left_alone(worlds: list[World]) -> None:
+    """A dead store costs its deadline once a breaker window."""
+    stored(worlds)
+    world = on(worlds, backends.Gated, keys=HASTY)
+    world.request(ids(33))
+    n_asked = backends.Gated.entered._value
+    for _ in range(5):
+        assert world.cache.flush(10.0)
+        while not world.cache.reset():
+            world.cache.poll()
+        assert world.request(ids(33)).computed_pages == 8
+    assert backends.Gated.entered._value <= n_asked + 1
+    backends.Gated.gate.release(8)
+
+
+def test_closing_with_a_call_that_hangs_for_ever_leaves_its_memory_alone(
+    worlds: list[World], caplog: pytest.LogCaptureFixture
+) -> None:
+    stored(worlds)
+    world = on(worlds, backends.Gated, keys=HASTY)
+    worlds.remove(world)
+    world.request(ids(33))
+    world.cache.close(timeout_s=0.2)
+    assert "may still touch it" in caplog.text
+    backends.Gated.gate.release(8)
