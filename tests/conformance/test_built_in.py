@@ -12,7 +12,6 @@ from hicache_core.testing.recipe import Recipe, Scope
 from hicache_core.testing.settings import QUICK
 from hicache_core.testing.suite import StorageBackendTests
 
-
 RETENTION = frozenset([Feature.PIN, Feature.USAGE, Feature.QUOTA, Feature.TTL])
 
 
