@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 
-from hicache_core import dynamic, plugin_manager
+from hicache_core.build_storage import StorageOpener, backend_from
 from hicache_core.config import HiCacheConfig
+from hicache_core.config_sources import EXTRA
 from hicache_core.controller.controller import Controller
+from hicache_core.controller.explain import Explainer
 from hicache_core.controller.jobs import JobTable
 from hicache_core.controller.parts import Clock, Parts
 from hicache_core.controller.prefetch_policy import (
@@ -19,49 +22,25 @@ from hicache_core.controller.prefetch_policy import (
     Timeout,
     WaitComplete,
 )
+from hicache_core.controller.quarantine import Quarantine
+from hicache_core.controller.storage_tier import StorageTier
 from hicache_core.controller.write_policy import WriteBack, WritePolicy, WriteThrough
-from hicache_core.errors import SpecError
+from hicache_core.errors import ConfigError, RankLost, SpecError
 from hicache_core.kv_spec import KVSpec
-from hicache_core.page_keys import storage_namespace
 from hicache_core.pools.device import DevicePool
 from hicache_core.pools.host import HostPool
 from hicache_core.pools.layout import LAYOUTS
 from hicache_core.pools.limits import host_pages
 from hicache_core.radix.eviction import eviction_policy
 from hicache_core.radix.tree import RadixTree
-from hicache_core.ranks import RankGroup, SingleRank
-from hicache_core.storage.base import RegistersMemory, StorageBackend
-from hicache_core.storage.sealed import SealedBackend
-from hicache_core.storage.worker import StorageWorker
+from hicache_core.ranks import RankGroup, SingleRank, agree_all
 from hicache_core.transfer.open import open_transfer
-from hicache_core.types import BackendContext
+
+__all__ = ["HiCache", "backend_from", "prefetch_policy"]
 
 log = logging.getLogger(__name__)
 
-DYNAMIC = "dynamic"
 GB = 1e9
-
-
-def backend_from(
-    name: str, settings: Mapping[str, object], context: BackendContext
-) -> StorageBackend:
-    """The named backend, made of its settings and not yet opened.
-
-    Args:
-        name: an installed plugin, or ``dynamic`` for a class that ``settings`` names.
-        settings: the backend's own settings; an unknown key is an error.
-        context: what it may know of the cache.
-
-    Raises:
-        PluginError: it is not installed, does not load, or is no backend.
-        ConfigError: a setting is wrong.
-    """
-    if name == DYNAMIC:
-        backend_class = dynamic.load_class(settings)
-        _, settings = dynamic.split_settings(settings)
-    else:
-        backend_class = plugin_manager.backend_class(name)
-    return backend_class(plugin_manager.backend_settings(backend_class, settings), context)
 
 
 WRITE_POLICIES: dict[str, WritePolicy] = {
@@ -116,12 +95,90 @@ class HiCache(Controller):
         in_force = config.resolve().in_force
         ranks = ranks or SingleRank()
         with contextlib.ExitStack() as undo:
-            parts = _parts(in_force, spec, device_pool, ranks, undo)
-            parts = replace(parts, clock=clock, batch_pages=batch_pages)
-            if in_force.hicache_storage_backend is not None:
-                parts = _with_storage(parts, in_force, undo)
+            _check_alike(ranks, in_force, batch_pages)
+            with _together(ranks):
+                parts = _parts(in_force, spec, device_pool, ranks, undo)
+                explainer = Explainer(clock) if in_force.hicache_explain else None
+                parts = replace(
+                    parts,
+                    clock=clock,
+                    batch_pages=batch_pages,
+                    explainer=explainer,
+                    journal=explainer,
+                )
+            if in_force.enable_hierarchical_cache:
+                with _together(ranks):
+                    parts = _with_storage(parts, in_force, ranks, undo)
             super().__init__(parts)
             undo.pop_all()
+
+
+@contextlib.contextmanager
+def _together(ranks: RankGroup) -> Iterator[None]:
+    """A step of the start that has to succeed on every rank; enters one collective.
+
+    Raises:
+        RankLost: it succeeded here, and failed on another rank.
+    """
+    try:
+        yield
+    except BaseException:
+        agree_all(ranks, [0])
+        raise
+    if agree_all(ranks, [1]) != [1]:
+        raise RankLost("another rank could not open its cache; its own error says why")
+
+
+def _check_alike(ranks: RankGroup, config: HiCacheConfig, batch_pages: int) -> None:
+    """Makes sure that the ranks will decide alike.
+
+    Raises:
+        ConfigError: names the first setting that another rank has otherwise.
+    """
+    own = config.model_dump(mode="json", exclude={"hicache_size", "hicache_ratio", EXTRA})
+    own |= config.controller_keys.model_dump() | {"batch_pages": batch_pages}
+    for rank, text in enumerate(ranks.gather(json.dumps(own))):
+        other = json.loads(text)
+        for key, value in own.items():
+            if other[key] != value:
+                raise ConfigError(
+                    f"{key} is {value} on rank {ranks.rank} and {other[key]} on rank {rank}: the "
+                    "ranks of one cache need equal settings"
+                )
+
+
+def _agreed_pages(
+    config: HiCacheConfig, spec: KVSpec, device_pool: DevicePool, ranks: RankGroup
+) -> int:
+    """Pages of the host pool: as many as the rank with the least room has.
+
+    Raises:
+        ConfigError: the ranks' device pools differ, so that they could not evict alike.
+        SpecError: a rank has room for no page.
+    """
+    n_device = device_pool.n_pages
+    n_host, error = 0, None
+    if config.enable_hierarchical_cache:
+        try:
+            n_host = host_pages(
+                ratio=config.hicache_ratio,
+                size_gb=config.hicache_size,
+                device_pages=n_device,
+                page_nbytes=spec.page_nbytes(config.page_size),
+            )
+        except SpecError as failed:
+            error = failed
+    n_agreed, least, minus_most = agree_all(ranks, [n_host, n_device, -n_device])
+    if error is not None:
+        raise error
+    if least != -minus_most:
+        raise ConfigError(
+            f"rank {ranks.rank} has {n_device} device pages, others from {least} to "
+            f"{-minus_most}: the ranks of one cache need equal device pools"
+        )
+    if n_agreed < n_host:
+        log.warning("the host pool has %d pages, since a rank has no room for more", n_agreed)
+    return n_agreed
 
 
 def _parts(
@@ -143,16 +200,12 @@ def _parts(
         eviction_policy(config.hicache_host_eviction_policy),
     )
     host, transfer = None, None
+    n_host_pages = _agreed_pages(config, spec, device_pool, ranks)
     if config.enable_hierarchical_cache:
         host = HostPool(
             spec,
             config.page_size,
-            host_pages(
-                ratio=config.hicache_ratio,
-                size_gb=config.hicache_size,
-                device_pages=device_pool.n_pages,
-                page_nbytes=spec.page_nbytes(config.page_size),
-            ),
+            n_host_pages,
             LAYOUTS[config.hicache_mem_layout],
             pin=device_pool.device.type == "cuda",
             progress=_log_progress,
@@ -169,9 +222,7 @@ def _parts(
         write_policy=WRITE_POLICIES[config.hicache_write_policy],
         prefetch_policy=prefetch_policy(config),
         jobs=JobTable(ranks),
-        storage_namespace=storage_namespace(
-            spec.identity(), config.page_size, config.hicache_mem_layout
-        ),
+        storage=None,
         prefetch_threshold=config.controller_keys.prefetch_threshold,
     )
 
@@ -181,22 +232,15 @@ def _log_progress(done_nbytes: int, all_nbytes: int) -> None:
     log.info("host pool: %.0f of %.1f GB are ready", done_nbytes / GB, all_nbytes / GB)
 
 
-def _with_storage(parts: Parts, config: HiCacheConfig, undo: contextlib.ExitStack) -> Parts:
-    """The parts with an open backend, sealed, and the worker that drives it."""
-    assert config.hicache_storage_backend is not None
+def _with_storage(
+    parts: Parts, config: HiCacheConfig, ranks: RankGroup, undo: contextlib.ExitStack
+) -> Parts:
+    """The parts with the L3 tier, and with the backend that the configuration names attached."""
     assert parts.host is not None
-    context = BackendContext(parts.storage_namespace, object_nbytes=parts.host.object_nbytes)
-    backend = backend_from(config.hicache_storage_backend, config.backend_config, context)
-    backend.open()
-    undo.callback(backend.close)
-    if isinstance(backend, RegistersMemory):
-        backend.register_memory(parts.host.buffers)
-    sealed = SealedBackend(backend)
-    worker = StorageWorker(
-        sealed,
-        n_threads=config.hicache_storage_threads,
-        max_read_nbytes=config.hicache_storage_max_read_nbytes,
-        max_write_nbytes=config.hicache_storage_max_write_nbytes,
-        clock=parts.clock,
-    )
-    return replace(parts, backend=sealed, worker=worker)
+    opener = StorageOpener(config, parts.host, ranks, parts.clock)
+    quarantine = Quarantine(parts.jobs, parts.host.allocator)
+    storage = StorageTier(parts.jobs, quarantine, opener.open)
+    if config.hicache_storage_backend is not None:
+        storage.open(config.hicache_storage_backend, config.backend_config)
+        undo.callback(storage.close, 0.0)
+    return replace(parts, storage=storage)

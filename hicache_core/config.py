@@ -149,6 +149,18 @@ class HiCacheConfig(BaseModel):
     hicache_storage_prefetch_policy: Literal["best_effort", "wait_complete", "timeout"] = _setting(
         "best_effort", "How long a request waits for its prefetch: not at all, to the end, a while."
     )
+    prefetch_admission: Literal["always", "cost_aware"] = _setting(
+        "always",
+        "Whether all that storage has is loaded, or only what is expected to bring the first token"
+        " sooner than computing it.",
+    )
+    storage_head_group: Int | None = _setting(
+        None,
+        "KV heads of one stored object, so that fleets of different tensor-parallel size share;"
+        " none for all heads that a rank holds.",
+        "an integer of at least 1 that divides the heads of every rank, or none",
+        ge=1,
+    )
     hicache_storage_backend_extra_config: dict[str, Any] = _setting(
         {},
         "The storage backend's own settings, and the controller's keys: a mapping, JSON text, or"
@@ -160,6 +172,9 @@ class HiCacheConfig(BaseModel):
     )
     hicache_host_eviction_policy: EvictionPolicy = _setting(
         "lru", "Which pages the host gives up first."
+    )
+    hicache_explain: bool = _setting(
+        True, "Remember for each request why tokens were missed (`cache.explain`)."
     )
     hicache_storage_threads: Int = _setting(
         4, "Threads that call the storage backend.", "an integer from 1 to 256", ge=1, le=256
@@ -242,7 +257,7 @@ class HiCacheConfig(BaseModel):
             raise config_error(error, ControllerKeys, sources, f"{EXTRA}.") from None
         self._sources.update(sources)
 
-    @field_validator("hicache_storage_backend", mode="before")
+    @field_validator("hicache_storage_backend", "storage_head_group", mode="before")
     @classmethod
     def _none_by_name(cls, value: object) -> object:
         return None if isinstance(value, str) and value.strip().lower() in ("", "none") else value

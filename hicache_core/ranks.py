@@ -1,4 +1,4 @@
-"""Agreement between the ranks that share one request: the only collective in the code."""
+"""Agreement between the ranks that share one request: the only collectives in the code."""
 
 from __future__ import annotations
 
@@ -9,21 +9,29 @@ from collections.abc import Sequence
 class RankGroup(ABC):
     """The processes that hold parts of the same KV and must decide alike.
 
-    Called by the owner thread only, once a ``poll()``, by every rank, whatever it has to report.
+    Called by the owner thread only. ``agree_min`` is entered once a ``poll()`` by every rank,
+    whatever it has to report; ``gather`` only when a cache is opened.
+
+    Raises:
+        RankLost: from both, when another rank died or does not answer.
     """
 
     rank: int
     world_size: int
     window: int | None
-    """How many jobs one agreement covers: a fixed shape; None where no shape is needed."""
+    """How many numbers one agreement covers: a fixed shape; None where no shape is needed."""
 
     @abstractmethod
     def agree_min(self, values: Sequence[int]) -> list[int]:
         """The element-wise minimum over all ranks.
 
         Args:
-            values: one number a job, ordered by job id; exactly ``window`` of them unless None.
+            values: signed 32-bit numbers; exactly ``window`` of them unless that is None.
         """
+
+    @abstractmethod
+    def gather(self, text: str) -> list[str]:
+        """What each rank said, by rank."""
 
 
 class SingleRank(RankGroup):
@@ -36,3 +44,13 @@ class SingleRank(RankGroup):
     def agree_min(self, values: Sequence[int]) -> list[int]:
         # docstring inherited
         return list(values)
+
+    def gather(self, text: str) -> list[str]:
+        # docstring inherited
+        return [text]
+
+
+def agree_all(ranks: RankGroup, values: Sequence[int]) -> list[int]:
+    """``agree_min`` of a few numbers, brought to the group's fixed shape."""
+    n_missing = 0 if ranks.window is None else ranks.window - len(values)
+    return ranks.agree_min([*values, *[0] * n_missing])[: len(values)]

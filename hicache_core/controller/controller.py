@@ -6,20 +6,34 @@ three stretches of a page's way, and everything else is a part that they use.
 
 from __future__ import annotations
 
+import logging
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
+from hicache_core.controller.evictor import Evictor
+from hicache_core.controller.explain import Explanation
 from hicache_core.controller.load_back import LoadBackPath
 from hicache_core.controller.parts import Counters, Parts
 from hicache_core.controller.prefetch import PrefetchPath
+from hicache_core.controller.recording import record_match
+from hicache_core.controller.settling import Settling
+from hicache_core.controller.storage_tier import Attaching, StorageTier
 from hicache_core.controller.write_path import WritePath
-from hicache_core.errors import IntegrityError, PoolExhausted, UseAfterClose
-from hicache_core.page_keys import chain_seed, pack_tokens
+from hicache_core.errors import (
+    ConfigError,
+    IntegrityError,
+    PoolExhausted,
+    RankLost,
+    UseAfterClose,
+)
+from hicache_core.page_keys import TOKEN_NBYTES, chain_seed, pack_tokens
 from hicache_core.radix.node import Node
 from hicache_core.radix.results import InsertResult, Match
-from hicache_core.types import Namespace
+from hicache_core.types import Namespace, Tier
+
+log = logging.getLogger(__name__)
 
 Tokens = bytes | Sequence[int]
 """Packed little-endian u32 (fast), or anything that ``pack_tokens`` takes."""
@@ -31,13 +45,19 @@ class Controller:
     """A prefix cache over device, host and storage, for one engine.
 
     Threads: every method is called by one thread, the engine's scheduler, which owns the tree, the
-    pools and the table of jobs. Nothing here waits for storage but ``flush`` and ``close``.
+    pools and the table of jobs. Nothing here waits for storage but ``wait``, ``flush`` and
+    ``close``.
+
+    Ranks: with several, every rank makes the same calls in the same order; ``poll``, ``allocate``,
+    ``evict``, ``flush`` and ``close`` may enter a collective. All but ``close`` raise ``RankLost``
+    once another rank is gone.
 
     A request's life::
 
         cache.prefetch(request_id, tokens)          # at arrival: storage → host, in the background
         while not cache.prefetch_ready(request_id): cache.poll()
-        match = cache.match_prefix(tokens)
+        cache.finish_prefetch(request_id)
+        match = cache.match_prefix(tokens, request_id=request_id)
         cache.lock(match.node)
         match = cache.load_back(match)              # host → device, layer by layer
         pages = match.device_pages + cache.allocate(n_missing_pages)
@@ -55,13 +75,22 @@ class Controller:
         self._parts = parts
         self._write_path = WritePath(parts)
         self._load_back_path = LoadBackPath(parts)
-        self._prefetch_path = None if parts.worker is None else PrefetchPath(parts, parts.worker)
+        self._prefetch_path: PrefetchPath | None = None
+        if parts.storage is not None and parts.host is not None:
+            self._prefetch_path = PrefetchPath(parts, parts.storage, parts.host)
+        self._settling = Settling(parts, self._write_path, self._prefetch_path)
+        self._evictor = Evictor(parts, self._write_path, self._settling.settle)
         self._closed = False
 
     # Reading.
 
     def match_prefix(
-        self, tokens: Tokens, namespace: Namespace = DEFAULT_NAMESPACE, *, touch: bool = True
+        self,
+        tokens: Tokens,
+        namespace: Namespace = DEFAULT_NAMESPACE,
+        *,
+        touch: bool = True,
+        request_id: str | None = None,
     ) -> Match:
         """The longest cached prefix, in whole pages: first what the device has, then the host.
 
@@ -69,6 +98,7 @@ class Controller:
             tokens: the request's token ids.
             namespace: tenant salt, LoRA adapter: what separates equal tokens.
             touch: False only looks: recency, hit counts and counters stay as they are.
+            request_id: whose prompt it is, if ``explain`` is to know of it.
 
         Raises:
             InvalidTokens: negative, too large or no integers.
@@ -80,8 +110,19 @@ class Controller:
             counters = self._parts.counters
             counters.device_hit_tokens += match.n_device_tokens
             counters.host_hit_tokens += match.n_host_tokens
-            counters.missed_tokens += len(packed) // 4 - match.n_tokens
+            counters.missed_tokens += len(packed) // TOKEN_NBYTES - match.n_tokens
+            if request_id is not None:
+                record_match(self._parts, request_id, packed, match, namespace)
         return match
+
+    def explain(self, request_id: str) -> Explanation | None:
+        """Where a request's tokens came from, and why not from the cache.
+
+        Only of requests whose id ``match_prefix`` was given; the last thousand are kept. It may say
+        that another tenant has a prefix: it is for operators, not for tenants.
+        """
+        explainer = self._parts.explainer
+        return None if explainer is None else explainer.explain(request_id)
 
     def prefetch(
         self, request_id: str, tokens: Tokens, namespace: Namespace = DEFAULT_NAMESPACE
@@ -110,7 +151,19 @@ class Controller:
 
         To be called once for each prefetched request: when it starts, or when it is aborted.
         """
-        return 0 if self._prefetch_path is None else self._prefetch_path.finish(request_id)
+        n_tokens = 0 if self._prefetch_path is None else self._prefetch_path.finish(request_id)
+        if n_tokens and self._parts.explainer is not None:
+            self._parts.explainer.delivered(request_id, n_tokens)
+        return n_tokens
+
+    def prefilled(self, n_tokens: int, elapsed_s: float) -> None:
+        """The engine computed ``n_tokens`` of a prompt in ``elapsed_s``.
+
+        What the admission policy ``cost_aware`` weighs loads against; without it, it loads all.
+        """
+        storage = self._parts.storage
+        if storage is not None and storage.current is not None:
+            storage.current.admission.prefilled(n_tokens, elapsed_s)
 
     def load_back(self, match: Match) -> Match:
         """Starts to copy the match's host part up; the match with all its pages on the device.
@@ -186,6 +239,9 @@ class Controller:
         result = self._parts.tree.insert(
             packed, device_pages, chain_seed(namespace), priority=priority
         )
+        if self._parts.journal is not None:
+            for node in result.new_nodes:
+                self._parts.tell_stored(Tier.DEVICE, node)
         if self._parts.host is not None:
             self._write_path.consider(result.node)
         return result
@@ -204,101 +260,107 @@ class Controller:
         Pages with a host copy leave the device only; others go, or under write_back are copied to
         the host first. Waits for copies under way when nothing else can go.
         """
-        parts = self._parts
-        backs_up = parts.write_policy.backs_up_before_eviction and parts.host is not None
-        n_freed = n_on_their_way = 0
-        while n_freed < n_pages:
-            n_wanted = n_pages - n_freed - n_on_their_way
-            victim = None
-            if n_wanted > 0:
-                victim = parts.tree.device_victim(n_wanted, back_up_first=backs_up)
-            if victim is not None and backs_up and self._goes_to_host(victim):
-                n_on_their_way += victim.n_pages
-            elif victim is not None and parts.tree.may_drop_device(victim):
-                n_freed += self._drop_device(victim)
-            elif self._wait_for_copy():
-                n_on_their_way = 0
-            else:
-                break
-        return n_freed
+        return self._evictor.evict(n_pages)
 
-    def _goes_to_host(self, node: Node) -> bool:
-        """Starts a copy to the host, unless there is one or the host has no room."""
-        return node.host_pages is None and self._write_path.backup(node)
+    def reset(self) -> bool:
+        """Empties device and host; False, and nothing changes, while anything is in use.
 
-    def _drop_device(self, node: Node) -> int:
-        parts = self._parts
-        dropped = parts.tree.drop_device(node)
-        parts.device.allocator.free(dropped.device_pages)
-        if dropped.host_pages:
-            assert parts.host is not None
-            parts.host.allocator.free(dropped.host_pages)
-        parts.counters.evicted_device_pages += len(dropped.device_pages)
-        return len(dropped.device_pages)
+        Storage keeps what it has.
+        """
+        self._check_open()
+        return self._reads_idle and self._evictor.reset()
 
-    def _wait_for_copy(self) -> bool:
-        """Waits for the oldest copy and settles it; False if there is none."""
-        ticket = self._parts.jobs.oldest_copy
-        if ticket is None:
-            return False
-        ticket.wait()
-        self.poll()
-        return True
+    @property
+    def _reads_idle(self) -> bool:
+        return self._prefetch_path is None or self._prefetch_path.idle
+
+    # Storage.
+
+    def attach_storage(self, name: str, settings: Mapping[str, object]) -> Attaching:
+        """Opens a storage backend while requests run, and takes it in place of the present one.
+
+        Returns at once; ``poll`` attaches the backend when it is open on all ranks. The one before
+        is drained and closed. A backend that cannot be used leaves everything as it is.
+
+        Args:
+            name: an installed plugin, ``chain`` or ``dynamic``.
+            settings: the backend's own.
+
+        Returns:
+            What tells whether it is ``done``, and its ``error``.
+
+        Raises:
+            ConfigError: this cache has no host tier.
+        """
+        self._check_open()
+        return self._storage_tier().attach(name, settings)
+
+    def detach_storage(self) -> None:
+        """Goes on without storage; what was accepted is still written, then the backend is closed.
+
+        Raises:
+            ConfigError: this cache has no host tier.
+        """
+        self._check_open()
+        self._storage_tier().detach()
+
+    @property
+    def storage_name(self) -> str | None:
+        """The attached backend; None without one."""
+        storage = self._parts.storage
+        return None if storage is None or storage.current is None else storage.current.name
+
+    def _storage_tier(self) -> StorageTier:
+        if self._parts.storage is None:
+            raise ConfigError("storage needs enable_hierarchical_cache: true")
+        return self._parts.storage
 
     # Time.
 
     def poll(self) -> None:
-        """Settles what has finished; called once a scheduler step, by every rank."""
-        parts = self._parts
-        parts.jobs.collect_copies()
-        if parts.worker is not None:
-            for result in parts.worker.drain():
-                parts.jobs.report(result.job.job_id, result.n_pages)
-        for settle, n_pages in parts.jobs.settled():
-            settle(n_pages)
+        """Settles what has finished; called once a scheduler step, by every rank.
+
+        Raises:
+            RankLost: another rank died, or does not answer.
+        """
+        self._settling.settle()
+
+    def wait(self, timeout_s: float) -> None:
+        """Waits until storage or a copy has news for ``poll``, or for ``timeout_s``.
+
+        For an engine that has nothing else to do, between two ``poll()``.
+        """
+        self._settling.wait(timeout_s)
 
     def flush(self, timeout_s: float = 60.0) -> bool:
-        """Waits until everything accepted so far is on the host and in storage.
+        """Waits until everything accepted so far is on the host and durable in storage.
 
         Returns:
-            False if that took longer than ``timeout_s``.
+            False if that took longer than ``timeout_s`` on any rank.
         """
         self._check_open()
-        return self._drain(timeout_s)
-
-    def _drain(self, timeout_s: float) -> bool:
-        parts = self._parts
-        deadline = parts.clock() + timeout_s
-        self.poll()
-        while not self._write_path.idle:
-            left_s = deadline - parts.clock()
-            if left_s <= 0:
-                return False
-            copy = parts.jobs.oldest_copy
-            if copy is not None:
-                copy.wait(left_s)
-            elif parts.worker is not None and not parts.jobs.has_reports:
-                parts.worker.wait(left_s)
-            self.poll()
-        return True
+        return self._settling.drain(timeout_s)
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Drains writes for at most ``timeout_s``, then releases everything; may be called twice.
 
         With a storage backend that does not answer, what it still holds is abandoned after the time
-        is over, and the log says what.
+        is over, and the log says what. With a lost rank nothing is drained.
         """
         if self._closed:
             return
-        self._drain(timeout_s)
+        try:
+            self._settling.drain(timeout_s)
+        except RankLost as error:
+            log.warning("closed without waiting for the other ranks: %s", error)
         self._closed = True
         parts = self._parts
         if parts.transfer is not None:
             parts.transfer.close()
-        abandoned = [] if parts.worker is None else parts.worker.close(timeout_s)
-        if parts.backend is not None and not abandoned:
-            parts.backend.close()  # one that hangs in a call is left alone
-        if parts.host is not None:
+        abandoned = [] if parts.storage is None else parts.storage.close(timeout_s)
+        if abandoned:
+            log.warning("host memory stays: %d storage jobs may still touch it", len(abandoned))
+        elif parts.host is not None:
             parts.host.close()
 
     def __enter__(self) -> Self:
@@ -346,7 +408,10 @@ class Controller:
             return
         parts.host.allocator.check_integrity()
         n_host = parts.host.allocator.n_pages - parts.host.allocator.n_free
-        if parts.tree.n_host_pages != n_host:
+        n_quarantined = 0 if parts.storage is None else parts.storage.quarantine.n_pages
+        n_orphaned = self._write_path.n_orphaned_pages
+        if parts.tree.n_host_pages + n_quarantined + n_orphaned != n_host:
             raise IntegrityError(
-                f"the tree holds {parts.tree.n_host_pages} host pages, {n_host} are allocated"
+                f"the tree holds {parts.tree.n_host_pages} host pages, {n_quarantined} are in "
+                f"quarantine and {n_orphaned} being stored, but {n_host} are allocated"
             )

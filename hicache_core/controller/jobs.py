@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
 
 from hicache_core.errors import IntegrityError
 from hicache_core.ranks import RankGroup
@@ -24,38 +26,74 @@ class Copy:
     n_pages: int
 
 
+@dataclass(slots=True)
+class _Lane:
+    """Unsettled jobs in order of id, and how many of them one agreement covers."""
+
+    n_slots: int
+    settle: dict[int, Settle] = field(default_factory=dict)
+
+    def window(self) -> list[int]:
+        return list(islice(self.settle, self.n_slots))
+
+
+class Agreement(NamedTuple):
+    """What one collective said.
+
+    Attributes:
+        settled: jobs that all ranks are done with, by id, each with the agreed number of pages.
+        flag: the least of the flags that the ranks gave.
+    """
+
+    settled: list[tuple[Settle, int]]
+    flag: int
+
+
 class JobTable:
-    """Every job from submission to settlement; each settles exactly once. Owner thread only.
+    """Every job from its start to its settlement; each settles exactly once. Owner thread only.
 
     Whether a job exists depends only on what all ranks know, so job ids agree between ranks. Ranks
     then agree on *pages for each job*: a rank that has not finished reports -1 for it, a rank that
     failed reports 0, and a job is settled when no rank says -1.
+
+    One agreement has a fixed shape::
+
+        | flag | copies, the oldest first | all other jobs, the oldest first |
+
+    Copies end by themselves, so they have slots of their own: a store that answers nothing cannot
+    keep them from being settled.
     """
 
     def __init__(self, ranks: RankGroup) -> None:
         self._ranks = ranks
         self._next_id = 0
-        self._settle: dict[int, Settle] = {}  # in order of job id, since ids only grow
+        window = ranks.window
+        n_copy_slots = 0 if window is None else (window - 1) // 4
+        self._copy_lane = _Lane(n_copy_slots)
+        self._lane = _Lane(0 if window is None else window - 1 - n_copy_slots)
         self._reported: dict[int, int] = {}
-        self._copies: dict[int, Copy] = {}
+        self._copies: dict[int, Copy] = {}  # whose tickets are not done on this rank
 
     def add(self, settle: Settle) -> int:
         """Enters a job; its new id."""
-        job_id = self._next_id
-        self._next_id += 1
-        self._settle[job_id] = settle
-        return job_id
+        return self._enter(self._lane, settle)
 
     def add_copy(self, ticket: Ticket, n_pages: int, settle: Settle) -> None:
         """Enters a copy; it is reported by ``collect_copies`` once its ticket is done."""
-        job_id = self.add(settle)
+        job_id = self._enter(self._copy_lane, settle)
         self._copies[job_id] = Copy(job_id, ticket, n_pages)
 
     def report(self, job_id: int, n_pages: int) -> None:
         """This rank is done with a job: ``n_pages`` leading pages, 0 if it failed."""
-        if job_id not in self._settle or job_id in self._reported:
+        known = job_id in self._lane.settle or job_id in self._copy_lane.settle
+        if not known or job_id in self._reported:
             raise IntegrityError(f"job {job_id} was reported twice or never submitted")
         self._reported[job_id] = n_pages
+
+    def withdraw(self, job_id: int) -> None:
+        """Takes a job out that nobody waits for any more, for a reason that all ranks know."""
+        self._lane.settle.pop(job_id, None)  # it may be among those that are just being settled
+        self._reported.pop(job_id, None)
 
     def collect_copies(self) -> None:
         """Reports every copy whose ticket is done."""
@@ -65,30 +103,57 @@ class JobTable:
             self.report(copy.job_id, 0 if copy.ticket.error is not None else copy.n_pages)
 
     @property
+    def n_jobs(self) -> int:
+        """Jobs that are not settled."""
+        return len(self._lane.settle) + len(self._copy_lane.settle)
+
+    @property
+    def n_copies(self) -> int:
+        """Copies that are not settled: the same number on every rank."""
+        return len(self._copy_lane.settle)
+
+    @property
     def oldest_copy(self) -> Ticket | None:
-        """The copy that was submitted first among those under way."""
+        """The first copy that this rank has not seen done."""
         return next((copy.ticket for copy in self._copies.values()), None)
 
     @property
     def has_reports(self) -> bool:
-        """Whether the next ``settled`` has something to say for this rank."""
+        """Whether the next agreement has something to say for this rank."""
         return bool(self._reported)
 
-    def settled(self) -> Iterator[tuple[Settle, int]]:
-        """Jobs that all ranks are done with, by id, each with the agreed number of pages.
+    def agree(self, flag: int = 1) -> Agreement:
+        """Enters the collective once, also with nothing to report.
 
-        Enters the collective once, also with nothing to report.
+        Args:
+            flag: any number; the least one of all ranks comes back.
         """
-        window = self._ranks.window
-        if window is None:
-            candidates = sorted(self._reported)
-            mine = [self._reported[job_id] for job_id in candidates]
+        if self._ranks.window is None:
+            ids = sorted(self._reported)
         else:
-            candidates = [job_id for job_id, _ in zip(self._settle, range(window), strict=False)]
-            mine = [self._reported.get(job_id, NOT_REPORTED) for job_id in candidates]
-            mine += [NOT_REPORTED] * (window - len(mine))
-        agreed = self._ranks.agree_min(mine)
-        for job_id, n_pages in zip(candidates, agreed, strict=False):
-            if n_pages != NOT_REPORTED:
-                del self._reported[job_id]
-                yield self._settle.pop(job_id), n_pages
+            ids = [*_padded(self._copy_lane), *_padded(self._lane)]
+        mine = [flag, *(self._reported.get(job_id, NOT_REPORTED) for job_id in ids)]
+        agreed_flag, *agreed = self._ranks.agree_min(mine)
+        done = sorted(
+            (job_id, n_pages)
+            for job_id, n_pages in zip(ids, agreed, strict=True)
+            if n_pages != NOT_REPORTED
+        )
+        return Agreement([(self._leave(job_id), n) for job_id, n in done], agreed_flag)
+
+    def _enter(self, lane: _Lane, settle: Settle) -> int:
+        job_id = self._next_id
+        self._next_id += 1
+        lane.settle[job_id] = settle
+        return job_id
+
+    def _leave(self, job_id: int) -> Settle:
+        del self._reported[job_id]
+        lane = self._lane if job_id in self._lane.settle else self._copy_lane
+        return lane.settle.pop(job_id)
+
+
+def _padded(lane: _Lane) -> list[int]:
+    """The lane's window, filled up with an id that no job has."""
+    window = lane.window()
+    return window + [NOT_REPORTED] * (lane.n_slots - len(window))

@@ -18,12 +18,14 @@ class PageRun:
         digests: 32 bytes a page, packed.
         tokens: packed token ids of these pages.
         seed: seed of the chain, which tells namespaces apart; empty for the default one.
+        stored: storage has these pages, or is being given them.
     """
 
     parent: bytes
     digests: bytes
     tokens: bytes | memoryview
     seed: bytes
+    stored: bool = False
 
 
 class Journal(ABC):

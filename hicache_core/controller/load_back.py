@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from hicache_core.controller.parts import Parts
+from hicache_core.errors import LoadFailed
 from hicache_core.radix.node import Node
 from hicache_core.radix.results import Match
 from hicache_core.transfer.base import Ticket
+from hicache_core.types import Tier
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -19,6 +21,7 @@ class LoadBack:
     ticket: Ticket
     node: Node
     n_pages: int
+    started_s: float
 
 
 class LoadBackPath:
@@ -40,7 +43,7 @@ class LoadBackPath:
         tree.attach_device(node, n_pages, device_pages)
         assert parts.transfer is not None
         ticket = parts.transfer.to_device(match.host_pages, device_pages)
-        load_back = LoadBack(ticket, node, n_pages)
+        load_back = LoadBack(ticket, node, n_pages, parts.clock())
         self._under_way.append(load_back)
         parts.jobs.add_copy(ticket, n_pages, partial(self._settled, load_back))
         return replace(
@@ -60,7 +63,10 @@ class LoadBackPath:
                 pages in between, and one recompute too many is no wrong KV.
         """
         failed, self._failed = self._failed, []
-        for load_back in failed + self._under_way:
+        for load_back in failed:
+            load_back.ticket.wait_layer(layer)
+            raise LoadFailed(f"{load_back.n_pages} pages did not arrive on another rank")
+        for load_back in self._under_way:
             load_back.ticket.wait_layer(layer)
 
     def _settled(self, load_back: LoadBack, n_valid: int) -> None:
@@ -71,3 +77,9 @@ class LoadBackPath:
             self._failed.append(load_back)
         freed = parts.tree.settle_device(load_back.node, load_back.n_pages, ok=ok)
         parts.device.allocator.free(freed)
+        if ok and not freed:
+            parts.counters.load_back_tokens += load_back.n_pages * parts.page_size
+            parts.timings.load_back_s.add(parts.clock() - load_back.started_s)
+            if parts.journal is not None:
+                for node in parts.tree.run(load_back.node, load_back.n_pages):
+                    parts.tell_stored(Tier.DEVICE, node)

@@ -1,4 +1,4 @@
-"""What the controller is made of; chosen in ``build.py``, handed to both paths."""
+"""What the controller is made of; chosen in ``build.py``, handed to its paths."""
 
 from __future__ import annotations
 
@@ -7,18 +7,24 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from hicache_core.controller.explain import Explainer
 from hicache_core.controller.jobs import JobTable
+from hicache_core.controller.journal import Journal, PageRun
 from hicache_core.controller.prefetch_policy import PrefetchPolicy
+from hicache_core.controller.storage_tier import StorageTier
 from hicache_core.controller.write_policy import WritePolicy
+from hicache_core.observe.snapshot import Distribution
 from hicache_core.pools.device import DevicePool
 from hicache_core.pools.host import HostPool
+from hicache_core.radix.node import Node, descendants, path_to_root
 from hicache_core.radix.tree import RadixTree
-from hicache_core.storage.base import StorageBackend
-from hicache_core.storage.worker import StorageWorker
 from hicache_core.transfer.base import Transfer
+from hicache_core.types import Tier
 
 Clock = Callable[[], float]
 """Seconds since any fixed moment; never goes back."""
+
+WAIT_BOUNDS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 
 @dataclass(slots=True)
@@ -40,6 +46,8 @@ class Counters:
         evicted_device_pages: pages that left the device.
         evicted_host_pages: pages that left the host.
         load_back_skipped_pages: host hits computed again, since the device had no room.
+        load_back_tokens: tokens copied from the host to the device.
+        backup_tokens: tokens copied from the device to the host.
     """
 
     device_hit_tokens: int = 0
@@ -56,11 +64,26 @@ class Counters:
     evicted_device_pages: int = 0
     evicted_host_pages: int = 0
     load_back_skipped_pages: int = 0
+    load_back_tokens: int = 0
+    backup_tokens: int = 0
+
+
+@dataclass(slots=True)
+class Timings:
+    """How long things took; owner thread only.
+
+    Attributes:
+        prefetch_wait_s: from a prefetch to its ``finish_prefetch``.
+        load_back_s: from a load_back to its settlement.
+    """
+
+    prefetch_wait_s: Distribution = field(default_factory=lambda: Distribution(WAIT_BOUNDS_S))
+    load_back_s: Distribution = field(default_factory=lambda: Distribution(WAIT_BOUNDS_S))
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The pieces of one cache; all but ``transfer`` and ``worker`` belong to the owner thread.
+    """The pieces of one cache; all but ``transfer`` belong to the owner thread.
 
     Attributes:
         page_size: tokens a page.
@@ -69,15 +92,16 @@ class Parts:
         host: the L2 pool; None for a cache of the device alone.
         transfer: copies between the two; None without a host pool.
         write_policy: when pages go down.
-        prefetch_policy: when a request stops waiting for storage.
+        prefetch_policy: how long a request waits for storage.
         jobs: everything under way.
-        storage_namespace: prefix of every storage key.
+        storage: the L3 tier; None without a host pool.
         prefetch_threshold: tokens that must be missing before storage is asked.
-        backend: the storage backend with what stands around it; None without storage.
-        worker: runs storage jobs on it.
         clock: the time, passed in so that tests can drive it.
         batch_pages: pages of one storage job at most.
+        explainer: remembers why tokens were missed; None if nobody asks.
+        journal: is told what the tiers gain and lose; None if nobody listens.
         counters: what happened so far.
+        timings: how long it took.
     """
 
     page_size: int
@@ -88,13 +112,14 @@ class Parts:
     write_policy: WritePolicy
     prefetch_policy: PrefetchPolicy
     jobs: JobTable
-    storage_namespace: str
+    storage: StorageTier | None
     prefetch_threshold: int
-    backend: StorageBackend | None = None
-    worker: StorageWorker | None = None
     clock: Clock = time.monotonic
     batch_pages: int = 128
+    explainer: Explainer | None = None
+    journal: Journal | None = None
     counters: Counters = field(default_factory=Counters)
+    timings: Timings = field(default_factory=Timings)
 
     def allocate_host(self, n_pages: int) -> array[int]:
         """Up to ``n_pages`` host pages; evicts what may go, never waits.
@@ -109,8 +134,54 @@ class Parts:
             victim = self.tree.host_victim(n_pages - allocator.n_free)
             if victim is None:
                 break
+            self.tell_removed(Tier.HOST, victim, "evicted")
             dropped = self.tree.drop_host(victim)
             allocator.free(dropped.host_pages)
-            self.device.allocator.free(dropped.device_pages)
             self.counters.evicted_host_pages += len(dropped.host_pages)
         return allocator.allocate(min(n_pages, allocator.n_free))
+
+    def drop_device(
+        self, node: Node, in_use: Callable[[array[int]], set[int]] = lambda _pages: set()
+    ) -> int:
+        """Lets a node's device pages go, and what hangs on them alone; how many pages.
+
+        Args:
+            node: the node.
+            in_use: of host pages that leave the tree, those that somebody else frees later.
+        """
+        if self.journal is not None and not node.on_host:
+            for below in descendants(node):
+                if below.on_host:
+                    self.tell_removed(Tier.HOST, below, "evicted")
+        self.tell_removed(Tier.DEVICE, node, "evicted")
+        dropped = self.tree.drop_device(node)
+        self.device.allocator.free(dropped.device_pages)
+        if dropped.host_pages:
+            assert self.host is not None
+            kept = in_use(dropped.host_pages)
+            free = array("i", [page for page in dropped.host_pages if page not in kept])
+            self.host.allocator.free(free)
+            self.counters.evicted_host_pages += len(dropped.host_pages)
+        self.counters.evicted_device_pages += len(dropped.device_pages)
+        return len(dropped.device_pages)
+
+    def tell_stored(self, tier: Tier, node: Node) -> None:
+        """Tells the journal that ``tier`` holds the pages of ``node``."""
+        if self.journal is not None:
+            self.journal.stored(tier, self.page_run(node))
+
+    def tell_removed(self, tier: Tier, node: Node, cause: str) -> None:
+        """Tells the journal that ``tier`` loses the pages of ``node``; before it does."""
+        if self.journal is not None:
+            self.journal.removed(tier, self.page_run(node), cause)
+
+    def page_run(self, node: Node) -> PageRun:
+        """The node's pages by their digests, which are computed if nobody asked for them yet."""
+        digests = self.tree.digests(node)
+        assert node.parent is not None
+        seed = node.parent.key
+        for above in path_to_root(node):
+            assert above.parent is not None
+            seed = above.parent.key
+        parent = self.tree.last_digest(node.parent)
+        return PageRun(parent, digests, node.tokens, seed, stored=bool(node.stored_in))

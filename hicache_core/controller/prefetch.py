@@ -2,64 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass, field
+from array import array
 from functools import partial
 
+from hicache_core.controller.admission import Offer
 from hicache_core.controller.parts import Parts
-from hicache_core.page_keys import PageKeys
-from hicache_core.radix.node import Node
-from hicache_core.storage.worker import StorageWorker
-from hicache_core.types import ExistsJob, ReadJob
-
-log = logging.getLogger(__name__)
-
-TOKEN_NBYTES = 4
-
-
-@dataclass(slots=True, eq=False)
-class Prefetch:
-    """What one request has asked storage for.
-
-    Attributes:
-        tokens: the request's tokens, packed, without the page that ends with the last one.
-        n_pages: whole pages of ``tokens``.
-        seed: seed of the chain of page keys.
-        n_asked_tokens: tokens that were missing when the request came.
-        blocked_since: when the scheduler first wanted to run the request, by the clock.
-        waits_for: a read of the same pages that is under way and goes first.
-        anchor: deepest node that was matched; locked while the question is open.
-        first_page: first page of the pending run, counted from the start of ``tokens``.
-        node: lower end of the pending run; None until the read is submitted.
-        n_pending: pages of the run that are not settled yet.
-        batches: the reads, in order: job id and number of pages.
-        n_settled_batches: leading batches that are settled.
-        delivered: pages that each finished batch delivered, by its index.
-        n_ready: pages that have arrived without a gap and are no hits yet.
-        broken: a batch fell short, so nothing behind it can be used.
-        n_loaded_pages: pages of the run that are hits now.
-        given_up: the request went on without the rest.
-        done: nothing more will come.
-    """
-
-    tokens: bytes
-    n_pages: int
-    seed: bytes
-    n_asked_tokens: int
-    blocked_since: float | None = None
-    waits_for: Prefetch | None = None
-    anchor: Node | None = None
-    first_page: int = 0
-    node: Node | None = None
-    n_pending: int = 0
-    batches: list[tuple[int, int]] = field(default_factory=list)
-    n_settled_batches: int = 0
-    delivered: dict[int, int] = field(default_factory=dict)
-    n_ready: int = 0
-    broken: bool = False
-    n_loaded_pages: int = 0
-    given_up: bool = False
-    done: bool = False
+from hicache_core.controller.prefetch_record import Batch, Prefetch, Shortfall, shortfall_of
+from hicache_core.controller.storage_tier import StorageTier
+from hicache_core.page_keys import TOKEN_NBYTES, PageKeys
+from hicache_core.pools.host import HostPool
+from hicache_core.types import ExistsJob, JobResult, ReadJob, Tier
 
 
 class PrefetchPath:
@@ -68,15 +20,25 @@ class PrefetchPath:
     The question comes first; host pages are taken only for what storage says it has. They belong to
     a pending, locked node before the first byte is read ("own first, copy after"). They become hits
     when the reads are done, or, as far as they have arrived, when the request goes on without the
-    rest; the tail behind a short batch is freed.
+    rest; the tail behind a short batch is freed, once no call can write into it.
+
+    Everything here follows from what all ranks know: calls of the engine and settled jobs. What one
+    rank alone knows (its clock, its store, its estimates) goes into what it reports of a job.
     """
 
-    def __init__(self, parts: Parts, worker: StorageWorker) -> None:
+    def __init__(self, parts: Parts, storage: StorageTier, host: HostPool) -> None:
         self._parts = parts
-        self._worker = worker
+        self._storage = storage
+        self._host = host
         self._requests: dict[str, Prefetch] = {}
         self._reading: list[Prefetch] = []
         self._waiting: list[Prefetch] = []
+        self._timed: list[Prefetch] = []
+
+    @property
+    def idle(self) -> bool:
+        """Whether no read is under way."""
+        return not self._reading
 
     def start(self, request_id: str, tokens: bytes, seed: bytes) -> bool:
         """Asks storage for the request's missing pages; whether there was enough to ask for.
@@ -84,17 +46,26 @@ class PrefetchPath:
         The page that holds the request's last token is never asked for: that token is computed in
         any case, to have something to predict the next one from.
         """
-        parts = self._parts
+        parts, storage = self._parts, self._storage.current
         page_nbytes = parts.page_size * TOKEN_NBYTES
         n_pages = max(len(tokens) - TOKEN_NBYTES, 0) // page_nbytes
         if len(tokens) % page_nbytes == 0:  # else the tree leaves the tail out by itself
             tokens = tokens[: n_pages * page_nbytes]
+        if storage is None:
+            self._tell(request_id, Shortfall("no_storage"))
+            return False
         n_missing = n_pages * parts.page_size
         n_missing -= parts.tree.match(tokens, seed, touch=False).n_tokens
         if n_missing < parts.prefetch_threshold:
             parts.counters.prefetch_below_threshold += 1
+            limit = f"{n_missing} tokens are missing, {parts.prefetch_threshold} are the threshold"
+            self._tell(request_id, Shortfall("below_threshold", limit))
             return False
-        prefetch = self._requests[request_id] = Prefetch(tokens, n_pages, seed, n_missing)
+        self.finish(request_id)  # an id that is used again starts anew
+        prefetch = Prefetch(
+            request_id, tokens, n_pages, seed, n_missing, storage, started_s=parts.clock()
+        )
+        self._requests[request_id] = prefetch
         self._ask(prefetch)
         return True
 
@@ -103,37 +74,66 @@ class PrefetchPath:
         prefetch = self._requests.get(request_id)
         if prefetch is None or prefetch.done or prefetch.given_up:
             return True
-        now = self._parts.clock()
-        if prefetch.blocked_since is None:
-            prefetch.blocked_since = now
-        waited_s = now - prefetch.blocked_since
-        if self._parts.prefetch_policy.gives_up(waited_s, prefetch.n_asked_tokens):
+        if prefetch.timer is not None:
+            return False
+        limit_s = self._parts.prefetch_policy.limit_s(prefetch.n_asked_tokens)
+        if limit_s == 0:
             self._give_up(prefetch)
-            return True
-        return False
+        elif limit_s is not None:
+            prefetch.due_s = self._parts.clock() + limit_s
+            prefetch.timer = self._parts.jobs.add(partial(self._expired, prefetch))
+            self._timed.append(prefetch)
+        return prefetch.given_up
+
+    def tick(self) -> None:
+        """Reports the timers that are due by this rank's clock."""
+        if not self._timed:
+            return
+        now = self._parts.clock()
+        for prefetch in [prefetch for prefetch in self._timed if now > prefetch.due_s]:
+            self._timed.remove(prefetch)
+            assert prefetch.timer is not None
+            self._parts.jobs.report(prefetch.timer, 0)
 
     def finish(self, request_id: str) -> int:
-        """Forgets the request and gives up what it still waits for; tokens loaded for it so far."""
+        """Forgets the request; tokens that storage delivered for it."""
         prefetch = self._requests.pop(request_id, None)
         if prefetch is None:
             return 0
         if not prefetch.done:
             self._give_up(prefetch)
-        return prefetch.n_loaded_pages * self._parts.page_size
+        self._stop_timer(prefetch)
+        parts = self._parts
+        parts.timings.prefetch_wait_s.add(parts.clock() - prefetch.started_s)
+        self._tell(request_id, prefetch.shortfall or Shortfall("absent"))
+        return prefetch.n_loaded_pages * parts.page_size
+
+    def _tell(self, request_id: str, shortfall: Shortfall) -> None:
+        if self._parts.explainer is not None:
+            self._parts.explainer.prefetched(request_id, shortfall)
+
+    def _expired(self, prefetch: Prefetch, _: int) -> None:
+        prefetch.timer = None
+        if not prefetch.done:
+            self._give_up(prefetch)
 
     def _give_up(self, prefetch: Prefetch) -> None:
-        if not prefetch.given_up:
-            prefetch.given_up = True
-            self._parts.counters.prefetch_given_up += 1
-            self._cancel_unstarted(prefetch)
-            self._commit(prefetch)
-            if prefetch.waits_for is not None:
-                self._waiting.remove(prefetch)
-                prefetch.done = True
+        """The request goes on: takes what has arrived, cancels what has not begun."""
+        if prefetch.given_up:
+            return
+        prefetch.given_up = True
+        prefetch.falls_short(Shortfall("deadline", "the request did not wait for the rest"))
+        self._parts.counters.prefetch_given_up += 1
+        self._cancel_unstarted(prefetch)
+        self._commit(prefetch)
+        if prefetch.waits_for is not None:
+            self._waiting.remove(prefetch)
+            prefetch.waits_for = None
+            self._done(prefetch)
 
     def _cancel_unstarted(self, prefetch: Prefetch) -> None:
-        for job_id, _ in prefetch.batches[prefetch.n_settled_batches :]:
-            self._worker.cancel(job_id)
+        for batch in prefetch.batches[prefetch.n_settled_batches :]:
+            prefetch.storage.worker.cancel(batch.job_id)
 
     def _tokens_of(self, prefetch: Prefetch, start: int, stop: int) -> memoryview:
         """Tokens of the pages from ``start`` to ``stop``: a view, since a copy would cost more."""
@@ -146,6 +146,10 @@ class PrefetchPath:
         if self._waits_behind_another(prefetch):
             return
         parts = self._parts
+        if prefetch.storage is not self._storage.current:
+            prefetch.falls_short(Shortfall("no_storage", "the backend was detached"))
+            self._done(prefetch)
+            return
         match = parts.tree.locate(prefetch.tokens, prefetch.seed)
         first_page = match.n_tokens // parts.page_size
         if first_page == prefetch.n_pages:
@@ -155,9 +159,10 @@ class PrefetchPath:
         prefetch.anchor = match.node
         parent = parts.tree.last_digest(match.node)
         tail = self._tokens_of(prefetch, first_page, prefetch.n_pages)
-        keys = PageKeys(parts.storage_namespace, tail, parts.page_size, parent)
+        keys = PageKeys(prefetch.storage.namespace, tail, parts.page_size, parent)
         job_id = parts.jobs.add(partial(self._answered, prefetch, first_page, keys))
-        self._worker.submit(ExistsJob(job_id, keys))
+        judge = partial(self._judge_answer, prefetch)
+        self._storage.submit(prefetch.storage, ExistsJob(job_id, keys), judge)
 
     def _waits_behind_another(self, prefetch: Prefetch) -> bool:
         """Lets a read of the same pages go first; the question is asked again when it is done."""
@@ -169,15 +174,40 @@ class PrefetchPath:
                 return True
         return False
 
-    def _answered(self, prefetch: Prefetch, first_page: int, keys: PageKeys, n_found: int) -> None:
+    def _judge_answer(self, prefetch: Prefetch, result: JobResult) -> int:
+        """What this rank wants of what storage has: it may be less than what is there."""
+        parts, n_found = self._parts, result.n_pages
+        if (shortfall := shortfall_of(result)) is not None:
+            prefetch.falls_short(shortfall)
+            return 0
+        admission = prefetch.storage.admission
+        admission.asked(result.elapsed_s)
+        if n_found * parts.page_size < parts.prefetch_threshold:
+            if n_found:
+                prefetch.falls_short(Shortfall("below_threshold", f"storage has {n_found} pages"))
+            return 0
+        offer = Offer(
+            request_id=prefetch.request_id,
+            n_found=n_found,
+            n_missing_tokens=prefetch.n_asked_tokens,
+            page_size=parts.page_size,
+            page_nbytes=self._host.object_nbytes,
+            batch_pages=parts.batch_pages,
+        )
+        n_wanted = admission.admit(offer)
+        if n_wanted < n_found:
+            detail = f"{n_wanted} of {n_found} pages are expected to pay"
+            prefetch.falls_short(Shortfall("declined", detail))
+        return n_wanted
+
+    def _answered(self, prefetch: Prefetch, first_page: int, keys: PageKeys, n_wanted: int) -> None:
         anchor = prefetch.anchor
         assert anchor is not None
         prefetch.anchor = None
-        enough = n_found * self._parts.page_size >= self._parts.prefetch_threshold
-        if not enough or prefetch.given_up:
+        if n_wanted == 0 or prefetch.given_up or prefetch.storage is not self._storage.current:
             self._done(prefetch)
         elif not self._waits_behind_another(prefetch):
-            self._read(prefetch, first_page, keys[:n_found])
+            self._read(prefetch, first_page, keys[:n_wanted])
         self._parts.tree.unlock(anchor)
 
     # The read.
@@ -185,13 +215,14 @@ class PrefetchPath:
     def _read(self, prefetch: Prefetch, first_page: int, keys: PageKeys) -> None:
         """Takes host pages for what storage has, and submits the reads."""
         parts = self._parts
-        assert parts.host is not None
         match = parts.tree.locate(prefetch.tokens, prefetch.seed)  # others may have come first
         start = match.n_tokens // parts.page_size
         keys = keys[min(start - first_page, len(keys)) :]
         parts.tree.lock(match.node)
         host_pages = parts.allocate_host(len(keys))
         parts.counters.prefetch_dropped_pages += len(keys) - len(host_pages)
+        if len(host_pages) < len(keys):
+            prefetch.falls_short(Shortfall("no_room", "the host had no page that could leave"))
         if host_pages:
             tokens = self._tokens_of(prefetch, start, start + len(host_pages))
             prefetch.node = parts.tree.insert_host(match.node, tokens, host_pages)
@@ -199,32 +230,48 @@ class PrefetchPath:
             digests = keys[: len(host_pages)].digests
             parts.tree.adopt_digests(prefetch.node, len(host_pages), digests)
             prefetch.first_page, prefetch.n_pending = start, len(host_pages)
+            prefetch.read_at_s = parts.clock()
             self._reading.append(prefetch)
-            for first in range(0, len(host_pages), parts.batch_pages):
-                last = min(first + parts.batch_pages, len(host_pages))
-                index = len(prefetch.batches)
-                job_id = parts.jobs.add(partial(self._batch_settled, prefetch, index))
-                prefetch.batches.append((job_id, last - first))
-                pages = parts.host.pages(host_pages[first:last])
-                nbytes = (last - first) * parts.host.object_nbytes
-                self._worker.submit(ReadJob(job_id, keys[first:last], pages, nbytes))
+            self._submit_reads(prefetch, keys, host_pages)
         else:
             self._done(prefetch)
         parts.tree.unlock(match.node)
 
+    def _submit_reads(self, prefetch: Prefetch, keys: PageKeys, host_pages: array[int]) -> None:
+        parts = self._parts
+        for first in range(0, len(host_pages), parts.batch_pages):
+            ids = host_pages[first : first + parts.batch_pages]
+            index = len(prefetch.batches)
+            job_id = parts.jobs.add(partial(self._batch_settled, prefetch, index))
+            prefetch.batches.append(Batch(job_id, ids))
+            nbytes = len(ids) * self._host.object_nbytes
+            job = ReadJob(job_id, keys[first : first + len(ids)], self._host.pages(ids), nbytes)
+            self._storage.submit(prefetch.storage, job, partial(self._judge_read, prefetch))
+
+    def _judge_read(self, prefetch: Prefetch, result: JobResult) -> int:
+        shortfall = shortfall_of(result)
+        if shortfall is not None:
+            prefetch.falls_short(shortfall)
+        elif result.n_pages < len(result.job.keys):
+            key = result.job.keys[result.n_pages]
+            verdict = prefetch.storage.verdict(key)
+            reason = "vanished" if verdict is None else "corrupt"
+            prefetch.falls_short(Shortfall(reason, verdict or "it was there when it was asked for"))
+        return result.n_pages
+
     def _batch_settled(self, prefetch: Prefetch, index: int, n_pages: int) -> None:
-        prefetch.delivered[index] = n_pages
-        while prefetch.n_settled_batches in prefetch.delivered:
-            delivered = prefetch.delivered.pop(prefetch.n_settled_batches)
-            wanted = prefetch.batches[prefetch.n_settled_batches][1]
+        prefetch.batches[index].n_delivered = n_pages
+        while prefetch.n_settled_batches < len(prefetch.batches):
+            batch = prefetch.batches[prefetch.n_settled_batches]
+            if batch.n_delivered < 0:
+                return
             prefetch.n_settled_batches += 1
             if not prefetch.broken:
-                prefetch.n_ready += delivered
-                if delivered < wanted:
+                prefetch.n_ready += batch.n_delivered
+                if batch.n_delivered < len(batch.host_pages):
                     prefetch.broken = True
                     self._cancel_unstarted(prefetch)
-        if prefetch.n_settled_batches == len(prefetch.batches):
-            self._finish_read(prefetch)
+        self._finish_read(prefetch)
 
     def _commit(self, prefetch: Prefetch) -> None:
         """Makes what has arrived without a gap a hit."""
@@ -232,28 +279,44 @@ class PrefetchPath:
         if prefetch.node is None or not n_ready:
             return
         for part in parts.tree.commit_host(prefetch.node, prefetch.n_pending, n_ready):
-            part.stored = True
+            part.stored_in = prefetch.storage.epoch
+            parts.tell_stored(Tier.HOST, part)
         prefetch.n_ready = 0
         prefetch.n_pending -= n_ready
         prefetch.n_loaded_pages += n_ready
         parts.counters.storage_loaded_tokens += n_ready * parts.page_size
 
     def _finish_read(self, prefetch: Prefetch) -> None:
-        """All reads are settled: frees what did not come."""
+        """All reads are settled: gives up what did not come."""
         parts, node = self._parts, prefetch.node
         assert node is not None
-        assert parts.host is not None
         self._commit(prefetch)
         if not prefetch.given_up:
             parts.counters.prefetch_failed_pages += prefetch.n_pending
-        parts.host.allocator.free(parts.tree.settle_host(node, prefetch.n_pending, 0))
+        if not prefetch.n_pending:  # a measure only of loads that were carried out
+            elapsed_s = parts.clock() - prefetch.read_at_s
+            prefetch.storage.admission.loaded(prefetch.n_loaded_pages, elapsed_s)
+        left = set(parts.tree.settle_host(node, prefetch.n_pending, 0))
+        for batch in prefetch.batches:
+            if batch.n_delivered == 0:  # on some rank the call may go on
+                self._storage.quarantine.hold(batch.job_id, batch.host_pages)
+                left.difference_update(batch.host_pages)
+        self._host.allocator.free(array("i", sorted(left)))
         self._reading.remove(prefetch)
         self._done(prefetch)
 
     def _done(self, prefetch: Prefetch) -> None:
         prefetch.done = True
+        self._stop_timer(prefetch)
         waiters = [other for other in self._waiting if other.waits_for is prefetch]
         for other in waiters:
             self._waiting.remove(other)
             other.waits_for = None
             self._ask(other)
+
+    def _stop_timer(self, prefetch: Prefetch) -> None:
+        if prefetch.timer is not None:
+            self._parts.jobs.withdraw(prefetch.timer)
+            prefetch.timer = None
+            if prefetch in self._timed:
+                self._timed.remove(prefetch)

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 
 
 class PrefetchPolicy(ABC):
-    """Decides, each time the scheduler asks, whether a request goes on without what is missing."""
+    """Decides how long a request waits for what storage has not delivered."""
 
     @abstractmethod
-    def gives_up(self, waited_s: float, n_tokens: int) -> bool:
-        """Whether the request stops waiting now.
+    def limit_s(self, n_tokens: int) -> float | None:
+        """Seconds that a request waits, from when the scheduler first wanted to run it.
 
         Args:
-            waited_s: seconds since the scheduler first wanted to run the request.
             n_tokens: tokens that storage was asked for.
+
+        Returns:
+            0 to take what is there at once; None to wait until storage has delivered or failed.
         """
 
 
@@ -23,18 +25,18 @@ class PrefetchPolicy(ABC):
 class BestEffort(PrefetchPolicy):
     """Takes what has arrived when the scheduler is ready; never waits."""
 
-    def gives_up(self, waited_s: float, n_tokens: int) -> bool:  # noqa: ARG002
+    def limit_s(self, n_tokens: int) -> float | None:  # noqa: ARG002
         # docstring inherited
-        return True
+        return 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class WaitComplete(PrefetchPolicy):
     """Waits until storage has delivered or failed: the highest reuse."""
 
-    def gives_up(self, waited_s: float, n_tokens: int) -> bool:  # noqa: ARG002
+    def limit_s(self, n_tokens: int) -> float | None:  # noqa: ARG002
         # docstring inherited
-        return False
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,6 @@ class Timeout(PrefetchPolicy):
     base_s: float = 1.0
     per_ki_token_s: float = 0.25
 
-    def gives_up(self, waited_s: float, n_tokens: int) -> bool:
+    def limit_s(self, n_tokens: int) -> float | None:
         # docstring inherited
-        return waited_s > self.base_s + self.per_ki_token_s * n_tokens / 1024
+        return self.base_s + self.per_ki_token_s * n_tokens / 1024

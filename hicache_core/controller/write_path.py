@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from array import array
 from functools import partial
 
+from hicache_core.controller.journal import PageRun
 from hicache_core.controller.parts import Parts
-from hicache_core.page_keys import PageKeys
-from hicache_core.radix.node import Node
-from hicache_core.types import WriteJob
+from hicache_core.controller.storage_tier import Attachment
+from hicache_core.page_keys import DIGEST_NBYTES, TOKEN_NBYTES, PageKeys
+from hicache_core.radix.node import Node, path_to_root
+from hicache_core.types import Tier, WriteJob
 
 log = logging.getLogger(__name__)
 
@@ -23,22 +25,26 @@ class WritePath:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._under_way = 0  # backups and stores that were accepted and have not settled
+        self._n_backups = 0
+        self._stores: list[_Store] = []
+        self.n_orphaned_pages = 0
 
     @property
     def idle(self) -> bool:
         """Whether everything that was accepted has settled."""
-        return self._under_way == 0
+        return not self._n_backups and not self._stores
 
     def consider(self, node: Node) -> None:
         """Backs up, or stores, what the policy wants of the path from the root to ``node``."""
         tree, policy = self._parts.tree, self._parts.write_policy
+        storage = self._attached()
+        epoch = 0 if storage is None else storage.epoch
         for part in tree.path(node):
             if part.host_pages is None:
                 if policy.backs_up(1 + part.hit_count):  # who computed it, and who matched it
                     self.backup(part)
-            elif not part.stored and not part.host_pending:
-                self._store(part)
+            elif storage is not None and part.stored_in != epoch and not part.host_pending:
+                self._store(part, storage)
 
     def backup(self, node: Node) -> bool:
         """Starts to copy a node's device pages to the host; False if the host has no room at all.
@@ -58,68 +64,142 @@ class WritePath:
         parts.tree.attach_host(node, host_pages)
         assert parts.transfer is not None
         ticket = parts.transfer.to_host(device_pages, host_pages)
-        self._under_way += 1
+        self._n_backups += 1
         parts.jobs.add_copy(ticket, n_pages, partial(self._backup_settled, node, n_pages))
         return True
 
     def _backup_settled(self, node: Node, n_pages: int, n_valid: int) -> None:
         parts = self._parts
-        self._under_way -= 1
+        self._n_backups -= 1
         freed = parts.tree.settle_host(node, n_pages, n_valid)
         if freed:
             assert parts.host is not None
             parts.host.allocator.free(freed)
         if n_valid == n_pages:
+            parts.counters.backup_tokens += n_pages * parts.page_size
+            storage = self._attached()
             for part in parts.tree.run(node, n_pages):
-                if not part.stored:
-                    self._store(part)
+                parts.tell_stored(Tier.HOST, part)
+                if storage is not None and part.stored_in != storage.epoch:
+                    self._store(part, storage)
 
-    def _store(self, node: Node) -> None:
+    def _attached(self) -> Attachment | None:
+        tier = self._parts.storage
+        return None if tier is None else tier.current
+
+    def _store(self, node: Node, storage: Attachment) -> None:
         """Offers a node's host pages to storage, in batches that settle on their own."""
         parts = self._parts
-        if parts.worker is None or parts.host is None or node.host_pages is None:
-            return
+        assert parts.storage is not None
+        assert parts.host is not None
+        assert node.host_pages is not None
         assert node.parent is not None
         parent = parts.tree.last_digest(node.parent)
-        keys = PageKeys(parts.storage_namespace, node.tokens, parts.page_size, parent)
-        store = _Store(node, keys)
-        node.stored = True  # from now on; taken back if storage does not take all of it
+        keys = PageKeys(storage.namespace, node.tokens, parts.page_size, parent)
+        store = _Store(node, keys, storage, parent)
+        node.stored_in = storage.epoch  # from now on; taken back if storage does not take all of it
         parts.tree.lock_host(node, node.n_pages)
-        self._under_way += 1
-        for start in range(0, node.n_pages, parts.batch_pages):
-            stop = min(start + parts.batch_pages, node.n_pages)
-            pages = parts.host.pages(node.host_pages[start:stop])
-            job_id = parts.jobs.add(partial(self._batch_settled, store, stop - start))
+        self._stores.append(store)
+        pages = node.host_pages[:]
+        for start in range(0, len(pages), parts.batch_pages):
+            ids = pages[start : start + parts.batch_pages]
+            job_id = parts.jobs.add(partial(self._batch_settled, store, start, len(ids)))
             store.n_batches += 1
-            nbytes = (stop - start) * parts.host.object_nbytes
-            if not parts.worker.submit(WriteJob(job_id, keys[start:stop], pages, nbytes)):
-                parts.jobs.report(job_id, 0)  # the write queue is full: dropped, and counted
+            nbytes = len(ids) * parts.host.object_nbytes
+            job = WriteJob(job_id, keys[start : start + len(ids)], parts.host.pages(ids), nbytes)
+            parts.storage.submit(storage, job)
 
-    def _batch_settled(self, store: _Store, n_pages: int, n_stored: int) -> None:
+    def _batch_settled(self, store: _Store, start: int, n_pages: int, n_stored: int) -> None:
         parts = self._parts
         store.n_batches -= 1
-        store.complete = store.complete and n_stored == n_pages
+        if n_stored < n_pages:
+            store.n_leading = min(store.n_leading, start + n_stored)
         parts.counters.stored_pages += n_stored
         parts.counters.store_dropped_pages += n_pages - n_stored
         if store.n_batches:
             return
-        self._under_way -= 1
+        self._stores.remove(store)
+        self._tell_stored(store)
+        if store.orphans is not None:
+            assert parts.host is not None
+            self.n_orphaned_pages -= len(store.orphans)
+            parts.host.allocator.free(store.orphans)
+            return
         parts.tree.unlock_host(store.node, store.n_pages)
         parts.tree.adopt_digests(store.node, store.n_pages, store.keys.digests)
-        if not store.complete:
+        if store.n_leading < store.n_pages:
             log.debug("storage did not take all of %d pages; the next use tries again", n_pages)
             for part in parts.tree.run(store.node, store.n_pages):
-                part.stored = False
+                if part.stored_in == store.storage.epoch:
+                    part.stored_in = 0
+
+    def _tell_stored(self, store: _Store) -> None:
+        """Tells the journal which leading pages storage has now."""
+        parts, n = self._parts, store.n_leading
+        if parts.journal is None or n == 0:
+            return
+        digests = store.keys.digests[: n * DIGEST_NBYTES]
+        tokens = store.tokens[: n * parts.page_size * TOKEN_NBYTES]
+        run = PageRun(store.parent, digests, tokens, store.seed, stored=True)
+        parts.journal.stored(Tier.STORAGE, run)
+
+    def orphan_below(self, node: Node) -> None:
+        """Prepares ``node`` to leave the tree though pages below it are being stored.
+
+        Their bytes stay where they are until their stores have settled, and are freed then; they
+        belong to the stores meanwhile, and to the tree no more. So a slow store can keep no device
+        page from leaving.
+        """
+        parts = self._parts
+        for store in self._stores:
+            if store.orphans is not None or not _is_below(store.node, node):
+                continue
+            store.orphans = array("i")
+            parts.tree.unlock_host(store.node, store.n_pages)
+            for part in parts.tree.run(store.node, store.n_pages):
+                assert part.host_pages is not None
+                store.orphans.extend(part.host_pages)
+            self.n_orphaned_pages += len(store.orphans)
+
+    def is_orphaned(self, host_pages: array[int]) -> set[int]:
+        """Those of ``host_pages`` that belong to stores under way, and may not be freed."""
+        orphans = {page for store in self._stores for page in store.orphans or ()}
+        return orphans.intersection(host_pages)
 
 
-@dataclass(slots=True)
+def _is_below(node: Node, above: Node) -> bool:
+    return node is not above and any(at is above for at in path_to_root(node))
+
+
 class _Store:
-    """A node on its way to storage: by now perhaps a run of nodes, which ends at ``node``."""
+    """A node on its way to storage: by now perhaps a run of nodes, which ends at ``node``.
 
-    node: Node
-    keys: PageKeys
-    n_batches: int = 0
-    complete: bool = True
+    Attributes:
+        node: the last node of the run.
+        keys: of all pages.
+        storage: where they go.
+        parent: digest of the page before the first.
+        n_batches: not settled yet.
+        n_leading: pages that storage has without a gap, as far as is known.
+        orphans: host pages of a run that has left the tree.
+    """
+
+    __slots__ = ("keys", "n_batches", "n_leading", "node", "orphans", "parent", "seed", "storage",
+                 "tokens")  # fmt: skip
+
+    def __init__(self, node: Node, keys: PageKeys, storage: Attachment, parent: bytes) -> None:
+        self.node = node
+        self.keys = keys
+        self.storage = storage
+        self.parent = parent
+        self.tokens = node.tokens
+        self.seed = b""
+        for above in path_to_root(node):
+            if above.parent is not None and above.parent.parent is None:
+                self.seed = above.parent.key
+        self.n_batches = 0
+        self.n_leading = len(keys)
+        self.orphans: array[int] | None = None
 
     @property
     def n_pages(self) -> int:

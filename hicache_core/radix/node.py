@@ -33,7 +33,7 @@ class Node:
         n_host_children: children that have host pages, pending ones too.
         lock_count: locks on this node or below it.
         host_lock_count: host locks on this node or below it.
-        stored: storage has these pages.
+        stored_in: number of the storage attachment that has, or is being given, its pages, or 0.
         hit_count: matches that went through this node.
         priority: the highest that was inserted here or below.
         digests: page digests, 32 bytes each, packed; None until somebody asked.
@@ -56,7 +56,7 @@ class Node:
         "n_pages",
         "parent",
         "priority",
-        "stored",
+        "stored_in",
         "tokens",
     )
 
@@ -77,7 +77,7 @@ class Node:
         self.n_host_children = 0
         self.lock_count = 0
         self.host_lock_count = 0
-        self.stored = False
+        self.stored_in = 0
         self.hit_count = 0
         self.priority = 0
         self.digests: bytes | None = None
@@ -210,7 +210,8 @@ def split_node(node: Node, at: int, page_nbytes: int) -> Node:
     upper.n_device_children = int(node.device_pages is not None)
     upper.n_host_children = int(node.host_pages is not None)
     upper.lock_count, upper.host_lock_count = node.lock_count, node.host_lock_count
-    upper.stored, upper.hit_count, upper.priority = node.stored, node.hit_count, node.priority
+    upper.stored_in = node.stored_in
+    upper.hit_count, upper.priority = node.hit_count, node.priority
     if node.digests is not None:
         upper.digests = node.digests[: at * DIGEST_NBYTES]
         node.digests = node.digests[at * DIGEST_NBYTES :]

@@ -7,6 +7,7 @@ memcmp, never one by one, and a lookup costs one hash of a page for each node on
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 
 from hicache_core.errors import IntegrityError, InvalidTokens
 from hicache_core.page_keys import DIGEST_NBYTES, TOKEN_NBYTES, page_digests
@@ -214,24 +215,36 @@ class RadixTree(InFlight):
             and node.n_device_children == 0
         )
 
-    def device_victim(self, max_pages: int, *, back_up_first: bool = False) -> Node | None:
+    def may_leave_or_back_up(self, node: Node) -> bool:
+        """:meth:`may_drop_device`, or may after a copy to the host, though pages below are in use.
+
+        That is a node whose host copy has to come first, since host pages below it are being
+        stored.
+        """
+        return self.may_drop_device(node) or self.may_back_up(node)
+
+    def may_orphan(self, node: Node) -> bool:
+        """It could leave but for pages below it that only the host has, which are being stored."""
+        return (
+            node.device_pages is not None
+            and node.host_pages is None
+            and node.lock_count == 0
+            and node.n_device_children == 0
+        )
+
+    def device_victim(
+        self, max_pages: int, may_leave: Callable[[Node], bool] | None = None
+    ) -> Node | None:
         """The node whose device pages go next, or None; it stays in the tree.
 
         A longer node is split, so that its last ``max_pages`` go first.
 
         Args:
             max_pages: pages of the victim at most.
-            back_up_first: also a node that may not be dropped before it has a host copy, since
-                host pages below it are in use.
+            may_leave: which nodes count; :meth:`may_drop_device` by default.
         """
-        may_leave = self.may_drop_device
-        if back_up_first:
-            may_leave = self._may_leave_or_back_up
-        node = self._device_order.victim(may_leave)
+        node = self._device_order.victim(may_leave or self.may_drop_device)
         return None if node is None else self._last_pages(node, max_pages)
-
-    def _may_leave_or_back_up(self, node: Node) -> bool:
-        return self.may_drop_device(node) or self.may_back_up(node)
 
     def host_victim(self, max_pages: int) -> Node | None:
         """The node whose host pages go next, or None; else as :meth:`device_victim`."""

@@ -16,6 +16,7 @@ import contextlib
 import re
 import struct
 import threading
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
 import xxhash
@@ -28,6 +29,7 @@ from hicache_core.storage.wrapper import BackendWrapper
 from hicache_core.types import Page
 
 HEADER_NBYTES = 64
+MAX_VERDICTS = 1024
 MAGIC = b"HiCP"
 VERSION = 1
 
@@ -113,6 +115,7 @@ class SealedBackend(BackendWrapper):
         super().__init__(inner)
         self._lock = threading.Lock()
         self._visiting = inner if isinstance(inner, VisitsPages) else None
+        self._verdicts: OrderedDict[str, str] = OrderedDict()
         self._counts = {
             "sealed_corrupt": 0,
             "sealed_foreign": 0,
@@ -180,6 +183,11 @@ class SealedBackend(BackendWrapper):
         with self._lock:
             return {**inside, **self._counts}
 
+    def verdict(self, key: str) -> str | None:
+        """Why the object under ``key`` was refused not long ago; None if it was not."""
+        with self._lock:
+            return self._verdicts.get(key)
+
     def _fill(self, keys: Sequence[str], pages: Sequence[Page]) -> tuple[int, int]:
         """Reads pages; how many leading ones verified already, and how many are filled."""
         if self._visiting is None:
@@ -202,6 +210,9 @@ class SealedBackend(BackendWrapper):
         """Counts a mismatch and removes the object, so that a good one can take its place."""
         with self._lock:
             self._counts[f"sealed_{kind}"] += 1
+            self._verdicts[key] = kind
+            if len(self._verdicts) > MAX_VERDICTS:
+                self._verdicts.popitem(last=False)
         # The read is answered with a miss whether or not the store could also delete.
         with contextlib.suppress(NotImplementedError, BackendError):
             self.inner.delete([key])

@@ -143,6 +143,7 @@ def test_timeout_runs_when_the_time_is_over(worlds: list[World]) -> None:
     now[0] = 151.9
     assert not world.cache.prefetch_ready("r1")
     now[0] = 152.1  # 1 s + 32 tokens / 1024 * 32 s
+    world.cache.poll()
     assert world.cache.prefetch_ready("r1")
     backends.Gated.gate.release(8)
 
@@ -219,11 +220,10 @@ def _until_reading(world: World) -> None:
 
 
 def _until(world: World, condition: Any, polls: int = 2000) -> None:
-    worker = world.cache._parts.worker
     for _ in range(polls):
         if condition():
             return
-        worker.wait(0.01)
+        world.cache.wait(0.01)
         world.cache.poll()
         world.check()
     raise AssertionError("it never came to that")

@@ -67,7 +67,7 @@ class World:
         if prefetch and self.cache.prefetch(request_id, tokens, self.salt):
             self.wait_for_prefetch(request_id, polls)
         storage = self.cache.finish_prefetch(request_id)
-        match = self.cache.match_prefix(tokens, self.salt)
+        match = self.cache.match_prefix(tokens, self.salt, request_id=request_id)
         outcome = (match.n_device_tokens, match.n_host_tokens)
         self.cache.lock(match.node)
         loaded = self.cache.load_back(match)
@@ -89,9 +89,7 @@ class World:
         for _ in range(polls):
             if self.cache.prefetch_ready(request_id):
                 return
-            worker = self.cache._parts.worker
-            assert worker is not None
-            worker.wait(5.0)
+            self.cache.wait(5.0)
             self.cache.poll()
         raise AssertionError(f"{request_id} never became ready")
 

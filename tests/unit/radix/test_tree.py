@@ -390,10 +390,10 @@ def test_reset_gives_everything_back() -> None:
 def test_stored_marks_survive_splits() -> None:
     tree = make()
     node = tree.insert(prompt(1, 2), ids(0, 2)).node
-    node.stored = True
+    node.stored_in = 3
     upper = tree.match(prompt(1)).node
-    assert (upper.stored, node.stored) == (True, True)
-    assert not tree.insert(prompt(1, 2, 3), ids(0, 3)).node.stored
+    assert (upper.stored_in, node.stored_in) == (3, 3)
+    assert not tree.insert(prompt(1, 2, 3), ids(0, 3)).node.stored_in
 
 
 def test_no_long_buffer_is_kept_alive_for_a_short_node() -> None:

@@ -1,0 +1,83 @@
+"""How the device gets free pages: what leaves, what is copied first, and what is waited for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hicache_core.controller.parts import Parts
+from hicache_core.controller.write_path import WritePath
+from hicache_core.errors import IntegrityError
+
+
+class Evictor:
+    """Frees device pages. Owner thread only; every rank decides alike."""
+
+    def __init__(self, parts: Parts, write_path: WritePath, poll: Callable[[], object]) -> None:
+        """Keeps its arguments; ``poll`` settles what has finished, on all ranks."""
+        self._parts = parts
+        self._write_path = write_path
+        self._poll = poll
+
+    def evict(self, n_pages: int) -> int:
+        """See ``Controller.evict``."""
+        parts = self._parts
+        n_freed = n_on_their_way = 0
+        while n_freed < n_pages:
+            n_wanted = n_pages - n_freed - n_on_their_way
+            n_sent = self._send_to_host(n_wanted) if n_wanted > 0 else 0
+            if n_sent:
+                n_on_their_way += n_sent
+            elif n_wanted > 0 and (victim := parts.tree.device_victim(n_wanted)) is not None:
+                n_freed += parts.drop_device(victim)
+            elif self._wait_for_copy():
+                n_on_their_way = 0
+            elif (n_dropped := self._drop_what_is_being_stored(n_pages - n_freed)) > 0:
+                n_freed += n_dropped
+            else:
+                break
+        return n_freed
+
+    def _send_to_host(self, n_pages: int) -> int:
+        """Under write_back: starts to copy the next victim to the host; its pages, or 0."""
+        parts, tree = self._parts, self._parts.tree
+        if not parts.write_policy.backs_up_before_eviction or parts.host is None:
+            return 0
+        victim = tree.device_victim(n_pages, tree.may_leave_or_back_up)
+        if victim is None or victim.host_pages is not None or not self._write_path.backup(victim):
+            return 0
+        return victim.n_pages
+
+    def _drop_what_is_being_stored(self, n_pages: int) -> int:
+        """Lets a node go whose only reason to stay is a store that has not ended; its pages."""
+        parts = self._parts
+        victim = parts.tree.device_victim(n_pages, parts.tree.may_orphan)
+        if victim is None:
+            return 0
+        self._write_path.orphan_below(victim)
+        return parts.drop_device(victim, self._write_path.is_orphaned)
+
+    def _wait_for_copy(self) -> bool:
+        """Waits for the oldest copy and settles it; False if there is none on any rank."""
+        jobs = self._parts.jobs
+        if not jobs.n_copies:
+            return False
+        if jobs.oldest_copy is not None:
+            jobs.oldest_copy.wait()
+        self._poll()
+        return True
+
+    def reset(self) -> bool:
+        """Empties device and host; False, and nothing changes, while anything is in use."""
+        parts = self._parts
+        if not self._write_path.idle or parts.jobs.n_copies:
+            return False
+        try:
+            dropped = parts.tree.reset()
+        except IntegrityError:
+            return False  # locked by a request
+        parts.device.allocator.free(dropped.device_pages)
+        if parts.host is not None:
+            parts.host.allocator.free(dropped.host_pages)
+        if parts.journal is not None:
+            parts.journal.cleared()
+        return True

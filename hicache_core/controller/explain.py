@@ -1,0 +1,225 @@
+"""Why was this a miss? For each request, where its tokens came from, and why not from the cache."""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
+
+from hicache_core.controller.journal import Journal, PageRun
+from hicache_core.controller.prefetch_record import Shortfall
+from hicache_core.page_keys import DIGEST_NBYTES
+from hicache_core.types import Namespace, Tier
+
+MAX_REQUESTS = 1024
+MAX_GHOSTS = 65_536
+MAX_FIRST_PAGES = 4096
+MAX_NAMESPACES_A_PAGE = 4
+
+
+class Reason(enum.Enum):
+    """Why tokens were computed though they might have been loaded."""
+
+    NONE = "none"  # nothing was missed but what is always computed: the tail behind the last page
+    NEVER_SEEN = "never_seen"  # as far as this process remembers
+    EVICTED = "evicted"  # it was here, and left; the detail says when and from which tier
+    NOT_DURABLE = "not_durable"  # it left before storage had it
+    BELOW_THRESHOLD = "below_threshold"  # too few tokens to ask storage for, or too few found
+    DEADLINE = "deadline"  # storage was too slow
+    DECLINED = "declined"  # to load was expected to take longer than to compute
+    BREAKER_OPEN = "breaker_open"  # the store failed before, and is not asked for a while
+    STORAGE_ERROR = "storage_error"  # it failed now
+    CORRUPT = "corrupt"  # what it has did not verify
+    VANISHED = "vanished"  # storage said it had it, and then had not
+    NO_ROOM = "no_room"  # no host page was free for it
+    OTHER_NAMESPACE = "other_namespace"  # cached for another tenant, key or adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What became of one request's prompt; the first four add up to ``n_tokens``.
+
+    Attributes:
+        request_id: whose.
+        n_tokens: tokens of the prompt.
+        device_tokens: found on the device.
+        host_tokens: found on the host, without those of ``storage_tokens``.
+        storage_tokens: storage delivered them for this request.
+        missed_tokens: computed.
+        reason: why the first page that was missed was missed; all behind it follows.
+        detail: in words; may be empty.
+        at_s: when it was matched, by the cache's clock.
+    """
+
+    request_id: str
+    n_tokens: int
+    device_tokens: int
+    host_tokens: int
+    storage_tokens: int
+    missed_tokens: int
+    reason: Reason
+    detail: str
+    at_s: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "reason": self.reason.value}
+
+
+class Hits(NamedTuple):
+    """Tokens of a prompt by where they were found; host includes what storage delivered."""
+
+    device: int
+    host: int
+    all: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Ghost:
+    """A page that has left."""
+
+    at_s: float
+    tier: Tier
+    cause: str
+    stored: bool
+
+
+class Explainer(Journal):
+    """Remembers what left, what storage answered and what requests saw, in bounded memory.
+
+    Owner thread only. It is a journal, so that it hears of every page that leaves a tier.
+
+    Attributes:
+        missed_tokens: computed tokens by reason, since the start.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.missed_tokens: Counter[str] = Counter()
+        self._clock = clock
+        self._requests: OrderedDict[str, Explanation] = OrderedDict()
+        self._answers: OrderedDict[str, Shortfall] = OrderedDict()
+        self._loaded: OrderedDict[str, int] = OrderedDict()
+        self._ghosts: OrderedDict[bytes, _Ghost] = OrderedDict()
+        self._first_pages: OrderedDict[bytes, list[Namespace]] = OrderedDict()
+
+    # What it hears.
+
+    def stored(self, tier: Tier, run: PageRun) -> None:
+        # docstring inherited: what comes back is found by the tree, so its ghost may stay
+        pass
+
+    def removed(self, tier: Tier, run: PageRun, cause: str) -> None:
+        # docstring inherited
+        ghost = _Ghost(self._clock(), tier, cause, run.stored)
+        for start in range(0, len(run.digests), DIGEST_NBYTES):
+            _keep(self._ghosts, run.digests[start : start + 8], ghost, MAX_GHOSTS)
+
+    def cleared(self) -> None:
+        # docstring inherited
+        self._ghosts.clear()
+
+    def prefetched(self, request_id: str, shortfall: Shortfall) -> None:
+        """Why storage delivered no more for a request."""
+        _keep(self._answers, request_id, shortfall, MAX_REQUESTS)
+
+    def delivered(self, request_id: str, n_tokens: int) -> None:
+        """Storage delivered ``n_tokens`` for a request."""
+        _keep(self._loaded, request_id, n_tokens, MAX_REQUESTS)
+
+    def matched(
+        self,
+        request_id: str,
+        hits: Hits,
+        missed_page: Callable[[], bytes] | None,
+        first_page: bytes,
+        namespace: Namespace,
+    ) -> None:
+        """A request was matched: decides why its first missed page was missed.
+
+        Args:
+            request_id: whose.
+            hits: where its tokens were found.
+            missed_page: digest of the first missed page; None if no whole page was missed.
+            first_page: digest of the prompt's first page as the default namespace has it; empty
+                for a prompt shorter than a page.
+            namespace: the request's.
+        """
+        answer = self._answers.pop(request_id, None)
+        loaded = min(self._loaded.pop(request_id, 0), hits.host)
+        reason, detail = Reason.NONE, ""
+        if missed_page is not None:
+            others = self._others(first_page, namespace) if not hits.device + hits.host else ()
+            reason, detail = self._why(answer, missed_page(), others)
+        if first_page:
+            self._note(first_page, namespace)
+        missed = hits.all - hits.device - hits.host
+        self.missed_tokens[reason.value] += missed
+        explanation = Explanation(
+            request_id,
+            hits.all,
+            hits.device,
+            hits.host - loaded,
+            loaded,
+            missed,
+            reason,
+            detail,
+            self._clock(),
+        )
+        _keep(self._requests, request_id, explanation, MAX_REQUESTS)
+
+    # What it tells.
+
+    def explain(self, request_id: str) -> Explanation | None:
+        """The last record of a request; None if it was never matched, or too long ago."""
+        return self._requests.get(request_id)
+
+    @property
+    def request_ids(self) -> list[str]:
+        """Requests that can be explained, the oldest first."""
+        return list(self._requests)
+
+    def _why(
+        self, answer: Shortfall | None, page: bytes, others: tuple[str, ...]
+    ) -> tuple[Reason, str]:
+        asked = answer is not None and answer.reason != "no_storage"
+        if answer is not None and answer.reason not in ("absent", "no_storage", "below_threshold"):
+            return Reason(answer.reason), answer.detail
+        ghost = self._ghosts.get(page[:8])
+        too_short = answer is not None and answer.reason == "below_threshold"
+        if ghost is not None and not (too_short and ghost.stored):
+            age_s = self._clock() - ghost.at_s
+            left = f"it left the {ghost.tier.value} {age_s:.1f} s ago ({ghost.cause})"
+            if asked and not ghost.stored:
+                return Reason.NOT_DURABLE, f"{left}, before storage had it"
+            return Reason.EVICTED, f"{left}, and storage does not have it" if asked else left
+        if too_short:
+            assert answer is not None
+            return Reason.BELOW_THRESHOLD, answer.detail
+        if others:
+            return Reason.OTHER_NAMESPACE, f"it is cached with another {' and '.join(others)}"
+        return Reason.NEVER_SEEN, ""
+
+    def _others(self, first_page: bytes, namespace: Namespace) -> tuple[str, ...]:
+        """The fields in which the namespaces that had this first page differ from this one."""
+        others = [n for n in self._first_pages.get(first_page, ()) if n != namespace]
+        if not others:
+            return ()
+        other = others[-1]
+        names = [field.name for field in fields(Namespace)]
+        return tuple(n for n in names if getattr(other, n) != getattr(namespace, n))
+
+    def _note(self, first_page: bytes, namespace: Namespace) -> None:
+        known = self._first_pages.get(first_page, [])
+        if namespace not in known:
+            known = [*known[1 - MAX_NAMESPACES_A_PAGE :], namespace]
+        _keep(self._first_pages, first_page, known, MAX_FIRST_PAGES)
+
+
+def _keep(memory: OrderedDict[Any, Any], key: object, value: object, limit: int) -> None:
+    """Puts a value in as the newest, and drops the oldest beyond ``limit``."""
+    memory[key] = value
+    memory.move_to_end(key)
+    if len(memory) > limit:
+        memory.popitem(last=False)

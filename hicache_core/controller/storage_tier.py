@@ -1,0 +1,259 @@
+"""L3 as the controller sees it: which backend is attached, and which are being drained."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+from hicache_core.controller.admission import Admission, AlwaysAdmit
+from hicache_core.controller.jobs import JobTable
+from hicache_core.controller.quarantine import Quarantine
+from hicache_core.errors import HiCacheError
+from hicache_core.storage.base import Flushable, StorageBackend
+from hicache_core.storage.worker import StorageWorker
+from hicache_core.types import Job, JobResult, JobState, ReadJob, WriteJob
+
+log = logging.getLogger(__name__)
+
+Judge = Callable[[JobResult], int]
+"""Pages that this rank reports for a result; called at most once for a job, on the owner thread."""
+
+RunAside = Callable[[Callable[[], object]], None]
+"""Runs something that may block elsewhere, and returns at once."""
+
+
+def on_a_thread(work: Callable[[], object]) -> None:
+    """``RunAside`` of a real process: a daemon, since a store that hangs cannot be stopped."""
+    threading.Thread(target=work, name="hicache-aside", daemon=True).start()
+
+
+@dataclass(slots=True, eq=False)
+class Attachment:
+    """One open storage backend and the worker that drives it.
+
+    Attributes:
+        name: of the backend, for messages.
+        backend: with all that stands around it.
+        worker: runs jobs on it.
+        namespace: prefix of every storage key.
+        is_writer: whether this rank writes; of ranks that hold the same bytes one does.
+        admission: how much of what storage has is loaded.
+        verdict: why the object under a key was refused when it was read last; None if it was not.
+        epoch: number of this attachment, from 1: what ``Node.stored_in`` names.
+    """
+
+    name: str
+    backend: StorageBackend
+    worker: StorageWorker
+    namespace: str
+    is_writer: bool = True
+    admission: Admission = field(default_factory=AlwaysAdmit)
+    verdict: Callable[[str], str | None] = lambda _key: None
+    epoch: int = 0
+
+    def close(self, timeout_s: float) -> list[Job]:
+        """Ends the worker and the backend; the jobs that hang in it, and then it stays open."""
+        abandoned = self.worker.close(timeout_s)
+        if not abandoned:
+            self.backend.close()
+        return abandoned
+
+
+OpenStorage = Callable[[str, Mapping[str, object]], Attachment]
+"""Makes and opens the backend of that name with its own settings; may block; any thread.
+
+Raises:
+    HiCacheError: it cannot be used, and nothing of it is left running.
+"""
+
+
+@dataclass(slots=True, eq=False)
+class Attaching:
+    """A backend that is being opened while requests run.
+
+    Attributes:
+        name: of the backend.
+        done: it is attached, or failed; the owner thread sets it in ``poll``.
+        error: why it failed; empty if it did not.
+    """
+
+    name: str
+    done: bool = False
+    error: str = ""
+    _opened: Attachment | None = None
+    _ended: bool = False
+
+    def open(self, open_storage: OpenStorage, settings: Mapping[str, object]) -> None:
+        """Opens the backend; on whatever thread."""
+        try:
+            self._opened = open_storage(self.name, settings)
+        except HiCacheError as error:
+            self.error = str(error)
+        finally:
+            self._ended = True
+
+
+class StorageTier:
+    """The attached backend, if any, and those whose last jobs still run. Owner thread only.
+
+    Backends come and go while requests run. A detached one takes no more questions; reads that wait
+    are cancelled, writes that were accepted are finished, and it is closed when its last call has
+    ended. What is under way belongs to the attachment that it started on.
+    """
+
+    def __init__(
+        self,
+        jobs: JobTable,
+        quarantine: Quarantine,
+        open_storage: OpenStorage,
+        run_aside: RunAside = on_a_thread,
+    ) -> None:
+        self.quarantine = quarantine
+        self.current: Attachment | None = None
+        self._jobs = jobs
+        self._open_storage = open_storage
+        self._run_aside = run_aside
+        self._draining: list[Attachment] = []
+        self._opening: dict[int, Attaching] = {}
+        self._judges: dict[int, Judge] = {}
+        self._overdue: set[int] = set()  # reported as 0 pages, and not ended
+        self._epoch = 0
+
+    def open(self, name: str, settings: Mapping[str, object]) -> None:
+        """Attaches the first backend; blocks until it is open.
+
+        Raises:
+            HiCacheError: it cannot be used.
+        """
+        self._attach(self._open_storage(name, settings))
+
+    def attach(self, name: str, settings: Mapping[str, object]) -> Attaching:
+        """Opens a backend aside; ``poll`` attaches it once it is open on all ranks."""
+        attaching = Attaching(name)
+        job_id = self._jobs.add(partial(self._opened, attaching))
+        self._opening[job_id] = attaching
+        self._run_aside(partial(attaching.open, self._open_storage, settings))
+        return attaching
+
+    def detach(self) -> None:
+        """Lets go of the attached backend, which is drained and then closed."""
+        attachment, self.current = self.current, None
+        if attachment is not None:
+            for job_id in self._judges:  # questions and reads; those that run go on
+                attachment.worker.cancel(job_id)
+            self._draining.append(attachment)
+
+    def submit(self, attachment: Attachment, job: Job, judge: Judge | None = None) -> None:
+        """Hands a job to the worker; one that it does not take is reported with 0 pages.
+
+        A rank that does not write reports what the writer will: the least counts.
+        """
+        if isinstance(job, WriteJob) and not attachment.is_writer:
+            self._jobs.report(job.job_id, len(job.keys))
+        elif attachment.worker.submit(job):
+            if judge is not None:
+                self._judges[job.job_id] = judge
+        else:
+            self._jobs.report(job.job_id, 0)  # the write queue is full: dropped, and counted
+
+    def collect(self) -> None:
+        """Reports what has finished on this rank."""
+        for attachment in self._attachments():
+            for result in attachment.worker.drain():
+                self._take(result)
+        for job_id in [job_id for job_id, opening in self._opening.items() if opening._ended]:
+            self._jobs.report(job_id, int(self._opening.pop(job_id)._opened is not None))
+
+    def sweep(self) -> None:
+        """Closes what has been drained."""
+        for attachment in self._draining.copy():
+            if attachment.worker.n_in_flight == 0:
+                for result in attachment.worker.drain():
+                    self._take(result)
+                self._draining.remove(attachment)
+                self._run_aside(partial(attachment.close, 0.0))
+
+    @property
+    def n_overdue(self) -> int:
+        """Calls of this rank that were given up and have not ended."""
+        return len(self._overdue)
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether a detached backend has not been closed, or an attached one is being opened."""
+        return bool(self._draining or self._opening)
+
+    def wait(self, timeout_s: float) -> None:
+        """Waits until a call has ended, or for ``timeout_s``."""
+        attachments = list(self._attachments())
+        for attachment in attachments:
+            attachment.worker.wait(timeout_s / len(attachments))
+
+    def flush(self, timeout_s: float) -> bool:
+        """Waits until what was acknowledged has reached every store behind the backend."""
+        return all(
+            attachment.backend.flush(timeout_s)
+            for attachment in self._attachments()
+            if isinstance(attachment.backend, Flushable)
+        )
+
+    def close(self, timeout_s: float) -> list[Job]:
+        """Ends all workers and backends within ``timeout_s`` each; the jobs that were abandoned.
+
+        A backend whose own ``close`` hangs is abandoned too, and the log says so.
+        """
+        abandoned: list[Job] = []
+        for attachment in self._attachments():
+            closed = threading.Event()
+
+            def work(attachment: Attachment = attachment, closed: threading.Event = closed) -> None:
+                abandoned.extend(attachment.close(timeout_s))
+                closed.set()
+
+            self._run_aside(work)
+            if not closed.wait(2 * timeout_s + 1.0):
+                log.warning("backend %s does not close; it is abandoned", attachment.name)
+        self.current = None
+        self._draining.clear()
+        return abandoned
+
+    def _attachments(self) -> Iterator[Attachment]:
+        if self.current is not None:
+            yield self.current
+        yield from self._draining
+
+    def _attach(self, attachment: Attachment) -> None:
+        self.detach()
+        self._epoch += 1
+        attachment.epoch = self._epoch
+        self.current = attachment
+
+    def _opened(self, attaching: Attaching, on_all_ranks: int) -> None:
+        attaching.done = True
+        mine, attaching._opened = attaching._opened, None
+        if on_all_ranks and mine is not None:
+            self._attach(mine)
+            log.info("storage backend %s is attached", attaching.name)
+            return
+        if mine is not None:
+            self._run_aside(partial(mine.close, 0.0))
+            attaching.error = f"another rank could not open backend {attaching.name!r}"
+        log.warning("storage backend %s is not attached: %s", attaching.name, attaching.error)
+
+    def _take(self, result: JobResult) -> None:
+        job = result.job
+        if result.state is JobState.OVERDUE:
+            if isinstance(job, WriteJob):
+                return  # its pages stay locked until the call has ended
+            self._overdue.add(job.job_id)
+            if isinstance(job, ReadJob):
+                self.quarantine.overdue(job.job_id)
+        elif job.job_id in self._overdue:
+            self._overdue.discard(job.job_id)
+            self.quarantine.ended(job.job_id)
+            return
+        judge = self._judges.pop(job.job_id, None)
+        self._jobs.report(job.job_id, result.n_pages if judge is None else judge(result))

@@ -1,0 +1,1 @@
+"""What operators see: metrics, KV events, spans, a status page. Import the module you need."""
