@@ -182,3 +182,27 @@ def test_a_rebuilt_index_forgets_pins_and_keeps_objects(
     backend = open_file()
     assert backend.usage() == {"a": 100, "b": 100}
     backend.check_integrity()
+
+
+def test_what_is_past_its_ttl_counts_until_its_space_is_needed(
+    open_file: OpenFile, advance: Advance
+) -> None:
+    backend = open_file(ttl_s=10, max_nbytes=2 * BLOCK_NBYTES)
+    put(backend, "a/1", "a/2")
+    advance(10)
+    assert not backend.exists("a/1")
+    assert backend.usage() == {"a": 200}
+    put(backend, "b/1")
+    assert backend.usage() == {"b": 100}
+    assert backend.stats()["expired_objects"] == 2
+
+
+def test_a_namespace_that_has_expired_has_room_for_its_whole_quota(
+    open_file: OpenFile, advance: Advance
+) -> None:
+    backend = open_file(ttl_s=10, namespace_quota_nbytes=300)
+    for _ in range(3):
+        assert put(backend, "a/1", "a/2", "a/3") == 3
+        assert backend.batch_exists(["a/1", "a/2", "a/3"]) == 3
+        advance(10)
+    backend.check_integrity()
