@@ -18,6 +18,11 @@ API_VERSION = 1
 Buffer = bytes | bytearray | memoryview
 
 
+def namespace_of(key: str) -> str:
+    """The namespace of a key: what stands before its first ``/``."""
+    return key.partition("/")[0]
+
+
 class BackendConfig(BaseModel):
     """Base of a backend's own settings: frozen, an unknown key is an error."""
 

@@ -21,8 +21,10 @@ from hicache_core.hookspecs import hookimpl
 from hicache_core.storage.base import BackendConfig, Buffer, Finding, StorageBackend
 from hicache_core.storage.file_config import FileConfig
 from hicache_core.storage.file_directory import FileDirectory, os_errors
+from hicache_core.storage.file_extents import Wanted
 from hicache_core.storage.file_index import Row
-from hicache_core.storage.file_space import FileSpace, Wanted
+from hicache_core.storage.file_quota import FileQuota
+from hicache_core.storage.file_space import FileSpace
 from hicache_core.storage.lanes import Lanes
 from hicache_core.storage.record_store import MAX_KEY_NBYTES, Extent
 from hicache_core.storage.segments import nbytes_of
@@ -73,8 +75,9 @@ class FileBackend(StorageBackend):
         directory.open()
         self._pid = os.getpid()
         self._lanes = Lanes(settings.io_threads, "hicache-file")
+        quota = FileQuota(directory.index, settings.namespace_quota_nbytes, self._clock)
         self._space = FileSpace(
-            directory.index, directory.store, ttl_s=settings.ttl_s, clock=self._clock
+            directory.index, directory.store, ttl_s=settings.ttl_s, quota=quota, clock=self._clock
         )
         self._space.owner = directory.owner
         self._epoch = directory.index.epoch
@@ -189,6 +192,16 @@ class FileBackend(StorageBackend):
         """Removes every key that starts with ``prefix``; how many there were."""
         with self._call():
             return self._space.clear(prefix)
+
+    def pin(self, keys: Sequence[str], ttl_s: float) -> int:
+        """See ``Pins``; all processes keep to it, and it survives a restart."""
+        with self._call():
+            return self._space.pin(keys, ttl_s)
+
+    def usage(self) -> Mapping[str, int]:
+        """Bytes of stored objects by namespace; those past their TTL count until they are freed."""
+        with self._call() as directory:
+            return directory.index.usage()
 
     def stats(self) -> Mapping[str, float]:
         """Counts since ``open``; ``objects``, ``used_nbytes``, ``held_nbytes`` and ``max_nbytes``.

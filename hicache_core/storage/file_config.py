@@ -20,6 +20,11 @@ class FileConfig(BackendConfig):
         description="cap on the disk space of the objects, the least recently used go first; "
         "without it 90 % of what is free at start",
     )
+    namespace_quota_nbytes: Nbytes | None = Field(
+        default=None,
+        description="cap on the objects' bytes of one namespace, its own least recently used go "
+        "first",
+    )
     ttl_s: Seconds | None = Field(default=None, description="objects older than this are gone")
     fsync: bool = Field(
         default=False, description="stored means on the medium: survives a power cut, costs speed"

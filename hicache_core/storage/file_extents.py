@@ -9,8 +9,9 @@ from typing import NamedTuple
 from hicache_core.storage.file_index import move
 from hicache_core.storage.record_store import Extent
 
-EMPTY = "key = NULL, nbytes = NULL, written_at = NULL, used_at = NULL"
+EMPTY = "key = NULL, nbytes = NULL, written_at = NULL, used_at = NULL, pinned_until = NULL"
 FREE = f"{EMPTY}, owner = NULL"
+UNPINNED, PINNED = "coalesce(pinned_until, 0) <= ?", "pinned_until > ?"
 
 
 class Place(NamedTuple):
@@ -22,7 +23,22 @@ class Place(NamedTuple):
     capacity: int
 
 
-def select(connection: sqlite3.Connection, where: str, *parameters: int) -> list[Place]:
+class Wanted(NamedTuple):
+    """An object that is to be stored.
+
+    Attributes:
+        key: its key.
+        nbytes: its length.
+        seen: whether an object of that key was there a moment ago. Where another process stores it
+            between then and ``publish``, that copy stays and ours is dropped.
+    """
+
+    key: str
+    nbytes: int
+    seen: bool = False
+
+
+def select(connection: sqlite3.Connection, where: str, *parameters: float) -> list[Place]:
     """The extents that fit ``where``."""
     query = f"SELECT extent_id, segment, offset, capacity FROM extents WHERE {where}"
     return [Place(*row) for row in connection.execute(query, parameters)]
@@ -34,11 +50,15 @@ def unused(connection: sqlite3.Connection, capacity: int, n: int) -> list[Place]
     return select(connection, where, capacity, n)
 
 
-def oldest(connection: sqlite3.Connection, n: int, kept: frozenset[int]) -> list[Place]:
-    """The least recently used objects, without those in ``kept``."""
-    where = "key IS NOT NULL ORDER BY used_at LIMIT ?"
-    places = select(connection, where, n + len(kept))
-    return [place for place in places if place.extent_id not in kept][:n]
+def oldest(connection: sqlite3.Connection, n: int, kept: frozenset[int], now: float) -> list[Place]:
+    """The least recently used objects, without those in ``kept``; pinned ones if no others are."""
+    for pins in (UNPINNED, PINNED):
+        where = f"key IS NOT NULL AND {pins} ORDER BY used_at LIMIT ?"
+        places = select(connection, where, now, n + len(kept))
+        places = [place for place in places if place.extent_id not in kept][:n]
+        if places:
+            return places
+    return []
 
 
 def mark(connection: sqlite3.Connection, owner: int, places: Sequence[Place], seq: int) -> None:

@@ -29,10 +29,14 @@ from hicache_core.errors import (
     BackendUnavailable,
     IntegrityError,
 )
+from hicache_core.storage.base import namespace_of
 from hicache_core.storage.record_store import BLOCK_NBYTES, Extent
 
 APPLICATION_ID = 0x48694361  # "HiCa"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+_UPGRADES = {1: "ALTER TABLE extents ADD COLUMN pinned_until REAL"}
+"""What leads from a version to the next one; the objects stay where they are."""
 
 _SCHEMA = """
 CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
@@ -51,7 +55,8 @@ CREATE TABLE extents (
     key TEXT,
     nbytes INTEGER,
     written_at REAL,
-    used_at REAL
+    used_at REAL,
+    pinned_until REAL
 );
 CREATE UNIQUE INDEX by_key ON extents (key) WHERE key IS NOT NULL;
 CREATE INDEX by_use ON extents (used_at) WHERE key IS NOT NULL;
@@ -107,6 +112,7 @@ class FileIndex:
         self._write_lock = threading.Lock()
         self._rows: dict[str, Row] = {}
         self._keys: dict[int, str] = {}  # extent_id -> key, of those in _rows
+        self._usage: dict[str, int] = {}  # bytes of _rows by namespace
         self._version = 0  # moves on whenever _rows or _segments change
         self._seen = (-1, -1, -1)  # data_version, epoch, seq
         self.segments: frozenset[int] = frozenset()  # as of the last change of epoch
@@ -149,6 +155,7 @@ class FileIndex:
                 f"BEGIN IMMEDIATE; PRAGMA application_id = {APPLICATION_ID}; "
                 f"PRAGMA user_version = {FORMAT_VERSION}; {_SCHEMA} COMMIT;"
             )
+        self._upgrade()
         (application,) = connection.execute("PRAGMA application_id").fetchone()
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         if (application, version) != (APPLICATION_ID, FORMAT_VERSION):
@@ -160,13 +167,24 @@ class FileIndex:
         if verdict != "ok":
             raise BackendCorrupt(f"index {self.path} is damaged: {verdict}")
 
+    def _upgrade(self) -> None:
+        """Brings an index of an older version up to date. ``open.lock`` is held."""
+        connection = self._writer
+        (application,) = connection.execute("PRAGMA application_id").fetchone()
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if application != APPLICATION_ID:
+            return
+        for n in range(version, FORMAT_VERSION):
+            connection.executescript(
+                f"BEGIN IMMEDIATE; {_UPGRADES[n]}; PRAGMA user_version = {n + 1}; COMMIT;"
+            )
+
     def close(self) -> None:
         """Closes both connections."""
         with self._write_lock, self._read_lock:
             self._writer.close()
             self._reader.close()
-            self._rows.clear()
-            self._keys.clear()
+            self._clear()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -231,7 +249,13 @@ class FileIndex:
             (held,) = self._reader.execute(
                 "SELECT value FROM counters WHERE name = 'held'"
             ).fetchone()
-            return len(self._rows), sum(row.nbytes for row in self._rows.values()), held
+            return len(self._rows), sum(self._usage.values()), held
+
+    def usage(self) -> dict[str, int]:
+        """Bytes of the objects by namespace."""
+        with self._read_lock:
+            self._follow()
+            return {name: nbytes for name, nbytes in self._usage.items() if nbytes}
 
     def check_integrity(self) -> None:
         """The rows fit each other, the segments, the counters, and what this process remembers.
@@ -260,6 +284,11 @@ class FileIndex:
                 raise IntegrityError(f"{held} bytes counted as held, not the sum of the extents")
             if {extent[4] for extent in extents if extent[4] is not None} != self._rows.keys():
                 raise IntegrityError("what this process remembers differs from the table")
+            usage = dict.fromkeys(self._usage, 0)
+            for key, row in self._rows.items():
+                usage[namespace_of(key)] += row.nbytes
+            if usage != self._usage:
+                raise IntegrityError("the bytes by namespace are not the sums of the objects")
 
     @property
     def epoch(self) -> int:
@@ -280,8 +309,7 @@ class FileIndex:
                 ).fetchone()
                 last = self._seen[2] if epoch == self._seen[1] else -1
                 if last == -1:
-                    self._rows.clear()
-                    self._keys.clear()
+                    self._clear()
                     self.segments = frozenset(
                         segment for (segment,) in connection.execute("SELECT segment FROM segments")
                     )
@@ -302,11 +330,24 @@ class FileIndex:
             last = seq
             before = self._keys.pop(extent[0], None)
             if before is not None and self._rows[before].extent.extent_id == extent[0]:
-                del self._rows[before]
+                self._drop(before)
             if key is not None:
+                if key in self._rows:
+                    self._drop(key)
                 self._rows[key] = Row(Extent(*extent), nbytes, written_at)
                 self._keys[extent[0]] = key
+                namespace = namespace_of(key)
+                self._usage[namespace] = self._usage.get(namespace, 0) + nbytes
         return last
+
+    def _drop(self, key: str) -> None:
+        row, namespace = self._rows.pop(key), namespace_of(key)
+        self._usage[namespace] -= row.nbytes
+
+    def _clear(self) -> None:
+        self._rows.clear()
+        self._keys.clear()
+        self._usage.clear()
 
 
 def move(connection: sqlite3.Connection, counter: str, by: int = 1) -> int:

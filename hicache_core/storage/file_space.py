@@ -6,11 +6,11 @@ import itertools
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
 
 from hicache_core.storage.file_extents import (
     FREE,
     Place,
+    Wanted,
     drop,
     free,
     held,
@@ -21,6 +21,7 @@ from hicache_core.storage.file_extents import (
     unused,
 )
 from hicache_core.storage.file_index import FileIndex, move
+from hicache_core.storage.file_quota import FileQuota
 from hicache_core.storage.record_store import (
     BLOCK_NBYTES,
     SEGMENT_NBYTES,
@@ -34,21 +35,6 @@ SWEEP_INTERVAL_S = 10.0
 
 _MAX_PENDING_USES = 4096
 _SPREAD = 2  # files that one batch is written to, since writers of one file wait for each other
-
-
-class Wanted(NamedTuple):
-    """An object that is to be stored.
-
-    Attributes:
-        key: its key.
-        nbytes: its length.
-        seen: whether an object of that key was there a moment ago. Where another process stores it
-            between then and ``publish``, that copy stays and ours is dropped.
-    """
-
-    key: str
-    nbytes: int
-    seen: bool = False
 
 
 class FileSpace:
@@ -68,19 +54,26 @@ class FileSpace:
         store: RecordStore,
         *,
         ttl_s: float | None,
+        quota: FileQuota,
         clock: Callable[[], float],
     ) -> None:
         self._index = index
         self._store = store
         self._ttl_s = ttl_s
+        self._quota = quota
         self._clock = clock
         self.max_nbytes = 0
         self.owner = 0
         self._uses: dict[Extent, float] = {}
         self._uses_lock = threading.Lock()
         self._next_sweep = 0.0
-        self.evicted_objects = 0
+        self._evicted_objects = 0
         self.expired_objects = 0
+
+    @property
+    def evicted_objects(self) -> int:
+        """How many made room for others, by the cap or by their namespace's quota."""
+        return self._evicted_objects + self._quota.evicted_objects
 
     def claim(self, wanted: Sequence[Wanted]) -> list[Extent | None]:
         """An extent for each of the leading ``wanted`` that there is room for.
@@ -94,6 +87,9 @@ class FileSpace:
             seq = move(connection, "seq")
             stored = self._refresh_stored(connection, wanted, now, seq)
             self._flush_uses(connection)
+            wanted = wanted[: self._quota.fitting(wanted)]
+            new = (want for want in wanted if want.key not in stored)
+            self._quota.make_room(connection, new, stored.values(), seq)
             extents: list[Extent | None] = []
             for item in itertools.groupby(
                 wanted, lambda w: 0 if w.key in stored else capacity_for(w.nbytes)
@@ -130,6 +126,9 @@ class FileSpace:
             )
             if cursor.rowcount != len(done):
                 free(connection, self.owner, (extent for extent, _ in done), seq)
+            # Once more, for what other processes have published since the claim.
+            kept = (extent.extent_id for extent, _ in done)
+            self._quota.make_room(connection, (want for _, want in done), kept, seq)
 
     def release(self, extents: Iterable[Extent]) -> None:
         """Gives claimed extents back unused."""
@@ -162,6 +161,18 @@ class FileSpace:
             )
             return cursor.rowcount
 
+    def pin(self, keys: Sequence[str], ttl_s: float) -> int:
+        """Lets ``keys`` go last for ``ttl_s`` seconds; how many of them are there."""
+        now = self._clock()
+        with self._index.transaction() as connection:
+            return connection.executemany(
+                "UPDATE extents SET pinned_until = ? WHERE key = ? AND written_at > ?",
+                (
+                    (now + ttl_s if ttl_s > 0 else None, key, self._expired_before(now))
+                    for key in keys
+                ),
+            ).rowcount
+
     def used(self, extents: Sequence[Extent]) -> None:
         """Remembers that these were read now; written down in batches."""
         now = self._clock()
@@ -179,12 +190,14 @@ class FileSpace:
                 self._flush_uses(connection)
 
     def trim(self) -> None:
-        """Removes least recently used objects until all fits below the cap."""
+        """Removes least recently used objects until all fits below the cap and the quotas."""
         dropped: list[Place] = []
+        now = self._clock()
         with self._index.transaction() as connection:
+            self._quota.trim(connection, move(connection, "seq"))
             while (excess := held(connection) - self.max_nbytes) > 0:
                 victims = unused(connection, 0, 64)
-                victims = victims or oldest(connection, 64, frozenset())
+                victims = victims or oldest(connection, 64, frozenset(), now)
                 if not victims:
                     break
                 before = itertools.accumulate((place.capacity for place in victims), initial=0)
@@ -203,7 +216,7 @@ class FileSpace:
 
         Frees what is too old or of another length.
         """
-        oldest = now - self._ttl_s if self._ttl_s is not None else float("-inf")
+        oldest = self._expired_before(now)
         stored: dict[str, int] = {}
         used = []
         for n, want in enumerate(wanted):
@@ -223,6 +236,10 @@ class FileSpace:
                 )
         connection.executemany("UPDATE extents SET used_at = ? WHERE extent_id = ?", used)
         return stored
+
+    def _expired_before(self, now: float) -> float:
+        """Objects that were written at or before this time are gone."""
+        return float("-inf") if self._ttl_s is None else now - self._ttl_s
 
     def _take(
         self,
@@ -244,8 +261,8 @@ class FileSpace:
             missing = n - len(places)
             victims = unused(connection, capacity, missing)
             if not victims:
-                victims = oldest(connection, missing, kept)
-                self.evicted_objects += len(victims)
+                victims = oldest(connection, missing, kept, self._clock())
+                self._evicted_objects += len(victims)
             if not victims:
                 break
             fitting = [place for place in victims if place.capacity == capacity]

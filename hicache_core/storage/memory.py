@@ -6,6 +6,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import ClassVar
 from weakref import WeakValueDictionary
 
@@ -13,7 +14,7 @@ from pydantic import Field
 
 from hicache_core.errors import BackendFull, UseAfterClose
 from hicache_core.hookspecs import hookimpl
-from hicache_core.storage.base import BackendConfig, Buffer, StorageBackend
+from hicache_core.storage.base import BackendConfig, Buffer, StorageBackend, namespace_of
 from hicache_core.storage.settings import Nbytes, Seconds
 from hicache_core.types import BackendContext
 
@@ -24,6 +25,10 @@ class MemoryConfig(BackendConfig):
     max_nbytes: Nbytes | None = Field(
         default=None, description="cap on the stored bytes; the least recently used go first"
     )
+    namespace_quota_nbytes: Nbytes | None = Field(
+        default=None,
+        description="cap on the bytes of one namespace; its own least recently used go first",
+    )
     ttl_s: Seconds | None = Field(default=None, description="objects older than this are gone")
     share: str | None = Field(
         default=None,
@@ -33,20 +38,55 @@ class MemoryConfig(BackendConfig):
 
 
 class _Store:
-    """Objects in order of use, under one lock; ``ttl_s`` and the cap are those of the caller."""
+    """Objects, and their orders of use and of age; whoever calls holds the lock."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.objects: OrderedDict[str, tuple[bytes, float]] = OrderedDict()
+        self.objects: dict[str, bytes] = {}
+        self.written: OrderedDict[str, float] = OrderedDict()  # the oldest first
+        self.used: OrderedDict[str, None] = OrderedDict()  # the least recently used first
+        self.used_in: dict[str, OrderedDict[str, None]] = {}  # the same for each namespace
+        self.usage: dict[str, int] = {}  # bytes by namespace
         self.used_nbytes = 0
+        self.pinned_until: dict[str, float] = {}
+
+    def add(self, key: str, data: bytes, now: float) -> None:
+        """Stores ``data`` as the youngest and the last used; ``key`` is not there."""
+        namespace = namespace_of(key)
+        self.objects[key] = data
+        self.written[key] = now
+        self.used[key] = self.used_in.setdefault(namespace, OrderedDict())[key] = None
+        self.usage[namespace] = self.usage.get(namespace, 0) + len(data)
+        self.used_nbytes += len(data)
+
+    def touch(self, key: str) -> None:
+        """Makes ``key`` the last used."""
+        self.used.move_to_end(key)
+        self.used_in[namespace_of(key)].move_to_end(key)
 
     def discard(self, key: str) -> bool:
-        """Removes ``key``; whether it was there. The caller holds the lock."""
-        entry = self.objects.pop(key, None)
-        if entry is None:
+        """Removes ``key`` but for its pin; whether it was there."""
+        data = self.objects.pop(key, None)
+        if data is None:
             return False
-        self.used_nbytes -= len(entry[0])
+        namespace = namespace_of(key)
+        del self.written[key], self.used[key], self.used_in[namespace][key]
+        self.usage[namespace] -= len(data)
+        self.used_nbytes -= len(data)
+        if not self.used_in[namespace]:
+            del self.used_in[namespace], self.usage[namespace]
         return True
+
+    def remove(self, key: str) -> bool:
+        """Removes ``key`` and its pin; whether it was there."""
+        self.pinned_until.pop(key, None)
+        return self.discard(key)
+
+    def victim(self, order: OrderedDict[str, None], now: float) -> str:
+        """The first of ``order`` that is not pinned; the very first if all are."""
+        return next(
+            (key for key in order if self.pinned_until.get(key, now) <= now), next(iter(order))
+        )
 
 
 _shared: WeakValueDictionary[str, _Store] = WeakValueDictionary()
@@ -54,7 +94,7 @@ _shared_lock = threading.Lock()
 
 
 class MemoryBackend(StorageBackend):
-    """Objects in a dict of this process, with an optional cap and age limit."""
+    """Objects in a dict of this process, with optional caps and an age limit."""
 
     name: ClassVar[str] = "memory"
     Config: ClassVar[type[BackendConfig]] = MemoryConfig
@@ -71,12 +111,6 @@ class MemoryBackend(StorageBackend):
         self._opened: _Store | None = None
         self._counts = {"evicted_objects": 0, "expired_objects": 0, "dropped_writes": 0}
 
-    @property
-    def _store(self) -> _Store:
-        if self._opened is None:
-            raise UseAfterClose("the memory backend is not open; call open() first")
-        return self._opened
-
     def open(self) -> None:
         if self._opened is not None:
             return
@@ -90,71 +124,102 @@ class MemoryBackend(StorageBackend):
         self._opened = None
 
     def get(self, key: str) -> Buffer | None:
-        store = self._store
-        with store.lock:
-            if not self._fresh(store, key):
-                return None
-            store.objects.move_to_end(key)
-            return store.objects[key][0]
+        with self._fresh() as store:
+            data = store.objects.get(key)
+            if data is not None:
+                store.touch(key)
+            return data
 
     def exists(self, key: str) -> bool:
-        store = self._store
-        with store.lock:
-            return self._fresh(store, key)
+        with self._fresh() as store:
+            return key in store.objects
 
     def set(self, key: str, value: Buffer) -> None:
-        store, data, cap = self._store, bytes(value), self._settings.max_nbytes
-        with store.lock:
-            if cap is not None and len(data) > cap:
-                self._counts["dropped_writes"] += 1
-                raise BackendFull(f"an object of {len(data)} bytes is over max_nbytes={cap}")
+        data = bytes(value)
+        with self._fresh() as store:
+            self._check_size(len(data))
             store.discard(key)
-            store.objects[key] = (data, self._clock())
-            store.used_nbytes += len(data)
-            while cap is not None and store.used_nbytes > cap:
-                store.discard(next(iter(store.objects)))
-                self._counts["evicted_objects"] += 1
+            self._make_room(store, namespace_of(key), len(data))
+            store.add(key, data, self._clock())
 
     def delete(self, keys: Sequence[str]) -> None:
-        store = self._store
-        with store.lock:
+        with self._fresh() as store:
             for key in keys:
-                store.discard(key)
+                store.remove(key)
 
     def list_keys(self, prefix: str) -> Iterator[str]:
         """Every key that starts with ``prefix``, as of now."""
-        store = self._store
-        with store.lock:
-            keys = [key for key in store.objects if key.startswith(prefix)]
-            return iter([key for key in keys if self._fresh(store, key)])
+        with self._fresh() as store:
+            return iter([key for key in store.objects if key.startswith(prefix)])
 
     def clear(self, prefix: str) -> int:
         """Removes every key that starts with ``prefix``; how many there were."""
-        store = self._store
-        with store.lock:
+        with self._fresh() as store:
             keys = [key for key in store.objects if key.startswith(prefix)]
-            return sum(store.discard(key) for key in keys)
+            return sum(store.remove(key) for key in keys)
+
+    def pin(self, keys: Sequence[str], ttl_s: float) -> int:
+        """See ``Pins``; the time to live of the objects goes on all the same."""
+        with self._fresh() as store:
+            present = [key for key in keys if key in store.objects]
+            until = self._clock() + ttl_s
+            for key in present:
+                if ttl_s > 0:
+                    store.pinned_until[key] = until
+                else:
+                    store.pinned_until.pop(key, None)
+            return len(present)
+
+    def usage(self) -> Mapping[str, int]:
+        """Bytes of stored objects by namespace."""
+        with self._fresh() as store:
+            return dict(store.usage)
 
     def stats(self) -> Mapping[str, float]:
         """``used_nbytes``, ``objects``, and counts of what was evicted, expired and dropped."""
-        store = self._store
-        with store.lock:
+        with self._fresh() as store:
             return {
                 "used_nbytes": store.used_nbytes,
                 "objects": len(store.objects),
                 **self._counts,
             }
 
-    def _fresh(self, store: _Store, key: str) -> bool:
-        """Whether ``key`` is there and young enough; drops it if not. The caller holds the lock."""
-        entry = store.objects.get(key)
-        if entry is None:
-            return False
+    @contextmanager
+    def _fresh(self) -> Iterator[_Store]:
+        """The store, locked, without the objects whose time is over."""
+        store = self._opened
+        if store is None:
+            raise UseAfterClose("the memory backend is not open; call open() first")
         ttl_s = self._settings.ttl_s
-        if ttl_s is None or self._clock() - entry[1] < ttl_s:
-            return True
-        self._counts["expired_objects"] += store.discard(key)
-        return False
+        with store.lock:
+            if ttl_s is not None:
+                now = self._clock()
+                while store.written and now - next(iter(store.written.values())) >= ttl_s:
+                    store.remove(next(iter(store.written)))
+                    self._counts["expired_objects"] += 1
+            yield store
+
+    def _check_size(self, nbytes: int) -> None:
+        settings = self._settings
+        for name, cap in (
+            ("max_nbytes", settings.max_nbytes),
+            ("namespace_quota_nbytes", settings.namespace_quota_nbytes),
+        ):
+            if cap is not None and nbytes > cap:
+                self._counts["dropped_writes"] += 1
+                raise BackendFull(f"an object of {nbytes} bytes is over {name}={cap}")
+
+    def _make_room(self, store: _Store, namespace: str, nbytes: int) -> None:
+        """Evicts until ``nbytes`` more fit, first into the namespace, then into the store."""
+        quota, cap = self._settings.namespace_quota_nbytes, self._settings.max_nbytes
+        while quota is not None and store.usage.get(namespace, 0) + nbytes > quota:
+            self._evict(store, store.used_in[namespace])
+        while cap is not None and store.used_nbytes + nbytes > cap:
+            self._evict(store, store.used)
+
+    def _evict(self, store: _Store, order: OrderedDict[str, None]) -> None:
+        store.remove(store.victim(order, self._clock()))
+        self._counts["evicted_objects"] += 1
 
 
 @hookimpl

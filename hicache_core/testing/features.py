@@ -11,7 +11,9 @@ from hicache_core.storage.base import (
     Diagnosable,
     HasStats,
     Listable,
+    Pins,
     RegistersMemory,
+    ReportsUsage,
     StorageBackend,
 )
 from hicache_core.testing.control import StoreControl
@@ -28,10 +30,14 @@ class Feature(enum.StrEnum):
     STATS = "stats"
     DIAGNOSE = "diagnose"
     REGISTER_MEMORY = "register_memory"
+    PIN = "pin"
+    USAGE = "usage"
     SECOND_INSTANCE = "a second instance on the same store"
     SECOND_PROCESS = "a second process on the same store"
     CONTROL = "control of the server"
     SMALL_STORE = "a store with little room"
+    QUOTA = "a store with a quota for each namespace"
+    TTL = "a store whose objects expire"
     SECRETS = "a secret among the settings"
     HYPOTHESIS = "the package hypothesis"
 
@@ -42,6 +48,8 @@ PROTOCOLS: dict[Feature, type] = {
     Feature.STATS: HasStats,
     Feature.DIAGNOSE: Diagnosable,
     Feature.REGISTER_MEMORY: RegistersMemory,
+    Feature.PIN: Pins,
+    Feature.USAGE: ReportsUsage,
 }
 CAPABILITIES = frozenset([Feature.DELETE, *PROTOCOLS])
 """What the backend itself can or cannot do; the other features are given by its tests."""
@@ -55,11 +63,17 @@ class Target:
         recipe: makes backends on one store.
         control: power over the server of that store, if there is one.
         small: makes backends on a store that ``KitSettings.full_nbytes`` fill, if there is one.
+        quota: makes backends on a store where one namespace may take ``KitSettings.quota_nbytes``,
+            and that has room for several such namespaces, if there is one.
+        expiring: makes backends on a store whose objects live ``KitSettings.ttl_s``, if there is
+            one.
     """
 
     recipe: Recipe
     control: StoreControl | None = None
     small: Recipe | None = None
+    quota: Recipe | None = None
+    expiring: Recipe | None = None
 
 
 def detect(backend: StorageBackend, target: Target) -> frozenset[Feature]:
@@ -71,6 +85,8 @@ def detect(backend: StorageBackend, target: Target) -> frozenset[Feature]:
         Feature.SECOND_PROCESS: scope is Scope.SHARED,
         Feature.CONTROL: target.control is not None,
         Feature.SMALL_STORE: target.small is not None,
+        Feature.QUOTA: target.quota is not None,
+        Feature.TTL: target.expiring is not None,
         Feature.SECRETS: bool(secrets_in(target.recipe.settings)),
         Feature.HYPOTHESIS: find_spec("hypothesis") is not None,
     }

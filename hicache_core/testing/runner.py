@@ -87,10 +87,11 @@ def run(
 
 def _left_out(rule: Rule, features: frozenset[Feature], broken: set[str]) -> RuleResult | None:
     """Why ``rule`` is not run; None if it is."""
-    if rule.requires is not None and rule.requires not in features:
-        if rule.requires in CAPABILITIES:
+    wanting = [feature for feature in rule.requires if feature not in features]
+    if wanting:
+        if not CAPABILITIES.isdisjoint(wanting):
             return RuleResult.of(rule, "not implemented")
-        return RuleResult.of(rule, "not run", f"for want of {rule.requires}")
+        return RuleResult.of(rule, "not run", f"for want of {wanting[0]}")
     for need in rule.needs:
         if need in broken:
             return RuleResult.of(rule, "not run", f"it builds on {need}, which has not passed")

@@ -20,6 +20,8 @@ class KitSettings:
         race_s: how long each race between threads or processes goes on.
         kills: how often a writing process is killed.
         full_nbytes: how much is written to a small store to fill it.
+        quota_nbytes: what a namespace may take in a store with a quota.
+        ttl_s: how long objects live in a store where they expire, and pins that are to end.
         examples: runs of the state machine.
         steps: steps of each run.
         rule_s: a rule that takes longer has hung; long rules have a multiple of it.
@@ -37,6 +39,8 @@ class KitSettings:
     race_s: float = 1.0
     kills: int = 5
     full_nbytes: int = 256 << 20
+    quota_nbytes: int = 1 << 20
+    ttl_s: float = 2.0
     examples: int = 50
     steps: int = 40
     rule_s: float = 60.0

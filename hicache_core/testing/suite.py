@@ -51,16 +51,31 @@ class StorageBackendTests:
         return None
 
     @pytest.fixture
+    def quota_store(self) -> Recipe | None:
+        """How backends on a store with a quota by namespace are made; with ``Feature.QUOTA``."""
+        return None
+
+    @pytest.fixture
+    def expiring_store(self) -> Recipe | None:
+        """How backends on a store whose objects expire are made; with ``Feature.TTL``."""
+        return None
+
+    @pytest.fixture
     def conformance_target(
-        self, recipe: Recipe, store_control: StoreControl | None, small_store: Recipe | None
+        self,
+        recipe: Recipe,
+        store_control: StoreControl | None,
+        small_store: Recipe | None,
+        quota_store: Recipe | None,
+        expiring_store: Recipe | None,
     ) -> Target:
         """All of it together."""
-        return Target(recipe, store_control, small_store)
+        return Target(recipe, store_control, small_store, quota_store, expiring_store)
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """One test for each rule that applies."""
         if "conformance_rule" in metafunc.fixturenames:
-            rules = [r for r in RULES if r.requires is None or r.requires in self.features]
+            rules = [rule for rule in RULES if self.features.issuperset(rule.requires)]
             metafunc.parametrize("conformance_rule", rules, ids=[rule.id for rule in rules])
 
     def test_rule(self, conformance_rule: Rule, conformance_target: Target) -> None:

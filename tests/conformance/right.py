@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
@@ -15,6 +16,9 @@ from hicache_core.types import BackendContext
 
 STORES: defaultdict[str, dict[str, bytes]] = defaultdict(dict)
 """What the instances of this process share, by the setting ``store``."""
+WRITTEN: defaultdict[str, dict[str, float]] = defaultdict(dict)
+PINNED: defaultdict[str, dict[str, float]] = defaultdict(dict)
+"""When the objects of a store were written, and until when they are pinned."""
 
 
 class RightConfig(BackendConfig):
@@ -23,6 +27,8 @@ class RightConfig(BackendConfig):
     store: str = "kit"
     password: SecretStr | None = None
     max_nbytes: int | None = None
+    quota_nbytes: int | None = None
+    ttl_s: float | None = None
 
 
 class RightBackend(StorageBackend):
@@ -68,9 +74,56 @@ class RightBackend(StorageBackend):
 
 
 class RichBackend(RightBackend):
-    """Has every optional capability too."""
+    """Has every optional capability too, a quota by namespace, and a TTL."""
 
     name: ClassVar[str] = "rich"
+
+    @property
+    def objects(self) -> dict[str, bytes]:
+        """The objects that are young enough, the oldest first."""
+        objects, ttl_s = super().objects, self.settings.ttl_s
+        if ttl_s is not None:
+            for key, written_at in list(WRITTEN[self.settings.store].items()):
+                if written_at <= time.monotonic() - ttl_s:
+                    del WRITTEN[self.settings.store][key]
+                    objects.pop(key, None)
+        return objects
+
+    def set(self, key: str, value: Buffer) -> None:
+        """Stores it, then makes room in its namespace, if that is over its quota."""
+        super().set(key, value)
+        if self.settings.ttl_s is not None:
+            WRITTEN[self.settings.store][key] = time.monotonic()
+        quota = self.settings.quota_nbytes
+        while quota is not None and sum(len(self.objects[k]) for k in self.within(key)) > quota:
+            del self.objects[self.victim(key)]
+
+    def within(self, key: str) -> list[str]:
+        """The keys of the namespace of ``key``."""
+        namespace = key.partition("/")[0] + "/"
+        return [k for k in list(self.objects) if k.startswith(namespace)]
+
+    def victim(self, key: str) -> str:
+        """What goes first for ``key``: the oldest that is not pinned, else the oldest."""
+        others = [other for other in self.within(key) if other != key]
+        return next((k for k in others if not self.is_pinned(k)), others[0])
+
+    def is_pinned(self, key: str) -> bool:
+        """Whether its pin is not over yet."""
+        return PINNED[self.settings.store].get(key, 0.0) > time.monotonic()
+
+    def pin(self, keys: Sequence[str], ttl_s: float) -> int:
+        """Pins those that are there."""
+        present = [key for key in keys if key in self.objects]
+        PINNED[self.settings.store].update(dict.fromkeys(present, time.monotonic() + ttl_s))
+        return len(present)
+
+    def usage(self) -> Mapping[str, int]:
+        """Sums of what is there."""
+        sums: dict[str, int] = defaultdict(int)
+        for key, value in list(self.objects.items()):
+            sums[key.partition("/")[0]] += len(value)
+        return sums
 
     def register_memory(self, buffers: Sequence[memoryview]) -> None:
         """Takes any memory."""

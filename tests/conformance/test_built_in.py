@@ -9,31 +9,53 @@ import pytest
 
 from hicache_core.testing.features import Feature
 from hicache_core.testing.recipe import Recipe, Scope
+from hicache_core.testing.settings import QUICK
 from hicache_core.testing.suite import StorageBackendTests
+
+RETENTION = frozenset([Feature.PIN, Feature.USAGE, Feature.QUOTA, Feature.TTL])
 
 
 class TestMemory(StorageBackendTests):
     """The memory backend, shared in one process."""
 
-    features: ClassVar[frozenset[Feature]] = StorageBackendTests.features - {
-        Feature.SECOND_PROCESS
-    } | {Feature.LIST, Feature.CLEAR, Feature.STATS}
+    features: ClassVar[frozenset[Feature]] = (
+        StorageBackendTests.features - {Feature.SECOND_PROCESS}
+        | {Feature.LIST, Feature.CLEAR, Feature.STATS}
+        | RETENTION
+    )
 
     @pytest.fixture
     def recipe(self) -> Recipe:
         return Recipe.named("memory", {"share": "conformance"}, Scope.PROCESS)
 
+    @pytest.fixture
+    def quota_store(self) -> Recipe:
+        return Recipe.named("memory", {"namespace_quota_nbytes": "1MiB"}, Scope.INSTANCE)
+
+    @pytest.fixture
+    def expiring_store(self) -> Recipe:
+        return Recipe.named("memory", {"ttl_s": QUICK.ttl_s}, Scope.INSTANCE)
+
 
 class TestFile(StorageBackendTests):
     """The file backend."""
 
-    features: ClassVar[frozenset[Feature]] = StorageBackendTests.features | {
-        Feature.LIST,
-        Feature.CLEAR,
-        Feature.STATS,
-        Feature.DIAGNOSE,
-    }
+    features: ClassVar[frozenset[Feature]] = (
+        StorageBackendTests.features
+        | {Feature.LIST, Feature.CLEAR, Feature.STATS, Feature.DIAGNOSE}
+        | RETENTION
+    )
 
     @pytest.fixture
     def recipe(self, tmp_path: Path) -> Recipe:
         return Recipe.named("file", {"path": str(tmp_path / "store")})
+
+    @pytest.fixture
+    def quota_store(self, tmp_path: Path) -> Recipe:
+        settings = {"path": str(tmp_path / "quota"), "namespace_quota_nbytes": "1MiB"}
+        return Recipe.named("file", settings)
+
+    @pytest.fixture
+    def expiring_store(self, tmp_path: Path) -> Recipe:
+        settings = {"path": str(tmp_path / "expiring"), "ttl_s": QUICK.ttl_s}
+        return Recipe.named("file", settings)

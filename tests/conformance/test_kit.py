@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hicache_core.errors import UseAfterClose
-from hicache_core.testing.features import Target
+from hicache_core.testing.features import Feature, Target
 from hicache_core.testing.harness import Harness, RuleBroken
 from hicache_core.testing.recipe import Recipe, Scope
 from hicache_core.testing.report import Report
@@ -17,8 +17,8 @@ from hicache_core.testing.rules import RULES
 from hicache_core.testing.rules.rule import Rule
 from hicache_core.testing.runner import run, run_rule
 from hicache_core.testing.settings import KitSettings
-from tests.conformance import defects, defects_data, defects_server
-from tests.conformance.right import STORES, RichBackend, RightBackend
+from tests.conformance import defects, defects_data, defects_retention, defects_server
+from tests.conformance.right import PINNED, STORES, WRITTEN, RichBackend, RightBackend
 
 TINY = KitSettings(
     large_nbytes=2 << 20,
@@ -30,6 +30,8 @@ TINY = KitSettings(
     race_s=0.08,
     kills=2,
     full_nbytes=4 << 20,
+    quota_nbytes=64 << 10,
+    ttl_s=0.1,
     examples=15,
     steps=25,
     rule_s=10.0,
@@ -45,7 +47,7 @@ def _all_subclasses(cls: type) -> list[type]:
 DEFECTS = [
     cls
     for cls in _all_subclasses(RightBackend)
-    if cls.__module__ in (defects_data.__name__, defects.__name__)
+    if cls.__module__ in {m.__name__ for m in (defects, defects_data, defects_retention)}
     and not cls.__name__.startswith("_")
     and cls is not defects.DirectoryBackend
 ]
@@ -60,7 +62,8 @@ def nothing_stays() -> Iterator[None]:
     defects.END_OF_TESTS.clear()
     while defects.DESCRIPTORS:
         os.close(defects.DESCRIPTORS.pop())
-    STORES.clear()
+    for shared in (STORES, WRITTEN, PINNED):
+        shared.clear()
 
 
 def target_of(cls: type[RightBackend], tmp_path: Path) -> Target:
@@ -76,7 +79,10 @@ def target_of(cls: type[RightBackend], tmp_path: Path) -> Target:
     small = Recipe.of(RightBackend, {"store": "small", "max_nbytes": 1 << 20})
     if cls is defects.CountsDroppedPages:
         small = Recipe.of(cls, {"store": "small", "max_nbytes": 1 << 20})
-    return Target(recipe, small=small)
+    keeping = cls if issubclass(cls, RichBackend) else RichBackend
+    quota = Recipe.of(keeping, {"store": "quota", "quota_nbytes": TINY.quota_nbytes})
+    expiring = Recipe.of(keeping, {"store": "expiring", "ttl_s": TINY.ttl_s})
+    return Target(recipe, small=small, quota=quota, expiring=expiring)
 
 
 def failures(report: Report) -> list[str]:
@@ -95,8 +101,8 @@ def test_a_right_backend_passes_every_rule_that_applies(
     assert report.passed
     assert report.figures
     not_run = [r.id for r in report.results if r.status == "not run"]
-    server = {r.id for r in RULES if r.requires is not None and r.requires.name == "CONTROL"}
-    shared = {r.id for r in RULES if r.requires is not None and r.requires.name == "SECOND_PROCESS"}
+    server = {r.id for r in RULES if Feature.CONTROL in r.requires}
+    shared = {r.id for r in RULES if Feature.SECOND_PROCESS in r.requires}
     assert set(not_run) == (server if cls is defects.DirectoryBackend else server | shared)
 
 

@@ -32,7 +32,7 @@ def with_needs(rule_id: str) -> set[str]:
     return {rule_id}.union(*(with_needs(need) for need in BY_ID[rule_id].needs))
 
 
-CONTROL_IDS = [rule.id for rule in RULES if rule.requires is Feature.CONTROL]
+CONTROL_IDS = [rule.id for rule in RULES if Feature.CONTROL in rule.requires]
 WANTED = set().union(*(with_needs(rule_id) for rule_id in CONTROL_IDS))
 SERVER_RULES = [rule for rule in RULES if rule.id in WANTED]
 

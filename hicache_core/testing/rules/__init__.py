@@ -12,6 +12,7 @@ from hicache_core.testing.rules import (
     lifetime,
     model,
     races,
+    retention,
     server,
     sharing,
     sizes,
@@ -27,6 +28,7 @@ RULES: tuple[Rule, ...] = (
     *sharing.RULES,
     *capabilities.RULES,
     *races.DELETING,
+    *retention.RULES,
     *server.RULES,
     *model.RULES,
 )

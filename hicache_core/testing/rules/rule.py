@@ -18,7 +18,7 @@ class Rule:
         id: stable name, in reports and as the test's id.
         text: the rule in a sentence.
         check: raises if the backend breaks it.
-        requires: the feature without which the rule does not apply.
+        requires: the features without which the rule does not apply.
         needs: ids of rules that it builds on.
         patience: how many times ``KitSettings.rule_s`` it may take.
     """
@@ -26,14 +26,14 @@ class Rule:
     id: str
     text: str
     check: Callable[[Harness], None]
-    requires: Feature | None = None
+    requires: tuple[Feature, ...] = ()
     needs: tuple[str, ...] = ()
     patience: float = 1.0
 
     @property
     def level(self) -> Literal["base", "capability"]:
         """``capability`` if it is about what only some backends can do."""
-        return "capability" if self.requires in CAPABILITIES else "base"
+        return "base" if CAPABILITIES.isdisjoint(self.requires) else "capability"
 
 
 class RuleBook:
@@ -48,15 +48,16 @@ class RuleBook:
         self,
         text: str,
         *,
-        requires: Feature | None = None,
+        requires: Feature | tuple[Feature, ...] = (),
         needs: tuple[str, ...] = (),
         patience: float = 1.0,
     ) -> Callable[[Callable[[Harness], None]], Callable[[Harness], None]]:
         """Adds the decorated function; its name is the rule's id."""
 
         def add(check: Callable[[Harness], None]) -> Callable[[Harness], None]:
+            required = (requires,) if isinstance(requires, Feature) else requires
             needed = (*self._needs, *needs)
-            self.rules.append(Rule(check.__name__, text, check, requires, needed, patience))
+            self.rules.append(Rule(check.__name__, text, check, required, needed, patience))
             return check
 
         return add

@@ -1,0 +1,105 @@
+"""Check every stored page of a backend, and remove corrupt and foreign ones."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+
+import click
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from hicache_core.cli._columns import columns
+from hicache_core.config_sources import read_inline
+from hicache_core.storage.scrub import GOOD, VANISHED, Checked, Tally, scrub
+from hicache_core.testing.recipe import Recipe
+
+
+@click.command("scrub")
+@click.argument("name")
+@click.option("--config", default="{}", help="The backend's settings: JSON text, or @file.")
+@click.option("--namespace", default="", help="Only this namespace: the 16 digits before the /.")
+@click.option("--dry-run", is_flag=True, help="Look only; remove nothing.")
+@click.option("--limit", type=click.IntRange(min=1), help="Check at most so many objects.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--max-object-nbytes", default=0, help="Size of a stored page, where it is set.")
+def command(
+    *,
+    name: str,
+    config: str,
+    namespace: str,
+    dry_run: bool,
+    limit: int | None,
+    as_json: bool,
+    max_object_nbytes: int,
+) -> None:
+    """Check every stored page of the backend NAME; remove corrupt and foreign ones.
+
+    An object is foreign if it was sealed for another key, or if its key is no page key. The exit
+    status is 0 if nothing had to be removed, 1 if something was, or would be without --dry-run,
+    and 2 if the store could not be scrubbed.
+    """
+    recipe = Recipe.named(
+        name, read_inline(config, what="--config: "), max_object_nbytes=max_object_nbytes
+    )
+    backend, tally = recipe.make(), Tally()
+    backend.open()
+    try:
+        prefix = f"{namespace}/" if namespace else ""
+        found = scrub(backend, prefix=prefix, remove=not dry_run, limit=limit)
+        for checked in _shown(found):
+            tally.add(checked)
+            if not as_json and checked.kind not in (GOOD, VANISHED):
+                click.echo(f"{checked.kind:13} {checked.key}")
+    finally:
+        backend.close()
+    if as_json:
+        click.echo(json.dumps(_report(tally, name, dry_run=dry_run), indent=2))
+    else:
+        click.echo("\n".join(_lines(tally, dry_run=dry_run)))
+    click.get_current_context().exit(1 if tally.n_bad else 0)
+
+
+def _shown(found: Iterable[Checked]) -> Iterator[Checked]:
+    """``found``, with how far it is on a terminal."""
+    progress = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.completed:,.0f} objects, {task.fields[read]}"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),  # what is piped goes on to its pipe
+        disable=not sys.stderr.isatty(),
+    )
+    with progress:
+        task, nbytes = progress.add_task("scrub", total=None, read=decimal(0)), 0
+        for checked in found:
+            nbytes += checked.nbytes
+            progress.update(task, advance=1, read=decimal(nbytes))
+            yield checked
+
+
+def _report(tally: Tally, name: str, *, dry_run: bool) -> dict[str, object]:
+    return {
+        "backend": name,
+        "dry_run": dry_run,
+        "objects": tally.objects.total(),
+        "nbytes": tally.nbytes.total(),
+        "bad": tally.n_bad,
+        "removed": tally.n_removed,
+        "namespaces": tally.by_namespace(),
+    }
+
+
+def _lines(tally: Tally, *, dry_run: bool) -> Iterator[str]:
+    rows = [
+        (namespace or "(no page keys)", kind, f"{sums['objects']:,}", f"{sums['nbytes']:,}")
+        for namespace, kinds in tally.by_namespace().items()
+        for kind, sums in kinds.items()
+    ]
+    if rows:
+        yield columns([("NAMESPACE", "KIND", "OBJECTS", "BYTES"), *rows])
+    done = f"{tally.n_bad:,} would be removed" if dry_run else f"{tally.n_removed:,} removed"
+    yield f"{tally.objects.total():,} objects, {tally.nbytes.total():,} bytes checked; {done}"

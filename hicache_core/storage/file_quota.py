@@ -1,0 +1,105 @@
+"""The quota of the file backend's namespaces: which objects of one have to go."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+from hicache_core.storage.base import namespace_of
+from hicache_core.storage.file_extents import FREE, PINNED, UNPINNED, Wanted
+from hicache_core.storage.file_index import FileIndex
+
+_NAMESPACE = "substr(key, 1, instr(key || '/', '/') - 1)"
+
+
+class FileQuota:
+    """Keeps every namespace within ``nbytes``; without a quota (None) it does nothing.
+
+    ``nbytes`` counts the objects' own bytes, as ``FileIndex.usage`` does. What is freed stays where
+    it lies, and the next object to be stored may have its space.
+
+    Threads: every method is called inside a transaction of the index.
+    """
+
+    def __init__(self, index: FileIndex, nbytes: int | None, clock: Callable[[], float]) -> None:
+        self._index = index
+        self._nbytes = nbytes
+        self._clock = clock
+        self.evicted_objects = 0
+
+    def fitting(self, wanted: Sequence[Wanted]) -> int:
+        """How many of the leading ``wanted`` may be there together."""
+        if self._nbytes is not None:
+            sums: dict[str, int] = {}
+            for n, want in enumerate(wanted):
+                if _add(sums, want) > self._nbytes:
+                    return n
+        return len(wanted)
+
+    def make_room(
+        self,
+        connection: sqlite3.Connection,
+        new: Iterable[Wanted],
+        kept: Iterable[int],
+        seq: int,
+    ) -> None:
+        """Frees what has to go so that ``new`` fit; the extents ``kept`` stay."""
+        if self._nbytes is None:
+            return
+        added: dict[str, int] = {}
+        for want in new:
+            _add(added, want)
+        usage, kept = self._index.usage(), frozenset(kept)
+        for namespace, nbytes in added.items():
+            excess_nbytes = usage.get(namespace, 0) + nbytes - self._nbytes
+            self._free(connection, namespace, excess_nbytes, kept, seq)
+
+    def trim(self, connection: sqlite3.Connection, seq: int) -> None:
+        """Frees what is over the quota now, and prepares for later."""
+        if self._nbytes is None:
+            return
+        # Finds the least recently used of a namespace; only those who set a quota pay for it.
+        connection.execute(
+            f"CREATE INDEX IF NOT EXISTS by_use_in ON extents ({_NAMESPACE}, used_at) "
+            "WHERE key IS NOT NULL"
+        )
+        for namespace, nbytes in self._index.usage().items():
+            self._free(connection, namespace, nbytes - self._nbytes, (), seq)
+
+    def _free(
+        self,
+        connection: sqlite3.Connection,
+        namespace: str,
+        excess_nbytes: int,
+        kept: Collection[int],
+        seq: int,
+    ) -> None:
+        """Frees the least recently used of ``excess_nbytes`` together, the pinned ones last."""
+        victims: list[int] = []
+        for pins in (UNPINNED, PINNED):
+            if excess_nbytes <= 0:
+                break
+            rows = connection.execute(
+                f"SELECT extent_id, nbytes FROM extents WHERE key IS NOT NULL "
+                f"AND {_NAMESPACE} = ? AND {pins} ORDER BY used_at",
+                (namespace, self._clock()),
+            )
+            for extent_id, nbytes in rows:
+                if excess_nbytes <= 0:
+                    break
+                if extent_id not in kept:
+                    victims.append(extent_id)
+                    excess_nbytes -= nbytes
+            rows.close()
+        connection.executemany(
+            f"UPDATE extents SET {FREE}, seq = ? WHERE extent_id = ?",
+            ((seq, extent_id) for extent_id in victims),
+        )
+        self.evicted_objects += len(victims)
+
+
+def _add(sums: dict[str, int], want: Wanted) -> int:
+    """Adds the length of ``want`` to the sum of its namespace; the new sum."""
+    namespace = namespace_of(want.key)
+    sums[namespace] = sums.get(namespace, 0) + want.nbytes
+    return sums[namespace]
