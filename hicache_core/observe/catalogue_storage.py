@@ -1,0 +1,161 @@
+"""The catalogue's part about storage: jobs, calls, errors, breakers, what it gave back."""
+
+from __future__ import annotations
+
+from hicache_core.observe.series import (
+    MAX_BACKENDS,
+    MAX_ERROR_KINDS,
+    MAX_NAMESPACES,
+    Series,
+    backends,
+    breaker,
+    counter,
+    errors,
+    operation_seconds,
+    usage,
+    words,
+)
+
+DIRECTIONS = "`read`, `write`"
+BACKEND = f"name of the backend; at most {MAX_BACKENDS}"
+OPERATIONS = "`exists`, `get`, `set`, …"
+
+STORAGE = (
+    Series(
+        "backuped_tokens_total",
+        "counter",
+        "tokens",
+        "Tokens that storage acknowledged.",
+        counter("stored_pages", tokens=True),
+        sglang=True,
+    ),
+    Series(
+        "store_dropped_pages_total",
+        "counter",
+        "pages",
+        "Pages not offered to storage since its queue was full, or not taken by it.",
+        counter("store_dropped_pages"),
+    ),
+    Series(
+        "storage_operation_seconds",
+        "histogram",
+        "seconds",
+        "Time of each call that reached the store.",
+        operation_seconds,
+        {"backend": BACKEND, "op": OPERATIONS},
+    ),
+    Series(
+        "storage_errors_total",
+        "counter",
+        "calls",
+        "Failed calls, by the class of the error.",
+        errors,
+        {
+            "backend": BACKEND,
+            "op": OPERATIONS,
+            "kind": f"class of the error; at most {MAX_ERROR_KINDS} and `other`",
+        },
+    ),
+    Series(
+        "storage_breaker_state",
+        "gauge",
+        "0 or 1",
+        "1 for the state that the circuit breaker is in.",
+        breaker,
+        {"backend": BACKEND, "state": "`closed`, `open`, `half_open`"},
+    ),
+    Series(
+        "storage_retries_total",
+        "counter",
+        "calls",
+        "Calls that were repeated.",
+        backends(lambda backend: backend.retries),
+        {"backend": BACKEND},
+    ),
+    Series(
+        "storage_short_circuits_total",
+        "counter",
+        "calls",
+        "Calls not made, since the breaker was open.",
+        backends(lambda backend: backend.short_circuits),
+        {"backend": BACKEND},
+    ),
+    Series(
+        "storage_negative_hits_total",
+        "counter",
+        "pages",
+        "Pages not asked for, since they failed to load a moment ago.",
+        backends(lambda backend: backend.negative_hits),
+        {"backend": BACKEND},
+    ),
+    Series(
+        "storage_stored_bytes_total",
+        "counter",
+        "bytes",
+        "Bytes that the store acknowledged.",
+        backends(lambda backend: backend.stored_nbytes),
+        {"backend": BACKEND},
+    ),
+    Series(
+        "storage_loaded_bytes_total",
+        "counter",
+        "bytes",
+        "Bytes that the store delivered.",
+        backends(lambda backend: backend.loaded_nbytes),
+        {"backend": BACKEND},
+    ),
+    Series(
+        "storage_rejected_pages_total",
+        "counter",
+        "pages",
+        "Objects that were refused when read, since their seal was wrong.",
+        words(lambda snapshot: snapshot.rejected_pages),
+        {"kind": "`corrupt`, `foreign`, `wrong_length`, `wrong_version`"},
+    ),
+    Series(
+        "storage_usage_bytes",
+        "gauge",
+        "bytes",
+        "Bytes stored by namespace, the largest ones by name.",
+        usage,
+        {"backend": BACKEND, "namespace": f"the largest {MAX_NAMESPACES} and `other`"},
+    ),
+    Series(
+        "storage_bytes_in_flight",
+        "gauge",
+        "bytes",
+        "Bytes of storage jobs under way.",
+        words(lambda snapshot: snapshot.bytes_in_flight),
+        {"direction": DIRECTIONS},
+    ),
+    Series(
+        "storage_queue_depth",
+        "gauge",
+        "jobs",
+        "Storage jobs that wait for a thread.",
+        words(lambda snapshot: snapshot.queue_depths),
+        {"queue": "`exists`, `read`, `write`"},
+    ),
+    Series(
+        "jobs_in_flight",
+        "gauge",
+        "jobs",
+        "Jobs that are not settled.",
+        words(lambda snapshot: snapshot.jobs_in_flight),
+        {"kind": "`exists`, `read`, `write`, `copy`"},
+    ),
+    Series(
+        "overdue_jobs",
+        "gauge",
+        "jobs",
+        "Jobs that run beyond their deadline now.",
+        lambda seen: [((), seen.snapshot.overdue_jobs)],
+    ),
+    Series(
+        "storage_write_only",
+        "gauge",
+        "0 or 1",
+        "1 while storage takes much, is asked often and never gives a byte back.",
+        lambda seen: [((), float(seen.write_only))],
+    ),
+)

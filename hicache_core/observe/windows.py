@@ -1,0 +1,100 @@
+"""Windows over counters: the hit rate of late, the alarm for a cache that only writes."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+
+from hicache_core.observe.snapshot import CacheSnapshot
+
+log = logging.getLogger(__name__)
+
+_STEPS = 60  # samples that a window keeps at most, roughly
+
+
+class Window:
+    """How much counters grew within the last ``window_s`` seconds. One thread at a time."""
+
+    def __init__(self, window_s: float) -> None:
+        """Starts without a sample."""
+        self._window_s = window_s
+        self._samples: deque[tuple[float, tuple[int, ...]]] = deque()
+
+    def growth(self, now: float, values: tuple[int, ...]) -> tuple[int, ...]:
+        """Takes ``values`` at ``now``; by how much each grew since the window began.
+
+        The window begins at the newest sample that is ``window_s`` old, or at the first one. A
+        counter that shrank was started anew, and so is the window.
+        """
+        samples = self._samples
+        if samples and any(new < old for new, old in zip(values, samples[-1][1], strict=True)):
+            samples.clear()
+        if not samples or now - samples[-1][0] >= self._window_s / _STEPS:
+            samples.append((now, values))
+        while len(samples) > 1 and now - samples[1][0] >= self._window_s:
+            samples.popleft()
+        return tuple(new - old for new, old in zip(values, samples[0][1], strict=True))
+
+
+class HitRate:
+    """The share of tokens that were hits lately."""
+
+    def __init__(self, window_s: float = 60.0) -> None:
+        """Looks back ``window_s`` seconds."""
+        self._window = Window(window_s)
+
+    def update(self, now: float, snapshot: CacheSnapshot) -> float:
+        """Takes a snapshot; hit tokens / matched tokens within the window, 0 without any."""
+        hits = sum(snapshot.hit_tokens.values())
+        missed = snapshot.counters.get("missed_tokens", 0)
+        n_hit, n_missed = self._window.growth(now, (hits, missed))
+        return n_hit / (n_hit + n_missed) if n_hit else 0.0
+
+
+class WriteOnlyAlarm:
+    """Raised while storage takes much, is asked often, and never gives a byte back.
+
+    Such a cache costs and does not help: keys that no reader computes, a namespace of its own for
+    each start, a store that evicts at once. One thread at a time.
+    """
+
+    def __init__(
+        self,
+        *,
+        window_s: float = 600.0,
+        min_stored_nbytes: int = 1 << 30,
+        min_questions: int = 100,
+    ) -> None:
+        """Sets the bounds.
+
+        Args:
+            window_s: how far back it looks.
+            min_stored_nbytes: bytes stored within the window below which it stays silent.
+            min_questions: questions to storage below which it stays silent.
+        """
+        self._window = Window(window_s)
+        self._window_s = window_s
+        self._min_stored_nbytes = min_stored_nbytes
+        self._min_questions = min_questions
+        self._said = False
+        self.raised = False
+
+    def update(self, now: float, snapshot: CacheSnapshot) -> bool:
+        """Takes a snapshot; whether the alarm is raised. Logs a warning the first time."""
+        stored, loaded, asked = self._window.growth(
+            now, (snapshot.stored_nbytes, snapshot.loaded_nbytes, snapshot.questions)
+        )
+        self.raised = (
+            stored >= self._min_stored_nbytes and asked >= self._min_questions and loaded == 0
+        )
+        if self.raised and not self._said:
+            self._said = True
+            log.warning(
+                "storage only takes: %d bytes stored and none loaded in %d questions within %.0f s;"
+                " do writer and reader have the same model, page size, layout and salt"
+                " (hicache why)?",
+                stored,
+                asked,
+                self._window_s,
+            )
+        return self.raised
