@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -19,9 +17,9 @@ from prometheus_client.registry import Collector
 
 from hicache_core.errors import ConfigError
 from hicache_core.observe.catalogue import SERIES
-from hicache_core.observe.series import Observation, Series
-from hicache_core.observe.snapshot import CacheSnapshot, Histogram
-from hicache_core.observe.windows import HitRate, WriteOnlyAlarm
+from hicache_core.observe.series import Series
+from hicache_core.observe.snapshot import Histogram
+from hicache_core.observe.windows import Watch
 
 DEFAULT_PREFIX = "hicache:"
 SGLANG_PREFIX = "sglang:"
@@ -36,21 +34,17 @@ class CacheCollector(Collector):
 
     def __init__(
         self,
-        snapshot: Callable[[], CacheSnapshot],
+        watch: Watch,
         *,
         prefix: str = DEFAULT_PREFIX,
         labels: Mapping[str, str] | None = None,
-        alarm: WriteOnlyAlarm | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Reads nothing yet.
 
         Args:
-            snapshot: looks at the cache; called from the scraping thread.
+            watch: looks at the cache, on the scraping thread.
             prefix: before every name: ``hicache:``, ``sglang:``, or another.
             labels: on every series: ``model_name``, ``tp_rank`` and the like, a few fixed ones.
-            alarm: of a cache that only writes; with its default bounds if None.
-            clock: seconds.
 
         Raises:
             ConfigError: a prefix that Prometheus does not take.
@@ -60,13 +54,9 @@ class CacheCollector(Collector):
                 f"metrics prefix {prefix!r} is no start of a Prometheus name; "
                 "use letters, digits, _ and :, such as 'hicache:'"
             )
-        self._snapshot = snapshot
+        self._watch = watch
         self._prefix = prefix
         self._labels = dict(labels or {})
-        self._alarm = alarm or WriteOnlyAlarm()
-        self._hit_rate = HitRate()
-        self._clock = clock
-        self._lock = threading.Lock()  # around the windows only
 
     def describe(self) -> Iterator[Metric]:
         """Every series without samples: what a registry compares names by."""
@@ -75,7 +65,7 @@ class CacheCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Every series that the cache has."""
-        seen = self._observe()
+        seen = self._watch.observe()
         fixed = tuple(self._labels.values())
         for series in _all_series():
             family = self._family(series)
@@ -83,15 +73,6 @@ class CacheCollector(Collector):
                 _add(family, fixed + labels, value)
             if family.samples:
                 yield family
-
-    def _observe(self) -> Observation:
-        with self._lock:
-            snapshot, now = self._snapshot(), self._clock()
-            return Observation(
-                snapshot,
-                hit_rate=self._hit_rate.update(now, snapshot),
-                write_only=self._alarm.update(now, snapshot),
-            )
 
     def _family(self, series: Series) -> Metric:
         name = self._prefix + series.name

@@ -14,6 +14,7 @@ from hicache_core.observe.snapshot import (
     PoolStatus,
     bounded,
 )
+from hicache_core.observe.windows import Observation
 
 Kind = Literal["counter", "gauge", "histogram"]
 Sample = tuple[tuple[str, ...], float | Histogram]
@@ -24,21 +25,6 @@ MAX_OPERATIONS = 8
 MAX_ERROR_KINDS = 24
 MAX_NAMESPACES = 16
 MAX_WORDS = 16  # causes, outcomes, kinds of rejected pages: short lists that the code itself fixes
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What the series are read from.
-
-    Attributes:
-        snapshot: the cache.
-        hit_rate: share of tokens that hit within the last minute.
-        write_only: whether the alarm for a cache that only writes is raised.
-    """
-
-    snapshot: CacheSnapshot
-    hit_rate: float
-    write_only: bool
 
 
 Read = Callable[[Observation], Iterable[Sample]]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from hicache_core.observe.snapshot import CacheSnapshot
 
@@ -98,3 +102,52 @@ class WriteOnlyAlarm:
                 self._window_s,
             )
         return self.raised
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A snapshot, and what only time tells.
+
+    Attributes:
+        snapshot: the cache.
+        hit_rate: share of tokens that hit within the last minute.
+        write_only: whether the alarm for a cache that only writes is raised.
+    """
+
+    snapshot: CacheSnapshot
+    hit_rate: float
+    write_only: bool
+
+
+class Watch:
+    """Looks at one cache whenever somebody asks; from any thread."""
+
+    def __init__(
+        self,
+        snapshot: Callable[[], CacheSnapshot],
+        *,
+        alarm: WriteOnlyAlarm | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Looks at nothing yet.
+
+        Args:
+            snapshot: looks at the cache; called on the thread that asks, one at a time.
+            alarm: of a cache that only writes; with its default bounds if None.
+            clock: seconds.
+        """
+        self._snapshot = snapshot
+        self._alarm = alarm or WriteOnlyAlarm()
+        self._hit_rate = HitRate()
+        self._clock = clock
+        self._lock = threading.Lock()
+
+    def observe(self) -> Observation:
+        """Looks now."""
+        with self._lock:
+            snapshot, now = self._snapshot(), self._clock()
+            return Observation(
+                snapshot,
+                hit_rate=self._hit_rate.update(now, snapshot),
+                write_only=self._alarm.update(now, snapshot),
+            )

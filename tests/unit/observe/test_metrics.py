@@ -20,6 +20,7 @@ from hicache_core.observe.catalogue import SERIES
 from hicache_core.observe.metrics import SGLANG_PREFIX, CacheCollector, exposition
 from hicache_core.observe.series import MAX_ERROR_KINDS, MAX_NAMESPACES, MAX_WORDS, Series
 from hicache_core.observe.snapshot import CacheSnapshot, OperationStatus, PoolStatus, bounded
+from hicache_core.observe.windows import Watch
 from tests.unit.observe.worlds import NOT_YET_COUNTED, backend, full_snapshot, histogram
 
 PAGE = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text(encoding="utf-8")
@@ -38,7 +39,7 @@ SGLANG_0_5_23 = frozenset(
 
 def samples(snapshot: CacheSnapshot, prefix: str = "hicache:") -> dict[str, dict[str, float]]:
     """Every sample by name, under its label values, in the order of the labels' names."""
-    text = exposition(CacheCollector(lambda: snapshot, prefix=prefix)).decode()
+    text = exposition(CacheCollector(Watch(lambda: snapshot), prefix=prefix)).decode()
     found: dict[str, dict[str, float]] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -99,7 +100,7 @@ def test_names_follow_prometheus() -> None:
 
 
 def test_a_full_cache_exports_every_series() -> None:
-    families = CacheCollector(full_snapshot).collect()
+    families = CacheCollector(Watch(full_snapshot)).collect()
     exported = {family.name + ("_total" * (family.type == "counter")) for family in families}
     assert exported == {f"hicache:{series.name}" for series in ALL}
 
@@ -193,7 +194,7 @@ def test_a_counter_never_shrinks_when_labels_become_too_many() -> None:
 
 
 def test_fixed_labels_stand_on_every_series() -> None:
-    collector = CacheCollector(full_snapshot, labels={"tp_rank": "3", "model_name": "m"})
+    collector = CacheCollector(Watch(full_snapshot), labels={"tp_rank": "3", "model_name": "m"})
     for family in collector.collect():
         for sample in family.samples:
             assert sample.labels["tp_rank"] == "3"
@@ -202,19 +203,19 @@ def test_fixed_labels_stand_on_every_series() -> None:
 
 def test_a_prefix_that_prometheus_refuses_is_a_clear_error() -> None:
     with pytest.raises(ConfigError, match="'my-cache:'"):
-        CacheCollector(full_snapshot, prefix="my-cache:")
+        CacheCollector(Watch(full_snapshot), prefix="my-cache:")
 
 
 def test_two_caches_of_one_prefix_do_not_share_a_registry() -> None:
     registry = CollectorRegistry()
-    registry.register(CacheCollector(full_snapshot))
+    registry.register(CacheCollector(Watch(full_snapshot)))
     with pytest.raises(ValueError, match="Duplicated timeseries"):
-        registry.register(CacheCollector(full_snapshot))
-    registry.register(CacheCollector(full_snapshot, prefix="draft:"))
+        registry.register(CacheCollector(Watch(full_snapshot)))
+    registry.register(CacheCollector(Watch(full_snapshot), prefix="draft:"))
 
 
 def test_scrapes_from_several_threads_agree() -> None:
-    collector = CacheCollector(full_snapshot, clock=lambda: 0.0)
+    collector = CacheCollector(Watch(full_snapshot, clock=lambda: 0.0))
     texts: list[bytes] = []
     threads = [
         threading.Thread(target=lambda: texts.append(exposition(collector))) for _ in range(4)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hicache_core.observe.metrics import CacheCollector
 from hicache_core.observe.snapshot import CacheSnapshot, OperationStatus
-from hicache_core.observe.windows import HitRate, Window, WriteOnlyAlarm
+from hicache_core.observe.windows import HitRate, Watch, Window, WriteOnlyAlarm
 from tests.unit.observe.worlds import backend, full_snapshot, histogram
 
 GIB = 1 << 30
@@ -75,7 +75,7 @@ def test_the_log_says_it_once(caplog: pytest.LogCaptureFixture) -> None:
 def test_the_alarm_is_a_series() -> None:
     now = [0.0]
     looks = iter([storage(0, 0, 0), storage(5 * GIB, 0, 50)])
-    collector = CacheCollector(lambda: next(looks), alarm=alarm(), clock=lambda: now[0])
+    collector = CacheCollector(Watch(lambda: next(looks), alarm=alarm(), clock=lambda: now[0]))
 
     def value() -> float:
         (family,) = (f for f in collector.collect() if f.name == "hicache:storage_write_only")
