@@ -235,3 +235,9 @@ def test_a_snapshot_needs_no_extra() -> None:
         "sys.exit(not extras.isdisjoint(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("module", ["events", "http", "metrics", "snapshot", "tracing", "windows"])
+def test_nothing_that_observes_imports_torch(module: str) -> None:
+    code = f"import sys, hicache_core.observe.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
