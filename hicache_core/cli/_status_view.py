@@ -40,7 +40,7 @@ def alarms_of(seen: Observation) -> Iterator[str]:
         yield "storage only takes: much is stored, nothing is loaded (hicache why)"
     for backend in snapshot.backends:
         if backend.breaker in ("open", "half_open"):
-            yield f"{backend.name}: the breaker is {backend.breaker.replace('_', ' ')}"
+            yield _breaker_alarm(backend)
     rejected = _words(snapshot.rejected_pages)
     if rejected:
         yield f"refused objects in storage: {rejected}"
@@ -48,6 +48,14 @@ def alarms_of(seen: Observation) -> Iterator[str]:
         yield f"{snapshot.quarantined_pages} host pages are held by stuck storage jobs"
     if snapshot.events is not None and snapshot.events.dropped_runs:
         yield f"{snapshot.events.dropped_runs} KV events were dropped, subscribers started anew"
+
+
+def _breaker_alarm(backend: BackendStatus) -> str:
+    state = backend.breaker.replace("_", " ")
+    probe = f", next probe in {backend.next_probe_s:.1f} s" if backend.next_probe_s else ""
+    reason = f": {backend.last_error}" if backend.last_error else ""
+    since_s = backend.breaker_since_s
+    return f"{backend.name}: the breaker is {state} for {since_s:.0f} s{probe}{reason}"
 
 
 def _table(title: str, *headers: str) -> Table:

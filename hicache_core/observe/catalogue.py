@@ -9,7 +9,6 @@ from collections.abc import Mapping
 
 from hicache_core.observe.catalogue_storage import STORAGE
 from hicache_core.observe.series import (
-    MAX_WORDS,
     Series,
     bytes_of,
     counter,
@@ -146,7 +145,7 @@ MOVES = (
         "counter",
         "tokens",
         "Tokens copied from host to device.",
-        counter("load_back_pages", tokens=True, labels=("kv",)),
+        counter("load_back_tokens", labels=("kv",)),
         {"pool": "`kv`"},
         sglang=True,
     ),
@@ -155,7 +154,7 @@ MOVES = (
         "counter",
         "bytes",
         "Bytes copied from host to device.",
-        bytes_of("load_back_pages"),
+        bytes_of("load_back_tokens"),
         sglang=True,
     ),
     Series(
@@ -178,7 +177,7 @@ MOVES = (
         "counter",
         "tokens",
         "Tokens copied from device to host.",
-        counter("backup_pages", tokens=True, labels=("kv",)),
+        counter("backup_tokens", labels=("kv",)),
         {"pool": "`kv`"},
         sglang=True,
     ),
@@ -187,7 +186,7 @@ MOVES = (
         "counter",
         "bytes",
         "Bytes copied from device to host.",
-        bytes_of("backup_pages"),
+        bytes_of("backup_tokens"),
         sglang=True,
     ),
     Series(
@@ -235,16 +234,16 @@ PREFETCH = (
         "prefetch_wait_seconds",
         "histogram",
         "seconds",
-        "Time that each request waited for storage before it ran.",
+        "Time from each prefetch to its `finish_prefetch`.",
         histogram(lambda snapshot: snapshot.prefetch_wait_s),
     ),
     Series(
         "admission_decisions_total",
         "counter",
         "requests",
-        "Decisions whether to load from storage or compute, by outcome.",
+        "Decisions how much of what storage has is loaded, by outcome.",
         words(lambda snapshot: snapshot.admission),
-        {"outcome": f"words of the policy; at most {MAX_WORDS}"},
+        {"outcome": "`all`, `part`, `none`, `probe`"},
     ),
 )
 

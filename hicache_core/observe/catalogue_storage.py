@@ -9,6 +9,7 @@ from hicache_core.observe.series import (
     Series,
     backends,
     breaker,
+    breaker_changes,
     counter,
     errors,
     operation_seconds,
@@ -62,6 +63,14 @@ STORAGE = (
         "0 or 1",
         "1 for the state that the circuit breaker is in.",
         breaker,
+        {"backend": BACKEND, "state": "`closed`, `open`, `half_open`"},
+    ),
+    Series(
+        "storage_breaker_changes_total",
+        "counter",
+        "changes",
+        "How often the circuit breaker came into a state, also between two scrapes.",
+        breaker_changes,
         {"backend": BACKEND, "state": "`closed`, `open`, `half_open`"},
     ),
     Series(

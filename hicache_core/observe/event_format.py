@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 import msgpack
 
 from hicache_core.controller.journal import PageRun
-from hicache_core.page_keys import DIGEST_NBYTES
+from hicache_core.page_keys import DIGEST_NBYTES, TOKEN_NBYTES
 from hicache_core.types import Tier
 
 MEDIUM = {Tier.DEVICE: "GPU", Tier.HOST: "CPU_PINNED", Tier.STORAGE: "EXTERNAL"}
@@ -35,6 +35,19 @@ END_OF_REPLAY = (-1).to_bytes(8, "big", signed=True)
 Event: TypeAlias = dict[str, object]
 
 CLEARED: Event = {"type": "AllBlocksCleared"}
+
+
+def pieces(run: PageRun, max_tokens: int) -> Iterator[PageRun]:
+    """``run`` in consecutive runs of at most ``max_tokens`` tokens, or of one page."""
+    n_pages = len(run.digests) // DIGEST_NBYTES
+    page_nbytes = len(run.tokens) // n_pages
+    step = max(1, max_tokens * TOKEN_NBYTES // page_nbytes)
+    parent = run.parent
+    for start in range(0, n_pages, step):
+        digests = run.digests[start * DIGEST_NBYTES : (start + step) * DIGEST_NBYTES]
+        tokens = run.tokens[start * page_nbytes : (start + step) * page_nbytes]
+        yield PageRun(parent, digests, tokens, run.seed)
+        parent = digests[-DIGEST_NBYTES:]
 
 
 def stored(tier: Tier, run: PageRun) -> Event:

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,8 +25,11 @@ from hicache_core.types import Tier
 
 log = logging.getLogger(__name__)
 
-MAX_BATCH_RUNS = 256
-MAX_BATCH_TOKENS = 1 << 17
+MAX_TURN_RUNS = 64
+"""Runs that are sent before the thread looks after replays and ``close`` again."""
+MAX_BATCH_TOKENS = 8192
+"""Packing is C code that holds the interpreter: batches are small, so that no step of an engine
+waits for one."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +67,15 @@ class _Change(NamedTuple):
     run: PageRun | None
     is_stored: bool = False
 
-    @property
-    def n_tokens(self) -> int:
-        """How much of it there is to pack."""
-        return len(self.run.tokens) // TOKEN_NBYTES if self.run is not None else 0
-
-    def event(self) -> Event:
-        """The event that tells it."""
+    def events(self) -> Iterator[tuple[Event, int]]:
+        """The events that tell it, each with its number of tokens."""
         if self.tier is None or self.run is None:
-            return CLEARED
-        tell = event_format.stored if self.is_stored else event_format.removed
-        return tell(self.tier, self.run)
+            yield CLEARED, 0
+        elif not self.is_stored:
+            yield event_format.removed(self.tier, self.run), 0
+        else:
+            for piece in event_format.pieces(self.run, MAX_BATCH_TOKENS):
+                yield event_format.stored(self.tier, piece), len(piece.tokens) // TOKEN_NBYTES
 
 
 _CLEARED = _Change(None, None)
@@ -198,19 +199,24 @@ class KvEvents(Journal):
             link.close()
 
     def _publish(self, link: _Link) -> None:
-        """Sends one batch of what is queued."""
-        changes: list[_Change] = []
-        n_tokens = 0
+        """Sends what is queued, up to ``MAX_TURN_RUNS`` runs, in small batches."""
         with self._lock:
-            while self._queue and len(changes) < MAX_BATCH_RUNS and n_tokens < MAX_BATCH_TOKENS:
-                changes.append(self._queue.popleft())
-                n_tokens += changes[-1].n_tokens
-        if not changes:
-            return
-        payload = event_format.payload(
-            self._wall_clock(), [change.event() for change in changes], self._config.dp_rank
-        )
-        link.publish(self._replay.add(payload), payload)
+            queue = self._queue
+            changes = [queue.popleft() for _ in range(min(len(queue), MAX_TURN_RUNS))]
+        batch: list[Event] = []
+        n_tokens = 0
+        for event, n in (pair for change in changes for pair in change.events()):
+            if n_tokens + n > MAX_BATCH_TOKENS:
+                self._send(link, batch)
+                batch, n_tokens = [], 0
+            batch.append(event)
+            n_tokens += n
+        self._send(link, batch)
+
+    def _send(self, link: _Link, events: Sequence[Event]) -> None:
+        if events:
+            payload = event_format.payload(self._wall_clock(), events, self._config.dp_rank)
+            link.publish(self._replay.add(payload), payload)
 
     def _answer(self, link: _Link, client: bytes, start_seq: int) -> None:
         for seq, payload in self._replay.since(start_seq):

@@ -65,12 +65,12 @@ def counter(name: str, *, tokens: bool = False, labels: tuple[str, ...] = ()) ->
 
 
 def bytes_of(name: str) -> Read:
-    """Reads a counter of pages as bytes."""
+    """Reads a counter of tokens as bytes."""
 
     def read(seen: Observation) -> Iterator[Sample]:
         value = seen.snapshot.counters.get(name)
         if value is not None:
-            yield (), value * seen.snapshot.page_nbytes
+            yield (), value * seen.snapshot.page_nbytes // seen.snapshot.page_size
 
     return read
 
@@ -174,6 +174,14 @@ def breaker(seen: Observation) -> Iterator[Sample]:
         if backend.breaker:
             for state in BREAKER_STATES:
                 yield (backend.name, state), float(backend.breaker == state)
+
+
+def breaker_changes(seen: Observation) -> Iterator[Sample]:
+    """How often each breaker came into each state."""
+    for backend in seen.snapshot.backends[:MAX_BACKENDS]:
+        for state in BREAKER_STATES:
+            if state in backend.breaker_changes:
+                yield (backend.name, state), backend.breaker_changes[state]
 
 
 def usage(seen: Observation) -> Iterator[Sample]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from hicache_core.controller.journal import PageRun
 from hicache_core.errors import ConfigError
-from hicache_core.observe.event_format import payload, removed, stored
+from hicache_core.observe.event_format import payload, pieces, removed, stored
 from hicache_core.observe.events import EventsConfig, KvEvents, for_rank
 from hicache_core.observe.replay import ReplayBuffer
 from hicache_core.page_keys import chain_seed, pack_tokens, page_digests
@@ -136,6 +136,21 @@ def test_tokens_and_hashes_survive_the_wire(tokens: list[int]) -> None:
     assert event["block_hashes"] == hashes(pages)
     assert event["block_size"] == PAGE_SIZE
     assert event["medium"] == "CPU_PINNED"
+
+
+@given(st.integers(0, 3), st.integers(1, 12), st.integers(1, 40))
+def test_a_long_run_is_told_in_pieces_that_are_chained(
+    skip_pages: int, n_pages: int, max_tokens: int
+) -> None:
+    whole = run(list(range((skip_pages + n_pages) * PAGE_SIZE)), skip_pages=skip_pages)
+    told = [stored(Tier.HOST, piece) for piece in pieces(whole, max_tokens)]
+    assert [h for event in told for h in event["block_hashes"]] == hashes(whole)
+    tokens = [token for event in told for token in event["token_ids"]]
+    assert tokens == stored(Tier.HOST, whole)["token_ids"]
+    assert all(len(event["token_ids"]) <= max(max_tokens, PAGE_SIZE) for event in told)
+    parents = [event["parent_block_hash"] for event in told]
+    lasts = [event["block_hashes"][-1] for event in told]
+    assert parents == [stored(Tier.HOST, whole)["parent_block_hash"], *lasts[:-1]]
 
 
 def test_a_message_has_topic_number_and_payload() -> None:
