@@ -63,7 +63,7 @@ def test_it_answers_the_status_as_json(serve: Serve) -> None:
     answer = json.loads(body)
     assert answer["snapshot"]["hit_tokens"] == {"device": 100, "host": 50, "storage": 25}
     assert answer["snapshot"]["backends"][1]["breaker"] == "open"
-    assert "***" not in body, "no number is mistaken for a secret"
+    assert '"***"' not in body, "no number is mistaken for a secret"
 
 
 def test_it_answers_metrics_as_prometheus_reads_them(serve: Serve) -> None:
