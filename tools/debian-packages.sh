@@ -3,9 +3,11 @@
 #
 #   libibverbs1    Mooncake's client links against it
 #   redis-server   the Redis plugin's TLS tests (the Valkey wheel has no TLS)
+#   prometheus     evaluates the queries of the dashboard
 missing=""
 ldconfig -p 2>/dev/null | grep -q 'libibverbs\.so\.1' || missing="$missing libibverbs1"
 command -v redis-server >/dev/null 2>&1 || missing="$missing redis-server"
+command -v prometheus >/dev/null 2>&1 || missing="$missing prometheus"
 [ -n "$missing" ] || exit 0
 
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
@@ -20,6 +22,7 @@ for package in $missing; do
     case $package in
         libibverbs1) echo "without $package the tests of the Mooncake plugin are skipped" ;;
         redis-server) echo "without $package the TLS tests of the Redis plugin are skipped" ;;
+        prometheus) echo "without $package the dashboard's queries are not evaluated" ;;
     esac
     echo "  to run them: sudo apt-get install --no-install-recommends $package"
 done

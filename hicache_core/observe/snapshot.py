@@ -116,6 +116,10 @@ class BackendStatus:
     Attributes:
         name: the backend's name, unique in its chain.
         breaker: ``closed``, ``open`` or ``half_open``; empty without a breaker.
+        breaker_since_s: seconds since it came into that state.
+        breaker_changes: how often it came into each state.
+        next_probe_s: seconds until an open breaker lets a probe through; else 0.
+        last_error: the failure that was seen last; empty if there was none.
         operations: one for each operation.
         retries: calls that were repeated.
         short_circuits: calls not made, since the breaker was open.
@@ -127,6 +131,10 @@ class BackendStatus:
 
     name: str
     breaker: str = ""
+    breaker_since_s: float = 0.0
+    breaker_changes: Mapping[str, int] = field(default_factory=dict)
+    next_probe_s: float = 0.0
+    last_error: str = ""
     operations: Sequence[OperationStatus] = ()
     retries: int = 0
     short_circuits: int = 0

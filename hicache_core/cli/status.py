@@ -1,0 +1,72 @@
+"""How a running cache is: tiers, hit rates, storage, alarms."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import ProxyHandler, build_opener
+
+import click
+from pydantic import TypeAdapter, ValidationError
+
+from hicache_core.cli._status_view import console, view
+from hicache_core.observe.windows import Observation
+from hicache_core.redact import masked_text
+
+DEFAULT_URL = "http://127.0.0.1:9477"
+_TIMEOUT_S = 10.0
+
+
+@click.command("status")
+@click.argument("url", default=DEFAULT_URL)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--watch", "watch_s", type=click.FloatRange(min=0.1), help="Repeat every … seconds.")
+def command(*, url: str, as_json: bool, watch_s: float | None) -> None:
+    """Ask the status server of a cache at URL (http://127.0.0.1:9477 by default)."""
+    while True:
+        _show(_answer(url), as_json=as_json, url=url)
+        if watch_s is None:
+            return
+        time.sleep(watch_s)
+        if not as_json:
+            click.clear()
+
+
+def _show(answer: Any, *, as_json: bool, url: str) -> None:
+    if as_json:
+        click.echo(json.dumps(answer))
+        return
+    try:
+        seen = TypeAdapter(Observation).validate_python(answer)
+    except ValidationError as error:
+        raise click.ClickException(
+            f"{masked_text(url)} answers no status that this version knows "
+            f"({error.error_count()} fields differ); is the cache of another version?"
+        ) from error
+    console().print(view(seen))
+
+
+def _answer(url: str) -> Any:
+    """What ``/hicache/status`` answers, as JSON values."""
+    base = url if re.match(r"https?://", url) else f"http://{url}"
+    address = base.rstrip("/").removesuffix("/hicache/status") + "/hicache/status"
+    shown = masked_text(address)
+    try:
+        # Never through a proxy: a status server listens on loopback or in the cluster.
+        with build_opener(ProxyHandler({})).open(address, timeout=_TIMEOUT_S) as response:
+            return json.load(response)
+    except HTTPError as error:
+        with error:
+            raise click.ClickException(
+                f"{shown} answers {error.code}; that is no status server of a cache"
+            ) from error
+    except (URLError, OSError) as error:
+        reason = getattr(error, "reason", error)
+        raise click.ClickException(
+            f"nobody answers at {shown} ({reason}); is the cache running with its status server?"
+        ) from error
+    except ValueError as error:
+        raise click.ClickException(f"{shown} answers no JSON") from error

@@ -1,0 +1,282 @@
+"""The catalogue of series: every metric that is exported; ``docs/metrics.md`` shows the same rows.
+
+Names stand without the prefix. Where SGLang 0.5.23 has a series of that meaning, it has its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hicache_core.observe.catalogue_storage import STORAGE
+from hicache_core.observe.series import (
+    Series,
+    bytes_of,
+    counter,
+    device_tokens,
+    events,
+    evicted,
+    histogram,
+    host_tokens,
+    in_use,
+    pool_pages,
+    token_usage,
+    unfulfilled,
+    words,
+)
+
+TIERS = "`device`, `host`, `storage`"
+
+
+HITS = (
+    Series(
+        "cached_tokens_total",
+        "counter",
+        "tokens",
+        "Prompt tokens that were cached, by the tier that had them.",
+        words(lambda snapshot: snapshot.hit_tokens),
+        {"cache_source": TIERS},
+        sglang=True,
+    ),
+    Series(
+        "missed_tokens_total",
+        "counter",
+        "tokens",
+        "Prompt tokens that no tier had when the prefix was matched.",
+        counter("missed_tokens"),
+    ),
+    Series(
+        "cache_hit_rate",
+        "gauge",
+        "share",
+        "Cached tokens among all prompt tokens of the last minute.",
+        lambda seen: [((), seen.hit_rate)],
+        sglang=True,
+    ),
+)
+
+OCCUPANCY = (
+    Series(
+        "token_usage",
+        "gauge",
+        "share",
+        "Device pages that are neither free nor evictable, among all.",
+        token_usage,
+        sglang=True,
+    ),
+    Series(
+        "num_used_tokens",
+        "gauge",
+        "tokens",
+        "Device tokens that are neither free nor evictable.",
+        device_tokens(in_use),
+        sglang=True,
+    ),
+    Series(
+        "kv_available_tokens",
+        "gauge",
+        "tokens",
+        "Free device tokens.",
+        device_tokens(lambda pool: pool.free_pages),
+        sglang=True,
+    ),
+    Series(
+        "kv_evictable_tokens",
+        "gauge",
+        "tokens",
+        "Cached device tokens that may be evicted now.",
+        device_tokens(lambda pool: pool.evictable_pages),
+        sglang=True,
+    ),
+    Series(
+        "hicache_host_used_tokens",
+        "gauge",
+        "tokens",
+        "Tokens in the host pool.",
+        host_tokens(lambda pool: pool.used_pages),
+        sglang=True,
+    ),
+    Series(
+        "hicache_host_total_tokens",
+        "gauge",
+        "tokens",
+        "Tokens that the host pool can hold.",
+        host_tokens(lambda pool: pool.n_pages),
+        sglang=True,
+    ),
+    Series(
+        "pool_pages",
+        "gauge",
+        "pages",
+        "Pages of a pool by what they do now.",
+        pool_pages,
+        {
+            "tier": "`device`, `host`",
+            "state": "`free`, `locked`, `in_flight`, `evictable`",
+        },
+    ),
+    Series(
+        "quarantined_pages",
+        "gauge",
+        "pages",
+        "Host pages that a stuck storage job may still touch.",
+        lambda seen: [((), seen.snapshot.quarantined_pages)],
+    ),
+    Series(
+        "evicted_tokens_total",
+        "counter",
+        "tokens",
+        "Device tokens freed by eviction, with a host copy or without.",
+        counter("evicted_device_pages", tokens=True),
+        sglang=True,
+    ),
+    Series(
+        "evicted_pages_total",
+        "counter",
+        "pages",
+        "Pages that left a tier, by cause.",
+        evicted,
+        {"tier": TIERS, "cause": "`evicted`, `corrupt`, `reset`, `failed`"},
+    ),
+)
+
+MOVES = (
+    Series(
+        "load_back_tokens_total",
+        "counter",
+        "tokens",
+        "Tokens copied from host to device.",
+        counter("load_back_tokens", labels=("kv",)),
+        {"pool": "`kv`"},
+        sglang=True,
+    ),
+    Series(
+        "load_back_bytes_total",
+        "counter",
+        "bytes",
+        "Bytes copied from host to device.",
+        bytes_of("load_back_tokens"),
+        sglang=True,
+    ),
+    Series(
+        "load_back_duration_seconds",
+        "histogram",
+        "seconds",
+        "Time of each copy from host to device.",
+        histogram(lambda snapshot: snapshot.load_back_s),
+        sglang=True,
+    ),
+    Series(
+        "load_back_skipped_pages_total",
+        "counter",
+        "pages",
+        "Host hits that were computed again, since the device had no room.",
+        counter("load_back_skipped_pages"),
+    ),
+    Series(
+        "hicache_backup_tokens_total",
+        "counter",
+        "tokens",
+        "Tokens copied from device to host.",
+        counter("backup_tokens", labels=("kv",)),
+        {"pool": "`kv`"},
+        sglang=True,
+    ),
+    Series(
+        "hicache_backup_bytes_total",
+        "counter",
+        "bytes",
+        "Bytes copied from device to host.",
+        bytes_of("backup_tokens"),
+        sglang=True,
+    ),
+    Series(
+        "backup_skipped_pages_total",
+        "counter",
+        "pages",
+        "Pages not copied to the host, since it had no room.",
+        counter("backup_skipped_pages"),
+    ),
+)
+
+PREFETCH = (
+    Series(
+        "prefetched_tokens_total",
+        "counter",
+        "tokens",
+        "Tokens that storage delivered to the host.",
+        counter("storage_loaded_tokens"),
+        sglang=True,
+    ),
+    Series(
+        "storage_prefetch_unfulfilled_tokens_total",
+        "counter",
+        "tokens",
+        "Tokens that storage had and that were not loaded, by reason.",
+        unfulfilled,
+        {"reason": "`storage_transfer`, `host_capacity`"},
+        sglang=True,
+    ),
+    Series(
+        "prefetch_below_threshold_total",
+        "counter",
+        "requests",
+        "Requests whose missing part was too short to ask storage for.",
+        counter("prefetch_below_threshold"),
+    ),
+    Series(
+        "prefetch_given_up_total",
+        "counter",
+        "requests",
+        "Requests that went on before storage had delivered everything.",
+        counter("prefetch_given_up"),
+    ),
+    Series(
+        "prefetch_wait_seconds",
+        "histogram",
+        "seconds",
+        "Time from each prefetch to its `finish_prefetch`.",
+        histogram(lambda snapshot: snapshot.prefetch_wait_s),
+    ),
+    Series(
+        "admission_decisions_total",
+        "counter",
+        "requests",
+        "Decisions how much of what storage has is loaded, by outcome.",
+        words(lambda snapshot: snapshot.admission),
+        {"outcome": "`all`, `part`, `none`, `probe`"},
+    ),
+)
+
+EVENTS = (
+    Series(
+        "kv_event_batches_total",
+        "counter",
+        "batches",
+        "Batches of KV events that were published.",
+        events("sent_batches"),
+    ),
+    Series(
+        "kv_events_dropped_total",
+        "counter",
+        "runs of pages",
+        "Runs of pages given up because the publisher's queue was full.",
+        events("dropped_runs"),
+    ),
+    Series(
+        "kv_events_queued",
+        "gauge",
+        "runs of pages",
+        "Runs of pages that wait to be published.",
+        events("queued_runs"),
+    ),
+)
+
+SERIES: Mapping[str, tuple[Series, ...]] = {
+    "Hits": HITS,
+    "Pools": OCCUPANCY,
+    "Copies between device and host": MOVES,
+    "Prefetch": PREFETCH,
+    "Storage": STORAGE,
+    "KV events": EVENTS,
+}
+"""All series by the section of the docs that they stand in."""

@@ -1,0 +1,320 @@
+"""The publisher of KV events: routers learn which pages each tier holds. ``docs/kv-events.md``."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import zmq
+
+from hicache_core.controller.journal import Journal, PageRun
+from hicache_core.errors import ConfigError
+from hicache_core.observe import event_format
+from hicache_core.observe.event_format import CLEARED, END_OF_REPLAY, Event
+from hicache_core.observe.replay import ReplayBuffer
+from hicache_core.observe.snapshot import EventsStatus
+from hicache_core.page_keys import TOKEN_NBYTES
+from hicache_core.types import Tier
+
+log = logging.getLogger(__name__)
+
+MAX_TURN_RUNS = 64
+"""Runs that are sent before the thread looks after replays and ``close`` again."""
+MAX_BATCH_TOKENS = 8192
+"""Packing is C code that holds the interpreter: batches are small, so that no step of an engine
+waits for one."""
+
+
+@dataclass(frozen=True)
+class EventsConfig:
+    """Where and how KV events are published.
+
+    Attributes:
+        endpoint: ZMQ address of the PUB socket. A TCP port is raised by ``dp_rank``.
+        replay_endpoint: ZMQ address for subscribers that missed something; None for none. Its port
+            is raised by ``dp_rank`` too.
+        topic: first frame of every message.
+        hwm: messages kept for a slow subscriber before it loses some.
+        buffer_steps: batches kept for replay.
+        buffer_nbytes: bytes kept for replay.
+        queue_runs: runs of pages that may wait for the publisher's thread.
+        dp_rank: data-parallel rank of this cache.
+        bind: False to connect to subscribers that bind, instead.
+    """
+
+    endpoint: str = "tcp://127.0.0.1:5557"
+    replay_endpoint: str | None = None
+    topic: str = ""
+    hwm: int = 100_000
+    buffer_steps: int = 10_000
+    buffer_nbytes: int = 256 << 20
+    queue_runs: int = 100_000
+    dp_rank: int = 0
+    bind: bool = True
+
+
+class _Change(NamedTuple):
+    """What the owner thread says; becomes an event on the publisher's thread."""
+
+    tier: Tier | None  # None: everything is gone
+    run: PageRun | None
+    is_stored: bool = False
+
+    def events(self) -> Iterator[tuple[Event, int]]:
+        """The events that tell it, each with its number of tokens."""
+        if self.tier is None or self.run is None:
+            yield CLEARED, 0
+        elif not self.is_stored:
+            yield event_format.removed(self.tier, self.run), 0
+        else:
+            for piece in event_format.pieces(self.run, MAX_BATCH_TOKENS):
+                yield event_format.stored(self.tier, piece), len(piece.tokens) // TOKEN_NBYTES
+
+
+_CLEARED = _Change(None, None)
+
+
+class KvEvents(Journal):
+    """Publishes what a cache's tiers gain and lose.
+
+    The owner thread only puts runs of pages into a queue; a thread of its own packs and sends them.
+    Sequence numbers count what is sent, so a subscriber that sees a gap lost something on the way
+    and asks for a replay. If the thread cannot keep up and the queue is full, everything queued is
+    dropped and ``AllBlocksCleared`` is sent in its place: what a subscriber believes is then too
+    little, never wrong.
+    """
+
+    def __init__(
+        self, config: EventsConfig, *, wall_clock: Callable[[], float] = time.time
+    ) -> None:
+        """Binds nothing yet.
+
+        Args:
+            config: where to publish.
+            wall_clock: seconds since 1970, for the time stamps of batches.
+        """
+        self._config = config
+        self._wall_clock = wall_clock
+        self._lock = threading.Lock()  # around the queue and the numbers below
+        self._queue: deque[_Change] = deque()
+        self._n_dropped = 0
+        self._closing = False
+        self._replay = ReplayBuffer(config.buffer_steps, config.buffer_nbytes)
+        self._link: _Link | None = None
+        self._thread: threading.Thread | None = None
+
+    # The owner thread.
+
+    def stored(self, tier: Tier, run: PageRun) -> None:
+        # docstring inherited
+        self._put(_Change(tier, run, is_stored=True))
+
+    def removed(self, tier: Tier, run: PageRun, cause: str) -> None:  # noqa: ARG002 - not on the wire
+        # docstring inherited
+        self._put(_Change(tier, run))
+
+    def cleared(self) -> None:
+        # docstring inherited
+        self._put(_CLEARED)
+
+    def _put(self, change: _Change) -> None:
+        with self._lock:
+            if self._closing:
+                return
+            queue = self._queue
+            if len(queue) >= self._config.queue_runs:
+                self._n_dropped += sum(item is not _CLEARED for item in queue)
+                queue.clear()
+                queue.append(_CLEARED)
+            queue.append(change)
+            if self._link is not None and len(queue) <= 2:
+                self._link.wake()  # one byte does for all that is queued until the thread looks
+
+    # Life.
+
+    def open(self) -> None:
+        """Opens the sockets and starts the thread.
+
+        Raises:
+            ConfigError: an endpoint is malformed or taken.
+        """
+        self._link = _Link(self._config)
+        self._thread = threading.Thread(target=self._run, args=(self._link,), name="hicache-events")
+        self._thread.start()
+        with self._lock:
+            self._link.wake()  # for what was queued before
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        """Sends what is queued for at most ``timeout_s``, then stops; may be called twice.
+
+        What is told afterwards goes nowhere.
+        """
+        with self._lock:
+            is_first, self._closing = not self._closing, True
+            if is_first and self._link is not None:
+                self._link.deadline = time.monotonic() + timeout_s
+                self._link.wake()
+        if self._thread is not None:
+            self._thread.join()
+        with self._lock:
+            if self._queue:
+                log.warning("KV events: %d were not sent before close", len(self._queue))
+            self._queue.clear()
+
+    @property
+    def endpoint(self) -> str:
+        """The address that the PUB socket has now, once open."""
+        assert self._link is not None
+        return self._link.endpoint
+
+    @property
+    def replay_endpoint(self) -> str:
+        """The address for replays, once open; empty without one."""
+        assert self._link is not None
+        return self._link.replay_endpoint
+
+    def status(self) -> EventsStatus:
+        """Numbers so far; from any thread."""
+        with self._lock:
+            return EventsStatus(self._replay.next_seq, self._n_dropped, len(self._queue))
+
+    # The publisher's thread.
+
+    def _run(self, link: _Link) -> None:
+        try:
+            while not self._closing or (self._queue and time.monotonic() < link.deadline):
+                for request in link.wait(0 if self._queue else None):
+                    self._answer(link, *request)
+                self._publish(link)
+        finally:
+            with self._lock:
+                self._closing = True
+            link.close()
+
+    def _publish(self, link: _Link) -> None:
+        """Sends what is queued, up to ``MAX_TURN_RUNS`` runs, in small batches."""
+        with self._lock:
+            queue = self._queue
+            changes = [queue.popleft() for _ in range(min(len(queue), MAX_TURN_RUNS))]
+        batch: list[Event] = []
+        n_tokens = 0
+        for event, n in (pair for change in changes for pair in change.events()):
+            if n_tokens + n > MAX_BATCH_TOKENS:
+                self._send(link, batch)
+                batch, n_tokens = [], 0
+            batch.append(event)
+            n_tokens += n
+        self._send(link, batch)
+
+    def _send(self, link: _Link, events: Sequence[Event]) -> None:
+        if events:
+            payload = event_format.payload(self._wall_clock(), events, self._config.dp_rank)
+            link.publish(self._replay.add(payload), payload)
+
+    def _answer(self, link: _Link, client: bytes, start_seq: int) -> None:
+        for seq, payload in self._replay.since(start_seq):
+            link.reply(client, seq.to_bytes(8, "big"), payload)
+        link.end_replay(client)
+
+
+class _Link:
+    """The sockets: made by the opening thread, then used by the publisher's thread alone.
+
+    Only ``wake`` and ``deadline`` are for others.
+    """
+
+    def __init__(self, config: EventsConfig) -> None:
+        self.deadline = float("inf")
+        self.replay_endpoint = ""
+        self._topic = config.topic.encode()
+        self._context = zmq.Context()
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._wake_in.setblocking(False)
+        self._wake_out.setblocking(False)
+        self._pub = self._context.socket(zmq.PUB)
+        self._router = self._context.socket(zmq.ROUTER)
+        self._pub.set_hwm(config.hwm)
+        self._router.sndhwm = config.buffer_steps + 1  # or a long replay would lose its end
+        self._poller = zmq.Poller()
+        self._poller.register(self._wake_out.fileno(), zmq.POLLIN)
+        try:
+            self.endpoint = _attach(self._pub, config.endpoint, config.dp_rank, bind=config.bind)
+            if config.replay_endpoint is not None:
+                self.replay_endpoint = _attach(
+                    self._router, config.replay_endpoint, config.dp_rank, bind=True
+                )
+                self._poller.register(self._router, zmq.POLLIN)
+        except ConfigError:
+            self.deadline = 0.0
+            self.close()
+            raise
+
+    def wake(self) -> None:
+        """Ends ``wait``; holds the publisher's lock, so that nothing is closed meanwhile."""
+        with contextlib.suppress(BlockingIOError):  # full of bytes that will wake it
+            self._wake_in.send(b"\0")
+
+    def wait(self, timeout_ms: int | None) -> list[tuple[bytes, int]]:
+        """Waits until somebody wakes it or asks; the replays asked for: client and first number."""
+        ready = dict(self._poller.poll(timeout_ms))
+        if self._wake_out.fileno() in ready:
+            self._wake_out.recv(4096)
+        if self._router not in ready:
+            return []
+        frames = self._router.recv_multipart()
+        if len(frames) != 3 or len(frames[2]) != 8:
+            log.warning("KV events: a replay request of %d frames is no request", len(frames))
+            return []
+        return [(frames[0], int.from_bytes(frames[2], "big"))]
+
+    def publish(self, seq: int, payload: bytes) -> None:
+        """Hands one batch to all subscribers; a slow one loses it beyond its high-water mark."""
+        self._pub.send_multipart((self._topic, seq.to_bytes(8, "big"), payload))
+
+    def reply(self, client: bytes, seq: bytes, payload: bytes) -> None:
+        """Sends one batch of a replay."""
+        self._router.send_multipart((client, b"", self._topic, seq, payload))
+
+    def end_replay(self, client: bytes) -> None:
+        """Tells that the replay is complete."""
+        self._router.send_multipart((client, b"", b"", END_OF_REPLAY, b""))
+
+    def close(self) -> None:
+        """Closes the sockets; waits for bytes under way until the deadline."""
+        left_s = min(max(0.0, self.deadline - time.monotonic()), 60.0)
+        self._context.destroy(linger=int(left_s * 1000))
+        self._wake_in.close()
+        self._wake_out.close()
+
+
+def _attach(sock: zmq.Socket[bytes], endpoint: str, dp_rank: int, *, bind: bool) -> str:
+    """Binds or connects; the address that it has then."""
+    address = for_rank(endpoint, dp_rank)
+    try:
+        if bind:
+            sock.bind(address)
+            return sock.getsockopt_string(zmq.LAST_ENDPOINT)
+        sock.connect(address)
+        return address
+    except zmq.ZMQError as error:
+        raise ConfigError(
+            f"KV events: cannot {'bind' if bind else 'connect to'} {address!r}: {error}; "
+            "give a free address such as tcp://127.0.0.1:5557"
+        ) from error
+
+
+def for_rank(endpoint: str, dp_rank: int) -> str:
+    """The address of a data-parallel rank: a TCP port plus the rank, or a suffix elsewhere."""
+    if dp_rank == 0:
+        return endpoint
+    head, _, port = endpoint.rpartition(":")
+    if endpoint.startswith("tcp://"):
+        return f"{head}:{int(port) + dp_rank}" if port.isdigit() else endpoint
+    return f"{endpoint}_dp{dp_rank}"

@@ -1,0 +1,198 @@
+"""The status server: metrics and status of a cache over HTTP, for engines without a server."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from hicache_core.errors import ConfigError
+from hicache_core.observe.windows import Watch
+from hicache_core.redact import masked
+
+log = logging.getLogger(__name__)
+
+DEFAULT_PORT = 9477
+REQUEST_TIMEOUT_S = 5.0
+PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+EXPLAIN = "/hicache/explain/"
+
+
+@dataclasses.dataclass(frozen=True)
+class StatusPages:
+    """What the server shows. Each is called on threads of the server, several at once.
+
+    Attributes:
+        watch: looks at the cache.
+        metrics: the series as Prometheus text; None if prometheus_client is not installed.
+        explain: the record of a request, as JSON values; None for one that is not known.
+    """
+
+    watch: Watch
+    metrics: Callable[[], bytes] | None = None
+    explain: Callable[[str], Mapping[str, object] | None] | None = None
+
+
+class _Answer(NamedTuple):
+    status: HTTPStatus
+    content_type: str
+    body: bytes
+
+
+class StatusServer:
+    """Answers ``/metrics``, ``/hicache/status``, ``/hicache/explain/<request id>``, ``/health``.
+
+    It only reads, and masks whatever looks like a secret. It knows no users: who may reach its
+    address may read, so it listens on loopback unless told otherwise.
+    """
+
+    def __init__(
+        self, pages: StatusPages, *, host: str = "127.0.0.1", port: int = DEFAULT_PORT
+    ) -> None:
+        """Binds nothing yet.
+
+        Args:
+            pages: what to show.
+            host: the address to listen on.
+            port: 0 for any free one.
+        """
+        self._pages = pages
+        self._host = host
+        self._port = port
+        self._server: _Server | None = None
+        self._thread: threading.Thread | None = None
+
+    def open(self) -> None:
+        """Binds the address and starts the thread.
+
+        Raises:
+            ConfigError: the address is taken, or not one of this machine.
+        """
+        try:
+            self._server = _Server((self._host, self._port), self._pages)
+        except OSError as error:
+            raise ConfigError(
+                f"the status server cannot listen on {self._host}:{self._port}: {error}; "
+                "choose another port, or 0 for any"
+            ) from error
+        self._thread = threading.Thread(
+            target=self._server.serve_forever,
+            kwargs={"poll_interval": 0.1},
+            name="hicache-status",
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        """Cuts open connections, ends all threads; may be called twice."""
+        server, self._server = self._server, None
+        if server is None or self._thread is None:
+            return
+        server.shutdown()
+        self._thread.join()
+        server.cut_connections()
+        server.server_close()  # joins the threads of requests
+
+    @property
+    def url(self) -> str:
+        """Where it answers, once open."""
+        assert self._server is not None
+        host, port = self._server.server_address[:2]
+        return f"http://{host!s}:{port}"
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = False  # so that server_close() joins them
+
+    def __init__(self, address: tuple[str, int], pages: StatusPages) -> None:
+        self.pages = pages
+        self._connections: set[socket.socket] = set()
+        self._connections_lock = threading.Lock()
+        super().__init__(address, _Handler)
+
+    def get_request(self) -> tuple[socket.socket, object]:
+        # docstring inherited
+        connection, address = super().get_request()
+        with self._connections_lock:
+            self._connections.add(connection)
+        return connection, address
+
+    def shutdown_request(self, request: object) -> None:
+        # docstring inherited
+        assert isinstance(request, socket.socket)
+        with self._connections_lock:
+            self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def cut_connections(self) -> None:
+        """Ends reads of clients that say nothing."""
+        with self._connections_lock:
+            for connection in self._connections:
+                with contextlib.suppress(OSError):  # the client was quicker
+                    connection.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request: object, client_address: object) -> None:  # noqa: ARG002
+        # docstring inherited; instead of a traceback on stderr
+        log.exception("the status server could not answer %s", client_address)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+    timeout = REQUEST_TIMEOUT_S
+    server_version = "hicache"
+    sys_version = ""
+
+    def do_GET(self) -> None:
+        """Answers one request."""
+        answer = _answer(self.server.pages, urlsplit(self.path).path)
+        self.send_response(answer.status)
+        self.send_header("Content-Type", answer.content_type)
+        self.send_header("Content-Length", str(len(answer.body)))
+        self.send_header("Cache-Control", "no-store")
+        self.end_headers()
+        self.wfile.write(answer.body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        # docstring inherited; requests are not worth a line each
+        log.debug(format, *args)
+
+
+def _answer(pages: StatusPages, path: str) -> _Answer:
+    if path == "/health":
+        return _json({"status": "ok"})
+    if path == "/hicache/status":
+        return _json(dataclasses.asdict(pages.watch.observe()))
+    if path == "/metrics":
+        return _metrics(pages)
+    if path.startswith(EXPLAIN) and pages.explain is not None:
+        return _explain(pages.explain, unquote(path.removeprefix(EXPLAIN)))
+    return _not_found("there are: /metrics /hicache/status /hicache/explain/<request id> /health")
+
+
+def _metrics(pages: StatusPages) -> _Answer:
+    if pages.metrics is None:
+        return _not_found("no metrics here: pip install 'hicache-core[metrics]'")
+    return _Answer(HTTPStatus.OK, PROMETHEUS_TEXT, pages.metrics())
+
+
+def _explain(explain: Callable[[str], Mapping[str, object] | None], request_id: str) -> _Answer:
+    record = explain(request_id)
+    if record is None:
+        return _not_found(f"no record of a request {request_id!r}; only late ones are kept")
+    return _json(record)
+
+
+def _not_found(reason: str) -> _Answer:
+    return _json({"error": reason}, HTTPStatus.NOT_FOUND)
+
+
+def _json(value: Mapping[str, object], status: HTTPStatus = HTTPStatus.OK) -> _Answer:
+    text = json.dumps(masked(value), default=str)
+    return _Answer(status, "application/json", text.encode())

@@ -1,0 +1,34 @@
+"""The batches sent lately, for subscribers that missed some."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+
+class ReplayBuffer:
+    """Numbers batches and keeps the newest ones, within two bounds. One thread."""
+
+    def __init__(self, max_batches: int, max_nbytes: int) -> None:
+        """Starts empty, at sequence number 0."""
+        self._max_batches = max_batches
+        self._max_nbytes = max_nbytes
+        self._batches: deque[bytes] = deque()
+        self._nbytes = 0
+        self.next_seq = 0
+
+    def add(self, payload: bytes) -> int:
+        """Keeps ``payload``, forgets the oldest ones beyond the bounds; its sequence number."""
+        self._batches.append(payload)
+        self._nbytes += len(payload)
+        while len(self._batches) > self._max_batches or self._nbytes > self._max_nbytes:
+            self._nbytes -= len(self._batches.popleft())
+        self.next_seq += 1
+        return self.next_seq - 1
+
+    def since(self, start_seq: int) -> Iterator[tuple[int, bytes]]:
+        """The batches from ``start_seq`` on that are still kept, each with its number."""
+        first = self.next_seq - len(self._batches)
+        for seq, payload in enumerate(self._batches, first):
+            if seq >= start_seq:
+                yield seq, payload

@@ -1,0 +1,202 @@
+"""A series: one metric, and the readers that take its samples from a snapshot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hicache_core.observe.snapshot import (
+    BREAKER_STATES,
+    BackendStatus,
+    CacheSnapshot,
+    Histogram,
+    PoolStatus,
+    bounded,
+)
+from hicache_core.observe.windows import Observation
+
+Kind = Literal["counter", "gauge", "histogram"]
+Sample = tuple[tuple[str, ...], float | Histogram]
+"""Values of the labels in order, and the value."""
+
+MAX_BACKENDS = 8
+MAX_OPERATIONS = 8
+MAX_ERROR_KINDS = 24
+MAX_NAMESPACES = 16
+MAX_WORDS = 16  # causes, outcomes, kinds of rejected pages: short lists that the code itself fixes
+
+
+Read = Callable[[Observation], Iterable[Sample]]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One metric.
+
+    Attributes:
+        name: without prefix; a counter ends in ``_total``.
+        kind: of Prometheus.
+        unit: of its values.
+        meaning: one sentence, shown by ``# HELP`` and in the docs.
+        read: its samples; none if the cache does not have what it counts.
+        labels: each label and which values it takes.
+        sglang: whether SGLang has a series of this name and meaning.
+    """
+
+    name: str
+    kind: Kind
+    unit: str
+    meaning: str
+    read: Read
+    labels: Mapping[str, str] = field(default_factory=dict)
+    sglang: bool = False
+
+
+def counter(name: str, *, tokens: bool = False, labels: tuple[str, ...] = ()) -> Read:
+    """Reads a counter of the controller; in tokens where it counts pages and ``tokens`` is set."""
+
+    def read(seen: Observation) -> Iterator[Sample]:
+        value = seen.snapshot.counters.get(name)
+        if value is not None:
+            yield labels, value * (seen.snapshot.page_size if tokens else 1)
+
+    return read
+
+
+def bytes_of(name: str) -> Read:
+    """Reads a counter of tokens as bytes."""
+
+    def read(seen: Observation) -> Iterator[Sample]:
+        value = seen.snapshot.counters.get(name)
+        if value is not None:
+            yield (), value * seen.snapshot.page_nbytes // seen.snapshot.page_size
+
+    return read
+
+
+def words(get: Callable[[CacheSnapshot], Mapping[str, int]]) -> Read:
+    """Reads a mapping whose keys are the one label."""
+    return lambda seen: (((word,), n) for word, n in bounded(get(seen.snapshot), MAX_WORDS).items())
+
+
+def device_tokens(get: Callable[[PoolStatus], int]) -> Read:
+    """Reads a number of device pages as tokens."""
+
+    def read(seen: Observation) -> Iterator[Sample]:
+        yield (), get(seen.snapshot.device) * seen.snapshot.page_size
+
+    return read
+
+
+def host_tokens(get: Callable[[PoolStatus], int]) -> Read:
+    """Reads a number of host pages as tokens; nothing without a host pool."""
+
+    def read(seen: Observation) -> Iterator[Sample]:
+        if seen.snapshot.host is not None:
+            yield (), get(seen.snapshot.host) * seen.snapshot.page_size
+
+    return read
+
+
+def backends(get: Callable[[BackendStatus], float]) -> Read:
+    """Reads one number of each storage backend."""
+    return lambda seen: (
+        ((backend.name,), get(backend)) for backend in seen.snapshot.backends[:MAX_BACKENDS]
+    )
+
+
+def histogram(get: Callable[[CacheSnapshot], Histogram | None]) -> Read:
+    """Reads a histogram without labels."""
+
+    def read(seen: Observation) -> Iterator[Sample]:
+        histogram = get(seen.snapshot)
+        if histogram is not None:
+            yield (), histogram
+
+    return read
+
+
+def in_use(pool: PoolStatus) -> int:
+    """Pages that are neither free nor could be evicted: SGLang's notion of used."""
+    return pool.n_pages - pool.free_pages - pool.evictable_pages
+
+
+def token_usage(seen: Observation) -> Iterator[Sample]:
+    """The share of the device that is in use."""
+    device = seen.snapshot.device
+    yield (), in_use(device) / device.n_pages if device.n_pages else 0.0
+
+
+def pool_pages(seen: Observation) -> Iterator[Sample]:
+    """Pages of both pools by what they do."""
+    for tier, pool in (("device", seen.snapshot.device), ("host", seen.snapshot.host)):
+        if pool is not None:
+            yield (tier, "free"), pool.free_pages
+            yield (tier, "locked"), pool.locked_pages
+            yield (tier, "in_flight"), pool.in_flight_pages
+            yield (tier, "evictable"), pool.evictable_pages
+
+
+def evicted(seen: Observation) -> Iterator[Sample]:
+    """Pages that left a tier, by cause."""
+    for item in seen.snapshot.evicted_pages[: 3 * MAX_WORDS]:
+        yield (item.tier, item.cause), item.n_pages
+
+
+def unfulfilled(seen: Observation) -> Iterator[Sample]:
+    """Tokens that storage had and that did not come, by reason."""
+    for reason, name in (
+        ("storage_transfer", "prefetch_failed_pages"),
+        ("host_capacity", "prefetch_dropped_pages"),
+    ):
+        yield from counter(name, tokens=True, labels=(reason,))(seen)
+
+
+def operation_seconds(seen: Observation) -> Iterator[Sample]:
+    """How long calls took, by backend and operation."""
+    for backend in seen.snapshot.backends[:MAX_BACKENDS]:
+        for operation in backend.operations[:MAX_OPERATIONS]:
+            yield (backend.name, operation.op), operation.latency_s
+
+
+def errors(seen: Observation) -> Iterator[Sample]:
+    """Failed calls by backend, operation and kind."""
+    for backend in seen.snapshot.backends[:MAX_BACKENDS]:
+        for operation in backend.operations[:MAX_OPERATIONS]:
+            for kind, n in bounded(operation.errors, MAX_ERROR_KINDS).items():
+                yield (backend.name, operation.op, kind), n
+
+
+def breaker(seen: Observation) -> Iterator[Sample]:
+    """Each state of each breaker: 1 for the one that holds."""
+    for backend in seen.snapshot.backends[:MAX_BACKENDS]:
+        if backend.breaker:
+            for state in BREAKER_STATES:
+                yield (backend.name, state), float(backend.breaker == state)
+
+
+def breaker_changes(seen: Observation) -> Iterator[Sample]:
+    """How often each breaker came into each state."""
+    for backend in seen.snapshot.backends[:MAX_BACKENDS]:
+        for state in BREAKER_STATES:
+            if state in backend.breaker_changes:
+                yield (backend.name, state), backend.breaker_changes[state]
+
+
+def usage(seen: Observation) -> Iterator[Sample]:
+    """Stored bytes by backend and namespace."""
+    for backend in seen.snapshot.backends[:MAX_BACKENDS]:
+        largest = dict(sorted(backend.usage_nbytes.items(), key=lambda item: -item[1]))
+        for namespace, nbytes in bounded(largest, MAX_NAMESPACES).items():
+            yield (backend.name, namespace), nbytes
+
+
+def events(name: str) -> Read:
+    """Reads a number of the publisher of KV events."""
+
+    def read(seen: Observation) -> Iterator[Sample]:
+        if seen.snapshot.events is not None:
+            yield (), getattr(seen.snapshot.events, name)
+
+    return read

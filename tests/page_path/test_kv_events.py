@@ -1,0 +1,100 @@
+"""KV events of a real cache: a subscriber knows exactly what each tier holds."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hicache_core.controller.journal import Journal, Journals, PageRun
+from hicache_core.observe.event_format import block_hashes
+from hicache_core.observe.events import EventsConfig, KvEvents
+from hicache_core.page_keys import pack_tokens, page_digests
+from hicache_core.radix.node import descendants
+from hicache_core.storage.memory import MemoryBackend, MemoryConfig
+from hicache_core.types import BackendContext, Tier
+from tests.page_path.world import PAGE_SIZE, World, make_world
+from tests.unit.observe.subscriber import Subscriber
+
+MARK = PageRun(b"", page_digests(pack_tokens([9] * 4), 4), pack_tokens([9] * 4), b"")
+STEPS = st.lists(
+    st.tuples(
+        st.integers(1, 4),  # which chain of tokens
+        st.integers(1, 7),  # how many pages of it
+        st.integers(1, 3),  # its last page
+        st.booleans(),  # whether the device is emptied afterwards
+    ),
+    min_size=1,
+    max_size=25,
+)
+
+
+def tell(world: World, journal: Journal) -> None:
+    """Has the cache tell ``journal`` too."""
+    parts = world.cache._parts
+    told = [journal] if parts.journal is None else [parts.journal, journal]
+    object.__setattr__(parts, "journal", Journals(told))
+
+
+def held(world: World) -> dict[str, set[int]]:
+    """What device and host hold, read from the tree itself."""
+    tree = world.cache._parts.tree
+    found: dict[str, set[int]] = {"GPU": set(), "CPU_PINNED": set()}
+    for root in tree._roots.values():
+        for node in descendants(root):
+            hashes = block_hashes(tree.digests(node))
+            if node.on_device:
+                found["GPU"].update(hashes)
+            if node.on_host:
+                found["CPU_PINNED"].update(hashes)
+    return found
+
+
+def in_store(share: str) -> set[int]:
+    """What the store holds, read from the store itself."""
+    store = MemoryBackend(MemoryConfig(share=share), BackendContext(""))
+    store.open()
+    keys = list(store.list_keys(""))
+    store.close()
+    return {block_hashes(bytes.fromhex(key.partition("/")[2]))[0] for key in keys}
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[tuple[KvEvents, Subscriber]]:
+    publisher = KvEvents(EventsConfig("tcp://127.0.0.1:*", replay_endpoint="tcp://127.0.0.1:*"))
+    publisher.open()
+    subscriber = Subscriber(publisher)
+    subscriber.join(publisher)
+    yield publisher, subscriber
+    subscriber.close()
+    publisher.close()
+
+
+@pytest.mark.parametrize("policy", ["write_through", "write_through_selective", "write_back"])
+@settings(deadline=None, max_examples=10)
+@given(steps=STEPS)
+def test_a_subscriber_knows_what_every_tier_holds(
+    pair: tuple[KvEvents, Subscriber], policy: str, steps: list[tuple[int, int, int, bool]]
+) -> None:
+    publisher, subscriber = pair
+    publisher.cleared()
+    share = uuid.uuid4().hex
+    world = make_world(
+        device_pages=12, ratio=1.5, storage={"share": share}, hicache_write_policy=policy
+    )
+    tell(world, publisher)
+    for chain, n_pages, last, empties_device in steps:
+        world.request([chain] * ((n_pages - 1) * PAGE_SIZE) + [last] * PAGE_SIZE)
+        if empties_device:
+            world.flush_device()
+    assert world.cache.flush(10.0)
+    publisher.stored(Tier.HOST, MARK)
+    (mark,) = block_hashes(MARK.digests)
+    subscriber.follow_until(mark)
+    subscriber.index["CPU_PINNED"].discard(mark)
+    expected = held(world) | {"EXTERNAL": in_store(share)}
+    assert {medium: subscriber.index[medium] for medium in expected} == expected
+    world.close()

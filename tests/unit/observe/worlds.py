@@ -1,0 +1,76 @@
+"""Snapshots for the tests of what operators see."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from hicache_core.controller.parts import Counters
+from hicache_core.observe.snapshot import (
+    BackendStatus,
+    CacheSnapshot,
+    Distribution,
+    EventsStatus,
+    EvictedPages,
+    Histogram,
+    OperationStatus,
+    PoolStatus,
+)
+
+BOUNDS = (0.001, 0.01, 0.1, 1.0)
+
+
+def histogram(*values: float) -> Histogram:
+    """``values`` under ``BOUNDS``."""
+    distribution = Distribution(BOUNDS)
+    for value in values:
+        distribution.add(value)
+    return distribution.histogram()
+
+
+def backend(name: str = "redis", **changed: object) -> BackendStatus:
+    """A backend that has seen something of everything."""
+    settings: dict[str, object] = {
+        "breaker": "closed",
+        "breaker_since_s": 12.3,
+        "breaker_changes": {"open": 2, "half_open": 2, "closed": 2},
+        "last_error": "BackendTimeout: redis://user:hunter2@host did not answer",
+        "operations": (
+            OperationStatus("exists", histogram(0.002, 0.003)),
+            OperationStatus("get", histogram(0.02, 0.5), {"BackendTimeout": 3}),
+            OperationStatus("set", histogram(0.05), {"BackendFull": 1}),
+        ),
+        "retries": 4,
+        "short_circuits": 5,
+        "negative_hits": 6,
+        "stored_nbytes": 7_000,
+        "loaded_nbytes": 8_000,
+        "usage_nbytes": {"0011223344556677": 9_000},
+    }
+    return BackendStatus(name, **{**settings, **changed})  # type: ignore[arg-type]
+
+
+def full_snapshot(**changed: object) -> CacheSnapshot:
+    """A snapshot with every field filled; counters are 1, 2, 3, … in the order of their names."""
+    names = [field.name for field in fields(Counters)]
+    settings: dict[str, object] = {
+        "device": PoolStatus(100, 40, 20, 10, 30),
+        "host": PoolStatus(1000, 400, 200, 100, 300),
+        "counters": {name: n for n, name in enumerate(names, 1)},
+        "hit_tokens": {"device": 100, "host": 50, "storage": 25},
+        "evicted_pages": (
+            EvictedPages("device", "evicted", 11),
+            EvictedPages("host", "corrupt", 1),
+        ),
+        "bytes_in_flight": {"read": 4096, "write": 8192},
+        "queue_depths": {"exists": 1, "read": 2, "write": 3},
+        "jobs_in_flight": {"exists": 1, "read": 2, "write": 3, "copy": 4},
+        "overdue_jobs": 1,
+        "quarantined_pages": 2,
+        "backends": (backend(), backend("s3", breaker="open", next_probe_s=4.5)),
+        "rejected_pages": {"corrupt": 2, "foreign": 1},
+        "admission": {"all": 10, "part": 2, "none": 1},
+        "prefetch_wait_s": histogram(0.02, 0.03),
+        "load_back_s": histogram(0.0005),
+        "events": EventsStatus(sent_batches=5, dropped_runs=0, queued_runs=1),
+    }
+    return CacheSnapshot(16, 1 << 20, **{**settings, **changed})  # type: ignore[arg-type]
