@@ -9,11 +9,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
+from hicache_core.build_observers import Observers
 from hicache_core.build_storage import StorageOpener, backend_from
 from hicache_core.config import HiCacheConfig
 from hicache_core.config_sources import EXTRA
 from hicache_core.controller.controller import Controller
-from hicache_core.controller.explain import Explainer
 from hicache_core.controller.jobs import JobTable
 from hicache_core.controller.parts import Clock, Parts
 from hicache_core.controller.prefetch_policy import (
@@ -27,6 +27,7 @@ from hicache_core.controller.storage_tier import StorageTier
 from hicache_core.controller.write_policy import WriteBack, WritePolicy, WriteThrough
 from hicache_core.errors import ConfigError, RankLost, SpecError
 from hicache_core.kv_spec import KVSpec
+from hicache_core.page_keys import storage_namespace
 from hicache_core.pools.device import DevicePool
 from hicache_core.pools.host import HostPool
 from hicache_core.pools.layout import LAYOUTS
@@ -94,23 +95,28 @@ class HiCache(Controller):
         """
         in_force = config.resolve().in_force
         ranks = ranks or SingleRank()
-        with contextlib.ExitStack() as undo:
-            _check_alike(ranks, in_force, batch_pages)
-            with _together(ranks):
-                parts = _parts(in_force, spec, device_pool, ranks, undo)
-                explainer = Explainer(clock) if in_force.hicache_explain else None
-                parts = replace(
-                    parts,
-                    clock=clock,
-                    batch_pages=batch_pages,
-                    explainer=explainer,
-                    journal=explainer,
-                )
-            if in_force.enable_hierarchical_cache:
-                with _together(ranks):
-                    parts = _with_storage(parts, in_force, ranks, undo)
-            super().__init__(parts)
+        _check_alike(ranks, in_force, batch_pages)
+        n_host_pages = _agreed_pages(in_force, spec, device_pool, ranks)
+        namespace = storage_namespace(
+            spec.identity(), in_force.page_size, in_force.hicache_mem_layout
+        )
+        holders = ranks.gather(namespace)
+        with contextlib.ExitStack() as undo, _together(ranks):
+            parts = _parts(in_force, device_pool, n_host_pages, ranks, undo)
+            parts = replace(parts, clock=clock, batch_pages=batch_pages)
+            if parts.host is not None:
+                opener = StorageOpener(in_force, parts.host, ranks, holders, clock)
+                parts = _with_storage(parts, in_force, opener, undo)
+            self._observers = Observers(in_force, clock, ranks.rank)
+            undo.callback(self._observers.close)
+            super().__init__(self._observers.watching(parts))
+            self._observers.open(self)
             undo.pop_all()
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        # docstring inherited
+        super().close(timeout_s)
+        self._observers.close()
 
 
 @contextlib.contextmanager
@@ -150,15 +156,15 @@ def _check_alike(ranks: RankGroup, config: HiCacheConfig, batch_pages: int) -> N
 def _agreed_pages(
     config: HiCacheConfig, spec: KVSpec, device_pool: DevicePool, ranks: RankGroup
 ) -> int:
-    """Pages of the host pool: as many as the rank with the least room has.
+    """Pages of the host pool: as many as the rank with the least room has; 0 without a host tier.
 
     Raises:
         ConfigError: the ranks' device pools differ, so that they could not evict alike.
-        SpecError: a rank has room for no page.
+        SpecError: the device pool does not fit the spec, or a rank has room for no page.
     """
     n_device = device_pool.n_pages
-    n_host, error = 0, None
-    if config.enable_hierarchical_cache:
+    n_host, error = 0, _misfit(config, spec, device_pool)
+    if config.enable_hierarchical_cache and error is None:
         try:
             n_host = host_pages(
                 ratio=config.hicache_ratio,
@@ -168,42 +174,53 @@ def _agreed_pages(
             )
         except SpecError as failed:
             error = failed
-    n_agreed, least, minus_most = agree_all(ranks, [n_host, n_device, -n_device])
+    n_agreed, is_well, least, minus_most = agree_all(
+        ranks, [n_host, int(error is None), n_device, -n_device]
+    )
     if error is not None:
         raise error
+    if not is_well:
+        raise SpecError("another rank's pools do not fit; its own error says why")
     if least != -minus_most:
         raise ConfigError(
             f"rank {ranks.rank} has {n_device} device pages, others from {least} to "
             f"{-minus_most}: the ranks of one cache need equal device pools"
         )
     if n_agreed < n_host:
-        log.warning("the host pool has %d pages, since a rank has no room for more", n_agreed)
+        log.warning(
+            "the host pool has %d pages instead of %d: a rank has no room for more",
+            n_agreed,
+            n_host,
+        )
     return n_agreed
+
+
+def _misfit(config: HiCacheConfig, spec: KVSpec, device_pool: DevicePool) -> SpecError | None:
+    if (device_pool.spec, device_pool.page_size) == (spec, config.page_size):
+        return None
+    return SpecError(
+        f"the device pool holds pages of {device_pool.page_size} tokens of {device_pool.spec}; "
+        f"asked are pages of {config.page_size} tokens of {spec}"
+    )
 
 
 def _parts(
     config: HiCacheConfig,
-    spec: KVSpec,
     device_pool: DevicePool,
+    n_host_pages: int,
     ranks: RankGroup,
     undo: contextlib.ExitStack,
 ) -> Parts:
     """Everything but storage."""
-    if (device_pool.spec, device_pool.page_size) != (spec, config.page_size):
-        raise SpecError(
-            f"the device pool holds pages of {device_pool.page_size} tokens of {device_pool.spec}; "
-            f"asked are pages of {config.page_size} tokens of {spec}"
-        )
     tree = RadixTree(
         config.page_size,
         eviction_policy(config.radix_eviction_policy),
         eviction_policy(config.hicache_host_eviction_policy),
     )
     host, transfer = None, None
-    n_host_pages = _agreed_pages(config, spec, device_pool, ranks)
-    if config.enable_hierarchical_cache:
+    if n_host_pages:
         host = HostPool(
-            spec,
+            device_pool.spec,
             config.page_size,
             n_host_pages,
             LAYOUTS[config.hicache_mem_layout],
@@ -233,11 +250,10 @@ def _log_progress(done_nbytes: int, all_nbytes: int) -> None:
 
 
 def _with_storage(
-    parts: Parts, config: HiCacheConfig, ranks: RankGroup, undo: contextlib.ExitStack
+    parts: Parts, config: HiCacheConfig, opener: StorageOpener, undo: contextlib.ExitStack
 ) -> Parts:
     """The parts with the L3 tier, and with the backend that the configuration names attached."""
     assert parts.host is not None
-    opener = StorageOpener(config, parts.host, ranks, parts.clock)
     quarantine = Quarantine(parts.jobs, parts.host.allocator)
     storage = StorageTier(parts.jobs, quarantine, opener.open)
     if config.hicache_storage_backend is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,7 +14,6 @@ from hicache_core.config import HiCacheConfig
 from hicache_core.config_errors import config_error
 from hicache_core.controller.admission import Admission, AlwaysAdmit, CostAware
 from hicache_core.controller.storage_tier import Attachment
-from hicache_core.page_keys import storage_namespace
 from hicache_core.pools.host import HostPool
 from hicache_core.ranks import RankGroup
 from hicache_core.storage.base import RegistersMemory, StorageBackend
@@ -73,6 +73,17 @@ class Composed:
     guards: tuple[GuardedBackend, ...]
     seals: tuple[SealedBackend, ...]
     deadlines: Deadlines
+
+    def verdict(self, key: str) -> str | None:
+        """Why any store's object under ``key`` was refused; None if none was."""
+        return next(filter(None, (seal.verdict(key) for seal in self.seals)), None)
+
+    def rejected(self) -> Mapping[str, int]:
+        """Objects that were refused when read, by kind."""
+        counts: Counter[str] = Counter()
+        for seal in self.seals:
+            counts.update(seal.rejected())
+        return counts
 
 
 def composed(
@@ -146,16 +157,27 @@ class StorageOpener:
     """
 
     def __init__(
-        self, config: HiCacheConfig, host: HostPool, ranks: RankGroup, clock: Clock
+        self,
+        config: HiCacheConfig,
+        host: HostPool,
+        ranks: RankGroup,
+        holders: Sequence[str],
+        clock: Clock,
     ) -> None:
-        """Asks the other ranks what they hold, so it is called by every rank at the start."""
+        """Opens nothing yet.
+
+        Args:
+            config: in force.
+            host: the pool whose pages are stored.
+            ranks: for what a backend may know of this rank.
+            holders: the storage namespace of each rank; of those that hold the same, the first
+                writes.
+            clock: seconds.
+        """
         self._config = config
         self._host = host
         self._clock = clock
-        self._namespace = storage_namespace(
-            host.spec.identity(), config.page_size, config.hicache_mem_layout
-        )
-        holders = ranks.gather(self._namespace)
+        self._namespace = holders[ranks.rank]
         self._is_writer = holders.index(self._namespace) == ranks.rank
         self._context = BackendContext(
             self._namespace, host.object_nbytes, ranks.rank, ranks.world_size
@@ -187,5 +209,7 @@ class StorageOpener:
             self._namespace,
             is_writer=self._is_writer,
             admission=ADMISSIONS[self._config.prefetch_admission](),
-            verdict=lambda key: next(filter(None, (s.verdict(key) for s in made.seals)), None),
+            verdict=made.verdict,
+            guards=lambda: [guard.status() for guard in made.guards],
+            rejected=made.rejected,
         )

@@ -176,6 +176,29 @@ class HiCacheConfig(BaseModel):
     hicache_explain: bool = _setting(
         True, "Remember for each request why tokens were missed (`cache.explain`)."
     )
+    hicache_tracing: bool = _setting(
+        False, "OpenTelemetry spans around prefetch, load_back and backup."
+    )
+    hicache_status_port: Int | None = _setting(
+        None,
+        "Port of the status server (metrics, status, explanations), raised by the rank; 0 for any"
+        " free one, none for no server.",
+        "an integer from 0 to 65535, or none",
+        ge=0,
+        le=65535,
+    )
+    hicache_status_host: str = _setting(
+        "127.0.0.1", "Address that the status server listens on; it asks nobody for a password."
+    )
+    metrics_prefix: str = _setting(
+        "hicache:", "Before the name of every metric; `sglang:` for SGLang's dashboards."
+    )
+    kv_events_config: dict[str, Any] = _setting(
+        {},
+        "Publishes KV events over ZMQ: the fields of `EventsConfig`, as a mapping or JSON text;"
+        " empty for none.",
+        "a mapping, or JSON text of an object",
+    )
     hicache_storage_threads: Int = _setting(
         4, "Threads that call the storage backend.", "an integer from 1 to 256", ge=1, le=256
     )
@@ -257,12 +280,14 @@ class HiCacheConfig(BaseModel):
             raise config_error(error, ControllerKeys, sources, f"{EXTRA}.") from None
         self._sources.update(sources)
 
-    @field_validator("hicache_storage_backend", "storage_head_group", mode="before")
+    @field_validator(
+        "hicache_storage_backend", "storage_head_group", "hicache_status_port", mode="before"
+    )
     @classmethod
     def _none_by_name(cls, value: object) -> object:
         return None if isinstance(value, str) and value.strip().lower() in ("", "none") else value
 
-    @field_validator(EXTRA, mode="before")
+    @field_validator(EXTRA, "kv_events_config", mode="before")
     @classmethod
     def _read_extra_config(cls, value: object) -> object:
         return copy.deepcopy(read_inline(value))

@@ -92,7 +92,7 @@ def _pages(pool: PoolStatus | None) -> Iterator[str]:
         yield from ("",) * 5
         return
     numbers = (pool.free_pages, pool.evictable_pages, pool.locked_pages, pool.in_flight_pages)
-    yield from (f"{n:,}" for n in (pool.n_pages, *numbers))
+    yield from ("–" if n is None else f"{n:,}" for n in (pool.n_pages, *numbers))
 
 
 def _hits(seen: Observation) -> str:

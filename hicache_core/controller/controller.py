@@ -19,15 +19,11 @@ from hicache_core.controller.parts import Counters, Parts
 from hicache_core.controller.prefetch import PrefetchPath
 from hicache_core.controller.recording import record_match
 from hicache_core.controller.settling import Settling
+from hicache_core.controller.snapshot import take_snapshot
 from hicache_core.controller.storage_tier import Attaching, StorageTier
 from hicache_core.controller.write_path import WritePath
-from hicache_core.errors import (
-    ConfigError,
-    IntegrityError,
-    PoolExhausted,
-    RankLost,
-    UseAfterClose,
-)
+from hicache_core.errors import ConfigError, IntegrityError, PoolExhausted, RankLost, UseAfterClose
+from hicache_core.observe.snapshot import CacheSnapshot
 from hicache_core.page_keys import TOKEN_NBYTES, chain_seed, pack_tokens
 from hicache_core.radix.node import Node
 from hicache_core.radix.results import InsertResult, Match
@@ -141,8 +137,7 @@ class Controller:
     def prefetch_ready(self, request_id: str) -> bool:
         """Whether the request may run now, by the prefetch policy; True for one never prefetched.
 
-        Once this was True, ``match_prefix`` finds what has arrived. What is still being read then
-        arrives for later requests.
+        ``match_prefix`` then finds what has arrived; the rest arrives for later requests.
         """
         return self._prefetch_path is None or self._prefetch_path.ready(request_id)
 
@@ -384,6 +379,10 @@ class Controller:
     def counters(self) -> Counters:
         """What happened since the start."""
         return self._parts.counters
+
+    def snapshot(self) -> CacheSnapshot:
+        """One look at everything, for metrics and status; any thread may ask."""
+        return take_snapshot(self._parts, self._write_path, self._prefetch_path)
 
     @property
     def page_size(self) -> int:

@@ -8,6 +8,7 @@ from functools import partial
 
 from hicache_core.controller.parts import Parts
 from hicache_core.errors import LoadFailed
+from hicache_core.observe.tracing import LOAD_BACK, SpanHandle
 from hicache_core.radix.node import Node
 from hicache_core.radix.results import Match
 from hicache_core.transfer.base import Ticket
@@ -22,6 +23,7 @@ class LoadBack:
     node: Node
     n_pages: int
     started_s: float
+    span: SpanHandle
 
 
 class LoadBackPath:
@@ -43,7 +45,8 @@ class LoadBackPath:
         tree.attach_device(node, n_pages, device_pages)
         assert parts.transfer is not None
         ticket = parts.transfer.to_device(match.host_pages, device_pages)
-        load_back = LoadBack(ticket, node, n_pages, parts.clock())
+        span = parts.spans.begin(LOAD_BACK, pages=n_pages)
+        load_back = LoadBack(ticket, node, n_pages, parts.clock(), span)
         self._under_way.append(load_back)
         parts.jobs.add_copy(ticket, n_pages, partial(self._settled, load_back))
         return replace(
@@ -73,6 +76,7 @@ class LoadBackPath:
         parts = self._parts
         self._under_way.remove(load_back)
         ok = n_valid == load_back.n_pages
+        load_back.span.end(error="" if ok else "the copy failed")
         if not ok:
             self._failed.append(load_back)
         freed = parts.tree.settle_device(load_back.node, load_back.n_pages, ok=ok)

@@ -11,9 +11,11 @@ from hicache_core.controller.explain import Explainer
 from hicache_core.controller.jobs import JobTable
 from hicache_core.controller.journal import Journal, PageRun
 from hicache_core.controller.prefetch_policy import PrefetchPolicy
+from hicache_core.controller.removals import RemovalCounts
 from hicache_core.controller.storage_tier import StorageTier
 from hicache_core.controller.write_policy import WritePolicy
-from hicache_core.observe.snapshot import Distribution
+from hicache_core.histogram import Distribution
+from hicache_core.observe.tracing import NoSpans, Spans
 from hicache_core.pools.device import DevicePool
 from hicache_core.pools.host import HostPool
 from hicache_core.radix.node import Node, descendants, path_to_root
@@ -35,6 +37,7 @@ class Counters:
         device_hit_tokens: tokens that ``match_prefix`` found on the device.
         host_hit_tokens: tokens that it found on the host.
         storage_loaded_tokens: tokens that storage delivered to the host.
+        storage_hit_tokens: tokens that storage delivered to requests that waited for them.
         missed_tokens: tokens that no tier had, when matched.
         prefetch_below_threshold: requests whose missing part was too short to ask storage for.
         prefetch_failed_pages: pages that ``exists`` promised and the read did not deliver.
@@ -53,6 +56,7 @@ class Counters:
     device_hit_tokens: int = 0
     host_hit_tokens: int = 0
     storage_loaded_tokens: int = 0
+    storage_hit_tokens: int = 0
     missed_tokens: int = 0
     prefetch_below_threshold: int = 0
     prefetch_failed_pages: int = 0
@@ -99,7 +103,9 @@ class Parts:
         clock: the time, passed in so that tests can drive it.
         batch_pages: pages of one storage job at most.
         explainer: remembers why tokens were missed; None if nobody asks.
+        removals: counts what leaves the tiers; None if nobody asks.
         journal: is told what the tiers gain and lose; None if nobody listens.
+        spans: traces of what takes time.
         counters: what happened so far.
         timings: how long it took.
     """
@@ -117,7 +123,9 @@ class Parts:
     clock: Clock = time.monotonic
     batch_pages: int = 128
     explainer: Explainer | None = None
+    removals: RemovalCounts | None = None
     journal: Journal | None = None
+    spans: Spans = field(default_factory=NoSpans)
     counters: Counters = field(default_factory=Counters)
     timings: Timings = field(default_factory=Timings)
 

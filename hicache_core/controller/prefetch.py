@@ -10,6 +10,7 @@ from hicache_core.controller.admission import Offer
 from hicache_core.controller.parts import Parts
 from hicache_core.controller.prefetch_record import Batch, Prefetch, Shortfall, shortfall_of
 from hicache_core.controller.storage_tier import StorageTier
+from hicache_core.observe.tracing import PREFETCH
 from hicache_core.page_keys import TOKEN_NBYTES, PageKeys
 from hicache_core.pools.host import HostPool
 from hicache_core.types import ExistsJob, JobResult, ReadJob, Tier
@@ -41,6 +42,11 @@ class PrefetchPath:
         """Whether no read is under way."""
         return not self._reading
 
+    @property
+    def n_pending_pages(self) -> int:
+        """Host pages that reads under way may write into."""
+        return sum(prefetch.n_pending for prefetch in self._reading.copy())
+
     def start(self, request_id: str, tokens: bytes, seed: bytes) -> bool:
         """Asks storage for the request's missing pages; whether there was enough to ask for.
 
@@ -63,8 +69,9 @@ class PrefetchPath:
             self._tell(request_id, Shortfall("below_threshold", limit))
             return False
         self.finish(request_id)  # an id that is used again starts anew
+        span = parts.spans.begin(PREFETCH, request_id=request_id, tokens=n_missing)
         prefetch = Prefetch(
-            request_id, tokens, n_pages, seed, n_missing, storage, started_s=parts.clock()
+            request_id, tokens, n_pages, seed, n_missing, storage, parts.clock(), span
         )
         self._requests[request_id] = prefetch
         self._ask(prefetch)
@@ -109,7 +116,9 @@ class PrefetchPath:
         parts = self._parts
         parts.timings.prefetch_wait_s.add(parts.clock() - prefetch.started_s)
         self._tell(request_id, prefetch.shortfall or Shortfall("absent"))
-        return prefetch.n_loaded_pages * parts.page_size
+        n_tokens = prefetch.n_loaded_pages * parts.page_size
+        parts.counters.storage_hit_tokens += n_tokens
+        return n_tokens
 
     def _tell(self, request_id: str, shortfall: Shortfall) -> None:
         if self._parts.explainer is not None:
@@ -297,6 +306,7 @@ class PrefetchPath:
         for part in parts.tree.commit_host(prefetch.node, prefetch.n_pending, n_ready):
             part.stored_in = prefetch.storage.epoch
             parts.tell_stored(Tier.HOST, part)
+            parts.tell_stored(Tier.STORAGE, part)
         prefetch.n_ready = 0
         prefetch.n_pending -= n_ready
         prefetch.n_loaded_pages += n_ready
@@ -320,6 +330,8 @@ class PrefetchPath:
 
     def _done(self, prefetch: Prefetch) -> None:
         prefetch.done = True
+        reason = "" if prefetch.shortfall is None else prefetch.shortfall.reason
+        prefetch.span.end(pages=prefetch.n_loaded_pages, shortfall=reason)
         self._stop_timer(prefetch)
         waiters = [other for other in self._waiting if other.waits_for is prefetch]
         for other in waiters:

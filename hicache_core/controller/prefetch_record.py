@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from hicache_core.controller.storage_tier import Attachment
+from hicache_core.observe.tracing import SpanHandle
 from hicache_core.radix.node import Node
 from hicache_core.types import JobResult, JobState
 
@@ -62,6 +63,7 @@ class Prefetch:
         n_asked_tokens: tokens that were missing when the request came.
         storage: the attachment that is asked.
         started_s: when it was asked, by the clock.
+        span: its trace.
         timer: the job that ends the wait, once the scheduler wants to run the request.
         due_s: when this rank reports the timer.
         waits_for: a read of the same pages that is under way and goes first.
@@ -87,6 +89,7 @@ class Prefetch:
     n_asked_tokens: int
     storage: Attachment
     started_s: float
+    span: SpanHandle
     timer: int | None = None
     due_s: float = 0.0
     waits_for: Prefetch | None = None

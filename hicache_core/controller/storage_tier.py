@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -14,6 +14,7 @@ from hicache_core.controller.quarantine import Quarantine
 from hicache_core.errors import HiCacheError
 from hicache_core.storage.base import Flushable, StorageBackend
 from hicache_core.storage.executor import Worker
+from hicache_core.storage.guard import GuardStatus
 from hicache_core.types import Job, JobResult, JobState, ReadJob, WriteJob
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ class Attachment:
         is_writer: whether this rank writes; of ranks that hold the same bytes one does.
         admission: how much of what storage has is loaded.
         verdict: why the object under a key was refused when it was read last; None if it was not.
+        guards: what the guard of each store has seen, the nearest store first.
+        rejected: objects that were refused when read, by kind.
         epoch: number of this attachment, from 1: what ``Node.stored_in`` names.
     """
 
@@ -52,6 +55,8 @@ class Attachment:
     is_writer: bool = True
     admission: Admission = field(default_factory=AlwaysAdmit)
     verdict: Callable[[str], str | None] = lambda _key: None
+    guards: Callable[[], Sequence[GuardStatus]] = tuple
+    rejected: Callable[[], Mapping[str, int]] = dict
     epoch: int = 0
 
     def close(self, timeout_s: float) -> list[Job]:
@@ -161,7 +166,7 @@ class StorageTier:
 
     def collect(self) -> None:
         """Reports what has finished on this rank."""
-        for attachment in self._attachments():
+        for attachment in self.attachments:
             for result in attachment.worker.drain():
                 self._take(result)
         for job_id in [job_id for job_id, opening in self._opening.items() if opening._ended]:
@@ -177,6 +182,11 @@ class StorageTier:
                 self._run_aside(partial(attachment.close, 0.0))
 
     @property
+    def attachments(self) -> list[Attachment]:
+        """The attached backend, if any, and those that are being drained."""
+        return [*([] if self.current is None else [self.current]), *self._draining]
+
+    @property
     def n_overdue(self) -> int:
         """Calls of this rank that were given up and have not ended."""
         return len(self._overdue)
@@ -188,7 +198,7 @@ class StorageTier:
 
     def wait(self, timeout_s: float) -> None:
         """Waits until a call has ended, or for ``timeout_s``."""
-        attachments = list(self._attachments())
+        attachments = self.attachments
         for attachment in attachments:
             attachment.worker.wait(timeout_s / len(attachments))
 
@@ -196,7 +206,7 @@ class StorageTier:
         """Waits until what was acknowledged has reached every store behind the backend."""
         return all(
             attachment.backend.flush(timeout_s)
-            for attachment in self._attachments()
+            for attachment in self.attachments
             if isinstance(attachment.backend, Flushable)
         )
 
@@ -206,7 +216,7 @@ class StorageTier:
         A backend whose own ``close`` hangs is abandoned too, and the log says so.
         """
         abandoned: list[Job] = []
-        for attachment in self._attachments():
+        for attachment in self.attachments:
             closed = threading.Event()
 
             def work(attachment: Attachment = attachment, closed: threading.Event = closed) -> None:
@@ -219,11 +229,6 @@ class StorageTier:
         self.current = None
         self._draining.clear()
         return abandoned
-
-    def _attachments(self) -> Iterator[Attachment]:
-        if self.current is not None:
-            yield self.current
-        yield from self._draining
 
     def _attach(self, attachment: Attachment) -> None:
         self.detach()

@@ -9,6 +9,7 @@ from functools import partial
 from hicache_core.controller.journal import PageRun
 from hicache_core.controller.parts import Parts
 from hicache_core.controller.storage_tier import Attachment
+from hicache_core.observe.tracing import BACKUP, SpanHandle
 from hicache_core.page_keys import DIGEST_NBYTES, TOKEN_NBYTES, PageKeys
 from hicache_core.radix.node import Node, path_to_root
 from hicache_core.types import Tier, WriteJob
@@ -26,6 +27,7 @@ class WritePath:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._n_backups = 0
+        self._n_backup_pages = 0
         self._stores: list[_Store] = []
         self.n_orphaned_pages = 0
 
@@ -33,6 +35,11 @@ class WritePath:
     def idle(self) -> bool:
         """Whether everything that was accepted has settled."""
         return not self._n_backups and not self._stores
+
+    @property
+    def n_pages(self) -> int:
+        """Host pages that are being filled or stored."""
+        return self._n_backup_pages + sum(store.n_pages for store in self._stores.copy())
 
     def consider(self, node: Node) -> None:
         """Backs up, or stores, what the policy wants of the path from the root to ``node``."""
@@ -65,12 +72,16 @@ class WritePath:
         assert parts.transfer is not None
         ticket = parts.transfer.to_host(device_pages, host_pages)
         self._n_backups += 1
-        parts.jobs.add_copy(ticket, n_pages, partial(self._backup_settled, node, n_pages))
+        self._n_backup_pages += n_pages
+        span = parts.spans.begin(BACKUP, pages=n_pages)
+        parts.jobs.add_copy(ticket, n_pages, partial(self._backup_settled, node, n_pages, span))
         return True
 
-    def _backup_settled(self, node: Node, n_pages: int, n_valid: int) -> None:
+    def _backup_settled(self, node: Node, n_pages: int, span: SpanHandle, n_valid: int) -> None:
         parts = self._parts
+        span.end(error="" if n_valid == n_pages else "the copy failed")
         self._n_backups -= 1
+        self._n_backup_pages -= n_pages
         freed = parts.tree.settle_host(node, n_pages, n_valid)
         if freed:
             assert parts.host is not None

@@ -45,6 +45,14 @@ HITS = (
         counter("missed_tokens"),
     ),
     Series(
+        "explained_missed_tokens_total",
+        "counter",
+        "tokens",
+        "Computed prompt tokens of explained requests, by why their first page was missed.",
+        words(lambda snapshot: snapshot.missed_tokens),
+        {"reason": "`none`, `never_seen`, `evicted`, …"},
+    ),
+    Series(
         "cache_hit_rate",
         "gauge",
         "share",
@@ -84,7 +92,7 @@ OCCUPANCY = (
         "gauge",
         "tokens",
         "Cached device tokens that may be evicted now.",
-        device_tokens(lambda pool: pool.evictable_pages),
+        device_tokens(lambda pool: pool.evictable_pages or 0),
         sglang=True,
     ),
     Series(

@@ -151,7 +151,7 @@ STORAGE = (
         "jobs",
         "Jobs that are not settled.",
         words(lambda snapshot: snapshot.jobs_in_flight),
-        {"kind": "`exists`, `read`, `write`, `copy`"},
+        {"kind": "`storage`, `copy`"},
     ),
     Series(
         "overdue_jobs",

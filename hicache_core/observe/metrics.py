@@ -16,9 +16,9 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from hicache_core.errors import ConfigError
+from hicache_core.histogram import Histogram
 from hicache_core.observe.catalogue import SERIES
 from hicache_core.observe.series import Series
-from hicache_core.observe.snapshot import Histogram
 from hicache_core.observe.windows import Watch
 
 DEFAULT_PREFIX = "hicache:"

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from hicache_core.histogram import Histogram
 from hicache_core.observe.snapshot import (
     BREAKER_STATES,
     BackendStatus,
     CacheSnapshot,
-    Histogram,
     PoolStatus,
     bounded,
 )
@@ -119,7 +119,7 @@ def histogram(get: Callable[[CacheSnapshot], Histogram | None]) -> Read:
 
 def in_use(pool: PoolStatus) -> int:
     """Pages that are neither free nor could be evicted: SGLang's notion of used."""
-    return pool.n_pages - pool.free_pages - pool.evictable_pages
+    return pool.n_pages - pool.free_pages - (pool.evictable_pages or 0)
 
 
 def token_usage(seen: Observation) -> Iterator[Sample]:
@@ -133,9 +133,10 @@ def pool_pages(seen: Observation) -> Iterator[Sample]:
     for tier, pool in (("device", seen.snapshot.device), ("host", seen.snapshot.host)):
         if pool is not None:
             yield (tier, "free"), pool.free_pages
-            yield (tier, "locked"), pool.locked_pages
-            yield (tier, "in_flight"), pool.in_flight_pages
-            yield (tier, "evictable"), pool.evictable_pages
+            for state in ("locked", "in_flight", "evictable"):
+                n_pages = getattr(pool, f"{state}_pages")
+                if n_pages is not None:
+                    yield (tier, state), n_pages
 
 
 def evicted(seen: Observation) -> Iterator[Sample]:

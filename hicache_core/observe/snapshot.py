@@ -1,73 +1,21 @@
 """The snapshot: one look at a cache, as frozen data, for metrics and for ``hicache status``.
 
-It needs nothing but the standard library. A field that a cache cannot fill stays empty, and its
+A field that a cache cannot fill stays empty, and its
 series are then absent: a metric never stands at a zero that nobody measured.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+
+from hicache_core.histogram import Histogram
 
 BREAKER_STATES = ("closed", "open", "half_open")
 """What ``BackendStatus.breaker`` may say, besides nothing."""
 
 OTHER = "other"
 """The label that everything beyond a bounded number of labels goes under."""
-
-
-@dataclass(frozen=True, slots=True)
-class Histogram:
-    """How many values fell below each bound.
-
-    Attributes:
-        bounds: upper bounds, ascending; a value equal to one belongs to it.
-        counts: values of each bucket, not cumulative; one more than bounds, for what is above all.
-        total: sum of all values.
-    """
-
-    bounds: Sequence[float]
-    counts: Sequence[int]
-    total: float
-
-    @property
-    def n(self) -> int:
-        """How many values there are."""
-        return sum(self.counts)
-
-    def quantile(self, share: float) -> float | None:
-        """The bound below which at least ``share`` of the values lie; None without values.
-
-        Values above all bounds answer the highest one.
-        """
-        if self.n == 0:
-            return None
-        wanted = share * self.n
-        for bound, below in zip(self.bounds, accumulate(self.counts), strict=False):
-            if below >= wanted:
-                return bound
-        return self.bounds[-1]
-
-
-class Distribution:
-    """Collects values into a ``Histogram``: one writing thread, read from any."""
-
-    def __init__(self, bounds: Iterable[float]) -> None:
-        """Starts empty; ``bounds`` are ascending upper bounds."""
-        self._bounds = tuple(bounds)
-        self._counts = [0] * (len(self._bounds) + 1)
-        self._total = 0.0
-
-    def add(self, value: float) -> None:
-        """Counts ``value``."""
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._total += value
-
-    def histogram(self) -> Histogram:
-        """What was counted so far."""
-        return Histogram(self._bounds, tuple(self._counts), self._total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +27,14 @@ class PoolStatus:
         free_pages: without an owner.
         locked_pages: cached, and kept for a request: may not be evicted now.
         in_flight_pages: a copy or a storage job reads or writes them.
-        evictable_pages: cached and free to go.
+        evictable_pages: cached and free to go. These three are None where nobody counts them.
     """
 
     n_pages: int
     free_pages: int
-    locked_pages: int
-    in_flight_pages: int
-    evictable_pages: int
+    locked_pages: int | None
+    in_flight_pages: int | None
+    evictable_pages: int | None
 
     @property
     def used_pages(self) -> int:
@@ -183,12 +131,13 @@ class CacheSnapshot:
         evicted_pages: by tier and cause.
         bytes_in_flight: of storage jobs under way, by ``read`` and ``write``.
         queue_depths: waiting storage jobs by ``exists``, ``read`` and ``write``.
-        jobs_in_flight: jobs not yet settled by kind: ``exists``, ``read``, ``write``, ``copy``.
+        jobs_in_flight: jobs not yet settled: ``storage``, ``copy``.
         overdue_jobs: jobs that run beyond their deadline now.
         quarantined_pages: host pages that a stuck job may still touch.
         backends: the storage backends in the order they are asked.
         rejected_pages: objects refused on read by kind: ``corrupt``, ``foreign``, …
         admission: decisions of the admission policy by outcome.
+        missed_tokens: computed tokens by the reason why they were missed.
         prefetch_wait_s: seconds that each request waited for storage.
         load_back_s: seconds of each copy of a request from host to device.
         events: the publisher of KV events; None without one.
@@ -209,6 +158,7 @@ class CacheSnapshot:
     backends: Sequence[BackendStatus] = ()
     rejected_pages: Mapping[str, int] = field(default_factory=dict)
     admission: Mapping[str, int] = field(default_factory=dict)
+    missed_tokens: Mapping[str, int] = field(default_factory=dict)
     prefetch_wait_s: Histogram | None = None
     load_back_s: Histogram | None = None
     events: EventsStatus | None = None

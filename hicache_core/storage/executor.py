@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -80,6 +80,11 @@ class Worker(ABC):
     @abstractmethod
     def overdue_nbytes(self) -> int:
         """Bytes of the jobs that are overdue."""
+
+    @property
+    @abstractmethod
+    def depths(self) -> Mapping[str, int]:
+        """Jobs that wait for a thread, by kind: ``exists``, ``read``, ``write``."""
 
     @abstractmethod
     def submit(self, job: Job) -> bool:

@@ -183,6 +183,11 @@ class SealedBackend(BackendWrapper):
         with self._lock:
             return {**inside, **self._counts}
 
+    def rejected(self) -> Mapping[str, int]:
+        """Objects that were refused, by kind: ``corrupt``, ``foreign``, …"""
+        with self._lock:
+            return {kind.removeprefix("sealed_"): n for kind, n in self._counts.items()}
+
     def verdict(self, key: str) -> str | None:
         """Why the object under ``key`` was refused not long ago; None if it was not."""
         with self._lock:

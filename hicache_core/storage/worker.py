@@ -6,7 +6,7 @@ import logging
 import operator
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from hicache_core.errors import IntegrityError, UseAfterClose
@@ -138,6 +138,12 @@ class StorageWorker(Worker):
         # docstring inherited
         with self._lock:
             return self._n_accepted - self._n_settled
+
+    @property
+    def depths(self) -> Mapping[str, int]:
+        # docstring inherited
+        with self._lock:
+            return self._waiting.depths
 
     @property
     def read_nbytes_in_flight(self) -> int:

@@ -34,6 +34,15 @@ class JobQueue:
         return iter([*self._exists, *self._reads, *self._writes])
 
     @property
+    def depths(self) -> dict[str, int]:
+        """How many wait, by kind."""
+        return {
+            "exists": len(self._exists),
+            "read": len(self._reads),
+            "write": len(self._writes),
+        }
+
+    @property
     def write_nbytes(self) -> int:
         """Bytes of the writes that wait."""
         return sum(job.nbytes for job in self._writes.values())

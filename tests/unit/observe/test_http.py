@@ -166,7 +166,7 @@ def test_status_shows_tiers_storage_queues_and_alarms(serve: Serve) -> None:
     assert ["s3", "open", "6.8", "KiB", "7.8", "KiB", "4", "4", "11"] in rows
     assert ["redis", "get", "2", "≤", "100", "ms", "≤", "1000", "ms", "BackendTimeout", "3"] in rows
     assert "queued: exists 1, read 2, write 3" in shown.output
-    assert "jobs in flight: exists 1, read 2, write 3, copy 4" in shown.output
+    assert "jobs in flight: storage 6, copy 4" in shown.output
     assert "ALARM  s3: the breaker is open for 12 s, next probe in 4.5 s: Backend" in shown.output
     assert "hunter2" not in shown.output
     assert "ALARM  refused objects in storage: corrupt 2, foreign 1" in shown.output

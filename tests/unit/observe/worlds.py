@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import fields
 
 from hicache_core.controller.parts import Counters
+from hicache_core.histogram import Distribution, Histogram
 from hicache_core.observe.snapshot import (
     BackendStatus,
     CacheSnapshot,
-    Distribution,
     EventsStatus,
     EvictedPages,
-    Histogram,
     OperationStatus,
     PoolStatus,
 )
@@ -63,11 +62,12 @@ def full_snapshot(**changed: object) -> CacheSnapshot:
         ),
         "bytes_in_flight": {"read": 4096, "write": 8192},
         "queue_depths": {"exists": 1, "read": 2, "write": 3},
-        "jobs_in_flight": {"exists": 1, "read": 2, "write": 3, "copy": 4},
+        "jobs_in_flight": {"storage": 6, "copy": 4},
         "overdue_jobs": 1,
         "quarantined_pages": 2,
         "backends": (backend(), backend("s3", breaker="open", next_probe_s=4.5)),
         "rejected_pages": {"corrupt": 2, "foreign": 1},
+        "missed_tokens": {"never_seen": 100, "evicted": 20},
         "admission": {"all": 10, "part": 2, "none": 1},
         "prefetch_wait_s": histogram(0.02, 0.03),
         "load_back_s": histogram(0.0005),

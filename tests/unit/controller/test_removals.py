@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hicache_core.controller.journal import PageRun
-from hicache_core.observe.removals import RemovalCounts
+from hicache_core.controller.removals import RemovalCounts
 from hicache_core.types import Tier
 
 CAUSES = ["evicted", "corrupt", "reset", "failed"]

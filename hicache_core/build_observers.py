@@ -1,0 +1,133 @@
+"""The part of ``build`` that makes what looks at a cache: explainer, events, status server."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
+
+from hicache_core.config import HiCacheConfig
+from hicache_core.controller.controller import Controller
+from hicache_core.controller.explain import Explainer
+from hicache_core.controller.journal import Journal, Journals
+from hicache_core.controller.parts import Parts
+from hicache_core.controller.removals import RemovalCounts
+from hicache_core.errors import ConfigError
+from hicache_core.observe.http import StatusPages, StatusServer
+from hicache_core.observe.snapshot import CacheSnapshot
+from hicache_core.observe.tracing import spans
+from hicache_core.observe.windows import Watch
+
+if TYPE_CHECKING:
+    from hicache_core.observe.events import KvEvents
+
+
+class Observers:
+    """What a cache tells to whom, by its configuration. Made, opened and closed with the cache.
+
+    One rank of a cache publishes events, since all hold the same prefixes; each has a status server
+    of its own, on a port raised by its rank.
+    """
+
+    def __init__(self, config: HiCacheConfig, clock: Callable[[], float], rank: int) -> None:
+        """Binds nothing yet.
+
+        Raises:
+            ConfigError: a setting is wrong, or its package is not installed.
+        """
+        self._config = config
+        self._rank = rank
+        self._explainer = Explainer(clock) if config.hicache_explain else None
+        self._removals = RemovalCounts()
+        self._events = _events(config.kv_events_config) if rank == 0 else None
+        self._server: StatusServer | None = None
+
+    def watching(self, parts: Parts) -> Parts:
+        """The parts, with everybody told who wants to know."""
+        journals: list[Journal] = [self._removals]
+        journals += [j for j in (self._explainer, self._events) if j is not None]
+        return replace(
+            parts,
+            explainer=self._explainer,
+            removals=self._removals,
+            journal=Journals(journals),
+            spans=spans(enabled=self._config.hicache_tracing),
+        )
+
+    def open(self, cache: Controller) -> None:
+        """Starts publishing and answering.
+
+        Raises:
+            ConfigError: an address is taken.
+        """
+        if self._events is not None:
+            self._events.open()
+        port = self._config.hicache_status_port
+        if port is None:
+            return
+
+        def snapshot() -> CacheSnapshot:
+            return self.complete(cache.snapshot())
+
+        watch = Watch(snapshot)
+        pages = StatusPages(watch, _metrics(watch, self._config.metrics_prefix), _explain(cache))
+        server = StatusServer(
+            pages, host=self._config.hicache_status_host, port=port and port + self._rank
+        )
+        server.open()
+        self._server = server
+
+    def complete(self, snapshot: CacheSnapshot) -> CacheSnapshot:
+        """A snapshot with what the cache itself does not know."""
+        return replace(snapshot, events=None if self._events is None else self._events.status())
+
+    @property
+    def status_url(self) -> str | None:
+        """Where the status server answers; None without one."""
+        return None if self._server is None else self._server.url
+
+    def close(self) -> None:
+        """Stops both; may be called twice."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        if self._events is not None:
+            self._events.close()
+
+
+def _events(settings: Mapping[str, Any]) -> KvEvents | None:
+    if not settings:
+        return None
+    if any(importlib.util.find_spec(name) is None for name in ("zmq", "msgpack")):
+        raise ConfigError("kv_events_config needs ZMQ: pip install 'hicache-core[events]'")
+    module = importlib.import_module("hicache_core.observe.events")
+    known = {field.name for field in fields(module.EventsConfig)}
+    if unknown := sorted(set(settings) - known):
+        raise ConfigError(
+            f"kv_events_config: no setting {unknown[0]!r}; there are: {', '.join(sorted(known))}"
+        )
+    events: KvEvents = module.KvEvents(module.EventsConfig(**settings))
+    return events
+
+
+def _metrics(watch: Watch, prefix: str) -> Callable[[], bytes] | None:
+    if importlib.util.find_spec("prometheus_client") is None:
+        return None
+    module = importlib.import_module("hicache_core.observe.metrics")
+    collector = module.CacheCollector(watch, prefix=prefix)
+
+    def exposition() -> bytes:
+        text: bytes = module.exposition(collector)
+        return text
+
+    return exposition
+
+
+def _explain(cache: Controller) -> Callable[[str], Mapping[str, object] | None]:
+    def explain(request_id: str) -> Mapping[str, object] | None:
+        explanation = cache.explain(request_id)
+        return None if explanation is None else explanation.as_dict()
+
+    return explain

@@ -1,0 +1,123 @@
+"""One look at the whole cache, as data: what metrics and ``hicache status`` are made of."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+
+from hicache_core.controller.parts import Parts
+from hicache_core.controller.prefetch import PrefetchPath
+from hicache_core.controller.storage_tier import Attachment
+from hicache_core.controller.write_path import WritePath
+from hicache_core.observe.snapshot import (
+    BackendStatus,
+    CacheSnapshot,
+    OperationStatus,
+    PoolStatus,
+)
+from hicache_core.pools.host import HostPool
+from hicache_core.storage.guard import GuardStatus
+
+SEAL = "sealed_"
+
+
+def take_snapshot(
+    parts: Parts, write_path: WritePath, prefetch_path: PrefetchPath | None
+) -> CacheSnapshot:
+    """Looks at the cache. Any thread may; nothing is locked, so numbers may be an instant apart."""
+    storage = parts.storage
+    attachments = [] if storage is None else storage.attachments
+    in_flight: Counter[str] = Counter()
+    depths: Counter[str] = Counter()
+    for attachment in attachments:
+        worker = attachment.worker
+        depths.update(dict(worker.depths))
+        in_flight["read"] += worker.read_nbytes_in_flight
+        in_flight["write"] += worker.write_nbytes_in_flight
+    counters = parts.counters
+    n_storage = min(counters.storage_hit_tokens, counters.host_hit_tokens)
+    n_reading = 0 if prefetch_path is None else prefetch_path.n_pending_pages
+    current = None if storage is None else storage.current
+    return CacheSnapshot(
+        page_size=parts.page_size,
+        page_nbytes=parts.device.spec.page_nbytes(parts.page_size),
+        device=_device(parts),
+        host=None if parts.host is None else _host(parts.host, n_reading + write_path.n_pages),
+        counters=asdict(counters),
+        hit_tokens={
+            "device": counters.device_hit_tokens,
+            "host": counters.host_hit_tokens - n_storage,
+            "storage": n_storage,
+        },
+        evicted_pages=[] if parts.removals is None else parts.removals.evicted_pages(),
+        bytes_in_flight=in_flight,
+        queue_depths=depths,
+        jobs_in_flight={
+            "copy": parts.jobs.n_copies,
+            "storage": parts.jobs.n_jobs - parts.jobs.n_copies,
+        },
+        overdue_jobs=sum(attachment.worker.n_overdue for attachment in attachments),
+        quarantined_pages=0 if storage is None else storage.quarantine.n_pages,
+        backends=[] if current is None else [_backend(s) for s in current.guards()],
+        rejected_pages=_rejected(attachments),
+        admission={} if current is None else dict(current.admission.decisions),
+        missed_tokens={} if parts.explainer is None else dict(parts.explainer.missed_tokens),
+        prefetch_wait_s=parts.timings.prefetch_wait_s.histogram(),
+        load_back_s=parts.timings.load_back_s.histogram(),
+    )
+
+
+def _device(parts: Parts) -> PoolStatus:
+    allocator, tree = parts.device.allocator, parts.tree
+    n_evictable = tree.n_evictable_device_pages
+    return PoolStatus(
+        n_pages=allocator.n_pages,
+        free_pages=allocator.n_free,
+        locked_pages=allocator.n_pages - allocator.n_free - n_evictable,
+        in_flight_pages=None,
+        evictable_pages=n_evictable,
+    )
+
+
+def _host(host: HostPool, n_in_flight: int) -> PoolStatus:
+    allocator = host.allocator
+    return PoolStatus(
+        n_pages=allocator.n_pages,
+        free_pages=allocator.n_free,
+        locked_pages=None,
+        in_flight_pages=n_in_flight,
+        evictable_pages=None,
+    )
+
+
+def _backend(guard: GuardStatus) -> BackendStatus:
+    operations = [
+        OperationStatus(name, status.latency_s, _errors_of(guard, name))
+        for name, status in guard.operations.items()
+    ]
+    return BackendStatus(
+        name=guard.backend,
+        breaker=guard.state.value,
+        breaker_since_s=guard.since_s,
+        breaker_changes=guard.state_changes,
+        next_probe_s=guard.next_probe_s,
+        last_error=guard.last_error,
+        operations=operations,
+        retries=guard.retries,
+        short_circuits=guard.short_circuits,
+        negative_hits=guard.negative_hits,
+        stored_nbytes=int(guard.operations["set"].nbytes.total),
+        loaded_nbytes=int(guard.operations["get"].nbytes.total),
+    )
+
+
+def _errors_of(guard: GuardStatus, operation: str) -> Mapping[str, int]:
+    return {kind: n for (name, kind), n in guard.errors.items() if name == operation}
+
+
+def _rejected(attachments: Iterable[Attachment]) -> Mapping[str, int]:
+    counts: Counter[str] = Counter()
+    for attachment in attachments:
+        counts.update(attachment.rejected())
+    return counts

@@ -1,0 +1,127 @@
+"""What operators see of a real cache is what happened in it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import uuid
+from collections.abc import Iterator
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import pytest
+from click.testing import CliRunner
+from prometheus_client.parser import text_string_to_metric_families
+
+from hicache_core.build import HiCache
+from hicache_core.cli.status import command
+from hicache_core.config import HiCacheConfig
+from hicache_core.errors import ConfigError
+from hicache_core.pools.device import DevicePool
+from tests.page_path.world import PAGE_SIZE, SPEC, World, ids, make_world
+
+
+@pytest.fixture
+def worlds() -> Iterator[list[World]]:
+    made: list[World] = []
+    yield made
+    for world in made:
+        world.close()
+
+
+@pytest.fixture
+def world(worlds: list[World]) -> World:
+    """A cache with a status server, after a cold request, a device hit and a host hit."""
+    made = make_world(
+        storage={"share": uuid.uuid4().hex}, hicache_status_port=0, metrics_prefix="sglang:"
+    )
+    worlds.append(made)
+    made.request(ids(33))
+    made.request(ids(33))
+    made.cache.flush(10.0)
+    made.flush_device()
+    made.request(ids(33))
+    made.cache.flush(10.0)
+    return made
+
+
+def url(world: World) -> str:
+    found = world.cache._observers.status_url
+    assert found is not None
+    return found
+
+
+def fetched(world: World, path: str) -> Any:
+    with urlopen(url(world) + path, timeout=10) as response:
+        return json.load(response)
+
+
+def series(world: World) -> dict[tuple[str, str], float]:
+    """Every sample by its name and the values of its labels."""
+    with urlopen(url(world) + "/metrics", timeout=10) as response:
+        text = response.read().decode()
+    return {
+        (sample.name, ",".join(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_metrics_tell_what_happened(world: World) -> None:
+    seen = series(world)
+    assert seen["sglang:cached_tokens_total", "device"] == 32
+    assert seen["sglang:cached_tokens_total", "host"] == 32
+    assert seen["sglang:missed_tokens_total", ""] == 33 + 1 + 1
+    assert seen["sglang:backuped_tokens_total", ""] == 32
+    assert seen["sglang:load_back_tokens_total", "kv"] == 32
+    assert seen["sglang:storage_breaker_state", "memory,closed"] == 1
+    assert seen["sglang:storage_operation_seconds_count", "memory,set"] >= 1
+    assert seen["sglang:evicted_pages_total", "device,evicted"] == 8
+    assert seen["sglang:pool_pages", "device,free"] == 8
+    assert seen["sglang:storage_bytes_in_flight", "write"] == 0
+
+
+def test_status_and_explain_are_served(world: World) -> None:
+    status = fetched(world, "/hicache/status")
+    assert status["snapshot"]["hit_tokens"] == {"device": 32, "host": 32, "storage": 0}
+    assert [backend["name"] for backend in status["snapshot"]["backends"]] == ["memory"]
+    explained = fetched(world, "/hicache/explain/request-3")
+    assert (explained["host_tokens"], explained["reason"]) == (32, "none")
+    with pytest.raises(HTTPError, match="404") as caught:
+        fetched(world, "/hicache/explain/nobody")
+    caught.value.close()
+
+
+def test_hicache_status_prints_a_running_cache(world: World) -> None:
+    shown = CliRunner().invoke(command, [url(world)])
+    assert shown.exit_code == 0, shown.output
+    assert "memory" in shown.output
+    assert "closed" in shown.output
+
+
+def test_pool_pages_add_up(world: World) -> None:
+    pages = {key[1]: value for key, value in series(world).items() if key[0].endswith("pool_pages")}
+    assert sum(n for state, n in pages.items() if state.startswith("device")) == 16
+
+
+def test_events_without_their_package_or_with_a_wrong_setting_are_config_errors() -> None:
+    config = HiCacheConfig(page_size=PAGE_SIZE, kv_events_config={"endpont": "tcp://127.0.0.1:*"})
+    with pytest.raises(ConfigError, match="no setting 'endpont'"):
+        HiCache(config, SPEC, DevicePool(SPEC, PAGE_SIZE, 4))
+
+
+def test_an_address_that_is_taken_is_a_config_error_and_leaves_nothing_running() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        config = HiCacheConfig(page_size=PAGE_SIZE, hicache_status_port=taken.getsockname()[1])
+        with pytest.raises(ConfigError, match="status server cannot listen"):
+            HiCache(config, SPEC, DevicePool(SPEC, PAGE_SIZE, 4))
+
+
+def test_events_are_published_by_the_cache_itself(worlds: list[World]) -> None:
+    made = make_world(kv_events_config={"endpoint": "tcp://127.0.0.1:*"}, hicache_status_port=0)
+    worlds.append(made)
+    made.request(ids(33))
+    made.cache.flush(10.0)
+    sent = fetched(made, "/hicache/status")["snapshot"]["events"]
+    assert sent["sent_batches"] + sent["queued_runs"] > 0
