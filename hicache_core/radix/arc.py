@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
+from hicache_core.errors import IntegrityError
 from hicache_core.radix.ghosts import Ghosts
 from hicache_core.radix.node import Node
 from hicache_core.radix.order import EvictionOrder, EvictionPolicy, TierView
@@ -89,6 +90,17 @@ class ARCOrder(QueueOrder):
         self._new_share = 0.0
         for ghosts in self._ghosts:
             ghosts.clear()
+
+    def check_integrity(self) -> None:
+        # docstring inherited
+        super().check_integrity()
+        once, again = map(len, self._ghosts)
+        if self._n_pages[NEW] + once > self._capacity:
+            raise IntegrityError(f"{once} ghosts of pages seen once are too many")
+        if sum(self._n_pages) + once + again > 2 * self._capacity:
+            raise IntegrityError(f"{once} and {again} ghosts are too many")
+        if not 0 <= self._new_share <= self._capacity:
+            raise IntegrityError(f"the share of new pages is {self._new_share}")
 
     def memory_nbytes(self) -> int:
         # docstring inherited

@@ -32,9 +32,7 @@ class Ghosts:
 
     def add(self, names: list[int]) -> None:
         """Remember the pages of a node. They left last page first, so the first is the youngest."""
-        for name in reversed(names):
-            self._names[name] = None
-            self._names.move_to_end(name)
+        self._names.update(dict.fromkeys(reversed(names)))
 
     def take(self, names: Iterable[int]) -> int:
         """Forget those of ``names`` that are remembered; returns how many were."""
@@ -44,8 +42,8 @@ class Ghosts:
         return before - len(self._names)
 
     def trim(self, limit: int) -> None:
-        """Forget the oldest beyond ``limit``."""
-        while len(self._names) > max(0, limit):
+        """Forget the oldest beyond ``limit``, which is not negative."""
+        for _ in range(len(self._names) - limit):
             self._names.popitem(last=False)
 
     def clear(self) -> None:

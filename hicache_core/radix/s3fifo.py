@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
+from hicache_core.errors import IntegrityError
 from hicache_core.radix.ghosts import Ghosts
 from hicache_core.radix.node import Node
 from hicache_core.radix.order import EvictionOrder, EvictionPolicy, TierView
@@ -94,6 +95,12 @@ class S3FIFOOrder(QueueOrder):
         # docstring inherited
         super().clear()
         self._ghosts.clear()
+
+    def check_integrity(self) -> None:
+        # docstring inherited
+        super().check_integrity()
+        if 10 * len(self._ghosts) > 9 * self._capacity:
+            raise IntegrityError(f"{len(self._ghosts)} ghosts are too many")
 
     def memory_nbytes(self) -> int:
         # docstring inherited
