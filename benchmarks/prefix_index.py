@@ -20,9 +20,9 @@ TABLE = "prefix index"
 CHAT = "prefix index: chat tree"
 
 
-def make(page_size: int = 64) -> RadixTree:
-    """An empty tree, LRU on both tiers."""
-    return RadixTree(page_size, eviction_policy("lru"), eviction_policy("lru"))
+def make(page_size: int = 64, policy: str = "lru") -> RadixTree:
+    """An empty tree, the same policy on both tiers."""
+    return RadixTree(page_size, eviction_policy(policy), eviction_policy(policy))
 
 
 def ids(n: int, start: int = 0) -> array[int]:
@@ -121,8 +121,8 @@ def single_rows(n_tokens: int, page_size: int, repeat: int) -> Iterator[Row]:
 class Server:
     """A cache with a page cap, served by match, evict and insert."""
 
-    def __init__(self, n_pages: int, page_size: int = 64) -> None:
-        self.tree = make(page_size)
+    def __init__(self, n_pages: int, page_size: int = 64, policy: str = "lru") -> None:
+        self.tree = make(page_size, policy)
         self.free = ids(n_pages)
         self.page_nbytes = 4 * page_size
 
@@ -164,11 +164,15 @@ def chat_rows(quick: bool) -> Iterator[Row]:
     name = f"one turn (match + insert), {n_talks:,} times {n_turns} turns"
     yield timed(CHAT, name, turns(server, n_talks, n_turns), target="≤ 80")
     yield memory_row(f"Python memory, {server.tree.n_nodes:,} nodes of page 64", server.tree)
-    capped = Server(100_000 // 64 if quick else 1_000_000 // 64)
-    cap = "100k" if quick else "1M"
-    yield timed(CHAT, f"one turn with eviction, cap {cap} tokens", turns(capped, n_talks, n_turns))
+    cap, cap_tokens = ("100k", 100_000) if quick else ("1M", 1_000_000)
+    name = f"one turn with eviction, cap {cap} tokens"
+    yield timed(CHAT, name, turns(Server(cap_tokens // 64), n_talks, n_turns))
+    for policy in ("s3fifo", "arc"):
+        calls = turns(Server(cap_tokens // 64, policy=policy), n_talks, n_turns)
+        yield timed(CHAT, f"{name}, {policy}", calls, baseline=name)
     n_leaves = 1500 if quick else 15_000
-    yield evict_row(n_leaves)
+    for policy in ("lru", "s3fifo", "arc"):
+        yield evict_row(n_leaves, policy)
     for page_size in (1, 16):
         tree = make(page_size)
         for i in range(100):
@@ -176,9 +180,9 @@ def chat_rows(quick: bool) -> Iterator[Row]:
         yield memory_row(f"Python memory, 100 prompts of 1,024 tokens, page {page_size}", tree)
 
 
-def evict_row(n_leaves: int) -> Row:
+def evict_row(n_leaves: int, policy: str) -> Row:
     """Leaves of 4 pages below one system prompt, each used once more in another order."""
-    tree = make()
+    tree = make(policy=policy)
     system = os.urandom(4 * 64 * 8)
     leaves = [system + os.urandom(4 * 64 * 4) for _ in range(n_leaves)]
     for i, tokens in enumerate(leaves):
@@ -193,7 +197,10 @@ def evict_row(n_leaves: int) -> Row:
         tree.drop_device(victim)
 
     calls = (evict for _ in range(n_leaves // 5))
-    return timed(CHAT, f"evict one leaf of {n_leaves:,}", calls, target="≤ 20")
+    name = f"evict one leaf of {n_leaves:,}"
+    if policy == "lru":
+        return timed(CHAT, name, calls, target="≤ 20")
+    return timed(CHAT, f"{name}, {policy}", calls, baseline=name)
 
 
 def memory_row(name: str, tree: RadixTree) -> Row:

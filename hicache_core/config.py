@@ -41,7 +41,7 @@ from hicache_core.redact import masked
 _RULE = "compatibility rule"
 _logger = logging.getLogger(__name__)
 
-EvictionPolicy = Literal["lru", "lfu", "fifo", "slru", "priority"]
+EvictionPolicy = Literal["lru", "lfu", "fifo", "slru", "priority", "s3fifo", "arc"]
 
 
 def _no_bool(value: object) -> object:

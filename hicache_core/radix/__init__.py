@@ -1,7 +1,8 @@
 """The prefix index over packed token ids. Imports no torch."""
 
-from hicache_core.radix.eviction import POLICY_NAMES, EvictionPolicy, eviction_policy
+from hicache_core.radix.eviction import POLICY_NAMES, eviction_policy
 from hicache_core.radix.node import Node
+from hicache_core.radix.order import EvictionPolicy
 from hicache_core.radix.results import Dropped, InsertResult, Match
 from hicache_core.radix.tree import RadixTree
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from hicache_core.errors import IntegrityError
 from hicache_core.radix.core import TreeCore
-from hicache_core.radix.eviction import EvictionOrder
 from hicache_core.radix.node import Node, descendants
+from hicache_core.radix.order import EvictionOrder
 
 
 def _require(holds: bool, node: Node, rule: str) -> None:
@@ -118,19 +118,14 @@ def _check_order(
     has_copy: Callable[[Node], bool],
     may_miss: Callable[[Node], bool],
 ) -> None:
-    position = {node: i for i, node in enumerate(order)}
     known = set(nodes)
-    for node in position:
+    standing = set(order)
+    for node in standing:
         _require(node in known and has_copy(node), node, "the order holds nodes of its tier")
-    for node in nodes:
-        if node not in position:
-            _require(not has_copy(node) or may_miss(node), node, "only locked nodes miss in order")
-            continue
-        above = node.parent
-        while above is not None and above.parent is not None:
-            if above in position:
-                _require(position[node] < position[above], node, "a child stands before its parent")
-            above = above.parent
+    for node in known - standing:
+        may_be_out = not has_copy(node) or may_miss(node) or order.may_rest(node)
+        _require(may_be_out, node, "a node of the tier misses in its order")
+    order.check_integrity()
 
 
 def tree_nbytes(tree: TreeCore) -> int:

@@ -7,11 +7,12 @@ parents' child counts and the eviction orders follow in one place.
 from __future__ import annotations
 
 from array import array
+from operator import attrgetter
 
 from hicache_core.errors import IntegrityError, SpecError
 from hicache_core.page_keys import TOKEN_NBYTES
-from hicache_core.radix.eviction import EvictionOrder, EvictionPolicy
 from hicache_core.radix.node import Node, descendants, path_to_root, require_in_tree, split_node
+from hicache_core.radix.order import EvictionPolicy, TierView
 
 
 class TreeCore:
@@ -25,8 +26,10 @@ class TreeCore:
         self.page_size = page_size
         self._page_nbytes = page_size * TOKEN_NBYTES
         self._roots: dict[bytes, Node] = {}
-        self._device_order = EvictionOrder(device_policy)
-        self._host_order = EvictionOrder(host_policy)
+        device = TierView(page_size, attrgetter("n_device_children"))
+        host = TierView(page_size, attrgetter("n_host_children"))
+        self._device_order = device_policy.order(device)
+        self._host_order = host_policy.order(host)
         # Device pages of nodes below a failed load_back; their own copies still write into them.
         self._doomed: dict[Node, array[int]] = {}
         self._n_doomed_pages = 0
@@ -211,13 +214,12 @@ class TreeCore:
         self._host_order.discard(node)
         return pages
 
-    def _renew(self, node: Node, *, inserted: bool) -> None:
-        """Make the path to ``node`` the youngest of both tiers, where their policies ask for it."""
-        device, host = self._device_order, self._host_order
-        renew_device = inserted or device.policy.renewed_by_use
-        renew_host = host.policy.renewed_by_use
+    def _renew(self, node: Node, *, used: bool = False, inserted: bool = False) -> None:
+        """Tell the orders of both tiers of a path that was matched or inserted, deepest first."""
+        touch_device = self._device_order.touch(used=used, inserted=inserted)
+        touch_host = self._host_order.touch(used=used, inserted=False)
         for at in path_to_root(node):
-            if renew_device and at.device_pages is not None:
-                device.renew(at)
-            if renew_host and at.on_host:
-                host.renew(at)
+            if touch_device is not None and at.device_pages is not None:
+                touch_device(at)
+            if touch_host is not None and at.on_host:
+                touch_host(at)

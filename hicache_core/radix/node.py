@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Iterator
 
 from hicache_core.errors import IntegrityError
-from hicache_core.page_keys import DIGEST_NBYTES
+from hicache_core.page_keys import DIGEST_NBYTES, page_digests
 
 # Up to here one comparison of the whole node pays, though a bisection may have to follow.
 _ONE_COMPARE_NBYTES = 32768
@@ -140,6 +140,23 @@ def descendants(node: Node) -> Iterator[Node]:
         at = stack.pop()
         yield at
         stack.extend(at.children.values())
+
+
+def node_digests(node: Node, page_size: int) -> bytes:
+    """Page digests of ``node``, 32 bytes each, packed; computed once and kept in the nodes."""
+    missing: list[Node] = []
+    root: Node = node
+    for at in path_to_root(node):
+        if at.digests is not None:
+            root = at
+            break
+        missing.append(at)
+        root = at.parent or at
+    last = root.key if root.parent is None else (root.digests or b"")[-DIGEST_NBYTES:]
+    for at in reversed(missing):
+        at.digests = page_digests(bytes(at.tokens), page_size, last)
+        last = at.digests[-DIGEST_NBYTES:]
+    return node.digests or b""
 
 
 def keep_tokens(tokens: bytes | memoryview) -> bytes | memoryview:

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Callable
 
 from hicache_core.errors import IntegrityError, InvalidTokens
-from hicache_core.page_keys import DIGEST_NBYTES, TOKEN_NBYTES, page_digests
+from hicache_core.page_keys import DIGEST_NBYTES, TOKEN_NBYTES
 from hicache_core.radix.audit import check_tree, tree_nbytes
 from hicache_core.radix.inflight import InFlight
 from hicache_core.radix.node import (
@@ -18,6 +18,7 @@ from hicache_core.radix.node import (
     descendants,
     equal_pages,
     keep_tokens,
+    node_digests,
     path_to_root,
     require_in_tree,
 )
@@ -54,7 +55,7 @@ class RadixTree(InFlight):
         if touch:
             for used in path_to_root(match.node):
                 used.hit_count += 1
-            self._renew(match.node, inserted=False)
+            self._renew(match.node, used=True)
         return match
 
     def locate(self, tokens: bytes, seed: bytes = b"") -> Match:
@@ -139,19 +140,7 @@ class RadixTree(InFlight):
     def digests(self, node: Node) -> bytes:
         """Page digests of ``node``, 32 bytes each, packed; computed once and kept in the nodes."""
         require_in_tree(node)
-        missing: list[Node] = []
-        root: Node = node
-        for at in path_to_root(node):
-            if at.digests is not None:
-                root = at
-                break
-            missing.append(at)
-            root = at.parent or at
-        last = root.key if root.parent is None else (root.digests or b"")[-DIGEST_NBYTES:]
-        for at in reversed(missing):
-            at.digests = page_digests(bytes(at.tokens), self.page_size, last)
-            last = at.digests[-DIGEST_NBYTES:]
-        return node.digests or b""
+        return node_digests(node, self.page_size)
 
     def adopt_digests(self, node: Node, n_pages: int, digests: bytes) -> None:
         """Keep the digests of the run of ``n_pages`` that ends at ``node``, computed elsewhere."""
@@ -294,6 +283,8 @@ class RadixTree(InFlight):
         for node in nodes:
             if node.lock_count or node.host_lock_count:
                 raise IntegrityError(f"reset while {node} is in use")
+        self._device_order.clear()
+        self._host_order.clear()
         dropped = Dropped(array("i"), array("i"))
         for node in reversed(nodes):
             if node.on_device:

@@ -17,7 +17,7 @@ PROMPTS = st.lists(st.integers(0, 2), min_size=0, max_size=9).map(
     lambda pages: [token for page in pages for token in [page] * PAGE_SIZE] + [9]
 )
 POLICIES = st.sampled_from(["write_through", "write_through_selective", "write_back"])
-EVICTION = st.sampled_from(["lru", "lfu", "fifo", "slru", "priority"])
+EVICTION = st.sampled_from(["lru", "lfu", "fifo", "slru", "priority", "s3fifo", "arc"])
 MODES = st.sampled_from(
     [("page_first", "kernel"), ("layer_first", "direct"), ("page_first_direct", "direct")]
 )

@@ -42,8 +42,12 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "metrics_prefix": st.sampled_from(["hicache:", "sglang:", ""]),
     "kv_events_config": st.dictionaries(st.just("topic"), st.text("abc", max_size=3), max_size=1),
     EXTRA: st.dictionaries(st.sampled_from(["path", "url"]), st.text(max_size=5), max_size=2),
-    "radix_eviction_policy": st.sampled_from(["lru", "lfu", "fifo", "slru", "priority"]),
-    "hicache_host_eviction_policy": st.sampled_from(["lru", "lfu", "fifo", "slru", "priority"]),
+    "radix_eviction_policy": st.sampled_from(
+        ["lru", "lfu", "fifo", "slru", "priority", "s3fifo", "arc"]
+    ),
+    "hicache_host_eviction_policy": st.sampled_from(
+        ["lru", "lfu", "fifo", "slru", "priority", "s3fifo", "arc"]
+    ),
     "hicache_storage_threads": st.integers(1, 256),
     "hicache_storage_max_read_nbytes": st.integers(1, 1 << 40),
     "hicache_storage_max_write_nbytes": st.integers(1, 1 << 40),
@@ -203,7 +207,7 @@ def test_a_switch_of_a_mere_default_is_no_warning(caplog: pytest.LogCaptureFixtu
         ("hicache_mem_layout", "", "page_first, page_first_direct, layer_first"),
         ("hicache_storage_prefetch_policy", None, "best_effort, wait_complete, timeout"),
         ("hicache_storage_backend", "Red is", "lower-case letters"),
-        ("radix_eviction_policy", "mru", "lru, lfu, fifo, slru, priority"),
+        ("radix_eviction_policy", "mru", "lru, lfu, fifo, slru, priority, s3fifo, arc"),
         ("hicache_storage_threads", 0, "an integer from 1 to 256"),
     ],
 )

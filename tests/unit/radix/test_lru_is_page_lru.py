@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import random
-from array import array
 from collections import OrderedDict
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hicache_core.radix import RadixTree, eviction_policy
 from tests.unit.radix.model import pages_of
+from tests.unit.radix.server import TreeServer, prompt
 
 
 class PageLRU:
@@ -39,33 +38,9 @@ class PageLRU:
         return n_hits
 
 
-class TreeServer:
-    """The same cache on the tree: match, lock, evict, insert, unlock."""
-
-    def __init__(self, capacity: int, page_size: int) -> None:
-        self.tree = RadixTree(page_size, eviction_policy("lru"), eviction_policy("lru"))
-        self.free = array("i", range(capacity))
-        self.page_nbytes = 4 * page_size
-
-    def request(self, tokens: bytes) -> int:
-        """Serve a prompt; returns how many leading pages were there."""
-        match = self.tree.match(tokens)
-        self.tree.lock(match.node)
-        n_new = len(tokens) // self.page_nbytes - len(match.device_pages)
-        while len(self.free) < n_new:
-            victim = self.tree.device_victim(n_new - len(self.free))
-            assert victim is not None
-            self.free.extend(self.tree.drop_device(victim).device_pages)
-        pages = match.device_pages + self.free[:n_new]
-        del self.free[:n_new]
-        assert not self.tree.insert(tokens, pages).duplicates
-        self.tree.unlock(match.node)
-        return len(match.device_pages)
-
-
 def assert_equal_caches(capacity: int, page_size: int, requests: list[bytes]) -> int:
     """Serve all requests on both; hits and content are equal after each."""
-    model, server = PageLRU(capacity, 4 * page_size), TreeServer(capacity, page_size)
+    model, server = PageLRU(capacity, 4 * page_size), TreeServer("lru", capacity, page_size)
     n_hits = 0
     for tokens in requests:
         hits = server.request(tokens)
@@ -74,11 +49,6 @@ def assert_equal_caches(capacity: int, page_size: int, requests: list[bytes]) ->
         assert {name for _, name in pages_of(server.tree, 4 * page_size)} == set(model.pages)
         n_hits += hits
     return n_hits
-
-
-def prompt(page_size: int, items: list[int]) -> bytes:
-    """One page for each item."""
-    return b"".join(item.to_bytes(4, "little") * page_size for item in items)
 
 
 @pytest.mark.parametrize("page_size", [1, 4])

@@ -1,0 +1,193 @@
+"""Orders of two queues, between which nodes move: the base of S3-FIFO and ARC.
+
+A node whose turn comes while it is locked, or while pages after it are in the tier, is taken out
+of its queue and *rests*. Its unlock, or the departure of its last child, puts it back at the old
+end: its turn had come. So a victim costs one step for each node that is passed, once.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from sys import getsizeof
+
+from hicache_core.errors import IntegrityError
+from hicache_core.radix.ghosts import page_names
+from hicache_core.radix.node import Node, path_to_root
+from hicache_core.radix.order import Entry, EvictionOrder, TierView
+
+NEW, PROVEN = 0, 1
+
+
+class QueueEntry(Entry):
+    """A node's place, linked or resting.
+
+    Attributes:
+        queue: ``NEW`` or ``PROVEN``, also while it rests.
+        uses: what the policy counts.
+    """
+
+    __slots__ = ("queue", "uses")
+
+    def __init__(self, node: Node | None, queue: int, uses: int = 0) -> None:
+        super().__init__(node)
+        self.queue = queue
+        self.uses = uses
+
+    @property
+    def rests(self) -> bool:
+        """It is in no list."""
+        return self.next is self
+
+    def rest(self) -> None:
+        """Leave the list, if in one."""
+        self.unlink()
+        self.next = self.prev = self
+
+
+class QueueOrder(EvictionOrder):
+    """Two queues of nodes and their sizes in pages.
+
+    The capacity that the papers speak of is the most pages that the tier held at once.
+    """
+
+    def __init__(self, tier: TierView) -> None:
+        self._tier = tier
+        self._entries: dict[Node, QueueEntry] = {}
+        self._heads = (QueueEntry(None, NEW), QueueEntry(None, PROVEN))
+        self._n_pages = [0, 0]
+        self._capacity = 0
+
+    # -- what a policy decides ---------------------------------------------------------------
+
+    @abstractmethod
+    def _use(self, node: Node) -> None:
+        """``node`` lies on a path that was matched; those below it were told before."""
+
+    @abstractmethod
+    def _enters(self, node: Node) -> int:
+        """The queue that a node which comes into the tier joins."""
+
+    @abstractmethod
+    def _left(self, node: Node, queue: int) -> None:
+        """``node`` left the tier from ``queue``; the sizes still count it."""
+
+    # -- what the tree tells -----------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Node]:
+        # docstring inherited
+        for head in self._heads:
+            entry = head.next
+            while entry.node is not None:
+                yield entry.node
+                entry = entry.next
+
+    def touch(self, *, used: bool, inserted: bool) -> Callable[[Node], None] | None:
+        # docstring inherited
+        if used:
+            return self._use
+        return self.place if inserted else None
+
+    def place(self, node: Node) -> None:
+        # docstring inherited
+        entry = self._entries.get(node)
+        if entry is not None:
+            self._wake(node)
+            return
+        queue = self._enters(node)
+        entry = self._entries[node] = QueueEntry(node, queue)
+        self._n_pages[queue] += node.n_pages
+        self._capacity = max(self._capacity, sum(self._n_pages))
+        entry.insert_before(self._heads[queue])
+        if queue == PROVEN and node.parent is not None:
+            self._prove(node.parent)
+
+    def split(self, upper: Node, node: Node) -> None:
+        # docstring inherited; ``upper`` has a child, so it rests
+        entry = self._entries.get(node)
+        if entry is not None:
+            self._entries[upper] = QueueEntry(upper, entry.queue, entry.uses)
+
+    def discard(self, node: Node) -> None:
+        # docstring inherited
+        entry = self._entries.pop(node, None)
+        if entry is not None:
+            entry.rest()
+            self._left(node, entry.queue)
+            self._n_pages[entry.queue] -= node.n_pages
+        if node.parent is not None:
+            self._wake(node.parent)
+
+    def clear(self) -> None:
+        # docstring inherited
+        self._entries.clear()
+        for head in self._heads:
+            head.rest()
+        self._n_pages = [0, 0]
+        self._capacity = 0
+
+    def may_rest(self, node: Node) -> bool:
+        # docstring inherited
+        return self._tier.n_children(node) > 0
+
+    # -- moves -------------------------------------------------------------------------------
+
+    def _wake(self, node: Node) -> None:
+        """Put a resting node without children at the old end of its queue."""
+        entry = self._entries.get(node)
+        if entry is not None and entry.rests and not self._tier.n_children(node):
+            entry.insert_before(self._heads[entry.queue].next)
+
+    def _move(self, entry: QueueEntry, queue: int) -> None:
+        """Make a node the youngest of ``queue``."""
+        assert entry.node is not None
+        self._n_pages[entry.queue] -= entry.node.n_pages
+        self._n_pages[queue] += entry.node.n_pages
+        entry.unlink()
+        entry.queue = queue
+        entry.insert_before(self._heads[queue])
+
+    def _prove(self, node: Node) -> None:
+        """Move ``node`` and all before it to ``PROVEN``: a prefix is worth what follows it."""
+        for at in path_to_root(node):
+            entry = self._entries.get(at)
+            if entry is None:
+                continue
+            if entry.queue == PROVEN:
+                break
+            entry.uses = 0
+            self._move(entry, PROVEN)
+
+    def _oldest(self, queue: int, may_leave: Callable[[Node], bool]) -> QueueEntry | None:
+        """The first of ``queue`` that may leave; whose turn cannot come now is sent to rest."""
+        entry = self._heads[queue].next
+        while entry.node is not None:
+            node, here, entry = entry.node, entry, entry.next
+            if may_leave(node):
+                assert isinstance(here, QueueEntry)
+                return here
+            if node.lock_count or self._tier.n_children(node):
+                assert isinstance(here, QueueEntry)
+                here.rest()
+        return None
+
+    def _names(self, node: Node) -> list[int]:
+        return page_names(node, self._tier.page_size)
+
+    # -- audit -------------------------------------------------------------------------------
+
+    def check_integrity(self) -> None:
+        # docstring inherited
+        sizes = [0, 0]
+        linked = 0
+        for node, entry in self._entries.items():
+            sizes[entry.queue] += node.n_pages
+            linked += not entry.rests
+        if sizes != self._n_pages:
+            raise IntegrityError(f"queues of {sizes} pages, {self._n_pages} counted")
+        if linked != len(list(self)):
+            raise IntegrityError(f"{linked} nodes are linked, {len(list(self))} are in a queue")
+
+    def memory_nbytes(self) -> int:
+        # docstring inherited
+        return getsizeof(self._entries) + sum(map(getsizeof, self._entries.values()))
