@@ -6,6 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
+from typing import ClassVar
 
 from hicache_core.controller.estimates import SizedEstimate
 
@@ -19,10 +20,9 @@ PROBE_BUDGET = 0.01
 """Share of all time to first token that may be spent on loads that are not expected to pay."""
 
 FIRST_PROBE_PAGES = 4
-"""Pages of a load about whose speed nothing is known."""
+"""Pages of the smallest probe; larger ones are by powers of ``GROWTH``."""
 
 GROWTH = 4
-"""A load may be this many times larger than the largest that was measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,6 @@ class Offer:
         n_found: leading pages that storage says it has.
         n_missing_tokens: tokens that neither device nor host has.
         page_size: tokens a page.
-        page_nbytes: bytes of a page's object.
         batch_pages: pages of one read.
     """
 
@@ -42,7 +41,6 @@ class Offer:
     n_found: int
     n_missing_tokens: int
     page_size: int
-    page_nbytes: int
     batch_pages: int
 
 
@@ -52,15 +50,26 @@ class Admission(ABC):
     Owner thread only.
 
     Attributes:
+        has_patience: whether it limits how long a request waits; the same on every rank.
         decisions: how often each outcome was chosen: ``all``, ``part``, ``none``, ``probe``.
     """
+
+    has_patience: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.decisions: Counter[str] = Counter()
 
+    def is_worth_asking(self, offer: Offer) -> bool:  # noqa: ARG002 - some always ask
+        """Whether to ask storage at all, were it to have all of ``offer.n_found``."""
+        return True
+
     @abstractmethod
     def admit(self, offer: Offer) -> int:
-        """Leading pages to load: 0 to ``offer.n_found``."""
+        """Leading pages to load of those that storage has: 0 to ``offer.n_found``."""
+
+    def patience_s(self, n_tokens: int) -> float | None:  # noqa: ARG002 - some have no end of it
+        """Seconds that a request waits for ``n_tokens`` at most; None for no limit."""
+        return None
 
     def asked(self, elapsed_s: float) -> None:  # noqa: B027 - some do not learn
         """Storage answered a question in ``elapsed_s``."""
@@ -84,14 +93,18 @@ class AlwaysAdmit(Admission):
 class CostAware(Admission):
     """Loads all, a part or nothing, whichever is expected to give the earliest first token.
 
-    With k pages loaded the first token is expected after ``load(k) + prefill(missing - k pages)``.
-    Both are running estimates by size (``SizedEstimate``). Candidates are 0, all, and what whole
-    reads bring, since the last, short read may cost as much as a full one.
+    With k pages loaded the first token is expected after ``question + load(k) + prefill(missing - k
+    pages)``. All are running estimates, by size. Candidates are 0, all, and what whole reads bring,
+    since the last, short read may cost as much as a full one. Where 0 wins, storage is not asked
+    either.
 
-    What is never loaded is never measured again, so now and then a load that is not expected to
-    pay is made all the same: a *probe*, as large as its expected loss fits the budget that
-    ``PROBE_BUDGET`` of all expected time has saved up.
+    Estimates may be wrong, so no request waits longer than computing would take: it goes on then
+    with what has arrived. And what is never loaded is never measured again, so now and then a load
+    that is not expected to pay is made all the same: a *probe*, once its expected loss fits the
+    budget that ``PROBE_BUDGET`` of all expected time has saved up.
     """
+
+    has_patience: ClassVar[bool] = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,22 +112,47 @@ class CostAware(Admission):
         self.prefill_s = SizedEstimate()
         self._declines = False
         self._budget_s = 0.0
+        self._probes: dict[str, int] = {}  # request -> pages
+
+    def is_worth_asking(self, offer: Offer) -> bool:
+        # docstring inherited
+        if not (self.load_s.is_known and self.prefill_s.is_known):
+            return True
+        question_s = self.load_s.latency_s
+        load_s = question_s + self.expected_s(offer, self._best(offer))
+        compute_s = self.expected_s(offer, 0)
+        margin = 1 - MARGIN
+        if self._declines:
+            self._declines = load_s > compute_s * margin
+        else:
+            self._declines = load_s * margin > compute_s
+        self._budget_s += PROBE_BUDGET * min(load_s, compute_s)
+        if not self._declines:
+            return True
+        n_probe = self._probe(offer, compute_s - question_s)
+        if n_probe:
+            self._probes[offer.request_id] = n_probe
+            return True
+        self._decide(offer, 0, "none")
+        return False
 
     def admit(self, offer: Offer) -> int:
         # docstring inherited
-        if self.load_s.is_known and self.prefill_s.is_known:
-            n, outcome = self._weigh(offer)
-        else:
-            n, outcome = self._trusted(offer), "probe"
-        self.decisions[outcome] += 1
-        log.info(
-            "request %s: storage has %d pages, %d are loaded (%s)",
-            offer.request_id,
-            offer.n_found,
-            n,
-            outcome,
-        )
-        return n
+        n_probe = self._probes.pop(offer.request_id, 0)
+        if n_probe:
+            return self._decide(offer, min(offer.n_found, n_probe), "probe")
+        if not self.prefill_s.is_known:
+            return self._decide(offer, min(offer.n_found, FIRST_PROBE_PAGES), "probe")
+        if not self.load_s.is_known:
+            return self._decide(offer, offer.n_found, "all")
+        n = self._best(offer)
+        if self.expected_s(offer, n) * (1 - MARGIN) > self.expected_s(offer, 0):
+            return self._decide(offer, 0, "none")
+        return self._decide(offer, n, "all" if n == offer.n_found else "part")
+
+    def patience_s(self, n_tokens: int) -> float | None:
+        # docstring inherited
+        return self.prefill_s.predict(n_tokens) if self.prefill_s.is_known else None
 
     def asked(self, elapsed_s: float) -> None:
         # docstring inherited
@@ -129,43 +167,40 @@ class CostAware(Admission):
         self.prefill_s.observe(n_tokens, elapsed_s)
 
     def expected_s(self, offer: Offer, n_pages: int) -> float:
-        """Expected time to the first token when ``n_pages`` are loaded, in seconds."""
+        """Expected time from the answer to the first token when ``n_pages`` are loaded."""
         rest = max(1, offer.n_missing_tokens - n_pages * offer.page_size)
         return self.load_s.predict(n_pages) + self.prefill_s.predict(rest)
 
-    def _trusted(self, offer: Offer) -> int:
-        """Pages of a load that is not much larger than what was measured."""
-        return min(offer.n_found, max(FIRST_PROBE_PAGES, int(GROWTH * self.load_s.largest)))
+    def _best(self, offer: Offer) -> int:
+        """The number of pages above 0 that is expected to be best."""
+        sizes = (*range(offer.batch_pages, offer.n_found, offer.batch_pages), offer.n_found)
+        best: int = min(sizes, key=lambda n: (self.expected_s(offer, n), -n))
+        return best
 
-    def _weigh(self, offer: Offer) -> tuple[int, str]:
-        n_max = self._trusted(offer)
-        steps = range(offer.batch_pages, n_max, offer.batch_pages)
-        best = min((*steps, n_max), key=lambda n: (self.expected_s(offer, n), -n))
-        load_s, compute_s = self.expected_s(offer, best), self.expected_s(offer, 0)
-        if self._declines:
-            self._declines = load_s > compute_s * (1 - MARGIN)
-        else:
-            self._declines = load_s * (1 - MARGIN) > compute_s
-        if not self._declines:
-            self._budget_s += PROBE_BUDGET * load_s
-            return best, "all" if best == offer.n_found else "part"
-        self._budget_s += PROBE_BUDGET * compute_s
-        n_probe = self._probe(offer, compute_s)
-        return n_probe, "probe" if n_probe else "none"
-
-    def _probe(self, offer: Offer, compute_s: float) -> int:
+    def _probe(self, offer: Offer, free_s: float) -> int:
         """Pages of a probe, or 0 while the budget does not pay for one.
 
         The largest size counts that costs no more than computing the request once more; where none
         is so cheap, the smallest.
         """
         sizes = [min(offer.n_found, FIRST_PROBE_PAGES)]
-        while sizes[-1] * GROWTH <= self._trusted(offer):
+        while sizes[-1] * GROWTH <= offer.n_found:
             sizes.append(sizes[-1] * GROWTH)
-        losses = {n: self.expected_s(offer, n) - compute_s for n in sizes}
-        affordable = [n for n in sizes if losses[n] <= compute_s]
+        losses = {n: self.expected_s(offer, n) - free_s for n in sizes}
+        affordable = [n for n in sizes if losses[n] <= free_s]
         n = affordable[-1] if affordable else sizes[0]
         if losses[n] > self._budget_s:
             return 0
         self._budget_s -= max(losses[n], 0.0)
+        return n
+
+    def _decide(self, offer: Offer, n: int, outcome: str) -> int:
+        self.decisions[outcome] += 1
+        log.info(
+            "request %s: %d of %d pages are loaded (%s)",
+            offer.request_id,
+            n,
+            offer.n_found,
+            outcome,
+        )
         return n

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate
 
 WEIGHT = 0.3
 """How much the newest observation counts."""
@@ -60,13 +60,13 @@ class SizedEstimate:
         if n < 1:
             return 0.0
         known = sorted(self._points.values())
-        points = [(0.0, min(self.latency_s, known[0][1])), *known]
-        x0, y0, slope = 0.0, 0.0, 0.0
-        for (x0, y0), (x1, y1) in pairwise(points):
-            slope = max(0.0, (y1 - y0) / (x1 - x0))
-            if n <= x1:
-                break
-        return y0 + slope * (n - x0)
+        units = [0.0, *(units for units, _ in known)]
+        latency_s = min(self.latency_s, known[0][1])
+        seconds = list(accumulate([latency_s, *(s for _, s in known)], max))  # more is never faster
+        last = len(units) - 1
+        at = next((i for i in range(1, last) if n <= units[i]), last)
+        slope = (seconds[at] - seconds[at - 1]) / (units[at] - units[at - 1])
+        return seconds[at - 1] + slope * (n - units[at - 1])
 
     def _follow(self, elapsed_s: float, expected_s: float) -> None:
         """Moves all points when one is far off: what changed is the speed, not the size."""

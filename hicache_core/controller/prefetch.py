@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from functools import partial
+from math import inf
 
 from hicache_core.controller.admission import Offer
 from hicache_core.controller.parts import Parts
@@ -77,10 +78,12 @@ class PrefetchPath:
         if prefetch.timer is not None:
             return False
         limit_s = self._parts.prefetch_policy.limit_s(prefetch.n_asked_tokens)
+        patience_s = prefetch.storage.admission.patience_s(prefetch.n_asked_tokens)
         if limit_s == 0:
             self._give_up(prefetch)
-        elif limit_s is not None:
-            prefetch.due_s = self._parts.clock() + limit_s
+        elif limit_s is not None or prefetch.storage.admission.has_patience:
+            limits = [limit for limit in (limit_s, patience_s) if limit is not None]
+            prefetch.due_s = self._parts.clock() + min(limits, default=inf)
             prefetch.timer = self._parts.jobs.add(partial(self._expired, prefetch))
             self._timed.append(prefetch)
         return prefetch.given_up
@@ -161,8 +164,22 @@ class PrefetchPath:
         tail = self._tokens_of(prefetch, first_page, prefetch.n_pages)
         keys = PageKeys(prefetch.storage.namespace, tail, parts.page_size, parent)
         job_id = parts.jobs.add(partial(self._answered, prefetch, first_page, keys))
+        if not prefetch.storage.admission.is_worth_asking(self._offer(prefetch, len(keys))):
+            prefetch.falls_short(Shortfall("declined", "to compute is expected to be faster"))
+            parts.jobs.report(job_id, 0)
+            return
         judge = partial(self._judge_answer, prefetch)
         self._storage.submit(prefetch.storage, ExistsJob(job_id, keys), judge)
+
+    def _offer(self, prefetch: Prefetch, n_found: int) -> Offer:
+        parts = self._parts
+        return Offer(
+            request_id=prefetch.request_id,
+            n_found=n_found,
+            n_missing_tokens=prefetch.n_asked_tokens,
+            page_size=parts.page_size,
+            batch_pages=parts.batch_pages,
+        )
 
     def _waits_behind_another(self, prefetch: Prefetch) -> bool:
         """Lets a read of the same pages go first; the question is asked again when it is done."""
@@ -186,15 +203,7 @@ class PrefetchPath:
             if n_found:
                 prefetch.falls_short(Shortfall("below_threshold", f"storage has {n_found} pages"))
             return 0
-        offer = Offer(
-            request_id=prefetch.request_id,
-            n_found=n_found,
-            n_missing_tokens=prefetch.n_asked_tokens,
-            page_size=parts.page_size,
-            page_nbytes=self._host.object_nbytes,
-            batch_pages=parts.batch_pages,
-        )
-        n_wanted = admission.admit(offer)
+        n_wanted = admission.admit(self._offer(prefetch, n_found))
         if n_wanted < n_found:
             detail = f"{n_wanted} of {n_found} pages are expected to pay"
             prefetch.falls_short(Shortfall("declined", detail))
@@ -268,10 +277,17 @@ class PrefetchPath:
             prefetch.n_settled_batches += 1
             if not prefetch.broken:
                 prefetch.n_ready += batch.n_delivered
+                self._learn(prefetch)
                 if batch.n_delivered < len(batch.host_pages):
                     prefetch.broken = True
                     self._cancel_unstarted(prefetch)
         self._finish_read(prefetch)
+
+    def _learn(self, prefetch: Prefetch) -> None:
+        """Lets the admission policy know how long the pages took that have arrived so far."""
+        n_pages = prefetch.n_loaded_pages + prefetch.n_ready
+        elapsed_s = self._parts.clock() - prefetch.read_at_s
+        prefetch.storage.admission.loaded(n_pages, elapsed_s)
 
     def _commit(self, prefetch: Prefetch) -> None:
         """Makes what has arrived without a gap a hit."""
@@ -293,9 +309,6 @@ class PrefetchPath:
         self._commit(prefetch)
         if not prefetch.given_up:
             parts.counters.prefetch_failed_pages += prefetch.n_pending
-        if not prefetch.n_pending:  # a measure only of loads that were carried out
-            elapsed_s = parts.clock() - prefetch.read_at_s
-            prefetch.storage.admission.loaded(prefetch.n_loaded_pages, elapsed_s)
         left = set(parts.tree.settle_host(node, prefetch.n_pending, 0))
         for batch in prefetch.batches:
             if batch.n_delivered == 0:  # on some rank the call may go on

@@ -1,24 +1,27 @@
-"""Threads that carry out storage jobs, and the order in which they do."""
+"""Threads that carry out storage jobs, and the deadlines of those jobs."""
 
 from __future__ import annotations
 
 import logging
 import operator
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from hicache_core.errors import IntegrityError, UseAfterClose
 from hicache_core.storage.base import StorageBackend
+from hicache_core.storage.executor import Deadline, Worker, nbytes_of_job
+from hicache_core.storage.failure_log import FailureLog
+from hicache_core.storage.worker_queue import JobQueue
 from hicache_core.types import ExistsJob, Job, JobResult, JobState, ReadJob, WriteJob
 
 logger = logging.getLogger(__name__)
 
-READS_BEFORE_A_WRITE = 8
-"""So many questions and reads may go before a write that waits: writes come last but not never."""
+LOOK_INTERVAL_S = 0.1
+"""``wait`` looks at the deadlines at least so often: meanwhile a job may start, and time pass."""
 
-LOG_INTERVAL_S = 60.0
-"""Failures of one kind are logged once in this time."""
+NEVER = float("inf")
 
 
 def run_job(backend: StorageBackend, job: Job, clock: Callable[[], float]) -> JobResult:
@@ -47,25 +50,48 @@ def run_job(backend: StorageBackend, job: Job, clock: Callable[[], float]) -> Jo
     return JobResult(job, JobState.DONE, n_pages, "", clock() - start)
 
 
-class StorageWorker:
-    """Runs jobs on threads: questions first, then reads, then writes.
+@dataclass(slots=True)
+class _Running:
+    """A job on a thread.
 
-    Every accepted job yields exactly one ``JobResult``. A write is refused when
-    ``max_write_nbytes`` of writes wait or run; a read waits while ``max_read_nbytes`` of reads run.
-    A single job above the limit is still carried out, alone. With more than one thread, writes
-    leave one thread to the reads.
+    Attributes:
+        job: the job.
+        start_s: when it started.
+        due_s: when it should have ended.
+        overdue: whether its OVERDUE result was given.
+    """
 
-    Threads: every method may be called from any thread, and none but ``wait`` and ``close`` blocks.
+    job: Job
+    start_s: float
+    due_s: float
+    overdue: bool = False
+
+
+class StorageWorker(Worker):
+    """Runs jobs on threads.
+
+    A write is refused when ``max_write_nbytes`` of writes wait or run; a read waits while
+    ``max_read_nbytes`` of reads run. A single job above the limit is still carried out, alone. With
+    more than one thread, writes leave one thread to the reads.
+
+    A thread whose job is overdue is no longer counted: another may start in its place, so that
+    healthy jobs go on, and when the overdue job returns there is one thread too many, which ends.
+    The bytes of an overdue read keep no other read waiting; those of an overdue write stay counted.
+    With ``max_overdue`` such threads no more are replaced: then jobs wait, and questions and reads
+    that wait too long are cancelled.
+
     Worker threads start with the jobs that need them and end in ``close``. They are daemons: a
     thread that hangs in a backend cannot be stopped, and must not keep the interpreter from
     exiting.
 
     Args:
         backend: an open backend.
-        n_threads: at most so many jobs run at once.
+        n_threads: at most so many jobs run at once, beside overdue ones.
         max_read_nbytes: bytes of reads that run at once.
         max_write_nbytes: bytes of writes that wait or run.
         clock: seconds; only differences count.
+        deadline: seconds that a job may take; None for as long as it likes.
+        max_overdue: so many threads with an overdue job are replaced; 4 x ``n_threads`` if None.
     """
 
     def __init__(
@@ -76,6 +102,8 @@ class StorageWorker:
         max_read_nbytes: int,
         max_write_nbytes: int,
         clock: Callable[[], float],
+        deadline: Deadline | None = None,
+        max_overdue: int | None = None,
     ) -> None:
         if min(n_threads, max_read_nbytes, max_write_nbytes) < 1:
             raise ValueError("n_threads, max_read_nbytes and max_write_nbytes must be at least 1")
@@ -83,105 +111,119 @@ class StorageWorker:
         self._n_threads = n_threads
         self._max_read_nbytes = max_read_nbytes
         self._max_write_nbytes = max_write_nbytes
+        self._max_overdue = 4 * n_threads if max_overdue is None else max_overdue
         self._clock = clock
+        self._deadline = deadline
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # a job may be ready, or the end has come
         self._news = threading.Condition(self._lock)  # a result arrived, or a thread ended
-        self._exists: OrderedDict[int, ExistsJob] = OrderedDict()
-        self._reads: OrderedDict[int, ReadJob] = OrderedDict()
-        self._writes: OrderedDict[int, WriteJob] = OrderedDict()
-        self._running: dict[int, Job] = {}
+        self._waiting = JobQueue()
+        self._wait_until: dict[int, float] = {}  # of the questions and reads that wait
+        self._running: dict[int, _Running] = {}
+        self._next_due_s = NEVER  # no deadline ends before this
         self._results: deque[JobResult] = deque()
         self._threads: list[threading.Thread] = []
-        self._read_nbytes = 0  # of the reads that run
+        self._n_alive = 0  # threads that will look for another job
+        self._read_nbytes = 0  # of the reads that run and are not overdue
         self._write_nbytes = 0  # of the writes that wait or run
-        self._n_writing = 0
-        self._reads_in_a_row = 0
+        self._n_writing = 0  # writes that run and are not overdue
+        self._n_overdue = 0
         self._closed = False
         self._n_accepted = 0
         self._n_settled = 0
-        self._logged_at: dict[str, float] = {}
+        self._failures = FailureLog(backend.name, clock)
 
     @property
     def n_in_flight(self) -> int:
-        """Jobs that were accepted and have no result yet."""
+        # docstring inherited
         with self._lock:
             return self._n_accepted - self._n_settled
 
     @property
     def read_nbytes_in_flight(self) -> int:
-        """Bytes of the reads that run."""
+        # docstring inherited
         with self._lock:
             return self._read_nbytes
 
     @property
     def write_nbytes_in_flight(self) -> int:
-        """Bytes of the writes that wait or run."""
+        # docstring inherited
         with self._lock:
             return self._write_nbytes
 
-    def submit(self, job: Job) -> bool:
-        """Accepts a job; False if the write queue is full, and then nothing was accepted.
+    @property
+    def n_overdue(self) -> int:
+        # docstring inherited
+        with self._lock:
+            return self._n_overdue
 
-        Raises:
-            ValueError: a job of this id is already waiting or running.
-            UseAfterClose: after ``close``.
-        """
+    @property
+    def overdue_nbytes(self) -> int:
+        # docstring inherited
+        with self._lock:
+            return sum(nbytes_of_job(r.job) for r in self._running.values() if r.overdue)
+
+    def submit(self, job: Job) -> bool:
+        # docstring inherited
         with self._lock:
             if self._closed:
                 raise UseAfterClose("the storage worker is closed; it takes no more jobs")
-            if job.job_id in self._running or self._is_waiting(job.job_id):
+            if job.job_id in self._running or job.job_id in self._waiting:
                 raise ValueError(f"job {job.job_id} was already submitted")
             if isinstance(job, WriteJob):
                 if self._write_nbytes and self._write_nbytes + job.nbytes > self._max_write_nbytes:
                     return False
                 self._write_nbytes += job.nbytes
-                self._writes[job.job_id] = job
-            elif isinstance(job, ReadJob):
-                self._reads[job.job_id] = job
-            else:
-                self._exists[job.job_id] = job
+            elif self._deadline is not None:
+                self._wait_until[job.job_id] = self._due(self._clock(), job)
+            self._waiting.add(job)
             self._n_accepted += 1
-            self._start_thread()
+            self._start_threads()
             self._work.notify()
             return True
 
     def cancel(self, job_id: int) -> bool:
-        """Settles a job that has not started as CANCELLED; False if it runs, or is not here."""
+        # docstring inherited
         with self._lock:
-            if not self._is_waiting(job_id):
+            if job_id not in self._waiting:
                 return False
             self._cancel(job_id)
             return True
 
     def drain(self) -> list[JobResult]:
-        """The results since the last call, oldest first; never blocks."""
+        # docstring inherited
         with self._lock:
+            self._look_at_deadlines()
             results = list(self._results)
             self._results.clear()
-            return results
+        for result in results:
+            if result.state is JobState.OVERDUE:
+                self._failures.warn(result)
+        return results
 
     def wait(self, timeout_s: float) -> bool:
-        """Waits until there is a result to drain; False if there is none by then."""
+        # docstring inherited
         with self._lock:
-            return self._news.wait_for(lambda: bool(self._results), timeout_s)
+            self._look_at_deadlines()
+            while not self._results and timeout_s > 0:
+                slice_s = timeout_s
+                if self._deadline is not None:
+                    until_due_s = max(0.001, self._next_due_s - self._clock())
+                    slice_s = min(timeout_s, until_due_s, LOOK_INTERVAL_S)
+                self._news.wait_for(lambda: bool(self._results), slice_s)
+                timeout_s -= slice_s
+                self._look_at_deadlines()
+            return bool(self._results)
 
     def close(self, timeout_s: float) -> list[Job]:
-        """Takes no more jobs, cancels those that wait, and gives those that run ``timeout_s``.
-
-        Results can still be drained afterwards. A second call waits once more.
-
-        Returns:
-            The jobs that are still running: their backend hangs. Their threads are abandoned, and
-            the bytes that they name may still be touched until their results are drained.
-        """
+        # docstring inherited
         with self._lock:
             self._closed = True
-            for job_id in [*self._exists, *self._reads, *self._writes]:
+            for job_id in self._waiting:
                 self._cancel(job_id)
             self._work.notify_all()
             self._news.wait_for(lambda: not self._running, timeout_s)
-            abandoned = list(self._running.values())
+            abandoned = [running.job for running in self._running.values()]
             threads = list(self._threads)
         if abandoned:
             ids = ", ".join(str(job.job_id) for job in abandoned)
@@ -197,121 +239,156 @@ class StorageWorker:
         return []
 
     def check_integrity(self) -> None:
-        """Every accepted job is waiting, running or settled, and in one state only.
-
-        Raises:
-            IntegrityError: it is not so.
-        """
+        # docstring inherited
         with self._lock:
-            n_waiting = len(self._exists) + len(self._reads) + len(self._writes)
-            n_known = n_waiting + len(self._running) + self._n_settled
+            n_known = len(self._waiting) + len(self._running) + self._n_settled
             if n_known != self._n_accepted:
                 raise IntegrityError(f"{self._n_accepted} jobs accepted, but {n_known} known")
-            running = self._running.values()
-            read_nbytes = sum(job.nbytes for job in running if isinstance(job, ReadJob))
-            writes = [job for job in running if isinstance(job, WriteJob)]
-            write_nbytes = sum(job.nbytes for job in [*writes, *self._writes.values()])
-            if (read_nbytes, write_nbytes) != (self._read_nbytes, self._write_nbytes):
-                raise IntegrityError(f"{read_nbytes} and {write_nbytes} bytes are in flight")
-            if len(writes) != self._n_writing:
-                raise IntegrityError(f"{len(writes)} writes run, but {self._n_writing} counted")
-            if len(self._running) > self._n_threads:
-                raise IntegrityError(f"{len(self._running)} jobs on {self._n_threads} threads")
+            running = list(self._running.values())
+            on_time = [r.job for r in running if not r.overdue]
+            writes = [r.job for r in running if isinstance(r.job, WriteJob)]
+            found = {
+                "bytes of reads": sum(j.nbytes for j in on_time if isinstance(j, ReadJob)),
+                "bytes of writes": sum(j.nbytes for j in writes) + self._waiting.write_nbytes,
+                "writes that run": sum(isinstance(job, WriteJob) for job in on_time),
+                "overdue jobs": len(running) - len(on_time),
+            }
+            counted = (self._read_nbytes, self._write_nbytes, self._n_writing, self._n_overdue)
+            if tuple(found.values()) != counted:
+                raise IntegrityError(f"counted {counted}, found {found}")
+            if not len(running) <= self._n_alive <= self._max_alive():
+                raise IntegrityError(
+                    f"{len(running)} jobs run, {self._n_overdue} of them overdue, "
+                    f"on {self._n_alive} threads where {self._max_alive()} may be"
+                )
+            if not all(job_id in self._waiting for job_id in self._wait_until):
+                raise IntegrityError("a job that does not wait has a time to wait until")
 
-    # From here on: the caller holds the lock, but for _run and _log_failure.
+    # From here on: the caller holds the lock, but for _run.
 
-    def _start_thread(self) -> None:
-        """Starts one more thread if all are busy and there may be more."""
-        idle = len(self._threads) - len(self._running)
-        n_waiting = len(self._exists) + len(self._reads) + len(self._writes)
-        if idle < n_waiting and len(self._threads) < self._n_threads:
-            name = f"hicache-storage-{len(self._threads)}"
+    def _max_alive(self) -> int:
+        """So many threads may there be, stuck ones included."""
+        return self._n_threads + min(self._n_overdue, self._max_overdue)
+
+    def _start_threads(self) -> None:
+        """Starts more threads if all are busy and there may be more."""
+        n_wanted = min(len(self._running) + len(self._waiting), self._max_alive())
+        while self._n_alive < n_wanted and not self._closed:
+            self._threads = [thread for thread in self._threads if thread.is_alive()]
+            name = f"hicache-storage-{self._n_alive}"
             thread = threading.Thread(target=self._run, name=name, daemon=True)
             thread.start()
             self._threads.append(thread)
+            self._n_alive += 1
 
     def _run(self) -> None:
-        """What a thread does until ``close``."""
+        """What a thread does until ``close``, or until there is one thread too many."""
         while True:
             with self._lock:
                 job = self._next_job()
                 while job is None:
                     if self._closed:
+                        self._n_alive -= 1
                         return
                     self._work.wait()
                     job = self._next_job()
             result = run_job(self._backend, job, self._clock)
             if result.state is JobState.FAILED:
-                self._log_failure(result)
+                self._failures.warn(result)
             with self._lock:
                 self._finish(result)
+                if self._n_alive > self._max_alive():
+                    self._n_alive -= 1
+                    return
             del job, result  # an idle thread must not keep pages alive
 
     def _next_job(self) -> Job | None:
         """Takes the job that is to start now out of its queue."""
-        may_write = bool(self._writes) and self._n_writing < max(1, self._n_threads - 1)
-        job: Job
-        if may_write and (self._reads_in_a_row >= READS_BEFORE_A_WRITE or not self._may_read()):
-            _, job = self._writes.popitem(last=False)
-            self._n_writing += 1
-            self._reads_in_a_row = 0
-        elif self._exists:
-            _, job = self._exists.popitem(last=False)
-            self._reads_in_a_row += bool(self._writes)
-        elif self._may_read():
-            _, job = self._reads.popitem(last=False)
-            self._read_nbytes += job.nbytes
-            self._reads_in_a_row += bool(self._writes)
-        else:
+        self._look_at_deadlines()  # what has waited too long does not start any more
+        may_write = self._n_writing < max(1, self._n_threads - 1)
+        job = self._waiting.pop(self._fits, may_write=may_write)
+        if job is None:
             return None
-        self._running[job.job_id] = job
+        if isinstance(job, WriteJob):
+            self._n_writing += 1
+        elif isinstance(job, ReadJob):
+            self._read_nbytes += job.nbytes
+        self._wait_until.pop(job.job_id, None)
+        now = self._clock()
+        self._running[job.job_id] = _Running(job, now, self._due(now, job))
         return job
 
-    def _may_read(self) -> bool:
-        """Whether a question or a read may start: a read waits for room among those that run."""
-        if self._exists or not self._reads:
-            return bool(self._exists)
-        first = next(iter(self._reads.values()))
-        return not self._read_nbytes or self._read_nbytes + first.nbytes <= self._max_read_nbytes
+    def _fits(self, job: ReadJob) -> bool:
+        """Whether there is room for ``job`` among the reads that run."""
+        return not self._read_nbytes or self._read_nbytes + job.nbytes <= self._max_read_nbytes
 
-    def _is_waiting(self, job_id: int) -> bool:
-        return job_id in self._exists or job_id in self._reads or job_id in self._writes
+    def _due(self, now: float, job: Job) -> float:
+        """When a job must have ended, or must have started, whose time begins now."""
+        if self._deadline is None:
+            return NEVER
+        due_s = now + self._deadline(job)
+        self._next_due_s = min(self._next_due_s, due_s)
+        return due_s
+
+    def _look_at_deadlines(self) -> None:
+        """Tells of the jobs that have become overdue, and cancels those that waited too long.
+
+        Costs a look at the clock while nothing is late; else it walks over all jobs once.
+        """
+        if self._next_due_s == NEVER or self._clock() < self._next_due_s:
+            return
+        now = self._clock()
+        for running in self._running.values():
+            if not running.overdue and running.due_s <= now:
+                self._set_overdue(running, now)
+        for job_id in [job_id for job_id, due_s in self._wait_until.items() if due_s <= now]:
+            self._cancel(job_id)
+        left = [running.due_s for running in self._running.values() if not running.overdue]
+        self._next_due_s = min([*left, *self._wait_until.values()], default=NEVER)
+        self._start_threads()
+        self._work.notify_all()
+
+    def _set_overdue(self, running: _Running, now: float) -> None:
+        """From now on the job counts neither as one of the threads nor as one of the reads."""
+        job = running.job
+        running.overdue = True
+        self._n_overdue += 1
+        if isinstance(job, WriteJob):
+            self._n_writing -= 1
+        elif isinstance(job, ReadJob):
+            self._read_nbytes -= job.nbytes
+        elapsed_s = now - running.start_s
+        allowed_s = running.due_s - running.start_s
+        error = (
+            f"has run for {elapsed_s:.1f} s and may take {allowed_s:.1f} s; it is left to itself"
+        )
+        self._tell(JobResult(job, JobState.OVERDUE, 0, error, elapsed_s, "BackendTimeout"))
 
     def _cancel(self, job_id: int) -> None:
         """Takes a waiting job out of its queue and settles it."""
-        job: Job
-        if job_id in self._writes:
-            job = self._writes.pop(job_id)
+        job = self._waiting.remove(job_id)
+        self._wait_until.pop(job_id, None)
+        if isinstance(job, WriteJob):
             self._write_nbytes -= job.nbytes
-        else:
-            job = self._exists.pop(job_id) if job_id in self._exists else self._reads.pop(job_id)
         self._settle(JobResult(job, JobState.CANCELLED, 0))
 
     def _finish(self, result: JobResult) -> None:
         """Settles a job that ran, and wakes a thread: its bytes may have kept another waiting."""
         job = result.job
-        del self._running[job.job_id]
+        overdue = self._running.pop(job.job_id).overdue
         if isinstance(job, WriteJob):
             self._write_nbytes -= job.nbytes
-            self._n_writing -= 1
-        elif isinstance(job, ReadJob):
+            self._n_writing -= not overdue
+        elif isinstance(job, ReadJob) and not overdue:
             self._read_nbytes -= job.nbytes
+        self._n_overdue -= overdue
         self._settle(result)
         self._work.notify()
 
     def _settle(self, result: JobResult) -> None:
-        self._results.append(result)
         self._n_settled += 1
-        self._news.notify_all()
+        self._tell(result)
 
-    def _log_failure(self, result: JobResult) -> None:
-        """Warns of a failure, unless one of its kind was logged a short while ago."""
-        kind = result.error.partition(":")[0]
-        now = self._clock()
-        with self._lock:
-            last = self._logged_at.get(kind)
-            if last is not None and now - last < LOG_INTERVAL_S:
-                return
-            self._logged_at[kind] = now
-        what = type(result.job).__name__
-        logger.warning("backend %s failed a %s: %s", self._backend.name, what, result.error)
+    def _tell(self, result: JobResult) -> None:
+        self._results.append(result)
+        self._news.notify_all()

@@ -102,6 +102,15 @@ class RaisesOnRead(Store):
         raise BackendUnavailable("lost in the middle")
 
 
+class RaisesOnWrite(Store):
+    """Takes nothing."""
+
+    name = "raises_on_write"
+
+    def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        raise BackendUnavailable("not now")
+
+
 class Lies(Store):
     """Claims more pages than were asked for, and to have filled what it never touched."""
 
@@ -122,6 +131,10 @@ class GatedWrites(Store):
 
     name = "gated_writes"
     gate: ClassVar[threading.Semaphore] = threading.Semaphore(0)
+
+    @classmethod
+    def reset(cls) -> None:
+        cls.gate = threading.Semaphore(0)
 
     def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
         self.gate.acquire()

@@ -15,6 +15,7 @@ from tests.page_path.world import Outcome, World, ids, make_world
 def empty_store() -> Iterator[None]:
     backends.Store.objects.clear()
     backends.Gated.reset()
+    backends.GatedWrites.reset()
     yield
     backends.Store.objects.clear()
 

@@ -17,7 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from hicache_core.errors import BackendTimeout, UseAfterClose
 from hicache_core.storage.base import BackendConfig, Buffer, StorageBackend
 from hicache_core.storage.memory import MemoryBackend, MemoryConfig
-from hicache_core.storage.worker import READS_BEFORE_A_WRITE, StorageWorker, run_job
+from hicache_core.storage.worker import StorageWorker, run_job
+from hicache_core.storage.worker_queue import READS_BEFORE_A_WRITE
 from hicache_core.types import (
     BackendContext,
     ExistsJob,

@@ -1,0 +1,349 @@
+"""Several backends as one: L3, L4, ..., the nearest first."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Concatenate, ParamSpec, Self, TypeAlias, TypeVar, cast
+
+from hicache_core.errors import (
+    BackendCorrupt,
+    BackendDenied,
+    BackendFull,
+    BackendTimeout,
+    BackendUnavailable,
+    BreakerOpen,
+    ConfigError,
+)
+from hicache_core.storage.base import BackendConfig, Buffer, Flushable, StorageBackend
+from hicache_core.storage.chain_capabilities import Link, chain_class
+from hicache_core.storage.chain_config import ChainConfig
+from hicache_core.storage.copier import Copier
+from hicache_core.storage.executor import Worker
+from hicache_core.types import BackendContext, Page
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+MakeWorker: TypeAlias = Callable[[StorageBackend, int], Worker]
+"""Makes the worker of one link's copies: the link's backend, and the bytes that may wait."""
+
+
+@dataclass
+class _Copiers:
+    """Who copies into one link: what was written, and what was read from a lower one."""
+
+    behind: Copier | None = None
+    promote: Copier | None = None
+
+    def all(self) -> list[Copier]:
+        return [copier for copier in (self.behind, self.promote) if copier is not None]
+
+
+class ChainBackend(StorageBackend):
+    """Reads from the nearest link that has a page, and writes to all of them.
+
+    - **Reads.** A page is present if any link has it. ``batch_get`` takes leading pages from the
+      first link as far as it has them, what follows from the next one, and so on. With ``promote``
+      pages of a lower link are copied into the links above it, in the background.
+    - **Writes, through.** All links are written one after the other. A page counts as stored when
+      every link that could answer has it; at least one must.
+    - **Writes, behind.** The first link that can answer is written. The links below it get copies
+      later; ``flush`` waits for them.
+    - **Dead links.** A link that raises an ``OSError`` (every ``BackendError`` is one) is passed
+      over for the rest of that call. If no link can answer, that is raised. A link that hangs keeps
+      this call, and no other: its guard opens, and the next call passes it over. Pages of a call
+      that has not come back are never given to another link.
+
+    ``get`` and ``set`` deal with one object each and are not promoted, nor written behind.
+    ``delete`` and ``clear`` first wait up to ``settle_s`` for copies under way, and raise if any
+    link could not do it.
+
+    Threads: as every backend; copies are stored by workers that live from ``open`` to ``close``.
+    """
+
+    name: ClassVar[str] = "chain"
+    Config: ClassVar[type[BackendConfig]] = ChainConfig
+
+    def __new__(
+        cls,
+        _config: ChainConfig,
+        _context: BackendContext,
+        links: Sequence[Link],
+        /,
+        *_: object,
+        **__: object,
+    ) -> Self:
+        """Makes the object of a class that can do what any of its links can do."""
+        kinds = tuple(type(link.backend) for link in links)
+        return cast(Self, super().__new__(chain_class(cls, kinds)))
+
+    def __init__(
+        self,
+        config: ChainConfig,
+        context: BackendContext,
+        links: Sequence[Link],
+        make_worker: MakeWorker,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Makes a chain of backends that are guarded and sealed already and not open yet.
+
+        Args:
+            config: how to write and to promote; its ``links`` are not looked at.
+            context: what it may know of the cache.
+            links: the nearest first, each with a name of its own.
+            make_worker: makes a worker of one link's copies, in ``open``.
+            clock: seconds; only differences count.
+
+        Raises:
+            ConfigError: there is no link, or two have one name.
+        """
+        super().__init__(config, context)
+        names = [link.name for link in links]
+        if not links or len(set(names)) < len(names):
+            raise ConfigError(f"a chain needs links with names of their own; found {names}")
+        self.links = tuple(links)
+        self.chain_config = config
+        self._make_worker = make_worker
+        self._clock = clock
+        self._copiers: dict[str, _Copiers] = {}
+
+    def open(self) -> None:
+        with contextlib.ExitStack() as undo:
+            for link in self.links:
+                link.backend.open()
+                undo.callback(link.backend.close)
+            undo.pop_all()
+        config, last = self.chain_config, len(self.links) - 1
+        for n, link in enumerate(self.links):
+            copiers = self._copiers[link.name] = _Copiers()
+            if config.write == "behind" and n > 0:
+                copiers.behind = self._copier(link, config.max_behind_nbytes)
+            if config.promote and n < last:
+                copiers.promote = self._copier(link, config.max_promote_nbytes)
+
+    def close(self) -> None:
+        end_s = self._clock() + self.chain_config.settle_s
+        for copier in self._all_copiers():
+            copier.close(max(0.0, end_s - self._clock()))
+        with contextlib.ExitStack() as stack:
+            for link in self.links:
+                stack.callback(link.backend.close)
+
+    def get(self, key: str) -> Buffer | None:
+        def get_from(link: Link) -> Buffer | None:
+            return link.backend.get(key)
+
+        call = _Call("get")
+        for link in self.links:
+            value = call.ask(link, get_from)
+            if value is not None:
+                return value
+        call.raise_if_nobody_answered(self.links)
+        return None
+
+    def exists(self, key: str) -> bool:
+        return self.batch_exists([key]) == 1
+
+    def set(self, key: str, value: Buffer) -> None:
+        full: list[BackendFull] = []
+
+        def set_to(link: Link) -> None:
+            try:
+                link.backend.set(key, value)
+            except BackendFull as exc:
+                full.append(exc)
+
+        call = _Call("set")
+        for link in self.links:
+            call.ask(link, set_to)
+        call.raise_if_nobody_answered(self.links)
+        if full:
+            raise full[0]
+
+    def delete(self, keys: Sequence[str]) -> None:
+        self.settle(keys)
+        unable: list[NotImplementedError] = []
+
+        def delete_from(link: Link) -> None:
+            try:
+                link.backend.delete(keys)
+            except NotImplementedError as exc:
+                unable.append(exc)
+
+        call = _Call("delete")
+        for link in self.links:
+            call.ask(link, delete_from)
+        call.raise_if_any_failed()
+        if unable:
+            raise unable[0]
+
+    def batch_exists(self, keys: Sequence[str]) -> int:
+        def count(link: Link, start: int) -> int:
+            return link.backend.batch_exists(keys[start:])
+
+        return self._leading("exists", len(keys), count)
+
+    def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        read: list[tuple[Link, int, int]] = []
+
+        def fill(link: Link, start: int) -> int:
+            n = link.backend.batch_get(keys[start:], pages[start:])
+            read.append((link, start, start + n))
+            return n
+
+        n_filled = self._leading("get", len(keys), fill)
+        for link, start, stop in read:
+            if start < stop:
+                self._promote(link, keys[start:stop], pages[start:stop])
+        return n_filled
+
+    def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        def store(link: Link) -> int:
+            return link.backend.batch_set(keys, pages)
+
+        behind = self.chain_config.write == "behind"
+        call, n_stored = _Call("set"), len(keys)
+        for n, link in enumerate(self.links):
+            n_here = call.ask(link, store)
+            if n_here is not None:
+                n_stored = min(n_stored, n_here)
+                if behind:
+                    self._write_behind(self.links[n + 1 :], keys, pages)
+                    break
+        call.raise_if_nobody_answered(self.links)
+        return n_stored
+
+    def flush(self, timeout_s: float) -> bool:
+        """Waits until every link has what was written; False if time ran out.
+
+        Also False if a copy that was acknowledged since the last call was dropped, or could not be
+        stored: it has not reached every store, and will not.
+        """
+        end_s = self._clock() + timeout_s
+        behind = [c.behind for c in self._copiers.values() if c.behind is not None]
+        done = [copier.settle(max(0.0, end_s - self._clock())) for copier in behind]
+        done += [copier.take_losses() == 0 for copier in behind]
+        for link in self.links:
+            if isinstance(link.backend, Flushable):
+                done.append(link.backend.flush(max(0.0, end_s - self._clock())))
+        return all(done)
+
+    def settle(self, keys: Sequence[str] | None = None) -> None:
+        """Waits up to ``settle_s`` for copies of ``keys``, or of all, so that none comes later."""
+        end_s = self._clock() + self.chain_config.settle_s
+        for copier in self._all_copiers():
+            copier.settle(max(0.0, end_s - self._clock()), keys)
+
+    def copy_counts(self) -> dict[str, float]:
+        """Pages and bytes of copies, by link: behind, promoted, dropped, on their way."""
+        counts: dict[str, float] = {}
+        for name, copiers in self._copiers.items():
+            for what, copier in (("behind", copiers.behind), ("promoted", copiers.promote)):
+                if copier is not None:
+                    n_copied, n_dropped = copier.counts
+                    counts[f"{name}_{what}_pages"] = n_copied
+                    counts[f"{name}_{what}_dropped_pages"] = n_dropped
+                    counts[f"{name}_{what}_nbytes_in_flight"] = copier.nbytes_in_flight
+        return counts
+
+    def _copier(self, link: Link, max_nbytes: int) -> Copier:
+        worker = self._make_worker(link.backend, max_nbytes)
+        return Copier(link.backend, worker, max_nbytes, self._clock)
+
+    def _all_copiers(self) -> list[Copier]:
+        return [copier for copiers in self._copiers.values() for copier in copiers.all()]
+
+    def _leading(self, operation: str, n_keys: int, advance: Callable[[Link, int], int]) -> int:
+        """How far the links come together.
+
+            keys      0 1 2 3 4 5 6
+            link one  x x . . . x .     2, then at 5 again
+            link two  . . x x x . .     from 2 on, 3
+            together  x x x x x x .     6: there both miss
+
+        Args:
+            operation: for messages.
+            n_keys: how far they could come.
+            advance: asks a link for what follows ``start``; how many leading ones it has.
+        """
+        call, start = _Call(operation), 0
+        lacking: set[str] = set()  # the links that have not what is at start
+        while start < n_keys:
+            link = next((x for x in self.links if x.name not in lacking | call.failed), None)
+            if link is None:
+                break
+            n = call.ask(link, advance, start)
+            if n is not None and not 0 <= n <= n_keys - start:
+                raise ValueError(f"{link.name} answered {n} pages of {n_keys - start}")
+            if n:
+                start += n
+                lacking.clear()
+            lacking.add(link.name)
+        if start == 0:
+            call.raise_if_nobody_answered(self.links)
+        return start
+
+    def _promote(self, source: Link, keys: Sequence[str], pages: Sequence[Page]) -> None:
+        """Copies pages that ``source`` had into the links above it."""
+        for link in self.links[: self.links.index(source)]:
+            copier = self._copiers[link.name].promote
+            if copier is not None:
+                copier.offer(keys, pages)
+
+    def _write_behind(
+        self, links: Sequence[Link], keys: Sequence[str], pages: Sequence[Page]
+    ) -> None:
+        for link in links:
+            copier = self._copiers[link.name].behind
+            if copier is not None:
+                copier.offer(keys, pages)
+
+
+_KINDS = (BreakerOpen, BackendTimeout, BackendDenied, BackendFull, BackendCorrupt)
+"""What a chain raises if all its links raised that; else ``BackendUnavailable``."""
+
+
+class _Call:
+    """One call of the chain: which links could not answer, and why."""
+
+    def __init__(self, operation: str) -> None:
+        self._operation = operation
+        self._errors: dict[str, OSError] = {}
+
+    @property
+    def failed(self) -> set[str]:
+        """Names of the links that could not answer."""
+        return set(self._errors)
+
+    def ask(
+        self,
+        link: Link,
+        function: Callable[Concatenate[Link, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T | None:
+        """What ``function`` returns for the link; None if the link could not answer."""
+        try:
+            return function(link, *args, **kwargs)
+        except OSError as exc:
+            self._errors[link.name] = exc
+            return None
+
+    def raise_if_nobody_answered(self, links: Sequence[Link]) -> None:
+        """Raises if every link failed: as all of them did, if they agree."""
+        if len(self._errors) == len(links):
+            self.raise_if_any_failed()
+
+    def raise_if_any_failed(self) -> None:
+        """Raises what the links raised, in one message; of their class, if that is the same."""
+        if not self._errors:
+            return
+        errors = list(self._errors.values())
+        alike = (kind for kind in _KINDS if all(isinstance(exc, kind) for exc in errors))
+        kind = next(alike, BackendUnavailable)
+        texts = (f"{name}: {type(e).__name__}: {e}" for name, e in self._errors.items())
+        message = f"chain: {self._operation} failed on {'; '.join(texts)}"
+        raise kind(message) from errors[0]

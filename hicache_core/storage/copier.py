@@ -1,0 +1,150 @@
+"""Copies of pages on their way into one link of a chain, in the background."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Collection, Sequence
+
+from hicache_core.storage.base import StorageBackend
+from hicache_core.storage.executor import Worker
+from hicache_core.storage.segments import nbytes_of
+from hicache_core.types import JobState, Page, WriteJob
+
+logger = logging.getLogger(__name__)
+
+LOOK_INTERVAL_S = 0.05
+"""Who waits looks at least so often: another thread may have taken the result away."""
+
+
+class Copier:
+    """Takes copies of pages and has a worker store them; what does not fit is dropped and counted.
+
+    Any thread may call any method; ``settle`` and ``close`` block, within their time.
+
+    Args:
+        backend: the link that gets the copies.
+        worker: carries them out; it ends with ``close``.
+        max_nbytes: copies that wait or are being stored, in bytes.
+        clock: seconds; only differences count.
+    """
+
+    def __init__(
+        self, backend: StorageBackend, worker: Worker, max_nbytes: int, clock: Callable[[], float]
+    ) -> None:
+        self._backend = backend
+        self._worker = worker
+        self._max_nbytes = max_nbytes
+        self._clock = clock
+        self._ids = itertools.count()
+        self._lock = threading.Lock()
+        self._pending: dict[int, frozenset[str]] = {}
+        self._n_copied = 0
+        self._n_dropped = 0
+        self._n_lost_since_settled = 0
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Pages that were copied, and pages that were dropped or could not be stored."""
+        self._take_results()
+        with self._lock:
+            return self._n_copied, self._n_dropped
+
+    @property
+    def nbytes_in_flight(self) -> int:
+        """Bytes of copies that wait or are being stored."""
+        return self._worker.write_nbytes_in_flight
+
+    def offer(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        """Copies the leading pages for which there is room; how many were taken.
+
+        The memory of ``pages`` is the caller's again when this returns.
+        """
+        self._take_results()
+        room = self._max_nbytes - self._worker.write_nbytes_in_flight
+        n_taken = nbytes = 0
+        for page in pages:
+            if nbytes + nbytes_of(page) > room:
+                break
+            nbytes += nbytes_of(page)
+            n_taken += 1
+        if n_taken:
+            copies = [_copy(page) for page in pages[:n_taken]]
+            if not self._submit(keys[:n_taken], copies, nbytes):
+                n_taken = 0
+        if n_taken < len(keys):
+            with self._lock:
+                self._n_dropped += len(keys) - n_taken
+                self._n_lost_since_settled += len(keys) - n_taken
+        return n_taken
+
+    def settle(self, timeout_s: float, keys: Collection[str] | None = None) -> bool:
+        """Waits until no copy, or none of ``keys``, is on its way; False if time ran out."""
+        wanted = None if keys is None else frozenset(keys)
+        while True:
+            self._take_results()
+            with self._lock:
+                pending = list(self._pending.values())
+            if not any(wanted is None or wanted & one for one in pending):
+                return True
+            if timeout_s <= 0:
+                return False
+            slice_s = min(timeout_s, LOOK_INTERVAL_S)
+            if not self._worker.wait(slice_s):
+                timeout_s -= slice_s
+
+    def take_losses(self) -> int:
+        """Pages that were dropped or could not be stored since the last call of this."""
+        self._take_results()
+        with self._lock:
+            n_lost, self._n_lost_since_settled = self._n_lost_since_settled, 0
+            return n_lost
+
+    def close(self, timeout_s: float) -> None:
+        """Gives the copies on their way ``timeout_s`` together, then drops and counts the rest."""
+        end_s = self._clock() + timeout_s
+        self.settle(timeout_s)
+        abandoned = self._worker.close(max(0.0, end_s - self._clock()))
+        self._take_results()
+        with self._lock:
+            n_left = sum(len(keys) for keys in self._pending.values())
+        if abandoned:
+            logger.warning(
+                "backend %s still stores %d copied pages; they are abandoned",
+                self._backend.name,
+                n_left,
+            )
+
+    def _submit(self, keys: Sequence[str], copies: Sequence[Page], nbytes: int) -> bool:
+        job_id = next(self._ids)
+        with self._lock:
+            self._pending[job_id] = frozenset(keys)
+        accepted = self._worker.submit(WriteJob(job_id, list(keys), copies, nbytes))
+        if not accepted:
+            with self._lock:
+                del self._pending[job_id]
+        return accepted
+
+    def _take_results(self) -> None:
+        """Counts what has ended since the last look, and lets its memory go."""
+        for result in self._worker.drain():
+            if result.state is JobState.OVERDUE:
+                continue
+            with self._lock:
+                n_lost = len(self._pending.pop(result.job.job_id)) - result.n_pages
+                self._n_copied += result.n_pages
+                self._n_dropped += n_lost
+                self._n_lost_since_settled += n_lost
+
+
+def _copy(page: Page) -> Page:
+    """The page in memory of its own, cut into segments as before."""
+    memory = memoryview(bytearray(nbytes_of(page)))
+    copies: list[memoryview] = []
+    start = 0
+    for segment in page:
+        copies.append(memory[start : start + segment.nbytes])
+        copies[-1][:] = segment
+        start += segment.nbytes
+    return copies

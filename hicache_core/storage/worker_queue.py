@@ -1,0 +1,77 @@
+"""The storage jobs that wait, and the order in which they start."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+
+from hicache_core.types import ExistsJob, Job, ReadJob, WriteJob
+
+READS_BEFORE_A_WRITE = 8
+"""So many questions and reads may go before a write that waits: writes come last but not never."""
+
+
+class JobQueue:
+    """Jobs that have not started: questions go first, then reads, then writes.
+
+    Threads: the caller holds the lock of the worker whose queue this is.
+    """
+
+    def __init__(self) -> None:
+        self._exists: OrderedDict[int, ExistsJob] = OrderedDict()
+        self._reads: OrderedDict[int, ReadJob] = OrderedDict()
+        self._writes: OrderedDict[int, WriteJob] = OrderedDict()
+        self._reads_in_a_row = 0
+
+    def __len__(self) -> int:
+        return len(self._exists) + len(self._reads) + len(self._writes)
+
+    def __contains__(self, job_id: int) -> bool:
+        return job_id in self._exists or job_id in self._reads or job_id in self._writes
+
+    def __iter__(self) -> Iterator[int]:
+        """The ids of all that wait, as of now."""
+        return iter([*self._exists, *self._reads, *self._writes])
+
+    @property
+    def write_nbytes(self) -> int:
+        """Bytes of the writes that wait."""
+        return sum(job.nbytes for job in self._writes.values())
+
+    def add(self, job: Job) -> None:
+        """Puts a job behind those of its kind."""
+        if isinstance(job, WriteJob):
+            self._writes[job.job_id] = job
+        elif isinstance(job, ReadJob):
+            self._reads[job.job_id] = job
+        else:
+            self._exists[job.job_id] = job
+
+    def remove(self, job_id: int) -> Job:
+        """Takes a job out that will not start. Raises KeyError if it does not wait."""
+        if job_id in self._writes:
+            return self._writes.pop(job_id)
+        if job_id in self._exists:
+            return self._exists.pop(job_id)
+        return self._reads.pop(job_id)
+
+    def pop(self, fits: Callable[[ReadJob], bool], *, may_write: bool) -> Job | None:
+        """Takes out the job that is to start now; None if none may.
+
+        Args:
+            fits: whether there is room for this read among those that run.
+            may_write: whether a write may start.
+        """
+        may_read = bool(self._exists)
+        if not may_read and self._reads:
+            may_read = fits(next(iter(self._reads.values())))
+        enough = self._reads_in_a_row >= READS_BEFORE_A_WRITE
+        if self._writes and may_write and (enough or not may_read):
+            self._reads_in_a_row = 0
+            return self._writes.popitem(last=False)[1]
+        if not may_read:
+            return None
+        self._reads_in_a_row += bool(self._writes)
+        if self._exists:
+            return self._exists.popitem(last=False)[1]
+        return self._reads.popitem(last=False)[1]
