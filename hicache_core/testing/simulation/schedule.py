@@ -1,0 +1,352 @@
+"""One schedule: a life drawn from a seed, step by step, with every invariant after each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from random import Random
+from typing import TypeVar
+
+from hicache_core.errors import HiCacheError
+from hicache_core.page_keys import pack_tokens
+from hicache_core.storage.memory import MemoryBackend, MemoryConfig
+from hicache_core.testing.simulation import checks
+from hicache_core.testing.simulation.assembly import Rank, World, open_rank
+from hicache_core.testing.simulation.clock import InvariantBroken, VirtualClock
+from hicache_core.testing.simulation.engine import Engine, Request, State
+from hicache_core.testing.simulation.link import Weather, damaged
+from hicache_core.testing.simulation.ranks import Lockstep, SimRankGroup
+from hicache_core.testing.simulation.setup import NAMESPACES, Setup
+from hicache_core.types import BackendContext
+
+T = TypeVar("T")
+
+N_STEPS = 40
+"""Steps of a schedule, unless told otherwise."""
+
+MAX_REQUESTS = 5
+MAX_PAGES = 8
+
+
+class ScheduleFailed(AssertionError):
+    """An invariant does not hold.
+
+    Attributes:
+        seed: replays it.
+        trace: what happened, one line a step.
+    """
+
+    def __init__(self, seed: int, reason: str, trace: list[str]) -> None:
+        """Keeps its arguments."""
+        super().__init__(reason)
+        self.seed = seed
+        self.reason = reason
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[type[ScheduleFailed], tuple[int, str, list[str]]]:
+        """Travels between processes."""
+        return type(self), (self.seed, self.reason, self.trace)
+
+
+@dataclass(slots=True)
+class Trace:
+    """What happened so far.
+
+    Attributes:
+        is_loud: print each line at once.
+        steps: moment, name and result of each step.
+    """
+
+    is_loud: bool = False
+    steps: list[tuple[float, str, object]] = field(default_factory=list)
+
+    def add(self, now: float, step: str, result: object) -> None:
+        """One more step."""
+        self.steps.append((now, step, result))
+        if self.is_loud:
+            print(self.line(len(self.steps) - 1), flush=True)
+
+    def line(self, number: int) -> str:
+        """One step as text."""
+        now, step, result = self.steps[number]
+        return f"{number:4d} {now:10.3f} s  {step}  ->  {result}"
+
+    def lines(self) -> list[str]:
+        """All steps as text."""
+        return [self.line(number) for number in range(len(self.steps))]
+
+
+def run_schedule(
+    seed: int, *, ranks: int | None = None, n_steps: int = N_STEPS, is_loud: bool = False
+) -> int:
+    """Runs the schedule of ``seed``; how many steps it made.
+
+    Args:
+        seed: the schedule is a function of this, of ``ranks`` and of ``n_steps``.
+        ranks: controllers in lockstep; the seed decides if None.
+        n_steps: random steps before the end, which has some more.
+        is_loud: print each step.
+
+    Raises:
+        ScheduleFailed: an invariant does not hold.
+    """
+    trace = Trace(is_loud)
+    schedule = Schedule(seed, ranks, trace)
+    try:
+        schedule.run(n_steps)
+    except (AssertionError, HiCacheError, LookupError, TypeError, ValueError) as error:
+        trace.add(schedule.world.clock.now, schedule.doing, f"{type(error).__name__}: {error}")
+        raise ScheduleFailed(seed, f"{type(error).__name__}: {error}", trace.lines()) from error
+    finally:
+        schedule.abandon()
+    return len(trace.steps)
+
+
+class Schedule:
+    """A life of one small world."""
+
+    def __init__(self, seed: int, ranks: int | None, trace: Trace) -> None:
+        """Draws the world; ``run`` lets it live."""
+        self._draw = draw = Random(seed)
+        self._trace = trace
+        setup = Setup.drawn(draw, ranks)
+        self.doing = "start"
+        self.world = World(
+            setup,
+            VirtualClock(),
+            draw,
+            weather=[Weather() for _ in range(setup.ranks)],
+            share=f"simulation {seed}",
+            skews=[draw.choice((0.0, 0.3, 1000.0)) for _ in range(setup.ranks)],
+        )
+        self._store = MemoryBackend(MemoryConfig(share=self.world.share), BackendContext("all"))
+        self._store.open()  # keeps the objects between two lives of the cache
+        self._lockstep = Lockstep(setup.ranks, draw)
+        self._ranks: list[Rank] = []
+        self._n_requests = 0
+        self._steps: list[tuple[int, Callable[[], None]]] = [
+            (12, self._tick),
+            (6, self._arrive),
+            (8, self._start),
+            (8, self._forward),
+            (4, self._decode),
+            (2, self._insert),
+            (6, self._finish),
+            (2, self._abort),
+            (3, self._evict),
+            (1, self._flush),
+            (2, self._change_weather),
+            (1, self._trouble_in_the_store),
+            (1, self._restart),
+        ]
+        trace.add(0.0, f"start {asdict(setup)}", "")
+
+    def run(self, n_steps: int) -> None:
+        """Lives ``n_steps`` random steps, then comes to rest and ends."""
+        self._open()
+        weights = [weight for weight, _ in self._steps]
+        steps = [step for _, step in self._steps]
+        for step in self._draw.choices(steps, weights, k=n_steps):
+            step()
+            self._check()
+        self._come_to_rest()
+        self._close()
+
+    def abandon(self) -> None:
+        """Ends whatever still runs."""
+        for rank in self._ranks:
+            rank.process.kill()
+        self._store.close()
+
+    # Lives.
+
+    def _open(self) -> None:
+        setup = self.world.setup
+        groups = [
+            SimRankGroup(self._lockstep, rank, setup.ranks, setup.window)
+            for rank in range(setup.ranks)
+        ]
+        self._ranks = self._lockstep.run(lambda rank: open_rank(self.world, groups[rank]))
+
+    def _restart(self) -> None:
+        if self._draw.random() < 0.5:
+            self._do("crash", lambda rank: rank.process.kill())
+        else:
+            self._close()
+        self._open()
+
+    def _close(self) -> None:
+        timeout_s = self._draw.choice((0.0, 1.0, 30.0))
+        start = self.world.clock.now
+        self._do(f"close in {timeout_s} s", lambda rank: rank.engine.cache.close(timeout_s))
+        took_s = self.world.clock.now - start
+        if took_s > 60.0 * self.world.setup.ranks + 4 * timeout_s:
+            raise InvariantBroken(f"close ends in time: it took {took_s} s of {timeout_s} s")
+        for rank in self._ranks:
+            rank.process.kill()
+
+    def _come_to_rest(self) -> None:
+        """Requests end, the weather is fair: then nothing may be locked, lost or under way."""
+        for weather in self.world.weather:
+            weather.delay_s, weather.error_rate = 0.01, 0.0
+            weather.hang_rate, weather.damage_rate = 0.0, 0.0
+        self._do("fair weather", lambda rank: rank.process.release())
+        for request_id in list(self._engine.requests):
+            self._abort_one(request_id)
+        n_pages = self.world.setup.device_pages
+        for _ in range(2):  # what is written back may keep what stands above it
+            self._agreed("evict all", lambda rank: rank.engine.cache.evict(n_pages))
+            if not self._agreed("flush at rest", lambda rank: rank.engine.cache.flush(10_000.0)):
+                raise InvariantBroken("rest: flush does not return, though the store answers")
+            for _ in range(10):
+                self._tick(1.0)
+            self._check()
+        self._do("check rest", self._check_rest)
+
+    def _check_rest(self, rank: Rank) -> None:
+        cache = rank.engine.cache
+        parts = cache._parts
+        if rank.engine.pool.allocator.n_free != self.world.setup.device_pages:
+            raise InvariantBroken(
+                f"rest: {rank.engine.pool.allocator.n_free} device pages are free of "
+                f"{self.world.setup.device_pages}, though nobody uses any"
+            )
+        pages = parts.allocate_host(self.world.setup.host_pages)
+        if len(pages) != self.world.setup.host_pages:
+            raise InvariantBroken(f"rest: only {len(pages)} host pages can be had")
+        assert parts.host is not None
+        parts.host.allocator.free(pages)
+        unsettled = [job_id for job_id, n in rank.jobs.n_settled.items() if n != 1]
+        if unsettled:
+            raise InvariantBroken(f"settle once: jobs {unsettled} never settled")
+
+    # Steps.
+
+    def _tick(self, seconds: float | None = None) -> None:
+        if seconds is None:
+            seconds = self._draw.choice((0.0, 0.001, 0.02, 0.5, 3.0))
+        self.world.clock.advance(seconds)
+        self._do("poll", lambda rank: rank.engine.cache.poll())
+
+    def _arrive(self) -> None:
+        if len(self._engine.requests) >= MAX_REQUESTS:
+            return
+        draw, setup = self._draw, self.world.setup
+        self._n_requests += 1
+        request_id = f"r{self._n_requests}"
+        n_pages = draw.randint(0, min(MAX_PAGES, setup.device_pages))
+        kinds = draw.choice((1, 2, 3))
+        ids = [kind for _ in range(n_pages) for kind in [draw.randrange(kinds)] * setup.page_size]
+        ids += [9] * draw.choice((0, 1, 1, setup.page_size - 1))
+        tokens, namespace = pack_tokens(ids), draw.choice((NAMESPACES[0], *NAMESPACES))
+        priority, prefetch = draw.randrange(3), draw.random() < 0.85
+        self._agreed(
+            f"arrive {request_id} {ids[:: setup.page_size]} {namespace} prefetch={prefetch}",
+            lambda rank: rank.engine.arrive(
+                Request(request_id, tokens, namespace, priority), prefetch=prefetch
+            ),
+        )
+
+    def _start(self) -> None:
+        if request := self._any(State.WAITING):
+            self._agreed(f"start {request}", lambda rank: rank.engine.start(request))
+
+    def _forward(self) -> None:
+        if request := self._any(State.LOADED):
+            arrived = self._do(f"forward {request}", lambda rank: rank.engine.forward(request))
+            self._start_over_unless(all(arrived))
+
+    def _decode(self) -> None:
+        if request := self._any(State.COMPUTED):
+            setup = self.world.setup
+            ids = [self._draw.randrange(2)] * self._draw.randint(1, 2 * setup.page_size)
+            tokens = pack_tokens(ids)
+            self._agreed(f"decode {request}", lambda rank: rank.engine.decode(request, tokens))
+
+    def _insert(self) -> None:
+        if request := self._any(State.COMPUTED):
+            known = self._do(f"insert {request}", lambda rank: rank.engine.insert(request))
+            self._start_over_unless(None not in known)
+
+    def _finish(self) -> None:
+        if request := self._any(State.COMPUTED):
+            known = self._do(f"finish {request}", lambda rank: rank.engine.finish(request))
+            self._start_over_unless(None not in known)
+
+    def _abort(self) -> None:
+        if request := self._any(*State):
+            self._abort_one(request)
+
+    def _abort_one(self, request: str) -> None:
+        self._agreed(f"abort {request}", lambda rank: rank.engine.abort(request))
+
+    def _evict(self) -> None:
+        n_pages = self._draw.randint(1, self.world.setup.device_pages)
+        self._agreed(f"evict {n_pages}", lambda rank: rank.engine.cache.evict(n_pages))
+
+    def _flush(self) -> None:
+        timeout_s = self._draw.choice((0.0, 0.1, 20.0))
+        self._agreed(f"flush {timeout_s} s", lambda rank: rank.engine.cache.flush(timeout_s))
+
+    def _change_weather(self) -> None:
+        rank = self._draw.randrange(self.world.setup.ranks)
+        weather, new = self.world.weather[rank], Weather.drawn(self._draw)
+        weather.delay_s, weather.error_rate = new.delay_s, new.error_rate
+        weather.hang_rate, weather.damage_rate = new.hang_rate, new.damage_rate
+        self._trace.add(self.world.clock.now, f"weather of rank {rank}", weather)
+
+    def _trouble_in_the_store(self) -> None:
+        """Objects vanish between exists and get, are damaged, or stand under another key."""
+        draw, store = self._draw, self._store
+        keys = list(store.list_keys(""))
+        for key in draw.sample(keys, draw.randint(0, min(3, len(keys)))):
+            kind = draw.randrange(3)
+            value = store.get(key)
+            assert value is not None
+            if kind == 0:
+                store.delete([key])
+            elif kind == 1:
+                store.set(key, damaged(bytes(value), draw))
+            else:
+                store.set(draw.choice(keys), value)
+        self._trace.add(self.world.clock.now, f"trouble in a store of {len(keys)} objects", "")
+
+    # Helpers.
+
+    @property
+    def _engine(self) -> Engine:
+        """Rank 0's, which knows the requests as every rank does."""
+        return self._ranks[0].engine
+
+    def _any(self, *states: State) -> str | None:
+        """A request in one of ``states``, if there is one."""
+        requests = self._engine.requests.values()
+        names = [request.request_id for request in requests if request.state in states]
+        return self._draw.choice(names) if names else None
+
+    def _start_over_unless(self, arrived: bool) -> None:  # noqa: FBT001
+        if not arrived:
+            self._do("start over", lambda rank: rank.engine.start_over())
+
+    def _do(self, name: str, step: Callable[[Rank], T]) -> list[T]:
+        """Does ``step`` on every rank; the results by rank."""
+        self.doing = name
+        results = self._lockstep.run(lambda rank: step(self._ranks[rank]))
+        self._trace.add(self.world.clock.now, name, results[0])
+        return results
+
+    def _agreed(self, name: str, step: Callable[[Rank], T]) -> T:
+        """Does ``step`` on every rank; the result, which must be the same on all.
+
+        Raises:
+            InvariantBroken: it is not.
+        """
+        results = self._do(name, step)
+        if any(result != results[0] for result in results):
+            raise InvariantBroken(f"ranks agree: {name} has the results {results}")
+        return results[0]
+
+    def _check(self) -> None:
+        for rank in self._ranks:
+            checks.check_rank(rank.engine, rank.workers)
+        checks.check_ranks_agree([rank.engine for rank in self._ranks])
