@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
+from functools import cache
 from random import Random
 
 import torch
@@ -20,6 +22,7 @@ from hicache_core.controller.prefetch_policy import (
 )
 from hicache_core.kv_spec import KVSpec
 from hicache_core.page_keys import storage_namespace
+from hicache_core.pools.allocator import PageAllocator
 from hicache_core.pools.device import DevicePool
 from hicache_core.pools.host import HostPool
 from hicache_core.pools.layout import LAYOUTS
@@ -115,7 +118,7 @@ def open_rank(world: World, group: RankGroup) -> Rank:
     process = Process(world.clock)
     spec = setup.spec(rank)
     device = _device_pool(spec, setup)
-    host = HostPool(spec, setup.page_size, setup.host_pages, LAYOUTS[setup.layout])
+    host = _host_pool(spec, setup)
     jobs = AuditedJobs(group)
     namespace = storage_namespace(spec.identity(), setup.page_size, setup.layout)
     loads = _copy_queue(world, process)
@@ -184,6 +187,23 @@ def _device_pool(spec: KVSpec, setup: Setup) -> DevicePool:
         for component in spec.components
     ]
     return DevicePool.from_buffers(spec, setup.page_size, buffers)
+
+
+@cache
+def _mapped_host_pool(spec: KVSpec, page_size: int, n_pages: int, layout: str) -> HostPool:
+    return HostPool(spec, page_size, n_pages, LAYOUTS[layout])
+
+
+def _host_pool(spec: KVSpec, setup: Setup) -> HostPool:
+    """A pool over memory that earlier schedules used: to map it takes longer than a schedule.
+
+    It is filled with the same bytes each time, since a schedule must be a function of its seed.
+    """
+    mapped = _mapped_host_pool(spec, setup.page_size, setup.host_pages, setup.layout)
+    mapped.buffers[0][:] = b"\xa5" * mapped.nbytes
+    pool = copy(mapped)
+    pool.allocator = PageAllocator(pool.n_pages)
+    return pool
 
 
 def _copy_queue(world: World, process: Process) -> SimCopyQueue:

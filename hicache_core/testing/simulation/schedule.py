@@ -194,13 +194,14 @@ class Schedule:
         for request_id in list(self._engine.requests):
             self._abort_one(request_id)
         n_pages = self.world.setup.device_pages
-        for _ in range(2):  # what is written back may keep what stands above it
-            self._agreed("evict all", lambda rank: rank.engine.cache.evict(n_pages))
+        for _ in range(n_pages + 1):  # what is written back keeps what stands above it for a while
             if not self._agreed("flush at rest", lambda rank: rank.engine.cache.flush(10_000.0)):
                 raise InvariantBroken("rest: flush does not return, though the store answers")
-            for _ in range(10):
-                self._tick(1.0)
+            for _ in range(4):
+                self._tick(20.0)
             self._check()
+            if not self._agreed("evict all", lambda rank: rank.engine.cache.evict(n_pages)):
+                break
         self._do("check rest", self._check_rest)
 
     def _check_rest(self, rank: Rank) -> None:

@@ -1,0 +1,109 @@
+"""Many schedules, on all cores, until one fails."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from hicache_core.testing.simulation.schedule import N_STEPS, ScheduleFailed, run_schedule
+
+CHUNK = 50
+"""Schedules that a process takes at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Some schedules for one process: the seeds from ``first`` on."""
+
+    first: int
+    n_schedules: int
+    ranks: int | None
+    n_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of many schedules.
+
+    Attributes:
+        n_schedules: how many ended.
+        n_steps: steps that they made, each followed by all checks.
+        elapsed_s: real seconds.
+        failure: the failure with the lowest seed among those seen; None if all went well.
+    """
+
+    n_schedules: int
+    n_steps: int
+    elapsed_s: float
+    failure: ScheduleFailed | None
+
+    def __str__(self) -> str:
+        verdict = "all invariants held" if self.failure is None else "an invariant does not hold"
+        return (
+            f"{self.n_schedules} schedules, {self.n_steps} steps in {self.elapsed_s:.1f} s: "
+            f"{verdict}"
+        )
+
+
+def run_many(
+    n_schedules: int,
+    seed: int,
+    *,
+    ranks: int | None = None,
+    n_steps: int = N_STEPS,
+    n_jobs: int | None = None,
+    progress: Callable[[int], None] = lambda _n: None,
+) -> Outcome:
+    """Runs the schedules of ``seed``, ``seed + 1``, … until all are done or one fails.
+
+    Args:
+        n_schedules: how many.
+        seed: of the first.
+        ranks: as in ``run_schedule``.
+        n_steps: as in ``run_schedule``.
+        n_jobs: processes; one for each core if None. With 1, nothing is started.
+        progress: called with the number of schedules done, now and then.
+    """
+    start = time.monotonic()
+    chunks = [
+        Chunk(first, min(CHUNK, seed + n_schedules - first), ranks, n_steps)
+        for first in range(seed, seed + n_schedules, CHUNK)
+    ]
+    n_done = n_all_steps = 0
+    failure = None
+    for n_ended, n_made, failed in _results(chunks, n_jobs or multiprocessing.cpu_count()):
+        n_done += n_ended
+        n_all_steps += n_made
+        progress(n_done)
+        if failed is not None:
+            failure = failed
+            break
+    return Outcome(n_done, n_all_steps, time.monotonic() - start, failure)
+
+
+Result = tuple[int, int, ScheduleFailed | None]
+"""Schedules that ended well, steps that they made, and the failure that stopped them."""
+
+
+def _results(chunks: list[Chunk], n_jobs: int) -> Iterator[Result]:
+    if n_jobs == 1:
+        yield from map(_run_chunk, chunks)
+        return
+    # Spawned, since torch's threads do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(n_jobs, torch.set_num_threads, (1,)) as pool:
+        yield from pool.imap(_run_chunk, chunks)
+
+
+def _run_chunk(chunk: Chunk) -> Result:
+    n_steps = 0
+    for n, seed in enumerate(range(chunk.first, chunk.first + chunk.n_schedules)):
+        try:
+            n_steps += run_schedule(seed, ranks=chunk.ranks, n_steps=chunk.n_steps)
+        except ScheduleFailed as failure:
+            return n, n_steps, failure
+    return chunk.n_schedules, n_steps, None
