@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from random import Random
 
 import torch
 
 from hicache_core.build import WRITE_POLICIES
+from hicache_core.build_storage import ADMISSIONS
 from hicache_core.controller.controller import Controller
+from hicache_core.controller.explain import Explainer
 from hicache_core.controller.jobs import JobTable, Settle
 from hicache_core.controller.parts import Parts
 from hicache_core.controller.prefetch_policy import (
@@ -20,6 +22,9 @@ from hicache_core.controller.prefetch_policy import (
     Timeout,
     WaitComplete,
 )
+from hicache_core.controller.quarantine import Quarantine
+from hicache_core.controller.storage_tier import Attachment, StorageTier
+from hicache_core.errors import BackendUnavailable
 from hicache_core.kv_spec import KVSpec
 from hicache_core.page_keys import storage_namespace
 from hicache_core.pools.allocator import PageAllocator
@@ -38,8 +43,12 @@ from hicache_core.testing.simulation.link import Link, Weather
 from hicache_core.testing.simulation.setup import Setup
 from hicache_core.testing.simulation.worker import SimWorker
 from hicache_core.transfer import native
+from hicache_core.transfer.base import Ticket
 from hicache_core.transfer.kernel import KernelTransfer
 from hicache_core.types import BackendContext
+
+STORES = ("east", "west")
+"""Names of the stores that can be attached."""
 
 PREFETCH_POLICIES: dict[str, PrefetchPolicy] = {
     "best_effort": BestEffort(),
@@ -58,15 +67,35 @@ class AuditedJobs(JobTable):
 
     def add(self, settle: Settle) -> int:
         # docstring inherited
-        def audited(n_pages: int) -> None:
-            self.n_settled[job_id] += 1
-            if self.n_settled[job_id] > 1:
-                raise InvariantBroken(f"settle once: job {job_id} settles again")
-            settle(n_pages)
-
-        job_id = super().add(audited)
+        job_id = self._next_id
         self.n_settled[job_id] = 0
-        return job_id
+        return super().add(partial(self._settle_once, job_id, settle))
+
+    def add_copy(self, ticket: Ticket, n_pages: int, settle: Settle) -> None:
+        # docstring inherited
+        job_id = self._next_id
+        self.n_settled[job_id] = 0
+        super().add_copy(ticket, n_pages, partial(self._settle_once, job_id, settle))
+
+    def withdraw(self, job_id: int) -> None:
+        # docstring inherited
+        if job_id in self._lane.settle:  # else it is among those that are just being settled
+            self._count(job_id)
+        super().withdraw(job_id)
+
+    @property
+    def unsettled(self) -> list[int]:
+        """Jobs that did not settle."""
+        return [job_id for job_id, n in self.n_settled.items() if n == 0]
+
+    def _settle_once(self, job_id: int, settle: Settle, n_pages: int) -> None:
+        self._count(job_id)
+        settle(n_pages)
+
+    def _count(self, job_id: int) -> None:
+        self.n_settled[job_id] += 1
+        if self.n_settled[job_id] > 1:
+            raise InvariantBroken(f"settle once: job {job_id} settles again")
 
 
 @dataclass(slots=True)
@@ -95,7 +124,7 @@ class World:
         clock: the time.
         draw: decides everything that is left to chance.
         weather: by rank.
-        share: the name of the store.
+        share: what the names of the stores begin with.
         skews: how far each rank's clock is ahead, in seconds.
     """
 
@@ -120,60 +149,96 @@ def open_rank(world: World, group: RankGroup) -> Rank:
     device = _device_pool(spec, setup)
     host = _host_pool(spec, setup)
     jobs = AuditedJobs(group)
-    namespace = storage_namespace(spec.identity(), setup.page_size, setup.layout)
     loads = _copy_queue(world, process)
     stores = _copy_queue(world, process) if setup.two_queues else loads
     kind = native.NativeTransfer if native.IS_BUILT else KernelTransfer
     transfer = kind(device, host, loads, stores)
     transfer.open()
-    tree = RadixTree(
-        setup.page_size, eviction_policy(setup.device_eviction), eviction_policy(setup.host_eviction)
-    )
-    sealed, worker = open_storage(world, process, rank, namespace, host.object_nbytes)
+    policies = eviction_policy(setup.device_eviction), eviction_policy(setup.host_eviction)
+    opener = Opener(world, process, group, host)
+    clock = world.local_clock(rank)
+    explainer = Explainer(clock)
     parts = Parts(
         page_size=setup.page_size,
-        tree=tree,
+        tree=RadixTree(setup.page_size, *policies),
         device=device,
         host=host,
         transfer=transfer,
         write_policy=WRITE_POLICIES[setup.write_policy],
         prefetch_policy=PREFETCH_POLICIES[setup.prefetch_policy],
         jobs=jobs,
-        storage_namespace=namespace,
+        storage=StorageTier(
+            jobs, Quarantine(jobs, host.allocator), opener.open, process.spawn
+        ),
         prefetch_threshold=setup.prefetch_threshold,
-        backend=sealed,
-        worker=worker,
-        clock=world.local_clock(rank),
+        clock=clock,
         batch_pages=setup.batch_pages,
+        explainer=explainer,
+        journal=explainer,
     )
-    return Rank(process, Engine(Controller(parts), device, rank), jobs, [worker])
+    if setup.starts_with_storage:
+        assert parts.storage is not None
+        parts.storage.open(STORES[0], {})
+    return Rank(process, Engine(Controller(parts), device, rank), jobs, opener.workers)
 
 
-def open_storage(
-    world: World, process: Process, rank: int, namespace: str, object_nbytes: int
-) -> tuple[SealedBackend, SimWorker]:
-    """The store as one rank reaches it, sealed, and the worker that drives it."""
-    setup = world.setup
-    n_objects = setup.store_objects
-    config = MemoryConfig(
-        share=world.share,
-        max_nbytes=None if n_objects is None else n_objects * object_nbytes * setup.ranks,
-    )
-    context = BackendContext(namespace, object_nbytes, rank, setup.ranks)
-    memory = MemoryBackend(config, context, world.local_clock(rank))
-    memory.open()
-    sealed = SealedBackend(Link(memory, process, world.weather[rank], world.draw))
-    worker = SimWorker(
-        sealed,
-        world.clock,
-        process,
-        world.draw,
-        n_threads=setup.n_threads,
-        max_read_nbytes=setup.max_pages_in_flight * object_nbytes,
-        max_write_nbytes=setup.max_pages_in_flight * object_nbytes,
-        deadline_s=setup.deadline_s,
-    )
-    return sealed, worker
+class Opener:
+    """Opens a store as one rank reaches it: sealed, over a link, with a worker.
+
+    Attributes:
+        workers: of every store that was opened, the latest last.
+    """
+
+    def __init__(
+        self, world: World, process: Process, group: RankGroup, host: HostPool
+    ) -> None:
+        """Asks the other ranks what they hold: of those with equal bytes, one writes."""
+        self.workers: list[SimWorker] = []
+        self._world = world
+        self._process = process
+        self._rank = group.rank
+        self._object_nbytes = host.object_nbytes
+        setup = world.setup
+        self._namespace = storage_namespace(host.spec.identity(), setup.page_size, setup.layout)
+        holders = group.gather(self._namespace)
+        self._is_writer = holders.index(self._namespace) == group.rank
+
+    def open(self, name: str, settings: Mapping[str, object]) -> Attachment:  # noqa: ARG002
+        """See ``OpenStorage``; in a task it takes its time, and may fail."""
+        world, setup = self._world, self._world.setup
+        weather = world.weather[self._rank]
+        if self._process.is_in_task:
+            self._process.sleep(world.draw.random() * weather.delay_s)
+            if world.draw.random() < weather.error_rate:
+                raise BackendUnavailable("injected fault: the store cannot be opened")
+        n_objects = setup.store_objects
+        max_nbytes = None if n_objects is None else n_objects * self._object_nbytes * setup.ranks
+        config = MemoryConfig(share=world.share + name, max_nbytes=max_nbytes)
+        context = BackendContext(self._namespace, self._object_nbytes, self._rank, setup.ranks)
+        memory = MemoryBackend(config, context, world.local_clock(self._rank))
+        memory.open()
+        sealed = SealedBackend(Link(memory, self._process, weather, world.draw))
+        nbytes = setup.max_pages_in_flight * self._object_nbytes
+        worker = SimWorker(
+            sealed,
+            world.clock,
+            self._process,
+            world.draw,
+            n_threads=setup.n_threads,
+            max_read_nbytes=nbytes,
+            max_write_nbytes=nbytes,
+            deadline_s=setup.deadline_s,
+        )
+        self.workers.append(worker)
+        return Attachment(
+            name,
+            sealed,
+            worker,
+            self._namespace,
+            is_writer=self._is_writer,
+            admission=ADMISSIONS[setup.admission](),
+            verdict=sealed.verdict,
+        )
 
 
 def _device_pool(spec: KVSpec, setup: Setup) -> DevicePool:

@@ -91,7 +91,7 @@ def snapshot(cache: Controller) -> Snapshot:
             node.lock_count,
             node.host_lock_count,
             node.hit_count,
-            node.stored,
+            node.stored_in,
         )
         for node in _nodes(cache)
     )

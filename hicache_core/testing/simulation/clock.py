@@ -74,6 +74,11 @@ class Process:
         """Tasks that hang until ``release``."""
         return len(self._hanging)
 
+    @property
+    def is_in_task(self) -> bool:
+        """Whether a task of this process is what runs now."""
+        return getcurrent() in self._tasks
+
     def after(self, delay_s: float, action: Callable[[], None]) -> None:
         """As the clock's, unless the process has died by then."""
         self._clock.after(delay_s, lambda: action() if self._alive else None)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from random import Random
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from greenlet import getcurrent, greenlet
 
 from hicache_core.ranks import RankGroup
-from hicache_core.testing.simulation.clock import InvariantBroken
+from hicache_core.testing.simulation.clock import InvariantBroken, VirtualClock
 
 T = TypeVar("T")
 
-MAX_COLLECTIVES = 100_000
-"""More collectives than any schedule needs: beyond it, somebody polls in a circle."""
+MAX_COLLECTIVES = 1000
+"""More collectives than any moment needs: beyond it, somebody polls in a circle without waiting."""
 
 
 class SimRankGroup(RankGroup):
@@ -29,7 +29,18 @@ class SimRankGroup(RankGroup):
 
     def agree_min(self, values: Sequence[int]) -> list[int]:
         # docstring inherited
-        return self._lockstep.meet(self, values)
+        if self.window is not None and len(values) != self.window:
+            raise InvariantBroken(
+                f"fixed shape: rank {self.rank} has {len(values)} values, not {self.window}"
+            )
+        deposited = self._lockstep.meet(self.rank, list(values))
+        if len({len(values) for values in deposited}) != 1:
+            raise InvariantBroken(f"fixed shape: the ranks have {deposited}")
+        return [min(values) for values in zip(*deposited, strict=True)]
+
+    def gather(self, text: str) -> list[str]:
+        # docstring inherited
+        return self._lockstep.meet(self.rank, text)
 
 
 class Lockstep:
@@ -39,11 +50,13 @@ class Lockstep:
     would hang in production; here it is found at once.
     """
 
-    def __init__(self, world_size: int, draw: Random) -> None:
+    def __init__(self, world_size: int, clock: VirtualClock, draw: Random) -> None:
+        self._clock = clock
         self._draw = draw
         self._world_size = world_size
-        self._deposited: dict[int, list[int]] = {}
-        self._n_collectives = 0
+        self._deposited: dict[int, Any] = {}
+        self._moment = 0.0
+        self._n_collectives = 0  # at this moment
 
     def run(self, step: Callable[[int], T]) -> list[T]:
         """The results of ``step(rank)``, by rank.
@@ -64,36 +77,28 @@ class Lockstep:
         for rank in order:
             tasks[rank].switch(rank)
         while self._deposited:
-            agreed = self._agree(results)
+            deposited, self._deposited = self._deposited, {}
+            if results:
+                raise InvariantBroken(
+                    f"no hang: ranks {sorted(deposited)} entered a collective that ranks "
+                    f"{sorted(results)} did not"
+                )
             self._draw.shuffle(order)
             for rank in order:
-                tasks[rank].switch(agreed)
+                tasks[rank].switch([deposited[rank] for rank in range(self._world_size)])
         return [results[rank] for rank in range(self._world_size)]
 
-    def meet(self, group: SimRankGroup, values: Sequence[int]) -> list[int]:
-        """Leaves a rank's values and returns the minima of all ranks."""
+    def meet(self, rank: int, deposit: T) -> list[T]:
+        """Leaves what a rank brings; what all ranks brought, by rank."""
+        if self._moment != self._clock.now:
+            self._moment, self._n_collectives = self._clock.now, 0
         self._n_collectives += 1
         if self._n_collectives > MAX_COLLECTIVES:
-            raise InvariantBroken(f"progress: {MAX_COLLECTIVES} collectives, and it goes on")
-        if group.window is not None and len(values) != group.window:
-            raise InvariantBroken(
-                f"fixed shape: rank {group.rank} has {len(values)} values, not {group.window}"
-            )
+            raise InvariantBroken(f"no spinning: {MAX_COLLECTIVES} collectives, and no time passed")
         if self._world_size == 1:
-            return list(values)
-        self._deposited[group.rank] = list(values)
+            return [deposit]
+        self._deposited[rank] = deposit
         hub = getcurrent().parent
         assert hub is not None
-        agreed: list[int] = hub.switch()
-        return agreed
-
-    def _agree(self, finished: dict[int, T]) -> list[int]:
-        deposited, self._deposited = self._deposited, {}
-        if finished:
-            raise InvariantBroken(
-                f"no hang: ranks {sorted(deposited)} entered a collective that ranks "
-                f"{sorted(finished)} did not"
-            )
-        if len({len(values) for values in deposited.values()}) != 1:
-            raise InvariantBroken(f"fixed shape: the ranks have {deposited}")
-        return [min(values) for values in zip(*deposited.values(), strict=True)]
+        all_deposits: list[T] = hub.switch()
+        return all_deposits

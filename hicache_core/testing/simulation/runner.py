@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
@@ -95,8 +97,14 @@ def _results(chunks: list[Chunk], n_jobs: int) -> Iterator[Result]:
         return
     # Spawned, since torch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with context.Pool(n_jobs, torch.set_num_threads, (1,)) as pool:
+    with context.Pool(n_jobs, _start_process) as pool:
         yield from pool.imap(_run_chunk, chunks)
+
+
+def _start_process() -> None:
+    torch.set_num_threads(1)
+    logging.disable(logging.ERROR)  # the backend fails on purpose, all the time
+    gc.freeze()  # what was imported stays: to look through it for garbage takes half of the time
 
 
 def _run_chunk(chunk: Chunk) -> Result:

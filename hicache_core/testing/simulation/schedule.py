@@ -11,7 +11,7 @@ from hicache_core.errors import HiCacheError
 from hicache_core.page_keys import pack_tokens
 from hicache_core.storage.memory import MemoryBackend, MemoryConfig
 from hicache_core.testing.simulation import checks
-from hicache_core.testing.simulation.assembly import Rank, World, open_rank
+from hicache_core.testing.simulation.assembly import STORES, Rank, World, open_rank
 from hicache_core.testing.simulation.clock import InvariantBroken, VirtualClock
 from hicache_core.testing.simulation.engine import Engine, Request, State
 from hicache_core.testing.simulation.link import Weather, damaged
@@ -23,6 +23,19 @@ T = TypeVar("T")
 
 N_STEPS = 40
 """Steps of a schedule, unless told otherwise."""
+
+FAILURES = (
+    AssertionError,
+    ArithmeticError,
+    AttributeError,
+    HiCacheError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What a bug of the controller may raise."""
 
 MAX_REQUESTS = 5
 MAX_PAGES = 8
@@ -94,7 +107,7 @@ def run_schedule(
     schedule = Schedule(seed, ranks, trace)
     try:
         schedule.run(n_steps)
-    except (AssertionError, HiCacheError, LookupError, TypeError, ValueError) as error:
+    except FAILURES as error:
         trace.add(schedule.world.clock.now, schedule.doing, f"{type(error).__name__}: {error}")
         raise ScheduleFailed(seed, f"{type(error).__name__}: {error}", trace.lines()) from error
     finally:
@@ -119,9 +132,13 @@ class Schedule:
             share=f"simulation {seed}",
             skews=[draw.choice((0.0, 0.3, 1000.0)) for _ in range(setup.ranks)],
         )
-        self._store = MemoryBackend(MemoryConfig(share=self.world.share), BackendContext("all"))
-        self._store.open()  # keeps the objects between two lives of the cache
-        self._lockstep = Lockstep(setup.ranks, draw)
+        self._stores = [
+            MemoryBackend(MemoryConfig(share=self.world.share + name), BackendContext("all"))
+            for name in STORES
+        ]
+        for store in self._stores:
+            store.open()  # keeps the objects between two lives of the cache
+        self._lockstep = Lockstep(setup.ranks, self.world.clock, draw)
         self._ranks: list[Rank] = []
         self._n_requests = 0
         self._steps: list[tuple[int, Callable[[], None]]] = [
@@ -137,6 +154,9 @@ class Schedule:
             (1, self._flush),
             (2, self._change_weather),
             (1, self._trouble_in_the_store),
+            (1, self._attach),
+            (1, self._detach),
+            (1, self._reset),
             (1, self._restart),
         ]
         trace.add(0.0, f"start {asdict(setup)}", "")
@@ -156,7 +176,8 @@ class Schedule:
         """Ends whatever still runs."""
         for rank in self._ranks:
             rank.process.kill()
-        self._store.close()
+        for store in self._stores:
+            store.close()
 
     # Lives.
 
@@ -217,9 +238,8 @@ class Schedule:
             raise InvariantBroken(f"rest: only {len(pages)} host pages can be had")
         assert parts.host is not None
         parts.host.allocator.free(pages)
-        unsettled = [job_id for job_id, n in rank.jobs.n_settled.items() if n != 1]
-        if unsettled:
-            raise InvariantBroken(f"settle once: jobs {unsettled} never settled")
+        if rank.jobs.unsettled:
+            raise InvariantBroken(f"settle once: jobs {rank.jobs.unsettled} never settled")
 
     # Steps.
 
@@ -289,6 +309,16 @@ class Schedule:
         timeout_s = self._draw.choice((0.0, 0.1, 20.0))
         self._agreed(f"flush {timeout_s} s", lambda rank: rank.engine.cache.flush(timeout_s))
 
+    def _attach(self) -> None:
+        name = self._draw.choice(STORES)
+        self._do(f"attach {name}", lambda rank: rank.engine.cache.attach_storage(name, {}).name)
+
+    def _detach(self) -> None:
+        self._do("detach", lambda rank: rank.engine.cache.detach_storage())
+
+    def _reset(self) -> None:
+        self._agreed("reset", lambda rank: rank.engine.cache.reset())
+
     def _change_weather(self) -> None:
         rank = self._draw.randrange(self.world.setup.ranks)
         weather, new = self.world.weather[rank], Weather.drawn(self._draw)
@@ -298,7 +328,8 @@ class Schedule:
 
     def _trouble_in_the_store(self) -> None:
         """Objects vanish between exists and get, are damaged, or stand under another key."""
-        draw, store = self._draw, self._store
+        draw = self._draw
+        store = draw.choice(self._stores)
         keys = list(store.list_keys(""))
         for key in draw.sample(keys, draw.randint(0, min(3, len(keys)))):
             kind = draw.randrange(3)

@@ -35,6 +35,7 @@ class Setup:
         host_eviction: policy of the host.
         prefetch_policy: how long requests wait for storage.
         prefetch_threshold: tokens that must be missing before storage is asked.
+        admission: how much of what storage has is loaded.
         batch_pages: pages of one storage job at most.
         store_objects: cap of the store in objects of one page; none if None.
         n_threads: of each storage worker.
@@ -56,6 +57,7 @@ class Setup:
     host_eviction: str
     prefetch_policy: PrefetchName
     prefetch_threshold: int
+    admission: str
     batch_pages: int
     store_objects: int | None
     n_threads: int
@@ -83,6 +85,7 @@ class Setup:
             host_eviction=draw.choice(EVICTION_POLICIES),
             prefetch_policy=draw.choice(PREFETCH_POLICIES),
             prefetch_threshold=page_size * draw.choice((1, 1, 1, 2)),
+            admission=draw.choice(("always", "always", "cost_aware")),
             batch_pages=draw.randint(1, 4),
             store_objects=draw.choice((None, None, 4, 12)),
             n_threads=draw.randint(1, 3),
