@@ -54,6 +54,8 @@ def main(
     )
     if outcome.failure is not None:
         _fail(outcome.failure, ranks, steps)
+    for what, n in sorted(outcome.tally.items()):
+        click.echo(f"  {n:12,d}  {what}")
     click.echo(str(outcome))
 
 

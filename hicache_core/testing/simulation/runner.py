@@ -6,6 +6,7 @@ import gc
 import logging
 import multiprocessing
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -33,20 +34,20 @@ class Outcome:
 
     Attributes:
         n_schedules: how many ended.
-        n_steps: steps that they made, each followed by all checks.
+        tally: how often what happened in them; ``steps``, each followed by all checks, above all.
         elapsed_s: real seconds.
         failure: the failure with the lowest seed among those seen; None if all went well.
     """
 
     n_schedules: int
-    n_steps: int
+    tally: Counter[str]
     elapsed_s: float
     failure: ScheduleFailed | None
 
     def __str__(self) -> str:
         verdict = "all invariants held" if self.failure is None else "an invariant does not hold"
         return (
-            f"{self.n_schedules} schedules, {self.n_steps} steps in {self.elapsed_s:.1f} s: "
+            f"{self.n_schedules} schedules, {self.tally['steps']} steps in {self.elapsed_s:.1f} s: "
             f"{verdict}"
         )
 
@@ -75,20 +76,21 @@ def run_many(
         Chunk(first, min(CHUNK, seed + n_schedules - first), ranks, n_steps)
         for first in range(seed, seed + n_schedules, CHUNK)
     ]
-    n_done = n_all_steps = 0
+    n_done = 0
+    tally: Counter[str] = Counter()
     failure = None
-    for n_ended, n_made, failed in _results(chunks, n_jobs or multiprocessing.cpu_count()):
+    for n_ended, more, failed in _results(chunks, n_jobs or multiprocessing.cpu_count()):
         n_done += n_ended
-        n_all_steps += n_made
+        tally += more
         progress(n_done)
         if failed is not None:
             failure = failed
             break
-    return Outcome(n_done, n_all_steps, time.monotonic() - start, failure)
+    return Outcome(n_done, tally, time.monotonic() - start, failure)
 
 
-Result = tuple[int, int, ScheduleFailed | None]
-"""Schedules that ended well, steps that they made, and the failure that stopped them."""
+Result = tuple[int, Counter[str], ScheduleFailed | None]
+"""Schedules that ended well, what happened in them, and the failure that stopped them."""
 
 
 def _results(chunks: list[Chunk], n_jobs: int) -> Iterator[Result]:
@@ -108,10 +110,10 @@ def _start_process() -> None:
 
 
 def _run_chunk(chunk: Chunk) -> Result:
-    n_steps = 0
+    tally: Counter[str] = Counter()
     for n, seed in enumerate(range(chunk.first, chunk.first + chunk.n_schedules)):
         try:
-            n_steps += run_schedule(seed, ranks=chunk.ranks, n_steps=chunk.n_steps)
+            tally += run_schedule(seed, ranks=chunk.ranks, n_steps=chunk.n_steps)
         except ScheduleFailed as failure:
-            return n, n_steps, failure
-    return chunk.n_schedules, n_steps, None
+            return n, tally, failure
+    return chunk.n_schedules, tally, None

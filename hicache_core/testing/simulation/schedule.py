@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from random import Random
@@ -91,8 +92,8 @@ class Trace:
 
 def run_schedule(
     seed: int, *, ranks: int | None = None, n_steps: int = N_STEPS, is_loud: bool = False
-) -> int:
-    """Runs the schedule of ``seed``; how many steps it made.
+) -> Counter[str]:
+    """Runs the schedule of ``seed``; how often what happened in it, ``steps`` above all.
 
     Args:
         seed: the schedule is a function of this, of ``ranks`` and of ``n_steps``.
@@ -112,11 +113,18 @@ def run_schedule(
         raise ScheduleFailed(seed, f"{type(error).__name__}: {error}", trace.lines()) from error
     finally:
         schedule.abandon()
-    return len(trace.steps)
+    schedule.tally["steps"] += len(trace.steps)
+    return schedule.tally
 
 
 class Schedule:
-    """A life of one small world."""
+    """A life of one small world.
+
+    Attributes:
+        world: what outlives a process.
+        doing: the step that is under way, or was the last.
+        tally: how often what happened, on all ranks.
+    """
 
     def __init__(self, seed: int, ranks: int | None, trace: Trace) -> None:
         """Draws the world; ``run`` lets it live."""
@@ -124,6 +132,7 @@ class Schedule:
         self._trace = trace
         setup = Setup.drawn(draw, ranks)
         self.doing = "start"
+        self.tally: Counter[str] = Counter()
         self.world = World(
             setup,
             VirtualClock(),
@@ -141,23 +150,22 @@ class Schedule:
         self._lockstep = Lockstep(setup.ranks, self.world.clock, draw)
         self._ranks: list[Rank] = []
         self._n_requests = 0
+        self._topics = [
+            [draw.randrange(3) for _ in range(MAX_PAGES)] for _ in range(draw.randint(1, 3))
+        ]
         self._steps: list[tuple[int, Callable[[], None]]] = [
-            (12, self._tick),
-            (6, self._arrive),
-            (8, self._start),
-            (8, self._forward),
-            (4, self._decode),
-            (2, self._insert),
-            (6, self._finish),
-            (2, self._abort),
-            (3, self._evict),
-            (1, self._flush),
-            (2, self._change_weather),
-            (1, self._trouble_in_the_store),
-            (1, self._attach),
-            (1, self._detach),
-            (1, self._reset),
-            (1, self._restart),
+            (120, self._advance),
+            (50, self._arrive),
+            (40, self._tick),
+            (16, self._evict),
+            (8, self._change_weather),
+            (8, self._trouble_in_the_store),
+            (8, self._restart),
+            (6, self._abort),
+            (6, self._flush),
+            (5, self._attach),
+            (2, self._detach),
+            (2, self._reset),
         ]
         trace.add(0.0, f"start {asdict(setup)}", "")
 
@@ -191,7 +199,8 @@ class Schedule:
 
     def _restart(self) -> None:
         if self._draw.random() < 0.5:
-            self._do("crash", lambda rank: rank.process.kill())
+            self.tally["crashes"] += 1
+            self._do("crash", self._end)
         else:
             self._close()
         self._open()
@@ -204,7 +213,15 @@ class Schedule:
         if took_s > 60.0 * self.world.setup.ranks + 4 * timeout_s:
             raise InvariantBroken(f"close ends in time: it took {took_s} s of {timeout_s} s")
         for rank in self._ranks:
-            rank.process.kill()
+            self._end(rank)
+
+    def _end(self, rank: Rank) -> None:
+        """A process is gone; what it counted stays."""
+        self.tally.update(asdict(rank.engine.cache.counters))
+        for worker in rank.workers:
+            self.tally.update({f"jobs_{state.value}": n for state, n in worker.told.items()})
+            self.tally["jobs_hanging"] += rank.process.n_hanging
+        rank.process.kill()
 
     def _come_to_rest(self) -> None:
         """Requests end, the weather is fair: then nothing may be locked, lost or under way."""
@@ -245,7 +262,7 @@ class Schedule:
 
     def _tick(self, seconds: float | None = None) -> None:
         if seconds is None:
-            seconds = self._draw.choice((0.0, 0.001, 0.02, 0.5, 3.0))
+            seconds = self._draw.choice((0.0, 0.001, 0.02, 0.5, 3.0, 10.0))
         self.world.clock.advance(seconds)
         self._do("poll", lambda rank: rank.engine.cache.poll())
 
@@ -255,48 +272,55 @@ class Schedule:
         draw, setup = self._draw, self.world.setup
         self._n_requests += 1
         request_id = f"r{self._n_requests}"
-        n_pages = draw.randint(0, min(MAX_PAGES, setup.device_pages))
-        kinds = draw.choice((1, 2, 3))
-        ids = [kind for _ in range(n_pages) for kind in [draw.randrange(kinds)] * setup.page_size]
+        n_known = draw.randint(0, min(MAX_PAGES, setup.device_pages))
+        n_new = draw.choice((0, 0, 0, 1, 2)) if n_known + 2 <= setup.device_pages else 0
+        kinds = draw.choice(self._topics)[:n_known] + [draw.randrange(5) for _ in range(n_new)]
+        ids = [kind for kind in kinds for _ in range(setup.page_size)]
         ids += [9] * draw.choice((0, 1, 1, setup.page_size - 1))
-        tokens, namespace = pack_tokens(ids), draw.choice((NAMESPACES[0], *NAMESPACES))
+        tokens, namespace = pack_tokens(ids), draw.choice((*[NAMESPACES[0]] * 4, *NAMESPACES))
         priority, prefetch = draw.randrange(3), draw.random() < 0.85
         self._agreed(
-            f"arrive {request_id} {ids[:: setup.page_size]} {namespace} prefetch={prefetch}",
+            f"arrive {request_id} {kinds} {namespace} prefetch={prefetch}",
             lambda rank: rank.engine.arrive(
                 Request(request_id, tokens, namespace, priority), prefetch=prefetch
             ),
         )
 
-    def _start(self) -> None:
-        if request := self._any(State.WAITING):
-            self._agreed(f"start {request}", lambda rank: rank.engine.start(request))
-
-    def _forward(self) -> None:
-        if request := self._any(State.LOADED):
-            arrived = self._do(f"forward {request}", lambda rank: rank.engine.forward(request))
+    def _advance(self) -> None:
+        """Brings a request one stage further."""
+        requests = list(self._engine.requests.values())
+        if not requests:
+            self._arrive()
+            return
+        request = self._draw.choice(requests)
+        name = request.request_id
+        if request.state is State.WAITING:
+            if not self._agreed(f"start {name}", lambda rank: rank.engine.start(name)):
+                self._tick()
+        elif request.state is State.LOADED:
+            arrived = self._do(f"forward {name}", lambda rank: rank.engine.forward(name))
             self._start_over_unless(all(arrived))
+        else:
+            self._draw.choice((self._finish, self._finish, self._finish, self._decode, self._insert))(
+                name
+            )
 
-    def _decode(self) -> None:
-        if request := self._any(State.COMPUTED):
-            setup = self.world.setup
-            ids = [self._draw.randrange(2)] * self._draw.randint(1, 2 * setup.page_size)
-            tokens = pack_tokens(ids)
-            self._agreed(f"decode {request}", lambda rank: rank.engine.decode(request, tokens))
+    def _decode(self, name: str) -> None:
+        n_tokens = self._draw.randint(1, 2 * self.world.setup.page_size)
+        tokens = pack_tokens([self._draw.randrange(2)] * n_tokens)
+        self._agreed(f"decode {name}", lambda rank: rank.engine.decode(name, tokens))
 
-    def _insert(self) -> None:
-        if request := self._any(State.COMPUTED):
-            known = self._do(f"insert {request}", lambda rank: rank.engine.insert(request))
-            self._start_over_unless(None not in known)
+    def _insert(self, name: str) -> None:
+        known = self._do(f"insert {name}", lambda rank: rank.engine.insert(name))
+        self._start_over_unless(None not in known)
 
-    def _finish(self) -> None:
-        if request := self._any(State.COMPUTED):
-            known = self._do(f"finish {request}", lambda rank: rank.engine.finish(request))
-            self._start_over_unless(None not in known)
+    def _finish(self, name: str) -> None:
+        known = self._do(f"finish {name}", lambda rank: rank.engine.finish(name))
+        self._start_over_unless(None not in known)
 
     def _abort(self) -> None:
-        if request := self._any(*State):
-            self._abort_one(request)
+        if self._engine.requests:
+            self._abort_one(self._draw.choice(list(self._engine.requests)))
 
     def _abort_one(self, request: str) -> None:
         self._agreed(f"abort {request}", lambda rank: rank.engine.abort(request))
@@ -350,14 +374,9 @@ class Schedule:
         """Rank 0's, which knows the requests as every rank does."""
         return self._ranks[0].engine
 
-    def _any(self, *states: State) -> str | None:
-        """A request in one of ``states``, if there is one."""
-        requests = self._engine.requests.values()
-        names = [request.request_id for request in requests if request.state in states]
-        return self._draw.choice(names) if names else None
-
     def _start_over_unless(self, arrived: bool) -> None:  # noqa: FBT001
         if not arrived:
+            self.tally["failed_loads"] += 1
             self._do("start over", lambda rank: rank.engine.start_over())
 
     def _do(self, name: str, step: Callable[[Rank], T]) -> list[T]:

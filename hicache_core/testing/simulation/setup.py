@@ -12,11 +12,16 @@ from hicache_core.types import Namespace
 NAMESPACES = (Namespace(), Namespace(cache_salt="tenant"), Namespace(lora_id="adapter"))
 
 LAYOUTS = ("page_first", "layer_first", "page_first_direct")
-WRITE_POLICIES = ("write_through", "write_through_selective", "write_back")
+WRITE_POLICIES = ("write_through", "write_through", "write_through_selective", "write_back")
 EVICTION_POLICIES = ("lru", "lfu", "fifo", "slru", "priority")
 
 PrefetchName = Literal["best_effort", "wait_complete", "timeout"]
-PREFETCH_POLICIES: tuple[PrefetchName, ...] = ("best_effort", "wait_complete", "timeout")
+PREFETCH_POLICIES: tuple[PrefetchName, ...] = (
+    "best_effort",
+    "wait_complete",
+    "wait_complete",
+    "timeout",
+)
 
 
 @dataclass(frozen=True, slots=True)

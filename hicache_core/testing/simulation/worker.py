@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from functools import partial
 from random import Random
@@ -19,7 +19,11 @@ class SimWorker(StorageWorker):
 
     Jobs start in any order, which is more than real threads do: nobody may rely on an order. Each
     runs the real ``run_job``; time passes only inside its backend. A job that runs beyond
-    ``deadline_s`` is told as OVERDUE, goes on, and is told again when it ends.
+    ``deadline_s`` is told as OVERDUE, goes on, and is told again when it ends. A question or read
+    that waits as long is cancelled.
+
+    Attributes:
+        told: how many results of each state were given.
     """
 
     def __init__(  # noqa: PLR0913 - what the real one takes, and where time and chance come from
@@ -58,6 +62,7 @@ class SimWorker(StorageWorker):
         self._running: dict[int, Job] = {}
         self._late: set[int] = set()  # those that run and were told as OVERDUE
         self._results: deque[JobResult] = deque()
+        self.told: Counter[JobState] = Counter()
         self._closed = False
         self._n_accepted = 0
         self._n_settled = 0
@@ -71,6 +76,12 @@ class SimWorker(StorageWorker):
     def n_overdue(self) -> int:
         """Jobs that run beyond their deadline."""
         return len(self._late)
+
+    @property
+    def overdue_nbytes(self) -> int:
+        """Bytes of those."""
+        late = [job for job_id, job in self._running.items() if job_id in self._late]
+        return _nbytes(late, ReadJob) + _nbytes(late, WriteJob)
 
     @property
     def read_nbytes_in_flight(self) -> int:
@@ -94,6 +105,8 @@ class SimWorker(StorageWorker):
                 return False
         self._waiting[job.job_id] = job
         self._n_accepted += 1
+        if self._deadline_s is not None and not isinstance(job, WriteJob):
+            self._process.after(self._deadline_s, partial(self._waited_too_long, job))
         self._process.after(self._draw.choice((0.0, 0.0, 0.005, 0.5)), self._start)
         return True
 
@@ -168,16 +181,24 @@ class SimWorker(StorageWorker):
     def _overdue(self, job: Job) -> None:
         if self._running.get(job.job_id) is job and self._deadline_s is not None:
             self._late.add(job.job_id)
-            self._results.append(JobResult(job, JobState.OVERDUE, 0, elapsed_s=self._deadline_s))
+            self._tell(JobResult(job, JobState.OVERDUE, 0, elapsed_s=self._deadline_s))
             self._start_later()
+
+    def _waited_too_long(self, job: Job) -> None:
+        if self._waiting.get(job.job_id) is job:
+            self.cancel(job.job_id)
 
     def _start_later(self) -> None:
         if self._waiting:
             self._process.after(0.0, self._start)
 
     def _settle(self, result: JobResult) -> None:
-        self._results.append(result)
         self._n_settled += 1
+        self._tell(result)
+
+    def _tell(self, result: JobResult) -> None:
+        self.told[result.state] += 1
+        self._results.append(result)
 
 
 def _nbytes(jobs: Iterable[Job], kind: type[ReadJob | WriteJob]) -> int:
