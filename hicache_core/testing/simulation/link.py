@@ -39,7 +39,7 @@ class Weather:
         return cls(
             delay_s=draw.choice((0.0, 0.01, 0.01, 0.1, 1.0, 5.0)),
             error_rate=draw.choice((0.0, 0.0, 0.0, 0.1, 0.5, 1.0)),
-            hang_rate=draw.choice((0.0, 0.0, 0.0, 0.02, 0.3)),
+            hang_rate=draw.choice((0.0, 0.0, 0.05, 0.3)),
             damage_rate=draw.choice((0.0, 0.0, 0.05, 0.5)),
         )
 

@@ -18,7 +18,7 @@ from hicache_core.testing.simulation.engine import Engine, Request, State
 from hicache_core.testing.simulation.link import Weather, damaged
 from hicache_core.testing.simulation.ranks import Lockstep, SimRankGroup
 from hicache_core.testing.simulation.setup import NAMESPACES, Setup
-from hicache_core.types import BackendContext
+from hicache_core.types import BackendContext, Namespace
 
 T = TypeVar("T")
 
@@ -158,9 +158,9 @@ class Schedule:
             (50, self._arrive),
             (40, self._tick),
             (16, self._evict),
-            (8, self._change_weather),
+            (14, self._change_weather),
             (8, self._trouble_in_the_store),
-            (8, self._restart),
+            (5, self._restart),
             (6, self._abort),
             (6, self._flush),
             (5, self._attach),
@@ -170,8 +170,9 @@ class Schedule:
         trace.add(0.0, f"start {asdict(setup)}", "")
 
     def run(self, n_steps: int) -> None:
-        """Lives ``n_steps`` random steps, then comes to rest and ends."""
+        """Warms up, lives ``n_steps`` random steps, then comes to rest and ends."""
         self._open()
+        self._warm_up()
         weights = [weight for weight, _ in self._steps]
         steps = [step for _, step in self._steps]
         for step in self._draw.choices(steps, weights, k=n_steps):
@@ -204,6 +205,8 @@ class Schedule:
         else:
             self._close()
         self._open()
+        for _ in range(2):  # what the store kept is asked for again
+            self._arrive()
 
     def _close(self) -> None:
         timeout_s = self._draw.choice((0.0, 1.0, 30.0))
@@ -258,11 +261,23 @@ class Schedule:
         if rank.jobs.unsettled:
             raise InvariantBroken(f"settle once: jobs {rank.jobs.unsettled} never settled")
 
+    def _warm_up(self) -> None:
+        """Fills the tiers with what is going to be asked for, and perhaps leaves it to storage."""
+        for topic in self._topics:
+            name = self._arrive_with(topic[: self.world.setup.device_pages], NAMESPACES[0])
+            self._agreed(f"start {name}", lambda rank, name=name: rank.engine.start(name))
+            self._do(f"forward {name}", lambda rank, name=name: rank.engine.forward(name))
+            self._finish(name)
+            self._check()
+        if self._draw.random() < 0.5:
+            self._agreed("flush", lambda rank: rank.engine.cache.flush(20.0))
+            self._restart()
+
     # Steps.
 
     def _tick(self, seconds: float | None = None) -> None:
         if seconds is None:
-            seconds = self._draw.choice((0.0, 0.001, 0.02, 0.5, 3.0, 10.0))
+            seconds = self._draw.choice((0.0, 0.001, 0.02, 0.1, 0.5, 3.0, 10.0))
         self.world.clock.advance(seconds)
         self._do("poll", lambda rank: rank.engine.cache.poll())
 
@@ -270,31 +285,42 @@ class Schedule:
         if len(self._engine.requests) >= MAX_REQUESTS:
             return
         draw, setup = self._draw, self.world.setup
-        self._n_requests += 1
-        request_id = f"r{self._n_requests}"
         n_known = draw.randint(0, min(MAX_PAGES, setup.device_pages))
         n_new = draw.choice((0, 0, 0, 1, 2)) if n_known + 2 <= setup.device_pages else 0
-        kinds = draw.choice(self._topics)[:n_known] + [draw.randrange(5) for _ in range(n_new)]
-        ids = [kind for kind in kinds for _ in range(setup.page_size)]
-        ids += [9] * draw.choice((0, 1, 1, setup.page_size - 1))
-        tokens, namespace = pack_tokens(ids), draw.choice((*[NAMESPACES[0]] * 4, *NAMESPACES))
-        priority, prefetch = draw.randrange(3), draw.random() < 0.85
+        pages = draw.choice(self._topics)[:n_known] + [draw.randrange(5) for _ in range(n_new)]
+        namespace = draw.choice((*[NAMESPACES[0]] * 4, *NAMESPACES))
+        self._arrive_with(pages, namespace, prefetch=draw.random() < 0.9)
+
+    def _arrive_with(
+        self, pages: list[int], namespace: Namespace, *, prefetch: bool = False
+    ) -> str:
+        """A request whose prompt has a page of one token for each of ``pages``; its name."""
+        draw, page_size = self._draw, self.world.setup.page_size
+        self._n_requests += 1
+        name, priority = f"r{self._n_requests}", draw.randrange(3)
+        n_tail = draw.choice((0, 1, 1, page_size - 1)) if prefetch else 0
+        ids = [token for token in pages for _ in range(page_size)] + [9] * n_tail
+        tokens = pack_tokens(ids)
         self._agreed(
-            f"arrive {request_id} {kinds} {namespace} prefetch={prefetch}",
+            f"arrive {name} {pages} + {n_tail} {namespace.cache_salt or namespace.lora_id} "
+            f"prefetch={prefetch}",
             lambda rank: rank.engine.arrive(
-                Request(request_id, tokens, namespace, priority), prefetch=prefetch
+                Request(name, tokens, namespace, priority), prefetch=prefetch
             ),
         )
+        return name
 
     def _advance(self) -> None:
         """Brings a request one stage further."""
         requests = list(self._engine.requests.values())
-        if not requests:
+        if len(requests) < 2:
             self._arrive()
             return
         request = self._draw.choice(requests)
         name = request.request_id
         if request.state is State.WAITING:
+            if self._draw.random() < 0.5:
+                self._tick()
             if not self._agreed(f"start {name}", lambda rank: rank.engine.start(name)):
                 self._tick()
         elif request.state is State.LOADED:
