@@ -49,9 +49,7 @@ def main(
             shown = n_done
             click.echo(f"{n_done} schedules done")
 
-    outcome = run_many(
-        schedules, first, ranks=ranks, n_steps=steps, n_jobs=jobs, progress=progress
-    )
+    outcome = run_many(schedules, first, ranks=ranks, n_steps=steps, n_jobs=jobs, progress=progress)
     if outcome.failure is not None:
         _fail(outcome.failure, ranks, steps)
     for what, n in sorted(outcome.tally.items()):

@@ -167,9 +167,7 @@ def open_rank(world: World, group: RankGroup) -> Rank:
         write_policy=WRITE_POLICIES[setup.write_policy],
         prefetch_policy=PREFETCH_POLICIES[setup.prefetch_policy],
         jobs=jobs,
-        storage=StorageTier(
-            jobs, Quarantine(jobs, host.allocator), opener.open, process.spawn
-        ),
+        storage=StorageTier(jobs, Quarantine(jobs, host.allocator), opener.open, process.spawn),
         prefetch_threshold=setup.prefetch_threshold,
         clock=clock,
         batch_pages=setup.batch_pages,
@@ -189,9 +187,7 @@ class Opener:
         workers: of every store that was opened, the latest last.
     """
 
-    def __init__(
-        self, world: World, process: Process, group: RankGroup, host: HostPool
-    ) -> None:
+    def __init__(self, world: World, process: Process, group: RankGroup, host: HostPool) -> None:
         """Asks the other ranks what they hold: of those with equal bytes, one writes."""
         self.workers: list[SimWorker] = []
         self._world = world

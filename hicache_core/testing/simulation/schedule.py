@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from random import Random
 from typing import TypeVar
 
@@ -21,6 +22,8 @@ from hicache_core.testing.simulation.setup import NAMESPACES, Setup
 from hicache_core.types import BackendContext, Namespace
 
 T = TypeVar("T")
+
+_numbers = count()  # a store is found by its name, so that no schedule may have that of another
 
 N_STEPS = 40
 """Steps of a schedule, unless told otherwise."""
@@ -138,7 +141,7 @@ class Schedule:
             VirtualClock(),
             draw,
             weather=[Weather() for _ in range(setup.ranks)],
-            share=f"simulation {seed}",
+            share=f"simulation {next(_numbers)} ",
             skews=[draw.choice((0.0, 0.3, 1000.0)) for _ in range(setup.ranks)],
         )
         self._stores = [
@@ -327,9 +330,9 @@ class Schedule:
             arrived = self._do(f"forward {name}", lambda rank: rank.engine.forward(name))
             self._start_over_unless(all(arrived))
         else:
-            self._draw.choice((self._finish, self._finish, self._finish, self._decode, self._insert))(
-                name
-            )
+            self._draw.choice(
+                (self._finish, self._finish, self._finish, self._decode, self._insert)
+            )(name)
 
     def _decode(self, name: str) -> None:
         n_tokens = self._draw.randint(1, 2 * self.world.setup.page_size)

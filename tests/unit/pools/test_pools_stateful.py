@@ -189,9 +189,7 @@ class PoolsMachine(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("transfer", TRANSFERS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_pages_of_both_pools_hold_what_was_put_there(
-    layout: str, transfer: type[Transfer]
-) -> None:
+def test_pages_of_both_pools_hold_what_was_put_there(layout: str, transfer: type[Transfer]) -> None:
     machine = type("Machine", (PoolsMachine,), {"layout": layout, "transfer_class": transfer})
     run_state_machine_as_test(
         machine, settings=settings(max_examples=12, stateful_step_count=20, deadline=None)
