@@ -83,7 +83,7 @@ class Process:
         """As the clock's, unless the process has died by then."""
         self._clock.after(delay_s, lambda: action() if self._alive else None)
 
-    def spawn(self, run: Callable[[], None]) -> None:
+    def spawn(self, run: Callable[[], object]) -> None:
         """Runs ``run`` as a task, up to its first sleep."""
 
         def task() -> None:

@@ -109,12 +109,25 @@ class Engine:
         request.state = State.COMPUTED
         return True
 
-    def start_over(self) -> None:
-        """A load failed: every request that may have matched its pages gives up what it has."""
+    def start_over(self, request_id: str) -> None:
+        """A load failed on some rank: every request that may have matched its pages gives up what
+        it has, and so does the one that noticed, though its load may have gone well on this rank.
+        """
         for request in self.requests.values():
-            if request.state is State.LOADED:
+            noticed = request.request_id == request_id and request.state is State.COMPUTED
+            if request.state is State.LOADED or noticed:
                 self._release(request)
                 request.state = State.WAITING
+
+    def loads_ended(self) -> bool:
+        """Waits for all loads, as who inserts must: the pages may hang below pages that are being
+        loaded. False if one failed: then ``start_over`` is due."""
+        try:
+            for layer in range(self.pool.spec.num_layers):
+                self.cache.wait_layer(layer)
+        except LoadFailed:
+            return False
+        return True
 
     def decode(self, request_id: str, tokens: bytes) -> bool:
         """Appends tokens; False, and nothing changed, if there is no page for them."""
@@ -129,19 +142,10 @@ class Engine:
         self._compute(request, chain_seed(request.namespace), n_before)
         return True
 
-    def insert(self, request_id: str) -> int | None:
-        """Gives the tree what was computed so far and goes on; pages that it had already.
-
-        None if a load failed: then nothing was inserted, and ``start_over`` is due. Who inserts
-        waits for all loads first, since the pages may hang below pages that are being loaded.
-        """
+    def insert(self, request_id: str) -> int:
+        """Gives the tree what was computed so far and goes on; pages that it had already."""
         request, cache = self.requests[request_id], self.cache
         n_whole = self._n_whole(request)
-        try:
-            for layer in range(self.pool.spec.num_layers):
-                cache.wait_layer(layer)
-        except LoadFailed:
-            return None
         tail = request.pages[n_whole:]
         result = cache.insert(
             request.tokens, request.pages[:n_whole], request.namespace, priority=request.priority
@@ -156,11 +160,10 @@ class Engine:
             self._check(request, chain_seed(request.namespace), layer)
         return result.n_known_pages
 
-    def finish(self, request_id: str) -> int | None:
+    def finish(self, request_id: str) -> int:
         """As ``insert``, and the request is gone."""
         n_known = self.insert(request_id)
-        if n_known is not None:
-            self._release(self.requests.pop(request_id))
+        self._release(self.requests.pop(request_id))
         return n_known
 
     def abort(self, request_id: str) -> int:

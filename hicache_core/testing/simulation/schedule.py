@@ -268,8 +268,8 @@ class Schedule:
         """Fills the tiers with what is going to be asked for, and perhaps leaves it to storage."""
         for topic in self._topics:
             name = self._arrive_with(topic[: self.world.setup.device_pages], NAMESPACES[0])
-            self._agreed(f"start {name}", lambda rank, name=name: rank.engine.start(name))
-            self._do(f"forward {name}", lambda rank, name=name: rank.engine.forward(name))
+            self._start(name)
+            self._forward(name)
             self._finish(name)
             self._check()
         if self._draw.random() < 0.5:
@@ -324,15 +324,22 @@ class Schedule:
         if request.state is State.WAITING:
             if self._draw.random() < 0.5:
                 self._tick()
-            if not self._agreed(f"start {name}", lambda rank: rank.engine.start(name)):
+            if not self._start(name):
                 self._tick()
         elif request.state is State.LOADED:
-            arrived = self._do(f"forward {name}", lambda rank: rank.engine.forward(name))
-            self._start_over_unless(all(arrived))
+            self._forward(name)
         else:
             self._draw.choice(
                 (self._finish, self._finish, self._finish, self._decode, self._insert)
             )(name)
+
+    def _start(self, name: str) -> tuple[int, ...]:
+        return self._agreed(f"start {name}", lambda rank: rank.engine.start(name))
+
+    def _forward(self, name: str) -> None:
+        arrived = self._do(f"forward {name}", lambda rank: rank.engine.forward(name))
+        if not all(arrived):
+            self._start_over(name)
 
     def _decode(self, name: str) -> None:
         n_tokens = self._draw.randint(1, 2 * self.world.setup.page_size)
@@ -340,12 +347,22 @@ class Schedule:
         self._agreed(f"decode {name}", lambda rank: rank.engine.decode(name, tokens))
 
     def _insert(self, name: str) -> None:
-        known = self._do(f"insert {name}", lambda rank: rank.engine.insert(name))
-        self._start_over_unless(None not in known)
+        if self._loads_ended():
+            self._agreed(f"insert {name}", lambda rank: rank.engine.insert(name))
 
     def _finish(self, name: str) -> None:
-        known = self._do(f"finish {name}", lambda rank: rank.engine.finish(name))
-        self._start_over_unless(None not in known)
+        if self._loads_ended():
+            self._agreed(f"finish {name}", lambda rank: rank.engine.finish(name))
+
+    def _loads_ended(self) -> bool:
+        if all(self._do("wait for loads", lambda rank: rank.engine.loads_ended())):
+            return True
+        self._start_over("")
+        return False
+
+    def _start_over(self, name: str) -> None:
+        self.tally["failed_loads"] += 1
+        self._do(f"start over {name}", lambda rank: rank.engine.start_over(name))
 
     def _abort(self) -> None:
         if self._engine.requests:
@@ -402,11 +419,6 @@ class Schedule:
     def _engine(self) -> Engine:
         """Rank 0's, which knows the requests as every rank does."""
         return self._ranks[0].engine
-
-    def _start_over_unless(self, arrived: bool) -> None:  # noqa: FBT001
-        if not arrived:
-            self.tally["failed_loads"] += 1
-            self._do("start over", lambda rank: rank.engine.start_over())
 
     def _do(self, name: str, step: Callable[[Rank], T]) -> list[T]:
         """Does ``step`` on every rank; the results by rank."""

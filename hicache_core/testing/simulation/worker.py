@@ -9,13 +9,14 @@ from random import Random
 
 from hicache_core.errors import IntegrityError, UseAfterClose
 from hicache_core.storage.base import StorageBackend
-from hicache_core.storage.worker import StorageWorker, run_job
+from hicache_core.storage.executor import Worker
+from hicache_core.storage.worker import run_job
 from hicache_core.testing.simulation.clock import Process, VirtualClock
 from hicache_core.types import Job, JobResult, JobState, ReadJob, WriteJob
 
 
-class SimWorker(StorageWorker):
-    """Stands where ``StorageWorker`` stands, and answers as its contract says, without threads.
+class SimWorker(Worker):
+    """Stands where ``StorageWorker`` stands: the same contract, without threads.
 
     Jobs start in any order, which is more than real threads do: nobody may rely on an order. Each
     runs the real ``run_job``; time passes only inside its backend. A job that runs beyond
@@ -74,12 +75,12 @@ class SimWorker(StorageWorker):
 
     @property
     def n_overdue(self) -> int:
-        """Jobs that run beyond their deadline."""
+        # docstring inherited
         return len(self._late)
 
     @property
     def overdue_nbytes(self) -> int:
-        """Bytes of those."""
+        # docstring inherited
         late = [job for job_id, job in self._running.items() if job_id in self._late]
         return _nbytes(late, ReadJob) + _nbytes(late, WriteJob)
 
