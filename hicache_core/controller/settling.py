@@ -9,6 +9,9 @@ from hicache_core.controller.write_path import WritePath
 WAIT_S = 1.0
 """No wait is longer, so that a deadline of a job is noticed soon after it has passed."""
 
+RETRY_S = 0.01
+"""So long a wait is, while other ranks keep this one waiting."""
+
 
 class Settling:
     """Settles jobs on all ranks alike. Owner thread only."""
@@ -52,8 +55,9 @@ class Settling:
         deadline = parts.clock() + timeout_s
         in_time = self.settle(int(timeout_s > 0))
         while in_time and not self._write_path.idle:
-            if not parts.jobs.has_reports:
-                self.wait(min(max(deadline - parts.clock(), 0.0), WAIT_S))
+            # What is reported was said just now: another rank, or the window, keeps it waiting.
+            longest_s = RETRY_S if parts.jobs.has_reports else WAIT_S
+            self.wait(min(max(deadline - parts.clock(), 0.0), longest_s))
             in_time = self.settle(int(parts.clock() < deadline))
         if not in_time or parts.storage is None:
             return bool(in_time)

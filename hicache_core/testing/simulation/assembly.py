@@ -1,0 +1,271 @@
+"""One rank's controller, put together as ``build`` does, of parts that a schedule drives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import copy
+from dataclasses import dataclass, field
+from functools import cache, partial
+from random import Random
+
+import torch
+
+from hicache_core.build import WRITE_POLICIES
+from hicache_core.build_storage import ADMISSIONS
+from hicache_core.controller.controller import Controller
+from hicache_core.controller.explain import Explainer
+from hicache_core.controller.jobs import JobTable, Settle
+from hicache_core.controller.parts import Parts
+from hicache_core.controller.prefetch_policy import (
+    BestEffort,
+    PrefetchPolicy,
+    Timeout,
+    WaitComplete,
+)
+from hicache_core.controller.quarantine import Quarantine
+from hicache_core.controller.storage_tier import Attachment, StorageTier
+from hicache_core.errors import BackendUnavailable
+from hicache_core.kv_spec import KVSpec
+from hicache_core.page_keys import storage_namespace
+from hicache_core.pools.allocator import PageAllocator
+from hicache_core.pools.device import DevicePool
+from hicache_core.pools.host import HostPool
+from hicache_core.pools.layout import LAYOUTS
+from hicache_core.radix.eviction import eviction_policy
+from hicache_core.radix.tree import RadixTree
+from hicache_core.ranks import RankGroup
+from hicache_core.storage.memory import MemoryBackend, MemoryConfig
+from hicache_core.storage.sealed import SealedBackend
+from hicache_core.testing.simulation.clock import InvariantBroken, Process, VirtualClock
+from hicache_core.testing.simulation.copies import SimCopyQueue
+from hicache_core.testing.simulation.engine import Engine
+from hicache_core.testing.simulation.link import Link, Weather
+from hicache_core.testing.simulation.setup import Setup
+from hicache_core.testing.simulation.worker import SimWorker
+from hicache_core.transfer import native
+from hicache_core.transfer.base import Ticket
+from hicache_core.transfer.kernel import KernelTransfer
+from hicache_core.types import BackendContext
+
+STORES = ("east", "west")
+"""Names of the stores that can be attached."""
+
+PREFETCH_POLICIES: dict[str, PrefetchPolicy] = {
+    "best_effort": BestEffort(),
+    "wait_complete": WaitComplete(),
+    "timeout": Timeout(0.5, 10.0),
+}
+
+
+class AuditedJobs(JobTable):
+    """The table of jobs, which also counts how often each settles."""
+
+    def __init__(self, ranks: RankGroup) -> None:
+        """An empty table."""
+        super().__init__(ranks)
+        self.n_settled: dict[int, int] = {}
+
+    def add(self, settle: Settle) -> int:
+        # docstring inherited
+        job_id = self._next_id
+        self.n_settled[job_id] = 0
+        return super().add(partial(self._settle_once, job_id, settle))
+
+    def add_copy(self, ticket: Ticket, n_pages: int, settle: Settle) -> None:
+        # docstring inherited
+        job_id = self._next_id
+        self.n_settled[job_id] = 0
+        super().add_copy(ticket, n_pages, partial(self._settle_once, job_id, settle))
+
+    def withdraw(self, job_id: int) -> None:
+        # docstring inherited
+        if job_id in self._lane.settle:  # else it is among those that are just being settled
+            self._count(job_id)
+        super().withdraw(job_id)
+
+    @property
+    def unsettled(self) -> list[int]:
+        """Jobs that did not settle."""
+        return [job_id for job_id, n in self.n_settled.items() if n == 0]
+
+    def _settle_once(self, job_id: int, settle: Settle, n_pages: int) -> None:
+        self._count(job_id)
+        settle(n_pages)
+
+    def _count(self, job_id: int) -> None:
+        self.n_settled[job_id] += 1
+        if self.n_settled[job_id] > 1:
+            raise InvariantBroken(f"settle once: job {job_id} settles again")
+
+
+@dataclass(slots=True)
+class Rank:
+    """One rank from a start to its end.
+
+    Attributes:
+        process: its tasks and events.
+        engine: the requests, the controller, the device pool.
+        jobs: its table of jobs.
+        workers: of every storage that was attached, the latest last.
+    """
+
+    process: Process
+    engine: Engine
+    jobs: AuditedJobs
+    workers: list[SimWorker] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What outlives a process: time, chance, the weather of each rank, the store.
+
+    Attributes:
+        setup: sizes and policies.
+        clock: the time.
+        draw: decides everything that is left to chance.
+        weather: by rank.
+        share: what the names of the stores begin with.
+        skews: how far each rank's clock is ahead, in seconds.
+    """
+
+    setup: Setup
+    clock: VirtualClock
+    draw: Random
+    weather: list[Weather]
+    share: str
+    skews: list[float]
+
+    def local_clock(self, rank: int) -> Callable[[], float]:
+        """What ``rank`` believes the time to be."""
+        skew_s = self.skews[rank]
+        return lambda: self.clock.now + skew_s
+
+
+def open_rank(world: World, group: RankGroup) -> Rank:
+    """Starts the controller of one rank."""
+    setup, rank = world.setup, group.rank
+    process = Process(world.clock)
+    spec = setup.spec(rank)
+    device = _device_pool(spec, setup)
+    host = _host_pool(spec, setup)
+    jobs = AuditedJobs(group)
+    loads = _copy_queue(world, process)
+    stores = _copy_queue(world, process) if setup.two_queues else loads
+    kind = native.NativeTransfer if native.IS_BUILT else KernelTransfer
+    transfer = kind(device, host, loads, stores)
+    transfer.open()
+    policies = eviction_policy(setup.device_eviction), eviction_policy(setup.host_eviction)
+    opener = Opener(world, process, group, host)
+    clock = world.local_clock(rank)
+    explainer = Explainer(clock)
+    parts = Parts(
+        page_size=setup.page_size,
+        tree=RadixTree(setup.page_size, *policies),
+        device=device,
+        host=host,
+        transfer=transfer,
+        write_policy=WRITE_POLICIES[setup.write_policy],
+        prefetch_policy=PREFETCH_POLICIES[setup.prefetch_policy],
+        jobs=jobs,
+        storage=StorageTier(jobs, Quarantine(jobs, host.allocator), opener.open, process.spawn),
+        prefetch_threshold=setup.prefetch_threshold,
+        clock=clock,
+        batch_pages=setup.batch_pages,
+        explainer=explainer,
+        journal=explainer,
+    )
+    if setup.starts_with_storage:
+        assert parts.storage is not None
+        parts.storage.open(STORES[0], {})
+    return Rank(process, Engine(Controller(parts), device, rank), jobs, opener.workers)
+
+
+class Opener:
+    """Opens a store as one rank reaches it: sealed, over a link, with a worker.
+
+    Attributes:
+        workers: of every store that was opened, the latest last.
+    """
+
+    def __init__(self, world: World, process: Process, group: RankGroup, host: HostPool) -> None:
+        """Asks the other ranks what they hold: of those with equal bytes, one writes."""
+        self.workers: list[SimWorker] = []
+        self._world = world
+        self._process = process
+        self._rank = group.rank
+        self._object_nbytes = host.object_nbytes
+        setup = world.setup
+        self._namespace = storage_namespace(host.spec.identity(), setup.page_size, setup.layout)
+        holders = group.gather(self._namespace)
+        self._is_writer = holders.index(self._namespace) == group.rank
+
+    def open(self, name: str, settings: Mapping[str, object]) -> Attachment:  # noqa: ARG002
+        """See ``OpenStorage``; in a task it takes its time, and may fail."""
+        world, setup = self._world, self._world.setup
+        weather = world.weather[self._rank]
+        if self._process.is_in_task:
+            self._process.sleep(world.draw.random() * weather.delay_s)
+            if world.draw.random() < weather.error_rate:
+                raise BackendUnavailable("injected fault: the store cannot be opened")
+        n_objects = setup.store_objects
+        max_nbytes = None if n_objects is None else n_objects * self._object_nbytes * setup.ranks
+        config = MemoryConfig(share=world.share + name, max_nbytes=max_nbytes)
+        context = BackendContext(self._namespace, self._object_nbytes, self._rank, setup.ranks)
+        memory = MemoryBackend(config, context, world.local_clock(self._rank))
+        memory.open()
+        sealed = SealedBackend(Link(memory, self._process, weather, world.draw))
+        nbytes = setup.max_pages_in_flight * self._object_nbytes
+        worker = SimWorker(
+            sealed,
+            world.clock,
+            self._process,
+            world.draw,
+            n_threads=setup.n_threads,
+            max_read_nbytes=nbytes,
+            max_write_nbytes=nbytes,
+            deadline_s=setup.deadline_s,
+        )
+        self.workers.append(worker)
+        return Attachment(
+            name,
+            sealed,
+            worker,
+            self._namespace,
+            is_writer=self._is_writer,
+            admission=ADMISSIONS[setup.admission](),
+            verdict=sealed.verdict,
+        )
+
+
+def _device_pool(spec: KVSpec, setup: Setup) -> DevicePool:
+    """Tensors of this size are cheaper from torch than from a mapping of their own."""
+    shape = (setup.device_pages, setup.page_size)
+    buffers = [
+        [
+            torch.zeros(*shape, *component.shape, dtype=getattr(torch, component.dtype))
+            for _ in range(spec.num_layers)
+        ]
+        for component in spec.components
+    ]
+    return DevicePool.from_buffers(spec, setup.page_size, buffers)
+
+
+@cache
+def _mapped_host_pool(spec: KVSpec, page_size: int, n_pages: int, layout: str) -> HostPool:
+    return HostPool(spec, page_size, n_pages, LAYOUTS[layout])
+
+
+def _host_pool(spec: KVSpec, setup: Setup) -> HostPool:
+    """A pool over memory that earlier schedules used: to map it takes longer than a schedule.
+
+    It is filled with the same bytes each time, since a schedule must be a function of its seed.
+    """
+    mapped = _mapped_host_pool(spec, setup.page_size, setup.host_pages, setup.layout)
+    mapped.buffers[0][:] = b"\xa5" * mapped.nbytes
+    pool = copy(mapped)
+    pool.allocator = PageAllocator(pool.n_pages)
+    return pool
+
+
+def _copy_queue(world: World, process: Process) -> SimCopyQueue:
+    return SimCopyQueue(world.clock, process, world.draw, world.setup.copy_failure_rate)

@@ -1,0 +1,71 @@
+"""What a page must hold: a function of the whole prefix that it ends, and of its rank."""
+
+from __future__ import annotations
+
+from array import array
+from hashlib import blake2b
+from typing import ClassVar
+
+from hicache_core.pools.device import DevicePool
+
+_MAX_KNOWN = 100_000
+
+TOKEN_NBYTES = 4
+
+
+class Contents:
+    """Writes and checks the pages of one rank's device pool."""
+
+    _known: ClassVar[dict[tuple[bytes, bytes, int, int], list[list[bytes]]]] = {}
+
+    def __init__(self, pool: DevicePool, rank: int) -> None:
+        """Views ``pool`` as bytes."""
+        self._rank = rank
+        self._page_nbytes = pool.page_size * TOKEN_NBYTES
+        self._views = [
+            [layer.numpy().data.cast("B") for layer in layers]
+            for layers in pool.buffers
+        ]
+        self._row_nbytes = [layers[0].nbytes // pool.n_pages for layers in self._views]
+
+    def expected(self, seed: bytes, tokens: bytes, page: int) -> list[list[bytes]]:
+        """Bytes by component and layer of page ``page`` of ``tokens`` in the namespace ``seed``."""
+        key = (seed, tokens[: (page + 1) * self._page_nbytes], self._rank, self._page_nbytes)
+        found = self._known.get(key)
+        if found is None:
+            if len(self._known) > _MAX_KNOWN:
+                self._known.clear()
+            digest = blake2b(key[1], key=seed[:32], salt=bytes([self._rank])).digest()
+            # Each component and layer starts elsewhere in the digest, so that none equals another.
+            found = self._known[key] = [
+                [_slice(digest, 2 * layer + 5 * component, nbytes) for layer in range(len(layers))]
+                for component, (layers, nbytes) in enumerate(
+                    zip(self._views, self._row_nbytes, strict=True)
+                )
+            ]
+        return found
+
+    def write(self, seed: bytes, tokens: bytes, pages: array[int], first: int, last: int) -> None:
+        """Computes the pages ``first`` to ``last`` of ``tokens``."""
+        for page in range(first, last):
+            content = self.expected(seed, tokens, page)
+            for layers, rows, nbytes in zip(self._views, content, self._row_nbytes, strict=True):
+                start = pages[page] * nbytes
+                for view, row in zip(layers, rows, strict=True):
+                    view[start : start + nbytes] = row
+
+    def first_wrong(
+        self, seed: bytes, tokens: bytes, pages: array[int], n_pages: int, layer: int
+    ) -> int | None:
+        """The first of the leading ``n_pages`` whose layer does not hold what it must."""
+        for page in range(n_pages):
+            content = self.expected(seed, tokens, page)
+            for layers, rows, nbytes in zip(self._views, content, self._row_nbytes, strict=True):
+                start = pages[page] * nbytes
+                if layers[layer][start : start + nbytes] != rows[layer]:
+                    return page
+        return None
+
+
+def _slice(digest: bytes, start: int, nbytes: int) -> bytes:
+    return (digest * (2 + (start + nbytes) // len(digest)))[start : start + nbytes]

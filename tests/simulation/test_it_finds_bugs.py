@@ -1,0 +1,160 @@
+"""The simulation finds bugs: each mutation breaks one rule, and few schedules suffice to see it.
+
+The mutations are what went wrong for others: pages freed while a read may still write into them,
+layers read too early, locks never given back, ranks that decide by their own clock.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from hicache_core.controller.jobs import Agreement, JobTable
+from hicache_core.controller.load_back import LoadBackPath
+from hicache_core.controller.prefetch import PrefetchPath
+from hicache_core.controller.quarantine import Quarantine
+from hicache_core.controller.write_path import WritePath
+from hicache_core.radix.tree import RadixTree
+from hicache_core.storage.sealed import SealedBackend
+from hicache_core.testing.simulation.__main__ import report
+from hicache_core.testing.simulation.schedule import ScheduleFailed, run_schedule
+
+Patch = pytest.MonkeyPatch
+
+
+def found(ranks: int, n_schedules: int) -> ScheduleFailed:
+    """The first failure among the schedules from seed 0 on."""
+    for seed in range(n_schedules):
+        try:
+            run_schedule(seed, ranks=ranks)
+        except ScheduleFailed as failure:
+            return failure
+    raise AssertionError(f"{n_schedules} schedules did not find the bug")
+
+
+def pages_of_overdue_reads_are_freed(patch: Patch) -> None:
+    def hold(self: Quarantine, job_id: int, pages: array[int]) -> None:
+        self._allocator.free(pages)
+
+    patch.setattr(Quarantine, "hold", hold)
+
+
+def nobody_checks_the_seals(patch: Patch) -> None:
+    def batch_get(self: SealedBackend, keys: Any, pages: Any) -> int:
+        return self.inner.batch_get(keys, pages)
+
+    patch.setattr(SealedBackend, "batch_get", batch_get)
+
+
+def a_job_settles_twice(patch: Patch) -> None:
+    agree = JobTable.agree
+
+    def twice(self: JobTable, flag: int = 1) -> Agreement:
+        settled, agreed = agree(self, flag)
+        return Agreement(settled + settled, agreed)
+
+    patch.setattr(JobTable, "agree", twice)
+
+
+def a_store_never_unlocks(patch: Patch) -> None:
+    patch.setattr(RadixTree, "unlock_host", lambda *_: None)
+
+
+def layers_are_read_before_they_arrive(patch: Patch) -> None:
+    patch.setattr(LoadBackPath, "wait_layer", lambda *_: None)
+
+
+def a_copy_counts_before_it_has_ended(patch: Patch) -> None:
+    def collect(self: JobTable) -> None:
+        for copy in list(self._copies.values()):
+            del self._copies[copy.job_id]
+            self.report(copy.job_id, copy.n_pages)
+
+    patch.setattr(JobTable, "collect_copies", collect)
+
+
+def a_page_too_many_counts_as_read(patch: Patch) -> None:
+    settled = PrefetchPath._batch_settled
+
+    def one_more(self: PrefetchPath, prefetch: Any, index: int, n_pages: int) -> None:
+        n_wanted = len(prefetch.batches[index].host_pages)
+        settled(self, prefetch, index, min(n_pages + 1, n_wanted))
+
+    patch.setattr(PrefetchPath, "_batch_settled", one_more)
+
+
+def tenants_share_their_pages(patch: Patch) -> None:
+    patch.setattr("hicache_core.controller.controller.chain_seed", lambda _: b"")
+
+
+def a_request_gives_up_by_the_clock_of_its_rank(patch: Patch) -> None:
+    def ready(self: PrefetchPath, request_id: str) -> bool:
+        prefetch = self._requests.get(request_id)
+        if prefetch is None or prefetch.done or prefetch.given_up:
+            return True
+        if self._parts.clock() % 10 > 5:
+            self._give_up(prefetch)
+        return prefetch.given_up
+
+    patch.setattr(PrefetchPath, "ready", ready)
+
+
+def a_rank_with_nothing_to_say_stays_away(patch: Patch) -> None:
+    agree = JobTable.agree
+
+    def perhaps(self: JobTable, flag: int = 1) -> Agreement:
+        return agree(self, flag) if self.has_reports else Agreement([], flag)
+
+    patch.setattr(JobTable, "agree", perhaps)
+
+
+def a_rank_settles_what_it_has_done_itself(patch: Patch) -> None:
+    def alone(self: JobTable, flag: int = 1) -> Agreement:
+        self._ranks.agree_min([flag] * (self._ranks.window or 1))
+        done = sorted(self._reported.items())
+        return Agreement([(self._leave(job_id), n) for job_id, n in done], flag)
+
+    patch.setattr(JobTable, "agree", alone)
+
+
+def a_failed_store_stays_stored(patch: Patch) -> None:
+    settled = WritePath._batch_settled
+
+    def forgets_to_unlock(self: WritePath, store: Any, *counts: int) -> None:
+        if counts[0] == counts[1]:
+            settled(self, store, *counts)
+
+    patch.setattr(WritePath, "_batch_settled", forgets_to_unlock)
+
+
+MUTATIONS: dict[Callable[[Patch], None], tuple[int, str]] = {
+    pages_of_overdue_reads_are_freed: (1, "own until drained|wrong bytes|one owner|allocated"),
+    nobody_checks_the_seals: (1, "no wrong bytes"),
+    a_job_settles_twice: (1, "settle once"),
+    a_store_never_unlocks: (1, "rest|host lock|locked"),
+    layers_are_read_before_they_arrive: (1, "no wrong bytes"),
+    a_copy_counts_before_it_has_ended: (1, "no wrong bytes"),
+    a_page_too_many_counts_as_read: (1, "no wrong bytes"),
+    tenants_share_their_pages: (1, "no wrong bytes"),
+    a_failed_store_stays_stored: (1, "rest"),
+    a_request_gives_up_by_the_clock_of_its_rank: (2, "ranks agree"),
+    a_rank_with_nothing_to_say_stays_away: (2, "no hang"),
+    a_rank_settles_what_it_has_done_itself: (2, "ranks agree"),
+}
+"""What is broken, on how many ranks it is looked for, and what is found."""
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
+def test_a_mutation_is_found(mutation: Callable[[Patch], None], monkeypatch: Patch) -> None:
+    ranks, invariant = MUTATIONS[mutation]
+    mutation(monkeypatch)
+    failure = found(ranks, 200)
+    print(failure.seed, failure.reason)
+    with pytest.raises(ScheduleFailed, match=invariant) as again:
+        run_schedule(failure.seed, ranks=ranks)
+    assert again.value.trace == failure.trace, "a schedule is a function of its seed"
+    text = report(failure, ranks, 40)
+    assert f"--seed {failure.seed} --ranks {ranks}" in text

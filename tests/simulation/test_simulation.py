@@ -1,0 +1,72 @@
+"""Ten thousand random lives of the controller, and that they reach what they are meant to test."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from hicache_core.testing.simulation.__main__ import main, report
+from hicache_core.testing.simulation.runner import run_many
+from hicache_core.testing.simulation.schedule import N_STEPS, run_schedule
+
+N_SCHEDULES = 10_000
+
+REACHED = (
+    "crashes",
+    "device_hit_tokens",
+    "evicted_device_pages",
+    "evicted_host_pages",
+    "failed_loads",
+    "host_hit_tokens",
+    "jobs_cancelled",
+    "jobs_failed",
+    "jobs_hanging",
+    "jobs_overdue",
+    "load_back_skipped_pages",
+    "load_back_tokens",
+    "prefetch_dropped_pages",
+    "prefetch_failed_pages",
+    "prefetch_given_up",
+    "storage_loaded_tokens",
+    "store_dropped_pages",
+    "stored_pages",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_invariant_holds_in_ten_thousand_schedules() -> None:
+    outcome = run_many(N_SCHEDULES, seed=0)
+    print(outcome)
+    if outcome.failure is not None:
+        pytest.fail(report(outcome.failure, None, N_STEPS), pytrace=False)
+    assert outcome.n_schedules == N_SCHEDULES
+    missing = [what for what in REACHED if outcome.tally[what] < 100]
+    assert not missing, "the schedules hardly ever get there"
+
+
+def test_a_schedule_is_a_function_of_its_seed() -> None:
+    assert run_schedule(3, ranks=2) == run_schedule(3, ranks=2)
+
+
+def test_a_schedule_does_not_depend_on_the_process() -> None:
+    command = [sys.executable, "-m", "hicache_core.testing.simulation", "--seed", "5"]
+    command += ["--schedules", "2", "--verbose"]
+    said = {
+        subprocess.run(
+            command, env={"PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(said) == 1
+    assert b"check rest" in said.pop()
+
+
+def test_the_command_says_how_much_it_did() -> None:
+    result = CliRunner().invoke(main, ["--schedules", "3", "--seed", "7", "--jobs", "1"])
+    assert result.exit_code == 0
+    assert "3 schedules from seed 7" in result.output
+    assert "all invariants held" in result.output
