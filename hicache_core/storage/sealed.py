@@ -177,6 +177,11 @@ class SealedBackend(BackendWrapper):
             seal(key, page)
         return self.inner.batch_set(keys, pages)
 
+    def rejections(self) -> Mapping[str, int]:
+        """Objects refused so far, by kind; any thread, and the store is not asked."""
+        with self._lock:
+            return {name.removeprefix("sealed_"): n for name, n in self._counts.items()}
+
     def stats(self) -> Mapping[str, float]:
         """What was refused, by kind, beside the statistics of the backend inside."""
         inside = self.inner.stats() if isinstance(self.inner, HasStats) else {}
