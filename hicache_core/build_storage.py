@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -14,6 +13,7 @@ from hicache_core.config import HiCacheConfig
 from hicache_core.config_errors import config_error
 from hicache_core.controller.admission import Admission, AlwaysAdmit, CostAware
 from hicache_core.controller.storage_tier import Attachment
+from hicache_core.observe.stores import backend_statuses, rejected_pages
 from hicache_core.pools.host import HostPool
 from hicache_core.ranks import RankGroup
 from hicache_core.storage.base import RegistersMemory, StorageBackend
@@ -77,13 +77,6 @@ class Composed:
     def verdict(self, key: str) -> str | None:
         """Why any store's object under ``key`` was refused; None if none was."""
         return next(filter(None, (seal.verdict(key) for seal in self.seals)), None)
-
-    def rejected(self) -> Mapping[str, int]:
-        """Objects that were refused when read, by kind."""
-        counts: Counter[str] = Counter()
-        for seal in self.seals:
-            counts.update(seal.rejected())
-        return counts
 
 
 def composed(
@@ -210,6 +203,6 @@ class StorageOpener:
             is_writer=self._is_writer,
             admission=ADMISSIONS[self._config.prefetch_admission](),
             verdict=made.verdict,
-            guards=lambda: [guard.status() for guard in made.guards],
-            rejected=made.rejected,
+            statuses=lambda: backend_statuses(made.guards),
+            rejected=lambda: rejected_pages(made.seals),
         )

@@ -10,16 +10,8 @@ from hicache_core.controller.parts import Parts
 from hicache_core.controller.prefetch import PrefetchPath
 from hicache_core.controller.storage_tier import Attachment
 from hicache_core.controller.write_path import WritePath
-from hicache_core.observe.snapshot import (
-    BackendStatus,
-    CacheSnapshot,
-    OperationStatus,
-    PoolStatus,
-)
+from hicache_core.observe.snapshot import CacheSnapshot, PoolStatus
 from hicache_core.pools.host import HostPool
-from hicache_core.storage.guard import GuardStatus
-
-SEAL = "sealed_"
 
 
 def take_snapshot(
@@ -51,15 +43,15 @@ def take_snapshot(
             "storage": n_storage,
         },
         evicted_pages=[] if parts.removals is None else parts.removals.evicted_pages(),
-        bytes_in_flight=in_flight,
-        queue_depths=depths,
+        bytes_in_flight=dict(in_flight),
+        queue_depths=dict(depths),
         jobs_in_flight={
             "copy": parts.jobs.n_copies,
             "storage": parts.jobs.n_jobs - parts.jobs.n_copies,
         },
         overdue_jobs=sum(attachment.worker.n_overdue for attachment in attachments),
         quarantined_pages=0 if storage is None else storage.quarantine.n_pages,
-        backends=[] if current is None else [_backend(s) for s in current.guards()],
+        backends=[] if current is None else current.statuses(),
         rejected_pages=_rejected(attachments),
         admission={} if current is None else dict(current.admission.decisions),
         missed_tokens={} if parts.explainer is None else dict(parts.explainer.missed_tokens),
@@ -91,33 +83,8 @@ def _host(host: HostPool, n_in_flight: int) -> PoolStatus:
     )
 
 
-def _backend(guard: GuardStatus) -> BackendStatus:
-    operations = [
-        OperationStatus(name, status.latency_s, _errors_of(guard, name))
-        for name, status in guard.operations.items()
-    ]
-    return BackendStatus(
-        name=guard.backend,
-        breaker=guard.state.value,
-        breaker_since_s=guard.since_s,
-        breaker_changes=guard.state_changes,
-        next_probe_s=guard.next_probe_s,
-        last_error=guard.last_error,
-        operations=operations,
-        retries=guard.retries,
-        short_circuits=guard.short_circuits,
-        negative_hits=guard.negative_hits,
-        stored_nbytes=int(guard.operations["set"].nbytes.total),
-        loaded_nbytes=int(guard.operations["get"].nbytes.total),
-    )
-
-
-def _errors_of(guard: GuardStatus, operation: str) -> Mapping[str, int]:
-    return {kind: n for (name, kind), n in guard.errors.items() if name == operation}
-
-
 def _rejected(attachments: Iterable[Attachment]) -> Mapping[str, int]:
     counts: Counter[str] = Counter()
     for attachment in attachments:
         counts.update(attachment.rejected())
-    return counts
+    return dict(counts)

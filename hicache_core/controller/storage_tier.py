@@ -12,9 +12,9 @@ from hicache_core.controller.admission import Admission, AlwaysAdmit
 from hicache_core.controller.jobs import JobTable
 from hicache_core.controller.quarantine import Quarantine
 from hicache_core.errors import HiCacheError
+from hicache_core.observe.snapshot import BackendStatus
 from hicache_core.storage.base import Flushable, StorageBackend
 from hicache_core.storage.executor import Worker
-from hicache_core.storage.guard import GuardStatus
 from hicache_core.types import Job, JobResult, JobState, ReadJob, WriteJob
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Attachment:
         is_writer: whether this rank writes; of ranks that hold the same bytes one does.
         admission: how much of what storage has is loaded.
         verdict: why the object under a key was refused when it was read last; None if it was not.
-        guards: what the guard of each store has seen, the nearest store first.
+        statuses: what is known of each store, the nearest first; no store is asked.
         rejected: objects that were refused when read, by kind.
         epoch: number of this attachment, from 1: what ``Node.stored_in`` names.
     """
@@ -55,7 +55,7 @@ class Attachment:
     is_writer: bool = True
     admission: Admission = field(default_factory=AlwaysAdmit)
     verdict: Callable[[str], str | None] = lambda _key: None
-    guards: Callable[[], Sequence[GuardStatus]] = tuple
+    statuses: Callable[[], Sequence[BackendStatus]] = tuple
     rejected: Callable[[], Mapping[str, int]] = dict
     epoch: int = 0
 

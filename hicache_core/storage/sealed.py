@@ -177,16 +177,16 @@ class SealedBackend(BackendWrapper):
             seal(key, page)
         return self.inner.batch_set(keys, pages)
 
+    def rejections(self) -> Mapping[str, int]:
+        """Objects refused so far, by kind; any thread, and the store is not asked."""
+        with self._lock:
+            return {name.removeprefix("sealed_"): n for name, n in self._counts.items()}
+
     def stats(self) -> Mapping[str, float]:
         """What was refused, by kind, beside the statistics of the backend inside."""
         inside = self.inner.stats() if isinstance(self.inner, HasStats) else {}
         with self._lock:
             return {**inside, **self._counts}
-
-    def rejected(self) -> Mapping[str, int]:
-        """Objects that were refused, by kind: ``corrupt``, ``foreign``, …"""
-        with self._lock:
-            return {kind.removeprefix("sealed_"): n for kind, n in self._counts.items()}
 
     def verdict(self, key: str) -> str | None:
         """Why the object under ``key`` was refused not long ago; None if it was not."""

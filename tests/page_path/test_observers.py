@@ -77,8 +77,8 @@ def test_metrics_tell_what_happened(world: World) -> None:
     assert seen["sglang:load_back_tokens_total", "kv"] == 32
     assert seen["sglang:storage_breaker_state", "memory,closed"] == 1
     assert seen["sglang:storage_operation_seconds_count", "memory,set"] >= 1
-    assert seen["sglang:evicted_pages_total", "device,evicted"] == 8
-    assert seen["sglang:pool_pages", "device,free"] == 8
+    assert seen["sglang:evicted_pages_total", "evicted,device"] == 8
+    assert seen["sglang:pool_pages", "free,device"] == 8
     assert seen["sglang:storage_bytes_in_flight", "write"] == 0
 
 
@@ -102,7 +102,7 @@ def test_hicache_status_prints_a_running_cache(world: World) -> None:
 
 def test_pool_pages_add_up(world: World) -> None:
     pages = {key[1]: value for key, value in series(world).items() if key[0].endswith("pool_pages")}
-    assert sum(n for state, n in pages.items() if state.startswith("device")) == 16
+    assert sum(n for state, n in pages.items() if state.endswith("device")) == 16
 
 
 def test_events_without_their_package_or_with_a_wrong_setting_are_config_errors() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from random import Random
 
@@ -93,6 +93,15 @@ class SimWorker(Worker):
     def write_nbytes_in_flight(self) -> int:
         # docstring inherited
         return _nbytes([*self._running.values(), *self._waiting.values()], WriteJob)
+
+    @property
+    def depths(self) -> Mapping[str, int]:
+        # docstring inherited
+        waiting = self._waiting.values()
+        n_reads = sum(isinstance(job, ReadJob) for job in waiting)
+        n_writes = sum(isinstance(job, WriteJob) for job in waiting)
+        n_questions = len(self._waiting) - n_reads - n_writes
+        return {"exists": n_questions, "read": n_reads, "write": n_writes}
 
     def submit(self, job: Job) -> bool:
         # docstring inherited

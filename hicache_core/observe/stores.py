@@ -1,0 +1,54 @@
+"""What guards and seals know of the stores, as a snapshot shows it; no store is asked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from hicache_core.observe.snapshot import BackendStatus, OperationStatus
+from hicache_core.storage.guard import GuardedBackend, GuardStatus
+from hicache_core.storage.sealed import SealedBackend
+
+
+def backend_statuses(guards: Iterable[GuardedBackend]) -> Sequence[BackendStatus]:
+    """The stores behind ``guards``, in order; any thread.
+
+    A second store of the same name is called ``name-2``, and so on.
+    """
+    found, seen = [], Counter[str]()
+    for status in (guard.status() for guard in guards):
+        seen[status.backend] += 1
+        n = seen[status.backend]
+        name = status.backend if n == 1 else f"{status.backend}-{n}"
+        found.append(_backend_status(name, status))
+    return found
+
+
+def _backend_status(name: str, status: GuardStatus) -> BackendStatus:
+    operations = []
+    for op, calls in status.operations.items():
+        errors = {kind: n for (of, kind), n in status.errors.items() if of == op}
+        operations.append(OperationStatus(op, calls.latency_s, errors))
+    moved = {op: int(calls.nbytes.total) for op, calls in status.operations.items()}
+    return BackendStatus(
+        name,
+        breaker=status.state.value,
+        breaker_since_s=status.since_s,
+        breaker_changes=dict(status.state_changes),
+        next_probe_s=status.next_probe_s,
+        last_error=status.last_error,
+        operations=operations,
+        retries=status.retries,
+        short_circuits=status.short_circuits,
+        negative_hits=status.negative_hits,
+        stored_nbytes=moved.get("set", 0),
+        loaded_nbytes=moved.get("get", 0),
+    )
+
+
+def rejected_pages(seals: Iterable[SealedBackend]) -> dict[str, int]:
+    """Objects that ``seals`` refused, by kind; any thread."""
+    counts = Counter[str]()
+    for seal in seals:
+        counts.update(seal.rejections())
+    return dict(counts)

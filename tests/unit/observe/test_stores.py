@@ -1,0 +1,99 @@
+"""Guards and seals of real backends, as metrics show them."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from hicache_core.errors import BackendUnavailable
+from hicache_core.observe.metrics import CacheCollector, exposition
+from hicache_core.observe.stores import backend_statuses, rejected_pages
+from hicache_core.observe.windows import Watch
+from hicache_core.storage.base import Buffer
+from hicache_core.storage.guard import GuardedBackend
+from hicache_core.storage.guard_config import GuardConfig
+from hicache_core.storage.memory import MemoryBackend, MemoryConfig
+from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
+from hicache_core.types import BackendContext, Page
+from tests.unit.observe.worlds import full_snapshot
+
+KEY = f"{'ab' * 8}/{'cd' * 32}"
+
+
+class Failing(MemoryBackend):
+    """A store whose questions fail."""
+
+    def batch_exists(self, keys: object) -> int:
+        raise BackendUnavailable("connection refused")
+
+    def exists(self, key: str) -> bool:
+        raise BackendUnavailable("connection refused")
+
+
+def stacked(
+    backend_class: type[MemoryBackend],
+) -> tuple[MemoryBackend, SealedBackend, GuardedBackend]:
+    backend = backend_class(MemoryConfig(), BackendContext("ab" * 8))
+    seal = SealedBackend(backend)
+    guard = GuardedBackend(seal, GuardConfig())
+    guard.open()
+    return backend, seal, guard
+
+
+def page(nbytes: int) -> Page:
+    return (memoryview(bytearray(HEADER_NBYTES)), memoryview(bytearray(nbytes)))
+
+
+def test_calls_and_bytes_of_a_store_are_seen() -> None:
+    _, _, guard = stacked(MemoryBackend)
+    assert guard.batch_set([KEY], [page(1000)]) == 1
+    assert guard.batch_exists([KEY]) == 1
+    assert guard.batch_get([KEY], [page(1000)]) == 1
+    (status,) = backend_statuses([guard])
+    calls = {operation.op: operation.latency_s.n for operation in status.operations}
+    assert (status.name, status.breaker) == ("memory", "closed")
+    assert (calls["set"], calls["exists"], calls["get"]) == (1, 1, 1)
+    assert status.stored_nbytes >= 1000
+    assert status.loaded_nbytes >= 1000
+    assert full_snapshot(backends=[status]).questions == 1
+    guard.close()
+
+
+def test_errors_of_a_store_are_seen_by_kind() -> None:
+    _, _, guard = stacked(Failing)
+    with pytest.raises(BackendUnavailable):
+        guard.batch_exists([KEY])
+    (status,) = backend_statuses([guard])
+    errors = {operation.op: operation.errors for operation in status.operations}
+    assert errors["exists"]["BackendUnavailable"] == 1 + status.retries
+    assert errors["get"] == {}
+    assert "connection refused" in status.last_error
+    guard.close()
+
+
+def test_refused_objects_of_all_stores_are_summed_up() -> None:
+    seals = []
+    for _ in range(2):
+        backend, seal, guard = stacked(MemoryBackend)
+        broken: Buffer = bytes(HEADER_NBYTES + 8)
+        backend.set(KEY, broken)
+        assert seal.get(KEY) is None
+        seals.append(seal)
+        guard.close()
+    assert rejected_pages(seals)["corrupt"] == 2
+    assert rejected_pages(seals)["foreign"] == 0
+
+
+def test_two_stores_of_one_name_are_two_labels() -> None:
+    guards = [stacked(MemoryBackend)[2] for _ in range(3)]
+    snapshot = full_snapshot(backends=backend_statuses(guards))
+    text = exposition(CacheCollector(Watch(lambda: snapshot))).decode()
+    names = {
+        sample.labels["backend"]
+        for family in text_string_to_metric_families(text)
+        if family.name == "hicache:storage_breaker_state"
+        for sample in family.samples
+    }
+    assert names == {"memory", "memory-2", "memory-3"}
+    for guard in guards:
+        guard.close()
