@@ -65,7 +65,7 @@ class FileDirectory:
         path/owners/*.lock        one for each open backend, locked for as long as it lives
         path/open.lock            held by whoever opens the directory
 
-    Files of other names are left alone.
+    Files of other names are left alone, and so are segment files of others, unless they are empty.
     """
 
     def __init__(self, path: Path, *, timeout_s: float, durable: bool) -> None:

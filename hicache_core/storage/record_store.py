@@ -283,8 +283,9 @@ class RecordStore:
 
     @staticmethod
     def _is_segment(path: Path) -> bool:
+        """Whether ``path`` is ours; an empty one is of a process that was killed in ``create``."""
         with path.open("rb") as file:
-            return file.read(len(_SEGMENT_MAGIC)) == _SEGMENT_MAGIC
+            return file.read(len(_SEGMENT_MAGIC)) in (_SEGMENT_MAGIC, b"")
 
 
 _libc = ctypes.CDLL(None, use_errno=True)

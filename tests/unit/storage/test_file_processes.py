@@ -1,4 +1,4 @@
-"""Several real processes on one directory, killed ones among them, and real small disks."""
+"""Several real processes on one directory, and real small disks; tests/crash kills processes."""
 
 from __future__ import annotations
 
@@ -64,75 +64,6 @@ print(json.dumps({"hits": hits, "evicted": stats["evicted_objects"]}))
 """
 )
 
-# Forks writers and kills them at random moments. What a writer was told is stored has to be there.
-KILLER = (
-    PREAMBLE
-    + """
-path, n_kills, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-acks, rng = path + ".acks", random.Random(seed)
-SIZES = (0, 500, 30_000, 300_000)
-
-def write_for_ever(run):
-    own = random.Random(f"{seed} {run}")
-    backend = opened(path, max_nbytes="4GB")
-    log = os.open(acks, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    n = 0
-    while True:
-        keys = [f"keep/{run}/{n + i}" for i in range(own.randrange(1, 8))]
-        junk = [f"junk/{run}/{n + i}" for i in range(4)]
-        n += len(keys) + 4
-        nbytes = own.choice(SIZES)
-        # What is stored and removed again leaves space that the next objects are written over.
-        assert backend.batch_set(junk, [page(value(key, nbytes)) for key in junk]) == 4
-        backend.delete(junk)
-        assert backend.batch_set(keys, [page(value(key, nbytes)) for key in keys]) == len(keys)
-        os.write(log, "".join(f"{key} {nbytes}\\n" for key in keys).encode())
-
-def acknowledged():
-    if not os.path.exists(acks):
-        return {}
-    with open(acks) as file:
-        return {key: int(nbytes) for key, nbytes in (line.split() for line in file)}
-
-checked = set()
-
-def check(everything):
-    backend = opened(path, max_nbytes="4GB")
-    backend.check_integrity()
-    owners = os.listdir(os.path.join(path, "owners"))
-    assert len(owners) == 1, owners
-    stored = set(backend.list_keys(""))
-    known = acknowledged()
-    assert known.keys() <= stored, sorted(known.keys() - stored)[:5]
-    for key in (known if everything else known.keys() - checked):
-        found = backend.get(key)
-        assert found is not None and bytes(found) == value(key, known[key]), key
-    for key in stored - known.keys():  # published, but killed before it was told so
-        found = backend.get(key)
-        assert bytes(found) == value(key, len(found)), key
-    checked.update(known)
-    stats = backend.stats()
-    backend.close()
-    assert os.listdir(os.path.join(path, "owners")) == []
-    assert set(os.listdir(path)) == {"index.sqlite", "open.lock", "owners", "segments"}
-    return stats
-
-for run in range(n_kills):
-    pid = os.fork()
-    if pid == 0:
-        write_for_ever(run)
-    time.sleep(rng.uniform(0.0, 0.12))
-    os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    assert os.WIFSIGNALED(status), f"the writer ended by itself: {status}"
-    check(everything=False)
-check(everything=True)
-os.unlink(os.path.join(path, "index.sqlite"))
-check(everything=True)
-print(len(acknowledged()))
-"""
-)
-
 
 def start(script: str, *arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
@@ -155,12 +86,6 @@ def test_processes_that_store_read_and_evict_at_once_see_whole_objects_only(
     contenders = [start(CONTENDER, tmp_path / "store", seed, 1.5) for seed in (1, 2)]
     for contender in contenders:
         assert '"hits": 0' not in output_of(contender)
-
-
-@pytest.mark.parametrize("n_kills", [int(os.environ.get("HICACHE_TEST_KILLS", "20"))])
-def test_a_killed_writer_loses_nothing_that_was_acknowledged(tmp_path: Path, n_kills: int) -> None:
-    """Set HICACHE_TEST_KILLS for a longer run."""
-    assert int(output_of(start(KILLER, tmp_path / "store", n_kills, 7))) > 0
 
 
 @pytest.fixture
