@@ -126,6 +126,11 @@ class PagePath(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "world"):
+            for node in self.locked:
+                self.world.cache.unlock(node)
+            self.world.cache.free(self.held)
+            for request_id in self.open_prefetches:
+                self.world.cache.finish_prefetch(request_id)
             self.world.close()
 
 
