@@ -5,6 +5,7 @@
 #   make test    set up .venv and run every test
 #   make check   format, lint, types, import layers, tests, examples of the docs
 #   make bench   print the benchmark tables (BENCH="--quick --only transfer" narrows them)
+#   make soak    run the cache under faults for SOAK_SECONDS and write docs/reliability.md
 #   make docs    write the benchmark tables into docs/benchmarks.md
 
 PYTHON ?= python3
@@ -15,10 +16,11 @@ PLUGINS := $(wildcard plugins/*/pyproject.toml)
 READY := $(VENV)/.ready
 TESTS_READY := $(VENV)/.tests-ready
 BENCH ?=
+SOAK_SECONDS ?= 600
 PYTEST ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format lint types layers bench docs clean
+.PHONY: help setup demo test check format lint types layers bench soak docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -65,6 +67,9 @@ layers: $(TESTS_READY)
 
 bench: $(TESTS_READY)
 	$(BIN)/python -m benchmarks --json benchmarks/results/latest.json $(BENCH)
+
+soak: $(TESTS_READY)
+	$(BIN)/python -m tests.soak --seconds $(SOAK_SECONDS) --docs docs/reliability.md
 
 docs: $(TESTS_READY)
 	$(BIN)/python -m benchmarks --json benchmarks/results/latest.json --docs docs/benchmarks.md $(BENCH)
