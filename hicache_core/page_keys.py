@@ -264,16 +264,13 @@ class _Chain:
         return self.digests()[page * DIGEST_NBYTES : (page + 1) * DIGEST_NBYTES]
 
 
-def storage_namespace(identity: Mapping[str, object], page_size: int, layout: str) -> str:
-    """The digest of all that must match for two objects' bytes to be interchangeable.
+def describe_namespace(identity: Mapping[str, object], page_size: int, layout: str) -> str:
+    """All that must match for two objects' bytes to be interchangeable, as canonical JSON.
 
     Args:
         identity: what a page holds (``KVSpec.identity()``): JSON values only.
         page_size: tokens in a page.
         layout: name of the host layout, which orders the bytes in an object.
-
-    Returns:
-        16 hex characters: the first 8 bytes of SHA-256 over the canonical JSON.
     """
     described = {
         "format": FORMAT_VERSION,
@@ -281,5 +278,18 @@ def storage_namespace(identity: Mapping[str, object], page_size: int, layout: st
         "layout": layout,
         "page_size": page_size,
     }
-    text = json.dumps(described, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return sha256(text.encode()).hexdigest()[:16]
+    return json.dumps(described, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def storage_namespace(identity: Mapping[str, object], page_size: int, layout: str) -> str:
+    """The digest of ``describe_namespace``: the first part of every key.
+
+    Returns:
+        16 hex characters: the first 8 bytes of SHA-256 over the canonical JSON.
+    """
+    return namespace_digest(describe_namespace(identity, page_size, layout))
+
+
+def namespace_digest(described: str) -> str:
+    """The storage namespace that a text of ``describe_namespace`` stands for."""
+    return sha256(described.encode()).hexdigest()[:16]

@@ -1,0 +1,142 @@
+"""Namespace manifests: what the digest of a storage namespace stands for, kept in the store itself.
+
+A cache that opens a store leaves one object there: under the key of no page, the JSON that was
+hashed into its storage namespace, filled up with spaces to the length of a page and sealed like
+one. So whoever looks at the store later can say in which field two namespaces differ.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+from hicache_core.page_keys import namespace_digest
+from hicache_core.storage.base import Listable, ReportsUsage, StorageBackend
+from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend, mismatch
+
+MANIFEST_HASH = sha256(b"hicache-namespace-manifest-v1").hexdigest()
+"""Stands where the digest of a page stands in a page's key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a storage namespace stands for.
+
+    Attributes:
+        namespace: 16 hex digits.
+        described: the text that was hashed (``page_keys.describe_namespace``).
+    """
+
+    namespace: str
+    described: str
+
+    @classmethod
+    def of(cls, described: str) -> Manifest:
+        """The manifest of a text of ``describe_namespace``."""
+        return cls(namespace_digest(described), described)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The described values by name; those of the identity beside the others."""
+        fields: dict[str, Any] = json.loads(self.described)
+        identity: dict[str, Any] = fields.pop("identity", {})
+        return fields | identity
+
+    @property
+    def page_size(self) -> int:
+        """Tokens in a page."""
+        return int(self.fields["page_size"])
+
+
+def manifest_key(namespace: str) -> str:
+    """Where the manifest of a storage namespace lies."""
+    return f"{namespace}/{MANIFEST_HASH}"
+
+
+def encode(manifest: Manifest, payload_nbytes: int) -> bytes | None:
+    """The payload of a manifest's object; None where pages are too small to hold it.
+
+    Args:
+        manifest: to be stored.
+        payload_nbytes: length of a page without its header, since a store may know one length only.
+    """
+    payload = manifest.described.encode().ljust(payload_nbytes)
+    return payload if len(payload) == payload_nbytes else None
+
+
+def decode(namespace: str, payload: bytes | bytearray | memoryview) -> Manifest | None:
+    """The manifest in ``payload``; None if it is not that of ``namespace``."""
+    try:
+        manifest = Manifest.of(bytes(payload).decode().rstrip(" "))
+    except UnicodeDecodeError:
+        return None
+    return manifest if manifest.namespace == namespace else None
+
+
+def write_manifest(backend: SealedBackend, manifest: Manifest, payload_nbytes: int) -> bool:
+    """Leaves the manifest in a store that has none; whether it is there now.
+
+    Raises:
+        BackendError: the store cannot answer, or is full.
+    """
+    key = manifest_key(manifest.namespace)
+    if backend.exists(key):
+        return True
+    payload = encode(manifest, payload_nbytes)
+    if payload is None:
+        return False
+    backend.set(key, payload)
+    return True
+
+
+def read_manifest(backend: StorageBackend, namespace: str) -> Manifest | None:
+    """The manifest of a namespace; None if there is none, or it is damaged.
+
+    Args:
+        backend: the store itself, without seals: nothing is removed from it.
+        namespace: 16 hex digits.
+
+    Raises:
+        BackendError: the store cannot answer.
+    """
+    key = manifest_key(namespace)
+    value = backend.get(key)
+    if value is None:
+        return None
+    data = memoryview(value).cast("B")
+    header, payload = data[:HEADER_NBYTES], data[HEADER_NBYTES:]
+    if len(header) < HEADER_NBYTES or mismatch(key, (header, payload)) is not None:
+        return None
+    return decode(namespace, payload)
+
+
+def namespaces(backend: StorageBackend) -> list[str]:
+    """Every storage namespace that a store has objects of, in order.
+
+    Empty where the store can neither list its keys nor say which namespaces take room. Listing
+    reads the names of all objects, which takes a while in a large store.
+
+    Raises:
+        BackendError: the store cannot answer.
+    """
+    return sorted({name for name in _names(backend) if len(name) == 16})
+
+
+def _names(backend: StorageBackend) -> Iterator[str]:
+    if isinstance(backend, ReportsUsage):
+        yield from backend.usage()
+    elif isinstance(backend, Listable):
+        for key in backend.list_keys(""):
+            yield key.partition("/")[0]
+
+
+def read_manifests(backend: StorageBackend) -> Mapping[str, Manifest | None]:
+    """The manifest of each namespace in a store, None for those without one.
+
+    Raises:
+        BackendError: the store cannot answer.
+    """
+    return {namespace: read_manifest(backend, namespace) for namespace in namespaces(backend)}
