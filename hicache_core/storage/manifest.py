@@ -8,14 +8,20 @@ one. So whoever looks at the store later can say in which field two namespaces d
 from __future__ import annotations
 
 import json
+import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
+from hicache_core.errors import BackendError
+from hicache_core.kv_spec import DTYPE_NBYTES
 from hicache_core.page_keys import namespace_digest
 from hicache_core.storage.base import Listable, ReportsUsage, StorageBackend
 from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend, mismatch
+
+logger = logging.getLogger(__name__)
 
 MANIFEST_HASH = sha256(b"hicache-namespace-manifest-v1").hexdigest()
 """Stands where the digest of a page stands in a page's key."""
@@ -42,13 +48,23 @@ class Manifest:
     def fields(self) -> dict[str, Any]:
         """The described values by name; those of the identity beside the others."""
         fields: dict[str, Any] = json.loads(self.described)
-        identity: dict[str, Any] = fields.pop("identity", {})
+        identity: dict[str, Any] = fields.pop("identity")
         return fields | identity
 
     @property
     def page_size(self) -> int:
         """Tokens in a page."""
         return int(self.fields["page_size"])
+
+    @property
+    def object_nbytes(self) -> int:
+        """Length of every object of the namespace, header included; 0 if it does not say."""
+        fields = self.fields
+        if not {"components", "layers"} <= fields.keys():
+            return 0
+        row_nbytes = sum(math.prod(s) * DTYPE_NBYTES[dtype] for _, s, dtype in fields["components"])
+        first, end = fields["layers"]
+        return int(HEADER_NBYTES + row_nbytes * (end - first) * self.page_size)
 
 
 def manifest_key(namespace: str) -> str:
@@ -71,9 +87,11 @@ def decode(namespace: str, payload: bytes | bytearray | memoryview) -> Manifest 
     """The manifest in ``payload``; None if it is not that of ``namespace``."""
     try:
         manifest = Manifest.of(bytes(payload).decode().rstrip(" "))
-    except UnicodeDecodeError:
+        fields = json.loads(manifest.described)
+    except ValueError:  # neither UTF-8 nor JSON
         return None
-    return manifest if manifest.namespace == namespace else None
+    whole = isinstance(fields, dict) and {"identity", "layout", "page_size"} <= fields.keys()
+    return manifest if whole and manifest.namespace == namespace else None
 
 
 def write_manifest(backend: SealedBackend, manifest: Manifest, payload_nbytes: int) -> bool:
@@ -90,6 +108,22 @@ def write_manifest(backend: SealedBackend, manifest: Manifest, payload_nbytes: i
         return False
     backend.set(key, payload)
     return True
+
+
+def leave_manifest(backend: SealedBackend, described: str, object_nbytes: int) -> None:
+    """What a cache does when it opens a store: without its manifest, it works all the same.
+
+    Args:
+        backend: open.
+        described: of ``page_keys.describe_namespace``.
+        object_nbytes: length of every object, header included.
+    """
+    try:
+        write_manifest(backend, Manifest.of(described), object_nbytes - HEADER_NBYTES)
+    except BackendError as error:
+        logger.warning(
+            "backend %s: the namespace's manifest is not stored: %s", backend.name, error
+        )
 
 
 def read_manifest(backend: StorageBackend, namespace: str) -> Manifest | None:

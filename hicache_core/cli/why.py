@@ -1,0 +1,171 @@
+"""Why a prompt is a miss: what a live store has of it, and what is wrong with the next page."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hicache_core.cli._prompt import packed_prompt
+from hicache_core.cli._whose import Named, Whose, choose, summary
+from hicache_core.config_sources import read_inline
+from hicache_core.plugin_manager import backend_settings
+from hicache_core.storage.base import StorageBackend
+from hicache_core.storage.manifest import Manifest, read_manifest, read_manifests
+from hicache_core.testing.recipe import Recipe
+from hicache_core.types import BackendContext, Namespace
+from hicache_core.why import Answer, Cause, Miss, Question, why
+
+_UNNAMED = "0" * 16
+_Folder = click.Path(exists=True, file_okay=False, path_type=Path)
+
+_MEANING = {
+    Cause.CORRUPT: "the object is damaged. A cache that reads it removes it and stores it again.",
+    Cause.WRONG_VERSION: "the object was sealed by another version of HiCache.",
+    Cause.WRONG_LENGTH: "the object was cut, or is of another length than its header says.",
+    Cause.FOREIGN: "the object was sealed for another key: somebody copied or renamed it.",
+    Cause.OTHER_REQUEST_NAMESPACE: "it is stored for requests of another salt, key or adapter.",
+    Cause.OTHER_STORAGE_NAMESPACE: "it is stored by a cache whose pages are not interchangeable.",
+    Cause.GONE: "later pages are stored, so it was evicted, expired, deleted, or its write failed.",
+    Cause.NEVER_STORED: "nothing of it is there: it was never stored, or has been removed since.",
+}
+
+
+@click.command("why")
+@click.argument("prompt")
+@click.option("--backend", required=True, help="Name of the storage backend.")
+@click.option("--config", default="{}", help="The backend's settings: JSON text, or @file.")
+@click.option("--namespace", help="The cache's storage namespace, 16 hex digits.")
+@click.option(
+    "--model", type=_Folder, help="Folder of the model: its config.json describes the KV."
+)
+@click.option("--model-fingerprint", default="", help="Which model: its fingerprint, or its start.")
+@click.option("--dtype", help="Of the KV cache, if not that of the weights.")
+@click.option("--page-size", type=click.IntRange(1), help="Tokens in a page.")
+@click.option("--layout", help="page_first, page_first_direct or layer_first.")
+@click.option("--tokenizer", type=_Folder, help="Folder of the tokenizer; that of --model if none.")
+@click.option("--extra-key", help="The request's extra_key.")
+@click.option("--cache-salt", help="The request's cache_salt.")
+@click.option("--lora-id", help="The request's lora_id.")
+@click.option("--other-namespace", multiple=True, help="One more storage namespace to look into.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def command(ctx: click.Context, /, *, prompt: str, as_json: bool, **options: Any) -> None:
+    """Say which leading pages of PROMPT a store has, and why the first one is missing.
+
+    PROMPT is a list of token ids (1,2,3 or JSON), a text with --tokenizer, or @file. Which cache is
+    meant is found in the store, if it can list its objects and knows one cache only; else say it.
+    Nothing is changed in the store. Exit status 0 if all pages are there, 1 if not, 2 on errors.
+    """
+    tokens = packed_prompt(prompt, options["tokenizer"] or options["model"])
+    answer = _answer(tokens, options)
+    click.echo(_as_json(answer) if as_json else "\n".join(_lines(answer)))
+    ctx.exit(0 if answer.miss is None else 1)
+
+
+def _answer(tokens: bytes, options: Mapping[str, Any]) -> Answer:
+    recipe = Recipe.named(options["backend"], read_inline(options["config"], what="--config: "))
+    names = ("namespace", "model", "dtype", "page_size", "layout")
+    named = Named(
+        fingerprint=options["model_fingerprint"], **{name: options[name] for name in names}
+    )
+    with _opened(recipe, BackendContext(options["namespace"] or _UNNAMED)) as backend:
+        known = dict(read_manifests(backend))
+        for name in (options["namespace"], *options["other_namespace"]):
+            if name is not None and name not in known:
+                known[name] = read_manifest(backend, name)
+        whose = choose(named, known)
+        question = _question(tokens, whose, known, options)
+        # Some stores keep a place for each namespace, or need to know the size of an object.
+        with _opened(recipe, _context(whose)) as own:
+            return why(own, question)
+
+
+def _question(
+    tokens: bytes,
+    whose: Whose,
+    known: Mapping[str, Manifest | None],
+    options: Mapping[str, Any],
+) -> Question:
+    request = Namespace(options["extra_key"], options["cache_salt"], options["lora_id"])
+    others = {name: manifest for name, manifest in known.items() if name != whose.namespace}
+    return Question(tokens, whose.page_size, whose.namespace, request, whose.manifest, others)
+
+
+def _context(whose: Whose) -> BackendContext:
+    nbytes = 0 if whose.manifest is None else whose.manifest.object_nbytes
+    return BackendContext(whose.namespace, object_nbytes=nbytes)
+
+
+@contextlib.contextmanager
+def _opened(recipe: Recipe, context: BackendContext) -> Iterator[StorageBackend]:
+    settings = backend_settings(recipe.backend_class, recipe.settings)
+    backend = recipe.backend_class(settings, context)
+    backend.open()
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+def _lines(answer: Answer) -> Iterator[str]:
+    question = answer.question
+    page_size = question.page_size
+    n_tokens = len(question.tokens) // 4
+    yield f"prompt      {n_tokens} tokens: {answer.n_pages} whole pages of {page_size} tokens"
+    manifest = question.manifest
+    name = question.storage_namespace
+    yield f"cache       {name + ' (no manifest)' if manifest is None else summary(manifest)}"
+    if question.request != Namespace():
+        yield f"request     {_shown(question.request)}"
+    yield f"stored      {answer.n_stored} leading pages, {answer.n_stored * page_size} tokens"
+    if answer.n_present > answer.n_stored:
+        yield f"behind      {answer.n_present - answer.n_stored} more, of no use without the gap"
+    if answer.miss is None:
+        yield "why         it is no miss: every whole page is there and verifies"
+        return
+    yield from _miss_lines(answer.miss, question)
+
+
+def _miss_lines(miss: Miss, question: Question) -> Iterator[str]:
+    first = miss.page * question.page_size
+    yield f"page {miss.page:<7}tokens {first} to {first + question.page_size - 1}, key {miss.key}"
+    yield f"why         {miss.cause.value.replace('_', ' ')}: {_MEANING[miss.cause]}"
+    if miss.found_at:
+        yield f"found       {miss.found_at}"
+    if miss.request is not None:
+        yield f"for         {_shown(miss.request)}"
+    for difference in miss.differences:
+        yield f"differs     {difference.name}: {difference.asked} asked, {difference.stored} stored"
+    if miss.cause is Cause.OTHER_STORAGE_NAMESPACE and not miss.differences:
+        yield "differs     unknown: one of the two has no manifest"
+    if miss.cause is Cause.NEVER_STORED and not question.others:
+        yield "note        no other cache is known to be in the store; --other-namespace names one"
+
+
+def _shown(request: Namespace) -> str:
+    fields = [(name, value) for name, value in asdict(request).items() if value is not None]
+    return ", ".join(f"{name} {value!r}" for name, value in fields) or "no salt, key or adapter"
+
+
+def _as_json(answer: Answer) -> str:
+    question = answer.question
+    return json.dumps(
+        {
+            "n_tokens": len(question.tokens) // 4,
+            "page_size": question.page_size,
+            "storage_namespace": question.storage_namespace,
+            "request": asdict(question.request),
+            "looked_into": sorted(question.others),
+            "n_pages": answer.n_pages,
+            "n_stored": answer.n_stored,
+            "n_present": answer.n_present,
+            "miss": None if answer.miss is None else asdict(answer.miss),
+        },
+        indent=2,
+    )
