@@ -72,19 +72,24 @@ class _Soak:
     def __init__(self, plan: Plan, directory: Path, server: Server) -> None:
         self._plan = plan
         self._rng = random.Random(f"soak {plan.seed}")
-        self._stores = {
-            "stormy_file": _dynamic(
-                "StormyFile", path=str(directory / "store"), max_nbytes=FILE_NBYTES
-            ),
-            "stormy_redis": _dynamic(
-                "StormyRedis", url=server.url, socket_timeout_s=0.3, connect_timeout_s=0.3
-            ),
+        file = _dynamic("StormyFile", path=str(directory / "store"), max_nbytes=FILE_NBYTES)
+        server_config = {"url": server.url, "socket_timeout_s": 0.3, "connect_timeout_s": 0.3}
+        redis = _dynamic("StormyRedis", **server_config)
+        links = [
+            {"name": name, "backend": "dynamic", "config": config}
+            for name, config in (("redis", redis), ("file", file))
+        ]
+        self._stores: dict[str, tuple[str, Mapping[str, Any]]] = {
+            "file": ("dynamic", file),
+            "redis": ("dynamic", redis),
+            "chain": ("chain", {"links": links, "write": "behind"}),
         }
+        self._asked = "file"
         self._attaching: Attaching | None = None
         self._events: Counter[str] = Counter()
         self._next_change = 0.0
         self.report = Report(plan)
-        self.engine = Engine(open_world(self._stores["stormy_file"]), plan.seed)
+        self.engine = Engine(open_world(self._stores["file"][1]), plan.seed)
 
     def run(self) -> None:
         """Requests, changes and looks until the time is over."""
@@ -97,7 +102,8 @@ class _Soak:
                 self._next_change = now + self._plan.spell_s * self._rng.uniform(1.0, 3.0)
                 self._change()
             if self._attaching is not None and self._attaching.done:
-                self._events["attach failed" if self._attaching.error else "attached"] += 1
+                what = "attach failed" if self._attaching.error else "attached"
+                self._events[f"{what}: {self._asked}"] += 1
                 self._attaching = None
             self.engine.step()
         self.report.growth, self.report.events = growth(samples), dict(self._events)
@@ -114,14 +120,14 @@ class _Soak:
         if self._attaching is not None:
             self._events["attach pending"] += 1
         elif draw < 0.6:
-            settings = self._stores[self._rng.choice(list(self._stores))]
-            self._attaching = cache.attach_storage("dynamic", settings)
+            self._asked = self._rng.choice(list(self._stores))
+            self._attaching = cache.attach_storage(*self._stores[self._asked])
         elif draw < 0.8:
             cache.detach_storage()
             self._events["detached"] += 1
         else:
             self.close()
-            self.engine.world = open_world(self._stores["stormy_file"])
+            self.engine.world = open_world(self._stores["file"][1])
             self._events["restarted"] += 1
 
 

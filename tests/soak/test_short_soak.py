@@ -19,8 +19,7 @@ def test_a_short_soak_finds_nothing(tmp_path: Path) -> None:
     assert report.problems == []
     assert set(report.faults) == {"corrupt", "flaky", "full", "slow", "stuck"}
     assert report.server
-    assert report.events["attached"]
-    assert report.events["detached"]
+    assert any(event.startswith("attached") for event in report.events)
     after = settled(before, patience_s=10.0)
     assert after.n_threads <= before.n_threads
     assert after.n_descriptors <= before.n_descriptors

@@ -6,6 +6,7 @@ The backends of this module are the real ones with faults in front of them. They
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 import time
@@ -75,9 +76,8 @@ class Sky:
                 self._changed.wait_for(lambda: not self._weather.stuck)
             weather, draw = self._weather, self._rng.random()
             fails, full = draw < weather.error_rate, writes and weather.full
-            self._struck["slow"] += weather.delay_s > 0
-            self._struck["flaky"] += fails
-            self._struck["full"] += full and not fails
+            strikes = {"slow": weather.delay_s > 0, "flaky": fails, "full": full and not fails}
+            self._struck.update(kind for kind, strikes_now in strikes.items() if strikes_now)
         time.sleep(weather.delay_s)
         if fails:
             raise BackendUnavailable("the weather is bad")
@@ -179,21 +179,24 @@ class Seasons:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._wait():
-            self._storm()
+        for kind in itertools.cycle(("slow", "flaky", "corrupt", "full", "stuck")):
+            if self._wait():
+                return
+            self._storm(kind)
 
     def _wait(self) -> bool:
         return self._over.wait(self._spell_s * self._rng.uniform(0.5, 1.5))
 
-    def _storm(self) -> None:
+    def _storm(self, kind: str) -> None:
+        """Bad weather of one kind for sure, and of others by chance."""
         rng = self._rng
         SKY.turn(
             Weather(
-                delay_s=rng.choice([0.0, 0.0, 0.002, 0.02, 0.1]),
-                error_rate=rng.choice([0.0, 0.0, 0.1, 0.3, 1.0]),
-                damage_rate=rng.choice([0.0, 0.1, 0.5]),
-                full=rng.random() < 0.25,
-                stuck=rng.random() < 0.2,
+                delay_s=rng.choice([0.002, 0.02, 0.1]) if self._is_on(kind, "slow") else 0.0,
+                error_rate=rng.choice([0.1, 0.3, 1.0]) if self._is_on(kind, "flaky") else 0.0,
+                damage_rate=rng.choice([0.1, 0.5]) if self._is_on(kind, "corrupt") else 0.0,
+                full=self._is_on(kind, "full"),
+                stuck=self._is_on(kind, "stuck"),
             )
         )
         what = rng.choice(["", "", "kill", "freeze"])
@@ -206,3 +209,6 @@ class Seasons:
             if what:
                 {"kill": self._server.restart, "freeze": self._server.thaw}[what]()
             SKY.turn(Weather())
+
+    def _is_on(self, kind: str, asked: str) -> bool:
+        return kind == asked or self._rng.random() < 0.3
