@@ -19,7 +19,7 @@ from hicache_core.errors import BackendError
 from hicache_core.kv_spec import DTYPE_NBYTES
 from hicache_core.page_keys import namespace_digest
 from hicache_core.storage.base import Listable, ReportsUsage, StorageBackend
-from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend, mismatch
+from hicache_core.storage.sealed import HEADER_NBYTES, mismatch
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +94,13 @@ def decode(namespace: str, payload: bytes | bytearray | memoryview) -> Manifest 
     return manifest if whole and manifest.namespace == namespace else None
 
 
-def write_manifest(backend: SealedBackend, manifest: Manifest, payload_nbytes: int) -> bool:
+def write_manifest(backend: StorageBackend, manifest: Manifest, payload_nbytes: int) -> bool:
     """Leaves the manifest in a store that has none; whether it is there now.
+
+    Args:
+        backend: open, and one that seals what is stored.
+        manifest: of the cache that opened it.
+        payload_nbytes: length of a page without its header.
 
     Raises:
         BackendError: the store cannot answer, or is full.
@@ -110,11 +115,11 @@ def write_manifest(backend: SealedBackend, manifest: Manifest, payload_nbytes: i
     return True
 
 
-def leave_manifest(backend: SealedBackend, described: str, object_nbytes: int) -> None:
+def leave_manifest(backend: StorageBackend, described: str, object_nbytes: int) -> None:
     """What a cache does when it opens a store: without its manifest, it works all the same.
 
     Args:
-        backend: open.
+        backend: open, and one that seals what is stored.
         described: of ``page_keys.describe_namespace``.
         object_nbytes: length of every object, header included.
     """

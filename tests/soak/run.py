@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections import Counter
@@ -84,7 +85,8 @@ class _Soak:
             "redis": ("dynamic", redis),
             "chain": ("chain", {"links": links, "write": "behind"}),
         }
-        self._asked = "file"
+        self._turns = itertools.cycle(["redis", "chain", "file"])
+        self._asked = ""
         self._attaching: Attaching | None = None
         self._events: Counter[str] = Counter()
         self._next_change = 0.0
@@ -120,7 +122,7 @@ class _Soak:
         if self._attaching is not None:
             self._events["attach pending"] += 1
         elif draw < 0.6:
-            self._asked = self._rng.choice(list(self._stores))
+            self._asked = next(self._turns)
             self._attaching = cache.attach_storage(*self._stores[self._asked])
         elif draw < 0.8:
             cache.detach_storage()
