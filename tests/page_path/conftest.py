@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Iterator
 
 import pytest
 
 from tests.leaks import LeakWatch
 
-_WATCH = pytest.StashKey[LeakWatch]()
 
+@pytest.fixture(autouse=True)
+def leak_watch() -> Iterator[None]:
+    """Fails a test that leaves something behind.
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
-    """Watches from before the first fixture."""
-    watch = item.stash[_WATCH] = LeakWatch()
+    It begins before the test's own fixtures and ends after them; those of the module are not its
+    business.
+    """
+    watch = LeakWatch()
     watch.start()
-    return (yield)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
-    """Fails a test that leaves something behind after its last fixture."""
-    try:
-        return (yield)
-    finally:
-        wrong = item.stash[_WATCH].stop()
-        if wrong:
-            pytest.fail("\n".join(["the test leaks", *wrong]), pytrace=False)
+    yield
+    wrong = watch.stop()
+    if wrong:
+        pytest.fail("\n".join(["the test leaks", *wrong]), pytrace=False)
