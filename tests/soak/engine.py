@@ -23,13 +23,21 @@ PREFETCH_S = 0.25
 
 
 class SoakWorld(World):
-    """A world whose requests never wait for storage longer than the prefetch policy lets them."""
+    """A world whose requests never wait for storage longer than the prefetch policy lets them.
+
+    Attributes:
+        waited_s: what requests waited for storage so far.
+    """
+
+    waited_s: float = 0.0
 
     def wait_for_prefetch(self, request_id: str, polls: int = 0) -> None:
         # docstring inherited
+        began = time.perf_counter()
         while not self.cache.prefetch_ready(request_id):
             self.cache.wait(0.01)
             self.cache.poll()
+        self.waited_s += time.perf_counter() - began
 
 
 def open_world(storage: Mapping[str, Any]) -> SoakWorld:
@@ -61,6 +69,7 @@ class Engine:
 
     Attributes:
         latencies_s: how long each request took.
+        waits_s: what each request waited for storage.
         pages: pages that requests found, by tier, and those that were computed.
     """
 
@@ -70,15 +79,17 @@ class Engine:
         self._locked: list[Node] = []
         self.world = world
         self.latencies_s = array("d")
+        self.waits_s = array("d")
         self.pages: Counter[str] = Counter()
 
     def step(self) -> None:
         """One request, perhaps after some pressure was put on or taken off."""
         self._press()
         self.world.salt = self._rng.choice(TENANTS)
-        began = time.perf_counter()
+        began, waited_s = time.perf_counter(), self.world.waited_s
         outcome = self.world.request(list(self._prompt()))
         self.latencies_s.append(time.perf_counter() - began)
+        self.waits_s.append(self.world.waited_s - waited_s)
         self.pages["device"] += outcome.device // PAGE_SIZE
         self.pages["host"] += (outcome.host - outcome.storage) // PAGE_SIZE
         self.pages["storage"] += outcome.storage // PAGE_SIZE

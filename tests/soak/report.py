@@ -28,6 +28,7 @@ def as_json(report: Report) -> str:
             f"p{100 * share:g}": quantile(report.latencies_s, share) for share in (0.5, 0.99, 0.999)
         }
         | {"max": max(report.latencies_s)},
+        "waits_s": {"max": max(report.waits_s)},
     }
     return json.dumps(figures, indent=2)
 
@@ -55,6 +56,7 @@ def as_markdown(report: Report) -> str:
         f"| the server | {_counts(report.server)} |",
         f"| the storage tier | {_counts(report.events)} |",
         f"| request, p50 / p99 / longest | {' / '.join(f'{ms:.0f}' for ms in latencies_ms)} ms |",
+        f"| of that, longest wait for storage | {max(report.waits_s) * 1e3:.0f} ms |",
         f"| close, longest of {len(report.closes_s)} | {max(report.closes_s):.2f} s |",
         "",
         "Medians of the second and of the last fifth of the time, and the highest sample:",

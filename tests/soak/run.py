@@ -51,6 +51,7 @@ class Report:
         server: what was done to the server, and how often.
         pages: pages that requests found, by tier, and those that were computed.
         latencies_s: how long each request took.
+        waits_s: what each request waited for storage.
         closes_s: how long each ``close`` took.
         growth: of memory, threads and descriptors.
         problems: what makes it a failure, a line each.
@@ -62,6 +63,7 @@ class Report:
     server: dict[str, int] = field(default_factory=dict)
     pages: dict[str, int] = field(default_factory=dict)
     latencies_s: list[float] = field(default_factory=list)
+    waits_s: list[float] = field(default_factory=list)
     closes_s: list[float] = field(default_factory=list)
     growth: list[Growth] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -153,6 +155,7 @@ def run(plan: Plan, directory: Path) -> Report:
     report.faults, report.server = SKY.struck(), dict(seasons.server_events)
     report.pages = dict(soak.engine.pages)
     report.latencies_s = list(soak.engine.latencies_s)
+    report.waits_s = list(soak.engine.waits_s)
     report.problems = list(_problems(report))
     return report
 
@@ -168,7 +171,11 @@ def _problems(report: Report) -> list[str]:
     bound_s = PREFETCH_S + report.plan.margin_s
     if (slowest := max(report.latencies_s)) > bound_s:
         n_slow = sum(latency > bound_s for latency in report.latencies_s)
-        found.append(f"{n_slow} requests took longer than {bound_s} s, up to {slowest:.2f} s")
+        waited_s = report.waits_s[report.latencies_s.index(slowest)]
+        found.append(
+            f"{n_slow} requests took longer than {bound_s} s, up to {slowest:.2f} s, of which that "
+            f"one waited {waited_s:.2f} s for storage"
+        )
     # It drains for so long, then gives the worker of each backend its time, and the same to close.
     bound_s = CLOSE_S + 2 * (2 * CLOSE_S + 1.0) + report.plan.margin_s
     if (slowest := max(report.closes_s)) > bound_s:
