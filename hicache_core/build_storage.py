@@ -14,6 +14,7 @@ from hicache_core.config_errors import config_error
 from hicache_core.controller.admission import Admission, AlwaysAdmit, CostAware
 from hicache_core.controller.storage_tier import Attachment
 from hicache_core.observe.stores import backend_statuses, rejected_pages
+from hicache_core.page_keys import describe_namespace
 from hicache_core.pools.host import HostPool
 from hicache_core.ranks import RankGroup
 from hicache_core.storage.base import RegistersMemory, StorageBackend
@@ -23,6 +24,7 @@ from hicache_core.storage.chain_config import ChainConfig
 from hicache_core.storage.executor import Deadlines, Worker
 from hicache_core.storage.guard import GuardedBackend
 from hicache_core.storage.guard_config import GuardConfig
+from hicache_core.storage.manifest import leave_manifest
 from hicache_core.storage.sealed import SealedBackend
 from hicache_core.storage.worker import StorageWorker
 from hicache_core.types import BackendContext
@@ -171,6 +173,9 @@ class StorageOpener:
         self._host = host
         self._clock = clock
         self._namespace = holders[ranks.rank]
+        self._described = describe_namespace(
+            host.spec.identity(), config.page_size, config.hicache_mem_layout
+        )
         self._is_writer = holders.index(self._namespace) == ranks.rank
         self._context = BackendContext(
             self._namespace, host.object_nbytes, ranks.rank, ranks.world_size
@@ -184,6 +189,8 @@ class StorageOpener:
         try:
             if isinstance(backend, RegistersMemory):
                 backend.register_memory(self._host.buffers)
+            if self._is_writer:
+                leave_manifest(backend, self._described, self._host.object_nbytes)
             worker = StorageWorker(
                 backend,
                 n_threads=self._config.hicache_storage_threads,
