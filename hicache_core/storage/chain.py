@@ -125,12 +125,14 @@ class ChainBackend(StorageBackend):
                 copiers.promote = self._copier(link, config.max_promote_nbytes)
 
     def close(self) -> None:
+        """Closes the links, but for one in which a copy hangs: that stays open, with a warning."""
         end_s = self._clock() + self.chain_config.settle_s
-        for copier in self._all_copiers():
-            copier.close(max(0.0, end_s - self._clock()))
         with contextlib.ExitStack() as stack:
             for link in self.links:
-                stack.callback(link.backend.close)
+                copiers = self._copiers[link.name].all() if self._copiers else []
+                ended = [copier.close(max(0.0, end_s - self._clock())) for copier in copiers]
+                if all(ended):
+                    stack.callback(link.backend.close)
 
     def get(self, key: str) -> Buffer | None:
         def get_from(link: Link) -> Buffer | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -109,13 +108,14 @@ class _Pins:
 
 class _ReportsUsage:
     def usage(self: _Chain) -> Mapping[str, int]:
-        """Bytes by namespace, of all links together that answer."""
-        total: Counter[str] = Counter()
+        """Bytes by namespace; the largest of the links that answer, since most keys are in all."""
+        largest: dict[str, int] = {}
         for link in self.links:
             if isinstance(link.backend, ReportsUsage):
                 with contextlib.suppress(OSError):
-                    total.update(link.backend.usage())
-        return total
+                    for namespace, nbytes in link.backend.usage().items():
+                        largest[namespace] = max(nbytes, largest.get(namespace, 0))
+        return largest
 
 
 _CAPABILITIES: tuple[tuple[type, type], ...] = (

@@ -101,8 +101,12 @@ class Copier:
             n_lost, self._n_lost_since_settled = self._n_lost_since_settled, 0
             return n_lost
 
-    def close(self, timeout_s: float) -> None:
-        """Gives the copies on their way ``timeout_s`` together, then drops and counts the rest."""
+    def close(self, timeout_s: float) -> bool:
+        """Gives the copies on their way ``timeout_s`` together, then drops and counts the rest.
+
+        Returns:
+            False if the link hangs: one of its threads is abandoned in a call.
+        """
         end_s = self._clock() + timeout_s
         self.settle(timeout_s)
         abandoned = self._worker.close(max(0.0, end_s - self._clock()))
@@ -115,6 +119,7 @@ class Copier:
                 self._backend.name,
                 n_left,
             )
+        return not abandoned
 
     def _submit(self, keys: Sequence[str], copies: Sequence[Page], nbytes: int) -> bool:
         job_id = next(self._ids)

@@ -46,7 +46,7 @@ class GuardStatus:
         errors: how often each operation raised each class of exception, retries included.
         retries: calls that were repeated.
         short_circuits: calls that the breaker did not let through.
-        negative_hits: questions that were cut short by a key whose load had failed.
+        negative_hits: pages not asked for, from the first on whose load had failed.
         negative_keys: keys that are remembered as failed.
     """
 
@@ -204,7 +204,7 @@ class GuardedBackend(BackendWrapper):
         n_good = self._failed.n_leading_good(keys)
         if n_good < len(keys):
             with self._lock:
-                self._n_negative_hits += 1
+                self._n_negative_hits += len(keys) - n_good
         return n_good
 
     def _guarded(

@@ -75,7 +75,7 @@ class ChainTests(StorageBackendTests):
     write: ClassVar[str]
     features: ClassVar[frozenset[Feature]] = StorageBackendTests.features - {
         Feature.SECOND_PROCESS
-    } | {Feature.LIST, Feature.CLEAR, Feature.STATS}
+    } | {Feature.LIST, Feature.CLEAR, Feature.STATS, Feature.PIN, Feature.USAGE}
 
     def links(self, _directory: Path) -> list[dict[str, object]]:
         return [

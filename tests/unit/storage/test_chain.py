@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import pytest
 from pydantic import ValidationError
@@ -388,7 +389,11 @@ def test_close_is_bounded_and_counts_what_it_abandons(
     assert stores[1].inside is not None
     assert stores[1].inside.wait(20)
     chain.batch_set(KEYS[2:5], filled(KEYS[2:5]))
+    closed: list[int] = []
+    for n, store in enumerate(stores[:2]):
+        store.close = partial(closed.append, n)  # type: ignore[method-assign]
     chain.close()
+    assert closed == [0], "a link with a call inside stays open"
     assert "still stores 2 copied pages" in caplog.text
     assert chain.copy_counts()["middle_behind_dropped_pages"] == 3
     next(waiting)

@@ -126,6 +126,7 @@ def test_questions_go_before_reads_and_reads_before_writes(gated: Gated) -> None
     until(lambda: gated.started == ["r0"])
     for job in (write(1), write(2), read(3), exists(4), read(5), exists(6)):
         assert worker.submit(job)
+    assert worker.depths == {"exists": 2, "read": 2, "write": 2}
     gated.let_through()
     drained(worker, 7)
     assert gated.started == ["r0", "e4", "e6", "r3", "r5", "w1", "w2"]
