@@ -23,8 +23,7 @@ class Contents:
         self._rank = rank
         self._page_nbytes = pool.page_size * TOKEN_NBYTES
         self._views = [
-            [layer.numpy().data.cast("B") for layer in layers]
-            for layers in pool.buffers
+            [layer.numpy().data.cast("B") for layer in layers] for layers in pool.buffers
         ]
         self._row_nbytes = [layers[0].nbytes // pool.n_pages for layers in self._views]
 
