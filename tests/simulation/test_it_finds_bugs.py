@@ -20,7 +20,8 @@ from hicache_core.controller.write_path import WritePath
 from hicache_core.radix.tree import RadixTree
 from hicache_core.storage.sealed import SealedBackend
 from hicache_core.testing.simulation.__main__ import report
-from hicache_core.testing.simulation.schedule import ScheduleFailed, run_schedule
+from hicache_core.testing.simulation.schedule import run_schedule
+from hicache_core.testing.simulation.trace import ScheduleFailed
 
 Patch = pytest.MonkeyPatch
 

@@ -9,7 +9,8 @@ import sys
 import click
 
 from hicache_core.testing.simulation.runner import run_many
-from hicache_core.testing.simulation.schedule import N_STEPS, ScheduleFailed, run_schedule
+from hicache_core.testing.simulation.schedule import N_STEPS, run_schedule
+from hicache_core.testing.simulation.trace import ScheduleFailed
 
 MODULE = "hicache_core.testing.simulation"
 

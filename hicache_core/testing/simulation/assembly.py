@@ -34,6 +34,9 @@ from hicache_core.pools.layout import LAYOUTS
 from hicache_core.radix.eviction import eviction_policy
 from hicache_core.radix.tree import RadixTree
 from hicache_core.ranks import RankGroup
+from hicache_core.storage.base import StorageBackend
+from hicache_core.storage.guard import GuardedBackend
+from hicache_core.storage.guard_config import GuardConfig
 from hicache_core.storage.memory import MemoryBackend, MemoryConfig
 from hicache_core.storage.sealed import SealedBackend
 from hicache_core.testing.simulation.clock import InvariantBroken, Process, VirtualClock
@@ -214,9 +217,10 @@ class Opener:
         memory = MemoryBackend(config, context, world.local_clock(self._rank))
         memory.open()
         sealed = SealedBackend(Link(memory, self._process, weather, world.draw))
+        guarded = self._guarded(sealed)
         nbytes = setup.max_pages_in_flight * self._object_nbytes
         worker = SimWorker(
-            sealed,
+            guarded,
             world.clock,
             self._process,
             world.draw,
@@ -228,13 +232,30 @@ class Opener:
         self.workers.append(worker)
         return Attachment(
             name,
-            sealed,
+            guarded,
             worker,
             self._namespace,
             is_writer=self._is_writer,
             admission=ADMISSIONS[setup.admission](),
             verdict=sealed.verdict,
         )
+
+    def _guarded(self, sealed: SealedBackend) -> StorageBackend:
+        """With the guard, whose pauses and deadlines are virtual too, if the setup has one."""
+        deadline_s = self._world.setup.deadline_s
+        if deadline_s is None:
+            return sealed
+        config = GuardConfig(
+            window_s=5.0,
+            min_calls=3,
+            open_s=1.0,
+            max_open_s=4.0,
+            negative_ttl_s=2.0,
+            deadline_base_s=deadline_s,
+            retry_base_s=0.01,
+        )
+        clock, process = self._world.clock, self._process
+        return GuardedBackend(sealed, config, lambda: clock.now, process.sleep, self._world.draw)
 
 
 def _device_pool(spec: KVSpec, setup: Setup) -> DevicePool:

@@ -10,6 +10,9 @@ from greenlet import GreenletExit, getcurrent, greenlet
 MAX_EVENTS = 200_000
 """More events than any schedule needs: beyond it, somebody waits in a circle."""
 
+TICK_S = 1e-6
+"""The shortest time that can pass."""
+
 
 class InvariantBroken(AssertionError):
     """The schedule found a bug; the message names the invariant and what was found."""
@@ -42,7 +45,9 @@ class VirtualClock:
         Raises:
             InvariantBroken: without a timeout, if nothing is left that could happen.
         """
-        end = None if timeout_s is None else self.now + timeout_s
+        end = None
+        if timeout_s is not None:  # who waits for less than a tick would see no time pass
+            end = self.now + (max(timeout_s, TICK_S) if timeout_s else 0.0)
         while not condition():
             if not self._events or (end is not None and self._events[0][0] > end):
                 if end is None:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from hicache_core.testing.simulation.schedule import N_STEPS, ScheduleFailed, run_schedule
+from hicache_core.testing.simulation.schedule import N_STEPS, run_schedule
+from hicache_core.testing.simulation.trace import ScheduleFailed
 
 CHUNK = 50
 """Schedules that a process takes at a time."""

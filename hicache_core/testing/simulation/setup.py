@@ -45,7 +45,7 @@ class Setup:
         store_objects: cap of the store in objects of one page; none if None.
         n_threads: of each storage worker.
         max_pages_in_flight: bound on reads and on writes, in pages.
-        deadline_s: when a storage job is overdue; never if None.
+        deadline_s: when a storage job is overdue; never, and without a guard, if None.
         two_queues: copies to the host have a queue of their own.
         copy_failure_rate: share of the copy steps that fail.
         starts_with_storage: a store is attached from the start.
@@ -75,7 +75,7 @@ class Setup:
     @classmethod
     def drawn(cls, draw: Random, ranks: int | None) -> Setup:
         """A world for ``draw``; with ``ranks`` of them, or any of 1, 2 and 4."""
-        n_ranks = ranks or draw.choice((1, 1, 1, 1, 2, 2, 4))
+        n_ranks = ranks or draw.choice((1, 1, 1, 1, 1, 1, 1, 2, 2, 4))
         page_size = draw.choice((2, 4))
         device_pages = draw.randint(4, 24)
         return cls(
