@@ -5,7 +5,7 @@
 #   make test    set up .venv and run every test
 #   make check   format, lint, types, import layers, tests, examples of the docs
 #   make bench   print the benchmark tables (BENCH="--quick --only transfer" narrows them)
-#   make soak    run the cache under faults for SOAK_SECONDS and write docs/reliability.md
+#   make soak    simulate SOAK_SCHEDULES lives, then run the cache under faults for SOAK_SECONDS
 #   make docs    write the benchmark tables into docs/benchmarks.md
 
 PYTHON ?= python3
@@ -16,6 +16,7 @@ PLUGINS := $(wildcard plugins/*/pyproject.toml)
 READY := $(VENV)/.ready
 TESTS_READY := $(VENV)/.tests-ready
 BENCH ?=
+SOAK_SCHEDULES ?= 200000
 SOAK_SECONDS ?= 600
 PYTEST ?=
 
@@ -69,6 +70,7 @@ bench: $(TESTS_READY)
 	$(BIN)/python -m benchmarks --json benchmarks/results/latest.json $(BENCH)
 
 soak: $(TESTS_READY)
+	$(BIN)/python -m hicache_core.testing.simulation --schedules $(SOAK_SCHEDULES)
 	$(BIN)/python -m tests.soak --seconds $(SOAK_SECONDS) --docs docs/reliability.md
 
 docs: $(TESTS_READY)

@@ -108,6 +108,8 @@ def composed(
         sum(part.deadlines.per_gib_s for part in parts),
     )
 
+    limits = {id(part.backend): part.deadlines for part in parts}
+
     def make_worker(backend: StorageBackend, max_nbytes: int) -> Worker:
         return StorageWorker(
             backend,
@@ -115,6 +117,7 @@ def composed(
             max_read_nbytes=1,
             max_write_nbytes=max_nbytes,
             clock=clock,
+            deadline=limits[id(backend)],
         )
 
     return Composed(

@@ -89,8 +89,8 @@ class JobResult:
         job: the job itself.
         state: how it ended.
         n_pages: leading pages present, filled or stored.
-        error: text of the exception, for logs; empty unless FAILED.
-        error_kind: class name of the exception, such as ``BreakerOpen``; empty unless FAILED.
+        error: what went wrong, for logs; empty unless FAILED or OVERDUE.
+        error_kind: class name of the exception, such as ``BreakerOpen``; empty likewise.
         elapsed_s: time the backend took.
     """
 
