@@ -158,10 +158,14 @@ class Peer:
 
     def ask(self, command: str, *arguments: Any) -> Any:
         """Has one function of ``peer.py`` called; its result."""
+        self.begin(command, *arguments)
+        return self._answer()
+
+    def begin(self, command: str, *arguments: Any) -> None:
+        """Has one function of ``peer.py`` called, and does not wait for its result."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps([command, *arguments]) + "\n")
         self._process.stdin.flush()
-        return self._answer()
 
     def kill(self) -> None:
         """Ends it without warning."""

@@ -118,6 +118,11 @@ class Hf3fsBackend(StorageBackend):
                     f"an object of {data.nbytes} bytes does not fit a slot of {store.own.path}, "
                     f"which holds {limit}; raise slot_nbytes"
                 )
+            quota = self._settings.namespace_quota_nbytes
+            if quota is not None and data.nbytes > quota:
+                raise BackendFull(
+                    f"an object of {data.nbytes} bytes is over namespace_quota_nbytes={quota}"
+                )
             raise BackendFull(
                 f"{store.own.path} has no slot for {data.nbytes} bytes: all are leased by readers "
                 "or being written; raise file_size or lower lease_s"
@@ -175,6 +180,16 @@ class Hf3fsBackend(StorageBackend):
         """Removes every key that starts with ``prefix``; how many there were."""
         with self._calls.call() as store:
             return self._delete(store, list(store.metadata.keys(prefix)))
+
+    def pin(self, keys: Sequence[str], ttl_s: float) -> int:
+        """Evicts ``keys`` last for ``ttl_s`` seconds, 0 ends that; how many of them are present."""
+        with self._calls.call() as store:
+            return store.metadata.pin(keys, ttl_s) if keys else 0
+
+    def usage(self) -> Mapping[str, int]:
+        """Bytes of stored objects by namespace, of all ranks and hosts that share the metadata."""
+        with self._calls.call() as store:
+            return store.metadata.usage()
 
     def stats(self) -> Mapping[str, float]:
         """Counts since ``open``, and the slots of this rank's slab by state.

@@ -116,6 +116,15 @@ class Hf3fsConfig(BackendConfig):
         default=60.0,
         description="a slot that was reserved and never published is free again after so long",
     )
+    ttl_s: Seconds | None = Field(
+        default=None,
+        description="objects are gone so long after they were written; set the same everywhere",
+    )
+    namespace_quota_nbytes: Nbytes | None = Field(
+        default=None,
+        description="cap on the bytes of one namespace, of all ranks together; its own least "
+        "recently used objects go first",
+    )
     fsync: bool = Field(
         default=False, description="stored means on the medium: survives a power cut, costs speed"
     )

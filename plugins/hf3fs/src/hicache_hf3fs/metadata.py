@@ -7,17 +7,22 @@ A slot of a slab is in one of these states; only ``now`` moves it from the third
     quarantined its key is gone, but a lease on it has not ended
     free        everything else
 
-Generations are random, so that none comes twice, not even after the store was lost and rebuilt.
+A generation is the time of its reservation and a random number, so that none comes twice, not even
+after the store was lost and rebuilt; and so the age of an object is known wherever its slot is.
+
+    ms since 1970, 42 bits | random, 20 bits
 """
 
 from __future__ import annotations
 
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from hicache_core.storage.base import Finding
+
+RANDOM_BITS = 20
 
 
 class Slot(NamedTuple):
@@ -68,24 +73,39 @@ class Totals(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """Times of a store, in seconds, as in the configuration."""
+    """Times of a store, in seconds, and the cap on a namespace's bytes, as in the configuration."""
 
     timeout_s: float
     lease_s: float
     write_lease_s: float
+    ttl_s: float | None = None
+    namespace_quota_nbytes: int | None = None
 
 
 class SlabUnknown(LookupError):
     """The store knows nothing of the slab: it is new, or the store was lost."""
 
 
-def new_generation() -> int:
-    """A number that no slot has carried before."""
-    return secrets.randbits(62) + 1
+def new_generation(now_s: float) -> int:
+    """A number that no slot has carried before; ``now_s`` is in seconds since 1970."""
+    return int(now_s * 1000) << RANDOM_BITS | secrets.randbits(RANDOM_BITS)
+
+
+def oldest_generation(now_s: float, ttl_s: float | None) -> int:
+    """The first generation that is younger than ``ttl_s``: all below it are of expired objects."""
+    return 0 if ttl_s is None else max(0, int((now_s - ttl_s) * 1000) + 1) << RANDOM_BITS
+
+
+def namespace_of(key: str) -> str:
+    """What stands before the ``/`` of a key."""
+    return key.partition("/")[0]
 
 
 class MetadataStore(ABC):
     """Binds slots to keys, for all processes that share the slabs.
+
+    An object that is older than ``ttl_s`` is none: no method finds it, and its slot is free as soon
+    as somebody reserves.
 
     Threads: every method may be called from any thread. Each is atomic, and raises
     ``BackendError`` if the store cannot answer.
@@ -129,8 +149,10 @@ class MetadataStore(ABC):
     def reserve(self, slab: str, wanted: Sequence[Wanted]) -> list[Slot | None]:
         """Slots for the leading objects, None for each that is stored already.
 
-        The list ends where the room ended: no slot is free, and none that is bound may go. The
-        least recently used objects go first, but none that is leased or in ``wanted``.
+        The list ends where the room ended: no slot is free, and none that is bound may go; or the
+        namespace is at its cap, and nothing of it may go. The least recently used objects go first,
+        those that are pinned last, and none that is in ``wanted``. A slot that is leased is not
+        reused; its object goes all the same when its namespace has to shrink.
 
         Raises:
             SlabUnknown: the slab was never registered, or the store was lost.
@@ -138,7 +160,10 @@ class MetadataStore(ABC):
 
     @abstractmethod
     def publish(self, written: Sequence[Written]) -> list[bool]:
-        """Binds what was written; False where the reservation is no longer the caller's."""
+        """Binds what was written, in order.
+
+        False where the reservation is no longer the caller's, or the namespace is full by now.
+        """
 
     @abstractmethod
     def release(self, slots: Sequence[Slot]) -> None:
@@ -153,12 +178,20 @@ class MetadataStore(ABC):
         """Every bound key that starts with ``prefix``."""
 
     @abstractmethod
+    def pin(self, keys: Sequence[str], ttl_s: float) -> int:
+        """For ``ttl_s`` seconds ``keys`` go last, 0 ends that now; how many of them are bound."""
+
+    @abstractmethod
+    def usage(self) -> Mapping[str, int]:
+        """Bytes of the bound objects by namespace."""
+
+    @abstractmethod
     def totals(self, slab: str) -> Totals:
         """The states of a slab's slots."""
 
     @abstractmethod
     def check_integrity(self) -> None:
-        """Every used slot of every slab is in exactly one state.
+        """Every used slot of every slab is in exactly one state; bytes by namespace add up.
 
         Raises:
             IntegrityError: it is not so.

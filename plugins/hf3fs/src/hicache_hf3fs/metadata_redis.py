@@ -2,19 +2,24 @@
 
 All names start with ``{hicache-hf3fs:<store>}:``; the braces keep them on one node of a cluster:
 
-    bind          hash    key -> "slab|slot number|generation|nbytes|end of lease"
+    bind          hash    key -> "slab|slot number|generation|nbytes|end of lease|1 if pinned"
     slabs, fresh  hashes  slab -> number of slots; first slot that was never used
-    lru:<slab>    zset    key -> last use
+    spaces        hash    namespace -> bytes of its objects
+    lru:<slab>:<namespace>, pinned:<slab>:<namespace>
+                  zsets   key -> last use; a key is in one of the two
+    pins          zset    key -> when its pin ends
+    ages          zset    key -> when it was written, if ttl_s is set
     held:<slab>   zset    slot number -> when its reservation or quarantine ends; free if past
     gen:<slab>    hash    slot number -> generation of the reservation
 
-Times are of the server's clock.
+Times are of the server's clock; only the time in a generation is of the writer's.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import redis
@@ -44,6 +49,7 @@ from hicache_hf3fs.metadata import (
     Wanted,
     Written,
     new_generation,
+    oldest_generation,
 )
 
 _CHUNK = 1000  # objects of one script call, which keeps others waiting for a few ms
@@ -69,9 +75,7 @@ class RedisMetadata(MetadataStore):
         self.where = masked_text(url)
         self._base = f"{{hicache-hf3fs:{store_id}}}:"
         self._url = url
-        self._timeout_s = limits.timeout_s
-        self._lease_s = limits.lease_s
-        self._write_lease_s = limits.write_lease_s
+        self._limits = limits
         self._client: Any = None
         self._scripts: dict[str, Any] = {}
 
@@ -79,8 +83,8 @@ class RedisMetadata(MetadataStore):
         with self._translated():
             client = redis.Redis.from_url(
                 self._url,
-                socket_timeout=self._timeout_s,
-                socket_connect_timeout=self._timeout_s,
+                socket_timeout=self._limits.timeout_s,
+                socket_connect_timeout=self._limits.timeout_s,
                 retry=Retry(NoBackoff(), 0),  # ten with pauses, by default: seconds for a request
                 decode_responses=True,
             )
@@ -90,8 +94,9 @@ class RedisMetadata(MetadataStore):
                 client.close()
                 raise
             self._client = client
+            first = scripts.limits(self._limits.ttl_s, self._limits.namespace_quota_nbytes)
             self._scripts = {
-                name: client.register_script(text) for name, text in scripts.ALL.items()
+                name: client.register_script(first + text) for name, text in scripts.ALL.items()
             }
 
     def close(self) -> None:
@@ -123,7 +128,7 @@ class RedisMetadata(MetadataStore):
     def lookup(self, keys: Sequence[str], lease_s: float | None = None) -> list[Binding | None]:
         if not keys:
             return []
-        values = self._run("lookup", lease_s or self._lease_s, *keys)
+        values = self._run("lookup", lease_s or self._limits.lease_s, *keys)
         return [_parsed(value) for value in values]
 
     def leading(self, keys: Sequence[str]) -> int:
@@ -139,14 +144,14 @@ class RedisMetadata(MetadataStore):
         return len(keys)
 
     def reserve(self, slab: str, wanted: Sequence[Wanted]) -> list[Slot | None]:
-        generations = [new_generation() for _ in wanted]
+        generations = [new_generation(time.time()) for _ in wanted]
         flat = [
             x
             for want, generation in zip(wanted, generations, strict=True)
             for x in (want.key, want.nbytes, generation)
         ]
         try:
-            numbers = self._run("reserve", slab, self._write_lease_s, *flat)
+            numbers = self._run("reserve", slab, self._limits.write_lease_s, *flat)
         except redis.exceptions.ResponseError as exc:
             if _UNKNOWN in str(exc):
                 raise SlabUnknown(slab) from None
@@ -177,15 +182,29 @@ class RedisMetadata(MetadataStore):
 
     def keys(self, prefix: str) -> Iterator[str]:
         seen = set()
+        oldest = self._oldest()
         with self._translated():
-            for key, _ in self._client.hscan_iter(
+            for key, value in self._client.hscan_iter(
                 f"{self._base}bind", match=f"{prefix}*", count=_CHUNK
             ):
-                if key not in seen:  # a scan may show one twice
+                if key not in seen and _parsed(value, oldest):  # a scan may show one twice
                     seen.add(key)
                     yield key
 
+    def pin(self, keys: Sequence[str], ttl_s: float) -> int:
+        return sum(
+            int(self._run("pin", ttl_s, *keys[start : start + _CHUNK]))
+            for start in range(0, len(keys), _CHUNK)
+        )
+
+    def usage(self) -> Mapping[str, int]:
+        self._drop_expired()
+        with self._translated():
+            spaces = self._client.hgetall(f"{self._base}spaces")
+            return {namespace: int(nbytes) for namespace, nbytes in spaces.items() if nbytes != "0"}
+
     def totals(self, slab: str) -> Totals:
+        self._drop_expired()
         return Totals(*self._run("totals", slab))
 
     def check_integrity(self) -> None:
@@ -218,7 +237,19 @@ class RedisMetadata(MetadataStore):
         if not keys:
             return []
         with self._translated():
-            return [_parsed(value) for value in self._client.hmget(f"{self._base}bind", list(keys))]
+            values = self._client.hmget(f"{self._base}bind", list(keys))
+        oldest = self._oldest()
+        return [_parsed(value, oldest) for value in values]
+
+    def _oldest(self) -> int:
+        """Objects of a generation below are expired."""
+        ttl_s = self._limits.ttl_s
+        return 0 if ttl_s is None else oldest_generation(time.time(), ttl_s)
+
+    def _drop_expired(self) -> None:
+        """All of them, in parts that keep nobody waiting."""
+        while self._limits.ttl_s is not None and self._run("let_go"):
+            pass
 
     def _run(self, name: str, *arguments: str | float) -> Any:
         script: Callable[..., Any] = self._scripts[name]
@@ -240,12 +271,13 @@ class RedisMetadata(MetadataStore):
         return kind(f"metadata {self.where}: {masked_text(str(exc))}: {advice}")
 
 
-def _parsed(value: str | None) -> Binding | None:
-    """What stands in ``bind``."""
+def _parsed(value: str | None, oldest: int = 0) -> Binding | None:
+    """What stands in ``bind``, None if its generation is below ``oldest``."""
     if not value:
         return None
     try:
-        slab, number, generation, nbytes, _ = value.split("|")
-        return Binding(Slot(slab, int(number), int(generation)), int(nbytes))
+        slab, number, generation, nbytes, _, _ = value.split("|")
+        binding = Binding(Slot(slab, int(number), int(generation)), int(nbytes))
     except ValueError as exc:
         raise BackendCorrupt(f"metadata holds {value!r} instead of a binding") from exc
+    return binding if binding.slot.generation >= oldest else None

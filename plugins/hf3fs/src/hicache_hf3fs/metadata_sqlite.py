@@ -1,7 +1,7 @@
 """Metadata in an SQLite database on a local disk, for all processes of one host.
 
 Times are of the host's monotonic clock, which no clock adjustment moves; after a reboot all holds
-are over, since their holders are.
+are over, since their holders are, and so are all pins. Only ages are of the calendar.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import contextlib
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,9 +25,11 @@ from hicache_hf3fs.metadata import (
     Totals,
     Wanted,
     Written,
-    new_generation,
+    namespace_of,
+    oldest_generation,
 )
 from hicache_hf3fs.sqlite_file import SqliteFile, translated
+from hicache_hf3fs.sqlite_room import UNBIND, Room, SlabRow
 
 _CHUNK = 500  # parameters of one statement
 _MEMORY_ROWS = 100_000
@@ -56,13 +57,14 @@ class SqliteMetadata(MetadataStore):
         path: Path,
         limits: Limits,
         clock: Callable[[], float] = time.monotonic,
+        calendar: Callable[[], float] = time.time,
     ) -> None:
         self.where = str(path)
         self._path = path
         self._file = SqliteFile(path, limits.timeout_s)
-        self._lease_s = limits.lease_s
-        self._write_lease_s = limits.write_lease_s
+        self._limits = limits
         self._clock = clock
+        self._calendar = calendar
         self._read_lock = threading.Lock()
         self._write_lock = threading.Lock()
         self._names: dict[int, str] = {}  # slab_id -> name
@@ -103,18 +105,21 @@ class SqliteMetadata(MetadataStore):
                 "INSERT INTO slabs (name, n_slots, fresh) VALUES (?, ?, ?)", (slab, n_slots, fresh)
             ).lastrowid
             db.executemany(
-                "INSERT INTO slots VALUES (?, ?, 0, NULL, NULL, NULL, 0)",
+                "INSERT INTO slots (slab_id, number, generation, held_until) VALUES (?, ?, 0, 0)",
                 ((slab_id, number) for number in range(fresh)),
             )
             now = self._clock()
             db.executemany(  # a key that was found twice, or is bound elsewhere, stays where it is
-                "UPDATE OR IGNORE slots SET generation = ?, key = ?, nbytes = ?, used_at = ? "
-                "WHERE slab_id = ? AND number = ?",
-                ((f.generation, f.key, f.nbytes, now, slab_id, f.number) for f in found),
+                "UPDATE OR IGNORE slots SET generation = ?, key = ?, namespace = ?, nbytes = ?, "
+                "used_at = ? WHERE slab_id = ? AND number = ?",
+                (
+                    (f.generation, f.key, namespace_of(f.key), f.nbytes, now, slab_id, f.number)
+                    for f in found
+                ),
             )
 
     def lookup(self, keys: Sequence[str], lease_s: float | None = None) -> list[Binding | None]:
-        lease_s = lease_s or self._lease_s
+        lease_s = lease_s or self._limits.lease_s
         bound = self._bound(keys)
         now = self._clock()
         if any(row.held_until < now + lease_s for row in bound.values()):
@@ -132,12 +137,14 @@ class SqliteMetadata(MetadataStore):
 
     def leading(self, keys: Sequence[str]) -> int:
         n_bound = 0
+        oldest = self._oldest()
         with self._reading() as db:
             for part in _chunks(keys):
                 bound = {
                     key
                     for (key,) in db.execute(
-                        f"SELECT key FROM slots WHERE key IN ({_marks(part)})", part
+                        f"SELECT key FROM slots WHERE generation >= ? AND key IN ({_marks(part)})",
+                        (oldest, *part),
                     )
                 }
                 for key in part:
@@ -161,19 +168,20 @@ class SqliteMetadata(MetadataStore):
             ).fetchone()
             if row is None:
                 raise SlabUnknown(slab)
-            slab_id, n_slots, fresh = row
-            now = self._clock()
+            its = SlabRow(*row)
+            room = self._room(db)
+            room.drop_expired(want.key for want in wanted)
             bound = self._bound([want.key for want in wanted], db)
             stored = [
                 want.key in bound and bound[want.key].nbytes == want.nbytes for want in wanted
             ]
             # Touched, so that making room for the others of this call cannot remove them.
             db.executemany(
-                "UPDATE slots SET used_at = ? WHERE key = ?", ((now, key) for key in bound)
+                "UPDATE slots SET used_at = ? WHERE key = ?", ((room.now, key) for key in bound)
             )
-            numbers = list(
-                islice(self._room(db, slab_id, (fresh, n_slots), now), stored.count(False))
-            )
+            del stored[room.within_quota(wanted, stored) :]
+            numbers = room.take(its, stored.count(False))
+            until, now_s = room.now + self._limits.write_lease_s, self._calendar()
             slots: list[Slot | None] = []
             free = iter(numbers)
             for is_stored in stored:
@@ -183,25 +191,17 @@ class SqliteMetadata(MetadataStore):
                 number = next(free, None)
                 if number is None:
                     break
-                slots.append(Slot(slab, number, new_generation()))
-            db.executemany(
-                "INSERT OR REPLACE INTO slots VALUES (?, ?, ?, NULL, NULL, NULL, ?)",
-                (
-                    (slab_id, slot.number, slot.generation, now + self._write_lease_s)
-                    for slot in slots
-                    if slot is not None
-                ),
-            )
+                slots.append(room.hold(its, slab, number, until, now_s))
             db.execute(
                 "UPDATE slabs SET fresh = max(fresh, ?) WHERE slab_id = ?",
-                (max((number + 1 for number in numbers), default=0), slab_id),
+                (max((number + 1 for number in numbers), default=0), its.slab_id),
             )
             return slots
 
     def publish(self, written: Sequence[Written]) -> list[bool]:
         with self._writing() as db:
-            now = self._clock()
-            return [self._publish_one(db, one, now) for one in written]
+            room = self._room(db)
+            return [room.bind(one) for one in written]
 
     def release(self, slots: Sequence[Slot]) -> None:
         with self._writing() as db:
@@ -214,34 +214,46 @@ class SqliteMetadata(MetadataStore):
 
     def delete(self, keys: Sequence[str], generations: Sequence[int] | None = None) -> int:
         with self._writing() as db:
-            before = db.total_changes
             if generations is None:
-                db.executemany(
-                    "UPDATE slots SET key = NULL, generation = 0 WHERE key = ?",
-                    ((key,) for key in keys),
-                )
-            else:
-                db.executemany(
-                    "UPDATE slots SET key = NULL, generation = 0 WHERE key = ? AND generation = ?",
-                    zip(keys, generations, strict=True),
-                )
-            return db.total_changes - before
+                return db.executemany(f"{UNBIND} AND key = ?", ((key,) for key in keys)).rowcount
+            return db.executemany(
+                f"{UNBIND} AND key = ? AND generation = ?", zip(keys, generations, strict=True)
+            ).rowcount
 
     def keys(self, prefix: str) -> Iterator[str]:
         with self._reading() as db:
             rows = db.execute(
-                "SELECT key FROM slots WHERE key >= ? AND key < ?", (prefix, prefix + "\x7f")
+                "SELECT key FROM slots WHERE key >= ? AND key < ? AND generation >= ?",
+                (prefix, prefix + "\x7f", self._oldest()),
             ).fetchall()
         return (key for (key,) in rows)
+
+    def pin(self, keys: Sequence[str], ttl_s: float) -> int:
+        with self._writing() as db:
+            until = self._clock() + ttl_s if ttl_s > 0 else None
+            return db.executemany(
+                "UPDATE slots SET pinned_until = ? WHERE key = ? AND generation >= ?",
+                ((until, key, self._oldest()) for key in keys),
+            ).rowcount
+
+    def usage(self) -> Mapping[str, int]:
+        with self._reading() as db:
+            rows = db.execute(
+                "SELECT namespace, sum(nbytes) FROM slots "
+                "WHERE key IS NOT NULL AND generation >= ? GROUP BY namespace",
+                (self._oldest(),),
+            )
+            return dict(rows.fetchall())
 
     def totals(self, slab: str) -> Totals:
         with self._reading() as db:
             row = db.execute(
                 "SELECT n_slots, "
-                "(SELECT count(*) FROM slots WHERE slab_id = s.slab_id AND key IS NOT NULL), "
+                "(SELECT count(*) FROM slots WHERE slab_id = s.slab_id AND key IS NOT NULL "
+                "AND generation >= ?), "
                 "(SELECT count(*) FROM slots WHERE slab_id = s.slab_id AND key IS NULL "
                 "AND held_until > ?) FROM slabs s WHERE name = ?",
-                (self._clock(), slab),
+                (self._oldest(), self._clock(), slab),
             ).fetchone()
             return Totals(*row) if row is not None else Totals(0, 0, 0)
 
@@ -256,21 +268,48 @@ class SqliteMetadata(MetadataStore):
                         f"{self.where}: slab {name} has {n_rows} rows of {fresh} used slots, the "
                         f"last is {last}, of {n_slots} in all"
                     )
+            counted = dict(db.execute("SELECT * FROM spaces WHERE used_nbytes != 0").fetchall())
+            summed = dict(
+                db.execute(
+                    "SELECT namespace, sum(nbytes) FROM slots WHERE key IS NOT NULL "
+                    "GROUP BY namespace HAVING sum(nbytes) != 0"
+                ).fetchall()
+            )
+            if counted != summed:
+                raise IntegrityError(
+                    f"{self.where}: counted {counted} bytes, but there are {summed}"
+                )
 
     def _bound(
         self, keys: Sequence[str], db: sqlite3.Connection | None = None
     ) -> dict[str, _Bound]:
-        """The rows of those keys that are bound."""
+        """The rows of those keys that are bound and not expired."""
         if db is None:
             with self._reading() as reader:
-                return self._remembered(keys, reader)
+                return self._young(self._remembered(keys, reader))
         bound = {}
         for part in _chunks(keys):
             for key, *row in db.execute(_BINDINGS.format(_marks(part)), part):
                 bound[key] = _Bound(*row)
         if any(row.slab_id not in self._names for row in bound.values()):
             self._names.update(db.execute("SELECT slab_id, name FROM slabs").fetchall())
-        return bound
+        return self._young(bound)
+
+    def _young(self, bound: dict[str, _Bound]) -> dict[str, _Bound]:
+        """Those that are not expired."""
+        oldest = self._oldest()
+        if not oldest:
+            return bound
+        return {key: row for key, row in bound.items() if row.generation >= oldest}
+
+    def _oldest(self) -> int:
+        """Objects of a generation below are expired."""
+        ttl_s = self._limits.ttl_s
+        return 0 if ttl_s is None else oldest_generation(self._calendar(), ttl_s)
+
+    def _room(self, db: sqlite3.Connection) -> Room:
+        quota = self._limits.namespace_quota_nbytes
+        return Room(db, self._clock(), oldest=self._oldest(), quota=quota)
 
     def _remembered(self, keys: Sequence[str], db: sqlite3.Connection) -> dict[str, _Bound]:
         """As ``_bound``, but asks only for what was not asked since the last commit of anybody.
@@ -290,46 +329,6 @@ class SqliteMetadata(MetadataStore):
         if row is None:
             return None
         return Binding(Slot(self._names[row.slab_id], row.number, row.generation), row.nbytes)
-
-    @staticmethod
-    def _room(
-        db: sqlite3.Connection, slab_id: int, unused: tuple[int, int], now: float
-    ) -> Iterator[int]:
-        """Slots that may be written: free ones, those never used, then the least recently used."""
-        free = "SELECT number FROM slots WHERE slab_id = ? AND key IS NULL AND held_until <= ?"
-        yield from (number for (number,) in db.execute(free, (slab_id, now)))
-        yield from range(*unused)
-        # Of objects that came in one call the last goes first: without it the others are of use.
-        oldest = (
-            "SELECT number FROM slots WHERE slab_id = ? AND key IS NOT NULL AND used_at < ? "
-            "AND held_until <= ? ORDER BY used_at, number DESC"
-        )
-        yield from (number for (number,) in db.execute(oldest, (slab_id, now, now)))
-
-    def _publish_one(self, db: sqlite3.Connection, one: Written, now: float) -> bool:
-        key, nbytes, slot = one
-        place = db.execute(
-            "SELECT slab_id, number FROM slots JOIN slabs USING (slab_id) "
-            "WHERE name = ? AND number = ? AND generation = ? AND key IS NULL",
-            (slot.slab, slot.number, slot.generation),
-        ).fetchone()
-        if place is None:
-            return False
-        other = db.execute("SELECT nbytes FROM slots WHERE key = ?", (key,)).fetchone()
-        if other == (nbytes,):  # somebody was faster; no reader has seen ours
-            db.execute(
-                "UPDATE slots SET held_until = 0, generation = 0 WHERE slab_id = ? AND number = ?",
-                place,
-            )
-            return True
-        if other is not None:
-            db.execute("UPDATE slots SET key = NULL, generation = 0 WHERE key = ?", (key,))
-        db.execute(
-            "UPDATE slots SET key = ?, nbytes = ?, used_at = ?, held_until = 0 "
-            "WHERE slab_id = ? AND number = ?",
-            (key, nbytes, now, *place),
-        )
-        return True
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:

@@ -27,7 +27,7 @@ from hicache_core.errors import (
 logger = logging.getLogger(__name__)
 
 APPLICATION_ID = 0x48334653  # "H3FS"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _POLL_S = 0.02
 
@@ -44,14 +44,29 @@ CREATE TABLE slots (
     number INTEGER NOT NULL,
     generation INTEGER NOT NULL,
     key TEXT,
+    namespace TEXT,
     nbytes INTEGER,
     used_at REAL,
+    pinned_until REAL,
     held_until REAL NOT NULL,  -- end of the lease, of the reservation, or of the quarantine
     PRIMARY KEY (slab_id, number)
 ) WITHOUT ROWID;
 CREATE UNIQUE INDEX by_key ON slots (key) WHERE key IS NOT NULL;
-CREATE INDEX by_use ON slots (slab_id, used_at, number DESC) WHERE key IS NOT NULL;
+CREATE INDEX by_use ON slots (slab_id, pinned_until IS NOT NULL, used_at, number DESC)
+    WHERE key IS NOT NULL;
+CREATE INDEX by_space ON slots (namespace, pinned_until IS NOT NULL, used_at, number DESC)
+    WHERE key IS NOT NULL;
+CREATE INDEX by_pin ON slots (pinned_until) WHERE pinned_until IS NOT NULL;
+CREATE INDEX by_age ON slots (generation) WHERE key IS NOT NULL;
 CREATE INDEX by_hold ON slots (slab_id, held_until) WHERE key IS NULL;
+CREATE TABLE spaces (namespace TEXT PRIMARY KEY, used_nbytes INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TRIGGER unbound AFTER UPDATE OF key ON slots WHEN OLD.key IS NOT NULL BEGIN
+    UPDATE spaces SET used_nbytes = used_nbytes - OLD.nbytes WHERE namespace = OLD.namespace;
+END;
+CREATE TRIGGER bound AFTER UPDATE OF key ON slots WHEN NEW.key IS NOT NULL BEGIN
+    INSERT INTO spaces VALUES (NEW.namespace, NEW.nbytes)
+        ON CONFLICT (namespace) DO UPDATE SET used_nbytes = used_nbytes + NEW.nbytes;
+END;
 """
 
 _ERRORS: dict[int, tuple[type[BackendError], str]] = {
@@ -207,7 +222,7 @@ class SqliteFile:
             connection.execute("DELETE FROM boots")
             connection.execute("INSERT INTO boots VALUES (?)", (boot_id,))
             connection.execute(
-                "UPDATE slots SET held_until = 0, "
+                "UPDATE slots SET held_until = 0, pinned_until = NULL, "
                 "used_at = used_at - (SELECT max(used_at) FROM slots)"
             )
         connection.execute("COMMIT")

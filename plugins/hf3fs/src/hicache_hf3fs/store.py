@@ -212,7 +212,13 @@ def _page_io(settings: Hf3fsConfig, prefix: Path) -> PageIO:
 def _metadata(settings: Hf3fsConfig, prefix: Path) -> MetadataStore:
     """The metadata store that the URL names."""
     url = settings.metadata_url.get_secret_value() if settings.metadata_url else ""
-    limits = Limits(settings.metadata_timeout_s, settings.lease_s, settings.write_lease_s)
+    limits = Limits(
+        settings.metadata_timeout_s,
+        settings.lease_s,
+        settings.write_lease_s,
+        settings.ttl_s,
+        settings.namespace_quota_nbytes,
+    )
     if not url:
         return SqliteMetadata(prefix.with_name(f"{prefix.name}.index.sqlite"), limits)
     if url.startswith("sqlite://"):
