@@ -61,8 +61,12 @@ class TestPosixSqlite(StorageBackendTests):
         Feature.CLEAR,
         Feature.DIAGNOSE,
         Feature.LIST,
+        Feature.PIN,
+        Feature.QUOTA,
         Feature.SMALL_STORE,
         Feature.STATS,
+        Feature.TTL,
+        Feature.USAGE,
     }
 
     @pytest.fixture
@@ -72,6 +76,16 @@ class TestPosixSqlite(StorageBackendTests):
     @pytest.fixture
     def small_store(self, directory: Path) -> Recipe:
         return small_in(directory / "small", mode="posix")
+
+    @pytest.fixture
+    def quota_store(self, recipe: Recipe) -> Recipe:
+        return Recipe.of(
+            Hf3fsBackend, {**recipe.settings, "namespace_quota_nbytes": self.kit.quota_nbytes}
+        )
+
+    @pytest.fixture
+    def expiring_store(self, recipe: Recipe) -> Recipe:
+        return Recipe.of(Hf3fsBackend, {**recipe.settings, "ttl_s": self.kit.ttl_s})
 
     @pytest.fixture(autouse=True)
     def _small_directory(self, directory: Path) -> None:

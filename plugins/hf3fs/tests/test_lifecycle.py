@@ -58,15 +58,13 @@ def test_objects_expire_and_are_as_old_after_a_rebuild(opened: Open, tmp_path: P
     assert backend.get(key_of(0)) == content(key_of(0), 1000)
 
 
-def test_killed_writers_leave_bytes_that_add_up(
-    opened: Open, peer_on: Callable[..., Peer]
-) -> None:
+def test_killed_writers_leave_bytes_that_add_up(opened: Open, peer_on: Callable[..., Peer]) -> None:
     settings = {"namespace_quota_nbytes": 40_000, "ttl_s": 60}
     backend = opened(**settings)
-    for n in range(3):
+    for n in range(2):
         peer = peer_on(**settings)
         peer.begin("churn", f"writer {n}", 60)
-        for label in range(20):
+        for label in range(8):
             put(backend, [f"{n} {label}"])
         peer.kill()
         assert backend.usage()[NAMESPACE] <= 40_000

@@ -309,6 +309,14 @@ def test_a_cap_that_was_lowered_holds_from_the_next_write_on(new: New) -> None:
     assert present(store, A, D) == [True, True]
 
 
+def test_an_object_of_no_length_comes_and_goes_as_others(new: New) -> None:
+    store = new(namespace_quota_nbytes=20)
+    write(store, A, nbytes=0)
+    assert present(store, A) == [True]
+    assert store.delete([A]) == 1
+    assert sum(store.usage().values()) == 0
+
+
 def test_another_length_counts_anew(new: New) -> None:
     store = new(namespace_quota_nbytes=30)
     write(store, A)

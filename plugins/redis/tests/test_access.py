@@ -48,6 +48,8 @@ def test_the_rights_of_the_readme_are_enough_for_everything(guarded: Server, ope
     assert backend.batch_exists(keys) == 4
     assert sorted(backend.list_keys("")) == sorted(keys)
     assert {finding.level for finding in backend.diagnose()} <= {"ok", "warning"}
+    assert backend.pin(keys, 60) == 4
+    assert sum(backend.usage().values()) == 4 * 164
     backend.delete(keys[:1])
     assert backend.clear("") == 3
 

@@ -14,7 +14,13 @@ from hicache_core.testing.suite import StorageBackendTests
 from plugins.redis.tests.servers import ClusterOfServers, Server, running
 
 PASSWORD = "a-secret-of-the-kit"
-FEATURES = frozenset(Feature) - {Feature.REGISTER_MEMORY, Feature.SMALL_STORE, Feature.SECRETS}
+FEATURES = frozenset(Feature) - {
+    Feature.QUOTA,
+    Feature.REGISTER_MEMORY,
+    Feature.SECRETS,
+    Feature.SMALL_STORE,
+    Feature.TTL,
+}
 LIMITS = ("--maxmemory", "1gb", "--maxmemory-policy", "allkeys-lru")
 
 
@@ -35,7 +41,11 @@ def full_server() -> Iterator[Server]:
 class TestStandalone(StorageBackendTests):
     """Over TCP, with a password."""
 
-    features: ClassVar[frozenset[Feature]] = FEATURES | {Feature.SMALL_STORE, Feature.SECRETS}
+    features: ClassVar[frozenset[Feature]] = FEATURES | {
+        Feature.SECRETS,
+        Feature.SMALL_STORE,
+        Feature.TTL,
+    }
 
     @pytest.fixture
     def recipe(self, kit_server: Server) -> Recipe:
@@ -49,6 +59,10 @@ class TestStandalone(StorageBackendTests):
     @pytest.fixture
     def small_store(self, full_server: Server) -> Recipe:
         return Recipe.named("redis", {"url": full_server.url})
+
+    @pytest.fixture
+    def expiring_store(self, recipe: Recipe) -> Recipe:
+        return Recipe.named("redis", {**recipe.settings, "ttl_s": self.kit.ttl_s})
 
 
 class TestUnixSocket(StorageBackendTests):

@@ -41,7 +41,7 @@ local function unbind(key, b)
     redis.call('ZREM', order(key, b), key)
     redis.call('ZREM', PINS, key)
     redis.call('ZREM', AGES, key)
-    redis.call('HINCRBY', SPACES, space_of(key), '-' .. b.nbytes)
+    redis.call('HINCRBY', SPACES, space_of(key), string.format('%.0f', 0 - b.nbytes))
     redis.call('ZADD', base .. 'held:' .. b.slab, text(b.till), b.number)
 end
 local function bound(key)

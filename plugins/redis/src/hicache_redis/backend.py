@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
@@ -14,8 +15,9 @@ from hicache_redis.connections import Dialer
 from hicache_redis.diagnose import diagnose
 from hicache_redis.dispatch import Dispatcher
 from hicache_redis.errors import reply_error
-from hicache_redis.operations import Count, Fetch, FetchAny, Probe, Remove, Store
-from hicache_redis.scan import scan
+from hicache_redis.operations import Count, Fetch, FetchAny, Probe, Remove, Store, Touch
+from hicache_redis.pins import Pins
+from hicache_redis.scan import measure, scan
 from hicache_redis.topology import Cluster, SingleServer, Topology
 
 _REMOVE_KEYS = 1024
@@ -32,7 +34,7 @@ class RedisBackend(StorageBackend):
         self.settings = config
         self._prefix = config.key_prefix.encode()
         self._ttl_ms = None if config.ttl_s is None else max(1, round(config.ttl_s * 1000))
-        self._opened: tuple[Dispatcher, Lanes] | None = None
+        self._opened: tuple[Dispatcher, Lanes, Pins] | None = None
 
     @property
     def dispatcher(self) -> Dispatcher:
@@ -44,6 +46,12 @@ class RedisBackend(StorageBackend):
         if self._opened is None:
             raise UseAfterClose("the redis backend is not open; call open() first")
         return self._opened[0]
+
+    @property
+    def _pins(self) -> Pins:
+        if self._opened is None:
+            raise UseAfterClose("the redis backend is not open; call open() first")
+        return self._opened[2]
 
     def open(self) -> None:
         if self._opened is not None:
@@ -68,12 +76,14 @@ class RedisBackend(StorageBackend):
             topology.close()
             lanes.close()
             raise
-        self._opened = dispatcher, lanes
+        pins = Pins(lambda keys: dispatcher.run(Touch(keys)))
+        self._opened = dispatcher, lanes, pins
 
     def close(self) -> None:
         opened, self._opened = self._opened, None
         if opened is not None:
-            dispatcher, lanes = opened
+            dispatcher, lanes, pins = opened
+            pins.close()
             dispatcher.topology.close()
             lanes.close()
 
@@ -140,6 +150,28 @@ class RedisBackend(StorageBackend):
                 n_removed += dispatcher.run(Remove(keys[start : start + _REMOVE_KEYS])).n_yes
         return n_removed
 
+    def pin(self, keys: Sequence[str], ttl_s: float) -> int:
+        """Touches ``keys`` now, and every few seconds until ``ttl_s`` has passed.
+
+        It ends with this backend. How well it keeps them depends on the server's policy.
+        """
+        dispatcher = self.dispatcher
+        whole = [self._whole(key) for key in keys]
+        if not whole:
+            return 0
+        n_present = dispatcher.run(Touch(whole)).n_yes
+        self._pins.pin(whole, ttl_s)
+        return n_present
+
+    def usage(self) -> Mapping[str, int]:
+        """Bytes of stored objects by namespace: asks for each key, so it takes its time."""
+        usage: Counter[str] = Counter()
+        start = len(self._prefix)
+        for key, nbytes in measure(self.dispatcher.topology, self._prefix):
+            namespace, _, _ = key[start:].decode(errors="replace").partition("/")
+            usage[namespace] += nbytes
+        return usage
+
     def stats(self) -> Mapping[str, float]:
         """Counters since ``open`` and the connections; asks no server."""
         dispatcher = self.dispatcher
@@ -148,6 +180,7 @@ class RedisBackend(StorageBackend):
                  "retries", "unserved_batches")  # fmt: skip
         return {
             **{name: float(dispatcher.counts[name]) for name in known},
+            "pinned_objects": float(len(self._pins)),
             "connections": float(sum(pool.n_open for pool in pools)),
             "connections_opened": float(sum(pool.n_opened for pool in pools)),
         }

@@ -154,6 +154,16 @@ class Remove(Operation):
         return [command(b"UNLINK", self.keys[n])]
 
 
+class Touch(Operation):
+    """Makes keys the most recently used; yes for those that are there."""
+
+    verb = "pin"
+    stops = False
+
+    def request(self, n: int) -> list[Chunk]:
+        return [command(b"TOUCH", self.keys[n])]
+
+
 class Probe(Operation):
     """Asks for the right to write, and writes nothing: XX stores only over what is there."""
 

@@ -1,15 +1,19 @@
-"""Enumerates the keys of every server."""
+"""Enumerates the keys of every server, and the lengths of their objects."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
-from hicache_redis.errors import ErrorReply, reply_error
+from hicache_redis.connections import Pool
+from hicache_redis.errors import MISSES, ErrorReply, reply_error
+from hicache_redis.resp import Reply, command
 from hicache_redis.topology import Topology
 
 _SCAN_COUNT = b"1000"
+_NOT_HERE = MISSES | {"MOVED", "ASK"}  # another program's, or gone to another server meanwhile
+_TOUCH_AGAIN = (b"CLIENT", b"NO-TOUCH", b"OFF")
 _GLOB = re.compile(rb"([*?\[\]\\^])")
 
 
@@ -21,6 +25,43 @@ def scan(topology: Topology, prefix: bytes) -> Iterator[list[bytes]]:
     Raises:
         BackendError: a server cannot be asked; a listing without its keys would be no listing.
     """
+    for _, keys in _scan(topology, prefix):
+        yield keys
+
+
+def measure(topology: Topology, prefix: bytes) -> Iterator[tuple[bytes, int]]:
+    """The keys that start with ``prefix``, each once, with the lengths of their objects.
+
+    What comes or goes meanwhile may be missed. No key becomes more recently used by it.
+
+    Raises:
+        BackendError: a server cannot be asked.
+    """
+    seen: set[bytes] = set()
+    for pool, found in _scan(topology, prefix):
+        keys = [key for key in dict.fromkeys(found) if key not in seen]
+        seen.update(keys)
+        for key, reply in zip(keys, _lengths(pool, keys), strict=True):
+            if isinstance(reply, ErrorReply) and reply.code not in _NOT_HERE:
+                raise reply_error(reply, pool.server, "measure objects")
+            if isinstance(reply, int) and reply:
+                yield key, reply
+
+
+def _lengths(pool: Pool, keys: Sequence[bytes]) -> list[Reply]:
+    """What the server answers when it is asked for the lengths; asking touches no key."""
+    with pool.lease("measure objects") as wire:
+        asked = [command(b"STRLEN", key) for key in keys]
+        wire.send([command(b"CLIENT", b"NO-TOUCH", b"ON"), *asked, command(*_TOUCH_AGAIN)])
+        first, *lengths, last = (wire.read_reply() for _ in range(len(keys) + 2))
+        for reply in (first, last):
+            if isinstance(reply, ErrorReply):
+                raise reply_error(reply, pool.server, "measure objects and leave their order")
+    return lengths
+
+
+def _scan(topology: Topology, prefix: bytes) -> Iterator[tuple[Pool, list[bytes]]]:
+    """The server that was asked, and keys of it."""
     pattern = _GLOB.sub(rb"\\\1", prefix) + b"*"
     for pool in topology.pools():
         cursor = b"0"
@@ -30,6 +71,6 @@ def scan(topology: Topology, prefix: bytes) -> Iterator[list[bytes]]:
                 if isinstance(reply, ErrorReply):
                     raise reply_error(reply, pool.server, "list keys")
             cursor, keys = cast("tuple[bytes, list[bytes]]", reply)
-            yield keys
+            yield pool, keys
             if cursor == b"0":
                 break
