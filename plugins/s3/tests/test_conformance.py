@@ -32,6 +32,8 @@ _CAN = [
     Feature.CLEAR,
     Feature.STATS,
     Feature.DIAGNOSE,
+    Feature.TTL,
+    Feature.USAGE,
     Feature.SECOND_INSTANCE,
     Feature.SECOND_PROCESS,
     Feature.SECRETS,
@@ -46,6 +48,11 @@ class TestPacked(StorageBackendTests):
     def recipe(self, server: Weed) -> Recipe:
         """On the module's server."""
         return Recipe.of(S3Backend, settings(server.url, read_timeout_s=1.0, prefix="packed/"))
+
+    @pytest.fixture
+    def expiring_store(self, recipe: Recipe) -> Recipe:
+        """The same bucket."""
+        return Recipe.of(S3Backend, {**recipe.settings, "ttl_s": self.kit.ttl_s})
 
     @pytest.fixture
     def store_control(self, server: Weed) -> Weed:
@@ -63,3 +70,8 @@ class TestAlone(StorageBackendTests):
     def recipe(self, server: Weed) -> Recipe:
         """On the module's server."""
         return Recipe.of(S3Backend, settings(server.url, pack=False, prefix="alone/"))
+
+    @pytest.fixture
+    def expiring_store(self, recipe: Recipe) -> Recipe:
+        """The same bucket."""
+        return Recipe.of(S3Backend, {**recipe.settings, "ttl_s": self.kit.ttl_s})

@@ -20,6 +20,7 @@ from hicache_s3.objects import Counts, Objects
 from hicache_s3.pages import Alone, Found, Pages, page_name
 from hicache_s3.reading import read_batch
 from hicache_s3.search import Search
+from hicache_s3.usage import usage_by_namespace
 from hicache_s3.writing import pages_per_pack, write_batch
 
 _COUNTERS = (
@@ -136,12 +137,13 @@ class S3Backend(StorageBackend):
     def list_keys(self, prefix: str) -> Iterator[str]:
         """Every key that starts with ``prefix``, a thousand at a time."""
         start = len(page_name(""))
-        return (name[start:] for name in self._opened().objects.names(page_name(prefix)))
+        return (name[start:] for name, _ in self._opened().objects.listed(page_name(prefix)))
 
     def clear(self, prefix: str) -> int:
         """Removes every key that starts with ``prefix``; how many there were."""
         store = self._opened()
-        keys = list(self.list_keys(prefix))
+        start = len(page_name(""))
+        keys = [name[start:] for name in store.objects.names(page_name(prefix))]
         if len(prefix) > _NAMESPACE_NCHARS:  # packs may hold other pages as well
             self.delete(keys)
             return len(keys)
@@ -149,6 +151,10 @@ class S3Backend(StorageBackend):
         packs = list(store.objects.names(f"packs/{prefix}"))
         store.objects.remove([*map(page_name, keys), *packs])
         return len(keys)
+
+    def usage(self) -> Mapping[str, int]:
+        """Bytes of pages by namespace: a listing, and a request for each pack, so it takes long."""
+        return usage_by_namespace(self._opened())
 
     def stats(self) -> Mapping[str, float]:
         """Pages and bytes read, written, missed and dropped since ``open``; busy answers."""

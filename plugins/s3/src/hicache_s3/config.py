@@ -66,6 +66,11 @@ class S3Config(BackendConfig):
         ge=0,
         description="how long a request is tried again after SlowDown and other 5xx answers",
     )
+    ttl_s: Seconds | None = Field(
+        default=None,
+        description="objects that were written so long ago are misses; a rule of the bucket "
+        "removes them",
+    )
     pack: bool = Field(default=True, description="whether small pages of one write are packed")
     pack_nbytes: Nbytes = Field(
         default=8 * 2**20, description="size of a pack, to the nearest page"

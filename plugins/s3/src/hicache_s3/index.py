@@ -34,6 +34,11 @@ INDEX_NBYTES = _HEAD.size + MAX_PACK_PAGES * _ENTRY.size
 """No index is longer."""
 
 
+def is_index_nbytes(nbytes: int) -> bool:
+    """Whether an index may be so long; a page may be so by chance."""
+    return _HEAD.size < nbytes <= INDEX_NBYTES and (nbytes - _HEAD.size) % _ENTRY.size == 0
+
+
 class Slot(NamedTuple):
     """Where a page lies in its pack, in bytes."""
 

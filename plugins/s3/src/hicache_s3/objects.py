@@ -23,6 +23,7 @@ from botocore.exceptions import (
 from hicache_core.errors import BackendTimeout, BackendUnavailable
 from hicache_core.storage.segments import nbytes_of
 from hicache_core.types import Page
+from hicache_s3.age import is_expired, now_at_store
 from hicache_s3.config import S3Config
 from hicache_s3.connections import Answer, Choose, Connections, Head, new_memory
 from hicache_s3.crew import Crew
@@ -84,7 +85,7 @@ class Objects:
     def fetch(
         self, name: str, choose: Choose = new_memory, span: tuple[int, int] | None = None
     ) -> Answer | None:
-        """Reads an object; None if there is none.
+        """Reads an object; None if there is none, or its time is over.
 
         Args:
             name: its name below the prefix.
@@ -93,11 +94,20 @@ class Objects:
                 has status 416 if the object ends before it begins.
         """
         headers = {"Range": f"bytes={span[0]}-{span[1] - 1}"} if span else {}
-        return self._request("GET", name, headers=headers, choose=choose)
+
+        def choose_young(head: Head) -> Page | None:
+            return None if is_expired(head.headers, self.config.ttl_s) else choose(head)
+
+        return self._young(self._request("GET", name, headers=headers, choose=choose_young))
 
     def look(self, name: str) -> Answer | None:
-        """The headers of an object; None if there is none."""
-        return self._request("HEAD", name)
+        """The headers of an object; None if there is none, or its time is over."""
+        return self._young(self._request("HEAD", name))
+
+    def _young(self, answer: Answer | None) -> Answer | None:
+        if answer is None or is_expired(answer.headers, self.config.ttl_s):
+            return None
+        return answer
 
     def store(self, name: str, page: Page, headers: Mapping[str, str] | None = None) -> None:
         """Writes an object; in parts if it is large, and still whole or not at all."""
@@ -126,7 +136,18 @@ class Objects:
                     raise self._refused(refusal, "delete")
 
     def names(self, prefix: str) -> Iterator[str]:
-        """Names below the prefix that start with ``prefix``, as they are listed."""
+        """Names below the prefix that start with ``prefix``; those whose time is over as well."""
+        return (name for name, *_ in self._listing(prefix))
+
+    def listed(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """Names that start with ``prefix``, and lengths, of objects whose time is not over."""
+        ttl_s = self.config.ttl_s
+        for name, nbytes, age_s in self._listing(prefix):
+            if ttl_s is None or age_s < ttl_s:
+                yield name, nbytes
+
+    def _listing(self, prefix: str) -> Iterator[tuple[str, int, float]]:
+        """Names, lengths and ages in seconds, a thousand with each request."""
         start = len(self.config.prefix)
         token: dict[str, str] = {}
         while True:
@@ -134,8 +155,10 @@ class Objects:
                 page = self.endpoint.client.list_objects_v2(
                     Bucket=self.config.bucket, Prefix=self.config.prefix + prefix, **token
                 )
+            now_s = now_at_store(page["ResponseMetadata"]["HTTPHeaders"])
             for entry in page.get("Contents", ()):
-                yield entry["Key"][start:]
+                age_s = now_s - int(entry["LastModified"].timestamp())
+                yield entry["Key"][start:], entry["Size"], age_s
             if not page.get("IsTruncated"):
                 return
             token = {"ContinuationToken": page["NextContinuationToken"]}
