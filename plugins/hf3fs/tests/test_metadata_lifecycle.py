@@ -20,7 +20,7 @@ from hicache_hf3fs.metadata import (
 )
 from hicache_hf3fs.metadata_redis import RedisMetadata
 from hicache_hf3fs.metadata_sqlite import SqliteMetadata
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plugins.hf3fs.tests.helpers import Valkey, key_of
@@ -82,6 +82,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+@settings(deadline=None)
 @given(now=st.floats(1.7e9, 4e9), age=st.floats(0, 1e9), ttl_s=st.floats(0.001, 1e9))
 def test_a_generation_knows_its_age_to_the_millisecond(
     now: float, age: float, ttl_s: float

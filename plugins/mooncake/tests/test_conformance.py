@@ -46,7 +46,8 @@ def small_world(start_world: Any, tmp_path_factory: pytest.TempPathFactory) -> I
 
 def recipe_for(master: Any) -> Recipe:
     """Backends that lend nothing themselves, so that one that is killed takes no page with it."""
-    return Recipe.of(MooncakeBackend, {"master_server_address": master.address, **SETTINGS})
+    where = {"master_server_address": master.address, "master_metrics_port": master.metrics_port}
+    return Recipe.of(MooncakeBackend, {**where, **SETTINGS})
 
 
 class TestMooncake(StorageBackendTests):
@@ -56,9 +57,12 @@ class TestMooncake(StorageBackendTests):
         Feature.CLEAR,
         Feature.CONTROL,
         Feature.DIAGNOSE,
+        Feature.LIST,
+        Feature.PIN,
         Feature.REGISTER_MEMORY,
         Feature.SMALL_STORE,
         Feature.STATS,
+        Feature.USAGE,
     }
 
     @pytest.fixture

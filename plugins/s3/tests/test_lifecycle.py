@@ -10,7 +10,7 @@ from email.utils import formatdate
 import pytest
 from hicache_s3.age import is_expired, now_at_store
 from hicache_s3.index import INDEX_NBYTES, PackIndex, is_index_nbytes
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hicache_core.storage.base import Pins, ReportsUsage
@@ -38,6 +38,7 @@ def headers(written_s: float | None, now_s: float | None) -> Message:
     return message
 
 
+@settings(deadline=None)
 @given(now=st.integers(1, 4_000_000_000), age=st.integers(0, 10**8), ttl_s=st.integers(1, 10**8))
 def test_the_age_is_by_the_clock_of_the_store(now: int, age: int, ttl_s: int) -> None:
     """``now`` has nothing to do with the clock of this machine."""

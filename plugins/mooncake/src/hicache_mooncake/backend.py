@@ -13,6 +13,7 @@ from hicache_core.errors import BackendFull, IntegrityError
 from hicache_core.storage.base import BackendConfig, Buffer, Finding, StorageBackend
 from hicache_core.storage.segments import nbytes_of
 from hicache_core.types import BackendContext, Page
+from hicache_mooncake.admin import Admin
 from hicache_mooncake.client import Client, Store
 from hicache_mooncake.config import MooncakeConfig
 from hicache_mooncake.diagnose import diagnose
@@ -47,6 +48,7 @@ class MooncakeBackend(StorageBackend):
         super().__init__(config, context)
         self.settings = config
         self.client = Client(config)
+        self._admin = Admin(config)
         self._memory = RegisteredMemory()
         self._staging = Staging(config.staging_nbytes, self.client.register, self.client.unregister)
         self._gate = SliceGate(MAX_SLICES)
@@ -135,6 +137,33 @@ class MooncakeBackend(StorageBackend):
         if n < 0:
             raise self.client.error(n, f"clear of {prefix!r}")
         return n
+
+    def list_keys(self, prefix: str) -> Iterator[str]:
+        """Every key that starts with ``prefix``, as of now, from the master's HTTP port."""
+        with self.client.using():
+            return self._admin.keys(prefix)
+
+    def pin(self, keys: Sequence[str], ttl_s: float) -> int:
+        """Has the master evict ``keys`` last for ``ttl_s`` seconds; how many of them are present.
+
+        Mooncake knows this as a property of a write, so each object is read and written over
+        itself. While that lasts, it is a miss.
+        """
+        with self.client.using() as store:
+            replication = self.client.pinning(ttl_s)
+            codes = [self._staging.rewrite(store, key, replication) for key in keys]
+            for code in codes:
+                if code != OK and code not in MISSES and code not in DROPS:
+                    raise self.client.error(code, "pin")
+            return codes.count(OK)
+
+    def usage(self) -> Mapping[str, int]:
+        """Bytes of stored objects by namespace, one copy of each; asks for all of them."""
+        usage: Counter[str] = Counter()
+        with self.client.using():
+            for key, nbytes in self._admin.sizes(self._admin.keys("")):
+                usage[key.partition("/")[0]] += nbytes
+        return usage
 
     def stats(self) -> Mapping[str, float]:
         """Misses, drops and staged pages by kind since ``open``; sizes of the memory in use."""

@@ -55,6 +55,7 @@ class Store(Protocol):
     def batch_put_from(
         self, keys: list[str], addresses: list[int], sizes: list[int], config: Any
     ) -> list[int]: ...
+    def upsert_from(self, key: str, address: int, size: int, config: Any) -> int: ...
     def batch_put_from_multi_buffers(
         self, keys: list[str], addresses: list[list[int]], sizes: list[list[int]], config: Any
     ) -> list[int]: ...
@@ -112,6 +113,7 @@ class Client:
             ping=self._ping,
         )
         self.replication: Any = None
+        self._library: Any = None
 
     def open(self) -> None:
         """Reaches the master, sets up in a child process, then here.
@@ -135,6 +137,7 @@ class Client:
             self._liveness.close()
             raise
         self.replication = self._replicate_config(library)
+        self._library = library
         self._store, self._closing = store, False
 
     def close(self, release_memory: Callable[[], None]) -> None:
@@ -209,6 +212,15 @@ class Client:
         if code in OUTAGES:
             self._liveness.lost(error)
         return error
+
+    def pinning(self, ttl_s: float) -> Any:
+        """As ``replication``, for objects that are pinned for ``ttl_s`` seconds, 0 for no more."""
+        replication = self._replicate_config(self._library)
+        action = self._library.SoftPinAction
+        replication.soft_pin_action = action.ENABLE if ttl_s > 0 else action.DISABLE
+        if ttl_s > 0:
+            replication.soft_pin_ttl_ms = max(1, round(ttl_s * 1000))
+        return replication
 
     def ping_s(self) -> float:
         """Seconds that the master takes to answer."""

@@ -77,7 +77,7 @@ class MooncakeConfig(BackendConfig):
         default=9003,
         gt=0,
         lt=65536,
-        description="the master's HTTP port; only `hicache doctor` uses it",
+        description="the master's HTTP port; listing, usage and `hicache doctor` use it",
     )
     tenant_id: str = Field(default="default", min_length=1, description="the store's tenant")
     replica_num: int = Field(default=1, ge=1, description="copies of every object")

@@ -29,7 +29,7 @@ class Staging:
     """One registered buffer that pages are copied through, a call at a time.
 
     It is allocated when it is first needed and grows up to ``limit_nbytes``. Any thread may call
-    ``fetch``, ``read`` and ``write``; they wait for each other.
+    ``fetch``, ``read``, ``write`` and ``rewrite``; they wait for each other.
     """
 
     def __init__(
@@ -105,6 +105,22 @@ class Staging:
                     place[:] = EMPTY
             addresses = [self._address + start for start in starts[:-1]]
             return store.batch_put_from(list(keys), addresses, sizes, replication)
+
+    def rewrite(self, store: Store, key: str, replication: Any) -> int:
+        """Writes an object over itself, with other properties; Mooncake's code.
+
+        Raises:
+            BackendError: it is larger than the buffer may be.
+        """
+        size = store.get_size(key)
+        if size < 0:
+            return size
+        with self._lock:
+            self._room(size)
+            code = store.batch_get_into([key], [self._address], [size])[0]
+            if code != size:
+                return code if code < 0 else INVALID_PARAMS
+            return store.upsert_from(key, self._address, size, replication)
 
     def release(self) -> None:
         """Gives the buffer back."""
