@@ -13,6 +13,7 @@ from hicache_core.storage.base import Pins, ReportsUsage
 from plugins.hf3fs.tests.conftest import Open
 from plugins.hf3fs.tests.helpers import NAMESPACE, Peer, content, hits, key_of, put
 from plugins.hf3fs.tests.test_rebuild import lose
+from tests.scrubbing import check_scrub
 
 
 def test_a_backend_pins_and_reports_its_usage(anyhow: Open) -> None:
@@ -69,3 +70,7 @@ def test_killed_writers_leave_bytes_that_add_up(opened: Open, peer_on: Callable[
         peer.kill()
         assert backend.usage()[NAMESPACE] <= 40_000
         backend.check_integrity()
+
+
+def test_scrubbing_removes_corrupt_and_foreign_pages(anyhow: Open) -> None:
+    check_scrub(anyhow(slot_nbytes=8000), *map(key_of, range(3)))

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import hypothesis.strategies as st
-from hicache_hf3fs.metadata import Limits, Slot, Wanted, Written, namespace_of
+from hicache_hf3fs.metadata import Limits, Slot, Wanted, Written
 from hicache_hf3fs.metadata_sqlite import SqliteMetadata
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import (
@@ -22,6 +22,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from hicache_core.storage.base import namespace_of
 from plugins.hf3fs.tests.helpers import key_of
 
 SLAB, N_SLOTS, NBYTES, CAP_NBYTES, TTL_S = "r0.4096", 5, 10, 30, 100.0

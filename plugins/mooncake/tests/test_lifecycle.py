@@ -13,6 +13,7 @@ from hicache_mooncake.admin import Admin
 from hicache_core.errors import BackendCorrupt, BackendError, BackendUnavailable
 from hicache_core.storage.base import Listable, Pins, ReportsUsage
 from plugins.mooncake.tests.conftest import NAMESPACE, Master, Peer, free_port
+from tests.scrubbing import check_scrub
 
 NBYTES = 256 << 10
 OTHER = NAMESPACE[::-1]
@@ -163,3 +164,7 @@ def test_an_unknown_address_is_told(small: Master, tmp_path: Path) -> None:
     admin = Admin(config)
     with pytest.raises(BackendError, match="answers 404"):
         admin._ask(f"/{tmp_path.name}")
+
+
+def test_scrubbing_removes_corrupt_and_foreign_pages(on_small: MooncakeBackend) -> None:
+    check_scrub(on_small, *map(key_of, range(3)))

@@ -15,6 +15,7 @@ from hicache_core.errors import BackendDenied, BackendUnavailable, UseAfterClose
 from hicache_core.storage import base
 from plugins.redis.tests.pages import NAMESPACE, filled, keys_of
 from plugins.redis.tests.servers import ClusterOfServers, Server, running
+from tests.scrubbing import check_scrub
 
 Open = Callable[..., RedisBackend]
 SHAPE = (64, 65_472)
@@ -186,3 +187,7 @@ def test_missing_rights_are_an_error_not_a_wrong_figure(own_server: Server, open
             backend.usage()
     with pytest.raises(BackendDenied, match="NOPERM"):
         backend.pin(["ns/key"], 60)
+
+
+def test_scrubbing_removes_corrupt_and_foreign_pages(own_server: Server, opened: Open) -> None:
+    check_scrub(opened(url=own_server.url), *keys_of(3, "scrub"))

@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hicache_core.storage.base import Pins, ReportsUsage
+from hicache_core.storage.scrub import scrub
 from plugins.s3.tests.conftest import MakeBackend
 from plugins.s3.tests.weed import Weed
-from plugins.s3.tests.world import NAMESPACE, NBYTES, content, hits, keys_of, put
+from plugins.s3.tests.world import NAMESPACE, NBYTES, content, filled, hits, keys_of, put
+from tests.scrubbing import check_scrub, sealed
 
 EIGHT = {"pack_nbytes": 8 * NBYTES}
 """Packs of eight pages."""
@@ -143,3 +145,20 @@ def test_usage_leaves_what_is_known_of_packs_as_it_is(make_backend: MakeBackend)
 
 def test_pins_are_not_offered(make_backend: MakeBackend) -> None:
     assert not isinstance(make_backend(), Pins)
+
+
+def test_scrubbing_removes_corrupt_and_foreign_pages(make_backend: MakeBackend) -> None:
+    check_scrub(make_backend(), *keys_of(3))
+
+
+def test_scrubbing_takes_a_bad_page_out_of_its_pack(make_backend: MakeBackend) -> None:
+    keys = keys_of(8)
+    pages = [(memoryview(sealed(key)),) for key in keys]
+    pages[3] = filled(keys[3], (pages[3][0].nbytes,))  # type: ignore[assignment]
+    backend = make_backend(**EIGHT)
+    assert backend.batch_set(keys, pages) == 8
+    assert backend.stats()["puts"] == 9, "a pack and its indexes"
+    kinds = [checked.kind for checked in scrub(make_backend(**EIGHT))]
+    assert sorted(kinds) == ["corrupt", *["good"] * 7]
+    reader = make_backend(**EIGHT)
+    assert [reader.exists(key) for key in keys] == [n != 3 for n in range(8)]

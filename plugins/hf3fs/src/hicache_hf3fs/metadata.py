@@ -96,11 +96,6 @@ def oldest_generation(now_s: float, ttl_s: float | None) -> int:
     return 0 if ttl_s is None else max(0, int((now_s - ttl_s) * 1000) + 1) << RANDOM_BITS
 
 
-def namespace_of(key: str) -> str:
-    """What stands before the ``/`` of a key."""
-    return key.partition("/")[0]
-
-
 class MetadataStore(ABC):
     """Binds slots to keys, for all processes that share the slabs.
 

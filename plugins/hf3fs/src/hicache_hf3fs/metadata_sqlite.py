@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hicache_core.errors import BackendError, IntegrityError, UseAfterClose
+from hicache_core.storage.base import namespace_of
 from hicache_hf3fs.metadata import (
     Binding,
     Found,
@@ -25,10 +26,9 @@ from hicache_hf3fs.metadata import (
     Totals,
     Wanted,
     Written,
-    namespace_of,
     oldest_generation,
 )
-from hicache_hf3fs.sqlite_file import SqliteFile, translated
+from hicache_hf3fs.sqlite_file import SqliteFile, add_bounds, counts_bytes, translated
 from hicache_hf3fs.sqlite_room import UNBIND, Room, SlabRow
 
 _CHUNK = 500  # parameters of one statement
@@ -77,6 +77,11 @@ class SqliteMetadata(MetadataStore):
         self._writer = self._file.open()
         with translated(self._path):
             self._reader = self._file.connection()
+        limits = self._limits
+        if limits.ttl_s is not None or limits.namespace_quota_nbytes is not None:
+            with self._writing() as db:
+                ttl, quota = limits.ttl_s is not None, limits.namespace_quota_nbytes is not None
+                add_bounds(db, ttl=ttl, quota=quota)
 
     def close(self) -> None:
         with self._write_lock, self._read_lock:
@@ -268,17 +273,20 @@ class SqliteMetadata(MetadataStore):
                         f"{self.where}: slab {name} has {n_rows} rows of {fresh} used slots, the "
                         f"last is {last}, of {n_slots} in all"
                     )
-            counted = dict(db.execute("SELECT * FROM spaces WHERE used_nbytes != 0").fetchall())
-            summed = dict(
-                db.execute(
-                    "SELECT namespace, sum(nbytes) FROM slots WHERE key IS NOT NULL "
-                    "GROUP BY namespace HAVING sum(nbytes) != 0"
-                ).fetchall()
-            )
-            if counted != summed:
-                raise IntegrityError(
-                    f"{self.where}: counted {counted} bytes, but there are {summed}"
-                )
+            self._check_bytes(db)
+
+    def _check_bytes(self, db: sqlite3.Connection) -> None:
+        if not counts_bytes(db):
+            return
+        counted = dict(db.execute("SELECT * FROM spaces WHERE used_nbytes != 0").fetchall())
+        summed = dict(
+            db.execute(
+                "SELECT namespace, sum(nbytes) FROM slots WHERE key IS NOT NULL "
+                "GROUP BY namespace HAVING sum(nbytes) != 0"
+            ).fetchall()
+        )
+        if counted != summed:
+            raise IntegrityError(f"{self.where}: counted {counted} bytes, but there are {summed}")
 
     def _bound(
         self, keys: Sequence[str], db: sqlite3.Connection | None = None

@@ -54,12 +54,17 @@ CREATE TABLE slots (
 CREATE UNIQUE INDEX by_key ON slots (key) WHERE key IS NOT NULL;
 CREATE INDEX by_use ON slots (slab_id, pinned_until IS NOT NULL, used_at, number DESC)
     WHERE key IS NOT NULL;
+CREATE INDEX by_pin ON slots (pinned_until) WHERE pinned_until IS NOT NULL;
+CREATE INDEX by_hold ON slots (slab_id, held_until) WHERE key IS NULL;
+"""
+# Each write pays for what follows, so it is made by the first who has a use for it.
+_FOR_TTL = "CREATE INDEX IF NOT EXISTS by_age ON slots (generation) WHERE key IS NOT NULL;"
+_FOR_QUOTA = """
 CREATE INDEX by_space ON slots (namespace, pinned_until IS NOT NULL, used_at, number DESC)
     WHERE key IS NOT NULL;
-CREATE INDEX by_pin ON slots (pinned_until) WHERE pinned_until IS NOT NULL;
-CREATE INDEX by_age ON slots (generation) WHERE key IS NOT NULL;
-CREATE INDEX by_hold ON slots (slab_id, held_until) WHERE key IS NULL;
 CREATE TABLE spaces (namespace TEXT PRIMARY KEY, used_nbytes INTEGER NOT NULL) WITHOUT ROWID;
+INSERT INTO spaces
+    SELECT namespace, sum(nbytes) FROM slots WHERE key IS NOT NULL GROUP BY namespace;
 CREATE TRIGGER unbound AFTER UPDATE OF key ON slots WHEN OLD.key IS NOT NULL BEGIN
     UPDATE spaces SET used_nbytes = used_nbytes - OLD.nbytes WHERE namespace = OLD.namespace;
 END;
@@ -90,6 +95,27 @@ def translated(path: Path) -> Iterator[None]:
         code = getattr(exc, "sqlite_errorcode", 0) & 0xFF
         kind, advice = _ERRORS.get(code, (BackendUnavailable, "see the text before"))
         raise kind(f"metadata {path}: {exc}: {advice}") from exc
+
+
+def counts_bytes(db: sqlite3.Connection) -> bool:
+    """Whether the bytes of each namespace are counted, for somebody's quota."""
+    return db.execute("SELECT 1 FROM sqlite_master WHERE name = 'spaces'").fetchone() is not None
+
+
+def add_bounds(db: sqlite3.Connection, *, ttl: bool, quota: bool) -> None:
+    """Makes what an age limit and a quota need, if it is missing; the caller is in a transaction.
+
+    Whoever has the database open follows: triggers and indexes are the database's own.
+    """
+    script = _FOR_TTL if ttl else ""
+    if quota and not counts_bytes(db):
+        script += _FOR_QUOTA
+    statement = ""
+    for line in script.splitlines():
+        statement += f"{line}\n"
+        if sqlite3.complete_statement(statement):
+            db.execute(statement)
+            statement = ""
 
 
 class SqliteFile:

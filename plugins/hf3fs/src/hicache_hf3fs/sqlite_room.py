@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
-from hicache_hf3fs.metadata import Slot, Wanted, Written, namespace_of, new_generation
+from hicache_core.storage.base import namespace_of
+from hicache_hf3fs.metadata import Slot, Wanted, Written, new_generation
 
 UNBIND = "UPDATE slots SET key = NULL, generation = 0, pinned_until = NULL WHERE key IS NOT NULL "
 _FREE = "UPDATE slots SET held_until = 0, generation = 0 WHERE slab_id = ? AND number = ?"

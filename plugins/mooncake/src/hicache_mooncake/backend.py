@@ -10,7 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 from hicache_core.errors import BackendFull, IntegrityError
-from hicache_core.storage.base import BackendConfig, Buffer, Finding, StorageBackend
+from hicache_core.storage.base import (
+    BackendConfig,
+    Buffer,
+    Finding,
+    StorageBackend,
+    namespace_of,
+)
 from hicache_core.storage.segments import nbytes_of
 from hicache_core.types import BackendContext, Page
 from hicache_mooncake.admin import Admin
@@ -162,7 +168,7 @@ class MooncakeBackend(StorageBackend):
         usage: Counter[str] = Counter()
         with self.client.using():
             for key, nbytes in self._admin.sizes(self._admin.keys("")):
-                usage[key.partition("/")[0]] += nbytes
+                usage[namespace_of(key)] += nbytes
         return usage
 
     def stats(self) -> Mapping[str, float]:

@@ -7,7 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 from hicache_core.errors import BackendUnavailable, UseAfterClose
-from hicache_core.storage.base import BackendConfig, Buffer, Finding, StorageBackend
+from hicache_core.storage.base import (
+    BackendConfig,
+    Buffer,
+    Finding,
+    StorageBackend,
+    namespace_of,
+)
 from hicache_core.storage.lanes import Lanes
 from hicache_core.types import BackendContext, Page
 from hicache_redis.config import RedisConfig
@@ -168,8 +174,7 @@ class RedisBackend(StorageBackend):
         usage: Counter[str] = Counter()
         start = len(self._prefix)
         for key, nbytes in measure(self.dispatcher.topology, self._prefix):
-            namespace, _, _ = key[start:].decode(errors="replace").partition("/")
-            usage[namespace] += nbytes
+            usage[namespace_of(key[start:].decode(errors="replace"))] += nbytes
         return usage
 
     def stats(self) -> Mapping[str, float]:

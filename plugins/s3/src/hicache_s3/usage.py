@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from hicache_core.storage.base import namespace_of
 from hicache_s3.index import IndexCache, PackIndex, is_index_nbytes
 from hicache_s3.pages import Pages, page_name
 
@@ -23,9 +24,9 @@ def usage_by_namespace(store: Pages) -> Counter[str]:
         if is_index_nbytes(nbytes):
             unsure.append(key)
         else:
-            usage[_namespace(key)] += nbytes
+            usage[namespace_of(key)] += nbytes
     for key, nbytes in _resolved(store, unsure).items():
-        usage[_namespace(key)] += nbytes
+        usage[namespace_of(key)] += nbytes
     return usage
 
 
@@ -45,7 +46,3 @@ def _resolved(store: Pages, keys: list[str]) -> dict[str, int]:
 
     store.crew.run(ask, keys)
     return {key: known[key] for key in keys if key in known}
-
-
-def _namespace(key: str) -> str:
-    return key.partition("/")[0]
