@@ -155,20 +155,20 @@ class MooncakeBackend(StorageBackend):
         Mooncake knows this as a property of a write, so each object is read and written over
         itself. While that lasts, it is a miss.
         """
-        with self.client.using() as store:
-            replication = self.client.pinning(ttl_s)
-            codes = [self._staging.rewrite(store, key, replication) for key in keys]
-            for code in codes:
-                if code != OK and code not in MISSES and code not in DROPS:
-                    raise self.client.error(code, "pin")
-            return codes.count(OK)
+        n_pinned = 0
+        for key in keys:  # one at a time, so that close() need not wait for all of them
+            with self.client.using() as store:
+                code = self._staging.rewrite(store, key, self.client.pinning(ttl_s))
+            if code != OK and code not in MISSES and code not in DROPS:
+                raise self.client.error(code, f"pin of {key}")
+            n_pinned += code == OK
+        return n_pinned
 
     def usage(self) -> Mapping[str, int]:
         """Bytes of stored objects by namespace, one copy of each; asks for all of them."""
         usage: Counter[str] = Counter()
-        with self.client.using():
-            for key, nbytes in self._admin.sizes(self._admin.keys("")):
-                usage[namespace_of(key)] += nbytes
+        for key, nbytes in self._admin.sizes(self.list_keys("")):
+            usage[namespace_of(key)] += nbytes
         return usage
 
     def stats(self) -> Mapping[str, float]:
