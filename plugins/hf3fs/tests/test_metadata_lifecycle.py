@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -325,3 +326,63 @@ def test_another_length_counts_anew(new: New) -> None:
     assert write(store, A, nbytes=20) == 1
     assert store.usage() == {HERE: 20} or store.usage() == {HERE: 30}
     assert present(store, A) == [True]
+
+
+def test_a_lease_does_not_keep_an_object_from_the_cap_but_its_slot_from_reuse(
+    tmp_path: Path,
+) -> None:
+    store = SqliteMetadata(
+        tmp_path / "index.sqlite", Limits(5.0, 60.0, 60.0, namespace_quota_nbytes=20)
+    )
+    store.open()
+    store.register(SLAB, N_SLOTS, [])
+    write(store, A, B)
+    bindings = [binding for binding in store.lookup([A, B]) if binding is not None]
+    write(store, C)
+    assert present(store, A, B, C) in ([False, True, True], [True, False, True])
+    assert store.unchanged([A, B], bindings) < 2, "whoever reads it is told"
+    assert store.totals(SLAB) == (N_SLOTS, 2, 1)
+    store.close()
+
+
+def test_an_object_of_a_time_without_an_age_limit_expires_too(new: New) -> None:
+    before = new()
+    before.register("r1.4096", N_SLOTS, [Found(0, new_generation(time.time() - 61), A, 10)])
+    assert present(before, A) == [True]
+    store = new(ttl_s=60.0)
+    assert present(store, A) == [False]
+    assert store.lookup([A]) == [None]
+    assert store.usage() == {}, "it has been asked for"
+
+
+def test_a_quota_that_comes_later_counts_what_was_there(new: New) -> None:
+    write(new(), A, B)
+    store = new(namespace_quota_nbytes=20)
+    store.check_integrity()
+    write(store, C)
+    assert store.usage() == {HERE: 20}
+    write(new(), D)
+    store.check_integrity()
+    assert store.usage() == {HERE: 30}, "whoever has no quota keeps to none"
+
+
+def test_pins_end_with_a_reboot(tmp_path: Path) -> None:
+    def opened() -> SqliteMetadata:
+        store = SqliteMetadata(tmp_path / "index.sqlite", Limits(5.0, 0.01, 5.0))
+        store.open()
+        return store
+
+    store = opened()
+    store.register(SLAB, N_SLOTS, [])
+    for key in (A, B, C, D):
+        write(store, key)
+    store.pin([A], 3600)
+    store.close()
+    with sqlite3.connect(tmp_path / "index.sqlite") as db:
+        db.execute("UPDATE boots SET boot_id = 'another'")
+    db.close()
+    store = opened()
+    write(store, E)
+    assert present(store, A, B) == [False, True]
+    store.check_integrity()
+    store.close()
