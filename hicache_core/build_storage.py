@@ -24,7 +24,7 @@ from hicache_core.storage.chain_config import ChainConfig
 from hicache_core.storage.executor import Deadlines, Worker
 from hicache_core.storage.guard import GuardedBackend
 from hicache_core.storage.guard_config import GuardConfig
-from hicache_core.storage.manifest import leave_manifest
+from hicache_core.storage.manifest import manifest_page
 from hicache_core.storage.sealed import SealedBackend
 from hicache_core.storage.worker import StorageWorker
 from hicache_core.types import BackendContext
@@ -192,8 +192,6 @@ class StorageOpener:
         try:
             if isinstance(backend, RegistersMemory):
                 backend.register_memory(self._host.buffers)
-            if self._is_writer:
-                leave_manifest(backend, self._described, self._host.object_nbytes)
             worker = StorageWorker(
                 backend,
                 n_threads=self._config.hicache_storage_threads,
@@ -215,4 +213,5 @@ class StorageOpener:
             verdict=made.verdict,
             statuses=lambda: backend_statuses(made.guards),
             rejected=lambda: rejected_pages(made.seals),
+            manifest=manifest_page(self._described, self._host.object_nbytes),
         )

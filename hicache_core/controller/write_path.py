@@ -147,7 +147,7 @@ class WritePath:
     def _tell_stored(self, store: _Store) -> None:
         """Tells the journal which leading pages storage has now."""
         parts, n = self._parts, store.n_leading
-        if parts.journal is None or n == 0:
+        if parts.journal is None or not parts.journal.hears_gains or n == 0:
             return
         digests = store.keys.digests[: n * DIGEST_NBYTES]
         tokens = store.tokens[: n * parts.page_size * TOKEN_NBYTES]
