@@ -36,6 +36,9 @@ from hicache_core.types import Page
 SLOT_NBYTES = 32 << 20
 """About so much staging for each call at once: enough keys for a store to work on many."""
 
+SLOT_PAGES = 128
+"""And no more pages than a storage job has."""
+
 
 class _Slot:
     """Staging memory of one call: ``n_pages`` pages, each as objects of its groups.
@@ -153,7 +156,7 @@ class HeadGroupBackend(BackendWrapper):
         namespaces = head_group_namespaces(spec, page_size, layout, group)
         self._prefixes = [namespace + "/" for namespace in namespaces]
         page_nbytes = self._cut.n_groups * _aligned(HEADER_NBYTES + self._cut.group_nbytes)
-        self._slot_pages = max(1, SLOT_NBYTES // page_nbytes)
+        self._slot_pages = max(1, min(SLOT_PAGES, SLOT_NBYTES // page_nbytes))
         self._slot_nbytes = self._slot_pages * page_nbytes
         self._n_slots = n_slots
         self._slot_timeout_s = slot_timeout_s
