@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import ClassVar, cast
@@ -268,6 +268,10 @@ class HeadGroupBackend(BackendWrapper):
                 )
             result += [prefix + page_hash for prefix in self._prefixes]
         return result
+
+    def verdict(self, key: str, of_object: Callable[[str], str | None]) -> str | None:
+        """Why the page under ``key`` was refused: the verdict on one of its objects, or None."""
+        return next(filter(None, map(of_object, self.inner_keys([key]))), None)
 
     def inner_prefixes(self, prefix: str) -> list[tuple[str, str]]:
         """For keys from outside that start with ``prefix``: each group's prefix, and what follows.

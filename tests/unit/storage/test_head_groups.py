@@ -191,8 +191,12 @@ def test_a_group_that_is_damaged_is_a_miss_of_its_page(store: MemoryBackend) -> 
     value = bytearray(store.get(damaged) or b"")
     value[-1] ^= 1
     store.set(damaged, value)
+    sealed = backend.inner
+    assert isinstance(sealed, SealedBackend)
     assert backend.batch_get(rank.keys, rank.pages) == 1
     assert backend.batch_exists(rank.keys) == 1  # the seal removed what it found
+    verdicts = [backend.verdict(key, sealed.verdict) for key in rank.keys[:3]]
+    assert verdicts == [None, "corrupt", None]
 
 
 def test_a_full_store_ends_the_count_at_whole_pages() -> None:
