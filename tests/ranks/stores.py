@@ -20,7 +20,7 @@ class Store(StorageBackend):
         latency_s: every call waits so long.
         failing: every call raises.
         n_kept: of each read the pages after so many are missing.
-        n_written: objects that this process stored.
+        n_written: pages that this process stored.
     """
 
     name = "troubled"
@@ -63,7 +63,6 @@ class Store(StorageBackend):
     def set(self, key: str, value: Buffer) -> None:
         self._suffer()
         self.inner.set(key, value)
-        Store.n_written += 1
 
     def delete(self, keys: Sequence[str]) -> None:
         self.inner.delete(keys)

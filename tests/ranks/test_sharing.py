@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from tests.ranks.fleet import Fleet
@@ -20,10 +18,6 @@ def stored(fleet: Fleet, store: str, **settings: object) -> None:
     assert fleet.same("request", PROMPT) == COMPUTED
     assert fleet.same("flush")
     fleet.all("close")
-
-
-def n_objects(store: str) -> int:
-    return sum(1 for path in Path(store).rglob("*") if path.is_file() and len(path.name) >= 64)
 
 
 def test_ranks_agree_by_minimum_and_hear_each_other(fleet: Fleet) -> None:
