@@ -134,7 +134,7 @@ class HeadGroupBackend(BackendWrapper):
         *,
         group: int,
         n_slots: int,
-        slot_timeout_s: float = 10.0,
+        slot_timeout_s: float = 1.0,
     ) -> None:
         """Allocates nothing; ``open`` does.
 
@@ -144,7 +144,7 @@ class HeadGroupBackend(BackendWrapper):
             page_size: tokens in a page.
             layout: name of the host layout.
             group: KV heads of one object (``storage_head_group``).
-            n_slots: calls at once: as many as the worker has threads.
+            n_slots: calls at once: as many as the worker has threads, and some for calls that hang.
             slot_timeout_s: how long a call waits for staging memory.
 
         Raises:
