@@ -10,6 +10,7 @@ from hicache_core.errors import BackendUnavailable
 from hicache_core.storage.base import Buffer, StorageBackend
 from hicache_core.storage.file import FileBackend
 from hicache_core.storage.file_config import FileConfig
+from hicache_core.storage.manifest import MANIFEST_HASH
 from hicache_core.types import BackendContext, Page
 
 
@@ -79,5 +80,5 @@ class Store(StorageBackend):
     def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
         self._suffer()
         n_stored = self.inner.batch_set(keys, pages)
-        Store.n_written += n_stored
+        Store.n_written += sum(MANIFEST_HASH not in key for key in keys[:n_stored])
         return n_stored
