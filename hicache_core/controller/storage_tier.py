@@ -241,7 +241,7 @@ class StorageTier:
 
     def _leave_manifest(self, attachment: Attachment) -> None:
         """Stores what the namespace stands for; every rank has the job, and one may write."""
-        job_id = self._jobs.add(lambda _n_pages: None)
+        job_id = self._jobs.add_write(lambda _n_pages: None)
         if attachment.manifest is None:
             self._jobs.report(job_id, 0)
         else:
