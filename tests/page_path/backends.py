@@ -139,3 +139,16 @@ class GatedWrites(Store):
     def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
         self.gate.acquire()
         return super().batch_set(keys, pages)
+
+
+def reset() -> None:
+    """Empties the store that all share, and shuts the gates."""
+    Store.objects.clear()
+    Gated.reset()
+    GatedWrites.reset()
+
+
+def open_gates() -> None:
+    """Lets every call that waits go on."""
+    Gated.gate.release(1000)
+    GatedWrites.gate.release(1000)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.leaks import LeakWatch
+from tests.page_path import backends
+from tests.page_path.world import World
 
 
 @pytest.fixture(autouse=True)
@@ -22,3 +24,15 @@ def leak_watch() -> Iterator[None]:
     wrong = watch.stop()
     if wrong:
         pytest.fail("\n".join(["the test leaks", *wrong]), pytrace=False)
+
+
+@pytest.fixture
+def worlds() -> Iterator[list[World]]:
+    """Worlds to be closed, and checked, at the end; on backends that start empty."""
+    backends.reset()
+    made: list[World] = []
+    yield made
+    backends.open_gates()
+    for world in made:
+        world.close()
+    backends.reset()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,32 +10,7 @@ import pytest
 from hicache_core.controller.storage_tier import Attaching
 from hicache_core.errors import ConfigError
 from tests.page_path import backends
-from tests.page_path.world import Outcome, World, ids, make_world
-
-
-@pytest.fixture(autouse=True)
-def empty_store() -> Iterator[None]:
-    backends.Store.objects.clear()
-    backends.Gated.reset()
-    backends.GatedWrites.reset()
-    yield
-    backends.Store.objects.clear()
-
-
-@pytest.fixture
-def worlds() -> Iterator[list[World]]:
-    made: list[World] = []
-    yield made
-    for world in made:
-        backends.Gated.gate.release(100)
-        backends.GatedWrites.gate.release(100)
-        world.close()
-
-
-def opened(worlds: list[World], **settings: Any) -> World:
-    world = make_world(**settings)
-    worlds.append(world)
-    return world
+from tests.page_path.world import Outcome, World, ids, make_world, opened
 
 
 def shared() -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,30 +11,7 @@ from hicache_core.controller.explain import Explanation, Reason
 from hicache_core.page_keys import pack_tokens
 from hicache_core.types import Namespace
 from tests.page_path import backends
-from tests.page_path.world import PAGE_SIZE, World, ids, make_world
-
-
-@pytest.fixture(autouse=True)
-def empty_store() -> Iterator[None]:
-    backends.Store.objects.clear()
-    backends.Gated.reset()
-    yield
-    backends.Store.objects.clear()
-
-
-@pytest.fixture
-def worlds() -> Iterator[list[World]]:
-    made: list[World] = []
-    yield made
-    for world in made:
-        backends.Gated.gate.release(100)
-        world.close()
-
-
-def opened(worlds: list[World], **settings: Any) -> World:
-    world = make_world(**settings)
-    worlds.append(world)
-    return world
+from tests.page_path.world import PAGE_SIZE, World, ids, opened
 
 
 def on(worlds: list[World], backend: type[Any], **settings: Any) -> World:

@@ -7,32 +7,12 @@ from __future__ import annotations
 
 import random
 import uuid
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
 from hicache_core.errors import PoolExhausted
 from tests.page_path import backends
-from tests.page_path.world import PAGE_SIZE, World, ids, make_world
-
-
-@pytest.fixture
-def worlds() -> Iterator[list[World]]:
-    backends.Store.objects.clear()
-    backends.GatedWrites.reset()
-    made: list[World] = []
-    yield made
-    backends.GatedWrites.gate.release(1000)
-    for world in made:
-        world.close()
-    backends.Store.objects.clear()
-
-
-def opened(worlds: list[World], **settings: Any) -> World:
-    world = make_world(**settings)
-    worlds.append(world)
-    return world
+from tests.page_path.world import PAGE_SIZE, World, ids, opened
 
 
 @pytest.mark.parametrize("policy", ["write_through", "write_through_selective", "write_back"])

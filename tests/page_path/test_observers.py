@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import uuid
-from collections.abc import Iterator
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import urlopen
@@ -20,14 +19,6 @@ from hicache_core.config import HiCacheConfig
 from hicache_core.errors import ConfigError
 from hicache_core.pools.device import DevicePool
 from tests.page_path.world import PAGE_SIZE, SPEC, World, ids, make_world
-
-
-@pytest.fixture
-def worlds() -> Iterator[list[World]]:
-    made: list[World] = []
-    yield made
-    for world in made:
-        world.close()
 
 
 @pytest.fixture

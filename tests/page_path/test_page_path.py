@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import uuid
 from array import array
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from hicache_core.errors import IntegrityError, InvalidTokens, PoolExhausted, UseAfterClose
 from hicache_core.types import Namespace
-from tests.page_path.world import PAGE_SIZE, Outcome, World, ids, make_world
+from tests.page_path.world import PAGE_SIZE, Outcome, World, ids, make_world, opened
 
 MODES = [
     pytest.param({"hicache_mem_layout": layout, "hicache_io_backend": io}, id=f"{layout}-{io}")
@@ -28,21 +27,6 @@ MODES = [
 def store() -> dict[str, Any]:
     """Settings of a memory store that several worlds of one test share."""
     return {"share": uuid.uuid4().hex}
-
-
-@pytest.fixture
-def worlds() -> Iterator[list[World]]:
-    """Worlds to be closed, and checked, at the end."""
-    made: list[World] = []
-    yield made
-    for world in made:
-        world.close()
-
-
-def opened(worlds: list[World], **settings: Any) -> World:
-    world = make_world(**settings)
-    worlds.append(world)
-    return world
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -3,25 +3,10 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
 from typing import Any
-
-import pytest
 
 from tests.page_path import backends
 from tests.page_path.world import World, ids, make_world
-
-
-@pytest.fixture
-def worlds() -> Iterator[list[World]]:
-    backends.Store.objects.clear()
-    backends.GatedWrites.reset()
-    made: list[World] = []
-    yield made
-    backends.GatedWrites.gate.release(1000)
-    for world in made:
-        world.close()
-    backends.Store.objects.clear()
 
 
 def gated(worlds: list[World], **settings: Any) -> World:

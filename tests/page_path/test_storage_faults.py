@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from tests.page_path import backends
 from tests.page_path.world import Outcome, World, ids, make_world
-
-
-@pytest.fixture(autouse=True)
-def empty_store() -> Iterator[None]:
-    backends.Store.objects.clear()
-    backends.Gated.reset()
-    backends.GatedWrites.reset()
-    yield
-    backends.Store.objects.clear()
-
-
-@pytest.fixture
-def worlds() -> Iterator[list[World]]:
-    made: list[World] = []
-    yield made
-    for world in made:
-        world.close()
 
 
 def on(worlds: list[World], backend: type[backends.Store] | type[Any], **settings: Any) -> World:

@@ -146,6 +146,13 @@ def make_world(
     return World(HiCache(config, SPEC, pool, clock=clock, batch_pages=batch_pages), pool)
 
 
+def opened(worlds: list[World], **settings: Any) -> World:
+    """A world that the fixture ``worlds`` closes."""
+    world = make_world(**settings)
+    worlds.append(world)
+    return world
+
+
 def ids(n: int, start: int = 0) -> list[int]:
     """``n`` token ids that count up from ``start``."""
     return list(range(start, start + n))
