@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from copy import copy
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from random import Random
-
-import torch
 
 from hicache_core.build import WRITE_POLICIES
 from hicache_core.build_storage import ADMISSIONS
@@ -25,12 +22,8 @@ from hicache_core.controller.prefetch_policy import (
 from hicache_core.controller.quarantine import Quarantine
 from hicache_core.controller.storage_tier import Attachment, StorageTier
 from hicache_core.errors import BackendUnavailable
-from hicache_core.kv_spec import KVSpec
 from hicache_core.page_keys import storage_namespace
-from hicache_core.pools.allocator import PageAllocator
-from hicache_core.pools.device import DevicePool
 from hicache_core.pools.host import HostPool
-from hicache_core.pools.layout import LAYOUTS
 from hicache_core.radix.eviction import eviction_policy
 from hicache_core.radix.tree import RadixTree
 from hicache_core.ranks import RankGroup
@@ -43,6 +36,7 @@ from hicache_core.testing.simulation.clock import InvariantBroken, Process, Virt
 from hicache_core.testing.simulation.copies import SimCopyQueue
 from hicache_core.testing.simulation.engine import Engine
 from hicache_core.testing.simulation.link import Link, Weather
+from hicache_core.testing.simulation.memory import device_pool, host_pool
 from hicache_core.testing.simulation.setup import Setup
 from hicache_core.testing.simulation.worker import SimWorker
 from hicache_core.transfer import native
@@ -148,9 +142,7 @@ def open_rank(world: World, group: RankGroup) -> Rank:
     """Starts the controller of one rank."""
     setup, rank = world.setup, group.rank
     process = Process(world.clock)
-    spec = setup.spec(rank)
-    device = _device_pool(spec, setup)
-    host = _host_pool(spec, setup)
+    device, host = device_pool(setup, rank), host_pool(setup, rank)
     jobs = AuditedJobs(group)
     loads = _copy_queue(world, process)
     stores = _copy_queue(world, process) if setup.two_queues else loads
@@ -256,36 +248,6 @@ class Opener:
         )
         clock, process = self._world.clock, self._process
         return GuardedBackend(sealed, config, lambda: clock.now, process.sleep, self._world.draw)
-
-
-def _device_pool(spec: KVSpec, setup: Setup) -> DevicePool:
-    """Tensors of this size are cheaper from torch than from a mapping of their own."""
-    shape = (setup.device_pages, setup.page_size)
-    buffers = [
-        [
-            torch.zeros(*shape, *component.shape, dtype=getattr(torch, component.dtype))
-            for _ in range(spec.num_layers)
-        ]
-        for component in spec.components
-    ]
-    return DevicePool.from_buffers(spec, setup.page_size, buffers)
-
-
-@cache
-def _mapped_host_pool(spec: KVSpec, page_size: int, n_pages: int, layout: str) -> HostPool:
-    return HostPool(spec, page_size, n_pages, LAYOUTS[layout])
-
-
-def _host_pool(spec: KVSpec, setup: Setup) -> HostPool:
-    """A pool over memory that earlier schedules used: to map it takes longer than a schedule.
-
-    It is filled with the same bytes each time, since a schedule must be a function of its seed.
-    """
-    mapped = _mapped_host_pool(spec, setup.page_size, setup.host_pages, setup.layout)
-    mapped.buffers[0][:] = b"\xa5" * mapped.nbytes
-    pool = copy(mapped)
-    pool.allocator = PageAllocator(pool.n_pages)
-    return pool
 
 
 def _copy_queue(world: World, process: Process) -> SimCopyQueue:

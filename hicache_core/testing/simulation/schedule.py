@@ -89,6 +89,7 @@ class Schedule:
         setup = Setup.drawn(draw, ranks)
         self.doing = "start"
         self.tally: Counter[str] = Counter()
+        self._is_touched = False  # since the last check
         self.world = World(
             setup,
             VirtualClock(),
@@ -133,7 +134,8 @@ class Schedule:
         steps = [step for _, step in self._steps]
         for step in self._draw.choices(steps, weights, k=n_steps):
             step()
-            self._check()
+            if self._is_touched:  # else only the weather or a store is another
+                self._check()
         self._come_to_rest()
         self._close()
 
@@ -176,7 +178,8 @@ class Schedule:
 
     def _end(self, rank: Rank) -> None:
         """A process is gone; what it counted stays."""
-        self.tally.update(asdict(rank.engine.cache.counters))
+        counters = rank.engine.cache.counters
+        self.tally.update({name: getattr(counters, name) for name in counters.__slots__})
         for worker in rank.workers:
             self.tally.update({f"jobs_{state.value}": n for state, n in worker.told.items()})
             self.tally["jobs_hanging"] += rank.process.n_hanging
@@ -376,6 +379,7 @@ class Schedule:
     def _do(self, name: str, step: Callable[[Rank], T]) -> list[T]:
         """Does ``step`` on every rank; the results by rank."""
         self.doing = name
+        self._is_touched = True
         results = self._lockstep.run(lambda rank: step(self._ranks[rank]))
         self._trace.add(self.world.clock.now, name, results[0])
         return results
@@ -392,6 +396,7 @@ class Schedule:
         return results[0]
 
     def _check(self) -> None:
+        self._is_touched = False
         for rank in self._ranks:
             checks.check_rank(rank.engine, rank.workers)
         checks.check_ranks_agree([rank.engine for rank in self._ranks])

@@ -24,6 +24,10 @@ PREFETCH_POLICIES: tuple[PrefetchName, ...] = (
 )
 
 
+HOST_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 36, 48, 72)
+"""Host pools come in few sizes, since schedules use those of earlier ones again."""
+
+
 @dataclass(frozen=True, slots=True)
 class Setup:
     """One small world.
@@ -75,15 +79,15 @@ class Setup:
     @classmethod
     def drawn(cls, draw: Random, ranks: int | None) -> Setup:
         """A world for ``draw``; with ``ranks`` of them, or any of 1, 2 and 4."""
-        n_ranks = ranks or draw.choice((1, 1, 1, 1, 1, 1, 1, 2, 2, 4))
+        n_ranks = ranks or draw.choices((1, 2, 4), (80, 15, 5))[0]
         page_size = draw.choice((2, 4))
         device_pages = draw.randint(4, 24)
         return cls(
             ranks=n_ranks,
-            window=None if n_ranks == 1 and draw.random() < 0.5 else draw.choice((8, 16, 64)),
+            window=draw.choice((8, 8, 16, 16, 64) if n_ranks > 1 else (None, None, 8, 16)),
             page_size=page_size,
             device_pages=device_pages,
-            host_pages=max(1, int(device_pages * draw.choice((0.3, 0.5, 1.0, 2.0, 3.0)))),
+            host_pages=_rounded(device_pages * draw.choice((0.3, 0.5, 1.0, 2.0, 3.0))),
             layout=draw.choice(LAYOUTS),
             write_policy=draw.choice(WRITE_POLICIES),
             device_eviction=draw.choice(EVICTION_POLICIES),
@@ -111,3 +115,8 @@ class Setup:
             fingerprint="simulated-model",
         )
         return whole.shard(heads=(rank, rank + 1))
+
+
+def _rounded(n_pages: float) -> int:
+    """The largest of ``HOST_SIZES`` that is no larger."""
+    return max(size for size in HOST_SIZES if size <= max(n_pages, 1))
