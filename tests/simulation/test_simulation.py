@@ -32,6 +32,8 @@ REACHED = (
     "prefetch_given_up",
     "storage_loaded_tokens",
     "store_dropped_pages",
+    "started_over",
+    "steps_with_orphaned_pages",
     "stored_pages",
 )
 

@@ -12,6 +12,7 @@ from hicache_core.build_storage import ADMISSIONS
 from hicache_core.controller.controller import Controller
 from hicache_core.controller.explain import Explainer
 from hicache_core.controller.jobs import JobTable, Settle
+from hicache_core.controller.journal import Journals
 from hicache_core.controller.parts import Parts
 from hicache_core.controller.prefetch_policy import (
     BestEffort,
@@ -35,6 +36,7 @@ from hicache_core.storage.sealed import SealedBackend
 from hicache_core.testing.simulation.clock import InvariantBroken, Process, VirtualClock
 from hicache_core.testing.simulation.copies import SimCopyQueue
 from hicache_core.testing.simulation.engine import Engine
+from hicache_core.testing.simulation.ledger import Ledger
 from hicache_core.testing.simulation.link import Link, Weather
 from hicache_core.testing.simulation.memory import device_pool, host_pool
 from hicache_core.testing.simulation.setup import Setup
@@ -103,12 +105,14 @@ class Rank:
         process: its tasks and events.
         engine: the requests, the controller, the device pool.
         jobs: its table of jobs.
+        ledger: what the journal was told.
         workers: of every storage that was attached, the latest last.
     """
 
     process: Process
     engine: Engine
     jobs: AuditedJobs
+    ledger: Ledger
     workers: list[SimWorker] = field(default_factory=list)
 
 
@@ -152,7 +156,7 @@ def open_rank(world: World, group: RankGroup) -> Rank:
     policies = eviction_policy(setup.device_eviction), eviction_policy(setup.host_eviction)
     opener = Opener(world, process, group, host)
     clock = world.local_clock(rank)
-    explainer = Explainer(clock)
+    explainer, ledger = Explainer(clock), Ledger()
     parts = Parts(
         page_size=setup.page_size,
         tree=RadixTree(setup.page_size, *policies),
@@ -165,14 +169,17 @@ def open_rank(world: World, group: RankGroup) -> Rank:
         storage=StorageTier(jobs, Quarantine(jobs, host.allocator), opener.open, process.spawn),
         prefetch_threshold=setup.prefetch_threshold,
         clock=clock,
+        sleep=world.clock.advance,
         batch_pages=setup.batch_pages,
         explainer=explainer,
-        journal=explainer,
+        journal=Journals([explainer, ledger]),
     )
     if setup.starts_with_storage:
         assert parts.storage is not None
         parts.storage.open(STORES[0], {})
-    return Rank(process, Engine(Controller(parts), device, rank), jobs, opener.workers)
+    return Rank(
+        process, Engine(Controller(parts), device, setup.shard(rank)), jobs, ledger, opener.workers
+    )
 
 
 class Opener:
