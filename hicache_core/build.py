@@ -109,8 +109,8 @@ class HiCache(Controller):
                 parts = _with_storage(parts, in_force, opener, undo)
             self._observers = Observers(in_force, clock, ranks.rank)
             undo.callback(self._observers.close)
+            self._observers.open(self)  # before it is there, so that a failure leaves no half cache
             super().__init__(self._observers.watching(parts))
-            self._observers.open(self)
             undo.pop_all()
 
     def close(self, timeout_s: float = 10.0) -> None:

@@ -13,7 +13,6 @@ from hicache_core.controller.controller import Controller
 from hicache_core.controller.explain import Explainer
 from hicache_core.controller.journal import Journal, Journals
 from hicache_core.controller.parts import Parts
-from hicache_core.controller.removals import RemovalCounts
 from hicache_core.errors import ConfigError
 from hicache_core.observe.http import StatusPages, StatusServer
 from hicache_core.observe.snapshot import CacheSnapshot
@@ -40,19 +39,17 @@ class Observers:
         self._config = config
         self._rank = rank
         self._explainer = Explainer(clock) if config.hicache_explain else None
-        self._removals = RemovalCounts()
         self._events = _events(config.kv_events_config) if rank == 0 else None
         self._server: StatusServer | None = None
 
     def watching(self, parts: Parts) -> Parts:
         """The parts, with everybody told who wants to know."""
-        journals: list[Journal] = [self._removals]
-        journals += [j for j in (self._explainer, self._events) if j is not None]
+        told = (self._explainer, self._events)
+        journals: list[Journal] = [journal for journal in told if journal is not None]
         return replace(
             parts,
             explainer=self._explainer,
-            removals=self._removals,
-            journal=Journals(journals),
+            journal=Journals(journals) if journals else None,
             spans=spans(enabled=self._config.hicache_tracing),
         )
 

@@ -24,8 +24,10 @@ from hicache_core.storage.chain_config import ChainConfig
 from hicache_core.storage.executor import Deadlines, Worker
 from hicache_core.storage.guard import GuardedBackend
 from hicache_core.storage.guard_config import GuardConfig
-from hicache_core.storage.manifest import leave_manifest
-from hicache_core.storage.sealed import SealedBackend
+from hicache_core.storage.head_cut import head_group_specs
+from hicache_core.storage.head_groups import HeadGroupBackend
+from hicache_core.storage.manifest import manifest_page
+from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
 from hicache_core.storage.worker import StorageWorker
 from hicache_core.types import BackendContext
 
@@ -179,21 +181,27 @@ class StorageOpener:
         self._described = describe_namespace(
             host.spec.identity(), config.page_size, config.hicache_mem_layout
         )
+        held = host.spec.heads[1] - host.spec.heads[0]
+        self._head_group = config.storage_head_group or held
+        self._n_groups = 1
+        if self._head_group != held:
+            self._n_groups = len(head_group_specs(host.spec, self._head_group))
         self._is_writer = holders.index(self._namespace) == ranks.rank
         self._context = BackendContext(
-            self._namespace, host.object_nbytes, ranks.rank, ranks.world_size
+            self._namespace,
+            HEADER_NBYTES + host.shape.page_nbytes // self._n_groups,
+            ranks.rank,
+            ranks.world_size,
         )
 
     def open(self, name: str, settings: Mapping[str, object]) -> Attachment:
         """See ``controller.storage_tier.OpenStorage``."""
         made = composed(name, settings, self._context, self._clock)
-        backend = made.backend
+        backend, verdict = self._with_head_groups(made)
         backend.open()
         try:
             if isinstance(backend, RegistersMemory):
                 backend.register_memory(self._host.buffers)
-            if self._is_writer:
-                leave_manifest(backend, self._described, self._host.object_nbytes)
             worker = StorageWorker(
                 backend,
                 n_threads=self._config.hicache_storage_threads,
@@ -212,7 +220,27 @@ class StorageOpener:
             self._namespace,
             is_writer=self._is_writer,
             admission=ADMISSIONS[self._config.prefetch_admission](),
-            verdict=made.verdict,
+            verdict=verdict,
             statuses=lambda: backend_statuses(made.guards),
             rejected=lambda: rejected_pages(made.seals),
+            # A manifest among pages that are cut by heads would be cut too, and say nothing.
+            manifest=None
+            if self._n_groups > 1
+            else manifest_page(self._described, self._host.object_nbytes),
         )
+
+    def _with_head_groups(
+        self, made: Composed
+    ) -> tuple[StorageBackend, Callable[[str], str | None]]:
+        """What cuts pages by heads, where an object has fewer than a page; and its verdicts."""
+        if self._n_groups == 1:
+            return made.backend, made.verdict
+        grouped = HeadGroupBackend(
+            made.backend,
+            self._host.spec,
+            self._config.page_size,
+            self._config.hicache_mem_layout,
+            group=self._head_group,
+            n_slots=2 * self._config.hicache_storage_threads,  # some may be with calls that hang
+        )
+        return grouped, lambda key: grouped.verdict(key, made.verdict)

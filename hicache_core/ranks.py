@@ -12,8 +12,11 @@ class RankGroup(ABC):
     Called by the owner thread only. ``agree_min`` is entered once a ``poll()`` by every rank,
     whatever it has to report; ``gather`` only when a cache is opened.
 
+    Both are collectives: every rank makes the same calls in the same order.
+
     Raises:
-        RankLost: from both, when another rank died or does not answer.
+        RankLost: from both, when another rank died, does not answer or is in another call; and
+            from every call after that: there is no way back but to start all ranks again.
     """
 
     rank: int
@@ -31,7 +34,7 @@ class RankGroup(ABC):
 
     @abstractmethod
     def gather(self, text: str) -> list[str]:
-        """What each rank said, by rank."""
+        """What each rank said, by rank: texts of any length."""
 
 
 class SingleRank(RankGroup):

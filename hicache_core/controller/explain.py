@@ -95,6 +95,8 @@ class Explainer(Journal):
         missed_tokens: computed tokens by reason, since the start.
     """
 
+    hears_gains = False
+
     def __init__(self, clock: Callable[[], float]) -> None:
         self.missed_tokens: Counter[str] = Counter()
         self._clock = clock

@@ -58,25 +58,32 @@ class JobTable:
 
     One agreement has a fixed shape::
 
-        | flag | copies, the oldest first | all other jobs, the oldest first |
+        | flag | copies | writes | all other jobs |      each lane: the oldest first
 
-    Copies end by themselves, so they have slots of their own: a store that answers nothing cannot
-    keep them from being settled.
+    Each kind has slots of its own, so none keeps another from being settled: copies end by
+    themselves, writes may wait behind a store that hangs, and questions, reads and timers are what
+    requests wait for.
     """
 
     def __init__(self, ranks: RankGroup) -> None:
         self._ranks = ranks
         self._next_id = 0
         window = ranks.window
-        n_copy_slots = 0 if window is None else (window - 1) // 4
-        self._copy_lane = _Lane(n_copy_slots)
-        self._lane = _Lane(0 if window is None else window - 1 - n_copy_slots)
+        n_slots = 0 if window is None else window - 1
+        self._copy_lane = _Lane(n_slots // 4)
+        self._write_lane = _Lane(n_slots // 4)
+        self._lane = _Lane(n_slots - 2 * (n_slots // 4))
+        self._lanes = (self._copy_lane, self._write_lane, self._lane)
         self._reported: dict[int, int] = {}
         self._copies: dict[int, Copy] = {}  # whose tickets are not done on this rank
 
     def add(self, settle: Settle) -> int:
-        """Enters a job; its new id."""
+        """Enters a job that somebody waits for; its new id."""
         return self._enter(self._lane, settle)
+
+    def add_write(self, settle: Settle) -> int:
+        """Enters a write to storage; its new id."""
+        return self._enter(self._write_lane, settle)
 
     def add_copy(self, ticket: Ticket, n_pages: int, settle: Settle) -> None:
         """Enters a copy; it is reported by ``collect_copies`` once its ticket is done."""
@@ -85,7 +92,7 @@ class JobTable:
 
     def report(self, job_id: int, n_pages: int) -> None:
         """This rank is done with a job: ``n_pages`` leading pages, 0 if it failed."""
-        known = job_id in self._lane.settle or job_id in self._copy_lane.settle
+        known = any(job_id in lane.settle for lane in self._lanes)
         if not known or job_id in self._reported:
             raise IntegrityError(f"job {job_id} was reported twice or never submitted")
         self._reported[job_id] = n_pages
@@ -105,7 +112,7 @@ class JobTable:
     @property
     def n_jobs(self) -> int:
         """Jobs that are not settled."""
-        return len(self._lane.settle) + len(self._copy_lane.settle)
+        return sum(len(lane.settle) for lane in self._lanes)
 
     @property
     def n_copies(self) -> int:
@@ -131,7 +138,7 @@ class JobTable:
         if self._ranks.window is None:
             ids = sorted(self._reported)
         else:
-            ids = [*_padded(self._copy_lane), *_padded(self._lane)]
+            ids = [job_id for lane in self._lanes for job_id in _padded(lane)]
         mine = [flag, *(self._reported.get(job_id, NOT_REPORTED) for job_id in ids)]
         agreed_flag, *agreed = self._ranks.agree_min(mine)
         done = sorted(
@@ -149,7 +156,7 @@ class JobTable:
 
     def _leave(self, job_id: int) -> Settle:
         del self._reported[job_id]
-        lane = self._lane if job_id in self._lane.settle else self._copy_lane
+        lane = next(lane for lane in self._lanes if job_id in lane.settle)
         return lane.settle.pop(job_id)
 
 

@@ -29,7 +29,14 @@ class PageRun:
 
 
 class Journal(ABC):
-    """Told of every page that a tier gains or loses. Owner thread; must not block or raise."""
+    """Told of every page that a tier gains or loses. Owner thread; must not block or raise.
+
+    Attributes:
+        hears_gains: whether ``stored`` wants to be called: that costs the digests of all that is
+            inserted, computed on the owner thread.
+    """
+
+    hears_gains: bool = True
 
     @abstractmethod
     def stored(self, tier: Tier, run: PageRun) -> None:
@@ -55,11 +62,13 @@ class Journals(Journal):
 
     def __init__(self, journals: Sequence[Journal]) -> None:
         self._journals = tuple(journals)
+        self.hears_gains = any(journal.hears_gains for journal in journals)
 
     def stored(self, tier: Tier, run: PageRun) -> None:
         # docstring inherited
         for journal in self._journals:
-            journal.stored(tier, run)
+            if journal.hears_gains:
+                journal.stored(tier, run)
 
     def removed(self, tier: Tier, run: PageRun, cause: str) -> None:
         # docstring inherited

@@ -104,7 +104,7 @@ class Parts:
         sleep: lets so many seconds pass, when there is nothing to wait for.
         batch_pages: pages of one storage job at most.
         explainer: remembers why tokens were missed; None if nobody asks.
-        removals: counts what leaves the tiers; None if nobody asks.
+        removals: counts what leaves the tiers.
         journal: is told what the tiers gain and lose; None if nobody listens.
         spans: traces of what takes time.
         counters: what happened so far.
@@ -125,7 +125,7 @@ class Parts:
     sleep: Callable[[float], None] = time.sleep
     batch_pages: int = 128
     explainer: Explainer | None = None
-    removals: RemovalCounts | None = None
+    removals: RemovalCounts = field(default_factory=RemovalCounts)
     journal: Journal | None = None
     spans: Spans = field(default_factory=NoSpans)
     counters: Counters = field(default_factory=Counters)
@@ -159,7 +159,7 @@ class Parts:
             node: the node.
             in_use: of host pages that leave the tree, those that somebody else frees later.
         """
-        if self.journal is not None and not node.on_host:
+        if not node.on_host:
             for below in descendants(node):
                 if below.on_host:
                     self.tell_removed(Tier.HOST, below, "evicted")
@@ -177,11 +177,12 @@ class Parts:
 
     def tell_stored(self, tier: Tier, node: Node) -> None:
         """Tells the journal that ``tier`` holds the pages of ``node``."""
-        if self.journal is not None:
+        if self.journal is not None and self.journal.hears_gains:
             self.journal.stored(tier, self.page_run(node))
 
     def tell_removed(self, tier: Tier, node: Node, cause: str) -> None:
-        """Tells the journal that ``tier`` loses the pages of ``node``; before it does."""
+        """Counts and tells that ``tier`` loses the pages of ``node``; before it does."""
+        self.removals.add(tier, cause, node.n_pages)
         if self.journal is not None:
             self.journal.removed(tier, self.page_run(node), cause)
 

@@ -42,7 +42,7 @@ def take_snapshot(
             "host": counters.host_hit_tokens - n_storage,
             "storage": n_storage,
         },
-        evicted_pages=[] if parts.removals is None else parts.removals.evicted_pages(),
+        evicted_pages=parts.removals.evicted_pages(),
         bytes_in_flight=dict(in_flight),
         queue_depths=dict(depths),
         jobs_in_flight={

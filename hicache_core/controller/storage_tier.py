@@ -15,7 +15,7 @@ from hicache_core.errors import HiCacheError
 from hicache_core.observe.snapshot import BackendStatus
 from hicache_core.storage.base import Flushable, StorageBackend
 from hicache_core.storage.executor import Worker
-from hicache_core.types import Job, JobResult, JobState, ReadJob, WriteJob
+from hicache_core.types import Job, JobResult, JobState, Page, ReadJob, WriteJob
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ class Attachment:
         verdict: why the object under a key was refused when it was read last; None if it was not.
         statuses: what is known of each store, the nearest first; no store is asked.
         rejected: objects that were refused when read, by kind.
+        manifest: key and page of an object that says what the namespace stands for; None for none.
         epoch: number of this attachment, from 1: what ``Node.stored_in`` names.
     """
 
@@ -57,6 +58,7 @@ class Attachment:
     verdict: Callable[[str], str | None] = lambda _key: None
     statuses: Callable[[], Sequence[BackendStatus]] = tuple
     rejected: Callable[[], Mapping[str, int]] = dict
+    manifest: tuple[str, Page] | None = None
     epoch: int = 0
 
     def close(self, timeout_s: float) -> list[Job]:
@@ -235,6 +237,17 @@ class StorageTier:
         self._epoch += 1
         attachment.epoch = self._epoch
         self.current = attachment
+        self._leave_manifest(attachment)
+
+    def _leave_manifest(self, attachment: Attachment) -> None:
+        """Stores what the namespace stands for; every rank has the job, and one may write."""
+        job_id = self._jobs.add_write(lambda _n_pages: None)
+        if attachment.manifest is None:
+            self._jobs.report(job_id, 0)
+        else:
+            key, page = attachment.manifest
+            job = WriteJob(job_id, [key], [page], sum(segment.nbytes for segment in page))
+            self.submit(attachment, job)
 
     def _opened(self, attaching: Attaching, on_all_ranks: int) -> None:
         attaching.done = True

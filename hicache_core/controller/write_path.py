@@ -114,7 +114,7 @@ class WritePath:
         pages = node.host_pages[:]
         for start in range(0, len(pages), parts.batch_pages):
             ids = pages[start : start + parts.batch_pages]
-            job_id = parts.jobs.add(partial(self._batch_settled, store, start, len(ids)))
+            job_id = parts.jobs.add_write(partial(self._batch_settled, store, start, len(ids)))
             store.n_batches += 1
             nbytes = len(ids) * parts.host.object_nbytes
             job = WriteJob(job_id, keys[start : start + len(ids)], parts.host.pages(ids), nbytes)
@@ -147,7 +147,7 @@ class WritePath:
     def _tell_stored(self, store: _Store) -> None:
         """Tells the journal which leading pages storage has now."""
         parts, n = self._parts, store.n_leading
-        if parts.journal is None or n == 0:
+        if parts.journal is None or not parts.journal.hears_gains or n == 0:
             return
         digests = store.keys.digests[: n * DIGEST_NBYTES]
         tokens = store.tokens[: n * parts.page_size * TOKEN_NBYTES]

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-from hicache_core.errors import BackendError
 from hicache_core.kv_spec import DTYPE_NBYTES
 from hicache_core.page_keys import namespace_digest
 from hicache_core.storage.base import Listable, ReportsUsage, StorageBackend
 from hicache_core.storage.sealed import HEADER_NBYTES, mismatch
+from hicache_core.types import Page
 
 logger = logging.getLogger(__name__)
 
@@ -94,41 +94,22 @@ def decode(namespace: str, payload: bytes | bytearray | memoryview) -> Manifest 
     return manifest if whole and manifest.namespace == namespace else None
 
 
-def write_manifest(backend: StorageBackend, manifest: Manifest, payload_nbytes: int) -> bool:
-    """Leaves the manifest in a store that has none; whether it is there now.
+def manifest_page(described: str, object_nbytes: int) -> tuple[str, Page] | None:
+    """The manifest as a cache stores it among its pages; None where pages are too small.
 
     Args:
-        backend: open, and one that seals what is stored.
-        manifest: of the cache that opened it.
-        payload_nbytes: length of a page without its header.
-
-    Raises:
-        BackendError: the store cannot answer, or is full.
-    """
-    key = manifest_key(manifest.namespace)
-    if backend.exists(key):
-        return True
-    payload = encode(manifest, payload_nbytes)
-    if payload is None:
-        return False
-    backend.set(key, payload)
-    return True
-
-
-def leave_manifest(backend: StorageBackend, described: str, object_nbytes: int) -> None:
-    """What a cache does when it opens a store: without its manifest, it works all the same.
-
-    Args:
-        backend: open, and one that seals what is stored.
         described: of ``page_keys.describe_namespace``.
         object_nbytes: length of every object, header included.
+
+    Returns:
+        Its key, and a page whose header is not filled in.
     """
-    try:
-        write_manifest(backend, Manifest.of(described), object_nbytes - HEADER_NBYTES)
-    except BackendError as error:
-        logger.warning(
-            "backend %s: the namespace's manifest is not stored: %s", backend.name, error
-        )
+    manifest = Manifest.of(described)
+    payload = encode(manifest, object_nbytes - HEADER_NBYTES)
+    if payload is None:
+        return None
+    header = memoryview(bytearray(HEADER_NBYTES))
+    return manifest_key(manifest.namespace), (header, memoryview(bytearray(payload)))
 
 
 def read_manifest(backend: StorageBackend, namespace: str) -> Manifest | None:

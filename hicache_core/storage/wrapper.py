@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from typing import Protocol, Self, cast
+from types import MappingProxyType
+from typing import ClassVar, Protocol, Self, cast
 
 from hicache_core.storage.base import (
     Buffer,
@@ -85,8 +86,9 @@ def _wrapper_class(wrapper: type, inner: type[StorageBackend]) -> type:
     ``isinstance`` looks capabilities up on the class, so they have to be there: a ``__getattr__``
     would not be seen. What ``wrapper`` defines itself goes before what is forwarded.
     """
+    translated = cast("type[BackendWrapper]", wrapper).translated
     forwards = [
-        mixin
+        translated.get(capability, mixin)
         for capability, mixin in _CAPABILITIES
         if issubclass(inner, capability) and not issubclass(wrapper, capability)
     ]
@@ -109,6 +111,10 @@ class BackendWrapper(StorageBackend):
     Attributes:
         inner: the next backend inward.
     """
+
+    translated: ClassVar[Mapping[type, type]] = MappingProxyType({})
+    """For a capability of ``inner`` the mixin that stands in its place, where to forward the
+    arguments as they are would be wrong."""
 
     def __new__(cls, inner: StorageBackend, *_: object, **__: object) -> Self:
         """Makes the object of a class that can do what ``inner`` can do."""

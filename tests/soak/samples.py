@@ -63,13 +63,13 @@ class Growth:
 def growth(samples: list[Sample]) -> list[Growth]:
     """The growth of each figure.
 
-    The noise: 5 % and 16 MiB of memory, since allocators keep what was used once; 3 threads and
-    8 descriptors, since a backend that is attached or drained at the moment has a few.
+    The noise: 5 % and 16 MiB of memory, since allocators keep what was used once; 8 threads and
+    8 descriptors, since a backend that is attached or drained at the moment has so many.
     """
     fifth = max(1, len(samples) // 5)
     early, late = samples[fifth : 2 * fifth] or samples, samples[-fifth:]
     found = []
-    for name, noise in (("resident_nbytes", 16 << 20), ("n_threads", 3), ("n_descriptors", 8)):
+    for name, noise in (("resident_nbytes", 16 << 20), ("n_threads", 8), ("n_descriptors", 8)):
         first = float(median(getattr(sample, name) for sample in early))
         last = float(median(getattr(sample, name) for sample in late))
         highest = max(float(getattr(sample, name)) for sample in samples)

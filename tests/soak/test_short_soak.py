@@ -39,4 +39,4 @@ def test_growth_compares_the_second_fifth_with_the_last() -> None:
         "resident_nbytes",
         "n_threads",
     ]
-    assert growth(leaking)[1] == Growth("n_threads", 19.5, 49.5, 54.0, 3)
+    assert growth(leaking)[1] == Growth("n_threads", 19.5, 49.5, 54.0, 8)

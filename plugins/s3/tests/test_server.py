@@ -54,7 +54,7 @@ def test_a_refused_connection_is_an_error_at_once(make_backend: MakeBackend) -> 
     start = time.monotonic()
     with pytest.raises(BackendUnavailable, match=r"refused.*check endpoint_url"):
         make_backend(f"http://127.0.0.1:{free_ports(1)[0]}")
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 20  # it does not wait for a time-out of minutes
 
 
 def test_doctor_finds_a_healthy_bucket_without_expiry(make_backend: MakeBackend) -> None:

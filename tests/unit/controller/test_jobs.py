@@ -56,7 +56,7 @@ def test_a_job_settles_once_with_the_least_number_of_any_rank() -> None:
     ranks = Others(window=9)
     jobs, settled = JobTable(ranks), []
     jobs.report(jobs.add(settled.append), 7)
-    ranks.peer = [1] + [NOT_REPORTED] * 2 + [3] + [NOT_REPORTED] * 5  # copies have two slots
+    ranks.peer = [1] + [NOT_REPORTED] * 4 + [3] + [NOT_REPORTED] * 3  # copies, writes: two slots
     for settle, n_pages in jobs.agree().settled:
         settle(n_pages)
     assert settled == [3]
@@ -98,6 +98,16 @@ def test_copies_settle_though_the_window_is_full_of_jobs_that_hang() -> None:
     jobs.add_copy(Done(), 3, lambda _: None)
     jobs.collect_copies()
     assert [n for _, n in jobs.agree().settled] == [3]
+
+
+def test_what_a_request_waits_for_settles_though_writes_hang() -> None:
+    jobs, settled = JobTable(Others(window=9)), []
+    for _ in range(100):
+        jobs.add_write(lambda _: None)
+    jobs.report(jobs.add(settled.append), 2)
+    for settle, n_pages in jobs.agree().settled:
+        settle(n_pages)
+    assert settled == [2]
 
 
 def test_the_flag_of_the_worst_rank_counts() -> None:

@@ -1,0 +1,195 @@
+"""Cuts a page by KV heads: which bytes of a stored page belong to which group of heads."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hicache_core.errors import SpecError
+from hicache_core.kv_spec import DTYPE_NBYTES, KVSpec
+from hicache_core.page_keys import storage_namespace
+from hicache_core.pools.layout import HostLayout, PoolShape
+from hicache_core.types import Page
+
+Bytes: TypeAlias = NDArray[np.uint8]
+
+
+class _Row(NamedTuple):
+    """One row (component, layer, token) of a page, where the object has it."""
+
+    segment: int
+    start: int
+    head_nbytes: int
+    nbytes: int
+
+
+class _Run(NamedTuple):
+    """Rows that follow each other and have the same length.
+
+    ::
+
+        page's segment   row 0: head 0, head 1, head 2, head 3 │ row 1: head 0, …
+        group 0 of 2     row 0: head 0, head 1 │ row 1: head 0, head 1 │ …
+        group 1 of 2     row 0: head 2, head 3 │ row 1: head 2, head 3 │ …
+
+    Attributes:
+        segment: which of the payload's segments.
+        start: first byte in that segment.
+        n_rows: rows.
+        group_start: first byte in the payload of each group.
+        group_nbytes: bytes of a row in each group.
+    """
+
+    segment: int
+    start: int
+    n_rows: int
+    group_start: int
+    group_nbytes: int
+
+
+def head_group_specs(spec: KVSpec, group: int) -> list[KVSpec]:
+    """What ranks with ``group`` KV heads each would hold of what ``spec`` holds, by heads.
+
+    Args:
+        spec: what a rank holds.
+        group: KV heads of one object.
+
+    Raises:
+        SpecError: ``group`` does not divide the heads, or does not start at a multiple of itself,
+            so that a fleet of another size would cut elsewhere.
+    """
+    start, stop, total = spec.heads
+    if group < 1 or (stop - start) % group or start % group:
+        raise SpecError(
+            f"storage_head_group {group} does not cut KV heads {start} to {stop} (of {total}) into "
+            "whole groups that start at its multiples; give a divisor of the heads of every rank, "
+            "or leave it out (as for MLA, whose latent has no heads)"
+        )
+    return [spec.shard(heads=(first, first + group)) for first in range(start, stop, group)]
+
+
+def head_group_namespaces(spec: KVSpec, page_size: int, layout: str, group: int) -> list[str]:
+    """The storage namespaces of a rank's groups of heads, by heads.
+
+    Each is the namespace of a rank that holds exactly those heads, so fleets of other sizes find
+    the same objects under the same keys.
+
+    Args:
+        spec: what the rank holds.
+        page_size: tokens in a page.
+        layout: name of the host layout.
+        group: KV heads of one object.
+
+    Raises:
+        SpecError: as ``head_group_specs``.
+    """
+    return [
+        storage_namespace(part.identity(), page_size, layout)
+        for part in head_group_specs(spec, group)
+    ]
+
+
+class HeadCut:
+    """Copies pages of one shape to groups of heads and back. Immutable, so for any thread.
+
+    Attributes:
+        n_groups: groups of heads in a page.
+        segment_nbytes: lengths of the segments of a page's payload.
+        group_nbytes: bytes of the payload of each group.
+    """
+
+    def __init__(self, spec: KVSpec, page_size: int, layout: HostLayout, group: int) -> None:
+        """Works out which bytes go where, from the layout's own arithmetic.
+
+        Raises:
+            SpecError: as ``head_group_specs``, or a component whose first dimension is not heads.
+        """
+        self.n_groups = len(head_group_specs(spec, group))
+        n_heads = spec.heads[1] - spec.heads[0]
+        if any(component.shape[0] != n_heads for component in spec.components):
+            shapes = [component.shape for component in spec.components]
+            raise SpecError(f"components of shapes {shapes} have no {n_heads} heads to cut by")
+        shape = PoolShape(spec, page_size, n_pages=1)
+        self.segment_nbytes = [stop - start for start, stop in layout.segments(shape, 0)]
+        self._runs = list(_runs(_rows(shape, layout), group))
+        self.group_nbytes = shape.page_nbytes // self.n_groups
+
+    def split(self, payload: Page, groups: Bytes) -> None:
+        """Copies a page's payload to its groups.
+
+        Args:
+            payload: the segments of a page without its header.
+            groups: uint8 (n_groups, group_nbytes) with rows without gaps; is written.
+
+        Raises:
+            ValueError: the segments are not those of this layout.
+        """
+        for whole, part in self._pairs(payload, groups):
+            np.copyto(part, whole)
+
+    def join(self, groups: Bytes, payload: Page) -> None:
+        """Copies groups to where they belong in a page's payload; see ``split``."""
+        for whole, part in self._pairs(payload, groups):
+            np.copyto(whole, part)
+
+    def _pairs(self, payload: Page, groups: Bytes) -> Iterator[tuple[Bytes, Bytes]]:
+        """Each run in the page and in its groups: (n_groups, n_rows, group_nbytes)."""
+        found = [segment.nbytes for segment in payload]
+        if found != self.segment_nbytes:
+            raise ValueError(
+                f"a page with segments of {found} bytes; expected {self.segment_nbytes}"
+            )
+        segments = [np.frombuffer(segment, np.uint8) for segment in payload]
+        n_groups = self.n_groups
+        for run in self._runs:
+            nbytes = run.n_rows * run.group_nbytes
+            whole = segments[run.segment][run.start : run.start + nbytes * n_groups]
+            part = groups[:, run.group_start : run.group_start + nbytes]
+            yield (
+                whole.reshape(run.n_rows, n_groups, run.group_nbytes).transpose(1, 0, 2),
+                part.reshape(n_groups, run.n_rows, run.group_nbytes),
+            )
+
+
+def _rows(shape: PoolShape, layout: HostLayout) -> list[_Row]:
+    """Every row of page 0, in the order in which the object has them."""
+    segments = layout.segments(shape, 0)
+    by_start = sorted((start, index) for index, (start, _) in enumerate(segments))
+    starts = [start for start, _ in by_start]
+    rows = []
+    for component, place in zip(shape.spec.components, layout.placements(shape), strict=True):
+        head_nbytes = math.prod(component.shape[1:]) * DTYPE_NBYTES[component.dtype]
+        for layer in range(shape.spec.num_layers):
+            for token in range(shape.page_size):
+                at = place.offset + layer * place.layer_stride + token * place.token_stride
+                start, index = by_start[bisect_right(starts, at) - 1]
+                rows.append(_Row(index, at - start, head_nbytes, place.row_nbytes))
+    return sorted(rows)
+
+
+def _runs(rows: Sequence[_Row], group: int) -> Iterator[_Run]:
+    """Rows that can be copied at once, as few runs as possible."""
+    group_starts = list(accumulate((row.head_nbytes * group for row in rows), initial=0))
+    first = 0
+    for n, row in enumerate(rows):
+        following = rows[n + 1] if n + 1 < len(rows) else None
+        goes_on = following is not None and following[:3] == (
+            row.segment,
+            row.start + row.nbytes,
+            row.head_nbytes,
+        )
+        if not goes_on:
+            yield _Run(
+                rows[first].segment,
+                rows[first].start,
+                n + 1 - first,
+                group_starts[first],
+                row.head_nbytes * group,
+            )
+            first = n + 1

@@ -1,0 +1,321 @@
+"""Stores a rank's pages as one object for each group of KV heads, whoever holds how many.
+
+A rank of two holds twice the heads of a rank of four. With objects of the heads that a rank of four
+holds, the same objects serve both: each is, byte for byte and under the same key, what a rank with
+exactly those heads would store.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import ClassVar, cast
+
+import numpy as np
+
+from hicache_core.errors import BackendTimeout, UseAfterClose
+from hicache_core.kv_spec import KVSpec
+from hicache_core.page_keys import storage_namespace
+from hicache_core.pools.layout import layout_named
+from hicache_core.storage.base import (
+    Buffer,
+    Clearable,
+    Listable,
+    Pins,
+    RegistersMemory,
+    StorageBackend,
+)
+from hicache_core.storage.head_cut import Bytes, HeadCut, head_group_namespaces
+from hicache_core.storage.sealed import HEADER_NBYTES
+from hicache_core.storage.wrapper import BackendWrapper
+from hicache_core.types import Page
+
+SLOT_NBYTES = 32 << 20
+"""About so much staging for each call at once: enough keys for a store to work on many."""
+
+SLOT_PAGES = 128
+"""And no more pages than a storage job has."""
+
+
+class _Slot:
+    """Staging memory of one call: ``n_pages`` pages, each as objects of its groups.
+
+    ::
+
+        page 0                                                            │ page 1 …
+        group 0: header (64), payload, gap │ group 1: header, payload, gap │
+    """
+
+    def __init__(self, memory: memoryview, n_pages: int, cut: HeadCut) -> None:
+        step = _aligned(HEADER_NBYTES + cut.group_nbytes)
+        objects = np.frombuffer(memory, np.uint8).reshape(n_pages, cut.n_groups, step)
+        payloads = objects[:, :, HEADER_NBYTES : HEADER_NBYTES + cut.group_nbytes]
+        self.groups: list[Bytes] = list(payloads)  # of each page: (n_groups, group_nbytes)
+        self.pages: list[Page] = [
+            (
+                memory[start : start + HEADER_NBYTES],
+                memory[start + HEADER_NBYTES : start + HEADER_NBYTES + cut.group_nbytes],
+            )
+            for start in range(0, n_pages * cut.n_groups * step, step)
+        ]
+
+
+class _RegistersStaging:
+    def register_memory(self, _buffers: Sequence[memoryview]) -> None:
+        """Announces the staging memory: no other is read or written by ``inner``."""
+        here = cast("HeadGroupBackend", self)
+        cast(RegistersMemory, here.inner).register_memory([here.staging])
+
+
+class _ListsPages:
+    def list_keys(self, prefix: str) -> Iterator[str]:
+        """Pages of which all groups are listed, by their keys from outside."""
+        here = cast("HeadGroupBackend", self)
+        inner = cast(Listable, here.inner)
+        listed = [
+            {key[len(group) :] for key in inner.list_keys(group + rest)}
+            for group, rest in here.inner_prefixes(prefix)
+        ]
+        hashes = set.intersection(*listed) if listed else set()
+        return (here.key_prefix + page_hash for page_hash in hashes)
+
+
+class _ClearsPages:
+    def clear(self, prefix: str) -> int:
+        """Removes all groups; of how many pages there was anything."""
+        here = cast("HeadGroupBackend", self)
+        inner = cast(Clearable, here.inner)
+        counts = [inner.clear(group + rest) for group, rest in here.inner_prefixes(prefix)]
+        return max(counts, default=0)
+
+
+class _PinsPages:
+    def pin(self, keys: Sequence[str], ttl_s: float) -> int:
+        """Pins all groups; how many pages are there whole."""
+        here = cast("HeadGroupBackend", self)
+        inner = cast(Pins, here.inner)
+        inner_keys = here.inner_keys(keys)
+        if inner.pin(inner_keys, ttl_s) == len(inner_keys):
+            return len(keys)
+        return sum(here.exists(key) for key in keys)
+
+
+class HeadGroupBackend(BackendWrapper):
+    """Cuts each page into objects of ``group`` KV heads before it stores it, and joins them again.
+
+    Stands above what seals, so each object is sealed and verified by itself. A page is there only
+    if all of its groups are; bytes go into a page only once all of its groups have arrived.
+
+    Keys from outside are ``<namespace of the rank>/<hash>``. Inside they are ``<namespace of the
+    heads>/<hash>``, and ``usage`` speaks of those.
+
+    Threads: as a backend's. ``n_slots`` calls copy at once; one more waits for at most
+    ``slot_timeout_s``, and then raises ``BackendTimeout``: all slots are with calls that hang.
+    """
+
+    translated: ClassVar[Mapping[type, type]] = MappingProxyType(
+        {
+            RegistersMemory: _RegistersStaging,
+            Listable: _ListsPages,
+            Clearable: _ClearsPages,
+            Pins: _PinsPages,
+        }
+    )
+
+    def __init__(
+        self,
+        inner: StorageBackend,
+        spec: KVSpec,
+        page_size: int,
+        layout: str,
+        *,
+        group: int,
+        n_slots: int,
+        slot_timeout_s: float = 1.0,
+    ) -> None:
+        """Allocates nothing; ``open`` does.
+
+        Args:
+            inner: takes sealed pages.
+            spec: what this rank holds.
+            page_size: tokens in a page.
+            layout: name of the host layout.
+            group: KV heads of one object (``storage_head_group``).
+            n_slots: calls at once: as many as the worker has threads, and some for calls that hang.
+            slot_timeout_s: how long a call waits for staging memory.
+
+        Raises:
+            SpecError: ``group`` does not fit the heads of ``spec``.
+        """
+        super().__init__(inner)
+        self._cut = HeadCut(spec, page_size, layout_named(layout), group)
+        self.key_prefix = storage_namespace(spec.identity(), page_size, layout) + "/"
+        namespaces = head_group_namespaces(spec, page_size, layout, group)
+        self._prefixes = [namespace + "/" for namespace in namespaces]
+        page_nbytes = self._cut.n_groups * _aligned(HEADER_NBYTES + self._cut.group_nbytes)
+        self._slot_pages = max(1, min(SLOT_PAGES, SLOT_NBYTES // page_nbytes))
+        self._slot_nbytes = self._slot_pages * page_nbytes
+        self._n_slots = n_slots
+        self._slot_timeout_s = slot_timeout_s
+        self._changed = threading.Condition()
+        self._memory: memoryview | None = None
+        self._free: list[_Slot] = []
+
+    @property
+    def staging_nbytes(self) -> int:
+        """Bytes of memory that ``open`` takes."""
+        return self._n_slots * self._slot_nbytes
+
+    def open(self) -> None:
+        """Opens ``inner`` and allocates the staging memory."""
+        self.inner.open()
+        if self._memory is not None:
+            return
+        self._memory = memoryview(mmap.mmap(-1, self.staging_nbytes))
+        self._free = [
+            _Slot(self._memory[start : start + self._slot_nbytes], self._slot_pages, self._cut)
+            for start in range(0, self.staging_nbytes, self._slot_nbytes)
+        ]
+
+    def close(self) -> None:
+        """Closes ``inner`` and lets the staging memory go, once no call uses it any more."""
+        self.inner.close()
+        with self._changed:
+            self._memory = None
+            self._free.clear()
+            self._changed.notify_all()
+
+    def get(self, key: str) -> Buffer | None:
+        groups = np.empty((self._cut.n_groups, self._cut.group_nbytes), np.uint8)
+        for group, inner_key in zip(groups, self.inner_keys([key]), strict=True):
+            value = self.inner.get(inner_key)
+            if value is None or memoryview(value).nbytes != self._cut.group_nbytes:
+                return None
+            group[:] = np.frombuffer(value, np.uint8)
+        payload = bytearray(sum(self._cut.segment_nbytes))
+        self._cut.join(groups, self._segments(memoryview(payload)))
+        return payload
+
+    def exists(self, key: str) -> bool:
+        return self.batch_exists([key]) == 1
+
+    def set(self, key: str, value: Buffer) -> None:
+        groups = np.empty((self._cut.n_groups, self._cut.group_nbytes), np.uint8)
+        self._cut.split(self._segments(memoryview(value).cast("B")), groups)
+        for group, inner_key in zip(groups, self.inner_keys([key]), strict=True):
+            self.inner.set(inner_key, group.tobytes())
+
+    def delete(self, keys: Sequence[str]) -> None:
+        self.inner.delete(self.inner_keys(keys))
+
+    def batch_exists(self, keys: Sequence[str]) -> int:
+        return self.inner.batch_exists(self.inner_keys(keys)) // self._cut.n_groups
+
+    def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        n_groups, done = self._cut.n_groups, 0
+        with self._slot() as slot:
+            while done < len(keys):
+                chunk = pages[done : done + self._slot_pages]
+                inner_keys = self.inner_keys(keys[done : done + self._slot_pages])
+                n_whole = (
+                    self.inner.batch_get(inner_keys, slot.pages[: len(inner_keys)]) // n_groups
+                )
+                for n in range(n_whole):
+                    self._cut.join(slot.groups[n], chunk[n][1:])
+                done += n_whole
+                if n_whole < len(chunk):
+                    break
+        return done
+
+    def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        n_groups, done = self._cut.n_groups, 0
+        with self._slot() as slot:
+            while done < len(keys):
+                chunk = pages[done : done + self._slot_pages]
+                inner_keys = self.inner_keys(keys[done : done + self._slot_pages])
+                for n, page in enumerate(chunk):
+                    self._cut.split(page[1:], slot.groups[n])
+                n_whole = (
+                    self.inner.batch_set(inner_keys, slot.pages[: len(inner_keys)]) // n_groups
+                )
+                done += n_whole
+                if n_whole < len(chunk):
+                    break
+        return done
+
+    @property
+    def staging(self) -> memoryview:
+        """The staging memory.
+
+        Raises:
+            UseAfterClose: it is not open.
+        """
+        if self._memory is None:
+            raise UseAfterClose("the head groups are not open; call open() first")
+        return self._memory
+
+    def inner_keys(self, keys: Sequence[str]) -> list[str]:
+        """The keys of all groups, page by page, so that leading objects are leading pages."""
+        result = []
+        for key in keys:
+            page_hash = key.removeprefix(self.key_prefix)
+            if len(page_hash) == len(key):
+                raise ValueError(
+                    f"{key!r} is no key of this rank; its keys start {self.key_prefix!r}"
+                )
+            result += [prefix + page_hash for prefix in self._prefixes]
+        return result
+
+    def verdict(self, key: str, of_object: Callable[[str], str | None]) -> str | None:
+        """Why the page under ``key`` was refused: the verdict on one of its objects, or None."""
+        return next(filter(None, map(of_object, self.inner_keys([key]))), None)
+
+    def inner_prefixes(self, prefix: str) -> list[tuple[str, str]]:
+        """For keys from outside that start with ``prefix``: each group's prefix, and what follows.
+
+        None if no key from outside starts so.
+        """
+        if self.key_prefix.startswith(prefix):
+            return [(group, "") for group in self._prefixes]
+        if prefix.startswith(self.key_prefix):
+            return [(group, prefix.removeprefix(self.key_prefix)) for group in self._prefixes]
+        return []
+
+    def _segments(self, payload: memoryview) -> Page:
+        """A whole payload as the segments of a page."""
+        segments, start = [], 0
+        for nbytes in self._cut.segment_nbytes:
+            segments.append(payload[start : start + nbytes])
+            start += nbytes
+        if start != payload.nbytes:
+            raise ValueError(f"a payload of {payload.nbytes} bytes; a page has {start}")
+        return segments
+
+    @contextmanager
+    def _slot(self) -> Iterator[_Slot]:
+        """Staging memory for one call; it comes back when the call returns, however late."""
+        with self._changed:
+            ready = self._changed.wait_for(
+                lambda: self._free or self._memory is None, self._slot_timeout_s
+            )
+            memory = self.staging
+            if not ready:
+                raise BackendTimeout(
+                    f"no staging memory came free in {self._slot_timeout_s:g} s: "
+                    f"{self._n_slots} calls of backend {self.name!r} have not returned"
+                )
+            slot = self._free.pop()
+        try:
+            yield slot
+        finally:
+            with self._changed:
+                if self._memory is memory:
+                    self._free.append(slot)
+                    self._changed.notify()
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // 64) * 64
