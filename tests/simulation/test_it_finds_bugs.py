@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from hicache_core.controller.parts import Parts
 from hicache_core.controller.prefetch import PrefetchPath
 from hicache_core.controller.quarantine import Quarantine
 from hicache_core.controller.settling import Settling
+from hicache_core.controller.storage_tier import Attachment, StorageTier
 from hicache_core.controller.write_path import WritePath
 from hicache_core.radix.node import Node
 from hicache_core.radix.tree import RadixTree
@@ -157,6 +159,15 @@ def a_tier_loses_pages_in_silence(patch: Patch) -> None:
     patch.setattr(Parts, "tell_removed", of_the_device_only)
 
 
+def every_rank_stores_what_all_hold(patch: Patch) -> None:
+    submit = StorageTier.submit
+
+    def as_writer(self: StorageTier, attachment: Attachment, *job: Any) -> None:
+        submit(self, replace(attachment, is_writer=True), *job)
+
+    patch.setattr(StorageTier, "submit", as_writer)
+
+
 def a_wait_does_not_wait(patch: Patch) -> None:
     patch.setattr(Settling, "wait", lambda *_: None)
 
@@ -176,6 +187,7 @@ MUTATIONS: dict[Callable[[Patch], None], tuple[int, str]] = {
     a_tier_loses_pages_in_silence: (1, "journal"),
     a_wait_does_not_wait: (1, "no spinning"),
     a_prompt_seems_longer_than_it_is: (1, "explain adds up"),
+    every_rank_stores_what_all_hold: (2, "one writer"),
     a_failed_load_is_told_to_its_rank_only: (2, "ranks agree|no wrong bytes|no hang"),
     tenants_share_their_pages: (1, "no wrong bytes"),
     a_failed_store_stays_stored: (1, "rest"),

@@ -76,12 +76,6 @@ class AuditedJobs(JobTable):
         self.n_settled[job_id] = 0
         return super().add_write(partial(self._settle_once, job_id, settle))
 
-    def add_write(self, settle: Settle) -> int:
-        # docstring inherited
-        job_id = self._next_id
-        self.n_settled[job_id] = 0
-        return super().add_write(partial(self._settle_once, job_id, settle))
-
     def add_copy(self, ticket: Ticket, n_pages: int, settle: Settle) -> None:
         # docstring inherited
         job_id = self._next_id
@@ -239,6 +233,7 @@ class Opener:
             max_read_nbytes=nbytes,
             max_write_nbytes=nbytes,
             deadline_s=setup.deadline_s,
+            may_write=self._is_writer,
         )
         self.workers.append(worker)
         return Attachment(
