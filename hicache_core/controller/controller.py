@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
+from hicache_core.controller.audit import check_owners
 from hicache_core.controller.evictor import Evictor
 from hicache_core.controller.explain import Explanation
 from hicache_core.controller.load_back import LoadBackPath
@@ -47,6 +48,15 @@ class Controller:
     Ranks: with several, every rank makes the same calls in the same order; ``poll``, ``allocate``,
     ``evict``, ``flush`` and ``close`` may enter a collective. All but ``close`` raise ``RankLost``
     once another rank is gone.
+
+    Failed loads: the rank whose copy up fails hears of it from ``wait_layer`` before the others do,
+    so with ranks nobody acts on ``LoadFailed`` alone, and nothing that stands on loaded pages is
+    inserted, or given to a client, before all ranks know. What has matched before a load failed
+    starts over, and runs no further forward pass before::
+
+        n_failed = cache.n_failed_loads             # with match_prefix
+        while not cache.loads_settled: cache.wait(0.001); cache.poll()
+        if cache.n_failed_loads != n_failed: ...    # give up the pages; match_prefix again
 
     A request's life::
 
@@ -187,9 +197,20 @@ class Controller:
         """Returns when layer ``layer`` of everything being loaded is on the device.
 
         Raises:
-            LoadFailed: a copy failed; its pages hold nothing and the requests start over.
+            LoadFailed: a copy failed; its pages hold nothing and the requests start over, with
+                ranks as told above.
         """
         self._load_back_path.wait_layer(layer)
+
+    @property
+    def loads_settled(self) -> bool:
+        """Whether no load is under way; the same on all ranks."""
+        return self._load_back_path.idle
+
+    @property
+    def n_failed_loads(self) -> int:
+        """Settled loads that failed on any rank; the same on all."""
+        return self._load_back_path.n_failed
 
     # Writing.
 
@@ -395,22 +416,4 @@ class Controller:
         Raises:
             IntegrityError: with what does not add up.
         """
-        parts = self._parts
-        parts.tree.check_integrity()
-        parts.device.allocator.check_integrity()
-        n_device = parts.device.allocator.n_pages - parts.device.allocator.n_free
-        if parts.tree.n_device_pages > n_device:
-            raise IntegrityError(
-                f"the tree holds {parts.tree.n_device_pages} device pages, {n_device} are allocated"
-            )
-        if parts.host is None:
-            return
-        parts.host.allocator.check_integrity()
-        n_host = parts.host.allocator.n_pages - parts.host.allocator.n_free
-        n_quarantined = 0 if parts.storage is None else parts.storage.quarantine.n_pages
-        n_orphaned = self._write_path.n_orphaned_pages
-        if parts.tree.n_host_pages + n_quarantined + n_orphaned != n_host:
-            raise IntegrityError(
-                f"the tree holds {parts.tree.n_host_pages} host pages, {n_quarantined} are in "
-                f"quarantine and {n_orphaned} being stored, but {n_host} are allocated"
-            )
+        check_owners(self._parts, self._write_path.n_orphaned_pages)

@@ -31,12 +31,21 @@ class LoadBackPath:
 
     The nodes count as device hits at once; whoever reads them calls ``wait_layer`` first, so that a
     second request on the same prefix waits for the same copy.
+
+    Attributes:
+        n_failed: settled copies that failed on some rank.
     """
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._under_way: list[LoadBack] = []
         self._failed: list[LoadBack] = []  # settled before anybody waited; told by wait_layer
+        self.n_failed = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether every copy has settled: the same on all ranks."""
+        return not self._under_way
 
     def start(self, match: Match, device_pages: array[int]) -> Match:
         """Submits the copy of the match's host part into ``device_pages``, one page each."""
@@ -79,6 +88,7 @@ class LoadBackPath:
         load_back.span.end(error="" if ok else "the copy failed")
         if not ok:
             self._failed.append(load_back)
+            self.n_failed += 1
         freed = parts.tree.settle_device(load_back.node, load_back.n_pages, ok=ok)
         parts.device.allocator.free(freed)
         if ok and not freed:

@@ -101,6 +101,7 @@ class Parts:
         storage: the L3 tier; None without a host pool.
         prefetch_threshold: tokens that must be missing before storage is asked.
         clock: the time, passed in so that tests can drive it.
+        sleep: lets so many seconds pass, when there is nothing to wait for.
         batch_pages: pages of one storage job at most.
         explainer: remembers why tokens were missed; None if nobody asks.
         removals: counts what leaves the tiers.
@@ -121,6 +122,7 @@ class Parts:
     storage: StorageTier | None
     prefetch_threshold: int
     clock: Clock = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
     batch_pages: int = 128
     explainer: Explainer | None = None
     removals: RemovalCounts = field(default_factory=RemovalCounts)

@@ -39,12 +39,17 @@ class Settling:
         return agreement.flag
 
     def wait(self, timeout_s: float) -> None:
-        """Waits until storage or a copy has news, or for ``timeout_s``."""
+        """Waits until storage or a copy has news, or for ``timeout_s``; less long while other ranks
+        or the window keep what this rank has reported, but never not at all."""
         parts = self._parts
+        if parts.jobs.has_reports:  # that news was heard just now
+            timeout_s = min(timeout_s, RETRY_S)
         if parts.jobs.oldest_copy is not None:
             parts.jobs.oldest_copy.wait(timeout_s)
-        elif parts.storage is not None:
+        elif parts.storage is not None and parts.storage.attachments:
             parts.storage.wait(timeout_s)
+        else:  # nothing of this rank can have news; another rank's copy may, or a timer
+            parts.sleep(min(timeout_s, RETRY_S))
 
     def drain(self, timeout_s: float) -> bool:
         """Waits until all writes have settled and storage has flushed; False if time ran out.
@@ -55,9 +60,7 @@ class Settling:
         deadline = parts.clock() + timeout_s
         in_time = self.settle(int(timeout_s > 0))
         while in_time and not self._write_path.idle:
-            # What is reported was said just now: another rank, or the window, keeps it waiting.
-            longest_s = RETRY_S if parts.jobs.has_reports else WAIT_S
-            self.wait(min(max(deadline - parts.clock(), 0.0), longest_s))
+            self.wait(min(max(deadline - parts.clock(), 0.0), WAIT_S))
             in_time = self.settle(int(parts.clock() < deadline))
         if not in_time or parts.storage is None:
             return bool(in_time)

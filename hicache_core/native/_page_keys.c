@@ -118,11 +118,17 @@ static int cpu_has_sha(void) {
 }
 #endif
 
+/* Asked once, under the interpreter's lock: in a virtual machine every cpuid is an exit to the host,
+ * and takes longer than to hash a page. */
 static compress_fn best_compress(void) {
+    static compress_fn best = NULL;
+    if (best == NULL) {
+        best = compress_portable;
 #ifdef HAVE_X86
-    if (cpu_has_sha()) return compress_x86;
+        if (cpu_has_sha()) best = compress_x86;
 #endif
-    return compress_portable;
+    }
+    return best;
 }
 
 /* Writes the padding of a message of message_nbytes at its end; returns its whole blocks. */

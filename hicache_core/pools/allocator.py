@@ -77,10 +77,12 @@ class PageAllocator:
         free = set(self._free)
         if len(free) != len(self._free):
             raise IntegrityError(f"{len(self._free) - len(free)} pages are free more than once")
-        if both := sorted(free & self._used):
+        if not free.isdisjoint(self._used):
+            both = sorted(free & self._used)
             raise IntegrityError(f"pages {both[:8]} are free and in use")
-        if free | self._used != set(range(self.n_pages)):
-            lost = sorted(set(range(self.n_pages)) ^ (free | self._used))
+        known = free | self._used
+        if len(known) != self.n_pages or min(known) != 0 or max(known) != self.n_pages - 1:
+            lost = sorted(set(range(self.n_pages)) ^ known)
             raise IntegrityError(f"pages {lost[:8]} are lost, or not of this pool")
 
     def _refuse(self, pages: Sequence[int]) -> NoReturn:

@@ -8,20 +8,26 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from hicache_core.controller.jobs import Agreement, JobTable
-from hicache_core.controller.load_back import LoadBackPath
+from hicache_core.controller.load_back import LoadBack, LoadBackPath
+from hicache_core.controller.parts import Parts
 from hicache_core.controller.prefetch import PrefetchPath
 from hicache_core.controller.quarantine import Quarantine
+from hicache_core.controller.settling import Settling
+from hicache_core.controller.storage_tier import Attachment, StorageTier
 from hicache_core.controller.write_path import WritePath
+from hicache_core.radix.node import Node
 from hicache_core.radix.tree import RadixTree
 from hicache_core.storage.sealed import SealedBackend
 from hicache_core.testing.simulation.__main__ import report
 from hicache_core.testing.simulation.schedule import run_schedule
 from hicache_core.testing.simulation.trace import ScheduleFailed
+from hicache_core.types import Tier
 
 Patch = pytest.MonkeyPatch
 
@@ -131,6 +137,45 @@ def a_failed_store_stays_stored(patch: Patch) -> None:
     patch.setattr(WritePath, "_batch_settled", forgets_to_unlock)
 
 
+def a_failed_load_is_told_to_its_rank_only(patch: Patch) -> None:
+    settled = LoadBackPath._settled
+
+    def hushed(self: LoadBackPath, load_back: LoadBack, n_valid: int) -> None:
+        before = self.n_failed
+        settled(self, load_back, n_valid)
+        if load_back.ticket.error is None:
+            self.n_failed = before
+
+    patch.setattr(LoadBackPath, "_settled", hushed)
+
+
+def a_tier_loses_pages_in_silence(patch: Patch) -> None:
+    tell = Parts.tell_removed
+
+    def of_the_device_only(self: Parts, tier: Tier, node: Node, cause: str) -> None:
+        if tier is Tier.DEVICE:
+            tell(self, tier, node, cause)
+
+    patch.setattr(Parts, "tell_removed", of_the_device_only)
+
+
+def every_rank_stores_what_all_hold(patch: Patch) -> None:
+    submit = StorageTier.submit
+
+    def as_writer(self: StorageTier, attachment: Attachment, *job: Any) -> None:
+        submit(self, replace(attachment, is_writer=True), *job)
+
+    patch.setattr(StorageTier, "submit", as_writer)
+
+
+def a_wait_does_not_wait(patch: Patch) -> None:
+    patch.setattr(Settling, "wait", lambda *_: None)
+
+
+def a_prompt_seems_longer_than_it_is(patch: Patch) -> None:
+    patch.setattr("hicache_core.controller.recording.TOKEN_NBYTES", 2)  # tokens count twice
+
+
 MUTATIONS: dict[Callable[[Patch], None], tuple[int, str]] = {
     pages_of_overdue_reads_are_freed: (1, "own until drained|wrong bytes|one owner|allocated"),
     nobody_checks_the_seals: (1, "no wrong bytes"),
@@ -139,11 +184,16 @@ MUTATIONS: dict[Callable[[Patch], None], tuple[int, str]] = {
     layers_are_read_before_they_arrive: (1, "no wrong bytes"),
     a_copy_counts_before_it_has_ended: (1, "no wrong bytes"),
     a_page_too_many_counts_as_read: (1, "no wrong bytes"),
+    a_tier_loses_pages_in_silence: (1, "journal"),
+    a_wait_does_not_wait: (1, "no spinning"),
+    a_prompt_seems_longer_than_it_is: (1, "explain adds up"),
+    every_rank_stores_what_all_hold: (2, "one writer"),
+    a_failed_load_is_told_to_its_rank_only: (2, "ranks agree|no wrong bytes|no hang"),
     tenants_share_their_pages: (1, "no wrong bytes"),
     a_failed_store_stays_stored: (1, "rest"),
     a_request_gives_up_by_the_clock_of_its_rank: (2, "ranks agree"),
     a_rank_with_nothing_to_say_stays_away: (2, "no hang"),
-    a_rank_settles_what_it_has_done_itself: (2, "ranks agree"),
+    a_rank_settles_what_it_has_done_itself: (2, "ranks agree|no hang"),
 }
 """What is broken, on how many ranks it is looked for, and what is found."""
 

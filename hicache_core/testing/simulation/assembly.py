@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from copy import copy
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from random import Random
-
-import torch
 
 from hicache_core.build import WRITE_POLICIES
 from hicache_core.build_storage import ADMISSIONS
 from hicache_core.controller.controller import Controller
 from hicache_core.controller.explain import Explainer
 from hicache_core.controller.jobs import JobTable, Settle
+from hicache_core.controller.journal import Journals
 from hicache_core.controller.parts import Parts
 from hicache_core.controller.prefetch_policy import (
     BestEffort,
@@ -25,12 +23,8 @@ from hicache_core.controller.prefetch_policy import (
 from hicache_core.controller.quarantine import Quarantine
 from hicache_core.controller.storage_tier import Attachment, StorageTier
 from hicache_core.errors import BackendUnavailable
-from hicache_core.kv_spec import KVSpec
 from hicache_core.page_keys import storage_namespace
-from hicache_core.pools.allocator import PageAllocator
-from hicache_core.pools.device import DevicePool
 from hicache_core.pools.host import HostPool
-from hicache_core.pools.layout import LAYOUTS
 from hicache_core.radix.eviction import eviction_policy
 from hicache_core.radix.tree import RadixTree
 from hicache_core.ranks import RankGroup
@@ -42,7 +36,9 @@ from hicache_core.storage.sealed import SealedBackend
 from hicache_core.testing.simulation.clock import InvariantBroken, Process, VirtualClock
 from hicache_core.testing.simulation.copies import SimCopyQueue
 from hicache_core.testing.simulation.engine import Engine
+from hicache_core.testing.simulation.ledger import Ledger
 from hicache_core.testing.simulation.link import Link, Weather
+from hicache_core.testing.simulation.memory import device_pool, host_pool
 from hicache_core.testing.simulation.setup import Setup
 from hicache_core.testing.simulation.worker import SimWorker
 from hicache_core.transfer import native
@@ -115,12 +111,14 @@ class Rank:
         process: its tasks and events.
         engine: the requests, the controller, the device pool.
         jobs: its table of jobs.
+        ledger: what the journal was told.
         workers: of every storage that was attached, the latest last.
     """
 
     process: Process
     engine: Engine
     jobs: AuditedJobs
+    ledger: Ledger
     workers: list[SimWorker] = field(default_factory=list)
 
 
@@ -154,9 +152,7 @@ def open_rank(world: World, group: RankGroup) -> Rank:
     """Starts the controller of one rank."""
     setup, rank = world.setup, group.rank
     process = Process(world.clock)
-    spec = setup.spec(rank)
-    device = _device_pool(spec, setup)
-    host = _host_pool(spec, setup)
+    device, host = device_pool(setup, rank), host_pool(setup, rank)
     jobs = AuditedJobs(group)
     loads = _copy_queue(world, process)
     stores = _copy_queue(world, process) if setup.two_queues else loads
@@ -166,7 +162,7 @@ def open_rank(world: World, group: RankGroup) -> Rank:
     policies = eviction_policy(setup.device_eviction), eviction_policy(setup.host_eviction)
     opener = Opener(world, process, group, host)
     clock = world.local_clock(rank)
-    explainer = Explainer(clock)
+    explainer, ledger = Explainer(clock), Ledger()
     parts = Parts(
         page_size=setup.page_size,
         tree=RadixTree(setup.page_size, *policies),
@@ -179,14 +175,17 @@ def open_rank(world: World, group: RankGroup) -> Rank:
         storage=StorageTier(jobs, Quarantine(jobs, host.allocator), opener.open, process.spawn),
         prefetch_threshold=setup.prefetch_threshold,
         clock=clock,
+        sleep=world.clock.advance,
         batch_pages=setup.batch_pages,
         explainer=explainer,
-        journal=explainer,
+        journal=Journals([explainer, ledger]),
     )
     if setup.starts_with_storage:
         assert parts.storage is not None
         parts.storage.open(STORES[0], {})
-    return Rank(process, Engine(Controller(parts), device, rank), jobs, opener.workers)
+    return Rank(
+        process, Engine(Controller(parts), device, setup.shard(rank)), jobs, ledger, opener.workers
+    )
 
 
 class Opener:
@@ -234,6 +233,7 @@ class Opener:
             max_read_nbytes=nbytes,
             max_write_nbytes=nbytes,
             deadline_s=setup.deadline_s,
+            may_write=self._is_writer,
         )
         self.workers.append(worker)
         return Attachment(
@@ -262,36 +262,6 @@ class Opener:
         )
         clock, process = self._world.clock, self._process
         return GuardedBackend(sealed, config, lambda: clock.now, process.sleep, self._world.draw)
-
-
-def _device_pool(spec: KVSpec, setup: Setup) -> DevicePool:
-    """Tensors of this size are cheaper from torch than from a mapping of their own."""
-    shape = (setup.device_pages, setup.page_size)
-    buffers = [
-        [
-            torch.zeros(*shape, *component.shape, dtype=getattr(torch, component.dtype))
-            for _ in range(spec.num_layers)
-        ]
-        for component in spec.components
-    ]
-    return DevicePool.from_buffers(spec, setup.page_size, buffers)
-
-
-@cache
-def _mapped_host_pool(spec: KVSpec, page_size: int, n_pages: int, layout: str) -> HostPool:
-    return HostPool(spec, page_size, n_pages, LAYOUTS[layout])
-
-
-def _host_pool(spec: KVSpec, setup: Setup) -> HostPool:
-    """A pool over memory that earlier schedules used: to map it takes longer than a schedule.
-
-    It is filled with the same bytes each time, since a schedule must be a function of its seed.
-    """
-    mapped = _mapped_host_pool(spec, setup.page_size, setup.host_pages, setup.layout)
-    mapped.buffers[0][:] = b"\xa5" * mapped.nbytes
-    pool = copy(mapped)
-    pool.allocator = PageAllocator(pool.n_pages)
-    return pool
 
 
 def _copy_queue(world: World, process: Process) -> SimCopyQueue:

@@ -9,25 +9,28 @@ from hicache_core.controller.controller import Controller
 from hicache_core.radix.node import Node, descendants
 from hicache_core.testing.simulation.clock import InvariantBroken
 from hicache_core.testing.simulation.engine import Engine
+from hicache_core.testing.simulation.ledger import Ledger
 from hicache_core.testing.simulation.worker import SimWorker
 from hicache_core.types import ExistsJob, ReadJob
 
 Snapshot = list[tuple[object, ...]]
 
 
-def check_rank(engine: Engine, workers: Sequence[SimWorker]) -> None:
+def check_rank(engine: Engine, workers: Sequence[SimWorker], ledger: Ledger) -> None:
     """Everything that one rank alone can tell."""
     engine.cache.check_integrity()
-    check_device_owners(engine)
+    nodes = list(_nodes(engine.cache))
+    ledger.check(engine.cache, nodes)
+    check_device_owners(engine, nodes)
     for worker in workers:
         worker.check_integrity()
     check_named_pages(engine.cache, workers)
 
 
-def check_device_owners(engine: Engine) -> None:
+def check_device_owners(engine: Engine, nodes: Sequence[Node]) -> None:
     """free + cached + held = total, and no device page has two owners."""
     tree = engine.cache._parts.tree
-    owned = [page for node in _nodes(engine.cache) for page in node.device_pages or ()]
+    owned = [page for node in nodes for page in node.device_pages or ()]
     owned += [page for pages in tree._doomed.values() for page in pages]
     owned += engine.held_pages()
     allocator = engine.pool.allocator
@@ -66,6 +69,8 @@ def check_named_pages(cache: Controller, workers: Sequence[SimWorker]) -> None:
 
 def check_ranks_agree(engines: Sequence[Engine]) -> None:
     """All ranks have the same tree: structure, copies, locks, what storage is believed to have."""
+    if len(engines) == 1:
+        return
     first = snapshot(engines[0].cache)
     for rank, engine in enumerate(engines[1:], 1):
         mine = snapshot(engine.cache)

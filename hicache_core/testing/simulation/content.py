@@ -1,4 +1,4 @@
-"""What a page must hold: a function of the whole prefix that it ends, and of its rank."""
+"""What a page must hold: a function of the whole prefix that it ends, and of its shard."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ TOKEN_NBYTES = 4
 
 
 class Contents:
-    """Writes and checks the pages of one rank's device pool."""
+    """Writes and checks the pages of one device pool."""
 
-    _known: ClassVar[dict[tuple[bytes, bytes, int, int], list[list[bytes]]]] = {}
+    _known: ClassVar[dict[tuple[bytes, bytes, int, int, int], list[list[bytes]]]] = {}
 
-    def __init__(self, pool: DevicePool, rank: int) -> None:
+    def __init__(self, pool: DevicePool, shard: int) -> None:
         """Views ``pool`` as bytes."""
-        self._rank = rank
+        self._shard = shard
         self._page_nbytes = pool.page_size * TOKEN_NBYTES
         self._views = [
             [layer.numpy().data.cast("B") for layer in layers] for layers in pool.buffers
@@ -29,12 +29,13 @@ class Contents:
 
     def expected(self, seed: bytes, tokens: bytes, page: int) -> list[list[bytes]]:
         """Bytes by component and layer of page ``page`` of ``tokens`` in the namespace ``seed``."""
-        key = (seed, tokens[: (page + 1) * self._page_nbytes], self._rank, self._page_nbytes)
+        prefix = tokens[: (page + 1) * self._page_nbytes]
+        key = (seed, prefix, self._shard, self._page_nbytes, len(self._row_nbytes))
         found = self._known.get(key)
         if found is None:
             if len(self._known) > _MAX_KNOWN:
                 self._known.clear()
-            digest = blake2b(key[1], key=seed[:32], salt=bytes([self._rank])).digest()
+            digest = blake2b(prefix, key=seed[:32], salt=bytes([self._shard])).digest()
             # Each component and layer starts elsewhere in the digest, so that none equals another.
             found = self._known[key] = [
                 [_slice(digest, 2 * layer + 5 * component, nbytes) for layer in range(len(layers))]

@@ -12,6 +12,7 @@ from hicache_core.errors import LoadFailed, PoolExhausted
 from hicache_core.page_keys import chain_seed
 from hicache_core.pools.device import DevicePool
 from hicache_core.radix.node import Node
+from hicache_core.radix.results import Match
 from hicache_core.testing.simulation.clock import InvariantBroken
 from hicache_core.testing.simulation.content import TOKEN_NBYTES, Contents
 from hicache_core.types import Namespace
@@ -37,6 +38,7 @@ class Request:
         pages: device pages, one for each started page of ``tokens``, in order.
         n_shared: leading pages that belong to the tree.
         node: what it has locked in the tree.
+        n_failed_loads: of its cache, when it was matched.
         priority: passed to ``insert``.
     """
 
@@ -48,6 +50,7 @@ class Request:
     pages: array[int] = field(default_factory=lambda: array("i"))
     n_shared: int = 0
     node: Node | None = None
+    n_failed_loads: int = 0
 
     @property
     def own_pages(self) -> array[int]:
@@ -59,12 +62,13 @@ class Engine:
     """Drives one controller as an engine does. Each method is one step; its result is what all
     ranks must agree on."""
 
-    def __init__(self, cache: Controller, pool: DevicePool, rank: int) -> None:
-        """An engine without requests."""
+    def __init__(self, cache: Controller, pool: DevicePool, shard: int) -> None:
+        """An engine without requests, for ranks that hold the part ``shard`` of the KV."""
         self.cache = cache
         self.pool = pool
+        self.shard = shard
         self.requests: dict[str, Request] = {}
-        self._contents = Contents(pool, rank)
+        self._contents = Contents(pool, shard)
         self._page_nbytes = pool.page_size * TOKEN_NBYTES
 
     def arrive(self, request: Request, *, prefetch: bool) -> bool:
@@ -80,8 +84,10 @@ class Engine:
         if not cache.prefetch_ready(request_id):
             return ()
         n_storage_tokens = cache.finish_prefetch(request_id)
-        match = cache.match_prefix(request.tokens, request.namespace)
+        match = cache.match_prefix(request.tokens, request.namespace, request_id=request_id)
+        self._check_explanation(request, match)
         cache.lock(match.node)
+        request.n_failed_loads = cache.n_failed_loads
         loaded = cache.load_back(match)
         n_cached = len(loaded.device_pages)
         try:
@@ -94,10 +100,14 @@ class Engine:
         request.state = State.LOADED
         return (n_storage_tokens, match.n_device_tokens, match.n_host_tokens, n_cached)
 
-    def forward(self, request_id: str) -> bool:
-        """Attention over what was cached, layer by layer; computes the rest. False if a load
-        failed: then ``start_over`` is due."""
+    def forward(self, request_id: str, page_s: float) -> bool:
+        """Attention over what was cached, layer by layer; computes the rest, ``page_s`` a page.
+
+        False if a load failed as far as this rank knows: it acts on that when all ranks know.
+        """
         request = self.requests[request_id]
+        if self._starts_over(request):
+            return False
         seed = chain_seed(request.namespace)
         try:
             for layer in range(self.pool.spec.num_layers):
@@ -106,28 +116,19 @@ class Engine:
         except LoadFailed:
             return False
         self._compute(request, seed, request.n_shared)
+        n_computed = self._n_whole(request) - request.n_shared
+        self.cache.prefilled(n_computed * self.pool.page_size, n_computed * page_s)
         request.state = State.COMPUTED
         return True
 
-    def start_over(self, request_id: str) -> None:
-        """A load failed on some rank: every request that may have matched its pages gives up what
-        it has, and so does the one that noticed, though its load may have gone well on this rank.
-        """
-        for request in self.requests.values():
-            noticed = request.request_id == request_id and request.state is State.COMPUTED
-            if request.state is State.LOADED or noticed:
-                self._release(request)
-                request.state = State.WAITING
-
-    def loads_ended(self) -> bool:
-        """Waits for all loads, as who inserts must: the pages may hang below pages that are being
-        loaded. False if one failed: then ``start_over`` is due."""
-        try:
-            for layer in range(self.pool.spec.num_layers):
-                self.cache.wait_layer(layer)
-        except LoadFailed:
-            return False
-        return True
+    def loads_settled(self, request_id: str) -> bool:
+        """Waits until all ranks know how all loads ended, as who inserts must; False, and the
+        request starts over, if one has failed since it was matched."""
+        request, cache = self.requests[request_id], self.cache
+        while not cache.loads_settled:
+            cache.wait(0.01)
+            cache.poll()
+        return not self._starts_over(request)
 
     def decode(self, request_id: str, tokens: bytes) -> bool:
         """Appends tokens; False, and nothing changed, if there is no page for them."""
@@ -177,6 +178,15 @@ class Engine:
         for request in self.requests.values():
             yield from request.own_pages
 
+    def _starts_over(self, request: Request) -> bool:
+        """Whether a load has failed, on any rank, since the request was matched: then what it has
+        may be gone, and it gives it up."""
+        if self.cache.n_failed_loads == request.n_failed_loads:
+            return False
+        self._release(request)
+        request.state = State.WAITING
+        return True
+
     def _release(self, request: Request) -> None:
         self.cache.free(request.own_pages)
         if request.node is not None:
@@ -196,6 +206,19 @@ class Engine:
                 f"no wrong bytes: {request.request_id} was served page {wrong} (device page "
                 f"{request.pages[wrong]}), whose layer {layer} is not that of its tokens"
             )
+
+    def _check_explanation(self, request: Request, match: Match) -> None:
+        """Where a prompt came from adds up to the prompt, and is what was matched."""
+        told = self.cache.explain(request.request_id)
+        assert told is not None
+        parts = told.device_tokens, told.host_tokens, told.storage_tokens, told.missed_tokens
+        on_host = told.host_tokens + told.storage_tokens
+        if (
+            sum(parts) != len(request.tokens) // TOKEN_NBYTES
+            or min(parts) < 0
+            or (told.device_tokens, on_host) != (match.n_device_tokens, match.n_host_tokens)
+        ):
+            raise InvariantBroken(f"explain adds up: {told} of {match}")
 
     def _n_whole(self, request: Request) -> int:
         return len(request.tokens) // self._page_nbytes

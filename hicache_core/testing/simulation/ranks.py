@@ -34,6 +34,8 @@ class SimRankGroup(RankGroup):
                 f"fixed shape: rank {self.rank} has {len(values)} values, not {self.window}"
             )
         deposited = self._lockstep.meet(self.rank, list(values))
+        if len(deposited) == 1:
+            return deposited[0]
         if len({len(values) for values in deposited}) != 1:
             raise InvariantBroken(f"fixed shape: the ranks have {deposited}")
         return [min(values) for values in zip(*deposited, strict=True)]

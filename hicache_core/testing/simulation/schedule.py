@@ -89,6 +89,7 @@ class Schedule:
         setup = Setup.drawn(draw, ranks)
         self.doing = "start"
         self.tally: Counter[str] = Counter()
+        self._is_touched = False  # since the last check
         self.world = World(
             setup,
             VirtualClock(),
@@ -116,7 +117,7 @@ class Schedule:
             (16, self._evict),
             (14, self._change_weather),
             (8, self._trouble_in_the_store),
-            (5, self._restart),
+            (4, self._restart),
             (6, self._abort),
             (6, self._flush),
             (5, self._attach),
@@ -133,7 +134,8 @@ class Schedule:
         steps = [step for _, step in self._steps]
         for step in self._draw.choices(steps, weights, k=n_steps):
             step()
-            self._check()
+            if self._is_touched:  # else only the weather or a store is another
+                self._check()
         self._come_to_rest()
         self._close()
 
@@ -161,8 +163,12 @@ class Schedule:
         else:
             self._close()
         self._open()
-        for _ in range(2):  # what the store kept is asked for again
-            self._arrive()
+        for topic in self._topics[:2]:  # what the store kept is asked for again
+            name = self._arrive_with(
+                topic[: self.world.setup.device_pages], NAMESPACES[0], prefetch=True
+            )
+            self._tick()
+            self._start(name)
 
     def _close(self) -> None:
         timeout_s = self._draw.choice((0.0, 1.0, 30.0))
@@ -176,7 +182,8 @@ class Schedule:
 
     def _end(self, rank: Rank) -> None:
         """A process is gone; what it counted stays."""
-        self.tally.update(asdict(rank.engine.cache.counters))
+        counters = rank.engine.cache.counters
+        self.tally.update({name: getattr(counters, name) for name in counters.__slots__})
         for worker in rank.workers:
             self.tally.update({f"jobs_{state.value}": n for state, n in worker.told.items()})
             self.tally["jobs_hanging"] += rank.process.n_hanging
@@ -225,8 +232,12 @@ class Schedule:
             self._forward(name)
             self._finish(name)
             self._check()
-        if self._draw.random() < 0.5:
+        if self._draw.random() < 0.7:
+            n_pages = self.world.setup.device_pages
+            self._agreed("evict all", lambda rank: rank.engine.cache.evict(n_pages))
             self._agreed("flush", lambda rank: rank.engine.cache.flush(20.0))
+            if self._draw.random() < 0.3:
+                self._trouble_in_the_store()
             self._restart()
 
     # Steps.
@@ -241,7 +252,8 @@ class Schedule:
         if len(self._engine.requests) >= MAX_REQUESTS:
             return
         draw, setup = self._draw, self.world.setup
-        n_known = draw.randint(0, min(MAX_PAGES, setup.device_pages))
+        most = min(MAX_PAGES, setup.device_pages)
+        n_known = max(draw.randint(0, most), draw.randint(0, most))
         n_new = draw.choice((0, 0, 0, 1, 2)) if n_known + 2 <= setup.device_pages else 0
         pages = draw.choice(self._topics)[:n_known] + [draw.randrange(5) for _ in range(n_new)]
         namespace = draw.choice((*[NAMESPACES[0]] * 4, *NAMESPACES))
@@ -290,32 +302,33 @@ class Schedule:
         return self._agreed(f"start {name}", lambda rank: rank.engine.start(name))
 
     def _forward(self, name: str) -> None:
-        arrived = self._do(f"forward {name}", lambda rank: rank.engine.forward(name))
-        if not all(arrived):
-            self._start_over(name)
+        page_s = self._draw.choice((0.001, 0.1, 1.0))
+        arrived = self._do(
+            f"forward {name}",  # ranks need not be equally fast
+            lambda rank: rank.engine.forward(name, page_s * (1 + rank.engine.shard)),
+        )
+        self.tally["failed_loads"] += not all(arrived)
 
     def _decode(self, name: str) -> None:
         n_tokens = self._draw.randint(1, 2 * self.world.setup.page_size)
         tokens = pack_tokens([self._draw.randrange(2)] * n_tokens)
-        self._agreed(f"decode {name}", lambda rank: rank.engine.decode(name, tokens))
+        if self._loads_settled(name):
+            self._agreed(f"decode {name}", lambda rank: rank.engine.decode(name, tokens))
 
     def _insert(self, name: str) -> None:
-        if self._loads_ended():
+        if self._loads_settled(name):
             self._agreed(f"insert {name}", lambda rank: rank.engine.insert(name))
 
     def _finish(self, name: str) -> None:
-        if self._loads_ended():
+        if self._loads_settled(name):
             self._agreed(f"finish {name}", lambda rank: rank.engine.finish(name))
 
-    def _loads_ended(self) -> bool:
-        if all(self._do("wait for loads", lambda rank: rank.engine.loads_ended())):
-            return True
-        self._start_over("")
-        return False
-
-    def _start_over(self, name: str) -> None:
-        self.tally["failed_loads"] += 1
-        self._do(f"start over {name}", lambda rank: rank.engine.start_over(name))
+    def _loads_settled(self, name: str) -> bool:
+        good = self._agreed(
+            f"settle loads for {name}", lambda rank: rank.engine.loads_settled(name)
+        )
+        self.tally["started_over"] += not good
+        return good
 
     def _abort(self) -> None:
         if self._engine.requests:
@@ -376,6 +389,7 @@ class Schedule:
     def _do(self, name: str, step: Callable[[Rank], T]) -> list[T]:
         """Does ``step`` on every rank; the results by rank."""
         self.doing = name
+        self._is_touched = True
         results = self._lockstep.run(lambda rank: step(self._ranks[rank]))
         self._trace.add(self.world.clock.now, name, results[0])
         return results
@@ -392,6 +406,9 @@ class Schedule:
         return results[0]
 
     def _check(self) -> None:
+        self._is_touched = False
         for rank in self._ranks:
-            checks.check_rank(rank.engine, rank.workers)
+            checks.check_rank(rank.engine, rank.workers, rank.ledger)
+            n_orphaned = rank.engine.cache._write_path.n_orphaned_pages
+            self.tally["steps_with_orphaned_pages"] += n_orphaned > 0
         checks.check_ranks_agree([rank.engine for rank in self._ranks])

@@ -7,13 +7,15 @@ from random import Random
 from typing import Literal
 
 from hicache_core.kv_spec import KVSpec
+from hicache_core.radix.eviction import POLICY_NAMES
 from hicache_core.types import Namespace
 
 NAMESPACES = (Namespace(), Namespace(cache_salt="tenant"), Namespace(lora_id="adapter"))
 
 LAYOUTS = ("page_first", "layer_first", "page_first_direct")
 WRITE_POLICIES = ("write_through", "write_through", "write_through_selective", "write_back")
-EVICTION_POLICIES = ("lru", "lfu", "fifo", "slru", "priority")
+
+FINGERPRINT = "simulated-model"
 
 PrefetchName = Literal["best_effort", "wait_complete", "timeout"]
 PREFETCH_POLICIES: tuple[PrefetchName, ...] = (
@@ -24,12 +26,17 @@ PREFETCH_POLICIES: tuple[PrefetchName, ...] = (
 )
 
 
+HOST_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 36, 48, 72)
+"""Host pools come in few sizes, since schedules use those of earlier ones again."""
+
+
 @dataclass(frozen=True, slots=True)
 class Setup:
     """One small world.
 
     Attributes:
         ranks: controllers in lockstep.
+        is_mla: every rank holds the same bytes, which one of them stores; else each its own head.
         window: numbers of one collective.
         page_size: tokens a page.
         device_pages: pages of each device pool.
@@ -52,6 +59,7 @@ class Setup:
     """
 
     ranks: int
+    is_mla: bool
     window: int | None
     page_size: int
     device_pages: int
@@ -75,19 +83,20 @@ class Setup:
     @classmethod
     def drawn(cls, draw: Random, ranks: int | None) -> Setup:
         """A world for ``draw``; with ``ranks`` of them, or any of 1, 2 and 4."""
-        n_ranks = ranks or draw.choice((1, 1, 1, 1, 1, 1, 1, 2, 2, 4))
+        n_ranks = ranks or draw.choices((1, 2, 4), (80, 15, 5))[0]
         page_size = draw.choice((2, 4))
         device_pages = draw.randint(4, 24)
         return cls(
             ranks=n_ranks,
-            window=None if n_ranks == 1 and draw.random() < 0.5 else draw.choice((8, 16, 64)),
+            is_mla=draw.random() < 0.3,
+            window=draw.choice((8, 8, 16, 16, 64) if n_ranks > 1 else (None, None, 8, 16)),
             page_size=page_size,
             device_pages=device_pages,
-            host_pages=max(1, int(device_pages * draw.choice((0.3, 0.5, 1.0, 2.0, 3.0)))),
+            host_pages=_rounded(device_pages * draw.choice((0.3, 0.5, 1.0, 2.0, 3.0))),
             layout=draw.choice(LAYOUTS),
             write_policy=draw.choice(WRITE_POLICIES),
-            device_eviction=draw.choice(EVICTION_POLICIES),
-            host_eviction=draw.choice(EVICTION_POLICIES),
+            device_eviction=draw.choice(POLICY_NAMES),
+            host_eviction=draw.choice(POLICY_NAMES),
             prefetch_policy=draw.choice(PREFETCH_POLICIES),
             prefetch_threshold=page_size * draw.choice((1, 1, 1, 2)),
             admission=draw.choice(("always", "always", "cost_aware")),
@@ -97,17 +106,30 @@ class Setup:
             max_pages_in_flight=draw.choice((1, 3, 100)),
             deadline_s=draw.choice((None, 0.05, 1.0, 5.0)),
             two_queues=draw.random() < 0.5,
-            copy_failure_rate=draw.choice((0.0, 0.0, 0.0, 0.02)),
+            copy_failure_rate=draw.choice((0.0, 0.0, 0.0, 0.1)),
             starts_with_storage=draw.random() < 0.9,
         )
 
+    def shard(self, rank: int) -> int:
+        """Which part of the KV ``rank`` holds; equal numbers mean equal bytes."""
+        return 0 if self.is_mla else rank
+
     def spec(self, rank: int) -> KVSpec:
-        """The KV that ``rank`` holds: one head of each layer, as under tensor parallelism."""
+        """The KV that ``rank`` holds: latents, or one head of each layer."""
+        if self.is_mla:
+            return KVSpec.mla(
+                num_layers=2, kv_lora_rank=3, rope_dim=2, dtype="float16", fingerprint=FINGERPRINT
+            )
         whole = KVSpec.mha(
             num_layers=2,
             num_heads=self.ranks,
             head_dim=2,
             dtype="float16",
-            fingerprint="simulated-model",
+            fingerprint=FINGERPRINT,
         )
         return whole.shard(heads=(rank, rank + 1))
+
+
+def _rounded(n_pages: float) -> int:
+    """The largest of ``HOST_SIZES`` that is no larger."""
+    return max(size for size in HOST_SIZES if size <= max(n_pages, 1))

@@ -11,7 +11,7 @@ from hicache_core.errors import IntegrityError, UseAfterClose
 from hicache_core.storage.base import StorageBackend
 from hicache_core.storage.executor import Worker
 from hicache_core.storage.worker import run_job
-from hicache_core.testing.simulation.clock import Process, VirtualClock
+from hicache_core.testing.simulation.clock import InvariantBroken, Process, VirtualClock
 from hicache_core.types import Job, JobResult, JobState, ReadJob, WriteJob
 
 
@@ -38,6 +38,7 @@ class SimWorker(Worker):
         max_read_nbytes: int,
         max_write_nbytes: int,
         deadline_s: float | None,
+        may_write: bool = True,
     ) -> None:
         """Keeps its arguments: those of ``StorageWorker``, and
 
@@ -50,6 +51,7 @@ class SimWorker(Worker):
             max_read_nbytes: bytes of reads that run at once.
             max_write_nbytes: bytes of writes that wait or run.
             deadline_s: when a running job is overdue; never, if None.
+            may_write: False for a rank whose bytes another rank stores.
         """
         self._backend = backend
         self._virtual = clock
@@ -59,6 +61,7 @@ class SimWorker(Worker):
         self._max_read_nbytes = max_read_nbytes
         self._max_write_nbytes = max_write_nbytes
         self._deadline_s = deadline_s
+        self._may_write = may_write
         self._waiting: dict[int, Job] = {}
         self._running: dict[int, Job] = {}
         self._late: set[int] = set()  # those that run and were told as OVERDUE
@@ -110,6 +113,8 @@ class SimWorker(Worker):
         if job.job_id in self._running or job.job_id in self._waiting:
             raise ValueError(f"job {job.job_id} was already submitted")
         if isinstance(job, WriteJob):
+            if not self._may_write:
+                raise InvariantBroken(f"one writer: job {job.job_id} stores what another rank does")
             used = self.write_nbytes_in_flight
             if used and used + job.nbytes > self._max_write_nbytes:
                 return False

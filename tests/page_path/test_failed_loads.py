@@ -1,0 +1,71 @@
+"""A copy up that fails on another rank: known to all alike once it has settled, and then alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from hicache_core.errors import LoadFailed
+from hicache_core.ranks import SingleRank
+from tests.page_path.world import SPEC, World, ids, make_world
+
+
+class OtherRankFails(SingleRank):
+    """Another rank's copies give nothing."""
+
+    def agree_min(self, values: Sequence[int]) -> list[int]:
+        # docstring inherited
+        flag, *counts = values
+        return [flag, *(min(n_pages, 0) for n_pages in counts)]
+
+
+def settle_loads(world: World) -> None:
+    """What an engine does before it inserts."""
+    while not world.cache.loads_settled:
+        world.cache.wait(0.001)
+        world.cache.poll()
+
+
+def load(world: World, *, fails: bool) -> int:
+    """A request whose four pages come up from the host; loads that had failed when it matched."""
+    cache = world.cache
+    world.request(ids(16))
+    cache.flush(10.0)
+    assert cache.evict(4) == 4
+    if fails:
+        cache._parts.jobs._ranks = OtherRankFails()
+    n_failed = cache.n_failed_loads
+    match = cache.match_prefix(ids(16))
+    cache.lock(match.node)
+    loaded = cache.load_back(match)
+    assert len(loaded.device_pages) == 4
+    assert not cache.loads_settled
+    for layer in range(SPEC.num_layers):
+        cache.wait_layer(layer)  # on this rank all is well
+    cache.unlock(match.node)
+    return n_failed
+
+
+def test_a_load_that_fails_on_another_rank_is_known_when_it_has_settled() -> None:
+    world = make_world()
+    n_failed = load(world, fails=True)
+    assert world.cache.n_failed_loads == n_failed
+    settle_loads(world)
+    assert world.cache.n_failed_loads == n_failed + 1
+    with pytest.raises(LoadFailed, match="4 pages did not arrive on another rank"):
+        world.cache.wait_layer(0)
+    world.cache.wait_layer(0)  # told once
+    match = world.cache.match_prefix(ids(16))
+    assert (match.n_device_tokens, match.n_host_tokens) == (0, 16)
+    world.cache._parts.jobs._ranks = SingleRank()
+    world.close()
+
+
+def test_a_load_that_goes_well_is_not_counted() -> None:
+    world = make_world()
+    n_failed = load(world, fails=False)
+    settle_loads(world)
+    assert world.cache.n_failed_loads == n_failed == 0
+    assert world.cache.match_prefix(ids(16)).n_device_tokens == 16
+    world.close()
