@@ -48,8 +48,16 @@ class LoadBackPath:
         return not self._under_way
 
     def start(self, match: Match, device_pages: array[int]) -> Match:
-        """Submits the copy of the match's host part into ``device_pages``, one page each."""
+        """Submits the copy of the match's host part into ``device_pages``, one page each.
+
+        If what the match has on the device was being loaded, and that has failed since, there is
+        nothing to hang the rest on: only the device part comes back, and ``wait_layer`` tells.
+        """
         parts, tree = self._parts, self._parts.tree
+        if match.device_node.parent is not None and not match.device_node.on_device:
+            parts.device.allocator.free(device_pages)
+            parts.counters.load_back_skipped_pages += len(device_pages)
+            return match.device_part()
         node, n_pages = match.node, len(match.host_pages)
         tree.attach_device(node, n_pages, device_pages)
         assert parts.transfer is not None

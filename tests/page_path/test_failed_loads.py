@@ -69,3 +69,33 @@ def test_a_load_that_goes_well_is_not_counted() -> None:
     assert world.cache.n_failed_loads == n_failed == 0
     assert world.cache.match_prefix(ids(16)).n_device_tokens == 16
     world.close()
+
+
+def test_a_load_that_fails_below_another_takes_nothing_with_it() -> None:
+    """To find room for the rest of a prefix, its beginning is settled, and is gone: no error, and
+    no page is lost."""
+    world = make_world(device_pages=8)
+    cache = world.cache
+    world.request(ids(32))
+    cache.flush(10.0)
+    assert cache.evict(8) == 8
+    cache._parts.jobs._ranks = OtherRankFails()
+    first = cache.match_prefix(ids(16))
+    cache.lock(first.node)
+    cache.load_back(first)
+    held = cache.allocate(4)
+    both = cache.match_prefix(ids(32))
+    cache.lock(both.node)
+    assert (both.n_device_tokens, both.n_host_tokens) == (16, 16)
+    loaded = cache.load_back(both)
+    assert (len(loaded.device_pages), len(loaded.host_pages)) == (4, 0)
+    assert cache.n_failed_loads == 1
+    with pytest.raises(LoadFailed):
+        cache.wait_layer(0)
+    cache.unlock(both.node)
+    cache.unlock(first.node)
+    cache.free(held)
+    assert world.pool.allocator.n_free == 8
+    cache._parts.jobs._ranks = SingleRank()
+    assert world.request(ids(32)).host == 32
+    world.close()
