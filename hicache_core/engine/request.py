@@ -60,7 +60,7 @@ class Request:
         tokens: the prompt, at least one token.
         sampling: how to answer.
         namespace: tenant and adapter; prefixes are shared inside a namespace only.
-        priority: higher is scheduled first, and stays longer under the eviction policy of that name.
+        priority: higher is scheduled first, and stays longer under the eviction policy `priority`.
         bootstrap: of a disaggregated request; the engine hands it on and does nothing with it.
     """
 
