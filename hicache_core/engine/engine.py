@@ -302,6 +302,7 @@ class Engine:
             self._scheduler.tally.failed += len(tasks)
             for task in tasks:
                 task.emit((), "", "error", error)
+            self._scheduler.give_up()
             self._cache.close(0.0)
         for future in calls:
             future.set_exception(UseAfterClose("the engine was closed before the call was done"))

@@ -120,6 +120,13 @@ class Scheduler:
         for request_id in [*self._waiting, *self._running]:
             self.abort(request_id)
 
+    def give_up(self) -> None:
+        """Lets go of all pages; nothing is stored and nobody told: something is broken."""
+        for task in self._running.values():
+            task.table.release()
+        self._running.clear()
+        self._waiting.clear()
+
     # A step.
 
     def step(self) -> bool:
