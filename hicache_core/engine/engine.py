@@ -20,6 +20,7 @@ from hicache_core.engine.detokenize import TextStream
 from hicache_core.engine.limits import Limits
 from hicache_core.engine.model import LoadedModel
 from hicache_core.engine.page_table import PageTable
+from hicache_core.engine.relay import Listener
 from hicache_core.engine.request import Output, Request
 from hicache_core.engine.runner import Runner
 from hicache_core.engine.sampling import Sampler, check_sampling
@@ -188,6 +189,13 @@ class Engine:
         """The device pages; other threads may read those that their caller keeps locked."""
         return self._pool
 
+    def listen(self, listener: Listener) -> None:
+        """Has ``listener`` told of the KV of prompts; to be called between ``open`` and ``submit``.
+
+        ``close`` waits for the pages that it holds, until its time is over: end the listener first.
+        """
+        self._scheduler.relay.listener = listener
+
     def status(self) -> EngineStatus:
         """What the engine does now."""
         with self._changed:
@@ -246,7 +254,8 @@ class Engine:
             self._obey()
             if deadline_s is not None and self._clock() >= deadline_s:
                 self._scheduler.abort_all()
-            is_busy = self._scheduler.n_waiting + self._scheduler.n_running > 0
+                self._scheduler.relay.give_up()
+            is_busy = self._scheduler.is_busy
             if closing and not is_busy:
                 self._cache.close(drain_s)
                 return

@@ -35,6 +35,10 @@ class PageTable:
         self._node: Node | None = None
         self._n_stored = 0
 
+    def another(self) -> PageTable:
+        """An empty one for the same request."""
+        return PageTable(self._cache, self._namespace, self._priority)
+
     def begin(self, node: Node, shared: array[int], own: array[int]) -> None:
         """Starts with a match.
 

@@ -11,6 +11,7 @@ import torch
 from hicache_core.controller.controller import Controller
 from hicache_core.engine.config import EngineConfig
 from hicache_core.engine.rate import Rate
+from hicache_core.engine.relay import Relay
 from hicache_core.engine.request import CachedTokens
 from hicache_core.engine.runner import Past, Runner, nothing
 from hicache_core.engine.task import Task
@@ -69,6 +70,7 @@ class Scheduler:
             clock: seconds.
         """
         self.tally = Tally()
+        self.relay = Relay()
         self.decoded = Rate(clock)
         self.prefilled = Rate(clock)
         self._cache = cache
@@ -95,8 +97,13 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def is_busy(self) -> bool:
+        """Whether a request waits or runs, or a listener still reads the pages of one."""
+        return bool(self._waiting or self._running) or self.relay.is_holding
+
+    @property
     def n_used_pages(self) -> int:
-        """Device pages that running requests hold, shared ones once."""
+        """Device pages that running requests and a listener hold, shared ones once."""
         return len(self._used_pages())
 
     def add(self, task: Task) -> None:
@@ -124,6 +131,7 @@ class Scheduler:
         """Lets go of all pages; nothing is stored and nobody told: something is broken."""
         for task in self._running.values():
             task.table.release()
+        self.relay.give_up()
         self._running.clear()
         self._waiting.clear()
 
@@ -136,8 +144,9 @@ class Scheduler:
             RankLost: another rank died, or does not answer.
         """
         self._cache.poll()
+        self.relay.step()
         self._look_after_failed_load()
-        decoding = [task for task in self._in_order() if task.n_missing == 1]
+        decoding = [task for task in self._in_order() if task.decodes]
         n_prefilled = self._prefill(self._config.chunk_tokens)
         n_decoded = self._decode(decoding)
         return n_prefilled + n_decoded > 0
@@ -162,7 +171,7 @@ class Scheduler:
         return sorted(self._running.values(), key=lambda task: task.order)
 
     def _used_pages(self) -> set[int]:
-        return set().union(*(task.table.pages for task in self._running.values()))
+        return self.relay.pages().union(*(task.table.pages for task in self._running.values()))
 
     # Prompts.
 
@@ -170,7 +179,7 @@ class Scheduler:
         """Computes at most ``budget`` tokens of prompts, first those of requests that run."""
         n_left = budget
         for task in self._in_order():
-            if n_left and task.n_missing > 1:
+            if n_left and not task.decodes:
                 n_tokens = min(n_left, task.n_missing)
                 n_left -= n_tokens
                 self._compute(task, n_tokens)
@@ -213,6 +222,7 @@ class Scheduler:
         task.note(first_scheduled=self._clock())
         task.n_computed = loaded.n_tokens
         self._running[task.request.request_id] = self._waiting.pop(task.request.request_id)
+        self.relay.begin(task)
         return True
 
     def _has_room_for(self, task: Task) -> bool:
@@ -255,6 +265,7 @@ class Scheduler:
                 start,
                 task.table.pages,
                 before_layer=before_layer,
+                after_layer=self.relay.after_layer(task, start + n_tokens),
             )
         except LoadFailed as error:
             log.warning("request %s starts over: %s", task.request.request_id, error)
@@ -338,7 +349,7 @@ class Scheduler:
 
     def _let_wait(self, task: Task) -> None:
         """Takes the pages away from a running request."""
-        task.table.release()
+        self.relay.release(task)
         task.n_computed = 0
         self._waiting[task.request.request_id] = self._running.pop(task.request.request_id)
 
@@ -346,7 +357,7 @@ class Scheduler:
         request_id = task.request.request_id
         if self._running.pop(request_id, None) is not None:
             self._store(task)
-            task.table.release()
+            self.relay.release(task)
         elif self._waiting.pop(request_id).asked_storage:
             self._cache.finish_prefetch(request_id)
         self.tally.finished += 1

@@ -79,6 +79,11 @@ class Task:
         """Tokens to compute before the next one is known."""
         return len(self.tokens) - self.n_computed
 
+    @property
+    def decodes(self) -> bool:
+        """Whether its answer has begun, and only the last token of it is to be computed."""
+        return self.n_new > 0 and self.n_missing == 1
+
     def packed(self, start: int, stop: int) -> bytes:
         """Tokens from ``start`` to ``stop``, as the cache takes them."""
         return pack_tokens(self.tokens[start:stop])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hicache_core.engine.detokenize import TextStream
@@ -27,6 +27,7 @@ def streamed(
     return [*pieces, stream.finish()], False
 
 
+@settings(deadline=None)
 @given(TEXTS)
 def test_pieces_are_whole_characters_and_together_the_text(text: str) -> None:
     pieces, _ = streamed(list(text.encode()))
@@ -34,6 +35,7 @@ def test_pieces_are_whole_characters_and_together_the_text(text: str) -> None:
     assert not any("\ufffd" in piece for piece in pieces)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 511), max_size=24))
 def test_any_tokens_give_what_the_tokenizer_makes_of_them(ids: list[int]) -> None:
     pieces, _ = streamed(ids)
@@ -43,6 +45,7 @@ def test_any_tokens_give_what_the_tokenizer_makes_of_them(ids: list[int]) -> Non
     assert "".join(pieces) == whole
 
 
+@settings(deadline=None)
 @given(TEXTS, st.lists(TEXTS.filter(bool), min_size=1, max_size=3))
 def test_text_ends_before_the_first_stop_text_and_leaks_nothing_of_it(
     text: str, stops: list[str]

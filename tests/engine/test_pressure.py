@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hicache_core.errors import LoadFailed
+from hicache_core.transfer.base import Direction
 from hicache_core.types import CachedTokens
 from tests.engine.world import PAGE_SIZE, Desk, cache_config, desk, greedy, plain, prompt_of
 
@@ -128,6 +129,37 @@ def test_a_request_whose_prefix_does_not_arrive_starts_over(
         assert it.last(again).cached == CachedTokens()
         assert it.tokens(again) == plain(it.loaded, prompt, 8)
         assert it.tokens(beside) == plain(it.loaded, prompt_of(9, seed=1), 8)
+
+
+@pytest.mark.parametrize("n_beside", [0, 2])
+def test_a_copy_that_fails_costs_a_computation_and_nothing_else(
+    n_beside: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy itself raises, on the copy thread; requests with the same prefix are beside it."""
+    prompt = prompt_of(21)
+    with desk(max_running=4) as it:
+        it.ask(prompt, greedy(1))
+        it.run()
+        it.cache.flush()
+        it.cache.evict(it.pool.n_pages)
+        transfer: Any = it.cache._parts.transfer
+        prepare = transfer._prepare
+
+        def failing(direction: Direction, *pages: Any) -> Any:
+            if direction is Direction.TO_HOST:
+                return prepare(direction, *pages)
+
+            def copy(layers: range) -> None:
+                raise RuntimeError("no such luck")
+
+            return copy
+
+        monkeypatch.setattr(transfer, "_prepare", failing)
+        asked = [it.ask(prompt + prompt_of(n, seed=n)) for n in range(1 + n_beside)]
+        it.run()
+        assert it.scheduler.tally.restarted > 0
+        for n, request_id in enumerate(asked):
+            assert it.tokens(request_id) == plain(it.loaded, prompt + prompt_of(n, seed=n), 8)
 
 
 @st.composite

@@ -178,7 +178,7 @@ class Desk:
     @property
     def is_busy(self) -> bool:
         """Whether a request waits or runs."""
-        return self.scheduler.n_waiting + self.scheduler.n_running > 0
+        return self.scheduler.is_busy
 
     def tokens(self, request_id: str) -> tuple[int, ...]:
         """The answer so far."""
