@@ -6,6 +6,7 @@ HiCacheError
 ├── SpecError (ValueError)              a KV shape, dtype or pool that does not fit the KVSpec
 ├── NotEnoughMemory (MemoryError)       a pool larger than the machine or its cgroup holds
 ├── PoolExhausted (MemoryError)         no free page, and nothing left that may be evicted
+├── QueueFull (RuntimeError)            as many requests wait as may; try again later
 ├── UseAfterClose (RuntimeError)        a call after close()
 ├── IntegrityError (AssertionError)     our own bug: an invariant does not hold
 ├── LoadFailed (RuntimeError)           a copy into device pages failed
@@ -48,6 +49,10 @@ class NotEnoughMemory(HiCacheError, MemoryError):
 
 class PoolExhausted(HiCacheError, MemoryError):
     """No page is free and nothing that may be evicted is left."""
+
+
+class QueueFull(HiCacheError, RuntimeError):
+    """As many requests wait already as may; the client tries again later, or elsewhere."""
 
 
 class UseAfterClose(HiCacheError, RuntimeError):

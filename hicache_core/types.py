@@ -31,6 +31,20 @@ class Namespace:
 
 
 @dataclass(frozen=True, slots=True)
+class CachedTokens:
+    """Tokens of a prompt that were not computed, by where they were when the turn began."""
+
+    device: int = 0
+    host: int = 0
+    storage: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.device + self.host + self.storage
+
+
+@dataclass(frozen=True, slots=True)
 class ExistsJob:
     """A question to storage: how many leading pages of ``keys`` are present?"""
 

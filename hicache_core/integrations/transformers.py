@@ -37,7 +37,17 @@ from hicache_core.kv_spec import KVSpec
 from hicache_core.page_keys import TOKEN_NBYTES, pack_tokens
 from hicache_core.pools.device import DevicePool
 from hicache_core.radix.results import Match
-from hicache_core.types import Namespace
+from hicache_core.types import CachedTokens, Namespace
+
+__all__ = [
+    "Answer",
+    "CachedModel",
+    "CachedTokens",
+    "Turn",
+    "check_layers",
+    "fingerprint_of_model",
+    "kv_spec_of",
+]
 
 log = logging.getLogger(__name__)
 
@@ -48,20 +58,6 @@ _SHARED = Namespace()
 
 # How long to sleep between two looks at a prefetch that is under way.
 _POLL_S = 0.0005
-
-
-@dataclass(frozen=True, slots=True)
-class CachedTokens:
-    """Tokens of a prompt that were not computed, by where they were when the turn began."""
-
-    device: int = 0
-    host: int = 0
-    storage: int = 0
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return self.device + self.host + self.storage
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,80 @@
+"""EngineConfig: how much an engine runs at once; EngineStatus: what it does now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hicache_core.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Settings of the engine; those of the cache are a ``HiCacheConfig``.
+
+    Attributes:
+        max_running: sequences that run at once, at most.
+        max_waiting: requests that wait, at most; one more is refused with ``QueueFull``.
+        chunk_tokens: prompt tokens computed in one step, at most.
+        device_tokens: room of the device tier in tokens; None for what ``mem_fraction_static``
+            leaves on a GPU, and on a CPU for ``CPU_DEVICE_TOKENS`` or one context, the larger.
+        context_length: prompt and answer together, at most; None for what the model was made for.
+        mem_fraction_static: part of a GPU's memory for weights and device tier together.
+        offload_stride: while decoding, every so many whole pages of a sequence go to the cache, and
+            so to host and storage; 0 for only at the end.
+    """
+
+    max_running: int = 8
+    max_waiting: int = 256
+    chunk_tokens: int = 512
+    device_tokens: int | None = None
+    context_length: int | None = None
+    mem_fraction_static: float = 0.85
+    offload_stride: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a value that is out of range."""
+        for name in ("max_running", "max_waiting", "chunk_tokens"):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("device_tokens", "context_length"):
+            value = getattr(self, name)
+            self._check(name, value is None or value >= 1, "at least 1")
+        in_range = 0 < self.mem_fraction_static < 1
+        self._check("mem_fraction_static", in_range, "between 0 and 1")
+        self._check("offload_stride", self.offload_stride >= 0, "at least 0")
+
+    def _check(self, name: str, is_well: bool, allowed: str) -> None:
+        if not is_well:
+            raise ConfigError(f"{name} is {getattr(self, name)}; it must be {allowed}")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """One look at an engine.
+
+    Attributes:
+        waiting: requests that wait.
+        running: requests that are being computed.
+        n_slots: tokens that the device tier holds.
+        used_slots: tokens of the device pages that running requests hold.
+        tokens_per_s: new tokens, over the last ten seconds.
+        prefill_tokens_per_s: prompt tokens computed, over the last ten seconds.
+        finished: requests that ended, for whatever reason, since the start.
+        aborted: those of them that the client left.
+        failed: those of them that ended with an error.
+        preempted: how often a running request had to wait again for lack of room.
+        context_length: prompt and answer together, at most.
+        error: why the engine stopped; empty while it runs.
+    """
+
+    waiting: int
+    running: int
+    n_slots: int
+    used_slots: int
+    tokens_per_s: float
+    prefill_tokens_per_s: float
+    finished: int
+    aborted: int
+    failed: int
+    preempted: int
+    context_length: int
+    error: str

@@ -1,0 +1,317 @@
+"""Engine: a model, its cache, and the thread that runs both; the front that others call."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from typing import TypeVar
+
+from hicache_core.build import HiCache
+from hicache_core.config import HiCacheConfig
+from hicache_core.engine.config import EngineConfig, EngineStatus
+from hicache_core.engine.detokenize import TextStream
+from hicache_core.engine.limits import Limits
+from hicache_core.engine.model import LoadedModel
+from hicache_core.engine.page_table import PageTable
+from hicache_core.engine.relay import Listener
+from hicache_core.engine.request import Output, Request
+from hicache_core.engine.runner import Runner
+from hicache_core.engine.sampling import Sampler, check_sampling
+from hicache_core.engine.scheduler import Scheduler
+from hicache_core.engine.task import Task
+from hicache_core.errors import QueueFull, UseAfterClose
+from hicache_core.integrations.transformers import check_layers, fingerprint_of_model, kv_spec_of
+from hicache_core.pools.device import DevicePool
+from hicache_core.ranks import RankGroup, SingleRank
+
+__all__ = ["Engine", "EngineConfig", "EngineStatus"]
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Clock = Callable[[], float]
+OnOutput = Callable[[Output], None]
+
+_IDLE_S = 0.02
+"""So often an engine without requests looks after its cache, whose writes still go on."""
+
+_STALL_S = 0.005
+"""So long it waits for news of storage when no request can be computed."""
+
+
+class Engine:
+    """Answers requests with a model whose prefixes come from HiCache.
+
+    One thread of its own runs everything between ``open`` and ``close``. All public methods may be
+    called from any thread but that one.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        cache_config: HiCacheConfig,
+        config: EngineConfig,
+        *,
+        ranks: RankGroup | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        """Keeps its arguments; ``open`` starts."""
+        self._model = model
+        self._cache_config = cache_config
+        self._config = config
+        self._ranks = ranks or SingleRank()
+        self._clock = clock
+        self._thread: threading.Thread | None = None
+        self._changed = threading.Condition()
+        # Guarded by the condition:
+        self._orders: deque[Callable[[], None]] = deque()
+        self._calls: set[Future[object]] = set()
+        self._n_queued = 0
+        self._n_arrived = 0
+        self._tasks: dict[str, Task] = {}
+        self._closing = False
+        self._drain_s = 0.0
+        self._error = ""
+
+    def open(self) -> None:
+        """Builds pools and cache, and starts the thread.
+
+        Raises:
+            SpecError, NotEnoughMemory, ConfigError, PluginError, BackendError: as ``HiCache``.
+        """
+        model = self._model.model
+        check_layers(model.config)
+        spec = kv_spec_of(model, fingerprint_of_model(model))
+        page_size = self._cache_config.page_size
+        self._limits = Limits.of(self._model, spec, self._config, page_size)
+        n_pages = self._limits.n_slots // page_size
+        self._pool = DevicePool(spec, page_size, n_pages, model.device)
+        self._cache = HiCache(
+            self._cache_config, spec, self._pool, clock=self._clock, ranks=self._ranks
+        )
+        self._scheduler = Scheduler(
+            self._cache,
+            Runner(model, self._pool),
+            self._config,
+            n_pages=n_pages,
+            num_layers=spec.num_layers,
+            ranks=self._ranks,
+            clock=self._clock,
+        )
+        self._thread = threading.Thread(target=self._run, name="hicache-engine")
+        self._thread.start()
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Takes no more requests, finishes those it has, drains backups; may be called twice.
+
+        What is not finished when ``timeout_s`` is over ends with ``abort``; the cache then gets as
+        long once more for its writes.
+        """
+        with self._changed:
+            self._drain_s = timeout_s
+            self._closing = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def submit(self, request: Request, on_output: OnOutput) -> None:
+        """Queues a request; returns at once.
+
+        Args:
+            request: what to answer.
+            on_output: called on the engine's thread, at most once a step, the last time with a
+                ``finish_reason``. It must neither block nor raise.
+
+        Raises:
+            QueueFull: ``max_waiting`` requests wait already.
+            InvalidTokens: the prompt is empty, no tokens of this model, or longer than context or
+                device pool; or a request of this id is under way.
+            ConfigError: sampling parameters out of range.
+            UseAfterClose: the engine is not open, closing, or has stopped.
+        """
+        check_sampling(request.sampling)
+        with self._changed:
+            self._check_open()
+            n_new_max = self._limits.n_new_max(request)
+            self._limits.check_id(request.request_id, self._tasks)
+            n_waiting = self._n_queued + self._scheduler.n_waiting
+            if n_waiting >= self._config.max_waiting:
+                raise QueueFull(
+                    f"{n_waiting} requests wait, max_waiting is {self._config.max_waiting}; "
+                    "try again later"
+                )
+            self._n_arrived += 1
+            task = self._task(request, on_output)
+            task.n_new_max = n_new_max
+            task.note(arrived=self._clock())
+            self._tasks[request.request_id] = task
+            self._n_queued += 1
+            self._orders.append(partial(self._add, task))
+            self._changed.notify()
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request with ``abort``, whatever its state; of one that has ended, nothing."""
+        with self._changed:
+            if request_id in self._tasks:
+                self._orders.append(partial(self._scheduler.abort, request_id))
+                self._changed.notify()
+
+    def call(self, work: Callable[[HiCache], T], timeout_s: float) -> T:
+        """Runs ``work`` on the engine's thread, between two steps; its result.
+
+        Raises:
+            TimeoutError: it was not done in time; it may still be done later.
+            UseAfterClose: the engine is closed.
+            Whatever ``work`` raises.
+        """
+        future: Future[T] = Future()
+        with self._changed:
+            self._check_open()
+            self._calls.add(future)  # type: ignore[arg-type]
+            self._orders.append(partial(self._work, work, future))
+            self._changed.notify()
+        return future.result(timeout_s)
+
+    @property
+    def cache(self) -> HiCache:
+        """The cache. Only its ``snapshot`` and ``explain`` are for other threads: see ``call``."""
+        return self._cache
+
+    @property
+    def pool(self) -> DevicePool:
+        """The device pages; other threads may read those that their caller keeps locked."""
+        return self._pool
+
+    def listen(self, listener: Listener) -> None:
+        """Has ``listener`` told of the KV of prompts; to be called between ``open`` and ``submit``.
+
+        ``close`` waits for the pages that it holds, until its time is over: end the listener first.
+        """
+        self._scheduler.relay.listener = listener
+
+    def status(self) -> EngineStatus:
+        """What the engine does now."""
+        with self._changed:
+            n_queued, error = self._n_queued, self._error
+        scheduler, tally = self._scheduler, self._scheduler.tally
+        return EngineStatus(
+            waiting=n_queued + scheduler.n_waiting,
+            running=scheduler.n_running,
+            n_slots=self._limits.n_slots,
+            used_slots=scheduler.n_used_pages * self._pool.page_size,
+            tokens_per_s=scheduler.decoded.per_s(),
+            prefill_tokens_per_s=scheduler.prefilled.per_s(),
+            finished=tally.finished,
+            aborted=tally.aborted,
+            failed=tally.failed,
+            preempted=tally.preempted,
+            context_length=self._limits.context_length,
+            error=error,
+        )
+
+    def _check_open(self) -> None:
+        if self._error:
+            raise UseAfterClose(f"the engine has stopped: {self._error}; start it again")
+        if self._thread is None or self._closing:
+            raise UseAfterClose("the engine is not open; it takes no requests")
+
+    def _task(self, request: Request, on_output: OnOutput) -> Task:
+        params = request.sampling
+        seed = secrets.randbits(64) if params.seed is None else params.seed
+        return Task(
+            request,
+            self._n_arrived,
+            partial(self._told, on_output),
+            PageTable(self._cache, request.namespace, request.priority),
+            Sampler(params, seed, self._limits.eos_token_ids),
+            TextStream(self._model.tokenizer, params.stop),
+        )
+
+    # The thread.
+
+    def _run(self) -> None:
+        try:
+            self._serve()
+        finally:
+            error = sys.exception()
+            self._stop("" if error is None else f"{type(error).__name__}: {error}")
+
+    def _serve(self) -> None:
+        """Steps until everything that came before ``close`` is done, or its time is over."""
+        deadline_s: float | None = None
+        while True:
+            with self._changed:
+                closing, drain_s = self._closing, self._drain_s
+            if closing and deadline_s is None:
+                deadline_s = self._clock() + drain_s
+            self._obey()
+            if deadline_s is not None and self._clock() >= deadline_s:
+                self._scheduler.abort_all()
+                self._scheduler.relay.give_up()
+            is_busy = self._scheduler.is_busy
+            if closing and not is_busy:
+                self._cache.close(drain_s)
+                return
+            if not self._scheduler.step():
+                self._rest(is_busy)
+
+    def _obey(self) -> None:
+        """Does what was ordered since the last step."""
+        with self._changed:
+            orders = list(self._orders)
+            self._orders.clear()
+        for order in orders:
+            order()
+
+    def _rest(self, is_busy: bool) -> None:
+        """Nothing could be computed: waits for news."""
+        if is_busy:
+            self._cache.wait(_STALL_S)
+            return
+        with self._changed:
+            if not self._orders and not self._closing:
+                self._changed.wait(_IDLE_S)
+
+    def _add(self, task: Task) -> None:
+        self._scheduler.add(task)
+        with self._changed:
+            self._n_queued -= 1
+
+    def _told(self, on_output: OnOutput, output: Output) -> None:
+        if output.finish_reason is not None:
+            with self._changed:
+                self._tasks.pop(output.request_id, None)
+        on_output(output)
+
+    def _work(self, work: Callable[[HiCache], T], future: Future[T]) -> None:
+        with self._changed:
+            self._calls.discard(future)
+        try:
+            future.set_result(work(self._cache))
+        except Exception as error:  # the caller's own, and goes to the caller whole
+            future.set_exception(error)
+
+    def _stop(self, error: str) -> None:
+        """The end, wanted or not: nobody is left waiting."""
+        with self._changed:
+            self._closing = True
+            self._error = error
+            tasks, calls = list(self._tasks.values()), list(self._calls)
+            self._orders.clear()
+            self._calls.clear()
+        if error:
+            log.error("the engine stops: %s", error)
+            self._scheduler.tally.failed += len(tasks)
+            for task in tasks:
+                task.emit((), "", "error", error)
+            self._scheduler.give_up()
+            self._cache.close(0.0)
+        for future in calls:
+            future.set_exception(UseAfterClose("the engine was closed before the call was done"))

@@ -1,0 +1,102 @@
+"""Limits: what a model and its device pool can take."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hicache_core.engine.config import EngineConfig
+from hicache_core.engine.model import LoadedModel
+from hicache_core.engine.request import Request
+from hicache_core.errors import InvalidTokens, NotEnoughMemory
+from hicache_core.kv_spec import KVSpec
+
+CPU_DEVICE_TOKENS = 16384
+"""Room of the device tier on a CPU, unless the context is longer or it is set."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What requests are checked against.
+
+    Attributes:
+        n_slots: tokens of the device pool, in whole pages.
+        context_length: prompt and answer together, at most.
+        vocabulary: tokens that the model knows.
+        eos_token_ids: what ends an answer.
+    """
+
+    n_slots: int
+    context_length: int
+    vocabulary: int
+    eos_token_ids: frozenset[int]
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, spec: KVSpec, config: EngineConfig, page_size: int) -> Limits:
+        """Those of a model under a configuration.
+
+        Raises:
+            NotEnoughMemory: ``mem_fraction_static`` leaves no page.
+        """
+        model = loaded.model
+        own = int(getattr(model.config, "max_position_embeddings", 0) or 2048)
+        context_length = config.context_length or own
+        n_tokens = config.device_tokens or _device_tokens(model, spec, config, context_length)
+        n_pages = max(1, n_tokens // page_size)
+        return cls(n_pages * page_size, context_length, model.config.vocab_size, _ends(loaded))
+
+    def n_new_max(self, request: Request) -> int:
+        """Tokens of the request's answer at most: what is asked, or what there is room for.
+
+        Raises:
+            InvalidTokens: the prompt is empty, has unknown tokens, or leaves no room.
+        """
+        tokens = request.tokens
+        if not tokens:
+            raise InvalidTokens("the prompt is empty: there is no token to answer to")
+        if not 0 <= min(tokens) <= max(tokens) < self.vocabulary:
+            raise InvalidTokens(
+                f"token {max(tokens) if min(tokens) >= 0 else min(tokens)} is none of this model; "
+                f"its vocabulary has {self.vocabulary}"
+            )
+        for name, limit in (("context", self.context_length), ("device pool", self.n_slots)):
+            if len(tokens) >= limit:
+                raise InvalidTokens(
+                    f"the prompt has {len(tokens)} tokens; the {name} has room for {limit}, "
+                    "the answer included: send a shorter prompt"
+                )
+        room = min(self.context_length, self.n_slots) - len(tokens)
+        return min(request.sampling.max_new_tokens, room)
+
+    @staticmethod
+    def check_id(request_id: str, under_way: Collection[str]) -> None:
+        """Raises InvalidTokens: a request of this id has not ended."""
+        if request_id in under_way:
+            raise InvalidTokens(f"request {request_id!r} is under way already; use another id")
+
+
+def _ends(loaded: LoadedModel) -> frozenset[int]:
+    """End-of-sequence tokens, by the model's generation config and by the tokenizer."""
+    ids: list[Any] = []
+    for owner in (getattr(loaded.model, "generation_config", None), loaded.tokenizer):
+        found = getattr(owner, "eos_token_id", None)
+        ids += found if isinstance(found, list) else [found]
+    return frozenset(int(token) for token in ids if token is not None)
+
+
+def _device_tokens(model: Any, spec: KVSpec, config: EngineConfig, context_length: int) -> int:
+    if model.device.type != "cuda":
+        return max(CPU_DEVICE_TOKENS, context_length)
+    free, total = torch.cuda.mem_get_info(model.device)
+    used = total - free  # the weights, mostly
+    room = int(total * config.mem_fraction_static) - used
+    n_tokens = room // spec.page_nbytes(1)
+    if n_tokens < 1:
+        raise NotEnoughMemory(
+            f"mem_fraction_static {config.mem_fraction_static} of {total / 1e9:.1f} GB leaves no "
+            f"room beside {used / 1e9:.1f} GB of weights; raise it, or set device_tokens"
+        )
+    return n_tokens

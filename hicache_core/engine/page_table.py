@@ -1,0 +1,101 @@
+"""PageTable: the device pages of one running sequence, its own and those it shares."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+from hicache_core.controller.controller import Controller
+from hicache_core.page_keys import pack_tokens
+from hicache_core.radix.node import Node
+from hicache_core.types import Namespace
+
+
+class PageTable:
+    """Holds pages from admission to the end; owner thread only.
+
+    ::
+
+        pages    | of the tree, kept by the lock on a node | mine: not in the tree |
+
+    What is stored goes from the right part to the left one. Pages that the tree has already under
+    other ids stay where they are, and mine, until the end: nothing that is being read changes.
+
+    Attributes:
+        pages: ids in the device pool, one for each page of the sequence, in order.
+    """
+
+    def __init__(self, cache: Controller, namespace: Namespace, priority: int) -> None:
+        """Empty; ``begin`` fills it."""
+        self.pages = array("i")
+        self._cache = cache
+        self._namespace = namespace
+        self._priority = priority
+        self._mine: set[int] = set()
+        self._node: Node | None = None
+        self._n_stored = 0
+
+    def another(self) -> PageTable:
+        """An empty one for the same request."""
+        return PageTable(self._cache, self._namespace, self._priority)
+
+    def begin(self, node: Node, shared: array[int], own: array[int]) -> None:
+        """Starts with a match.
+
+        Args:
+            node: of the match; the caller has locked it, and the lock goes over.
+            shared: pages of the match.
+            own: pages behind them, the caller's, which go over too.
+        """
+        self._node = node
+        self._n_stored = len(shared)
+        self.pages = shared + own
+        self._mine = set(own)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that there is room for."""
+        return len(self.pages) * self._cache.page_size
+
+    @property
+    def n_stored(self) -> int:
+        """Leading pages that the tree knows of."""
+        return self._n_stored
+
+    def extend(self, n_tokens: int) -> None:
+        """Makes room for ``n_tokens`` in all.
+
+        Raises:
+            PoolExhausted: there is none; nothing changed.
+        """
+        n_missing = -(-n_tokens // self._cache.page_size) - len(self.pages)
+        if n_missing > 0:
+            added = self._cache.allocate(n_missing)
+            self.pages.extend(added)
+            self._mine.update(added)
+
+    def store(self, tokens: Sequence[int]) -> None:
+        """Puts the whole pages of ``tokens``, all of them computed, into the tree."""
+        n_pages = len(tokens) // self._cache.page_size
+        if n_pages <= self._n_stored:
+            return
+        result = self._cache.insert(
+            pack_tokens(tokens[: n_pages * self._cache.page_size]),
+            self.pages[:n_pages],
+            self._namespace,
+            priority=self._priority,
+        )
+        self._cache.lock(result.node)
+        if self._node is not None:
+            self._cache.unlock(self._node)
+        self._node = result.node
+        self._n_stored = n_pages
+        self._mine = set(result.duplicates).union(self.pages[n_pages:])
+
+    def release(self) -> None:
+        """Gives everything back; what was stored stays in the cache as long as it may."""
+        if self._mine:
+            self._cache.free(array("i", sorted(self._mine)))
+        if self._node is not None:
+            self._cache.unlock(self._node)
+        self.pages, self._mine, self._node, self._n_stored = array("i"), set(), None, 0

@@ -1,0 +1,202 @@
+"""Runner: forwards of a transformers causal LM over sequences whose past lies in device pages."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from hicache_core.pools.device import DevicePool
+
+EachLayer = Callable[[int], None]
+
+
+def nothing(layer: int) -> None:
+    """What is done at a layer where nothing is to be done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Where the tokens of a forward are, in slots (page * page_size + offset) of the pool.
+
+    Attributes:
+        new: slots of the tokens that are computed, (n_sequences * n_new,), int64.
+        all: slots of past and new tokens, (n_sequences, n_tokens), int64. A shorter sequence is
+            filled up with its own first slot: masked, and a number in any case.
+        n_new: tokens computed of each sequence.
+    """
+
+    new: torch.Tensor
+    all: torch.Tensor
+    n_new: int
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """A sequence that is decoded: its last token is to be computed, all before it are in pages.
+
+    Attributes:
+        last_token: its id.
+        n_tokens: tokens in pages, which is the position of ``last_token``.
+        pages: with room for one token more.
+    """
+
+    last_token: int
+    n_tokens: int
+    pages: array[int]
+
+
+class _PoolLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """One layer of a PoolCache: new rows are written into the pages, then all are read there."""
+
+    is_sliding = False
+
+    def __init__(self, cache: PoolCache, layer: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.is_initialized = True
+        self._cache = cache
+        self._layer = layer
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """The pool has its memory already."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes (n_sequences, heads, n_new, width) each; all rows, (…, n_tokens, width)."""
+        cache = self._cache
+        cache.before_layer(self._layer)
+        keys, values = (
+            _exchange(buffers[self._layer], states, cache.rows)
+            for buffers, states in zip(cache.pool.buffers, (key_states, value_states), strict=True)
+        )
+        cache.after_layer(self._layer)
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        """Tokens of the past."""
+        return self._cache.rows.all.shape[1] - self._cache.rows.n_new
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length, offset) of the attention mask."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: no limit."""
+        return -1
+
+
+class PoolCache(Cache):
+    """A transformers ``Cache`` for one forward; several sequences, each with pages of its own."""
+
+    def __init__(
+        self, pool: DevicePool, rows: Rows, before_layer: EachLayer, after_layer: EachLayer
+    ) -> None:
+        """Reads and writes nothing yet.
+
+        Args:
+            pool: where the pages are; two components, keys and values.
+            rows: what is written and read.
+            before_layer: called before a layer's pages are touched; returns when they may be.
+            after_layer: called when a layer's new rows are written.
+        """
+        self.pool = pool
+        self.rows = rows
+        self.before_layer = before_layer
+        self.after_layer = after_layer
+        super().__init__(layers=[_PoolLayer(self, at) for at in range(pool.spec.num_layers)])
+
+
+def _exchange(buffer: torch.Tensor, states: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Writes ``states`` into the pages of one layer, and reads all rows of its sequences."""
+    slots = buffer.flatten(0, 1)
+    slots.index_copy_(0, rows.new, states.transpose(1, 2).flatten(0, 1))
+    read = slots.index_select(0, rows.all.flatten())
+    return read.view(*rows.all.shape, *read.shape[1:]).transpose(1, 2)
+
+
+class Runner:
+    """Computes prompts and next tokens. Owner thread only.
+
+    KV is written into the pages first and read from there, so a page holds what attention saw.
+    """
+
+    def __init__(self, model: Any, pool: DevicePool) -> None:
+        """Joins a ``…ForCausalLM`` in eval mode and a pool of its spec."""
+        self._model = model
+        self._pool = pool
+        self._offsets = torch.arange(pool.page_size, device=pool.device)
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        tokens: Sequence[int],
+        n_past: int,
+        pages: array[int],
+        *,
+        before_layer: EachLayer = nothing,
+        after_layer: EachLayer = nothing,
+    ) -> torch.Tensor:
+        """Computes the next tokens of one sequence; logits of the last, (vocabulary,), float32.
+
+        Args:
+            tokens: ids of the tokens to compute, at least one.
+            n_past: tokens before them, whose KV is in ``pages``.
+            pages: of the sequence, with room for ``tokens``.
+            before_layer, after_layer: as of ``PoolCache``.
+        """
+        n_tokens = n_past + len(tokens)
+        slots = self._slots(pages, n_tokens)
+        rows = Rows(slots[n_past:], slots[None], len(tokens))
+        ids = torch.tensor([list(tokens)], device=self._pool.device)
+        positions = torch.arange(n_past, n_tokens, device=self._pool.device)[None]
+        past = PoolCache(self._pool, rows, before_layer, after_layer)
+        return self._forward(ids, positions, past, None)[0]
+
+    @torch.inference_mode()
+    def decode(self, batch: Sequence[Past]) -> torch.Tensor:
+        """Computes the last token of each sequence; logits, (n_sequences, vocabulary), float32."""
+        device = self._pool.device
+        lengths = [past.n_tokens + 1 for past in batch]
+        slots = [self._slots(past.pages, n) for past, n in zip(batch, lengths, strict=True)]
+        both = torch.stack([own[:1].expand(max(lengths)) for own in slots])
+        for row, own in zip(both, slots, strict=True):
+            row[: len(own)] = own
+        rows = Rows(torch.stack([own[-1] for own in slots]), both, 1)
+        ids = torch.tensor([[past.last_token] for past in batch], device=device)
+        positions = torch.tensor([[past.n_tokens] for past in batch], device=device)
+        mask = self._mask(lengths) if len(set(lengths)) > 1 else None
+        return self._forward(ids, positions, PoolCache(self._pool, rows, nothing, nothing), mask)
+
+    def _forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, past: Cache, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        output = self._model(
+            input_ids=ids,
+            position_ids=positions,
+            past_key_values=past,
+            attention_mask=mask,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: torch.Tensor = output.logits[:, -1].float()
+        return logits
+
+    def _mask(self, lengths: list[int]) -> torch.Tensor:
+        """What is added to scores, (n_sequences, 1, 1, n_tokens): the least number behind each."""
+        dtype = self._model.dtype
+        at = torch.arange(max(lengths), device=self._pool.device)
+        behind = at >= torch.tensor(lengths, device=self._pool.device)[:, None]
+        mask = torch.zeros(behind.shape, dtype=dtype, device=self._pool.device)
+        return mask.masked_fill_(behind, torch.finfo(dtype).min)[:, None, None]
+
+    def _slots(self, pages: array[int], n_tokens: int) -> torch.Tensor:
+        """Slots of the first ``n_tokens`` tokens, (n_tokens,), int64."""
+        index = torch.tensor(pages, dtype=torch.int64, device=self._pool.device)
+        slots = index[:, None] * self._pool.page_size + self._offsets
+        return slots.flatten()[:n_tokens]

@@ -1,0 +1,373 @@
+"""Scheduler: which requests are computed in a step, and with which pages."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from hicache_core.controller.controller import Controller
+from hicache_core.engine.config import EngineConfig
+from hicache_core.engine.rate import Rate
+from hicache_core.engine.relay import Relay
+from hicache_core.engine.request import CachedTokens
+from hicache_core.engine.runner import Past, Runner, nothing
+from hicache_core.engine.task import Task
+from hicache_core.errors import LoadFailed, PoolExhausted
+from hicache_core.radix.results import Match
+from hicache_core.ranks import RankGroup, agree_all
+
+log = logging.getLogger(__name__)
+
+Clock = Callable[[], float]
+
+
+@dataclass(slots=True)
+class Tally:
+    """What happened since the start; ``EngineStatus`` says what each number means."""
+
+    finished: int = 0
+    aborted: int = 0
+    failed: int = 0
+    preempted: int = 0
+    restarted: int = 0
+
+
+class Scheduler:
+    """Continuous batching over the pages of one cache. Owner thread only.
+
+    Every decision follows from the requests, in the order in which they came, and from what the
+    ranks have agreed on; so every rank decides alike.
+
+    Room: a request is started when the pages of its prompt are there, and gets more page by page.
+    Where there is none, the request that is last in order gives up its pages (whole ones stay in
+    the cache) and waits again. The first in order never gives up: it ends, since it alone fits into
+    the pool, and so in turn does every other.
+    """
+
+    def __init__(
+        self,
+        cache: Controller,
+        runner: Runner,
+        config: EngineConfig,
+        *,
+        n_pages: int,
+        num_layers: int,
+        ranks: RankGroup,
+        clock: Clock,
+    ) -> None:
+        """Joins its parts.
+
+        Args:
+            cache: the prefixes; its device pool is the runner's.
+            runner: the model.
+            config: how much at once.
+            n_pages: of the device pool.
+            num_layers: of the model.
+            ranks: who decides together.
+            clock: seconds.
+        """
+        self.tally = Tally()
+        self.relay = Relay()
+        self.decoded = Rate(clock)
+        self.prefilled = Rate(clock)
+        self._cache = cache
+        self._runner = runner
+        self._config = config
+        self._n_pages = n_pages
+        self._num_layers = num_layers
+        self._ranks = ranks
+        self._clock = clock
+        self._waiting: dict[str, Task] = {}
+        self._running: dict[str, Task] = {}
+        self._load_failed = False
+
+    # What others ask.
+
+    @property
+    def n_waiting(self) -> int:
+        """Requests that wait."""
+        return len(self._waiting)
+
+    @property
+    def n_running(self) -> int:
+        """Requests that hold pages."""
+        return len(self._running)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a request waits or runs, or a listener still reads the pages of one."""
+        return bool(self._waiting or self._running) or self.relay.is_holding
+
+    @property
+    def n_used_pages(self) -> int:
+        """Device pages that running requests and a listener hold, shared ones once."""
+        return len(self._used_pages())
+
+    def add(self, task: Task) -> None:
+        """Queues a request, and asks storage for what the other tiers lack of its prompt."""
+        task.note(arrived=self._clock())
+        request = task.request
+        self._waiting[request.request_id] = task
+        task.asked_storage = self._cache.prefetch(
+            request.request_id, task.packed(0, task.n_prompt), request.namespace
+        )
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request, whatever its state; what was computed of it stays in the cache."""
+        task = self._waiting.get(request_id) or self._running.get(request_id)
+        if task is not None:
+            self.tally.aborted += 1
+            self._end(task, (), "", "abort")
+
+    def abort_all(self) -> None:
+        """Ends every request with ``abort``."""
+        for request_id in [*self._waiting, *self._running]:
+            self.abort(request_id)
+
+    def give_up(self) -> None:
+        """Lets go of all pages; nothing is stored and nobody told: something is broken."""
+        for task in self._running.values():
+            task.table.release()
+        self.relay.give_up()
+        self._running.clear()
+        self._waiting.clear()
+
+    # A step.
+
+    def step(self) -> bool:
+        """Computes a chunk of prompts and one token of each running answer; whether it did any.
+
+        Raises:
+            RankLost: another rank died, or does not answer.
+        """
+        self._cache.poll()
+        self.relay.step()
+        self._look_after_failed_load()
+        decoding = [task for task in self._in_order() if task.decodes]
+        n_prefilled = self._prefill(self._config.chunk_tokens)
+        n_decoded = self._decode(decoding)
+        return n_prefilled + n_decoded > 0
+
+    def _look_after_failed_load(self) -> None:
+        """Lets requests be stored again once no load that failed is under way any more."""
+        if self._load_failed:
+            self._load_failed = not self._agreed(self._loads_are_well())
+
+    def _loads_are_well(self) -> bool:
+        try:
+            for layer in range(self._num_layers):
+                self._cache.wait_layer(layer)
+        except LoadFailed:
+            return False
+        return True
+
+    def _agreed(self, is_well: bool) -> bool:
+        return agree_all(self._ranks, [int(is_well)]) == [1]
+
+    def _in_order(self) -> list[Task]:
+        return sorted(self._running.values(), key=lambda task: task.order)
+
+    def _used_pages(self) -> set[int]:
+        return self.relay.pages().union(*(task.table.pages for task in self._running.values()))
+
+    # Prompts.
+
+    def _prefill(self, budget: int) -> int:
+        """Computes at most ``budget`` tokens of prompts, first those of requests that run."""
+        n_left = budget
+        for task in self._in_order():
+            if n_left and not task.decodes:
+                n_tokens = min(n_left, task.n_missing)
+                n_left -= n_tokens
+                self._compute(task, n_tokens)
+        while n_left and len(self._running) < self._config.max_running:
+            ready = self._first_ready()
+            if ready is None or not self._has_room_for(ready) or not self._admit(ready):
+                break
+            n_tokens = min(n_left, ready.n_missing)
+            n_left -= n_tokens
+            self._compute(ready, n_tokens, is_first=True)
+        return budget - n_left
+
+    def _first_ready(self) -> Task | None:
+        """The first waiting request whose prefetch is not worth waiting for any longer."""
+        in_order = sorted(self._waiting.values(), key=lambda task: task.order)
+        for task in in_order:
+            if not task.asked_storage or self._cache.prefetch_ready(task.request.request_id):
+                return task
+        return None
+
+    def _admit(self, task: Task) -> bool:
+        """Gives a waiting request the pages of its prompt; False if there are too few."""
+        match, from_storage = self._find(task)
+        self._cache.lock(match.node)
+        n_missing = -(-(len(task.tokens) - match.n_tokens) // self._cache.page_size)
+        try:
+            pages = self._cache.allocate(n_missing)
+        except PoolExhausted:
+            self._cache.unlock(match.node)
+            return False
+        loaded = self._cache.load_back(match)
+        task.table.begin(match.node, loaded.device_pages, pages)
+        try:
+            task.table.extend(len(task.tokens))
+        except PoolExhausted:  # and so nothing was loaded, for the same reason
+            task.table.release()
+            return False
+        if task.n_new == 0:
+            task.cached = _cached(match, loaded, from_storage)
+        task.note(first_scheduled=self._clock())
+        task.n_computed = loaded.n_tokens
+        self._running[task.request.request_id] = self._waiting.pop(task.request.request_id)
+        self.relay.begin(task)
+        return True
+
+    def _has_room_for(self, task: Task) -> bool:
+        """Whether the prompt fits beside what runs, with a page for each to go on with."""
+        if not self._running:
+            return True
+        used = self._used_pages()
+        look = self._cache.match_prefix(
+            task.packed(0, len(task.tokens) - 1), task.request.namespace, touch=False
+        )
+        n_shared = sum(page in used for page in look.device_pages) if task.may_load else 0
+        n_needed = len(task.tokens) // self._cache.page_size + 1 - n_shared
+        return len(used) + n_needed + len(self._running) <= self._n_pages
+
+    def _find(self, task: Task) -> tuple[Match, int]:
+        """What the cache has of all tokens but the last, and the tokens that storage delivered."""
+        request, from_storage = task.request, 0
+        if task.asked_storage:
+            task.asked_storage = False
+            from_storage = self._cache.finish_prefetch(request.request_id)
+        usable = task.packed(0, len(task.tokens) - 1) if task.may_load else b""
+        first_time = not task.times.first_scheduled
+        request_id = request.request_id if first_time else None
+        match = self._cache.match_prefix(usable, request.namespace, request_id=request_id)
+        return match, from_storage
+
+    def _compute(self, task: Task, n_tokens: int, *, is_first: bool = False) -> None:
+        """Computes the next ``n_tokens`` of a running request.
+
+        The first time, the pages of its prefix may still be on their way; if they fail on any rank,
+        the request starts over.
+        """
+        started_s = self._clock()
+        start = task.n_computed
+        before_layer = self._cache.wait_layer if is_first else nothing
+        logits = None
+        try:
+            logits = self._runner.prefill(
+                task.tokens[start : start + n_tokens],
+                start,
+                task.table.pages,
+                before_layer=before_layer,
+                after_layer=self.relay.after_layer(task, start + n_tokens),
+            )
+        except LoadFailed as error:
+            log.warning("request %s starts over: %s", task.request.request_id, error)
+        if (is_first and not self._agreed(logits is not None)) or logits is None:
+            self._start_over(task)
+            return
+        if not (is_first and task.cached.total):  # else it waited for pages as well
+            self._cache.prefilled(n_tokens, self._clock() - started_s)
+        self.prefilled.add(n_tokens)
+        task.n_computed += n_tokens
+        if task.n_missing == 0:
+            self._store(task)
+            self._take(task, logits)
+
+    def _start_over(self, task: Task) -> None:
+        """Its prefix did not arrive: the next time, it computes everything."""
+        self._load_failed = True
+        self.tally.restarted += 1
+        task.may_load = False
+        if task.n_new == 0:
+            task.cached = CachedTokens()
+        self._let_wait(task)
+
+    # Answers.
+
+    def _decode(self, tasks: list[Task]) -> int:
+        """One more token for each of ``tasks`` that still runs and gets room; how many."""
+        batch = [
+            task
+            for task in tasks
+            if task.request.request_id in self._running and self._make_room(task, len(task.tokens))
+        ]
+        if not batch:
+            return 0
+        pasts = [Past(task.tokens[-1], task.n_computed, task.table.pages) for task in batch]
+        for task, logits in zip(batch, self._runner.decode(pasts), strict=True):
+            task.n_computed += 1
+            self._take(task, logits)
+        return len(batch)
+
+    def _take(self, task: Task, logits: torch.Tensor) -> None:
+        """Chooses the next token of an answer and tells the client."""
+        token = task.sampler.choose(logits, task.n_new)
+        text, finish_reason = task.answer(token)
+        self.decoded.add(1)
+        task.note(first_token=self._clock())
+        if finish_reason is not None:
+            self._end(task, (token,), text, finish_reason)
+            return
+        stride = self._config.offload_stride
+        if stride and task.n_computed // self._cache.page_size >= task.table.n_stored + stride:
+            self._store(task)
+        task.emit((token,), text, None)
+
+    # Pages.
+
+    def _make_room(self, task: Task, n_tokens: int) -> bool:
+        """Pages for ``n_tokens`` of a running request; False if it cannot be computed now."""
+        while True:
+            try:
+                task.table.extend(n_tokens)
+            except PoolExhausted:
+                last = self._in_order()[-1]
+                if last is task and len(self._running) == 1:
+                    return False  # what storage is being asked for holds pages; it ends by itself
+                self.tally.preempted += 1
+                self._store(last)
+                self._let_wait(last)
+                if last is task:
+                    return False
+            else:
+                return True
+
+    def _store(self, task: Task) -> None:
+        """Gives the whole pages that are computed to the cache.
+
+        Not while a load that failed is under way: nothing may be inserted below its pages.
+        """
+        if not self._load_failed:
+            task.table.store(task.tokens[: task.n_computed])
+
+    def _let_wait(self, task: Task) -> None:
+        """Takes the pages away from a running request."""
+        self.relay.release(task)
+        task.n_computed = 0
+        self._waiting[task.request.request_id] = self._running.pop(task.request.request_id)
+
+    def _end(self, task: Task, tokens: tuple[int, ...], text: str, finish_reason: str) -> None:
+        request_id = task.request.request_id
+        if self._running.pop(request_id, None) is not None:
+            self._store(task)
+            self.relay.release(task)
+        elif self._waiting.pop(request_id).asked_storage:
+            self._cache.finish_prefetch(request_id)
+        self.tally.finished += 1
+        task.note(finished=self._clock())
+        task.emit(tokens, text, finish_reason)
+
+
+def _cached(match: Match, loaded: Match, from_storage: int) -> CachedTokens:
+    """Where the tokens were that need not be computed."""
+    if loaded.n_tokens < match.n_tokens:  # no room on the device for what the host has
+        return CachedTokens(device=loaded.n_tokens)
+    storage = min(from_storage, match.n_host_tokens)
+    return CachedTokens(match.n_device_tokens, match.n_host_tokens - storage, storage)

@@ -1,0 +1,130 @@
+"""Task: one request on its way through the scheduler, from arrival to its last output."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from dataclasses import replace
+
+from hicache_core.engine.detokenize import TextStream
+from hicache_core.engine.page_table import PageTable
+from hicache_core.engine.request import CachedTokens, Output, Request, Times
+from hicache_core.engine.sampling import Sampler
+from hicache_core.page_keys import pack_tokens
+
+OnOutput = Callable[[Output], None]
+
+
+class Task:
+    """What the scheduler knows of a request. Owner thread only.
+
+    ::
+
+        tokens   | computed: KV in pages of the table | missing, at least one |
+                 | prompt ............................ | answer .............. |
+
+    Attributes:
+        request: what was asked.
+        table: its device pages; empty while it waits.
+        tokens: prompt and answer so far.
+        n_computed: leading tokens whose KV is in the pages.
+        n_new_max: length of the answer at most.
+        cached: what the caches had of the prompt when it was admitted.
+        times: when things happened.
+        may_load: False after a load failed: the next start computes everything.
+        asked_storage: a prefetch is to be finished.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        number: int,
+        on_output: OnOutput,
+        table: PageTable,
+        sampler: Sampler,
+        stream: TextStream,
+    ) -> None:
+        """Keeps its arguments; ``number`` counts the requests in the order of their arrival."""
+        self.request = request
+        self.table = table
+        self.tokens = array("I", request.tokens)
+        self.n_computed = 0
+        self.n_new_max = request.sampling.max_new_tokens
+        self.cached = CachedTokens()
+        self.times = Times()
+        self.may_load = True
+        self.asked_storage = False
+        self._number = number
+        self._on_output = on_output
+        self._sampler = sampler
+        self._stream = stream
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Smaller ones are served first, and keep what they have."""
+        return -self.request.priority, self._number
+
+    @property
+    def n_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.tokens)
+
+    @property
+    def n_new(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.tokens) - self.n_prompt
+
+    @property
+    def n_missing(self) -> int:
+        """Tokens to compute before the next one is known."""
+        return len(self.tokens) - self.n_computed
+
+    @property
+    def decodes(self) -> bool:
+        """Whether its answer has begun, and only the last token of it is to be computed."""
+        return self.n_new > 0 and self.n_missing == 1
+
+    def packed(self, start: int, stop: int) -> bytes:
+        """Tokens from ``start`` to ``stop``, as the cache takes them."""
+        return pack_tokens(self.tokens[start:stop])
+
+    def answer(self, token: int) -> tuple[str, str | None]:
+        """Adds a token to the answer; the text that is certain now, and why the answer ends."""
+        self.tokens.append(token)
+        if self._sampler.is_end(token):
+            return self._stream.finish(), "stop"
+        may_stop = self.n_new >= self.request.sampling.min_new_tokens
+        text, stopped = self._stream.push(token, may_stop=may_stop)
+        if stopped:
+            return text, "stop"
+        if self.n_new == self.n_new_max:
+            return text + self._stream.finish(), "length"
+        return text, None
+
+    @property
+    def sampler(self) -> Sampler:
+        """Chooses its tokens."""
+        return self._sampler
+
+    def emit(
+        self, tokens: tuple[int, ...], text: str, finish_reason: str | None, error: str = ""
+    ) -> None:
+        """Tells the client."""
+        self._on_output(
+            Output(
+                request_id=self.request.request_id,
+                new_tokens=tokens,
+                text=text,
+                finish_reason=finish_reason,
+                error=error,
+                prompt_tokens=self.n_prompt,
+                completion_tokens=self.n_new,
+                cached=self.cached,
+                times=self.times,
+            )
+        )
+
+    def note(self, **times: float) -> None:
+        """Sets the times that have not been set before."""
+        new = {name: at for name, at in times.items() if not getattr(self.times, name)}
+        self.times = replace(self.times, **new)

@@ -1,0 +1,115 @@
+"""A listener hears of each row of a prompt once, and its pages stay while it reads them."""
+
+from __future__ import annotations
+
+from array import array
+from collections import defaultdict
+
+import pytest
+import torch
+
+from hicache_core.engine.request import Request
+from tests.engine.world import Desk, desk, greedy, plain, prompt_of
+
+
+class Recorder:
+    """Listens to requests whose id begins with ``w``; copies rows when it is told of them."""
+
+    def __init__(self, it: Desk) -> None:
+        self.pool = it.pool
+        self.rows: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
+        self.keys: dict[tuple[str, int], list[torch.Tensor]] = defaultdict(list)
+        self.pages: dict[str, list[int]] = {}
+        self.ends: dict[str, list[bool]] = defaultdict(list)
+        self.held: set[str] = set()
+
+    def wants(self, request: Request) -> bool:
+        """As asked; an attempt before is forgotten."""
+        for at in [key for key in self.rows if key[0] == request.request_id]:
+            del self.rows[at], self.keys[at]
+        return request.request_id.startswith("w")
+
+    def computed(
+        self, request: Request, pages: array[int], layer: int, start: int, stop: int
+    ) -> None:
+        """Takes the keys of the rows."""
+        at = (request.request_id, layer)
+        self.rows[at].append((start, stop))
+        slots = [pages[n // 4] * 4 + n % 4 for n in range(start, stop)]
+        self.keys[at].append(self.pool.buffers[0][layer].flatten(0, 1)[slots].clone())
+        self.pages[request.request_id] = list(pages)
+
+    def ended(self, request: Request, *, complete: bool) -> None:
+        """Notes it."""
+        self.ends[request.request_id].append(complete)
+
+    def holds(self, request_id: str) -> bool:
+        """As the test says."""
+        return request_id in self.held
+
+    def step(self) -> None:
+        """Nothing is to be done."""
+
+
+def listening(it: Desk) -> Recorder:
+    """A recorder that listens."""
+    recorder = Recorder(it)
+    it.scheduler.relay.listener = recorder
+    return recorder
+
+
+@pytest.mark.parametrize("chunk_tokens", [3, 64])
+def test_each_row_is_told_once_for_each_layer_when_it_is_final(chunk_tokens: int) -> None:
+    prompt = prompt_of(22)
+    with desk(chunk_tokens=chunk_tokens) as it:
+        it.ask(prompt[:13], greedy(1))
+        it.run()
+        recorder = listening(it)
+        asked = it.ask(prompt, greedy(5), request_id="w")
+        it.run_until(lambda: len(it.tokens(asked)) == 2)
+        pages = recorder.pages["w"]
+        slots = [pages[n // 4] * 4 + n % 4 for n in range(22)]
+        for layer in range(3):
+            rows = recorder.rows["w", layer]
+            assert [start for start, _ in rows] == [0] + [stop for _, stop in rows[:-1]]
+            assert rows[-1][1] == 22
+            final = it.pool.buffers[0][layer].flatten(0, 1)[slots]
+            assert torch.equal(torch.cat(recorder.keys["w", layer]), final)
+        it.run()
+        assert recorder.ends["w"] == [True]
+        assert it.tokens(asked) == plain(it.loaded, prompt, 5)
+
+
+def test_others_are_not_told() -> None:
+    with desk() as it:
+        recorder = listening(it)
+        it.ask(prompt_of(9), request_id="other")
+        it.run()
+        assert not recorder.rows
+        assert not recorder.ends
+
+
+def test_pages_stay_while_the_listener_reads_them() -> None:
+    with desk(n_pages=8) as it:
+        recorder = listening(it)
+        recorder.held.add("w")
+        it.ask(prompt_of(22), greedy(1), request_id="w")
+        other = it.ask(prompt_of(25, seed=1), greedy(1))
+        for _ in range(20):
+            it.step()
+        assert it.last("w").finish_reason == "length"
+        assert it.scheduler.n_used_pages == 6
+        assert not it.outputs[other]
+        recorder.held.clear()
+        it.run()
+        assert it.tokens(other) == plain(it.loaded, prompt_of(25, seed=1), 1)
+        assert it.scheduler.n_used_pages == 0
+
+
+def test_a_client_that_leaves_ends_what_the_listener_heard() -> None:
+    with desk(chunk_tokens=5) as it:
+        recorder = listening(it)
+        it.ask(prompt_of(22), greedy(1), request_id="w")
+        it.step()
+        it.scheduler.abort("w")
+        assert recorder.ends["w"] == [False]
