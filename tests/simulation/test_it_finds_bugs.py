@@ -25,7 +25,7 @@ from hicache_core.radix.node import Node
 from hicache_core.radix.tree import RadixTree
 from hicache_core.storage.sealed import SealedBackend
 from hicache_core.testing.simulation.__main__ import report
-from hicache_core.testing.simulation.schedule import run_schedule
+from hicache_core.testing.simulation.schedule import N_STEPS, run_schedule
 from hicache_core.testing.simulation.trace import ScheduleFailed
 from hicache_core.types import Tier
 
@@ -207,5 +207,5 @@ def test_a_mutation_is_found(mutation: Callable[[Patch], None], monkeypatch: Pat
     with pytest.raises(ScheduleFailed, match=invariant) as again:
         run_schedule(failure.seed, ranks=ranks)
     assert again.value.trace == failure.trace, "a schedule is a function of its seed"
-    text = report(failure, ranks, 40)
+    text = report(failure, ranks, N_STEPS)
     assert f"--seed {failure.seed} --ranks {ranks}" in text
