@@ -26,7 +26,7 @@ from hicache_core.engine.runner import Runner
 from hicache_core.engine.sampling import Sampler, check_sampling
 from hicache_core.engine.scheduler import Scheduler
 from hicache_core.engine.task import Task
-from hicache_core.errors import QueueFull, UseAfterClose
+from hicache_core.errors import ConfigError, QueueFull, UseAfterClose
 from hicache_core.integrations.transformers import check_layers, fingerprint_of_model, kv_spec_of
 from hicache_core.pools.device import DevicePool
 from hicache_core.ranks import RankGroup, SingleRank
@@ -86,6 +86,11 @@ class Engine:
         Raises:
             SpecError, NotEnoughMemory, ConfigError, PluginError, BackendError: as ``HiCache``.
         """
+        if self._ranks.world_size > 1:
+            raise ConfigError(
+                f"the engine runs on one rank, found a group of {self._ranks.world_size}: tensor "
+                "parallelism is not there yet; start it with --tp 1"
+            )
         model = self._model.model
         check_layers(model.config)
         spec = kv_spec_of(model, fingerprint_of_model(model))
@@ -101,8 +106,6 @@ class Engine:
             Runner(model, self._pool),
             self._config,
             n_pages=n_pages,
-            num_layers=spec.num_layers,
-            ranks=self._ranks,
             clock=self._clock,
         )
         self._thread = threading.Thread(target=self._run, name="hicache-engine")

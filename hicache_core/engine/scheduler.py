@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,11 +18,13 @@ from hicache_core.engine.runner import Past, Runner, nothing
 from hicache_core.engine.task import Task
 from hicache_core.errors import LoadFailed, PoolExhausted
 from hicache_core.radix.results import Match
-from hicache_core.ranks import RankGroup, agree_all
 
 log = logging.getLogger(__name__)
 
 Clock = Callable[[], float]
+
+_SETTLE_S = 0.001
+"""So long a look for the end of a copy may take."""
 
 
 @dataclass(slots=True)
@@ -39,7 +42,7 @@ class Scheduler:
     """Continuous batching over the pages of one cache. Owner thread only.
 
     Every decision follows from the requests, in the order in which they came, and from what the
-    ranks have agreed on; so every rank decides alike.
+    cache says; never from a clock.
 
     Room: a request is started when the pages of its prompt are there, and gets more page by page.
     Where there is none, the request that is last in order gives up its pages (whole ones stay in
@@ -54,8 +57,6 @@ class Scheduler:
         config: EngineConfig,
         *,
         n_pages: int,
-        num_layers: int,
-        ranks: RankGroup,
         clock: Clock,
     ) -> None:
         """Joins its parts.
@@ -65,8 +66,6 @@ class Scheduler:
             runner: the model.
             config: how much at once.
             n_pages: of the device pool.
-            num_layers: of the model.
-            ranks: who decides together.
             clock: seconds.
         """
         self.tally = Tally()
@@ -77,12 +76,9 @@ class Scheduler:
         self._runner = runner
         self._config = config
         self._n_pages = n_pages
-        self._num_layers = num_layers
-        self._ranks = ranks
         self._clock = clock
         self._waiting: dict[str, Task] = {}
         self._running: dict[str, Task] = {}
-        self._load_failed = False
 
     # What others ask.
 
@@ -145,27 +141,10 @@ class Scheduler:
         """
         self._cache.poll()
         self.relay.step()
-        self._look_after_failed_load()
         decoding = [task for task in self._in_order() if task.decodes]
         n_prefilled = self._prefill(self._config.chunk_tokens)
         n_decoded = self._decode(decoding)
         return n_prefilled + n_decoded > 0
-
-    def _look_after_failed_load(self) -> None:
-        """Lets requests be stored again once no load that failed is under way any more."""
-        if self._load_failed:
-            self._load_failed = not self._agreed(self._loads_are_well())
-
-    def _loads_are_well(self) -> bool:
-        try:
-            for layer in range(self._num_layers):
-                self._cache.wait_layer(layer)
-        except LoadFailed:
-            return False
-        return True
-
-    def _agreed(self, is_well: bool) -> bool:
-        return agree_all(self._ranks, [int(is_well)]) == [1]
 
     def _in_order(self) -> list[Task]:
         return sorted(self._running.values(), key=lambda task: task.order)
@@ -246,13 +225,14 @@ class Scheduler:
         usable = task.packed(0, len(task.tokens) - 1) if task.may_load else b""
         first_time = not task.times.first_scheduled
         request_id = request.request_id if first_time else None
+        task.n_failed_loads = self._cache.n_failed_loads
         match = self._cache.match_prefix(usable, request.namespace, request_id=request_id)
         return match, from_storage
 
     def _compute(self, task: Task, n_tokens: int, *, is_first: bool = False) -> None:
         """Computes the next ``n_tokens`` of a running request.
 
-        The first time, the pages of its prefix may still be on their way; if they fail on any rank,
+        The first time, the pages of its prefix may still be on their way; if they do not arrive,
         the request starts over.
         """
         started_s = self._clock()
@@ -269,7 +249,7 @@ class Scheduler:
             )
         except LoadFailed as error:
             log.warning("request %s starts over: %s", task.request.request_id, error)
-        if (is_first and not self._agreed(logits is not None)) or logits is None:
+        if (is_first and not self._has_arrived(task)) or logits is None:
             self._start_over(task)
             return
         if not (is_first and task.cached.total):  # else it waited for pages as well
@@ -280,9 +260,19 @@ class Scheduler:
             self._store(task)
             self._take(task, logits)
 
+    def _has_arrived(self, task: Task) -> bool:
+        """Whether the request's prefix is there; from then on something may be stored below it."""
+        while not self._cache.loads_settled:
+            self._cache.wait(_SETTLE_S)
+            self._cache.poll()
+        if self._cache.n_failed_loads == task.n_failed_loads:
+            return True
+        with contextlib.suppress(LoadFailed):
+            self._cache.wait_layer(0)  # tells a failure once more, for requests that do not count
+        return False
+
     def _start_over(self, task: Task) -> None:
         """Its prefix did not arrive: the next time, it computes everything."""
-        self._load_failed = True
         self.tally.restarted += 1
         task.may_load = False
         if task.n_new == 0:
@@ -340,12 +330,8 @@ class Scheduler:
                 return True
 
     def _store(self, task: Task) -> None:
-        """Gives the whole pages that are computed to the cache.
-
-        Not while a load that failed is under way: nothing may be inserted below its pages.
-        """
-        if not self._load_failed:
-            task.table.store(task.tokens[: task.n_computed])
+        """Gives the whole pages that are computed to the cache."""
+        task.table.store(task.tokens[: task.n_computed])
 
     def _let_wait(self, task: Task) -> None:
         """Takes the pages away from a running request."""

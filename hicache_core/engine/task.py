@@ -32,6 +32,7 @@ class Task:
         cached: what the caches had of the prompt when it was admitted.
         times: when things happened.
         may_load: False after a load failed: the next start computes everything.
+        n_failed_loads: of the cache, when the request was matched.
         asked_storage: a prefetch is to be finished.
     """
 
@@ -53,6 +54,7 @@ class Task:
         self.cached = CachedTokens()
         self.times = Times()
         self.may_load = True
+        self.n_failed_loads = 0
         self.asked_storage = False
         self._number = number
         self._on_output = on_output

@@ -22,7 +22,6 @@ from hicache_core.engine.scheduler import Scheduler
 from hicache_core.engine.task import Task
 from hicache_core.integrations.transformers import fingerprint_of_model, kv_spec_of
 from hicache_core.pools.device import DevicePool
-from hicache_core.ranks import SingleRank
 from hicache_core.types import Namespace
 from tests.page_path.tiny_models import prompt_of, tiny_model
 
@@ -107,8 +106,6 @@ class Desk:
             Runner(loaded.model, pool),
             config,
             n_pages=pool.n_pages,
-            num_layers=pool.spec.num_layers,
-            ranks=SingleRank(),
             clock=lambda: float(self._n_steps + 1),
         )
         self._n_steps = 0
