@@ -50,7 +50,7 @@ class Engine:
     """Answers requests with a model whose prefixes come from HiCache.
 
     One thread of its own runs everything between ``open`` and ``close``. All public methods may be
-    called from any thread but that one.
+    called from any thread; ``call`` and ``close``, which wait, from any but that one.
     """
 
     def __init__(
