@@ -12,9 +12,9 @@ from hicache_core.engine.request import Request, SamplingParams
 from tests.engine.test_engine import Client, engine_of
 from tests.engine.world import cache_config, plain
 
-SYSTEM = "You are a librarian who answers in one short sentence. " * 4
-QUESTIONS = ["What is a radix tree?", "Name a river in Europe.", "Why is the sky blue?"]
-N_NEW = 16
+SYSTEM = "You are a librarian who answers in one short sentence. " * 3
+QUESTIONS = ["What is a radix tree?", "Name a river in Europe."]
+N_NEW = 6
 PAGE_SIZE = 16
 
 
