@@ -49,7 +49,7 @@ def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
         engine = Engine(model, settings.cache, settings.engine)
         engine.open()
         try:
-            service = _service(settings, model, engine)
+            service = make_service(settings, model, engine)
             host, port = listener.getsockname()[:2]
             host = f"[{host}]" if ":" in host else host
             url = f"http://{host}:{port}"
@@ -81,7 +81,8 @@ def load_model(path: str, device: str) -> LoadedModel:
     return loaded
 
 
-def _service(settings: ServerSettings, model: LoadedModel, engine: Engine) -> Service:
+def make_service(settings: ServerSettings, model: LoadedModel, engine: Engine) -> Service:
+    """The service over an open engine."""
     limits = Limits(engine.status().context_length, int(model.model.config.vocab_size))
     name = settings.served_model_name or model.name
     return Service(settings, ServedModel(name, model.tokenizer, limits), engine)

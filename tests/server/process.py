@@ -79,9 +79,7 @@ def server_process(
         reader.join()
 
 
-def _read(
-    process: subprocess.Popen[str], lines: list[str], news: queue.Queue[str | None]
-) -> None:
+def _read(process: subprocess.Popen[str], lines: list[str], news: queue.Queue[str | None]) -> None:
     assert process.stdout is not None
     with process.stdout:
         for line in process.stdout:

@@ -179,7 +179,12 @@ async def test_tenants_may_use_the_same_names() -> None:
 async def test_salt_and_extra_key_are_not_one_another() -> None:
     """Neither is a prefix that reads alike: all of these are separate caches."""
     async with server() as s:
-        tenants = [{}, {"cache_salt": "x"}, {"extra_key": "x"}, {"cache_salt": "x", "extra_key": "x"}]
+        tenants = [
+            {},
+            {"cache_salt": "x"},
+            {"extra_key": "x"},
+            {"cache_salt": "x", "extra_key": "x"},
+        ]
         for tenant in tenants:
             for expected in (0, 12):
                 body = {"input_ids": IDS, "sampling_params": {"max_new_tokens": 1}, **tenant}

@@ -116,7 +116,11 @@ async def test_a_flush_waits_a_number_of_seconds(timeout: str) -> None:
 
 async def test_what_is_not_there_is_404_in_the_same_shape() -> None:
     async with server() as s:
-        for method, path in (("GET", "/nothing"), ("GET", "/v1/models/other"), ("GET", "/generate")):
+        for method, path in (
+            ("GET", "/nothing"),
+            ("GET", "/v1/models/other"),
+            ("GET", "/generate"),
+        ):
             answer = await s.client.request(method, path)
             assert answer.status_code in (404, 405)
             assert answer.json()["error"]["message"]
