@@ -1,4 +1,4 @@
-"""A tiny model behind the real engine and application, started by a command line, in this process."""
+"""A tiny model behind the real engine and application, in this process, by a command line."""
 
 from __future__ import annotations
 
