@@ -92,6 +92,7 @@ class Service:
         shown = {**found.as_dict(), "request_id": name}
         if not is_admin and shown["reason"] == OTHER_NAMESPACE:
             shown |= {"reason": NEVER_SEEN, "detail": ""}
+        shown["detail"] = masked(shown["detail"])
         return shown
 
     def _snapshot(self) -> CacheSnapshot:

@@ -9,8 +9,12 @@ from typing import Any
 import httpx
 import pytest
 
+from hicache_core.observe.event_format import block_hashes
+from hicache_core.page_keys import chain_seed, pack_tokens, page_digests
 from hicache_core.server.access import Keys
-from tests.server.world import LOCAL, REMOTE, Server, server
+from hicache_core.types import Namespace
+from tests.server.world import LOCAL, PAGE, REMOTE, Server, server
+from tests.unit.observe.subscriber import Subscriber
 
 pytestmark = pytest.mark.anyio
 
@@ -190,3 +194,28 @@ async def test_salt_and_extra_key_are_not_one_another() -> None:
                 body = {"input_ids": IDS, "sampling_params": {"max_new_tokens": 1}, **tenant}
                 answer = (await s.client.post("/generate", json=body)).json()
                 assert answer["meta_info"]["cached_tokens"] == expected
+
+
+async def test_events_of_equal_prompts_have_nothing_in_common() -> None:
+    """A router sees two tenants' pages under other hashes, and as the starts of two prompts."""
+    config = {"kv_events_config": {"endpoint": "tcp://127.0.0.1:*"}}
+    async with server(cache=config) as s:
+        publisher = s.engine.cache._observers._events
+        assert publisher is not None
+        subscriber = Subscriber(publisher)
+        try:
+            subscriber.join(publisher)
+            a, b = (hashes_of(IDS, Namespace(cache_salt=salt)) for salt in ("a", "b"))
+            for salt in ("a", "b"):
+                body = {"input_ids": IDS, "cache_salt": salt, "sampling_params": {}}
+                await s.client.post("/generate", json=body)
+            subscriber.next_seq = subscriber.receive()[0] + 1
+            subscriber.follow_until(b[-1])
+        finally:
+            subscriber.close()
+    assert set(a).isdisjoint(b)
+    assert set(b) <= subscriber.index["GPU"] <= {*a, *b}
+
+
+def hashes_of(ids: list[int], namespace: Namespace) -> list[int]:
+    return block_hashes(page_digests(pack_tokens(ids), PAGE, chain_seed(namespace)))
