@@ -100,6 +100,8 @@ def _is_local(scope: Scope, headers: Headers) -> bool:
         return False
     if not is_loopback(_host_of("//" + headers.get("host", ""))):  # a name that was bent to us
         return False
+    if headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+        return False
     origin = headers.get("origin")
     return origin is None or is_loopback(_host_of(origin))
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from hicache_core.errors import HiCacheError, QueueFull, RankLost, UseAfterClose
@@ -63,6 +63,8 @@ def problem_of(error: Exception) -> Problem:
             problem = error
         case ValidationError():
             problem = _invalid(error)
+        case ClientDisconnect():
+            problem = Problem(499, "the client has left")
         case HTTPException():
             problem = Problem(error.status_code, str(error.detail), headers=error.headers)
         case QueueFull():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
+from hicache_core.build_storage import CHAIN, DYNAMIC
 from hicache_core.config import HiCacheConfig
 from hicache_core.config_sources import EXTRA
 from hicache_core.controller.storage_tier import Attachment
@@ -121,6 +122,12 @@ class StorageDesk:
         name = wanted.hicache_storage_backend
         assert name is not None
         settings = wanted.backend_config
+        if _names_a_class(name, settings) and self._service.settings.keys.admin is None:
+            raise Problem(
+                403,
+                "to load a class by its name is for those who know the admin key, and this server "
+                "has none: start it with --admin-api-key, or with that backend",
+            )
         attaching = await self._call(lambda cache: cache.attach_storage(name, settings))
         until = time.monotonic() + ATTACH_TIMEOUT_S
         while not attaching.done:
@@ -184,6 +191,16 @@ class StorageDesk:
     async def _call(self, work: Callable[[HiCache], T]) -> T:
         engine = self._service.engine
         return await asyncio.to_thread(engine.call, work, CALL_TIMEOUT_S)
+
+
+def _names_a_class(name: str, settings: Mapping[str, object]) -> bool:
+    """Whether a backend, or a link of a chain, is a class that the settings name."""
+    links = settings.get("links") if name == CHAIN else []
+    if not isinstance(links, list):
+        return False
+    return name == DYNAMIC or any(
+        isinstance(link, dict) and link.get("backend") == DYNAMIC for link in links
+    )
 
 
 def _attachment(cache: HiCache) -> Attachment | None:

@@ -73,6 +73,7 @@ async def test_the_operators_calls_need_the_admin_key_where_there_is_one() -> No
         (REMOTE, {}),
         (LOCAL, {"x-forwarded-for": "192.0.2.7"}),
         (LOCAL, {"origin": "https://example.org"}),
+        (LOCAL, {"sec-fetch-site": "cross-site"}),
         (LOCAL, {"host": "example.org"}),
     ],
 )

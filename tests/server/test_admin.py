@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from hicache_core.server.access import Keys
 from tests.server.world import Server, server
 
 pytestmark = pytest.mark.anyio
@@ -95,6 +96,32 @@ async def test_what_cannot_be_attached_is_400_and_changes_nothing(
         assert refused.status_code == 400
         assert said in refused.json()["error"]["message"]
         assert (await s.client.get(BACKEND)).json() == before
+
+
+DYNAMIC = {"backend_name": "x", "module_path": "nowhere_at_all", "class_name": "X"}
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("dynamic", DYNAMIC),
+        ("chain", {"links": [{"backend": "memory"}, {"backend": "dynamic", "config": DYNAMIC}]}),
+    ],
+)
+async def test_a_class_is_loaded_by_name_only_for_who_knows_the_admin_key(
+    name: str, extra: dict[str, Any]
+) -> None:
+    body = {
+        "hicache_storage_backend": name,
+        "hicache_storage_backend_extra_config_json": json.dumps(extra),
+    }
+    async with server(cache=WAIT) as s:
+        assert (await s.client.put(BACKEND, json=body)).status_code == 403
+    async with server(cache=WAIT, keys=Keys(admin="key")) as s:
+        headers = {"authorization": "Bearer key"}
+        tried = await s.client.put(BACKEND, json=body, headers=headers)
+        assert tried.status_code == 400
+        assert "nowhere_at_all" in tried.json()["error"]["message"]
 
 
 async def test_secrets_of_a_backend_are_masked(tmp_path: Path) -> None:

@@ -265,24 +265,17 @@ async def test_a_name_is_refused_while_it_is_in_use_and_free_afterwards() -> Non
     assert len({request.request_id for request in s.engine.received}) == 2
 
 
-@pytest.mark.parametrize("stream", [False, True])
-async def test_a_client_that_leaves_is_aborted(stream: bool) -> None:
-    """Called as an ASGI server calls, since httpx's transport never leaves."""
-    async with server() as s:
-        s.engine.gate.clear()
-        body = json.dumps({"input_ids": IDS, "stream": stream, "rid": "mine"}).encode()
-        messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        messages.put_nowait({"type": "http.request", "body": body})
-        sent: list[dict[str, Any]] = []
+class Call:
+    """A call as an ASGI server makes it, since httpx's transport never leaves."""
 
-        async def send(message: Any) -> None:
-            sent.append(message)
-
+    def __init__(self, app: Any, path: str) -> None:
+        self.messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.sent: list[dict[str, Any]] = []
         scope = {
             "type": "http",
             "method": "POST",
-            "path": "/generate",
-            "raw_path": b"/generate",
+            "path": path,
+            "raw_path": path.encode(),
             "query_string": b"",
             "headers": [],
             "client": ("127.0.0.1", 1),
@@ -291,9 +284,37 @@ async def test_a_client_that_leaves_is_aborted(stream: bool) -> None:
             "http_version": "1.1",
             "asgi": {"version": "3.0"},
         }
-        call = asyncio.create_task(s.app(scope, messages.get, send))
+        self.task = asyncio.create_task(app(scope, self.messages.get, self._send))
+
+    async def _send(self, message: Any) -> None:
+        self.sent.append(message)
+
+    def say(self, kind: str, **fields: Any) -> None:
+        self.messages.put_nowait({"type": f"http.{kind}", **fields})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_leaves_is_aborted(stream: bool) -> None:
+    async with server() as s:
+        s.engine.gate.clear()
+        call = Call(s.app, "/generate")
+        body = {"input_ids": IDS, "stream": stream, "rid": "mine"}
+        call.say("request", body=json.dumps(body).encode())
         while not s.engine.received:
             await asyncio.sleep(0.001)
-        messages.put_nowait({"type": "http.disconnect"})
-        await call
+        call.say("disconnect")
+        await call.task
         assert s.engine.aborted == {s.engine.received[0].request_id}
+        s.engine.gate.set()
+        again = await s.client.post("/generate", json={**body, "stream": False})
+        assert again.status_code == 200  # the name is free
+
+
+async def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error_of_ours() -> None:
+    async with server() as s:
+        call = Call(s.app, "/generate")
+        call.say("request", body=b'{"input', more_body=True)
+        call.say("disconnect")
+        await call.task
+        assert call.sent[0]["status"] == 499
+        assert s.engine.received == []
