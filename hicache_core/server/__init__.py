@@ -1,0 +1,1 @@
+"""The reference server: an engine behind HTTP (extra: server)."""

@@ -1,0 +1,164 @@
+"""Answers: what a client gets back, in SGLang's form and in OpenAI's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hicache_core.engine.request import CachedTokens
+from hicache_core.server.bridge import Whole
+
+DONE = b"data: [DONE]\n\n"
+
+
+def event(value: object) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(value, default=str).encode() + b"\n\n"
+
+
+def by_tier(cached: CachedTokens) -> dict[str, int]:
+    """Cached tokens of a prompt, by the tier that had them."""
+    return {"device": cached.device, "host": cached.host, "storage": cached.storage}
+
+
+def generated(whole: Whole) -> dict[str, object]:
+    """An answer of ``/generate``, finished or not: text and tokens from the start."""
+    last = whole.last
+    reason: dict[str, object] | None = None
+    if last.finish_reason is not None:
+        reason = {"type": last.finish_reason}
+        if last.finish_reason == "length":
+            reason["length"] = last.completion_tokens
+    meta: dict[str, object] = {
+        "id": whole.asked.name,
+        "finish_reason": reason,
+        "prompt_tokens": last.prompt_tokens,
+        "completion_tokens": last.completion_tokens,
+        "cached_tokens": last.cached.total,
+        "cached_tokens_details": by_tier(last.cached),
+    }
+    times = last.times
+    if times.finished:
+        meta["e2e_latency"] = times.finished - times.arrived
+        meta["time_to_first_token"] = times.first_token - times.arrived
+    return {"text": whole.text, "output_ids": list(whole.tokens), "meta_info": meta}
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAIForm:
+    """One answer of an OpenAI call, whole or in pieces.
+
+    Attributes:
+        answer_id: equal in all pieces.
+        kind: ``chat`` or ``text``.
+        model: the served name.
+        created: seconds since the epoch.
+        n_choices: answers to each prompt.
+        reports_cache: whether usage says what was cached (``--enable-cache-report``).
+        details: whether the client asked for the split by tier, where SGLang has it.
+    """
+
+    answer_id: str
+    kind: str
+    model: str
+    created: int
+    n_choices: int
+    reports_cache: bool
+    details: bool
+
+    def whole(self, answers: Sequence[Whole]) -> dict[str, object]:
+        """The answer to a client that does not stream."""
+        choices = []
+        for index, answer in enumerate(answers):
+            choice: dict[str, object] = {
+                "index": index,
+                "logprobs": None,
+                "finish_reason": answer.last.finish_reason,
+            }
+            if self.kind == "chat":
+                choice["message"] = {"role": "assistant", "content": answer.text}
+            else:
+                choice["text"] = answer.text
+            choices.append(choice)
+        kind = "chat.completion" if self.kind == "chat" else "text_completion"
+        return {
+            **self._head(kind),
+            "choices": choices,
+            "usage": self.usage(answers),
+            **self._extension(answers),
+        }
+
+    def start(self, index: int) -> dict[str, object] | None:
+        """The first piece of a choice: its role; a text has none."""
+        if self.kind != "chat":
+            return None
+        return self._piece(index, {"role": "assistant", "content": ""}, None)
+
+    def piece(self, index: int, text: str, finish_reason: str | None) -> dict[str, object]:
+        """What one step brought."""
+        delta = {"content": text} if text else {}
+        return self._piece(index, delta if self.kind == "chat" else text, finish_reason)
+
+    def end(self, answers: Sequence[Whole], *, usage: bool) -> dict[str, object] | None:
+        """The last piece, without a choice: usage, and the split by tier if asked for."""
+        extension = self._extension(answers)
+        if not usage and not extension:
+            return None
+        piece: dict[str, object] = {**self._head(self._piece_kind), "choices": [], **extension}
+        if usage:
+            piece["usage"] = self.usage(answers)
+        return piece
+
+    def usage(self, answers: Sequence[Whole]) -> dict[str, object]:
+        """Tokens in and out; the prompt of several choices counts once."""
+        prompts = answers[:: self.n_choices]
+        n_prompt = sum(answer.last.prompt_tokens for answer in prompts)
+        n_new = sum(answer.last.completion_tokens for answer in answers)
+        usage: dict[str, object] = {
+            "prompt_tokens": n_prompt,
+            "completion_tokens": n_new,
+            "total_tokens": n_prompt + n_new,
+        }
+        if self.reports_cache:
+            cached = _sum(prompts)
+            usage["prompt_tokens_details"] = {
+                "cached_tokens": cached.total,
+                "cached_tokens_details": by_tier(cached),
+            }
+        return usage
+
+    def _extension(self, answers: Sequence[Whole]) -> dict[str, object]:
+        if not self.details:
+            return {}
+        cached = by_tier(_sum(answers[:: self.n_choices]))
+        return {"sglext": {"cached_tokens_details": cached}}
+
+    @property
+    def _piece_kind(self) -> str:
+        return "chat.completion.chunk" if self.kind == "chat" else "text_completion"
+
+    def _piece(self, index: int, content: object, reason: str | None) -> dict[str, object]:
+        choice = {
+            "index": index,
+            "delta" if self.kind == "chat" else "text": content,
+            "logprobs": None,
+            "finish_reason": reason,
+        }
+        return {**self._head(self._piece_kind), "choices": [choice]}
+
+    def _head(self, kind: str) -> dict[str, object]:
+        return {
+            "id": self.answer_id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+        }
+
+
+def _sum(answers: Sequence[Whole]) -> CachedTokens:
+    return CachedTokens(
+        device=sum(answer.last.cached.device for answer in answers),
+        host=sum(answer.last.cached.host for answer in answers),
+        storage=sum(answer.last.cached.storage for answer in answers),
+    )

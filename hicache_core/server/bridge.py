@@ -1,0 +1,203 @@
+"""The bridge: from the engine's thread to the event loop, and back when a client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from starlette.requests import Request as HttpRequest
+
+from hicache_core.engine.request import Output, Request
+from hicache_core.server.figures import Figures
+from hicache_core.server.ledger import Ledger
+from hicache_core.server.problems import Problem
+
+if TYPE_CHECKING:
+    from hicache_core.build import HiCache
+    from hicache_core.engine.config import EngineStatus
+
+T = TypeVar("T")
+
+
+class EngineFront(Protocol):
+    """What the server needs of an ``Engine``; its methods may be called from any thread."""
+
+    def submit(self, request: Request, on_output: Callable[[Output], None]) -> None:
+        """Queues a request."""
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request."""
+        ...
+
+    def call(self, work: Callable[[HiCache], T], timeout_s: float) -> T:
+        """Runs ``work`` on the engine's thread."""
+        ...
+
+    def status(self) -> EngineStatus:
+        """What the engine does now."""
+        ...
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Drains and ends."""
+        ...
+
+    @property
+    def cache(self) -> HiCache:
+        """The cache, for its ``snapshot`` and ``explain``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One prompt on its way to the engine.
+
+    Attributes:
+        name: what its tenant calls it.
+        request: what the engine gets.
+    """
+
+    name: str
+    request: Request
+
+
+class Pending:
+    """One request under way; belongs to the event loop that submitted it."""
+
+    def __init__(self, asked: Asked) -> None:
+        """Nothing is submitted yet."""
+        self.asked = asked
+        self.has_ended = False
+        self._loop = asyncio.get_running_loop()
+        self._outputs: asyncio.Queue[Output | None] = asyncio.Queue()
+
+    def on_output(self, output: Output) -> None:
+        """Takes an output; on the engine's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody listens any longer
+            self._loop.call_soon_threadsafe(self._outputs.put_nowait, output)
+
+    def give_up(self) -> None:
+        """Wakes up who waits for outputs, since there will be none."""
+        self._outputs.put_nowait(None)
+
+    async def outputs(self) -> AsyncIterator[Output]:
+        """One a step, the last with a ``finish_reason``; ends early after ``give_up``."""
+        while not self.has_ended:
+            output = await self._outputs.get()
+            if output is None:
+                return
+            self.has_ended = output.finish_reason is not None
+            yield output
+
+
+class Bridge:
+    """Submits requests and sees to it that each ends: by its last output, or by an abort."""
+
+    def __init__(self, engine: EngineFront, ledger: Ledger, figures: Figures) -> None:
+        """Starts nothing."""
+        self.engine = engine
+        self.ledger = ledger
+        self.figures = figures
+
+    @asynccontextmanager
+    async def running(
+        self, asked: Sequence[Asked], http: HttpRequest | None
+    ) -> AsyncIterator[list[Pending]]:
+        """Submits all of ``asked`` or none; aborts at the end, or when the client leaves.
+
+        Raises:
+            QueueFull, InvalidTokens, ConfigError, UseAfterClose: as ``Engine.submit``.
+        """
+        pending: list[Pending] = []
+        gone: asyncio.Task[None] | None = None
+        try:
+            for one in asked:
+                waiting = Pending(one)
+                self.engine.submit(one.request, self._counted(waiting))
+                pending.append(waiting)
+            if http is not None:
+                gone = asyncio.create_task(self._follow(http, pending))
+            yield pending
+        finally:
+            if gone is not None:
+                gone.cancel()
+            for one in asked:
+                self.ledger.close(one.name, one.request.namespace)
+            self._abort(pending)
+
+    def _counted(self, waiting: Pending) -> Callable[[Output], None]:
+        def on_output(output: Output) -> None:
+            self.figures.take(output)
+            waiting.on_output(output)
+
+        return on_output
+
+    async def _follow(self, http: HttpRequest, pending: Sequence[Pending]) -> None:
+        """Waits until the client has left, and aborts its requests."""
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+        self._abort(pending)
+
+    def _abort(self, pending: Sequence[Pending]) -> None:
+        for waiting in pending:
+            if not waiting.has_ended:
+                self.engine.abort(waiting.asked.request.request_id)
+                waiting.give_up()
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """An answer from its first token to its last.
+
+    Attributes:
+        asked: the prompt.
+        text: all of it.
+        tokens: likewise.
+        last: the last output.
+    """
+
+    asked: Asked
+    text: str
+    tokens: tuple[int, ...]
+    last: Output
+
+    def plus(self, output: Output) -> Whole:
+        """With what one more step brought."""
+        return Whole(self.asked, self.text + output.text, self.tokens + output.new_tokens, output)
+
+
+async def growing(pending: Pending) -> AsyncIterator[Whole]:
+    """The answer after each step.
+
+    Raises:
+        Problem: the engine failed, or gave up.
+    """
+    whole: Whole | None = None
+    async for output in pending.outputs():
+        if output.finish_reason == "error":
+            raise Problem(500, output.error or "the engine failed at this request")
+        if output.finish_reason == "abort":
+            raise Problem(503, "the request was given up: the server is shutting down")
+        if whole is None:
+            whole = Whole(pending.asked, output.text, output.new_tokens, output)
+        else:
+            whole = whole.plus(output)
+        yield whole
+
+
+async def finished(pending: Pending) -> Whole:
+    """The answer when it has ended.
+
+    Raises:
+        Problem: as ``growing``; 499 if the client has left.
+    """
+    last: Whole | None = None
+    async for whole in growing(pending):
+        last = whole
+    if last is None or not pending.has_ended:
+        raise Problem(499, "the client has left")
+    return last

@@ -1,0 +1,94 @@
+"""Figures of the server: what its clients were given and how long it took, for metrics."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from hicache_core.engine.request import Output
+from hicache_core.histogram import Distribution
+
+if TYPE_CHECKING:
+    from hicache_core.engine.config import EngineStatus
+
+_BOUNDS_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 300.0)
+
+
+class Figures:
+    """Counts what goes out; filled by the engine's thread, read from any."""
+
+    def __init__(self) -> None:
+        """Nothing has happened."""
+        self.prompt_tokens = 0
+        self.new_tokens = 0
+        self.finished: Counter[str] = Counter()
+        self.ttft_s = Distribution(_BOUNDS_S)
+        self.total_s = Distribution(_BOUNDS_S)
+
+    def take(self, output: Output) -> None:
+        """Counts an output; on the engine's thread."""
+        self.new_tokens += len(output.new_tokens)
+        if output.finish_reason is None:
+            return
+        self.finished[output.finish_reason] += 1
+        self.prompt_tokens += output.prompt_tokens
+        times = output.times
+        if times.first_token:
+            self.ttft_s.add(times.first_token - times.arrived)
+        if times.finished:
+            self.total_s.add(times.finished - times.arrived)
+
+
+class ServerCollector(Collector):
+    """The server's own series, beside those of the cache; named as SGLang names them."""
+
+    def __init__(self, figures: Figures, status: Callable[[], EngineStatus], prefix: str) -> None:
+        """Reads nothing yet; ``prefix`` stands before every name."""
+        self._figures = figures
+        self._status = status
+        self._prefix = prefix
+
+    def collect(self) -> Iterator[Metric]:
+        """All of them."""
+        figures, status = self._figures, self._status()
+        gauges = {
+            "num_running_reqs": ("Requests being computed.", status.running),
+            "num_queue_reqs": ("Requests that wait.", status.waiting),
+            "gen_throughput": ("New tokens a second, of late.", status.tokens_per_s),
+        }
+        for name, (meaning, value) in gauges.items():
+            yield GaugeMetricFamily(self._prefix + name, meaning, value=value)
+        counters = {
+            "prompt_tokens": ("Prompt tokens of ended requests.", figures.prompt_tokens),
+            "generation_tokens": ("New tokens.", figures.new_tokens),
+        }
+        for name, (meaning, count) in counters.items():
+            yield CounterMetricFamily(self._prefix + name, meaning, value=count)
+        requests = CounterMetricFamily(
+            self._prefix + "num_requests",
+            "Requests that ended, by how.",
+            labels=["finish_reason"],
+        )
+        for reason, n in sorted(figures.finished.items()):
+            requests.add_metric([reason], n)
+        yield requests
+        yield self._times("time_to_first_token_seconds", "Until the first token.", figures.ttft_s)
+        yield self._times("e2e_request_latency_seconds", "Until the last token.", figures.total_s)
+
+    def _times(self, name: str, meaning: str, times: Distribution) -> Metric:
+        histogram = times.histogram()
+        bounds = [*map(str, histogram.bounds), "+Inf"]
+        buckets = list(zip(bounds, accumulate(histogram.counts), strict=True))
+        return HistogramMetricFamily(
+            self._prefix + name, meaning, buckets=buckets, sum_value=histogram.total
+        )

@@ -1,0 +1,166 @@
+"""Flags of the server: SGLang's names, and every setting of the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import click
+
+from hicache_core.config_flags import config_flags, load_config
+from hicache_core.engine.config import EngineConfig
+from hicache_core.server.access import Keys
+from hicache_core.server.settings import DEFAULTS, Disaggregation, ServerSettings, as_sglang_means
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+TRANSFER_BACKENDS = ("mooncake", "tcp")
+
+_COUNT = click.IntRange(min=1)
+_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option(
+        "--model-path",
+        "--model",
+        required=True,
+        help="A folder that transformers saved, a GGUF file, or smollm2 for the packaged weights.",
+    ),
+    click.option("--served-model-name", default="", help="What clients see. Default: the model's."),
+    click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
+    click.option(
+        "--port",
+        type=click.IntRange(0, 65535),
+        default=30000,
+        show_default=True,
+        help="0 for any free one.",
+    ),
+    click.option(
+        "--tp",
+        "--tp-size",
+        "--tensor-parallel-size",
+        "tp",
+        type=_COUNT,
+        default=1,
+        show_default=True,
+        help="Accepted; this server computes in one process.",
+    ),
+    click.option(
+        "--log-level",
+        type=click.Choice(LOG_LEVELS, case_sensitive=False),
+        default="info",
+        show_default=True,
+    ),
+    click.option(
+        "--mem-fraction-static",
+        type=float,
+        default=DEFAULTS.mem_fraction_static,
+        show_default=True,
+        help="Part of a GPU's memory for weights and device tier.",
+    ),
+    click.option("--max-total-tokens", type=_COUNT, help="Room of the device tier in tokens."),
+    click.option("--context-length", type=_COUNT, help="Tokens of prompt and answer together."),
+    click.option(
+        "--max-running-requests",
+        type=_COUNT,
+        default=DEFAULTS.max_running,
+        show_default=True,
+        help="Requests computed at once.",
+    ),
+    click.option(
+        "--max-queued-requests",
+        type=_COUNT,
+        default=DEFAULTS.max_waiting,
+        show_default=True,
+        help="Requests that wait; a further one is answered 503.",
+    ),
+    click.option(
+        "--chunked-prefill-size",
+        type=_COUNT,
+        default=DEFAULTS.chunk_tokens,
+        show_default=True,
+        help="Prompt tokens computed in one step.",
+    ),
+    click.option("--enable-metrics", is_flag=True, help="Answer /metrics."),
+    click.option("--enable-cache-report", is_flag=True, help="Say in usage what was cached."),
+    click.option(
+        "--api-key",
+        envvar="HICACHE_API_KEY",
+        help="Callers must send it. Other users of this machine can see a flag: prefer the "
+        "environment, HICACHE_API_KEY.",
+    ),
+    click.option(
+        "--admin-api-key",
+        envvar="HICACHE_ADMIN_API_KEY",
+        help="For calls that change the cache; HICACHE_ADMIN_API_KEY.",
+    ),
+    click.option(
+        "--shutdown-timeout",
+        type=click.FloatRange(0, 3600),
+        default=20.0,
+        show_default=True,
+        help="Seconds for requests under way when the server ends, and again for backups.",
+    ),
+    click.option(
+        "--disaggregation-mode",
+        type=click.Choice(("null", "prefill", "decode")),
+        default="null",
+        show_default=True,
+    ),
+    click.option(
+        "--disaggregation-transfer-backend",
+        type=click.Choice(TRANSFER_BACKENDS),
+        default="mooncake",
+        show_default=True,
+    ),
+    click.option("--disaggregation-ib-device", default="", help="RDMA devices: mlx5_0,mlx5_1."),
+    click.option(
+        "--disaggregation-decode-enable-offload-kvcache",
+        is_flag=True,
+        help="A decode server gives what it generates to host and storage.",
+    ),
+)
+
+
+def server_flags(command: Command) -> Command:
+    """Decorates a click command with the flags of the server and of the cache."""
+    command = config_flags(command)
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def settings_of(options: Mapping[str, Any]) -> ServerSettings:
+    """The settings that a command with ``server_flags`` was given.
+
+    Raises:
+        ConfigError: a value is wrong.
+    """
+    disaggregation = Disaggregation(
+        options["disaggregation_mode"],
+        options["disaggregation_transfer_backend"],
+        options["disaggregation_ib_device"],
+        options["disaggregation_decode_enable_offload_kvcache"],
+    )
+    return ServerSettings(
+        model_path=options["model_path"],
+        cache=as_sglang_means(load_config(options), offload=disaggregation.offload),
+        engine=EngineConfig(
+            max_running=options["max_running_requests"],
+            max_waiting=options["max_queued_requests"],
+            chunk_tokens=options["chunked_prefill_size"],
+            device_tokens=options["max_total_tokens"],
+            context_length=options["context_length"],
+            mem_fraction_static=options["mem_fraction_static"],
+            offload_stride=1 if disaggregation.offload else 0,
+        ),
+        keys=Keys(options["api_key"] or None, options["admin_api_key"] or None),
+        host=options["host"],
+        port=options["port"],
+        tp=options["tp"],
+        log_level=options["log_level"].lower(),
+        served_model_name=options["served_model_name"],
+        enable_metrics=options["enable_metrics"],
+        enable_cache_report=options["enable_cache_report"],
+        shutdown_timeout_s=options["shutdown_timeout"],
+        disaggregation=disaggregation,
+    )

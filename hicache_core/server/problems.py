@@ -1,0 +1,98 @@
+"""The problem: whatever a client is refused with, in the shape that OpenAI's clients read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from hicache_core.errors import HiCacheError, QueueFull, RankLost, UseAfterClose
+from hicache_core.redact import masked_text
+
+RETRY_AFTER_S = 1
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+_MAX_CLAUSES = 3
+
+
+class Problem(Exception):
+    """A request that is not served; ``status`` and message go to the client."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """``param`` names the field that is wrong, if it is one."""
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.headers = headers
+
+    def as_dict(self) -> dict[str, object]:
+        """The body of the answer."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {
+            "error": {
+                "message": self.message,
+                "type": _TYPES.get(self.status, kind),
+                "param": self.param,
+                "code": self.status,
+            }
+        }
+
+
+def json_answer(
+    value: object, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """JSON in ASCII, so that no text in it can fail to be encoded."""
+    return Response(json.dumps(value, default=str), status, headers, "application/json")
+
+
+def problem_of(error: Exception) -> Problem:
+    """Which problem an error of ours, of Starlette's or of pydantic's is for the client."""
+    match error:
+        case Problem():
+            problem = error
+        case ValidationError():
+            problem = _invalid(error)
+        case ClientDisconnect():
+            problem = Problem(499, "the client has left")
+        case HTTPException():
+            problem = Problem(error.status_code, str(error.detail), headers=error.headers)
+        case QueueFull():
+            problem = Problem(503, str(error), headers={"Retry-After": str(RETRY_AFTER_S)})
+        case UseAfterClose() | RankLost():
+            problem = Problem(503, "the engine takes no more requests: it is ending, or has failed")
+        case HiCacheError():
+            problem = Problem(400, masked_text(str(error)))
+        case TimeoutError():
+            problem = Problem(503, "the engine did not come to it in time; it is busy or stuck")
+        case _:
+            problem = Problem(500, "an error of the server; its log says more")
+    return problem
+
+
+def answer_problem(_request: Request, error: Exception) -> Response:
+    """FastAPI's handler of every exception."""
+    problem = problem_of(error)
+    return json_answer(problem.as_dict(), problem.status, problem.headers)
+
+
+def _invalid(error: ValidationError) -> Problem:
+    """A body that does not validate: the first clauses, without what was sent."""
+    details = error.errors(include_url=False, include_context=False, include_input=False)
+    clauses = []
+    for detail in details[:_MAX_CLAUSES]:
+        where = ".".join(str(part) for part in detail["loc"])
+        message = detail["msg"].removeprefix("Value error, ")
+        clauses.append(f"{where}: {message}" if where else message)
+    first = details[0]["loc"]
+    return Problem(400, "; ".join(clauses), param=str(first[0]) if first else None)

@@ -1,0 +1,242 @@
+"""Prompts: from the body of a request to what the engine is asked."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from jinja2 import TemplateError
+
+from hicache_core.engine.request import Request, SamplingParams
+from hicache_core.server.bodies import (
+    ChatBody,
+    CompletionBody,
+    GenerateBody,
+    OpenAIBody,
+    SamplingBody,
+    Tenant,
+)
+from hicache_core.server.bridge import Asked
+from hicache_core.server.ledger import Ledger
+from hicache_core.server.problems import Problem
+from hicache_core.types import Namespace
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a request may ask for.
+
+    Attributes:
+        context_length: tokens of prompt and answer together.
+        vocab_size: token ids are below it.
+        max_body_nbytes: of a request's body.
+    """
+
+    context_length: int
+    vocab_size: int
+    max_body_nbytes: int = 32 << 20
+
+
+class Prompts:
+    """Makes the engine's requests. Texts are encoded on a thread of its own, one at a time."""
+
+    def __init__(self, tokenizer: Any, limits: Limits, ledger: Ledger) -> None:
+        """``tokenizer`` is transformers'; ``close`` ends the thread."""
+        self.limits = limits
+        self._tokenizer = tokenizer
+        self._ledger = ledger
+        self._thread = ThreadPoolExecutor(1, "hicache-encode")
+
+    def close(self) -> None:
+        """Joins the thread."""
+        self._thread.shutdown()
+
+    async def of_generate(self, body: GenerateBody) -> list[Asked]:
+        """One for each prompt and choice, in order."""
+        prompts = body.prompts
+        given = body.sampling_params or SamplingBody()
+        sampling = [given] * len(prompts) if isinstance(given, SamplingBody) else given
+        _check_length(sampling, len(prompts), "sampling_params")
+        names = _names(body.rid, len(prompts))
+        encoded = await self._encode(prompts)
+        asked = []
+        for tokens, own, name in zip(encoded, sampling, names, strict=True):
+            explicit = "max_new_tokens" in own.model_fields_set
+            params = self._fitted(len(tokens), own.max_new_tokens, _of_sampling(own), explicit)
+            asked += _choices(tokens, params, name, own.n or 1)
+        return self._opened(asked, body, body.priority or 0)
+
+    async def of_completion(self, body: CompletionBody) -> list[Asked]:
+        """One for each prompt and choice, in order."""
+        asked = []
+        prompts = body.prompts
+        names = _names(body.rid, len(prompts))
+        for tokens, name in zip(await self._encode(prompts), names, strict=True):
+            explicit = "max_tokens" in body.model_fields_set
+            params = self._fitted(len(tokens), body.max_tokens, _of_openai(body), explicit)
+            asked += _choices(tokens, params, name, body.n or 1)
+        return self._opened(asked, body, body.priority or 0)
+
+    async def of_chat(self, body: ChatBody) -> list[Asked]:
+        """One for each choice."""
+        messages = [message.as_template_takes_it for message in body.messages]
+        tokens = await self._aside(lambda: self._encoded_chat(messages))
+        params = self._fitted(len(tokens), body.limit, _of_openai(body), explicit=True)
+        return self._opened(
+            _choices(tokens, params, body.rid, body.n or 1), body, body.priority or 0
+        )
+
+    def _opened(
+        self,
+        wanted: Sequence[tuple[tuple[int, ...], SamplingParams, str | None]],
+        tenant: Tenant,
+        priority: int,
+    ) -> list[Asked]:
+        """Gives each its id; all or none."""
+        namespace = namespace_of(tenant.cache_salt, tenant.extra_key)
+        asked: list[Asked] = []
+        try:
+            for tokens, sampling, wanted_name in wanted:
+                name, request_id = self._ledger.open(wanted_name, namespace)
+                request = Request(request_id, tokens, sampling, namespace, priority)
+                asked.append(Asked(name, request))
+        except Problem:
+            for one in asked:
+                self._ledger.close(one.name, namespace)
+            raise
+        return asked
+
+    def _fitted(
+        self, n_prompt: int, max_new: int | None, sampling: SamplingParams, explicit: bool
+    ) -> SamplingParams:
+        """With as many new tokens as were asked, or as fit where nobody asked.
+
+        Raises:
+            Problem: the context is too short for it.
+        """
+        room = self.limits.context_length - n_prompt
+        if room < 1:
+            raise Problem(
+                400,
+                f"the prompt has {n_prompt} tokens; with an answer, this server's context holds "
+                f"{self.limits.context_length}",
+            )
+        if max_new is None or (max_new > room and not explicit):
+            max_new = room
+        if max_new > room:
+            raise Problem(
+                400,
+                f"{n_prompt} tokens of prompt and {max_new} new tokens are more than this "
+                f"server's context of {self.limits.context_length}",
+            )
+        if sampling.min_new_tokens > max_new:
+            raise Problem(
+                400,
+                f"at least {sampling.min_new_tokens} new tokens, but at most "
+                f"{max_new}: they contradict each other",
+            )
+        return replace(sampling, max_new_tokens=max_new)
+
+    async def _encode(self, prompts: Sequence[str | list[int]]) -> list[tuple[int, ...]]:
+        def work() -> list[tuple[int, ...]]:
+            return [self._encoded(p) if isinstance(p, str) else self._checked(p) for p in prompts]
+
+        return await self._aside(work)
+
+    def _checked(self, ids: list[int]) -> tuple[int, ...]:
+        size = self.limits.vocab_size
+        for token in ids:
+            if not 0 <= token < size:
+                raise Problem(
+                    400, f"{token} is no token id of this model; they are from 0 to {size - 1}"
+                )
+        return tuple(ids)
+
+    def _encoded(self, text: str, *, special: bool = True) -> tuple[int, ...]:
+        ids = self._tokenizer(text, add_special_tokens=special)["input_ids"]
+        if not ids:
+            raise Problem(400, "the prompt has no token")
+        return tuple(ids)
+
+    def _encoded_chat(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
+        if not self._tokenizer.chat_template:
+            raise Problem(400, "this model has no chat template; use /v1/completions")
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise Problem(400, f"the model's chat template refuses the messages: {error}") from None
+        return self._encoded(text, special=False)
+
+    async def _aside(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+def namespace_of(cache_salt: str | None, extra_key: str | None) -> Namespace:
+    """Whose cache it is."""
+    return Namespace(extra_key=extra_key, cache_salt=cache_salt)
+
+
+def _of_sampling(body: SamplingBody) -> SamplingParams:
+    return SamplingParams(
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=body.top_k or -1,
+        stop=_stops(body.stop),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        seed=body.sampling_seed,
+        ignore_eos=bool(body.ignore_eos),
+        min_new_tokens=body.min_new_tokens or 0,
+    )
+
+
+def _of_openai(body: OpenAIBody) -> SamplingParams:
+    return SamplingParams(
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=body.top_k or -1,
+        stop=_stops(body.stop),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        seed=body.seed,
+        ignore_eos=bool(body.ignore_eos),
+        min_new_tokens=body.min_tokens or 0,
+    )
+
+
+def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
+    return (stop,) if isinstance(stop, str) else tuple(stop or ())
+
+
+def _choices(
+    tokens: tuple[int, ...], sampling: SamplingParams, name: str | None, n: int
+) -> list[tuple[tuple[int, ...], SamplingParams, str | None]]:
+    """``n`` answers to one prompt, each with a seed and a name of its own."""
+    return [
+        (
+            tokens,
+            sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + k),
+            name if name is None or n == 1 else f"{name}_{k}",
+        )
+        for k in range(n)
+    ]
+
+
+def _check_length(given: Sequence[object], n: int, what: str) -> None:
+    if len(given) != n:
+        raise Problem(400, f"{what} has {len(given)} entries for {n} prompts", param=what)
+
+
+def _names(rid: str | list[str] | None, n: int) -> list[str | None]:
+    """A name for each prompt; one text for several is what their names begin with."""
+    if rid is None:
+        return [None] * n
+    if isinstance(rid, str):
+        return [rid] if n == 1 else [f"{rid}_{k}" for k in range(n)]
+    _check_length(rid, n, "rid")
+    return [*rid]

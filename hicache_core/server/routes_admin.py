@@ -1,0 +1,220 @@
+"""The routes of the operator: emptying the cache, changing the storage backend."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, TypeVar
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+from hicache_core.build_storage import CHAIN, DYNAMIC
+from hicache_core.config import HiCacheConfig
+from hicache_core.config_sources import EXTRA
+from hicache_core.controller.storage_tier import Attachment
+from hicache_core.redact import masked
+from hicache_core.server.bodies import AttachBody, read_body
+from hicache_core.server.problems import Problem, json_answer
+from hicache_core.server.service import Service
+from hicache_core.storage.base import Clearable
+
+if TYPE_CHECKING:
+    from hicache_core.build import HiCache
+
+CALL_TIMEOUT_S = 10.0
+ATTACH_TIMEOUT_S = 60.0
+MAX_FLUSH_TIMEOUT_S = 600.0
+_PAUSE_S = 0.01
+
+T = TypeVar("T")
+
+
+def make_router(service: Service) -> APIRouter:
+    """The routes, over ``service``; the door lets only the operator in."""
+    router = APIRouter()
+    storage = StorageDesk(service)
+
+    @router.api_route("/flush_cache", methods=["GET", "POST"])
+    async def flush_cache(http: Request) -> Response:
+        await storage.flush(_seconds(http.query_params.get("timeout", "0")))
+        return PlainTextResponse("Cache flushed.\n")
+
+    @router.get("/hicache/storage-backend")
+    async def show() -> Response:
+        return json_answer(storage.shown())
+
+    @router.put("/hicache/storage-backend")
+    async def attach(http: Request) -> Response:
+        body = await read_body(http, AttachBody, service.served.limits.max_body_nbytes)
+        await storage.attach(body)
+        return PlainTextResponse("HiCache storage backend attached.\n")
+
+    @router.delete("/hicache/storage-backend")
+    async def detach() -> Response:
+        await storage.detach()
+        return PlainTextResponse("HiCache storage backend detached.\n")
+
+    @router.post("/hicache/storage-backend/clear")
+    async def clear() -> Response:
+        n = await storage.clear()
+        return PlainTextResponse(
+            f"Hierarchical cache storage backend cleared: {n} objects of this server's namespace.\n"
+        )
+
+    return router
+
+
+class StorageDesk:
+    """What the operator may do to the tiers while requests run."""
+
+    def __init__(self, service: Service) -> None:
+        """Starts with what the server was started with."""
+        self._service = service
+        config = service.settings.cache.resolve().in_force
+        self._config = config
+
+    async def flush(self, timeout_s: float) -> None:
+        """Empties device and host as soon as nothing is in use.
+
+        Raises:
+            Problem: something was in use all the time.
+        """
+        until = time.monotonic() + timeout_s
+        while not await self._call(lambda cache: cache.reset()):
+            if time.monotonic() >= until:
+                raise Problem(
+                    400,
+                    "the cache was not flushed: requests, copies or storage jobs are under "
+                    "way; try again, or with ?timeout=<seconds>",
+                )
+            await asyncio.sleep(_PAUSE_S)
+
+    def shown(self) -> dict[str, object]:
+        """Name and settings of the backend, secrets masked, and how it is."""
+        config = self._config
+        snapshot = self._service.engine.cache.snapshot()
+        return {
+            "hicache_storage_backend": config.hicache_storage_backend,
+            EXTRA: masked(config.hicache_storage_backend_extra_config),
+            "hicache_storage_prefetch_policy": config.hicache_storage_prefetch_policy,
+            "hicache_write_policy": config.hicache_write_policy,
+            "backends": [
+                {
+                    "name": backend.name,
+                    "breaker": backend.breaker,
+                    "last_error": masked(backend.last_error),
+                }
+                for backend in snapshot.backends
+            ],
+        }
+
+    async def attach(self, body: AttachBody) -> None:
+        """Opens a backend and takes it in place of the present one.
+
+        Raises:
+            ConfigError: a setting is wrong.
+            Problem: it cannot be opened, or something was asked that cannot change now.
+        """
+        wanted = self._wanted(body)
+        name = wanted.hicache_storage_backend
+        assert name is not None
+        settings = wanted.backend_config
+        if _names_a_class(name, settings) and self._service.settings.keys.admin is None:
+            raise Problem(
+                403,
+                "to load a class by its name is for those who know the admin key, and this server "
+                "has none: start it with --admin-api-key, or with that backend",
+            )
+        attaching = await self._call(lambda cache: cache.attach_storage(name, settings))
+        until = time.monotonic() + ATTACH_TIMEOUT_S
+        while not attaching.done:
+            if time.monotonic() >= until:
+                raise Problem(503, f"backend {name!r} is still being opened; look again later")
+            await asyncio.sleep(_PAUSE_S)
+        if attaching.error:
+            raise Problem(
+                400, f"Failed to attach HiCache storage backend: {masked(attaching.error)}"
+            )
+        self._config = wanted
+
+    async def detach(self) -> None:
+        """Goes on without storage."""
+        await self._call(lambda cache: cache.detach_storage())
+        self._config = self._changed(hicache_storage_backend=None, extra={})
+
+    async def clear(self) -> int:
+        """Removes from the store what this server's kind has put there; how many objects.
+
+        Raises:
+            Problem: there is no backend, or it cannot be cleared.
+        """
+        attachment = await self._call(_attachment)
+        if attachment is None:
+            raise Problem(400, "no storage backend is attached")
+        backend = attachment.backend
+        if not isinstance(backend, Clearable):
+            raise Problem(400, f"backend {attachment.name!r} cannot be cleared")
+        return await asyncio.to_thread(backend.clear, f"{attachment.namespace}/")
+
+    def _wanted(self, body: AttachBody) -> HiCacheConfig:
+        for key in ("hicache_storage_prefetch_policy", "hicache_write_policy"):
+            asked, present = getattr(body, key), getattr(self._config, key)
+            if asked is not None and asked != present:
+                raise Problem(
+                    400, f"{key} is {present} and cannot change while the server runs", param=key
+                )
+        wanted = self._changed(
+            hicache_storage_backend=body.hicache_storage_backend,
+            extra=body.hicache_storage_backend_extra_config_json or {},
+        )
+        if wanted.hicache_storage_backend is None:
+            raise Problem(400, "name a backend, or detach with DELETE")
+        own, present_keys = wanted.controller_keys, self._config.controller_keys
+        for key in own.model_fields_set:
+            if getattr(own, key) != getattr(present_keys, key):
+                raise Problem(
+                    400,
+                    f"{key} is {getattr(present_keys, key)} and cannot change while the server "
+                    "runs",
+                    param=key,
+                )
+        return wanted
+
+    def _changed(self, *, hicache_storage_backend: str | None, extra: object) -> HiCacheConfig:
+        values = self._config.model_dump()
+        values |= {"hicache_storage_backend": hicache_storage_backend, EXTRA: extra}
+        return HiCacheConfig.load(arguments=values)
+
+    async def _call(self, work: Callable[[HiCache], T]) -> T:
+        engine = self._service.engine
+        return await asyncio.to_thread(engine.call, work, CALL_TIMEOUT_S)
+
+
+def _names_a_class(name: str, settings: Mapping[str, object]) -> bool:
+    """Whether a backend, or a link of a chain, is a class that the settings name."""
+    links = settings.get("links") if name == CHAIN else []
+    if not isinstance(links, list):
+        return False
+    return name == DYNAMIC or any(
+        isinstance(link, dict) and link.get("backend") == DYNAMIC for link in links
+    )
+
+
+def _attachment(cache: HiCache) -> Attachment | None:
+    storage = cache._parts.storage
+    return None if storage is None else storage.current
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= MAX_FLUSH_TIMEOUT_S:
+        raise Problem(
+            400, f"timeout must be a number of seconds from 0 to {MAX_FLUSH_TIMEOUT_S:.0f}"
+        )
+    return seconds

@@ -1,0 +1,79 @@
+"""The routes that generate: ``/generate``, ``/v1/completions``, ``/v1/chat/completions``."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Sequence
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from hicache_core.server.answers import OpenAIForm, generated
+from hicache_core.server.bodies import (
+    ChatBody,
+    CompletionBody,
+    GenerateBody,
+    OpenAIBody,
+    read_body,
+)
+from hicache_core.server.bridge import Asked, Whole, finished
+from hicache_core.server.problems import json_answer
+from hicache_core.server.service import Service
+from hicache_core.server.stream import EventStream, GeneratePieces, OpenAIPieces
+
+
+def make_router(service: Service) -> APIRouter:
+    """The routes, over ``service``."""
+    router = APIRouter()
+    max_nbytes = service.served.limits.max_body_nbytes
+
+    @router.api_route("/generate", methods=["POST", "PUT"])
+    async def generate(http: Request) -> Response:
+        body = await read_body(http, GenerateBody, max_nbytes)
+        asked = await service.prompts.of_generate(body)
+        single = not body.is_batch and len(asked) == 1
+        if body.stream:
+            return EventStream(service.bridge, asked, http, GeneratePieces(single=single))
+        answers = [generated(whole) for whole in await _all(service, asked, http)]
+        return json_answer(answers[0] if single else answers)
+
+    @router.post("/v1/completions")
+    async def completions(http: Request) -> Response:
+        body = await read_body(http, CompletionBody, max_nbytes)
+        return await _openai(service, body, await service.prompts.of_completion(body), http)
+
+    @router.post("/v1/chat/completions")
+    async def chat(http: Request) -> Response:
+        body = await read_body(http, ChatBody, max_nbytes)
+        return await _openai(service, body, await service.prompts.of_chat(body), http)
+
+    return router
+
+
+async def _openai(
+    service: Service, body: OpenAIBody, asked: Sequence[Asked], http: Request
+) -> Response:
+    is_chat = isinstance(body, ChatBody)
+    # One answer goes by its request's name, so that it can be asked for at /hicache/explain.
+    name = asked[0].name if len(asked) == 1 else uuid.uuid4().hex
+    form = OpenAIForm(
+        answer_id=name,
+        kind="chat" if is_chat else "text",
+        model=service.served.name,
+        created=int(time.time()),
+        n_choices=body.n or 1,
+        reports_cache=service.settings.enable_cache_report,
+        details=bool(body.return_cached_tokens_details),
+    )
+    if body.stream:
+        return EventStream(service.bridge, asked, http, OpenAIPieces(form, usage=body.wants_usage))
+    return json_answer(form.whole(await _all(service, asked, http)))
+
+
+async def _all(service: Service, asked: Sequence[Asked], http: Request) -> list[Whole]:
+    """All answers, whole. If one fails, the others are given up."""
+    async with service.bridge.running(asked, http) as pending:
+        return list(await asyncio.gather(*(finished(waiting) for waiting in pending)))

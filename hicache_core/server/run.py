@@ -1,0 +1,154 @@
+"""The run of a server: loads the model, opens the engine, listens, and ends in good order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import uvicorn
+
+from hicache_core.engine.engine import Engine
+from hicache_core.engine.model import LoadedModel, find_smollm2, load_folder, load_gguf
+from hicache_core.errors import ConfigError
+from hicache_core.server.app import make_app
+from hicache_core.server.prompts import Limits
+from hicache_core.server.service import ServedModel, Service
+from hicache_core.server.settings import ServerSettings, notices
+
+log = logging.getLogger(__name__)
+
+SMOLLM2 = "smollm2"
+
+
+def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
+    """Serves until SIGTERM or SIGINT; returns when backups are drained, or their time is over.
+
+    Args:
+        settings: of everything.
+        say: prints a line for the operator.
+
+    Raises:
+        HiCacheError: the server cannot start; nothing is left running.
+    """
+    if settings.disaggregation.mode != "null":
+        raise ConfigError(
+            f"--disaggregation-mode {settings.disaggregation.mode}: this version serves prefill "
+            "and decode in one server only"
+        )
+    with _listening(settings.host, settings.port) as listener:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        for line in notices(settings, device):
+            say(f"hicache: {line}")
+        model = load_model(settings.model_path, device)
+        engine = Engine(model, settings.cache, settings.engine)
+        engine.open()
+        try:
+            service = make_service(settings, model, engine)
+            host, port = listener.getsockname()[:2]
+            host = f"[{host}]" if ":" in host else host
+            url = f"http://{host}:{port}"
+            _run(service, listener, lambda: say(f"hicache: serves {service.served.name} at {url}"))
+        finally:
+            engine.close(settings.shutdown_timeout_s)
+
+
+def load_model(path: str, device: str) -> LoadedModel:
+    """The model that ``--model-path`` means.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    if path.lower() == SMOLLM2:
+        loaded = load_gguf(find_smollm2(), dtype)
+    elif path.endswith(".gguf"):
+        if not Path(path).is_file():
+            raise ConfigError(f"--model-path {path}: there is no such file")
+        loaded = load_gguf(Path(path), dtype)
+    elif Path(path).is_dir():
+        loaded = load_folder(Path(path), dtype)
+    else:
+        raise ConfigError(
+            f"--model-path {path}: no folder and no GGUF file; write a local path, or {SMOLLM2}"
+        )
+    loaded.model.to(device)
+    return loaded
+
+
+def make_service(settings: ServerSettings, model: LoadedModel, engine: Engine) -> Service:
+    """The service over an open engine."""
+    limits = Limits(engine.status().context_length, int(model.model.config.vocab_size))
+    name = settings.served_model_name or model.name
+    return Service(settings, ServedModel(name, model.tokenizer, limits), engine)
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn's, with a word when it listens."""
+
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        # docstring inherited
+        await super().startup(sockets)
+        if self.started:
+            self._on_ready()
+
+
+def _run(service: Service, listener: socket.socket, on_ready: Callable[[], None]) -> None:
+    settings = service.settings
+    config = uvicorn.Config(
+        make_app(service),
+        log_level=settings.log_level,
+        access_log=False,
+        timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout_s)),
+        server_header=False,
+    )
+    with _signals_are_no_deaths():
+        asyncio.run(_Server(config, on_ready).serve([listener]))
+
+
+@contextmanager
+def _signals_are_no_deaths() -> Iterator[None]:
+    """Uvicorn raises the signal that ended it once more; by then all is done."""
+    before = {
+        number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A bound socket, so that a port that is taken shows before a model is loaded.
+
+    Raises:
+        ConfigError: the address is taken, or not one of this machine.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConfigError(f"--host {host}: {error}") from error
+    with listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+        except OSError as error:
+            raise ConfigError(
+                f"the server cannot listen on {host}:{port}: {error}; choose another --port, or 0 "
+                "for any free one"
+            ) from error
+        yield listener

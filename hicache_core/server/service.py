@@ -1,0 +1,108 @@
+"""The service: one served model and everything that its routes use."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from hicache_core.observe.metrics import CacheCollector
+from hicache_core.observe.snapshot import CacheSnapshot
+from hicache_core.observe.windows import Watch
+from hicache_core.redact import masked
+from hicache_core.server.bridge import Bridge, EngineFront
+from hicache_core.server.figures import Figures, ServerCollector
+from hicache_core.server.ledger import Ledger
+from hicache_core.server.prompts import Limits, Prompts
+from hicache_core.server.settings import ServerSettings
+
+OTHER_NAMESPACE = "other_namespace"
+NEVER_SEEN = "never_seen"
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What is served.
+
+    Attributes:
+        name: what clients see.
+        tokenizer: transformers'.
+        limits: of requests.
+    """
+
+    name: str
+    tokenizer: Any
+    limits: Limits
+
+
+class Service:
+    """Joins engine, prompts and figures; lives on the event loop.
+
+    Attributes:
+        settings: what the server was started with.
+        served: the model.
+        engine: who answers.
+        bridge: the way to it.
+        prompts: makes its requests.
+        started_s: seconds since the epoch.
+    """
+
+    def __init__(self, settings: ServerSettings, served: ServedModel, engine: EngineFront) -> None:
+        """``engine`` is open; ``close`` closes it."""
+        self.settings = settings
+        self.served = served
+        self.engine = engine
+        self.started_s = time.time()
+        self.ledger = Ledger()
+        self.bridge = Bridge(engine, self.ledger, Figures())
+        self.prompts = Prompts(served.tokenizer, served.limits, self.ledger)
+        self._watches = {True: Watch(self._snapshot), False: Watch(self._discreet_snapshot)}
+
+    def close(self) -> None:
+        """Drains the engine; blocks for at most twice the time that is set."""
+        self.prompts.close()
+        self.engine.close(self.settings.shutdown_timeout_s)
+
+    def observation(self, *, is_admin: bool) -> dict[str, object]:
+        """The cache and the engine, for ``/hicache/status``."""
+        seen = asdict(self._watches[is_admin].observe())
+        shown = masked({**seen, "engine": asdict(self.engine.status())})
+        assert isinstance(shown, dict)
+        return shown
+
+    def collectors(self, *, is_admin: bool) -> tuple[CacheCollector, ServerCollector]:
+        """For ``/metrics``."""
+        prefix = self.settings.cache.metrics_prefix
+        return (
+            CacheCollector(self._watches[is_admin], prefix=prefix),
+            ServerCollector(self.bridge.figures, self.engine.status, prefix),
+        )
+
+    def explanation(
+        self, request_id: str, name: str, *, is_admin: bool
+    ) -> Mapping[str, object] | None:
+        """Where a request's tokens came from.
+
+        What another tenant has is for the operator alone.
+        """
+        found = self.engine.cache.explain(request_id)
+        if found is None:
+            return None
+        shown = {**found.as_dict(), "request_id": name}
+        if not is_admin and shown["reason"] == OTHER_NAMESPACE:
+            shown |= {"reason": NEVER_SEEN, "detail": ""}
+        shown["detail"] = masked(shown["detail"])
+        return shown
+
+    def _snapshot(self) -> CacheSnapshot:
+        return self.engine.cache.snapshot()
+
+    def _discreet_snapshot(self) -> CacheSnapshot:
+        """Without what would tell a tenant that another one has the same prefix."""
+        snapshot = self._snapshot()
+        missed = dict(snapshot.missed_tokens)
+        n_other = missed.pop(OTHER_NAMESPACE, 0)
+        if n_other:
+            missed[NEVER_SEEN] = missed.get(NEVER_SEEN, 0) + n_other
+        return replace(snapshot, missed_tokens=missed)

@@ -1,0 +1,127 @@
+"""ServerSettings: what a server was started with, checked; and what of it has no effect here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from hicache_core.config import HiCacheConfig
+from hicache_core.config_sources import DEFAULT
+from hicache_core.engine.config import EngineConfig
+from hicache_core.errors import ConfigError
+from hicache_core.server.access import Keys, is_loopback
+
+DEFAULTS = EngineConfig()
+_IB_DEVICE = re.compile(r"[A-Za-z0-9_.:-]+(,[A-Za-z0-9_.:-]+)*")
+HIERARCHICAL = "enable_hierarchical_cache"
+
+
+@dataclass(frozen=True, slots=True)
+class Disaggregation:
+    """Settings of prefill and decode on different servers.
+
+    Attributes:
+        mode: ``null`` for one server that does both, ``prefill`` or ``decode``.
+        transfer_backend: how KV goes from one to the other.
+        ib_device: names of RDMA devices, separated by commas; empty for none.
+        offload: whether a decode server gives what it generates to host and storage.
+    """
+
+    mode: str = "null"
+    transfer_backend: str = "mooncake"
+    ib_device: str = ""
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for what contradicts itself."""
+        if self.ib_device and not _IB_DEVICE.fullmatch(self.ib_device):
+            raise ConfigError(
+                f"--disaggregation-ib-device {self.ib_device!r} is no list of device names; "
+                "write mlx5_0 or mlx5_0,mlx5_1"
+            )
+        if self.offload and self.mode != "decode":
+            raise ConfigError(
+                "--disaggregation-decode-enable-offload-kvcache is for a decode server; "
+                f"--disaggregation-mode is {self.mode}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """Everything that the command line of a server says.
+
+    Attributes:
+        model_path: a folder, a GGUF file, or ``smollm2``.
+        cache: of the cache; ``enable_hierarchical_cache`` is as SGLang means it.
+        engine: of the engine.
+        keys: what callers must know.
+        host: the address to listen on.
+        port: 0 for any free one.
+        tp: processes that were asked for.
+        log_level: of the standard library's logging.
+        served_model_name: what clients see; empty for the model's own.
+        enable_metrics: whether ``/metrics`` answers.
+        enable_cache_report: whether usage says what was cached.
+        shutdown_timeout_s: for requests under way, and then for backups.
+        disaggregation: prefill and decode apart.
+    """
+
+    model_path: str
+    cache: HiCacheConfig
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    keys: Keys = field(default_factory=Keys)
+    host: str = "127.0.0.1"
+    port: int = 30000
+    tp: int = 1
+    log_level: str = "info"
+    served_model_name: str = ""
+    enable_metrics: bool = False
+    enable_cache_report: bool = False
+    shutdown_timeout_s: float = 20.0
+    disaggregation: Disaggregation = field(default_factory=Disaggregation)
+
+
+def as_sglang_means(config: HiCacheConfig, *, offload: bool) -> HiCacheConfig:
+    """The same, with host and storage only where they were asked for.
+
+    SGLang's server has the device tier alone unless ``--enable-hierarchical-cache`` is given; a
+    decode server that offloads has them too.
+    """
+    if config.sources[HIERARCHICAL] != DEFAULT:
+        return config
+    values = {key: getattr(config, key) for key in config.sources}
+    given = {key: value for key, value in values.items() if config.sources[key] != DEFAULT}
+    return HiCacheConfig.load(arguments={**given, HIERARCHICAL: offload})
+
+
+def notices(settings: ServerSettings, device: str) -> Iterator[str]:
+    """What was asked and has no effect here, and what the operator should know; one line each.
+
+    Args:
+        settings: as given.
+        device: ``cpu`` or ``cuda``.
+    """
+    resolved = settings.cache.resolve()
+    for change in resolved.adjustments:
+        yield str(change)
+    if settings.tp > 1:
+        yield (
+            f"--tp {settings.tp} has no effect: this server computes in one process, and its cache "
+            "has one rank"
+        )
+    if device == "cpu" and settings.engine.mem_fraction_static != DEFAULTS.mem_fraction_static:
+        yield (
+            f"--mem-fraction-static {settings.engine.mem_fraction_static} has no effect on a CPU; "
+            "--max-total-tokens sets the room of the device tier"
+        )
+    if settings.disaggregation.ib_device:
+        yield (
+            f"--disaggregation-ib-device {settings.disaggregation.ib_device} has no effect: KV "
+            "goes over TCP"
+        )
+    if not is_loopback(settings.host) and settings.keys.api is None:
+        yield (
+            f"{settings.host} can be reached from other machines, and no --api-key is set: "
+            "whoever reaches it may use it"
+        )

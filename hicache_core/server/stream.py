@@ -1,0 +1,164 @@
+"""The event stream: answers in pieces, as they come."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Protocol
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from hicache_core.server.answers import DONE, OpenAIForm, event, generated
+from hicache_core.server.bridge import Asked, Bridge, Pending, Whole, growing
+from hicache_core.server.problems import Problem
+
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+]
+
+
+class Pieces(Protocol):
+    """What a stream says."""
+
+    def start(self, index: int) -> Iterator[object]:
+        """Before the first step of an answer."""
+        ...
+
+    def step(self, index: int, whole: Whole) -> Iterator[object]:
+        """After each step."""
+        ...
+
+    def end(self, answers: Sequence[Whole]) -> Iterator[object]:
+        """When all answers have ended."""
+        ...
+
+
+class GeneratePieces:
+    """SGLang's form: each piece has the text from the start."""
+
+    def __init__(self, *, single: bool) -> None:
+        """Of a batch, each piece says which answer it belongs to."""
+        self._single = single
+
+    def start(self, index: int) -> Iterator[object]:  # noqa: ARG002 - a form of its own
+        # docstring inherited
+        yield from ()
+
+    def step(self, index: int, whole: Whole) -> Iterator[object]:
+        # docstring inherited
+        piece = generated(whole)
+        yield piece if self._single else {**piece, "index": index}
+
+    def end(self, answers: Sequence[Whole]) -> Iterator[object]:  # noqa: ARG002 - likewise
+        # docstring inherited
+        yield from ()
+
+
+class OpenAIPieces:
+    """OpenAI's form: each piece has what is new."""
+
+    def __init__(self, form: OpenAIForm, *, usage: bool) -> None:
+        """``usage``: whether the last piece has it."""
+        self._form = form
+        self._usage = usage
+
+    def start(self, index: int) -> Iterator[object]:
+        # docstring inherited
+        if (piece := self._form.start(index)) is not None:
+            yield piece
+
+    def step(self, index: int, whole: Whole) -> Iterator[object]:
+        # docstring inherited
+        last = whole.last
+        if last.text or last.finish_reason is not None:
+            yield self._form.piece(index, last.text, last.finish_reason)
+
+    def end(self, answers: Sequence[Whole]) -> Iterator[object]:
+        # docstring inherited
+        if (piece := self._form.end(answers, usage=self._usage)) is not None:
+            yield piece
+
+
+class EventStream(Response):
+    """Submits requests and sends what comes of them, until they end or the client leaves."""
+
+    def __init__(
+        self, bridge: Bridge, asked: Sequence[Asked], http: Request, pieces: Pieces
+    ) -> None:
+        """Nothing is submitted before the response is awaited, so it may still be refused."""
+        self.status_code = 200
+        self.background = None
+        self._bridge = bridge
+        self._asked = asked
+        self._http = http
+        self._pieces = pieces
+
+    async def __call__(
+        self,
+        scope: Scope,  # noqa: ARG002 - the request has both
+        receive: Receive,  # noqa: ARG002
+        send: Send,
+    ) -> None:
+        # docstring inherited
+        async with self._bridge.running(self._asked, self._http) as pending:
+            await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+            async for piece in self._events(pending):
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+
+    async def _events(self, pending: Sequence[Pending]) -> AsyncIterator[bytes]:
+        wholes: dict[int, Whole] = {}
+        try:
+            async for index, whole in _merged(pending):
+                if index not in wholes:
+                    for piece in self._pieces.start(index):
+                        yield event(piece)
+                wholes[index] = whole
+                for piece in self._pieces.step(index, whole):
+                    yield event(piece)
+        except Problem as problem:
+            yield event(problem.as_dict())
+        else:
+            if len(wholes) == len(pending):
+                for piece in self._pieces.end([wholes[n] for n in range(len(pending))]):
+                    yield event(piece)
+        yield DONE
+
+
+async def _merged(pending: Sequence[Pending]) -> AsyncIterator[tuple[int, Whole]]:
+    """The steps of several answers, as they come.
+
+    Raises:
+        Problem: the engine failed at one of them.
+    """
+    if len(pending) == 1:
+        async for whole in growing(pending[0]):
+            yield 0, whole
+        return
+    steps: asyncio.Queue[tuple[int, Whole] | Problem | None] = asyncio.Queue()
+
+    async def follow(index: int) -> None:
+        try:
+            async for whole in growing(pending[index]):
+                steps.put_nowait((index, whole))
+            steps.put_nowait(None)
+        except Problem as problem:
+            steps.put_nowait(problem)
+
+    tasks = [asyncio.create_task(follow(n)) for n in range(len(pending))]
+    try:
+        n_open = len(tasks)
+        while n_open:
+            step = await steps.get()
+            if isinstance(step, Problem):
+                raise step
+            if step is None:
+                n_open -= 1
+            else:
+                yield step
+    finally:
+        for task in tasks:
+            task.cancel()

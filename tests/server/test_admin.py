@@ -1,0 +1,179 @@
+"""What the operator does while requests run: flushing, and changing the storage backend."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hicache_core.server.access import Keys
+from tests.server.world import Server, server
+
+pytestmark = pytest.mark.anyio
+
+IDS = list(range(3, 15))
+BACKEND = "/hicache/storage-backend"
+FIRST = {"prefetch_threshold": 0}
+WAIT = {
+    "hicache_storage_prefetch_policy": "wait_complete",
+    "hicache_storage_backend_extra_config": FIRST,
+}
+
+
+async def cached(s: Server) -> dict[str, int]:
+    body = {"input_ids": IDS, "sampling_params": {"max_new_tokens": 1}}
+    answer = (await s.client.post("/generate", json=body)).json()
+    details: dict[str, int] = answer["meta_info"]["cached_tokens_details"]
+    return details
+
+
+async def settled(s: Server) -> None:
+    """Returns when all that was accepted is in the store."""
+    assert await asyncio.to_thread(s.engine.call, lambda cache: cache.flush(10.0), 20.0)
+
+
+def attach(path: Path, **more: Any) -> dict[str, Any]:
+    extra = json.dumps({"path": str(path)} | more)
+    return {
+        "hicache_storage_backend": "file",
+        "hicache_storage_backend_extra_config_json": extra,
+        "hicache_write_policy": "write_through",
+    }
+
+
+async def test_flush_empties_device_and_host_but_not_storage(tmp_path: Path) -> None:
+    async with server(cache=WAIT) as s:
+        assert (await s.client.put(BACKEND, json=attach(tmp_path))).status_code == 200
+        await cached(s)
+        assert await cached(s) == {"device": 12, "host": 0, "storage": 0}
+        await settled(s)
+        flushed = await s.client.post("/flush_cache", params={"timeout": 10})
+        assert flushed.status_code == 200
+        # The page with the prompt's last token is computed anyway, so it is not fetched.
+        assert await cached(s) == {"device": 0, "host": 0, "storage": 8}
+
+
+async def test_a_backend_comes_is_shown_is_cleared_and_goes(tmp_path: Path) -> None:
+    async with server(cache=WAIT) as s:
+        assert (await s.client.get(BACKEND)).json()["hicache_storage_backend"] is None
+        assert (await s.client.post(f"{BACKEND}/clear")).status_code == 400
+        assert (await s.client.put(BACKEND, json=attach(tmp_path))).status_code == 200
+        shown = (await s.client.get(BACKEND)).json()
+        assert shown["hicache_storage_backend"] == "file"
+        assert shown["hicache_storage_backend_extra_config"] == {"path": str(tmp_path)}
+        assert shown["backends"][0]["breaker"] == "closed"
+        await cached(s)
+        await settled(s)
+        assert (await s.client.post(f"{BACKEND}/clear")).status_code == 200
+        await s.client.get("/flush_cache", params={"timeout": 10})
+        assert await cached(s) == {"device": 0, "host": 0, "storage": 0}
+        assert (await s.client.delete(BACKEND)).status_code == 200
+        assert (await s.client.get(BACKEND)).json()["hicache_storage_backend"] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"hicache_storage_backend": "fil"}, "fil"),
+        ({"hicache_storage_backend": "none"}, "DELETE"),
+        ({"hicache_storage_backend_extra_config_json": "{"}, "JSON"),
+        ({"hicache_storage_backend_extra_config_json": '{"path": "/proc/nowhere"}'}, "nowhere"),
+        ({"hicache_write_policy": "write_back"}, "write_through"),
+        ({"hicache_storage_prefetch_policy": "timeout"}, "wait_complete"),
+        ({"hicache_storage_backend_extra_config_json": '{"prefetch_threshold": 9}'}, "threshold"),
+    ],
+)
+async def test_what_cannot_be_attached_is_400_and_changes_nothing(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    async with server(cache=WAIT) as s:
+        await s.client.put(BACKEND, json=attach(tmp_path))
+        before = (await s.client.get(BACKEND)).json()
+        refused = await s.client.put(BACKEND, json=attach(tmp_path) | change)
+        assert refused.status_code == 400
+        assert said in refused.json()["error"]["message"]
+        assert (await s.client.get(BACKEND)).json() == before
+
+
+DYNAMIC = {"backend_name": "x", "module_path": "nowhere_at_all", "class_name": "X"}
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("dynamic", DYNAMIC),
+        ("chain", {"links": [{"backend": "memory"}, {"backend": "dynamic", "config": DYNAMIC}]}),
+    ],
+)
+async def test_a_class_is_loaded_by_name_only_for_who_knows_the_admin_key(
+    name: str, extra: dict[str, Any]
+) -> None:
+    body = {
+        "hicache_storage_backend": name,
+        "hicache_storage_backend_extra_config_json": json.dumps(extra),
+    }
+    async with server(cache=WAIT) as s:
+        assert (await s.client.put(BACKEND, json=body)).status_code == 403
+    async with server(cache=WAIT, keys=Keys(admin="key")) as s:
+        headers = {"authorization": "Bearer key"}
+        tried = await s.client.put(BACKEND, json=body, headers=headers)
+        assert tried.status_code == 400
+        assert "nowhere_at_all" in tried.json()["error"]["message"]
+
+
+async def test_secrets_of_a_backend_are_masked(tmp_path: Path) -> None:
+    extra = {"path": str(tmp_path), "guard": {}, "prefetch_threshold": 0}
+    cache = {**WAIT, "hicache_storage_backend": "file"}
+    cache["hicache_storage_backend_extra_config"] = extra
+    async with server(cache=cache) as s:
+        body = attach(tmp_path, password="hush")
+        refused = await s.client.put(BACKEND, json=body)
+        assert refused.status_code == 400
+        assert "hush" not in refused.text
+
+
+@pytest.mark.parametrize("timeout", ["-1", "nan", "inf", "x", "1e9"])
+async def test_a_flush_waits_a_number_of_seconds(timeout: str) -> None:
+    async with server() as s:
+        assert (await s.client.get("/flush_cache", params={"timeout": timeout})).status_code == 400
+
+
+async def test_what_is_not_there_is_404_in_the_same_shape() -> None:
+    async with server() as s:
+        for method, path in (
+            ("GET", "/nothing"),
+            ("GET", "/v1/models/other"),
+            ("GET", "/generate"),
+        ):
+            answer = await s.client.request(method, path)
+            assert answer.status_code in (404, 405)
+            assert answer.json()["error"]["message"]
+
+
+async def test_info_tells_what_clients_of_sglang_look_for() -> None:
+    async with server(served_model_name="x") as s:
+        info = (await s.client.get("/get_server_info")).json()
+        assert (await s.client.get("/server_info")).json().keys() == info.keys()
+        assert info["page_size"] == 4
+        assert info["max_total_num_tokens"] > 0
+        assert "last_gen_throughput" in info["internal_states"][0]
+        model = (await s.client.get("/get_model_info")).json()
+        assert model["model_path"] == "somewhere"
+        assert model["is_generation"] is True
+        models = (await s.client.get("/v1/models")).json()
+        assert models["data"][0]["id"] == "echo"
+        assert (await s.client.get("/v1/models/echo")).json() == models["data"][0]
+
+
+async def test_health_generates_without_a_trace_in_others_caches() -> None:
+    async with server() as s:
+        assert (await s.client.get("/health")).json() == {"status": "ok"}
+        assert (await s.client.get("/health_generate")).status_code == 200
+        s.engine.fails = "stuck"
+        assert (await s.client.get("/health_generate")).status_code == 500
+        s.engine.close()
+        assert (await s.client.get("/health")).status_code == 503
+        assert (await s.client.post("/generate", json={"input_ids": [3]})).status_code == 503
