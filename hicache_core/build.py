@@ -113,6 +113,11 @@ class HiCache(Controller):
             super().__init__(self._observers.watching(parts))
             undo.pop_all()
 
+    def poll(self) -> None:
+        # docstring inherited
+        super().poll()
+        self._observers.polled(self._parts.tree)
+
     def close(self, timeout_s: float = 10.0) -> None:
         # docstring inherited
         super().close(timeout_s)

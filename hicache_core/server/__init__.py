@@ -1,0 +1,1 @@
+"""The reference server: HTTP for an engine on a cache. Import the module you need."""
