@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from http import HTTPStatus
@@ -133,6 +134,9 @@ class _Server(ThreadingHTTPServer):
 
     def handle_error(self, request: object, client_address: object) -> None:  # noqa: ARG002
         # docstring inherited; instead of a traceback on stderr
+        if isinstance(sys.exception(), ConnectionError):
+            log.debug("%s went away before it was answered", client_address)
+            return
         log.exception("the status server could not answer %s", client_address)
 
 

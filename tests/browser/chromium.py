@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import itertools
 import json
 import os
@@ -28,9 +29,9 @@ class Chromium:
     def __init__(self, profile: Path) -> None:
         """Starts it with an empty ``profile`` folder."""
         assert PROGRAM is not None
-        to_read, self._write = os.pipe()
-        self._read, to_write = os.pipe()
-        command = ["sh", "-c", f'exec "$@" 3<&{to_read} 4>&{to_write}', "sh", PROGRAM, *FLAGS]
+        to_read, self._write = map(_high, os.pipe())
+        self._read, to_write = map(_high, os.pipe())
+        command = ["bash", "-c", f'exec "$@" 3<&{to_read} 4>&{to_write}', "sh", PROGRAM, *FLAGS]
         self._process = subprocess.Popen(
             [*command, f"--user-data-dir={profile}", "about:blank"],
             pass_fds=(to_read, to_write),
@@ -100,7 +101,11 @@ class Chromium:
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.call("Page.navigate", url="about:blank")  # so that the page before asks no more
+        self.wait_for("document.readyState === 'complete' && location.href === 'about:blank'")
+        self.errors.clear()
         self.call("Page.navigate", url=url)
+        self.wait_for("document.readyState === 'complete' && location.href !== 'about:blank'")
 
     def evaluate(self, script: str) -> Any:
         """The value of a JavaScript expression."""
@@ -138,3 +143,10 @@ class Chromium:
         self._process.wait(PATIENCE_S)
         os.close(self._read)
         os.close(self._write)
+
+
+def _high(fd: int) -> int:
+    """``fd`` under a number that is neither 3 nor 4, which the browser speaks on."""
+    high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10)
+    os.close(fd)
+    return high

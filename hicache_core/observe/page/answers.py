@@ -49,7 +49,7 @@ class PageData:
         requests: the newest ``n`` records, the newest first. A record may have ``ttft_s`` and
             ``total_s`` beside the fields of an ``Explanation``.
         tree: a picture made on the cache's owner thread; None if that did not step yet.
-        engine: what the engine does now, such as ``waiting`` and ``running`` requests.
+        engine: what the engine does now: ``running`` and ``waiting`` requests, ``tokens_per_s``.
     """
 
     watch: Watch
@@ -88,7 +88,7 @@ def page_answer(data: PageData, path: str, query: str = "") -> Answer | None:
         "/hicache/history": lambda: _history(data.history, _number(query, "after", 0)),
         "/hicache/requests": lambda: _requests(data, _number(query, "limit", DEFAULT_REQUESTS)),
         "/hicache/tree": lambda: _tree(data.tree),
-        "/hicache/engine": lambda: None if data.engine is None else data.engine(),
+        "/hicache/engine": lambda: {} if data.engine is None else data.engine(),
     }
     if path not in makers:
         return page_file(path.removeprefix(f"{PREFIX}/") or "index.html")

@@ -10,7 +10,7 @@ import { BREAKERS, bytes, compact, number, seconds, share, TIERS } from "./words
 
 const EVERY_MS = 1000, GONE_EVERY_MS = 2000, KEEP = 900;
 
-const charts = { device: new Chart("Device", compact), host: new Chart("Host", compact), storage: new Chart("Storage", bytes), hits: new Chart("Prompt tokens a second", compact) };
+const charts = { device: new Chart("Device", compact), host: new Chart("Host", compact), storage: new Chart("Storage", bytes), hits: new Chart("Prompts, tok/s", compact) };
 let samples = [], startedAt = null, lastAnswer = null, turn = 0, timer = null, isLooking = false;
 
 async function look() {
@@ -73,11 +73,11 @@ function showTiles(snapshot, hitRate, cached, prompt, engine) {
   const tiles = [
     tile("Hit rate", prompt ? share(cached, prompt) : "–", prompt ? `since the start; last minute ${share(hitRate, 1)}` : "no tokens yet"),
     tile("Prompt tokens", compact(prompt), `${compact(cached)} cached, ${compact(prompt - cached)} computed`),
-    tile("Device in use", ...pool(snapshot.device)),
-    tile("Host in use", ...pool(snapshot.host)),
+    tile("Device filled", ...pool(snapshot.device)),
+    tile("Host filled", ...pool(snapshot.host)),
     tile("Storage", snapshot.backends.length ? bytes(stored) : "none", snapshot.backends.length ? `stored; ${bytes(loaded)} loaded` : "not attached"),
   ];
-  if (engine) tiles.push(tile("Running", number(engine.running ?? 0), `${number(engine.waiting ?? 0)} wait${engine.tokens_per_s === undefined ? "" : `; ${compact(engine.tokens_per_s)} tok/s`}`));
+  if (engine?.running !== undefined) tiles.push(tile("Running", number(engine.running), `${number(engine.waiting ?? 0)} wait${engine.tokens_per_s === undefined ? "" : `; ${compact(engine.tokens_per_s)} tok/s`}`));
   at("tiles").replaceChildren(...tiles);
 }
 
@@ -127,7 +127,7 @@ function showCharts(snapshot) {
   const isKnown = last.usage_nbytes !== null;
   const held = samples.map((sample) => (isKnown ? sample.usage_nbytes ?? 0 : sample.stored_nbytes));
   charts.storage.show(times, [{ name: isKnown ? "held by the stores" : "stored by this process since its start", kind: "storage", values: held }], { says: bytes(held.at(-1)) });
-  charts.hits.show(times, rates(), { says: last.hit_rate ? `${share(last.hit_rate, 1)} hits in the last minute` : "no hits in the last minute" });
+  charts.hits.show(times, rates(), { says: last.hit_rate ? `${share(last.hit_rate, 1)} hits` : "" });
 }
 
 function rates() {

@@ -3,7 +3,7 @@
 import { drawn, element, say } from "./dom.js";
 import { ago, seconds } from "./words.js";
 
-const WIDTH = 340, HEIGHT = 130, LEFT = 44, BOTTOM = 18, TOP = 6;
+const HEIGHT = 130, LEFT = 52, BOTTOM = 18, TOP = 6, DEFAULT_WIDTH = 340;
 
 function nice(value) {
   if (value <= 0) return 1;
@@ -17,7 +17,7 @@ export class Chart {
     this.format = format;
     this.title = title;
     this.now = element("p", { class: "now" });
-    this.svg = drawn("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img" });
+    this.svg = drawn("svg", { role: "img" });
     this.key = element("p", { class: "key" });
     this.node = element("div", { class: "chart" },
       element("div", { class: "title" }, element("h3", {}, title), this.now), this.svg, this.key);
@@ -30,6 +30,8 @@ export class Chart {
     this.times = times;
     this.series = series;
     this.says = says;
+    this.width = this.node.clientWidth || DEFAULT_WIDTH; // a unit is a pixel, so text keeps its size
+    this.svg.setAttribute("viewBox", `0 0 ${this.width} ${HEIGHT}`);
     const stacked = times.map((_, at) => series.filter((one) => !one.line).reduce((sum, one) => sum + (one.values[at] ?? 0), 0));
     const lines = series.filter((one) => one.line).flatMap((one) => one.values.filter((value) => value !== null));
     this.top = limit ?? nice(Math.max(0, ...stacked, ...lines));
@@ -45,7 +47,7 @@ export class Chart {
 
   #x(time) {
     const last = this.times.at(-1) ?? 1;
-    return LEFT + (WIDTH - LEFT - 4) * (time - this.first) / Math.max(1, last - this.first);
+    return LEFT + (this.width - LEFT - 4) * (time - this.first) / Math.max(1, last - this.first);
   }
 
   #y(value) {
@@ -56,14 +58,14 @@ export class Chart {
     const rows = [0, 0.5, 1].flatMap((part) => {
       const y = this.#y(part * this.top);
       return [
-        drawn("line", { class: "grid", x1: LEFT, x2: WIDTH - 4, y1: y, y2: y }),
+        drawn("line", { class: "grid", x1: LEFT, x2: this.width - 4, y1: y, y2: y }),
         drawn("text", { class: "axis", x: LEFT - 6, y: y + 4, "text-anchor": "end" }, this.format(part * this.top)),
       ];
     });
     const span = (this.times.at(-1) ?? 0) - this.first;
     return [...rows,
       drawn("text", { class: "axis", x: LEFT, y: HEIGHT - 3 }, `${seconds(Math.round(span))} ago`),
-      drawn("text", { class: "axis", x: WIDTH - 4, y: HEIGHT - 3, "text-anchor": "end" }, "now")];
+      drawn("text", { class: "axis", x: this.width - 4, y: HEIGHT - 3, "text-anchor": "end" }, "now")];
   }
 
   #areas() {
@@ -96,7 +98,7 @@ export class Chart {
   #point(event) {
     if (!this.times?.length) return;
     const box = this.svg.getBoundingClientRect();
-    const x = (event.clientX - box.left) * WIDTH / box.width;
+    const x = (event.clientX - box.left) * this.width / box.width;
     const distance = (time) => Math.abs(this.#x(time) - x);
     const nearest = this.times.reduce((best, time) => (distance(time) < distance(best) ? time : best));
     this.pointed = nearest;

@@ -87,8 +87,9 @@ function draw() {
   layout(tops, 0, lastWidth, 0, groups, rows);
   const height = (rows[0] + 1) * ROW;
   box.replaceChildren(drawn("svg", { height, viewBox: `0 0 ${lastWidth} ${height}`, role: "group", "aria-label": "Prefix tree; Enter zooms in, Escape zooms out" }, ...groups));
-  if (had !== undefined) box.querySelector(`g[data-node="${had}"]`)?.focus();
-  say(at("tree-says"), summary());
+  const focused = had === undefined ? null : box.querySelector(`g[data-node="${had}"]`);
+  if (focused) focused.focus();
+  else say(at("tree-says"), summary());
   drawTable();
 }
 
@@ -101,9 +102,9 @@ function summary() {
 }
 
 function layout(indices, x, width, row, groups, rows) {
-  if (row >= MAX_ROWS) return;
+  if (row >= MAX_ROWS || !indices.length) return;
   const whole = indices.reduce((sum, index) => sum + weight(index), 0);
-  const parent = indices.length ? nodes[indices[0]].parent : -1;
+  const { parent } = nodes[indices[0]];
   const all = row === 0 ? whole : Math.max(whole, by === "tokens" ? nodes[parent].tokens_below : weight(parent));
   let left = x;
   for (const index of [...indices].sort((a, b) => weight(b) - weight(a))) {
@@ -121,10 +122,12 @@ function box(index, x, y, width) {
   const node = nodes[index];
   const kind = node.parent < 0 ? "root" : node.tiers[0] ?? "root";
   const most = Math.max(1, ...nodes.map((one) => one.hits));
-  const strength = node.parent < 0 ? 1 : 0.62 + 0.38 * Math.log1p(node.hits) / Math.log1p(most);
+  const strength = 45 + 55 * Math.log1p(node.hits) / Math.log1p(most);
   const label = name(index), fits = Math.floor((width - 10) / 7);
   const text = fits >= 3 ? drawn("text", { x: x + 6, y: y + 17 }, label.length <= fits ? label : `${label.slice(0, fits - 1)}…`) : null;
   const enter = () => zoom(focus === index ? node.parent : index);
+  const face = drawn("rect", { class: "face", x, y, width, height: ROW - 1, rx: 3 });
+  if (kind !== "root") face.style.fill = `color-mix(in srgb, var(--${kind}) ${strength}%, #fff)`;
   return drawn("g", {
     class: kind, tabindex: 0, role: "button", "data-node": index, "aria-label": words(index),
     onclick: enter,
@@ -134,13 +137,13 @@ function box(index, x, y, width) {
       if (event.key === "Enter" || event.key === " ") { event.preventDefault(); enter(); }
       if (event.key === "Escape" && focus >= 0) zoom(nodes[focus].parent);
     },
-  }, drawn("rect", { class: "face", x, y, width, height: ROW - 1, rx: 3, "fill-opacity": strength }), text);
+  }, face, text);
 }
 
 function zoom(index) {
   focus = index;
   draw();
-  at("tree").querySelector("g")?.focus();
+  at("tree").querySelector("g")?.focus(); // the node itself, or the first of all
 }
 
 function drawCrumbs() {
