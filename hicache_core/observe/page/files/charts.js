@@ -6,7 +6,7 @@ import { ago, seconds } from "./words.js";
 const HEIGHT = 130, LEFT = 52, BOTTOM = 18, TOP = 6, DEFAULT_WIDTH = 340;
 
 function nice(value) {
-  if (value <= 0) return 1;
+  if (value <= 0) return 2;
   const power = 10 ** Math.floor(Math.log10(value));
   return [1, 2, 2.5, 5, 10].map((step) => step * power).find((step) => step >= value);
 }
