@@ -64,7 +64,7 @@ async def run_multiturn(
     client: Client,
     words: Words,
     *,
-    on_record: Callable[[Record], None] = lambda record: None,
+    on_record: Callable[[Record], None] = lambda _record: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Record]:
     """Runs all conversations to their ends; one whose request fails ends there.

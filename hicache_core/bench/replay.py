@@ -103,7 +103,7 @@ async def run_replay(
     client: Client,
     words: Words,
     *,
-    on_record: Callable[[Record], None] = lambda record: None,
+    on_record: Callable[[Record], None] = lambda _record: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Record]:
     """Sends each request when it arrives, or as soon as ``max_parallel`` allows.

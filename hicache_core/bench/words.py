@@ -9,14 +9,14 @@ from typing import Any
 
 from hicache_core.errors import ConfigError
 
-WORDS = (
-    "time year people way day man thing woman life child world school state family student group "
-    "country problem hand part place case week company system program question work government "
-    "number night point home water room mother area money story fact month lot right study book "
-    "eye job word business issue side kind head house service friend father power hour game line "
-    "end member law car city community name president team minute idea body information back "
-    "parent face level office door health person art war history party result change morning"
-).split()
+WORDS = """
+    time year people way day man thing woman life child world school state family student group
+    country problem hand part place case week company system program question work government
+    number night point home water room mother area money story fact month lot right study book
+    eye job word business issue side kind head house service friend father power hour game line
+    end member law car city community name president team minute idea body information back
+    parent face level office door health person art war history party result change morning
+""".split()  # noqa: SIM905 - a list of this length reads better as text
 
 
 class Words:

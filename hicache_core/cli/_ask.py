@@ -41,10 +41,14 @@ def ask(url: str, path: str, *, key: str | None = None) -> Any:
             return json.load(response)
     except HTTPError as error:
         with error:
-            reason = "it wants --api-key" if error.code in (401, 403) else "that is no status server of a cache"
+            reason = (
+                "it wants --api-key"
+                if error.code in (401, 403)
+                else "that is no status server of a cache"
+            )
             raise click.ClickException(f"{shown} answers {error.code}; {reason}") from error
     except (URLError, OSError) as error:
-        reason = getattr(error, "reason", error)
+        reason = error.reason if isinstance(error, URLError) else error
         raise click.ClickException(
             f"nobody answers at {shown} ({reason}); is the cache running with its status server?"
         ) from error

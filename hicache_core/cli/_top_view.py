@@ -64,7 +64,7 @@ def rates_of(samples: Sequence[Mapping[str, Any]]) -> Rates | None:
     if len(late) < 2:
         return None
     first, last = late[0], late[-1]
-    span_s = max(1e-3, last["at_s"] - first["at_s"])
+    span_s: float = max(1e-3, last["at_s"] - first["at_s"])
 
     def rate(new: float, old: float) -> float:
         return max(0.0, new - old) / span_s

@@ -38,7 +38,9 @@ def _for_all(function: Callable[..., None]) -> Callable[..., None]:
     """The options of every load."""
     options = (
         click.option("--url", default="http://127.0.0.1:30000", show_default=True),
-        click.option("--api", type=click.Choice(list(PATHS)), default="completions", show_default=True),
+        click.option(
+            "--api", type=click.Choice(list(PATHS)), default="completions", show_default=True
+        ),
         click.option("--model", default="default", show_default=True, help="Name to ask for."),
         click.option("--api-key", envvar="HICACHE_API_KEY", help="The key that the server wants."),
         click.option("--timeout", "timeout_s", type=float, default=600.0, show_default=True),

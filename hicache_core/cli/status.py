@@ -15,7 +15,6 @@ from hicache_core.observe.windows import Observation
 from hicache_core.redact import masked_text
 
 
-
 @click.command("status")
 @click.argument("url", default=DEFAULT_URL)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

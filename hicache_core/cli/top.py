@@ -70,6 +70,6 @@ def _look(url: str, key: str | None, before: Moment | None) -> Moment:
         seen=seen,
         rates=rates_of(samples),
         requests=requests,
-        engine=ask_if_there(url, "/hicache/engine", key=key),
+        engine=answer.get("engine") or ask_if_there(url, "/hicache/engine", key=key),
         last_sample=samples[-1]["n"] if samples else 0,
     )

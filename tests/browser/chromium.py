@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 PROGRAM = shutil.which("chromium")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
-    "--disable-background-networking --disable-component-update --disable-dev-shm-usage "
-    "--hide-scrollbars --force-color-profile=srgb --remote-debugging-pipe"
-).split()
+FLAGS = """
+    --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
+    --disable-background-networking --disable-component-update --disable-dev-shm-usage
+    --hide-scrollbars --force-color-profile=srgb --remote-debugging-pipe
+""".split()  # noqa: SIM905 - as on a command line
 PATIENCE_S = 30.0
 
 

@@ -14,9 +14,7 @@ def busy_world() -> World:
     elsewhere = make_world(storage={"share": share})
     elsewhere.request(ids(41, 500))
     elsewhere.close()
-    world = make_world(
-        device_pages=64, ratio=2.0, storage={"share": share}, hicache_status_port=0
-    )
+    world = make_world(device_pages=64, ratio=2.0, storage={"share": share}, hicache_status_port=0)
     system = ids(40)
     world.request(ids(41, 500))  # another server has stored it
     for chat in range(6):

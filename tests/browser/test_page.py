@@ -40,7 +40,8 @@ CONTRAST = """
     }
     return 'rgb(255, 255, 255)';
   };
-  const texts = [...document.querySelectorAll('h1, h2, h3, p, dt, dd, td, th, button, .chip, label')]
+  const kinds = 'h1, h2, h3, p, dt, dd, td, th, button, .chip, label';
+  const texts = [...document.querySelectorAll(kinds)]
     .filter((node) => node.checkVisibility() && node.innerText?.trim());
   return Math.min(...texts.map((node) => {
     const [a, b] = [light(getComputedStyle(node).color), light(behind(node))];
@@ -82,9 +83,7 @@ def wait_stepping(browser: Chromium, world: World, script: str) -> None:
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1200, False), (1200, True), (360, False)])
-def test_a_busy_cache_is_seen_whole(
-    browser: Chromium, busy: World, width: int, dark: bool
-) -> None:
+def test_a_busy_cache_is_seen_whole(browser: Chromium, busy: World, width: int, dark: bool) -> None:
     browser.open(url_of(busy), width=width, dark=dark)
     wait_stepping(browser, busy, f"{LIVE} && document.querySelectorAll('#tree g').length > 5")
     name = f"busy-{width}{'-dark' if dark else ''}"

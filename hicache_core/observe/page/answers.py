@@ -29,9 +29,7 @@ TYPES = {
 HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
-    "Content-Security-Policy": (
-        "default-src 'self'; frame-ancestors 'none'"
-    ),
+    "Content-Security-Policy": ("default-src 'self'; frame-ancestors 'none'"),
 }
 """To be sent with every answer of the page."""
 

@@ -21,7 +21,7 @@ from hicache_core.cli.bench import command
 from hicache_core.errors import ConfigError
 from tests.unit.bench.fake_server import FakeServer, serving
 
-SMALL = ("--num-clients 3 --num-rounds 4 --request-length 16 --output-length 8").split()
+SMALL = ("--num-clients 3 --num-rounds 4 --request-length 16 --output-length 8").split()  # noqa: SIM905
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_each_turn_carries_the_whole_conversation(
     server: tuple[FakeServer, str], tmp_path: Path, api: str
 ) -> None:
     """Hits and lengths come out to the word: 16 + (8 + 16) a round, whole pages of 8 are hits."""
-    fake, url = server
+    _, url = server
     found = measured(tmp_path, url, "multiturn", *SMALL, "--api", api)["summary"]
     lengths = [16, 40, 64, 88]
     assert found["requests"] == 12
@@ -83,7 +83,7 @@ def test_no_more_than_max_parallel_requests_are_under_way(
 def test_a_shared_prefix_is_hit_by_other_clients(
     server: tuple[FakeServer, str], tmp_path: Path
 ) -> None:
-    fake, url = server
+    _, url = server
     arguments = (*SMALL, "--num-rounds", 1, "--shared-prefix-share", 0.5, "--max-parallel", 1)
     found = measured(tmp_path, url, "multiturn", *arguments)["summary"]
     assert found["cached_tokens"] == 2 * 8

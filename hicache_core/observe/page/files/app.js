@@ -26,7 +26,7 @@ async function look() {
     turn += 1;
     lastAnswer = new Date();
     keep(history);
-    show(status, requests?.requests ?? [], engine);
+    show(status, requests?.requests ?? [], status.engine ?? engine);
     if (tree !== undefined) showTree(tree);
     showLive();
   } catch (error) {
