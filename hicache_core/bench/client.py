@@ -77,7 +77,7 @@ class Client:
             self._httpx = importlib.import_module("httpx")
         except ImportError as error:
             raise ConfigError(
-                "hicache bench needs httpx: pip install 'hicache-core[server]'"
+                "hicache bench needs httpx: pip install 'hicache-core[bench]'"
             ) from error
         self._path = PATHS[api]
         self._api = api

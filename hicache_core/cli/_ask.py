@@ -48,7 +48,7 @@ def ask(url: str, path: str, *, key: str | None = None) -> Any:
             )
             raise click.ClickException(f"{shown} answers {error.code}; {reason}") from error
     except (URLError, OSError) as error:
-        reason = error.reason if isinstance(error, URLError) else error
+        reason = str(error.reason if isinstance(error, URLError) else error)
         raise click.ClickException(
             f"nobody answers at {shown} ({reason}); is the cache running with its status server?"
         ) from error

@@ -133,7 +133,7 @@ def _measure(run: Run, title: str, n_requests: int, options: dict[str, Any]) -> 
     """Runs a load and tells, writes and draws what came out."""
     png_file: Path | None = options["png_file"]
     if png_file is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--png needs matplotlib: pip install 'hicache-core[demo]'")
+        raise ConfigError("--png needs matplotlib: pip install 'hicache-core[bench]'")
     title = f"{title} {options['tag']}".rstrip()
     with click.progressbar(length=n_requests, label=title) as bar:
         records, figures = asyncio.run(_run(run, options, lambda _: bar.update(1)))
