@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hicache_core.config import HiCacheConfig
 from hicache_core.controller.controller import Controller
-from hicache_core.controller.explain import Explainer
+from hicache_core.controller.explain import Explainer, Explanation
 from hicache_core.controller.journal import Journal, Journals
 from hicache_core.controller.parts import Parts
 from hicache_core.errors import ConfigError
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 # How long a reader waits for the owner to step; it may compute for minutes, or rest.
 _PATIENCE_S = 0.3
+_TRIES = 10
 
 
 class Observers:
@@ -84,7 +85,7 @@ class Observers:
             watch,
             history,
             _explain(cache),
-            None if self._explainer is None else _recent(self._explainer),
+            lambda limit: [explanation.as_dict() for explanation in self.recent(limit)],
             lambda: self._picture.ask(_PATIENCE_S),
             metrics=_metrics(watch, self._config.metrics_prefix),
         )
@@ -98,6 +99,17 @@ class Observers:
     def polled(self, tree: RadixTree) -> None:
         """Makes what others wait to see of the cache. Owner thread, once a step."""
         self._picture.serve(lambda: take_picture(tree))
+
+    def recent(self, limit: int) -> Sequence[Explanation]:
+        """Explanations of the newest requests, the newest first; any thread."""
+        explainer = self._explainer
+        if explainer is None:
+            return []
+        for _ in range(_TRIES):
+            with contextlib.suppress(RuntimeError):  # the owner added one while they were copied
+                found = map(explainer.explain, explainer.request_ids[::-1][:limit])
+                return [explanation for explanation in found if explanation is not None]
+        return []
 
     def complete(self, snapshot: CacheSnapshot) -> CacheSnapshot:
         """A snapshot with what the cache itself does not know."""
@@ -154,19 +166,3 @@ def _explain(cache: Controller) -> Callable[[str], Mapping[str, object] | None]:
         return None if explanation is None else explanation.as_dict()
 
     return explain
-
-
-def _recent(explainer: Explainer) -> Callable[[int], Sequence[Mapping[str, object]]]:
-    def recent(limit: int) -> Sequence[Mapping[str, object]]:
-        found = map(explainer.explain, _request_ids(explainer)[::-1][:limit])
-        return [explanation.as_dict() for explanation in found if explanation is not None]
-
-    return recent
-
-
-def _request_ids(explainer: Explainer) -> list[str]:
-    """The requests as any thread may see them: the owner may add one while they are copied."""
-    for _ in range(10):
-        with contextlib.suppress(RuntimeError):
-            return explainer.request_ids
-    return []
