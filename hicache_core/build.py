@@ -113,6 +113,7 @@ class HiCache(Controller):
             undo.callback(self._observers.close)
             self._observers.open(self)  # before it is there, so that a failure leaves no half cache
             super().__init__(self._observers.watching(parts))
+            self._observers.begin()
             undo.pop_all()
 
     def poll(self) -> None:

@@ -94,7 +94,11 @@ class Observers:
         )
         server.open()
         self._server, self._history = server, history
-        history.open()
+
+    def begin(self) -> None:
+        """Starts to look at the cache by itself, now that it is there."""
+        if self._history is not None:
+            self._history.open()
 
     def polled(self, tree: RadixTree) -> None:
         """Makes what others wait to see of the cache. Owner thread, once a step."""

@@ -31,7 +31,16 @@ def draw(title: str, records: Sequence[Record], figures: Mapping[str, Any], file
     for share in ("p50", "p99"):
         if (value := figures["ttft_s"][share]) is not None:
             times.axhline(value, color="#777777", linewidth=0.8, linestyle="--")
-            times.annotate(f"{share} {value:.3f} s", (1, value), xycoords=("axes fraction", "data"))
+            times.annotate(
+                f"{share} {value:.3f} s",
+                (0.99, value),
+                xycoords=("axes fraction", "data"),
+                ha="right",
+                va="bottom",
+                fontsize=8,
+                color="#555555",
+            )
+    times.margins(y=0.12)
     times.set(xlabel="sent after (s)", ylabel="time to first token (s)", ylim=(0, None))
     if 1 < len(rounds) <= 10:
         times.legend(fontsize=8)
