@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from hicache_core.build_observers import Observers
@@ -14,6 +14,7 @@ from hicache_core.build_storage import StorageOpener, backend_from
 from hicache_core.config import HiCacheConfig
 from hicache_core.config_sources import EXTRA
 from hicache_core.controller.controller import Controller
+from hicache_core.controller.explain import Explanation
 from hicache_core.controller.jobs import JobTable
 from hicache_core.controller.parts import Clock, Parts
 from hicache_core.controller.prefetch_policy import (
@@ -33,6 +34,7 @@ from hicache_core.pools.host import HostPool
 from hicache_core.pools.layout import LAYOUTS
 from hicache_core.pools.limits import host_pages
 from hicache_core.radix.eviction import eviction_policy
+from hicache_core.radix.picture import TreePicture, take_picture
 from hicache_core.radix.tree import RadixTree
 from hicache_core.ranks import RankGroup, SingleRank, agree_all
 from hicache_core.transfer.open import open_transfer
@@ -111,7 +113,21 @@ class HiCache(Controller):
             undo.callback(self._observers.close)
             self._observers.open(self)  # before it is there, so that a failure leaves no half cache
             super().__init__(self._observers.watching(parts))
+            self._observers.begin()
             undo.pop_all()
+
+    def poll(self) -> None:
+        # docstring inherited
+        super().poll()
+        self._observers.polled(self._parts.tree)
+
+    def picture(self) -> TreePicture:
+        """The largest and the most used nodes of the tree, as counts. Owner thread."""
+        return take_picture(self._parts.tree)
+
+    def recent(self, limit: int) -> Sequence[Explanation]:
+        """What ``explain`` knows of the newest requests, the newest first; any thread may ask."""
+        return self._observers.recent(limit)
 
     def close(self, timeout_s: float = 10.0) -> None:
         # docstring inherited

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from hicache_core.config import HiCacheConfig
 from hicache_core.controller.controller import Controller
-from hicache_core.controller.explain import Explainer
+from hicache_core.controller.explain import Explainer, Explanation
 from hicache_core.controller.journal import Journal, Journals
 from hicache_core.controller.parts import Parts
 from hicache_core.errors import ConfigError
+from hicache_core.observe.desk import Desk
+from hicache_core.observe.history import History
 from hicache_core.observe.http import StatusPages, StatusServer
 from hicache_core.observe.snapshot import CacheSnapshot
 from hicache_core.observe.tracing import spans
 from hicache_core.observe.windows import Watch
+from hicache_core.radix.picture import TreePicture, take_picture
+from hicache_core.radix.tree import RadixTree
 
 if TYPE_CHECKING:
     from hicache_core.observe.events import KvEvents
+
+# How long a reader waits for the owner to step; it may compute for minutes, or rest.
+_PATIENCE_S = 0.3
+_TRIES = 10
 
 
 class Observers:
@@ -40,6 +49,8 @@ class Observers:
         self._rank = rank
         self._explainer = Explainer(clock) if config.hicache_explain else None
         self._events = _events(config.kv_events_config) if rank == 0 else None
+        self._picture: Desk[TreePicture] = Desk()
+        self._history: History | None = None
         self._server: StatusServer | None = None
 
     def watching(self, parts: Parts) -> Parts:
@@ -69,12 +80,40 @@ class Observers:
             return self.complete(cache.snapshot())
 
         watch = Watch(snapshot)
-        pages = StatusPages(watch, _metrics(watch, self._config.metrics_prefix), _explain(cache))
+        history = History(watch)
+        pages = StatusPages(
+            watch,
+            history,
+            _explain(cache),
+            lambda limit: [explanation.as_dict() for explanation in self.recent(limit)],
+            lambda: self._picture.ask(_PATIENCE_S),
+            metrics=_metrics(watch, self._config.metrics_prefix),
+        )
         server = StatusServer(
             pages, host=self._config.hicache_status_host, port=port and port + self._rank
         )
         server.open()
-        self._server = server
+        self._server, self._history = server, history
+
+    def begin(self) -> None:
+        """Starts to look at the cache by itself, now that it is there."""
+        if self._history is not None:
+            self._history.open()
+
+    def polled(self, tree: RadixTree) -> None:
+        """Makes what others wait to see of the cache. Owner thread, once a step."""
+        self._picture.serve(lambda: take_picture(tree))
+
+    def recent(self, limit: int) -> Sequence[Explanation]:
+        """Explanations of the newest requests, the newest first; any thread."""
+        explainer = self._explainer
+        if explainer is None:
+            return []
+        for _ in range(_TRIES):
+            with contextlib.suppress(RuntimeError):  # the owner added one while they were copied
+                found = map(explainer.explain, explainer.request_ids[::-1][:limit])
+                return [explanation for explanation in found if explanation is not None]
+        return []
 
     def complete(self, snapshot: CacheSnapshot) -> CacheSnapshot:
         """A snapshot with what the cache itself does not know."""
@@ -86,7 +125,10 @@ class Observers:
         return None if self._server is None else self._server.url
 
     def close(self) -> None:
-        """Stops both; may be called twice."""
+        """Stops all; may be called twice."""
+        if self._history is not None:
+            self._history.close()
+            self._history = None
         if self._server is not None:
             self._server.close()
             self._server = None

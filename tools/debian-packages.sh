@@ -4,10 +4,12 @@
 #   libibverbs1    Mooncake's client links against it
 #   redis-server   the Redis plugin's TLS tests (the Valkey wheel has no TLS)
 #   prometheus     evaluates the queries of the dashboard
+#   chromium       opens the page /hicache/, with a font to read it in
 missing=""
 ldconfig -p 2>/dev/null | grep -q 'libibverbs\.so\.1' || missing="$missing libibverbs1"
 command -v redis-server >/dev/null 2>&1 || missing="$missing redis-server"
 command -v prometheus >/dev/null 2>&1 || missing="$missing prometheus"
+command -v chromium >/dev/null 2>&1 || missing="$missing chromium fonts-dejavu-core"
 [ -n "$missing" ] || exit 0
 
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
@@ -23,6 +25,8 @@ for package in $missing; do
         libibverbs1) echo "without $package the tests of the Mooncake plugin are skipped" ;;
         redis-server) echo "without $package the TLS tests of the Redis plugin are skipped" ;;
         prometheus) echo "without $package the dashboard's queries are not evaluated" ;;
+        chromium) echo "without $package the page /hicache/ is not opened in a browser" ;;
+        fonts-*) echo "without $package the page's pictures may lack letters" ;;
     esac
     echo "  to run them: sudo apt-get install --no-install-recommends $package"
 done

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from typing import Any
-from urllib.error import HTTPError, URLError
-from urllib.request import ProxyHandler, build_opener
 
 import click
 from pydantic import TypeAdapter, ValidationError
 
+from hicache_core.cli._ask import DEFAULT_URL, ask
 from hicache_core.cli._status_view import console, view
 from hicache_core.observe.windows import Observation
 from hicache_core.redact import masked_text
-
-DEFAULT_URL = "http://127.0.0.1:9477"
-_TIMEOUT_S = 10.0
 
 
 @click.command("status")
@@ -51,22 +46,4 @@ def _show(answer: Any, *, as_json: bool, url: str) -> None:
 
 def _answer(url: str) -> Any:
     """What ``/hicache/status`` answers, as JSON values."""
-    base = url if re.match(r"https?://", url) else f"http://{url}"
-    address = base.rstrip("/").removesuffix("/hicache/status") + "/hicache/status"
-    shown = masked_text(address)
-    try:
-        # Never through a proxy: a status server listens on loopback or in the cluster.
-        with build_opener(ProxyHandler({})).open(address, timeout=_TIMEOUT_S) as response:
-            return json.load(response)
-    except HTTPError as error:
-        with error:
-            raise click.ClickException(
-                f"{shown} answers {error.code}; that is no status server of a cache"
-            ) from error
-    except (URLError, OSError) as error:
-        reason = getattr(error, "reason", error)
-        raise click.ClickException(
-            f"nobody answers at {shown} ({reason}); is the cache running with its status server?"
-        ) from error
-    except ValueError as error:
-        raise click.ClickException(f"{shown} answers no JSON") from error
+    return ask(url, "/hicache/status")

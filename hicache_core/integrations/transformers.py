@@ -279,7 +279,7 @@ class CachedModel:
                 time.sleep(_POLL_S)
                 self.cache.poll()
             self.cache.finish_prefetch(request_id)
-        match = self.cache.match_prefix(usable, namespace)
+        match = self.cache.match_prefix(usable, namespace, request_id=request_id)
         device, host = before.n_device_tokens, before.n_host_tokens
         return match, CachedTokens(device, host, max(0, match.n_tokens - device - host))
 

@@ -4,51 +4,45 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import socket
+import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from hicache_core.errors import ConfigError
-from hicache_core.observe.windows import Watch
-from hicache_core.redact import masked
+from hicache_core.observe.page.answers import (
+    HEADERS,
+    Answer,
+    PageData,
+    as_json,
+    not_found,
+    page_answer,
+)
 
 log = logging.getLogger(__name__)
 
 DEFAULT_PORT = 9477
 REQUEST_TIMEOUT_S = 5.0
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
-EXPLAIN = "/hicache/explain/"
 
 
 @dataclasses.dataclass(frozen=True)
-class StatusPages:
-    """What the server shows. Each is called on threads of the server, several at once.
+class StatusPages(PageData):
+    """What the server shows: the page and its data, and metrics.
 
     Attributes:
-        watch: looks at the cache.
         metrics: the series as Prometheus text; None if prometheus_client is not installed.
-        explain: the record of a request, as JSON values; None for one that is not known.
     """
 
-    watch: Watch
     metrics: Callable[[], bytes] | None = None
-    explain: Callable[[str], Mapping[str, object] | None] | None = None
-
-
-class _Answer(NamedTuple):
-    status: HTTPStatus
-    content_type: str
-    body: bytes
 
 
 class StatusServer:
-    """Answers ``/metrics``, ``/hicache/status``, ``/hicache/explain/<request id>``, ``/health``.
+    """Answers ``/hicache/`` and what that page asks for, ``/metrics`` and ``/health``.
 
     It only reads, and masks whatever looks like a secret. It knows no users: who may reach its
     address may read, so it listens on loopback unless told otherwise.
@@ -140,6 +134,9 @@ class _Server(ThreadingHTTPServer):
 
     def handle_error(self, request: object, client_address: object) -> None:  # noqa: ARG002
         # docstring inherited; instead of a traceback on stderr
+        if isinstance(sys.exception(), ConnectionError):
+            log.debug("%s went away before it was answered", client_address)
+            return
         log.exception("the status server could not answer %s", client_address)
 
 
@@ -151,11 +148,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answers one request."""
-        answer = _answer(self.server.pages, urlsplit(self.path).path)
+        url = urlsplit(self.path)
+        answer = _answer(self.server.pages, url.path, url.query)
         self.send_response(answer.status)
         self.send_header("Content-Type", answer.content_type)
         self.send_header("Content-Length", str(len(answer.body)))
-        self.send_header("Cache-Control", "no-store")
+        for name, value in HEADERS.items():
+            self.send_header(name, value)
+        if answer.location:
+            self.send_header("Location", answer.location)
         self.end_headers()
         self.wfile.write(answer.body)
 
@@ -164,35 +165,18 @@ class _Handler(BaseHTTPRequestHandler):
         log.debug(format, *args)
 
 
-def _answer(pages: StatusPages, path: str) -> _Answer:
+def _answer(pages: StatusPages, path: str, query: str) -> Answer:
     if path == "/health":
-        return _json({"status": "ok"})
-    if path == "/hicache/status":
-        return _json(dataclasses.asdict(pages.watch.observe()))
+        return as_json({"status": "ok"})
     if path == "/metrics":
         return _metrics(pages)
-    if path.startswith(EXPLAIN) and pages.explain is not None:
-        return _explain(pages.explain, unquote(path.removeprefix(EXPLAIN)))
-    return _not_found("there are: /metrics /hicache/status /hicache/explain/<request id> /health")
+    return page_answer(pages, path, query) or not_found(
+        "there are: /hicache/ /hicache/status /hicache/history /hicache/requests /hicache/tree "
+        "/hicache/explain/<request id> /metrics /health"
+    )
 
 
-def _metrics(pages: StatusPages) -> _Answer:
+def _metrics(pages: StatusPages) -> Answer:
     if pages.metrics is None:
-        return _not_found("no metrics here: pip install 'hicache-core[metrics]'")
-    return _Answer(HTTPStatus.OK, PROMETHEUS_TEXT, pages.metrics())
-
-
-def _explain(explain: Callable[[str], Mapping[str, object] | None], request_id: str) -> _Answer:
-    record = explain(request_id)
-    if record is None:
-        return _not_found(f"no record of a request {request_id!r}; only late ones are kept")
-    return _json(record)
-
-
-def _not_found(reason: str) -> _Answer:
-    return _json({"error": reason}, HTTPStatus.NOT_FOUND)
-
-
-def _json(value: Mapping[str, object], status: HTTPStatus = HTTPStatus.OK) -> _Answer:
-    text = json.dumps(masked(value), default=str)
-    return _Answer(status, "application/json", text.encode())
+        return not_found("no metrics here: pip install 'hicache-core[metrics]'")
+    return Answer(HTTPStatus.OK, PROMETHEUS_TEXT, pages.metrics())

@@ -165,7 +165,7 @@ def test_debug_shows_the_traceback() -> None:
     ("arguments", "problem"),
     [
         (["confg"], "no such command 'confg'; did you mean 'config'?"),
-        (["zzzz"], "no such command 'zzzz'; there are: backends, config,"),
+        (["zzzz"], "no such command 'zzzz'; there are: backends, bench, config,"),
         (["config", "--page-siz", "3"], "--page-size"),
     ],
 )

@@ -1,0 +1,174 @@
+"""Load for a running server: conversations of many turns, or a trace; TTFT and hit tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import importlib
+import importlib.util
+import json
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hicache_core.bench.client import PATHS, Client
+from hicache_core.bench.multiturn import MultiTurn, run_multiturn
+from hicache_core.bench.replay import TRACE_BLOCK_TOKENS, Replay, read_trace, run_replay
+from hicache_core.bench.result import Record, as_json, summary
+from hicache_core.bench.words import Words, words_of_file
+from hicache_core.cli._bench_view import results
+from hicache_core.cli._status_view import console
+from hicache_core.errors import ConfigError
+
+Run = Callable[[Client, Callable[[Record], None]], Awaitable[list[Record]]]
+
+POSITIVE = click.IntRange(min=1)
+FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+@click.group("bench")
+def command() -> None:
+    """Measure a running server: time to first token, throughput, hit tokens by tier."""
+
+
+def _for_all(function: Callable[..., None]) -> Callable[..., None]:
+    """The options of every load."""
+    options = (
+        click.option("--url", default="http://127.0.0.1:30000", show_default=True),
+        click.option(
+            "--api", type=click.Choice(list(PATHS)), default="completions", show_default=True
+        ),
+        click.option("--model", default="default", show_default=True, help="Name to ask for."),
+        click.option("--api-key", envvar="HICACHE_API_KEY", help="The key that the server wants."),
+        click.option("--timeout", "timeout_s", type=float, default=600.0, show_default=True),
+        click.option("--flush-cache", is_flag=True, help="Empty the server's cache before."),
+        click.option("--json", "json_file", type=FILE, help="Write every request and the summary."),
+        click.option("--png", "png_file", type=FILE, help="Draw a picture (needs matplotlib)."),
+        click.option("--tag", default="", help="A name for this run, in JSON and picture."),
+    )
+    return functools.reduce(lambda made, option: option(made), reversed(options), function)
+
+
+@command.command("multiturn")
+@_for_all
+@click.option("--num-clients", type=POSITIVE, default=8, show_default=True)
+@click.option("--max-parallel", type=POSITIVE, default=8, show_default=True)
+@click.option("--request-length", type=POSITIVE, default=512, show_default=True, help="Words.")
+@click.option("--sub-question-input-length", type=int, default=0, help="Later rounds; 0: the same.")
+@click.option("--output-length", type=POSITIVE, default=64, show_default=True, help="Tokens.")
+@click.option("--num-rounds", type=POSITIVE, default=5, show_default=True)
+@click.option(
+    "--request-rate",
+    type=click.FloatRange(min=0, min_open=True),
+    default=float("inf"),
+    show_default=True,
+    help="Requests a second.",
+)
+@click.option("--distribution", type=click.Choice(["poisson", "uniform"]), default="poisson")
+@click.option("--ready-queue-policy", type=click.Choice(["random", "fifo"]), default="random")
+@click.option("--shared-prefix-share", type=click.FloatRange(0, 1), default=0.0, show_default=True)
+@click.option("--dataset-path", type=FILE, help="Text, or ShareGPT's JSON, to take words from.")
+@click.option("--disable-random-sample", is_flag=True, help="Random words in spite of a dataset.")
+@click.option("--seed", type=int, default=1, show_default=True)
+def multiturn(*, dataset_path: Path | None, disable_random_sample: bool, **options: Any) -> None:
+    """Conversations: each client comes back with its whole history and a new question.
+
+    Options are named as in SGLang's bench_multiturn where they mean the same.
+    """
+    rest, load_options = _split(options, MultiTurn.__dataclass_fields__)
+    load = MultiTurn(**load_options)
+    is_sampled = dataset_path is not None and not disable_random_sample
+    words = Words(words_of_file(dataset_path) if is_sampled and dataset_path else None)
+
+    def run(client: Client, on_record: Callable[[Record], None]) -> Awaitable[list[Record]]:
+        return run_multiturn(load, client, words, on_record=on_record)
+
+    _measure(run, "multiturn", load.num_clients * load.num_rounds, rest)
+
+
+@command.command("replay")
+@click.argument("trace", type=FILE)
+@_for_all
+@click.option(
+    "--block-tokens",
+    type=POSITIVE,
+    default=TRACE_BLOCK_TOKENS,
+    show_default=True,
+    help=f"Words in place of a block of {TRACE_BLOCK_TOKENS} tokens; lengths shrink with it.",
+)
+@click.option(
+    "--time-scale",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    show_default=True,
+    help="Seconds for a second of the trace; 0 as fast as may be.",
+)
+@click.option("--max-parallel", type=POSITIVE, default=64, show_default=True)
+@click.option("--max-output", type=POSITIVE, default=1024, show_default=True, help="Tokens.")
+@click.option("--limit", type=POSITIVE, help="Only the first … requests.")
+def replay(*, trace: Path, limit: int | None, **options: Any) -> None:
+    """A trace in Mooncake's format: a JSON object a line with timestamp (ms), input_length,
+    output_length and hash_ids, one for each block of the prompt.
+    """
+    rest, replay_options = _split(options, Replay.__dataclass_fields__)
+    requests = read_trace(trace, limit)
+
+    def run(client: Client, on_record: Callable[[Record], None]) -> Awaitable[list[Record]]:
+        how = Replay(**replay_options)
+        return run_replay(how, requests, client, Words(), on_record=on_record)
+
+    _measure(run, f"replay of {trace.name}", len(requests), rest)
+
+
+def _split(options: dict[str, Any], names: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of every load, and those of this one, which are the fields of its class."""
+    own = {name: options.pop(name) for name in list(options) if name in names}
+    return options, own
+
+
+def _measure(run: Run, title: str, n_requests: int, options: dict[str, Any]) -> None:
+    """Runs a load and tells, writes and draws what came out."""
+    png_file: Path | None = options["png_file"]
+    if png_file is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--png needs matplotlib: pip install 'hicache-core[bench]'")
+    title = f"{title} {options['tag']}".rstrip()
+    with click.progressbar(length=n_requests, label=title) as bar:
+        records, figures = asyncio.run(_run(run, options, lambda _: bar.update(1)))
+    console().print(results(title, figures))
+    if options["json_file"] is not None:
+        found = {
+            "title": title,
+            "tag": options["tag"],
+            "summary": figures,
+            "requests": [as_json(record) for record in records],
+        }
+        options["json_file"].write_text(json.dumps(found, indent=1), encoding="utf-8")
+    if png_file is not None:
+        importlib.import_module("hicache_core.bench.plot").draw(title, records, figures, png_file)
+    if figures["failed"]:
+        raise click.ClickException(
+            f"{figures['failed']} of {figures['requests']} requests failed: {figures['errors'][0]}"
+        )
+
+
+async def _run(
+    run: Run, options: dict[str, Any], on_record: Callable[[Record], None]
+) -> tuple[list[Record], dict[str, Any]]:
+    client = Client(
+        options["url"],
+        api=options["api"],
+        model=options["model"],
+        api_key=options["api_key"],
+        timeout_s=options["timeout_s"],
+    )
+    async with client:
+        if options["flush_cache"] and not await client.flush_cache():
+            raise click.ClickException(f"{options['url']} did not flush its cache")
+        before = await client.figures()
+        began = time.perf_counter()
+        records = await run(client, on_record)
+        elapsed_s = time.perf_counter() - began
+        return records, summary(records, elapsed_s, before, await client.figures())

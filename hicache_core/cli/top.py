@@ -1,0 +1,75 @@
+"""A running cache as a live view: tiers, hit rates, bandwidths, breakers, slowest requests."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import click
+from pydantic import TypeAdapter, ValidationError
+from rich.console import RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from hicache_core.cli._ask import DEFAULT_URL, ask, ask_if_there, base_of
+from hicache_core.cli._status_view import console
+from hicache_core.cli._top_view import Moment, Rates, rates_of, top_view
+from hicache_core.observe.windows import Observation
+from hicache_core.redact import masked_text
+
+
+@click.command("top")
+@click.argument("url", default=DEFAULT_URL)
+@click.option("--once", is_flag=True, help="Print one view and end; so does an output to a pipe.")
+@click.option(
+    "--interval",
+    "interval_s",
+    type=click.FloatRange(min=0.2),
+    default=1.0,
+    show_default=True,
+    help="Seconds between two looks.",
+)
+@click.option("--api-key", envvar="HICACHE_API_KEY", help="The key that the server asks for.")
+def command(*, url: str, once: bool, interval_s: float, api_key: str | None) -> None:
+    """Watch the cache at URL (http://127.0.0.1:9477 by default); Ctrl-C ends it."""
+    out = console()
+    if once or not sys.stdout.isatty():
+        out.print(top_view(_look(url, api_key, None)))
+        return
+    moment: Moment | None = None
+    with Live(console=out, screen=True, auto_refresh=False) as live:
+        while True:
+            try:
+                moment = _look(url, api_key, moment)
+                view: RenderableType = top_view(moment)
+            except click.ClickException as error:
+                if moment is None:
+                    raise
+                view = Text(f"{error.message}\ntrying again; Ctrl-C ends this", style="bold red")
+            live.update(view, refresh=True)
+            time.sleep(interval_s)
+
+
+def _look(url: str, key: str | None, before: Moment | None) -> Moment:
+    """One look at everything; rates from the server's history, or since the look before."""
+    answer = ask(url, "/hicache/status", key=key)
+    try:
+        seen = TypeAdapter(Observation).validate_python(answer)
+    except ValidationError as error:
+        raise click.ClickException(
+            f"{masked_text(url)} answers no status that this version knows "
+            f"({error.error_count()} fields differ); is the cache of another version?"
+        ) from error
+    after = 0 if before is None else before.last_sample - Rates.SPAN
+    history = ask_if_there(url, f"/hicache/history?after={max(0, after)}", key=key)
+    samples: list[dict[str, Any]] = history.get("samples", [])
+    requests = ask_if_there(url, "/hicache/requests?limit=200", key=key).get("requests", [])
+    return Moment(
+        url=masked_text(base_of(url)),
+        seen=seen,
+        rates=rates_of(samples),
+        requests=requests,
+        engine=answer.get("engine") or ask_if_there(url, "/hicache/engine", key=key),
+        last_sample=samples[-1]["n"] if samples else 0,
+    )

@@ -1,0 +1,1 @@
+"""The page ``/hicache/``: files for a browser, and the answers that they ask for."""

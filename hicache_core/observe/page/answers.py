@@ -1,0 +1,154 @@
+"""The answers of the page: what stands at a path below ``/hicache/``, for any HTTP server."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from http import HTTPStatus
+from importlib.resources import files
+from typing import NamedTuple
+from urllib.parse import parse_qs, unquote
+
+from hicache_core.observe.desk import Made
+from hicache_core.observe.history import History
+from hicache_core.observe.windows import Watch
+from hicache_core.radix.picture import TreePicture
+from hicache_core.redact import masked
+
+PREFIX = "/hicache"
+EXPLAIN = "/hicache/explain/"
+MAX_REQUESTS = 200
+DEFAULT_REQUESTS = 50
+TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": ("default-src 'self'; frame-ancestors 'none'"),
+}
+"""To be sent with every answer of the page."""
+
+Record = Mapping[str, object]
+
+
+@dataclasses.dataclass(frozen=True)
+class PageData:
+    """What the page shows. Each is called on threads of the server, several at once.
+
+    Attributes:
+        watch: looks at the cache.
+        history: its samples; None shows no charts.
+        explain: the record of a request, as JSON values; None for one that is not known.
+        requests: the newest ``n`` records, the newest first. A record may have ``ttft_s`` and
+            ``total_s`` beside the fields of an ``Explanation``.
+        tree: a picture made on the cache's owner thread; None if that did not step yet.
+        engine: what the engine does now: ``running`` and ``waiting`` requests, ``tokens_per_s``.
+    """
+
+    watch: Watch
+    history: History | None = None
+    explain: Callable[[str], Record | None] | None = None
+    requests: Callable[[int], Sequence[Record]] | None = None
+    tree: Callable[[], Made[TreePicture] | None] | None = None
+    engine: Callable[[], Record] | None = None
+
+
+class Answer(NamedTuple):
+    """What to send."""
+
+    status: HTTPStatus
+    content_type: str
+    body: bytes
+    location: str = ""
+
+
+def page_answer(data: PageData, path: str, query: str = "") -> Answer | None:
+    """What stands at ``path``; None if it is no path of the page.
+
+    Args:
+        data: what to show.
+        path: of the URL, such as ``/hicache/history``, still quoted.
+        query: of the URL, without the question mark.
+    """
+    if path == PREFIX:
+        return Answer(HTTPStatus.TEMPORARY_REDIRECT, "text/plain", b"", location="hicache/")
+    if not path.startswith(f"{PREFIX}/"):
+        return None
+    if path.startswith(EXPLAIN) and data.explain is not None:
+        return _explained(data.explain, unquote(path.removeprefix(EXPLAIN)))
+    makers: dict[str, Callable[[], Record | None]] = {
+        "/hicache/status": lambda: dataclasses.asdict(data.watch.observe()),
+        "/hicache/history": lambda: _history(data.history, _number(query, "after", 0)),
+        "/hicache/requests": lambda: _requests(data, _number(query, "limit", DEFAULT_REQUESTS)),
+        "/hicache/tree": lambda: _tree(data.tree),
+        "/hicache/engine": lambda: {} if data.engine is None else data.engine(),
+    }
+    if path not in makers:
+        return page_file(path.removeprefix(f"{PREFIX}/") or "index.html")
+    value = makers[path]()
+    return not_found(f"nothing at {path} here") if value is None else as_json(value)
+
+
+def page_file(name: str) -> Answer | None:
+    """A file of the page; None if there is none of that name."""
+    folder = files("hicache_core.observe.page").joinpath("files")
+    for file in folder.iterdir():  # a name is compared, never joined to a path
+        suffix = "." + file.name.rpartition(".")[2]
+        if file.name == name and suffix in TYPES:
+            return Answer(HTTPStatus.OK, TYPES[suffix], file.read_bytes())
+    return None
+
+
+def as_json(value: Record, status: HTTPStatus = HTTPStatus.OK) -> Answer:
+    """``value`` as JSON, with whatever looks like a secret masked."""
+    text = json.dumps(masked(value), default=str)
+    return Answer(status, "application/json", text.encode())
+
+
+def not_found(reason: str) -> Answer:
+    """An answer 404 that says why."""
+    return as_json({"error": reason}, HTTPStatus.NOT_FOUND)
+
+
+def _explained(explain: Callable[[str], Record | None], request_id: str) -> Answer:
+    record = explain(request_id)
+    if record is None:
+        return not_found(f"no record of a request {request_id!r}; only late ones are kept")
+    return as_json(record)
+
+
+def _history(history: History | None, after: int) -> Record | None:
+    if history is None:
+        return None
+    samples = [dataclasses.asdict(sample) for sample in history.since(after)]
+    return {
+        "started_s": history.started_s,
+        "interval_s": history.interval_s,
+        "samples": samples,
+    }
+
+
+def _requests(data: PageData, limit: int) -> Record | None:
+    if data.requests is None:
+        return None
+    return {"requests": list(data.requests(max(0, min(limit, MAX_REQUESTS))))}
+
+
+def _tree(tree: Callable[[], Made[TreePicture] | None] | None) -> Record | None:
+    if tree is None:
+        return None
+    made = tree()
+    if made is None:
+        return {"picture": None, "age_s": None}
+    return {"picture": dataclasses.asdict(made.value), "age_s": made.age_s}
+
+
+def _number(query: str, name: str, default: int) -> int:
+    """A whole number from a query; ``default`` if it is absent or none."""
+    text = parse_qs(query).get(name, [""])[0]
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else default

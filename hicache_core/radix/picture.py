@@ -1,0 +1,128 @@
+"""The picture of a tree: its largest and its most used nodes, counts only, in bounded size."""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+
+from hicache_core.radix.core import TreeCore
+from hicache_core.radix.node import Node, path_to_root
+
+MAX_VISITED = 20_000
+MAX_SHOWN = 300
+
+
+@dataclass(frozen=True, slots=True)
+class PictureNode:
+    """One node as counts; no token of it.
+
+    Attributes:
+        parent: index of the parent in ``TreePicture.nodes``; -1 for a namespace's root.
+        depth_tokens: tokens of the prefix before it.
+        tokens: tokens in it; 0 for a root.
+        tokens_below: tokens of all nodes below it, those that are not shown too.
+            hidden: nodes that are not shown and hang on it, or on such.
+        tiers: where its pages are: ``device``, ``host``, ``storage`` (storage has them, or is being
+            given them).
+        locked: a request or a copy keeps it.
+    """
+
+    parent: int
+    depth_tokens: int
+    tokens: int
+    tokens_below: int
+    hits: int
+    hidden: int
+    tiers: tuple[str, ...]
+    locked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TreePicture:
+    """The nodes worth a look.
+
+    Attributes:
+        nodes: parents before children; the roots stand for namespaces, in the order of their use.
+        n_nodes: nodes in the tree, without roots.
+        is_partial: the tree has more nodes than were visited, so sums are lower bounds.
+    """
+
+    nodes: tuple[PictureNode, ...]
+    n_nodes: int
+    is_partial: bool
+
+
+def take_picture(
+    tree: TreeCore, *, max_shown: int = MAX_SHOWN, max_visited: int = MAX_VISITED
+) -> TreePicture:
+    """Looks at the tree. Owner thread; some ten milliseconds for the most nodes it visits.
+
+    Half of ``max_shown`` go to the nodes with the most tokens in and below them, half to those with
+    the most hits; what is above such a node is shown with it, so there may be some more.
+    """
+    visited = _visit(tree._roots.values(), max_visited)
+    shown = _choose(visited, max_shown)
+    below: Counter[Node] = Counter()
+    hidden: Counter[Node] = Counter()
+    for node in reversed(visited):
+        if node.parent is not None:
+            below[node.parent] += node.n_pages + below[node]
+            hidden[node.parent] += 0 if node in shown else 1 + hidden[node]
+    at: dict[Node, int] = {}
+    nodes: list[PictureNode] = []
+    for node in visited:
+        if node not in shown:
+            continue
+        at[node] = len(nodes)
+        nodes.append(
+            PictureNode(
+                parent=-1 if node.parent is None else at[node.parent],
+                depth_tokens=node.depth_pages * tree.page_size,
+                tokens=node.n_pages * tree.page_size,
+                tokens_below=below[node] * tree.page_size,
+                hits=node.hit_count,
+                hidden=hidden[node],
+                tiers=_tiers(node),
+                locked=bool(node.lock_count or node.host_lock_count),
+            )
+        )
+    n_roots = sum(node.parent is None for node in visited)
+    return TreePicture(tuple(nodes), tree.n_nodes, len(visited) - n_roots < tree.n_nodes)
+
+
+def _visit(roots: Iterable[Node], max_visited: int) -> list[Node]:
+    """Roots and nodes, level by level, as many as may be visited."""
+    visited = list(islice(roots, max_visited))
+    for node in visited:  # grows while it is walked
+        visited.extend(islice(node.children.values(), max_visited - len(visited)))
+    return visited
+
+
+def _choose(visited: list[Node], max_shown: int) -> set[Node]:
+    """The nodes to show, each with all above it."""
+    weight: Counter[Node] = Counter()
+    for node in reversed(visited):
+        weight[node] += node.n_pages
+        if node.parent is not None:
+            weight[node.parent] += weight[node]
+    largest = heapq.nlargest(max_shown // 2, visited, key=lambda node: weight[node])
+    used = heapq.nlargest(max_shown - len(largest), visited, key=lambda node: node.hit_count)
+    shown: set[Node] = set()
+    for node in (*largest, *used):
+        above = [node, *path_to_root(node)]
+        top = above[-1].parent or above[-1]
+        if len(shown) < max_shown:
+            shown.update(above, (top,))
+    return shown
+
+
+def _tiers(node: Node) -> tuple[str, ...]:
+    there = (
+        ("device", node.on_device),
+        ("host", node.on_host),
+        ("storage", node.stored_in != 0),
+    )
+    return tuple(tier for tier, is_there in there if is_there)

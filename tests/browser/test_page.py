@@ -1,0 +1,185 @@
+"""The page in a real browser: with data, without, on a phone, and when the server goes away.
+
+Pictures are kept in ``build/screenshots``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.browser.chromium import PROGRAM, Chromium
+from tests.browser.scene import busy_world, url_of
+from tests.page_path.world import World, ids, make_world
+
+pytestmark = pytest.mark.skipif(
+    PROGRAM is None, reason="Debian's chromium is not installed (tools/debian-packages.sh)"
+)
+
+SHOTS = Path(__file__).parents[2] / "build" / "screenshots"
+LIVE = "document.getElementById('link')?.dataset.state === 'live'"
+OVERFLOW = "document.documentElement.scrollWidth - window.innerWidth"
+TEXT = "document.body.innerText"
+UNNAMED = """
+[...document.querySelectorAll('button, input, [role=button], svg[role], a')].filter((node) =>
+  node.checkVisibility() && !node.textContent.trim() && !node.getAttribute('aria-label') &&
+  !node.labels?.length).length
+"""
+CONTRAST = """
+(() => {
+  const channels = (color) => color.match(/[0-9.]+/g).map(Number);
+  const light = (color) => channels(color).slice(0, 3).map((one) => one / 255)
+    .map((one) => one <= 0.04045 ? one / 12.92 : ((one + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, one, at) => sum + one * [0.2126, 0.7152, 0.0722][at], 0);
+  const behind = (node) => {
+    for (let at = node; at; at = at.parentElement) {
+      const color = getComputedStyle(at).backgroundColor;
+      if ((channels(color)[3] ?? 1) === 1) return color;
+    }
+    return 'rgb(255, 255, 255)';
+  };
+  const kinds = 'h1, h2, h3, p, dt, dd, td, th, button, .chip, label';
+  const texts = [...document.querySelectorAll(kinds)]
+    .filter((node) => node.checkVisibility() && node.innerText?.trim());
+  return Math.min(...texts.map((node) => {
+    const [a, b] = [light(getComputedStyle(node).color), light(behind(node))];
+    return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  }));
+})()
+"""
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    made = Chromium(tmp_path_factory.mktemp("profile"))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def worlds() -> Iterator[list[World]]:
+    made: list[World] = []
+    yield made
+    for world in made:
+        world.close()
+
+
+@pytest.fixture
+def busy(worlds: list[World]) -> World:
+    worlds.append(busy_world())
+    return worlds[-1]
+
+
+def wait_stepping(browser: Chromium, world: World, script: str) -> None:
+    """As ``wait_for``, while the engine takes its steps."""
+    for _ in range(300):
+        if browser.evaluate(script):
+            return
+        world.cache.poll()
+        world.cache.wait(0.05)
+    raise AssertionError(f"never true: {script}")
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1200, False), (1200, True), (360, False)])
+def test_a_busy_cache_is_seen_whole(browser: Chromium, busy: World, width: int, dark: bool) -> None:
+    browser.open(url_of(busy), width=width, dark=dark)
+    wait_stepping(browser, busy, f"{LIVE} && document.querySelectorAll('#tree g').length > 5")
+    name = f"busy-{width}{'-dark' if dark else ''}"
+    browser.evaluate("document.querySelectorAll('#requests .row')[1].click()")
+    wait_stepping(browser, busy, "document.querySelectorAll('#charts polygon').length >= 3")
+    browser.screenshot(SHOTS / f"{name}.png")
+    text = browser.evaluate(TEXT)
+    assert "request-48" in text
+    assert "Of 73 prompt tokens, 64 came from storage and 9 were computed." in text
+    assert "closed: in use" in text
+    assert browser.evaluate(OVERFLOW) <= 0, "no scrolling sideways"
+    assert browser.evaluate(UNNAMED) == 0, "everything that can be used has a name"
+    assert browser.evaluate(CONTRAST) >= 4.5
+    assert browser.errors == []
+
+
+def test_the_figures_are_those_of_the_cache(browser: Chromium, busy: World) -> None:
+    browser.open(url_of(busy), width=1200)
+    browser.wait_for(LIVE)
+    hits = busy.cache.snapshot().hit_tokens
+    prompt = sum(hits.values()) + busy.cache.counters.missed_tokens
+    text = browser.evaluate("document.getElementById('tiles').innerText")
+    assert f"{100 * sum(hits.values()) / prompt:.1f} %" in text
+    assert f"{prompt:,}" in text
+
+
+def test_the_keyboard_reaches_and_opens_a_request(browser: Chromium, busy: World) -> None:
+    browser.open(url_of(busy), width=1200)
+    browser.wait_for("document.querySelectorAll('#requests .row').length > 5")
+    browser.evaluate("document.querySelector('#find button').focus()")
+    browser.press("Tab")
+    browser.press("Enter")
+    browser.wait_for("document.querySelector('#requests .row[aria-expanded=true]') !== null")
+    assert browser.evaluate("document.activeElement.classList.contains('row')")
+
+
+def test_the_tree_zooms_in_and_out(browser: Chromium, busy: World) -> None:
+    browser.open(url_of(busy), width=1200)
+    wait_stepping(browser, busy, "document.querySelectorAll('#tree g').length > 5")
+    browser.evaluate("document.querySelectorAll('#tree g')[1].focus()")
+    browser.press("Enter")
+    assert browser.evaluate("document.querySelectorAll('#crumbs button').length") == 3
+    assert "Tokens 0 to 40" in browser.evaluate("document.getElementById('tree-says').innerText")
+    browser.press("Escape")
+    assert browser.evaluate("document.querySelectorAll('#crumbs button').length") == 2
+
+
+def test_a_request_is_explained_by_its_id(browser: Chromium, busy: World) -> None:
+    browser.open(url_of(busy), width=360)
+    browser.wait_for("document.querySelectorAll('#requests .row').length > 5")
+    for request_id, said in (("request-1", "were computed"), ("nobody", "No record of a request")):
+        browser.evaluate(
+            f"document.getElementById('find-id').value = '{request_id}';"
+            "document.getElementById('find').requestSubmit()"
+        )
+        found = "document.getElementById('found').innerText"
+        browser.wait_for(f"{found}.includes('{said}') && {found}.includes('{request_id}')")
+
+
+def test_markup_in_a_request_id_stays_text(browser: Chromium, worlds: list[World]) -> None:
+    world = make_world(hicache_status_port=0)
+    worlds.append(world)
+    world.cache.match_prefix(ids(9), request_id="<img src=x onerror=alert(1)>")
+    browser.open(url_of(world), width=360)
+    browser.wait_for(f"{TEXT}.includes('<img src=x')")
+    assert browser.evaluate("document.querySelectorAll('#requests img').length") == 0
+
+
+@pytest.mark.parametrize("width", [1200, 360])
+def test_without_data_it_says_so(browser: Chromium, worlds: list[World], width: int) -> None:
+    world = make_world(hicache_status_port=0)
+    worlds.append(world)
+    browser.open(url_of(world), width=width)
+    wait_stepping(browser, world, f"{LIVE} && {TEXT}.includes('The tree is empty')")
+    text = browser.evaluate(TEXT)
+    assert "No data yet" in text
+    assert "No requests yet" in text
+    assert "No storage backend is attached" in text
+    browser.screenshot(SHOTS / f"empty-{width}.png")
+    assert browser.evaluate(OVERFLOW) <= 0
+
+
+@pytest.mark.parametrize("width", [1200, 360])
+def test_when_the_server_goes_it_says_so_and_keeps_what_it_knew(
+    browser: Chromium, width: int
+) -> None:
+    world = busy_world()
+    try:
+        browser.open(url_of(world), width=width)
+        browser.wait_for(LIVE)
+    finally:
+        world.close()
+    browser.wait_for("!document.getElementById('gone').hidden")
+    text = browser.evaluate(TEXT)
+    assert "The server does not answer since" in text
+    assert "Server gone" in text
+    assert "request-48" in text
+    browser.screenshot(SHOTS / f"gone-{width}.png")
+    assert browser.evaluate(OVERFLOW) <= 0
