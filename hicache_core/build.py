@@ -28,6 +28,7 @@ from hicache_core.controller.storage_tier import StorageTier
 from hicache_core.controller.write_policy import WriteBack, WritePolicy, WriteThrough
 from hicache_core.errors import ConfigError, RankLost, SpecError
 from hicache_core.kv_spec import KVSpec
+from hicache_core.observe.snapshot import CacheSnapshot
 from hicache_core.page_keys import storage_namespace
 from hicache_core.pools.device import DevicePool
 from hicache_core.pools.host import HostPool
@@ -128,6 +129,10 @@ class HiCache(Controller):
     def recent(self, limit: int) -> Sequence[Explanation]:
         """What ``explain`` knows of the newest requests, the newest first; any thread may ask."""
         return self._observers.recent(limit)
+
+    def snapshot(self) -> CacheSnapshot:
+        # docstring inherited
+        return self._observers.complete(super().snapshot())
 
     def close(self, timeout_s: float = 10.0) -> None:
         # docstring inherited

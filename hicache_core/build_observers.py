@@ -76,10 +76,7 @@ class Observers:
         if port is None:
             return
 
-        def snapshot() -> CacheSnapshot:
-            return self.complete(cache.snapshot())
-
-        watch = Watch(snapshot)
+        watch = Watch(lambda: cache.snapshot())  # noqa: PLW0108 - it is not made yet
         history = History(watch)
         pages = StatusPages(
             watch,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -21,9 +21,9 @@ from hicache_core.controller.prefetch import PrefetchPath
 from hicache_core.controller.recording import record_match
 from hicache_core.controller.settling import Settling
 from hicache_core.controller.snapshot import take_snapshot
-from hicache_core.controller.storage_tier import Attaching, StorageTier
+from hicache_core.controller.storage_control import StorageControl
 from hicache_core.controller.write_path import WritePath
-from hicache_core.errors import ConfigError, IntegrityError, PoolExhausted, RankLost, UseAfterClose
+from hicache_core.errors import IntegrityError, PoolExhausted, RankLost, UseAfterClose
 from hicache_core.observe.snapshot import CacheSnapshot
 from hicache_core.page_keys import TOKEN_NBYTES, chain_seed, pack_tokens
 from hicache_core.radix.node import Node
@@ -38,7 +38,7 @@ Tokens = bytes | Sequence[int]
 DEFAULT_NAMESPACE = Namespace()
 
 
-class Controller:
+class Controller(StorageControl):
     """A prefix cache over device, host and storage, for one engine.
 
     Threads: every method is called by one thread, the engine's scheduler, which owns the tree, the
@@ -289,47 +289,6 @@ class Controller:
     @property
     def _reads_idle(self) -> bool:
         return self._prefetch_path is None or self._prefetch_path.idle
-
-    # Storage.
-
-    def attach_storage(self, name: str, settings: Mapping[str, object]) -> Attaching:
-        """Opens a storage backend while requests run, and takes it in place of the present one.
-
-        Returns at once; ``poll`` attaches the backend when it is open on all ranks. The one before
-        is drained and closed. A backend that cannot be used leaves everything as it is.
-
-        Args:
-            name: an installed plugin, ``chain`` or ``dynamic``.
-            settings: the backend's own.
-
-        Returns:
-            What tells whether it is ``done``, and its ``error``.
-
-        Raises:
-            ConfigError: this cache has no host tier.
-        """
-        self._check_open()
-        return self._storage_tier().attach(name, settings)
-
-    def detach_storage(self) -> None:
-        """Goes on without storage; what was accepted is still written, then the backend is closed.
-
-        Raises:
-            ConfigError: this cache has no host tier.
-        """
-        self._check_open()
-        self._storage_tier().detach()
-
-    @property
-    def storage_name(self) -> str | None:
-        """The attached backend; None without one."""
-        storage = self._parts.storage
-        return None if storage is None or storage.current is None else storage.current.name
-
-    def _storage_tier(self) -> StorageTier:
-        if self._parts.storage is None:
-            raise ConfigError("storage needs enable_hierarchical_cache: true")
-        return self._parts.storage
 
     # Time.
 

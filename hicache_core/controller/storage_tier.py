@@ -153,6 +153,12 @@ class StorageTier:
                 attachment.worker.cancel(job_id)
             self._draining.append(attachment)
 
+    def forget_stored(self) -> None:
+        """Gives the attached backend a new number, so that no page counts as stored in it."""
+        if self.current is not None:
+            self._epoch += 1
+            self.current.epoch = self._epoch
+
     def submit(self, attachment: Attachment, job: Job, judge: Judge | None = None) -> None:
         """Hands a job to the worker; one that it does not take is reported with 0 pages.
 

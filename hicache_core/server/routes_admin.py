@@ -14,7 +14,6 @@ from starlette.responses import PlainTextResponse, Response
 from hicache_core.build_storage import CHAIN, DYNAMIC
 from hicache_core.config import HiCacheConfig
 from hicache_core.config_sources import EXTRA
-from hicache_core.controller.storage_tier import Attachment
 from hicache_core.redact import masked
 from hicache_core.server.bodies import AttachBody, read_body
 from hicache_core.server.problems import Problem, json_answer
@@ -151,13 +150,15 @@ class StorageDesk:
         Raises:
             Problem: there is no backend, or it cannot be cleared.
         """
-        attachment = await self._call(_attachment)
+        attachment = await self._call(lambda cache: cache.attachment)
         if attachment is None:
             raise Problem(400, "no storage backend is attached")
         backend = attachment.backend
         if not isinstance(backend, Clearable):
             raise Problem(400, f"backend {attachment.name!r} cannot be cleared")
-        return await asyncio.to_thread(backend.clear, f"{attachment.namespace}/")
+        n_removed = await asyncio.to_thread(backend.clear, f"{attachment.namespace}/")
+        await self._call(lambda cache: cache.storage_cleared())
+        return n_removed
 
     def _wanted(self, body: AttachBody) -> HiCacheConfig:
         for key in ("hicache_storage_prefetch_policy", "hicache_write_policy"):
@@ -201,11 +202,6 @@ def _names_a_class(name: str, settings: Mapping[str, object]) -> bool:
     return name == DYNAMIC or any(
         isinstance(link, dict) and link.get("backend") == DYNAMIC for link in links
     )
-
-
-def _attachment(cache: HiCache) -> Attachment | None:
-    storage = cache._parts.storage
-    return None if storage is None else storage.current
 
 
 def _seconds(text: str) -> float:

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 _numbers = count()  # a store is found by its name, so that no schedule may have that of another
 
-N_STEPS = 34
+N_STEPS = 28
 """Steps of a schedule, unless told otherwise."""
 
 FAILURES = (

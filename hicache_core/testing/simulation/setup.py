@@ -106,7 +106,7 @@ class Setup:
             max_pages_in_flight=draw.choice((1, 3, 100)),
             deadline_s=draw.choice((None, 0.05, 1.0, 5.0)),
             two_queues=draw.random() < 0.5,
-            copy_failure_rate=draw.choice((0.0, 0.0, 0.1, 0.1)),
+            copy_failure_rate=draw.choice((0.0, 0.0, 0.1, 0.2)),
             starts_with_storage=draw.random() < 0.9,
         )
 
