@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(
 SHOTS = Path(__file__).parents[2] / "build" / "screenshots"
 LIVE = "document.getElementById('link')?.dataset.state === 'live'"
 OVERFLOW = "document.documentElement.scrollWidth - window.innerWidth"
+CHART_NOW = "document.querySelector('#charts .now')?.textContent"
 TEXT = "document.body.innerText"
 UNNAMED = """
 [...document.querySelectorAll('button, input, [role=button], svg[role], a')].filter((node) =>
@@ -88,7 +89,7 @@ def test_a_busy_cache_is_seen_whole(browser: Chromium, busy: World, width: int, 
     wait_stepping(browser, busy, f"{LIVE} && document.querySelectorAll('#tree g').length > 5")
     name = f"busy-{width}{'-dark' if dark else ''}"
     browser.evaluate("document.querySelectorAll('#requests .row')[1].click()")
-    wait_stepping(browser, busy, "document.querySelectorAll('#charts polygon').length >= 3")
+    wait_stepping(browser, busy, f"{CHART_NOW} === '256 of 256 tokens'")
     browser.screenshot(SHOTS / f"{name}.png")
     text = browser.evaluate(TEXT)
     assert "request-48" in text

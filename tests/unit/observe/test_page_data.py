@@ -10,6 +10,7 @@ import pytest
 from fastapi import Depends, FastAPI, HTTPException
 from fastapi.testclient import TestClient
 
+from hicache_core.controller.explain import Reason
 from hicache_core.observe.desk import Desk, Made
 from hicache_core.observe.history import History
 from hicache_core.observe.page.answers import PageData, page_answer
@@ -150,6 +151,13 @@ def test_a_server_with_a_watch_alone_says_what_it_has_not() -> None:
         answer = page_answer(data, f"/hicache/{path}")
         assert answer is not None
         assert answer.status == 404
+
+
+def test_the_page_has_words_for_every_reason() -> None:
+    words = page_answer(page_data(), "/hicache/words.js")
+    assert words is not None
+    for reason in Reason:
+        assert f"\n  {reason.value}: [" in words.body.decode(), reason
 
 
 # FastAPI.
