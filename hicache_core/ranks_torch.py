@@ -6,7 +6,7 @@ import json
 import os
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from types import TracebackType
@@ -204,11 +204,15 @@ class TorchRankGroup(RankGroup):
                 )
 
     def _allgather(self, rows: list[torch.Tensor], mine: torch.Tensor) -> None:
+        self._enter(lambda group: group.allgather([rows], [mine], self._options))
+
+    def _enter(self, collective: Callable[[Any], _Work]) -> None:
+        """Enters a collective of the group, and waits for its end."""
         if self._group is None:
             raise RankLost(self._lost)
         start = time.monotonic()
         try:
-            self._group.allgather([rows], [mine], self._options).wait()
+            collective(self._group).wait()
         except RuntimeError as error:
             self._lose(error, time.monotonic() - start)
 

@@ -8,10 +8,12 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from math import inf
+from typing import Any, TypeVar
 
 from hicache_core.build import HiCache
 from hicache_core.config import HiCacheConfig
@@ -19,17 +21,20 @@ from hicache_core.engine.config import EngineConfig, EngineStatus
 from hicache_core.engine.detokenize import TextStream
 from hicache_core.engine.limits import Limits
 from hicache_core.engine.model import LoadedModel
+from hicache_core.engine.orders import ALLOWED_CALLS, Abort, Add, Call, Order, Turn, decode, encode
 from hicache_core.engine.page_table import PageTable
 from hicache_core.engine.relay import Listener
 from hicache_core.engine.request import Output, Request
 from hicache_core.engine.runner import Runner
 from hicache_core.engine.sampling import Sampler, check_sampling
 from hicache_core.engine.scheduler import Scheduler
+from hicache_core.engine.shard import shard
 from hicache_core.engine.task import Task
-from hicache_core.errors import ConfigError, QueueFull, UseAfterClose
+from hicache_core.engine.tensor_ranks import TensorRanks
+from hicache_core.errors import ConfigError, HiCacheError, QueueFull, UseAfterClose
 from hicache_core.integrations.transformers import check_layers, fingerprint_of_model, kv_spec_of
 from hicache_core.pools.device import DevicePool
-from hicache_core.ranks import RankGroup, SingleRank
+from hicache_core.ranks import agree_all
 
 __all__ = ["Engine", "EngineConfig", "EngineStatus"]
 
@@ -38,6 +43,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Clock = Callable[[], float]
 OnOutput = Callable[[Output], None]
+Act = Callable[[], None]
 
 _IDLE_S = 0.02
 """So often an engine without requests looks after its cache, whose writes still go on."""
@@ -45,12 +51,18 @@ _IDLE_S = 0.02
 _STALL_S = 0.005
 """So long it waits for news of storage when no request can be computed."""
 
+_ONE_RANK_ONLY = "prefill and decode apart need an engine on one rank; start it with --tp 1"
+
 
 class Engine:
     """Answers requests with a model whose prefixes come from HiCache.
 
     One thread of its own runs everything between ``open`` and ``close``. All public methods may be
-    called from any thread; ``call`` and ``close``, which wait, from any but that one.
+    called from any thread; ``call``, ``call_all`` and ``close``, which wait, from any but that one.
+
+    With several ranks each process has an engine with the same arguments. Requests and calls go to
+    that of rank 0, which tells the others once a step; of theirs, only ``open`` and ``join`` are
+    called. Once a rank is gone, all of them stop, and every request ends with ``error``.
     """
 
     def __init__(
@@ -59,19 +71,23 @@ class Engine:
         cache_config: HiCacheConfig,
         config: EngineConfig,
         *,
-        ranks: RankGroup | None = None,
+        ranks: TensorRanks | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
-        """Keeps its arguments; ``open`` starts."""
+        """Keeps its arguments; ``open`` starts.
+
+        With ``ranks``, which nobody else may use, ``open`` leaves of ``model`` the rank's part.
+        """
         self._model = model
         self._cache_config = cache_config
         self._config = config
-        self._ranks = ranks or SingleRank()
+        self._ranks = ranks
         self._clock = clock
         self._thread: threading.Thread | None = None
+        self._deadline_s = inf
         self._changed = threading.Condition()
         # Guarded by the condition:
-        self._orders: deque[Callable[[], None]] = deque()
+        self._orders: deque[tuple[Order | None, Act]] = deque()  # for all ranks, and what we do
         self._calls: set[Future[object]] = set()
         self._n_queued = 0
         self._n_arrived = 0
@@ -85,18 +101,20 @@ class Engine:
 
         Raises:
             SpecError, NotEnoughMemory, ConfigError, PluginError, BackendError: as ``HiCache``.
+            ConfigError: the model cannot be split over the ranks.
+            RankLost: another rank could not open its engine.
         """
-        if self._ranks.world_size > 1:
-            raise ConfigError(
-                f"the engine runs on one rank, found a group of {self._ranks.world_size}: tensor "
-                "parallelism is not there yet; start it with --tp 1"
-            )
         model = self._model.model
         check_layers(model.config)
         spec = kv_spec_of(model, fingerprint_of_model(model))
         page_size = self._cache_config.page_size
-        self._limits = Limits.of(self._model, spec, self._config, page_size)
-        n_pages = self._limits.n_slots // page_size
+        if self._ranks is not None:
+            spec = shard(model, spec, self._ranks)
+        limits = Limits.of(self._model, spec, self._config, page_size)
+        n_pages = limits.n_slots // page_size
+        if self._ranks is not None:
+            (n_pages,) = agree_all(self._ranks, [n_pages])
+        self._limits = replace(limits, n_slots=n_pages * page_size)
         self._pool = DevicePool(spec, page_size, n_pages, model.device)
         self._cache = HiCache(
             self._cache_config, spec, self._pool, clock=self._clock, ranks=self._ranks
@@ -107,6 +125,7 @@ class Engine:
             self._config,
             n_pages=n_pages,
             clock=self._clock,
+            ranks=self._ranks,
         )
         self._thread = threading.Thread(target=self._run, name="hicache-engine")
         self._thread.start()
@@ -124,6 +143,11 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
 
+    def join(self) -> None:
+        """Returns when the thread has ended: on ranks other than 0, once rank 0's does."""
+        if self._thread is not None:
+            self._thread.join()
+
     def submit(self, request: Request, on_output: OnOutput) -> None:
         """Queues a request; returns at once.
 
@@ -136,10 +160,13 @@ class Engine:
             QueueFull: ``max_waiting`` requests wait already.
             InvalidTokens: the prompt is empty, no tokens of this model, or longer than context or
                 device pool; or a request of this id is under way.
-            ConfigError: sampling parameters out of range.
+            ConfigError: sampling parameters out of range, or a request for a listener with several
+                ranks.
             UseAfterClose: the engine is not open, closing, or has stopped.
         """
         check_sampling(request.sampling)
+        if self._ranks is not None and request.bootstrap is not None:
+            raise ConfigError(_ONE_RANK_ONLY)
         with self._changed:
             self._check_open()
             n_new_max = self._limits.n_new_max(request)
@@ -151,36 +178,52 @@ class Engine:
                     "try again later"
                 )
             self._n_arrived += 1
-            task = self._task(request, on_output)
-            task.n_new_max = n_new_max
+            seed = request.sampling.seed
+            seed = secrets.randbits(63) if seed is None else seed
+            order = Add(request, self._n_arrived, seed, n_new_max)
+            task = self._task(order, on_output)
             task.note(arrived=self._clock())
             self._tasks[request.request_id] = task
             self._n_queued += 1
-            self._orders.append(partial(self._add, task))
+            self._orders.append((order, partial(self._add, task)))
             self._changed.notify()
 
     def abort(self, request_id: str) -> None:
         """Ends a request with ``abort``, whatever its state; of one that has ended, nothing."""
         with self._changed:
             if request_id in self._tasks:
-                self._orders.append(partial(self._scheduler.abort, request_id))
+                act = partial(self._scheduler.abort, request_id)
+                self._orders.append((Abort(request_id), act))
                 self._changed.notify()
 
     def call(self, work: Callable[[HiCache], T], timeout_s: float) -> T:
         """Runs ``work`` on the engine's thread, between two steps; its result.
+
+        With several ranks it runs on rank 0 only, so that it may look, and change nothing.
 
         Raises:
             TimeoutError: it was not done in time; it may still be done later.
             UseAfterClose: the engine is closed.
             Whatever ``work`` raises.
         """
-        future: Future[T] = Future()
-        with self._changed:
-            self._check_open()
-            self._calls.add(future)  # type: ignore[arg-type]
-            self._orders.append(partial(self._work, work, future))
-            self._changed.notify()
-        return future.result(timeout_s)
+        return self._order(None, work, timeout_s)
+
+    def call_all(self, method: str, *arguments: object, timeout_s: float) -> Any:
+        """Calls a method of the cache on the engine's thread, on every rank; rank 0's result.
+
+        Args:
+            method: one of ``ALLOWED_CALLS``.
+            arguments: values that JSON knows.
+            timeout_s: as of ``call``.
+
+        Raises:
+            ConfigError: no such method may be called.
+            As ``call``.
+        """
+        if method not in ALLOWED_CALLS:
+            raise ConfigError(f"{method} is not for all ranks; {', '.join(ALLOWED_CALLS)} are")
+        call = Call(method, arguments)
+        return self._order(call, partial(_called, call), timeout_s)
 
     @property
     def cache(self) -> HiCache:
@@ -196,7 +239,12 @@ class Engine:
         """Has ``listener`` told of the KV of prompts; to be called between ``open`` and ``submit``.
 
         ``close`` waits for the pages that it holds, until its time is over: end the listener first.
+
+        Raises:
+            ConfigError: the engine has several ranks.
         """
+        if self._ranks is not None:
+            raise ConfigError(_ONE_RANK_ONLY)
         self._scheduler.relay.listener = listener
 
     def status(self) -> EngineStatus:
@@ -224,18 +272,35 @@ class Engine:
             raise UseAfterClose(f"the engine has stopped: {self._error}; start it again")
         if self._thread is None or self._closing:
             raise UseAfterClose("the engine is not open; it takes no requests")
+        if not self._leads:
+            raise UseAfterClose("this rank does what rank 0 tells it: ask there")
 
-    def _task(self, request: Request, on_output: OnOutput) -> Task:
+    @property
+    def _leads(self) -> bool:
+        return self._ranks is None or self._ranks.rank == 0
+
+    def _order(self, order: Order | None, work: Callable[[HiCache], T], timeout_s: float) -> T:
+        future: Future[T] = Future()
+        with self._changed:
+            self._check_open()
+            self._calls.add(future)  # type: ignore[arg-type]
+            self._orders.append((order, partial(self._work, work, future)))
+            self._changed.notify()
+        return future.result(timeout_s)
+
+    def _task(self, order: Add, on_output: OnOutput) -> Task:
+        request = order.request
         params = request.sampling
-        seed = secrets.randbits(64) if params.seed is None else params.seed
-        return Task(
+        task = Task(
             request,
-            self._n_arrived,
+            order.number,
             partial(self._told, on_output),
             PageTable(self._cache, request.namespace, request.priority),
-            Sampler(params, seed, self._limits.eos_token_ids),
+            Sampler(params, order.seed, self._limits.eos_token_ids),
             TextStream(self._model.tokenizer, params.stop),
         )
+        task.n_new_max = order.n_new_max
+        return task
 
     # The thread.
 
@@ -248,36 +313,58 @@ class Engine:
 
     def _serve(self) -> None:
         """Steps until everything that came before ``close`` is done, or its time is over."""
-        deadline_s: float | None = None
         while True:
-            with self._changed:
-                closing, drain_s = self._closing, self._drain_s
-            if closing and deadline_s is None:
-                deadline_s = self._clock() + drain_s
-            self._obey()
-            if deadline_s is not None and self._clock() >= deadline_s:
+            turn, acts = self._next_turn()
+            for act in acts:
+                act()
+            if turn.is_over:
                 self._scheduler.abort_all()
                 self._scheduler.relay.give_up()
             is_busy = self._scheduler.is_busy
-            if closing and not is_busy:
-                self._cache.close(drain_s)
+            if turn.closing and not is_busy:
+                self._cache.close(turn.drain_s)
                 return
             if not self._scheduler.step():
                 self._rest(is_busy)
 
-    def _obey(self) -> None:
-        """Does what was ordered since the last step."""
+    def _next_turn(self) -> tuple[Turn, Sequence[Act]]:
+        """What was ordered since the last step; with several ranks one collective, or two."""
+        if self._ranks is not None and not self._leads:
+            turn = decode(self._ranks.first_text(""))
+            return turn, [self._act_of(order) for order in turn.orders]
         with self._changed:
-            orders = list(self._orders)
+            ordered = list(self._orders)
             self._orders.clear()
-        for order in orders:
-            order()
+            closing, drain_s = self._closing, self._drain_s
+        if closing and self._deadline_s == inf:
+            self._deadline_s = self._clock() + drain_s
+        is_over = self._clock() >= self._deadline_s
+        turn = Turn(tuple(order for order, _ in ordered if order), closing, is_over, drain_s)
+        if self._ranks is not None:
+            self._ranks.first_text(encode(turn))
+        return turn, [act for _, act in ordered]
+
+    def _act_of(self, order: Order) -> Act:
+        """What a rank other than 0 does for an order: the same, and nobody is told."""
+        if isinstance(order, Add):
+            return partial(self._scheduler.add, self._task(order, _silent))
+        if isinstance(order, Abort):
+            return partial(self._scheduler.abort, order.request_id)
+        return partial(self._follow, order)
+
+    def _follow(self, call: Call) -> None:
+        try:
+            _called(call, self._cache)
+        except HiCacheError as error:  # the same on rank 0, who tells the caller
+            log.warning("%s: %s", call.method, error)
 
     def _rest(self, is_busy: bool) -> None:
         """Nothing could be computed: waits for news."""
         if is_busy:
             self._cache.wait(_STALL_S)
             return
+        if not self._leads:
+            return  # the next turn comes when rank 0 has rested
         with self._changed:
             if not self._orders and not self._closing:
                 self._changed.wait(_IDLE_S)
@@ -311,6 +398,8 @@ class Engine:
             self._calls.clear()
         if error:
             log.error("the engine stops: %s", error)
+            if self._ranks is not None:
+                self._ranks.close()  # so that the others notice, and nobody is waited for
             self._scheduler.tally.failed += len(tasks)
             for task in tasks:
                 task.emit((), "", "error", error)
@@ -318,3 +407,11 @@ class Engine:
             self._cache.close(0.0)
         for future in calls:
             future.set_exception(UseAfterClose("the engine was closed before the call was done"))
+
+
+def _called(call: Call, cache: HiCache) -> Any:
+    return getattr(cache, call.method)(*call.arguments)
+
+
+def _silent(output: Output) -> None:
+    """Tells nobody."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from hicache_core.engine.relay import Relay
 from hicache_core.engine.request import CachedTokens
 from hicache_core.engine.runner import Past, Runner, nothing
 from hicache_core.engine.task import Task
+from hicache_core.engine.tensor_ranks import TensorRanks
 from hicache_core.errors import LoadFailed, PoolExhausted
 from hicache_core.radix.results import Match
 
@@ -42,7 +43,7 @@ class Scheduler:
     """Continuous batching over the pages of one cache. Owner thread only.
 
     Every decision follows from the requests, in the order in which they came, and from what the
-    cache says; never from a clock.
+    cache says; never from a clock. So with several ranks all of them decide alike.
 
     Room: a request is started when the pages of its prompt are there, and gets more page by page.
     Where there is none, the request that is last in order gives up its pages (whole ones stay in
@@ -58,6 +59,7 @@ class Scheduler:
         *,
         n_pages: int,
         clock: Clock,
+        ranks: TensorRanks | None = None,
     ) -> None:
         """Joins its parts.
 
@@ -67,6 +69,7 @@ class Scheduler:
             config: how much at once.
             n_pages: of the device pool.
             clock: seconds.
+            ranks: who computes the model together; None for this process alone.
         """
         self.tally = Tally()
         self.relay = Relay()
@@ -77,6 +80,7 @@ class Scheduler:
         self._config = config
         self._n_pages = n_pages
         self._clock = clock
+        self._ranks = ranks
         self._waiting: dict[str, Task] = {}
         self._running: dict[str, Task] = {}
 
@@ -237,7 +241,7 @@ class Scheduler:
         """
         started_s = self._clock()
         start = task.n_computed
-        before_layer = self._cache.wait_layer if is_first else nothing
+        before_layer = self._wait_layer if is_first else nothing
         logits = None
         try:
             logits = self._runner.prefill(
@@ -258,7 +262,18 @@ class Scheduler:
         task.n_computed += n_tokens
         if task.n_missing == 0:
             self._store(task)
-            self._take(task, logits)
+            self._take(task, *self._choose([task], [logits]))
+
+    def _wait_layer(self, layer: int) -> None:
+        """Returns when a layer's pages are there, or with several ranks, will never be.
+
+        A rank that left a forward would leave the others in it; they start over together, after it.
+        """
+        try:
+            self._cache.wait_layer(layer)
+        except LoadFailed:
+            if self._ranks is None:
+                raise
 
     def _has_arrived(self, task: Task) -> bool:
         """Whether the request's prefix is there; from then on something may be stored below it."""
@@ -291,14 +306,21 @@ class Scheduler:
         if not batch:
             return 0
         pasts = [Past(task.tokens[-1], task.n_computed, task.table.pages) for task in batch]
-        for task, logits in zip(batch, self._runner.decode(pasts), strict=True):
+        tokens = self._choose(batch, self._runner.decode(pasts))
+        for task, token in zip(batch, tokens, strict=True):
             task.n_computed += 1
-            self._take(task, logits)
+            self._take(task, token)
         return len(batch)
 
-    def _take(self, task: Task, logits: torch.Tensor) -> None:
-        """Chooses the next token of an answer and tells the client."""
-        token = task.sampler.choose(logits, task.n_new)
+    def _choose(self, tasks: Sequence[Task], rows: Iterable[torch.Tensor]) -> list[int]:
+        """The next token of each answer: with several ranks, what rank 0 chooses."""
+        tokens = [
+            task.sampler.choose(row, task.n_new) for task, row in zip(tasks, rows, strict=True)
+        ]
+        return tokens if self._ranks is None else self._ranks.first_numbers(tokens)
+
+    def _take(self, task: Task, token: int) -> None:
+        """Adds the next token to an answer and tells the client."""
         text, finish_reason = task.answer(token)
         self.decoded.add(1)
         task.note(first_token=self._clock())

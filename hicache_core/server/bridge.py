@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
@@ -35,7 +35,11 @@ class EngineFront(Protocol):
         ...
 
     def call(self, work: Callable[[HiCache], T], timeout_s: float) -> T:
-        """Runs ``work`` on the engine's thread."""
+        """Runs ``work``, which only looks, on the engine's thread."""
+        ...
+
+    def call_all(self, method: str, *arguments: object, timeout_s: float) -> Any:
+        """Calls a method of the cache on the engine's thread, on every rank."""
         ...
 
     def status(self) -> EngineStatus:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -82,7 +82,7 @@ class StorageDesk:
             Problem: something was in use all the time.
         """
         until = time.monotonic() + timeout_s
-        while not await self._call(lambda cache: cache.reset()):
+        while not await self._call_all("reset"):
             if time.monotonic() >= until:
                 raise Problem(
                     400,
@@ -127,7 +127,7 @@ class StorageDesk:
                 "to load a class by its name is for those who know the admin key, and this server "
                 "has none: start it with --admin-api-key, or with that backend",
             )
-        attaching = await self._call(lambda cache: cache.attach_storage(name, settings))
+        attaching = await self._call_all("attach_storage", name, settings)
         until = time.monotonic() + ATTACH_TIMEOUT_S
         while not attaching.done:
             if time.monotonic() >= until:
@@ -141,15 +141,23 @@ class StorageDesk:
 
     async def detach(self) -> None:
         """Goes on without storage."""
-        await self._call(lambda cache: cache.detach_storage())
+        await self._call_all("detach_storage")
         self._config = self._changed(hicache_storage_backend=None, extra={})
 
     async def clear(self) -> int:
         """Removes from the store what this server's kind has put there; how many objects.
 
         Raises:
-            Problem: there is no backend, or it cannot be cleared.
+            Problem: there is no backend, or it cannot be cleared; or the server has several ranks,
+                each with objects of its own.
         """
+        n_ranks = self._service.settings.n_ranks
+        if n_ranks > 1:
+            raise Problem(
+                400,
+                f"this server has {n_ranks} ranks, and clears no store: what each has stored is "
+                "under another namespace; remove it with the store's own tools",
+            )
         attachment = await self._call(lambda cache: cache.attachment)
         if attachment is None:
             raise Problem(400, "no storage backend is attached")
@@ -157,7 +165,7 @@ class StorageDesk:
         if not isinstance(backend, Clearable):
             raise Problem(400, f"backend {attachment.name!r} cannot be cleared")
         n_removed = await asyncio.to_thread(backend.clear, f"{attachment.namespace}/")
-        await self._call(lambda cache: cache.storage_cleared())
+        await self._call_all("storage_cleared")
         return n_removed
 
     def _wanted(self, body: AttachBody) -> HiCacheConfig:
@@ -188,6 +196,10 @@ class StorageDesk:
         values = self._config.model_dump()
         values |= {"hicache_storage_backend": hicache_storage_backend, EXTRA: extra}
         return HiCacheConfig.load(arguments=values)
+
+    async def _call_all(self, method: str, *arguments: object) -> Any:
+        call_all = self._service.engine.call_all
+        return await asyncio.to_thread(call_all, method, *arguments, timeout_s=CALL_TIMEOUT_S)
 
     async def _call(self, work: Callable[[HiCache], T]) -> T:
         engine = self._service.engine

@@ -8,22 +8,21 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import uvicorn
 
 from hicache_core.engine.engine import Engine
-from hicache_core.engine.model import LoadedModel, find_smollm2, load_folder, load_gguf
-from hicache_core.errors import ConfigError
+from hicache_core.engine.model import LoadedModel
+from hicache_core.errors import ConfigError, RankLost
 from hicache_core.server.app import make_app
+from hicache_core.server.crew import Crew
+from hicache_core.server.models import load_model
 from hicache_core.server.prompts import Limits
 from hicache_core.server.service import ServedModel, Service
 from hicache_core.server.settings import ServerSettings, notices
 
 log = logging.getLogger(__name__)
-
-SMOLLM2 = "smollm2"
 
 
 def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
@@ -45,40 +44,31 @@ def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         for line in notices(settings, device):
             say(f"hicache: {line}")
-        model = load_model(settings.model_path, device)
-        engine = Engine(model, settings.cache, settings.engine)
-        engine.open()
-        try:
-            service = make_service(settings, model, engine)
-            host, port = listener.getsockname()[:2]
-            host = f"[{host}]" if ":" in host else host
-            url = f"http://{host}:{port}"
-            _run(service, listener, lambda: say(f"hicache: serves {service.served.name} at {url}"))
-        finally:
-            engine.close(settings.shutdown_timeout_s)
+        with Crew(settings, device) as crew:
+            model = load_model(settings.model_path, device)
+            engine = Engine(model, settings.cache, settings.engine, ranks=crew.meet(model))
+            _answer(settings, model, engine, listener, say)
 
 
-def load_model(path: str, device: str) -> LoadedModel:
-    """The model that ``--model-path`` means.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    if path.lower() == SMOLLM2:
-        loaded = load_gguf(find_smollm2(), dtype)
-    elif path.endswith(".gguf"):
-        if not Path(path).is_file():
-            raise ConfigError(f"--model-path {path}: there is no such file")
-        loaded = load_gguf(Path(path), dtype)
-    elif Path(path).is_dir():
-        loaded = load_folder(Path(path), dtype)
-    else:
-        raise ConfigError(
-            f"--model-path {path}: no folder and no GGUF file; write a local path, or {SMOLLM2}"
-        )
-    loaded.model.to(device)
-    return loaded
+def _answer(
+    settings: ServerSettings,
+    model: LoadedModel,
+    engine: Engine,
+    listener: socket.socket,
+    say: Callable[[str], None],
+) -> None:
+    """Opens the engine, and answers until the end."""
+    engine.open()
+    try:
+        service = make_service(settings, model, engine)
+        host, port = listener.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+        url = f"http://{host}:{port}"
+        _run(service, listener, lambda: say(f"hicache: serves {service.served.name} at {url}"))
+    finally:
+        engine.close(settings.shutdown_timeout_s)
+    if settings.n_ranks > 1 and (error := engine.status().error):
+        raise RankLost(f"the server has ended, since its engine has stopped: {error}")
 
 
 def make_service(settings: ServerSettings, model: LoadedModel, engine: Engine) -> Service:
@@ -89,11 +79,18 @@ def make_service(settings: ServerSettings, model: LoadedModel, engine: Engine) -
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn's, with a word when it listens."""
+    """Uvicorn's, with a word when it listens, that ends when there is nobody to answer."""
 
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, on_ready: Callable[[], None], has_ended: Callable[[], bool]
+    ) -> None:
         super().__init__(config)
         self._on_ready = on_ready
+        self._has_ended = has_ended
+
+    async def on_tick(self, counter: int) -> bool:
+        # docstring inherited
+        return await super().on_tick(counter) or self._has_ended()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         # docstring inherited
@@ -111,8 +108,12 @@ def _run(service: Service, listener: socket.socket, on_ready: Callable[[], None]
         timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout_s)),
         server_header=False,
     )
+
+    def has_lost_a_rank() -> bool:
+        return settings.n_ranks > 1 and bool(service.engine.status().error)
+
     with _signals_are_no_deaths():
-        asyncio.run(_Server(config, on_ready).serve([listener]))
+        asyncio.run(_Server(config, on_ready, has_lost_a_rank).serve([listener]))
 
 
 @contextmanager

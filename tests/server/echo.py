@@ -60,6 +60,9 @@ class EchoEngine:
     def abort(self, request_id: str) -> None:
         self.aborted.add(request_id)
 
+    def call_all(self, method: str, *arguments: object, timeout_s: float) -> Any:
+        return self.call(lambda cache: getattr(cache, method)(*arguments), timeout_s)
+
     def call(self, work: Callable[[HiCache], Any], timeout_s: float) -> Any:
         done: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
 

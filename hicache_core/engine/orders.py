@@ -1,0 +1,110 @@
+"""Orders: what rank 0 of an engine was asked, in the form in which the other ranks hear of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
+
+from hicache_core.engine.request import Request, SamplingParams
+from hicache_core.types import Namespace
+
+ALLOWED_CALLS = ("attach_storage", "detach_storage", "flush", "reset", "storage_cleared")
+"""Methods of the cache that every rank calls when the operator asks for one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    """A request that was accepted.
+
+    Attributes:
+        request: what was asked.
+        number: the requests are served in this order.
+        seed: of its sampler.
+        n_new_max: length of its answer at most.
+    """
+
+    request: Request
+    number: int
+    seed: int
+    n_new_max: int
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """A request whose client left."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A method of the cache, one of ``ALLOWED_CALLS``.
+
+    Attributes:
+        method: its name.
+        arguments: values that JSON knows.
+    """
+
+    method: str
+    arguments: tuple[object, ...]
+
+
+Order: TypeAlias = Add | Abort | Call
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What the ranks do before their next step.
+
+    Attributes:
+        orders: in the order in which they came.
+        closing: the engine ends when nothing is left to do.
+        is_over: the time for that is over; what is left is aborted.
+        drain_s: time for the writes at the end.
+    """
+
+    orders: tuple[Order, ...] = ()
+    closing: bool = False
+    is_over: bool = False
+    drain_s: float = 0.0
+
+
+NOTHING = Turn()
+
+
+def encode(turn: Turn) -> str:
+    """As text; empty if there is nothing to do."""
+    if turn == NOTHING:
+        return ""
+    orders = [[type(order).__name__, asdict(order)] for order in turn.orders]
+    return json.dumps([orders, turn.closing, turn.is_over, turn.drain_s])
+
+
+def decode(text: str) -> Turn:
+    """The turn that ``encode`` made the text of."""
+    if not text:
+        return NOTHING
+    orders, closing, is_over, drain_s = json.loads(text)
+    return Turn(tuple(_order(name, fields) for name, fields in orders), closing, is_over, drain_s)
+
+
+def _order(name: str, fields: dict[str, Any]) -> Order:
+    if name == Add.__name__:
+        return Add(**{**fields, "request": _request(fields["request"])})
+    if name == Call.__name__:
+        return Call(fields["method"], tuple(fields["arguments"]))
+    return Abort(**fields)
+
+
+def _request(fields: dict[str, Any]) -> Request:
+    sampling = fields["sampling"]
+    for key in ("stop", "stop_token_ids"):
+        sampling[key] = tuple(sampling[key])
+    return Request(
+        fields["request_id"],
+        tuple(fields["tokens"]),
+        SamplingParams(**sampling),
+        Namespace(**fields["namespace"]),
+        fields["priority"],
+    )

@@ -1,0 +1,60 @@
+"""TensorRanks: the ranks that compute one model together, and decide together on its cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+from torch._C._distributed_c10d import AllreduceOptions, BroadcastOptions
+
+from hicache_core.ranks_torch import TorchRankGroup
+
+__all__ = ["TensorRanks"]
+
+
+class TensorRanks(TorchRankGroup):
+    """A rank group that also adds up what its ranks computed, and tells what rank 0 decided.
+
+    One thread of each rank enters everything, the cache's agreements among it, in the same order.
+
+    Raises:
+        RankLost: from every method, as the base's.
+    """
+
+    def summed(self, part: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks' parts, with the same bits on all of them.
+
+        Args:
+            part: of this rank, of the same shape on all; a float32 tensor on the CPU becomes the
+                sum, any other is added up in float32 on the CPU and stays.
+        """
+        total = part.detach().to("cpu", torch.float32).contiguous()
+        options = AllreduceOptions()
+        options.timeout = timedelta(seconds=self._timeout_s)
+        self._enter(lambda group: group.allreduce([total], options))
+        return total.to(part.device, part.dtype)
+
+    def first_numbers(self, numbers: Sequence[int]) -> list[int]:
+        """Those of rank 0; every rank gives as many."""
+        told = torch.tensor(list(numbers), dtype=torch.int64)
+        self._broadcast(told)
+        return [int(number) for number in told]
+
+    def first_text(self, text: str) -> str:
+        """That of rank 0; what the others give does not matter."""
+        data = text.encode()
+        (length,) = self.first_numbers([len(data)])
+        if length == 0:
+            return ""
+        told = torch.zeros(length, dtype=torch.uint8)
+        if self.rank == 0:
+            told = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        self._broadcast(told)
+        return told.numpy().tobytes().decode()
+
+    def _broadcast(self, told: torch.Tensor) -> None:
+        options = BroadcastOptions()
+        options.rootRank = 0
+        options.timeout = timedelta(seconds=self._timeout_s)
+        self._enter(lambda group: group.broadcast([told], options))
