@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import sys
@@ -31,7 +32,7 @@ from hicache_core.engine.scheduler import Scheduler
 from hicache_core.engine.shard import shard
 from hicache_core.engine.task import Task
 from hicache_core.engine.tensor_ranks import TensorRanks
-from hicache_core.errors import ConfigError, HiCacheError, QueueFull, UseAfterClose
+from hicache_core.errors import ConfigError, HiCacheError, QueueFull, RankLost, UseAfterClose
 from hicache_core.integrations.transformers import check_layers, fingerprint_of_model, kv_spec_of
 from hicache_core.pools.device import DevicePool
 from hicache_core.ranks import agree_all
@@ -305,11 +306,12 @@ class Engine:
     # The thread.
 
     def _run(self) -> None:
-        try:
-            self._serve()
-        finally:
-            error = sys.exception()
-            self._stop("" if error is None else f"{type(error).__name__}: {error}")
+        with contextlib.suppress(RankLost):  # which _stop tells everybody
+            try:
+                self._serve()
+            finally:
+                error = sys.exception()
+                self._stop("" if error is None else f"{type(error).__name__}: {error}")
 
     def _serve(self) -> None:
         """Steps until everything that came before ``close`` is done, or its time is over."""
