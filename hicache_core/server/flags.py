@@ -42,7 +42,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         type=_COUNT,
         default=1,
         show_default=True,
-        help="Accepted; this server computes in one process.",
+        help="Processes that compute the model together; its KV heads must divide by it.",
     ),
     click.option(
         "--log-level",
