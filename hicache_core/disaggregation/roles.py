@@ -68,10 +68,7 @@ class Role:
         Raises:
             TransferError, BrokenBackend: the backend does not open.
             SpecError: the pages are not in host memory.
-            ConfigError: several ranks.
         """
-        if parts["ranks"].world_size != 1:
-            raise ConfigError("prefill and decode apart need one rank each in this version: --tp 1")
         context = TransferContext(memory_of_pool(runner.pool))
         transfer = self._class(self._config, context)
         transfer.open()
