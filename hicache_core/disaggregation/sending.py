@@ -44,7 +44,7 @@ class Offer(Room):
         super().__init__(number, timeout_s, clock, settled)
         self.n_tokens = n_tokens
         self._log: list[_Rows] = []
-        self._note: bytes = b""
+        self._last_words: bytes = b""
         self._finished = False
         self._confirmed: set[int] = set()
 
@@ -57,7 +57,7 @@ class Offer(Room):
     def finish(self, note: bytes) -> None:
         """All rows are."""
         with self.changed:
-            self._note, self._finished = note, True
+            self._last_words, self._finished = note, True
             self.changed.notify_all()
 
     def next(self, index: int, timeout_s: float) -> _Rows | bytes | None:
@@ -74,7 +74,7 @@ class Offer(Room):
                 raise TransferError("the prefill node gave the request up")
             if index < len(self._log):
                 return self._log[index]
-            return self._note if self._finished else None
+            return self._last_words if self._finished else None
 
     def confirm(self, rank: int, n_receivers: int) -> None:
         """The receiver ``rank`` of ``n_receivers`` has everything."""

@@ -28,7 +28,7 @@ STORES = ("redis", "file", "hf3fs", "s3", "mooncake")
 FAULTS = ("none", "kill", "pause")
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Plays the scene as the command line says; 0 if every token and hit was as it must be."""
     parser = argparse.ArgumentParser(prog="python -m tests.pd", description=__doc__)
     parser.add_argument("--model", default="smollm2", help="smollm2, tiny, or a folder")
@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument("--fault", choices=FAULTS, action="append", help="default: none")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--transfer", default="tcp", help="transfer backend: tcp or mooncake")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 120)
     n_wrong = 0
     with tempfile.TemporaryDirectory(prefix="hicache-pd-") as directory:
