@@ -61,10 +61,12 @@ class Engine:
         *,
         ranks: RankGroup | None = None,
         clock: Clock = time.monotonic,
+        make_scheduler: Callable[..., Scheduler] = Scheduler,
     ) -> None:
         """Keeps its arguments; ``open`` starts."""
         self._model = model
         self._cache_config = cache_config
+        self._make_scheduler = make_scheduler  # called with the arguments of Scheduler
         self._config = config
         self._ranks = ranks or SingleRank()
         self._clock = clock
@@ -101,7 +103,7 @@ class Engine:
         self._cache = HiCache(
             self._cache_config, spec, self._pool, clock=self._clock, ranks=self._ranks
         )
-        self._scheduler = Scheduler(
+        self._scheduler = self._make_scheduler(
             self._cache,
             Runner(model, self._pool),
             self._config,
@@ -257,9 +259,11 @@ class Engine:
             self._obey()
             if deadline_s is not None and self._clock() >= deadline_s:
                 self._scheduler.abort_all()
+                self._scheduler.close()
                 self._scheduler.relay.give_up()
             is_busy = self._scheduler.is_busy
             if closing and not is_busy:
+                self._scheduler.close()
                 self._cache.close(drain_s)
                 return
             if not self._scheduler.step():
@@ -314,6 +318,7 @@ class Engine:
             self._scheduler.tally.failed += len(tasks)
             for task in tasks:
                 task.emit((), "", "error", error)
+            self._scheduler.close()
             self._scheduler.give_up()
             self._cache.close(0.0)
         for future in calls:

@@ -131,6 +131,9 @@ class Scheduler:
         self._running.clear()
         self._waiting.clear()
 
+    def close(self) -> None:
+        """Ends what works beside the scheduler; afterwards nobody touches pages of others."""
+
     # A step.
 
     def step(self) -> bool:
@@ -298,7 +301,10 @@ class Scheduler:
 
     def _take(self, task: Task, logits: torch.Tensor) -> None:
         """Chooses the next token of an answer and tells the client."""
-        token = task.sampler.choose(logits, task.n_new)
+        self._answer(task, task.sampler.choose(logits, task.n_new))
+
+    def _answer(self, task: Task, token: int) -> None:
+        """Adds a token to an answer and tells the client."""
         text, finish_reason = task.answer(token)
         self.decoded.add(1)
         task.note(first_token=self._clock())

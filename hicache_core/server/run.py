@@ -13,17 +13,20 @@ from pathlib import Path
 import torch
 import uvicorn
 
+from hicache_core.disaggregation.roles import Role, RoleSettings
 from hicache_core.engine.engine import Engine
 from hicache_core.engine.model import LoadedModel, find_smollm2, load_folder, load_gguf
+from hicache_core.engine.scheduler import Scheduler
 from hicache_core.errors import ConfigError
 from hicache_core.server.app import make_app
 from hicache_core.server.prompts import Limits
 from hicache_core.server.service import ServedModel, Service
-from hicache_core.server.settings import ServerSettings, notices
+from hicache_core.server.settings import ServerSettings, goes_over_rdma, notices
 
 log = logging.getLogger(__name__)
 
 SMOLLM2 = "smollm2"
+WILDCARDS = ("0.0.0.0", "::")
 
 
 def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
@@ -36,20 +39,16 @@ def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
     Raises:
         HiCacheError: the server cannot start; nothing is left running.
     """
-    if settings.disaggregation.mode != "null":
-        raise ConfigError(
-            f"--disaggregation-mode {settings.disaggregation.mode}: this version serves prefill "
-            "and decode in one server only"
-        )
+    role = role_of(settings)
     with _listening(settings.host, settings.port) as listener:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         for line in notices(settings, device):
             say(f"hicache: {line}")
         model = load_model(settings.model_path, device)
-        engine = Engine(model, settings.cache, settings.engine)
+        engine = make_engine(settings, model, role)
         engine.open()
         try:
-            service = make_service(settings, model, engine)
+            service = make_service(settings, model, engine, role)
             host, port = listener.getsockname()[:2]
             host = f"[{host}]" if ":" in host else host
             url = f"http://{host}:{port}"
@@ -81,11 +80,37 @@ def load_model(path: str, device: str) -> LoadedModel:
     return loaded
 
 
-def make_service(settings: ServerSettings, model: LoadedModel, engine: Engine) -> Service:
+def role_of(settings: ServerSettings) -> Role | None:
+    """The half that a server is; None for one that does both.
+
+    Raises:
+        ConfigError, PluginError: the transfer backend cannot be used.
+    """
+    asked = settings.disaggregation
+    if asked.mode == "null":
+        return None
+    transfer: dict[str, object] = {"host": settings.host, "port": asked.bootstrap_port}
+    if asked.ib_device and goes_over_rdma(asked):
+        transfer |= {"protocol": "rdma", "device_name": asked.ib_device}
+    if settings.host in WILDCARDS and asked.transfer_backend != "tcp":
+        # An engine of its own needs a name that the other side can use.
+        transfer["advertise"] = socket.gethostbyname(socket.gethostname())
+    return Role(RoleSettings(asked.mode, asked.transfer_backend, transfer))
+
+
+def make_engine(settings: ServerSettings, model: LoadedModel, role: Role | None) -> Engine:
+    """The engine, not open yet."""
+    make_scheduler = Scheduler if role is None else role.make_scheduler
+    return Engine(model, settings.cache, settings.engine, make_scheduler=make_scheduler)
+
+
+def make_service(
+    settings: ServerSettings, model: LoadedModel, engine: Engine, role: Role | None = None
+) -> Service:
     """The service over an open engine."""
     limits = Limits(engine.status().context_length, int(model.model.config.vocab_size))
     name = settings.served_model_name or model.name
-    return Service(settings, ServedModel(name, model.tokenizer, limits), engine)
+    return Service(settings, ServedModel(name, model.tokenizer, limits), engine, role)
 
 
 class _Server(uvicorn.Server):

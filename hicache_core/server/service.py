@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from hicache_core.disaggregation.roles import Role
 from hicache_core.observe.history import History
 from hicache_core.observe.metrics import CacheCollector
 from hicache_core.observe.snapshot import CacheSnapshot
@@ -49,10 +50,18 @@ class Service:
         watch: looks at the cache, as the operator may.
         history: samples of it; runs between ``open`` and ``close``.
         started_s: seconds since the epoch.
+        role: prefill or decode; None for a server that does both.
     """
 
-    def __init__(self, settings: ServerSettings, served: ServedModel, engine: EngineFront) -> None:
-        """``engine`` is open; ``close`` closes it."""
+    def __init__(
+        self,
+        settings: ServerSettings,
+        served: ServedModel,
+        engine: EngineFront,
+        role: Role | None = None,
+    ) -> None:
+        """``engine`` is open; ``close`` closes it. ``role`` is its half of a pair, if it is one."""
+        self.role = role
         self.settings = settings
         self.served = served
         self.engine = engine
