@@ -2,6 +2,7 @@
 #
 #   make setup   build .venv with the core, the plugins and what the tests need
 #   make demo    set up .venv and run `hicache demo`
+#   make demo-pd play prefill and decode on different nodes, with SmolLM2 and Valkey, on this machine
 #   make test    set up .venv and run every test
 #   make check   format, lint, types, import layers, tests, examples of the docs
 #   make bench   print the benchmark tables (BENCH="--quick --only transfer" narrows them)
@@ -21,7 +22,7 @@ SOAK_SECONDS ?= 600
 PYTEST ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format lint types layers bench soak docs clean
+.PHONY: help setup demo demo-pd test check format lint types layers bench soak docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -49,6 +50,9 @@ $(TESTS_READY): $(READY) requirements-dev.txt $(PLUGINS)
 demo: $(READY)
 	$(BIN)/hicache demo
 
+demo-pd: $(TESTS_READY)
+	$(BIN)/python -m tests.pd
+
 test: $(TESTS_READY)
 	$(BIN)/python -m pytest $(PYTEST)
 
@@ -72,6 +76,8 @@ bench: $(TESTS_READY)
 soak: $(TESTS_READY)
 	$(BIN)/python -m hicache_core.testing.simulation --schedules $(SOAK_SCHEDULES)
 	$(BIN)/python -m tests.soak --seconds $(SOAK_SECONDS) --docs docs/reliability.md
+	$(BIN)/python -m tests.pd --turns 5 --store redis --store s3 --store mooncake --store hf3fs
+	$(BIN)/python -m tests.pd --turns 5 --store redis --fault kill --fault pause
 
 docs: $(TESTS_READY)
 	$(BIN)/python -m benchmarks --json benchmarks/results/latest.json --docs docs/benchmarks.md $(BENCH)

@@ -11,6 +11,8 @@ HiCacheError
 ├── IntegrityError (AssertionError)     our own bug: an invariant does not hold
 ├── LoadFailed (RuntimeError)           a copy into device pages failed
 ├── RankLost (ConnectionError)          another rank died, hangs, or decided otherwise
+├── TransferError (ConnectionError)     KV did not get from a prefill node to a decode node
+│   └── PeerRefused                     they hold different models, or speak different versions
 ├── PluginError                         a backend that cannot be used
 │   ├── UnknownBackend (LookupError)    no installed distribution has that name
 │   ├── BrokenBackend (ImportError)     it is installed, but its module or class does not load
@@ -69,6 +71,14 @@ class LoadFailed(HiCacheError, RuntimeError):
 
 class RankLost(HiCacheError, ConnectionError):
     """Another rank died or does not answer: the ranks can no longer decide alike."""
+
+
+class TransferError(HiCacheError, ConnectionError):
+    """KV did not get from a prefill node to a decode node: a lost peer, a time-out, bad bytes."""
+
+
+class PeerRefused(TransferError):
+    """The nodes do not fit together: another model, dtype, page size or protocol version."""
 
 
 class PluginError(HiCacheError):

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import pluggy
 
+from hicache_core.disaggregation.transfer import KvTransferBackend
 from hicache_core.storage.base import StorageBackend
 
 PROJECT = "hicache"
 ENTRY_POINT_GROUP = "hicache.backends"
+TRANSFER_GROUP = "hicache.transfer_backends"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -21,4 +23,13 @@ def hicache_backends() -> Sequence[type[StorageBackend]]:  # type: ignore[empty-
 
     The entry point ``hicache.backends`` that names the plugin's module must have the name of one of
     these classes (``StorageBackend.name``).
+    """
+
+
+@hookspec
+def hicache_transfer_backends() -> Sequence[type[KvTransferBackend]]:  # type: ignore[empty-body]
+    """The KV transfer backends of this plugin.
+
+    The entry point ``hicache.transfer_backends`` that names the plugin's module must have the name
+    of one of these classes (``KvTransferBackend.name``).
     """

@@ -1,6 +1,7 @@
-"""Discovery of storage backends: entry points of the group ``hicache.backends``, read by pluggy.
+"""Discovery of plugins: entry points of the groups ``hicache.backends`` and
+``hicache.transfer_backends``, read by pluggy.
 
-The core's own backends (``memory``, ``file``) are found the same way; there is no other registry.
+The core's own (``memory``, ``file``; ``tcp``) are found the same way; there is no other registry.
 Called at start-up only, from the owner's thread.
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import EntryPoint, entry_points
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import pluggy
 from pydantic import BaseModel, ValidationError
@@ -20,11 +21,50 @@ from pydantic import BaseModel, ValidationError
 from hicache_core import hookspecs
 from hicache_core.config_errors import config_error
 from hicache_core.config_sources import nearest
+from hicache_core.disaggregation import transfer
+from hicache_core.disaggregation.transfer import KvTransferBackend, TransferConfig
 from hicache_core.errors import BrokenBackend, IncompatibleBackend, UnknownBackend
-from hicache_core.hookspecs import ENTRY_POINT_GROUP, PROJECT
+from hicache_core.hookspecs import ENTRY_POINT_GROUP, PROJECT, TRANSFER_GROUP
 from hicache_core.storage.base import API_VERSION, BackendConfig, StorageBackend
 
 Status = Literal["installed", "ok", "broken"]
+
+Plugin = TypeVar("Plugin", StorageBackend, KvTransferBackend)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind(Generic[Plugin]):
+    """One kind of plugin.
+
+    Attributes:
+        group: of its entry points.
+        hook: the hook that returns its classes.
+        base: what they are subclasses of.
+        api_version: the version of that contract.
+        noun: what messages call it.
+    """
+
+    group: str
+    hook: str
+    base: type[Plugin]
+    api_version: int
+    noun: str
+
+
+_STORAGE = _Kind(
+    ENTRY_POINT_GROUP,
+    "hicache_backends",
+    StorageBackend,  # type: ignore[type-abstract]  # only asked for its subclasses
+    API_VERSION,
+    "backend",
+)
+_TRANSFER = _Kind(
+    TRANSFER_GROUP,
+    "hicache_transfer_backends",
+    KvTransferBackend,  # type: ignore[type-abstract]  # likewise
+    transfer.API_VERSION,
+    "transfer backend",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +95,22 @@ def list_backends() -> list[BackendInfo]:
     What can be told without running a plugin's code is told: a name that two distributions offer,
     and a module that is not there, are ``broken``. The rest is ``installed``.
     """
-    found = _entry_points()
+    return _list(_STORAGE)
+
+
+def list_transfer_backends() -> list[BackendInfo]:
+    """Every installed transfer backend, as ``list_backends`` does it."""
+    return _list(_TRANSFER)
+
+
+def _list(kind: _Kind[Plugin]) -> list[BackendInfo]:
+    found = _entry_points(kind.group)
     names = [point.name for point in found]
     infos = []
     for point in found:
         error = ""
         if names.count(point.name) > 1:
-            error = _conflict(point.name, found)
+            error = _conflict(kind.noun, point.name, found)
         elif not module_is_there(_module(point)):
             error = f"module {_module(point)!r} is not there; reinstall {_origin(point)}"
         status: Status = "broken" if error else "installed"
@@ -79,16 +128,25 @@ def backend_class(name: str) -> type[StorageBackend]:
             or none of its classes has it.
         IncompatibleBackend: what the hook returns is no backend of this core's api_version.
     """
-    found = _entry_points()
+    return _class(_STORAGE, name)
+
+
+def transfer_backend_class(name: str) -> type[KvTransferBackend]:
+    """The class of the installed transfer backend ``name``; raises as ``backend_class`` does."""
+    return _class(_TRANSFER, name)
+
+
+def _class(kind: _Kind[Plugin], name: str) -> type[Plugin]:
+    found = _entry_points(kind.group)
     offers = [point for point in found if point.name == name]
     if not offers:
-        raise UnknownBackend(_unknown(name, [point.name for point in found]))
+        raise UnknownBackend(_unknown(kind.noun, name, [point.name for point in found]))
     if len(offers) > 1:
-        raise BrokenBackend(_conflict(name, found))
-    offer = f"backend {name!r} of {_origin(offers[0])}"
-    classes = _load(name, offers[0], offer)
+        raise BrokenBackend(_conflict(kind.noun, name, found))
+    offer = f"{kind.noun} {name!r} of {_origin(offers[0])}"
+    classes = _load(kind, name, offers[0], offer)
     for cls in classes:
-        check_backend_class(cls, offer)
+        _check_class(kind, cls, offer)
         if cls.name == name:
             return cls
     names = ", ".join(repr(cls.name) for cls in classes) or "none"
@@ -105,17 +163,21 @@ def check_backend_class(cls: object, offer: str) -> None:
         IncompatibleBackend: it is no class, no ``StorageBackend``, abstract, of another
             api_version, or its ``name`` or ``Config`` is missing; the message says which.
     """
-    if not isinstance(cls, type) or not issubclass(cls, StorageBackend):
-        base = f"{StorageBackend.__module__}.{StorageBackend.__qualname__}"
+    _check_class(_STORAGE, cls, offer)
+
+
+def _check_class(kind: _Kind[Plugin], cls: object, offer: str) -> None:
+    if not isinstance(cls, type) or not issubclass(cls, kind.base):
+        base = f"{kind.base.__module__}.{kind.base.__qualname__}"
         what = cls.__name__ if isinstance(cls, type) else repr(cls)
         raise IncompatibleBackend(f"{offer}: {what} is no subclass of {base}")
     if not isinstance(cls.api_version, int):
         raise IncompatibleBackend(f"{offer}: its api_version {cls.api_version!r} is no integer")
-    if cls.api_version != API_VERSION:
-        older = "the plugin" if cls.api_version < API_VERSION else "hicache-core"
+    if cls.api_version != kind.api_version:
+        older = "the plugin" if cls.api_version < kind.api_version else "hicache-core"
         raise IncompatibleBackend(
             f"{offer} speaks api_version {cls.api_version}, this hicache-core speaks"
-            f" {API_VERSION}; upgrade {older}"
+            f" {kind.api_version}; upgrade {older}"
         )
     missing = sorted(cls.__abstractmethods__)
     if missing:
@@ -140,6 +202,16 @@ def backend_settings(cls: type[StorageBackend], settings: Mapping[str, object]) 
         raise config_error(error, cls.Config, prefix=f"{cls.name}.") from None
 
 
+def transfer_settings(
+    cls: type[KvTransferBackend], settings: Mapping[str, object]
+) -> TransferConfig:
+    """``settings`` as the transfer backend's own ``Config``; raises ConfigError likewise."""
+    try:
+        return cls.Config(**settings)
+    except ValidationError as error:
+        raise config_error(error, cls.Config, prefix=f"{cls.name}.") from None
+
+
 def module_is_there(module: str) -> bool:
     """Whether ``module`` can be found; unlike ``importlib.util.find_spec``, runs no package."""
     if module in sys.modules:
@@ -155,43 +227,39 @@ def module_is_there(module: str) -> bool:
     return True
 
 
-def _entry_points() -> list[EntryPoint]:
-    return sorted(
-        entry_points(group=ENTRY_POINT_GROUP), key=lambda point: (point.name, _origin(point))
-    )
+def _entry_points(group: str) -> list[EntryPoint]:
+    return sorted(entry_points(group=group), key=lambda point: (point.name, _origin(point)))
 
 
-def _load(name: str, point: EntryPoint, offer: str) -> Sequence[type[StorageBackend]]:
+def _load(kind: _Kind[Plugin], name: str, point: EntryPoint, offer: str) -> Sequence[type[Plugin]]:
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(hookspecs)
     try:
-        manager.load_setuptools_entrypoints(ENTRY_POINT_GROUP, name=name)
-        answers = manager.hook.hicache_backends()
+        manager.load_setuptools_entrypoints(kind.group, name=name)
+        answers = getattr(manager.hook, kind.hook)()
     except (Exception, SystemExit) as error:  # a stranger's code may raise anything: translated
         raise BrokenBackend(
             f"{offer} does not load: {type(error).__name__}: {error} (module {_module(point)!r})"
         ) from error
     if not answers:
-        raise BrokenBackend(
-            f"{offer}: module {_module(point)!r} has no hookimpl hicache_backends()"
-        )
-    classes = answers[0]
+        raise BrokenBackend(f"{offer}: module {_module(point)!r} has no hookimpl {kind.hook}()")
+    classes: Sequence[type[Plugin]] = answers[0]
     if not isinstance(classes, (list, tuple)):
-        raise BrokenBackend(f"{offer}: hicache_backends() must return a list, not {classes!r}")
+        raise BrokenBackend(f"{offer}: {kind.hook}() must return a list, not {classes!r}")
     return classes
 
 
-def _unknown(name: str, names: Sequence[str]) -> str:
+def _unknown(noun: str, name: str, names: Sequence[str]) -> str:
     found = ", ".join(dict.fromkeys(names)) or "none, hicache-core itself has no metadata here"
     return (
-        f"no backend named {name!r} is installed; found: {found}{nearest(name, names)}"
+        f"no {noun} named {name!r} is installed; found: {found}{nearest(name, names)}"
         f" (a plugin of that name comes with: pip install hicache-{name})"
     )
 
 
-def _conflict(name: str, found: Sequence[EntryPoint]) -> str:
+def _conflict(noun: str, name: str, found: Sequence[EntryPoint]) -> str:
     origins = " and ".join(_origin(point) for point in found if point.name == name)
-    return f"two backends are named {name!r}: of {origins}; uninstall one of them"
+    return f"two {noun}s are named {name!r}: of {origins}; uninstall one of them"
 
 
 def _origin(point: EntryPoint) -> str:

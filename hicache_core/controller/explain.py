@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from hicache_core.controller.journal import Journal, PageRun
@@ -14,7 +14,7 @@ from hicache_core.page_keys import DIGEST_NBYTES
 from hicache_core.types import Namespace, Tier
 
 MAX_REQUESTS = 1024
-MAX_GHOSTS = 65_536
+MAX_GHOST_PAGES = 65_536
 MAX_FIRST_PAGES = 4096
 MAX_NAMESPACES_A_PAGE = 4
 
@@ -78,12 +78,17 @@ class Hits(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Ghost:
-    """A page that has left."""
+    """A run of pages that has left, by their digests."""
 
+    digests: bytes
     at_s: float
     tier: Tier
     cause: str
     stored: bool
+
+    def holds(self, page: bytes) -> bool:
+        """Whether that page was among them."""
+        return self.digests.find(page) % DIGEST_NBYTES == 0  # -1 where it is not
 
 
 class Explainer(Journal):
@@ -103,7 +108,9 @@ class Explainer(Journal):
         self._requests: OrderedDict[str, Explanation] = OrderedDict()
         self._answers: OrderedDict[str, Shortfall] = OrderedDict()
         self._loaded: OrderedDict[str, int] = OrderedDict()
-        self._ghosts: OrderedDict[bytes, _Ghost] = OrderedDict()
+        self._ghosts: OrderedDict[bytes, _Ghost] = OrderedDict()  # by their first page
+        self._n_ghost_pages = 0
+        self._unseen: OrderedDict[str, bytes] = OrderedDict()  # missed pages without a reason
         self._first_pages: OrderedDict[bytes, list[Namespace]] = OrderedDict()
 
     # What it hears.
@@ -113,14 +120,20 @@ class Explainer(Journal):
         pass
 
     def removed(self, tier: Tier, run: PageRun, cause: str) -> None:
-        # docstring inherited
-        ghost = _Ghost(self._clock(), tier, cause, run.stored)
-        for start in range(0, len(run.digests), DIGEST_NBYTES):
-            _keep(self._ghosts, run.digests[start : start + 8], ghost, MAX_GHOSTS)
+        # docstring inherited; one entry a run, since what leaves is counted in pages
+        old = self._ghosts.pop(run.digests[:DIGEST_NBYTES], None)
+        ghost = _Ghost(run.digests, self._clock(), tier, cause, run.stored)
+        self._ghosts[run.digests[:DIGEST_NBYTES]] = ghost
+        self._n_ghost_pages += len(run.digests) // DIGEST_NBYTES
+        while old is not None or self._n_ghost_pages > MAX_GHOST_PAGES:
+            gone = old or self._ghosts.popitem(last=False)[1]
+            self._n_ghost_pages -= len(gone.digests) // DIGEST_NBYTES
+            old = None
 
     def cleared(self) -> None:
         # docstring inherited
         self._ghosts.clear()
+        self._n_ghost_pages = 0
 
     def prefetched(self, request_id: str, shortfall: Shortfall) -> None:
         """Why storage delivered no more for a request."""
@@ -153,7 +166,10 @@ class Explainer(Journal):
         reason, detail = Reason.NONE, ""
         if missed_page is not None:
             others = self._others(first_page, namespace) if not hits.device + hits.host else ()
-            reason, detail = self._why(answer, missed_page(), others)
+            page = missed_page()
+            reason, detail = self._why(answer, self._ghosts.get(page), others)
+            if reason is Reason.NEVER_SEEN:
+                _keep(self._unseen, request_id, page, MAX_REQUESTS)
         if first_page:
             self._note(first_page, namespace)
         missed = hits.all - hits.device - hits.host
@@ -174,8 +190,21 @@ class Explainer(Journal):
     # What it tells.
 
     def explain(self, request_id: str) -> Explanation | None:
-        """The last record of a request; None if it was never matched, or too long ago."""
-        return self._requests.get(request_id)
+        """The last record of a request; None if it was never matched, or too long ago.
+
+        A page that left in the middle of a longer run is looked for only now: most requests are
+        never explained.
+        """
+        found = self._requests.get(request_id)
+        page = self._unseen.get(request_id)
+        if found is None or found.reason is not Reason.NEVER_SEEN or page is None:
+            return found
+        ghosts = list(self._ghosts.values())  # one step: any thread may ask
+        ghost = next((ghost for ghost in reversed(ghosts) if ghost.holds(page)), None)
+        if ghost is None:
+            return found
+        reason, detail = self._why(None, ghost, ())
+        return replace(found, reason=reason, detail=detail)
 
     @property
     def request_ids(self) -> list[str]:
@@ -183,12 +212,12 @@ class Explainer(Journal):
         return list(self._requests)
 
     def _why(
-        self, answer: Shortfall | None, page: bytes, others: tuple[str, ...]
+        self, answer: Shortfall | None, ghost: _Ghost | None, others: tuple[str, ...]
     ) -> tuple[Reason, str]:
+        """Why a page was missed, by what storage answered and by what is left of the page."""
         asked = answer is not None and answer.reason != "no_storage"
         if answer is not None and answer.reason not in ("absent", "no_storage", "below_threshold"):
             return Reason(answer.reason), answer.detail
-        ghost = self._ghosts.get(page[:8])
         too_short = answer is not None and answer.reason == "below_threshold"
         if ghost is not None and not (too_short and ghost.stored):
             age_s = self._clock() - ghost.at_s

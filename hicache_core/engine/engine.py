@@ -22,7 +22,17 @@ from hicache_core.engine.config import EngineConfig, EngineStatus
 from hicache_core.engine.detokenize import TextStream
 from hicache_core.engine.limits import Limits
 from hicache_core.engine.model import LoadedModel
-from hicache_core.engine.orders import ALLOWED_CALLS, Abort, Add, Call, Order, Turn, decode, encode
+from hicache_core.engine.orders import (
+    Abort,
+    Add,
+    Order,
+    Turn,
+    call_of,
+    called,
+    decode,
+    encode,
+    follow,
+)
 from hicache_core.engine.page_table import PageTable
 from hicache_core.engine.relay import Listener
 from hicache_core.engine.request import Output, Request
@@ -32,7 +42,7 @@ from hicache_core.engine.scheduler import Scheduler
 from hicache_core.engine.shard import shard
 from hicache_core.engine.task import Task
 from hicache_core.engine.tensor_ranks import TensorRanks
-from hicache_core.errors import ConfigError, HiCacheError, QueueFull, RankLost, UseAfterClose
+from hicache_core.errors import ConfigError, QueueFull, RankLost, UseAfterClose
 from hicache_core.integrations.transformers import check_layers, fingerprint_of_model, kv_spec_of
 from hicache_core.pools.device import DevicePool
 from hicache_core.ranks import agree_all
@@ -74,6 +84,7 @@ class Engine:
         *,
         ranks: TensorRanks | None = None,
         clock: Clock = time.monotonic,
+        make_scheduler: Callable[..., Scheduler] = Scheduler,
     ) -> None:
         """Keeps its arguments; ``open`` starts.
 
@@ -81,6 +92,7 @@ class Engine:
         """
         self._model = model
         self._cache_config = cache_config
+        self._make_scheduler = make_scheduler  # called with the arguments of Scheduler
         self._config = config
         self._ranks = ranks
         self._clock = clock
@@ -120,7 +132,7 @@ class Engine:
         self._cache = HiCache(
             self._cache_config, spec, self._pool, clock=self._clock, ranks=self._ranks
         )
-        self._scheduler = Scheduler(
+        self._scheduler = self._make_scheduler(
             self._cache,
             Runner(model, self._pool),
             self._config,
@@ -213,7 +225,7 @@ class Engine:
         """Calls a method of the cache on the engine's thread, on every rank; rank 0's result.
 
         Args:
-            method: one of ``ALLOWED_CALLS``.
+            method: one of ``orders.ALLOWED_CALLS``.
             arguments: values that JSON knows.
             timeout_s: as of ``call``.
 
@@ -221,10 +233,8 @@ class Engine:
             ConfigError: no such method may be called.
             As ``call``.
         """
-        if method not in ALLOWED_CALLS:
-            raise ConfigError(f"{method} is not for all ranks; {', '.join(ALLOWED_CALLS)} are")
-        call = Call(method, arguments)
-        return self._order(call, partial(_called, call), timeout_s)
+        call = call_of(method, arguments)
+        return self._order(call, partial(called, call), timeout_s)
 
     @property
     def cache(self) -> HiCache:
@@ -321,9 +331,11 @@ class Engine:
                 act()
             if turn.is_over:
                 self._scheduler.abort_all()
+                self._scheduler.close()
                 self._scheduler.relay.give_up()
             is_busy = self._scheduler.is_busy
             if turn.closing and not is_busy:
+                self._scheduler.close()
                 self._cache.close(turn.drain_s)
                 return
             if not self._scheduler.step():
@@ -352,13 +364,7 @@ class Engine:
             return partial(self._scheduler.add, self._task(order, _silent))
         if isinstance(order, Abort):
             return partial(self._scheduler.abort, order.request_id)
-        return partial(self._follow, order)
-
-    def _follow(self, call: Call) -> None:
-        try:
-            _called(call, self._cache)
-        except HiCacheError as error:  # the same on rank 0, who tells the caller
-            log.warning("%s: %s", call.method, error)
+        return partial(follow, order, self._cache)
 
     def _rest(self, is_busy: bool) -> None:
         """Nothing could be computed: waits for news."""
@@ -405,14 +411,11 @@ class Engine:
             self._scheduler.tally.failed += len(tasks)
             for task in tasks:
                 task.emit((), "", "error", error)
+            self._scheduler.close()
             self._scheduler.give_up()
             self._cache.close(0.0)
         for future in calls:
             future.set_exception(UseAfterClose("the engine was closed before the call was done"))
-
-
-def _called(call: Call, cache: HiCache) -> Any:
-    return getattr(cache, call.method)(*call.arguments)
 
 
 def _silent(output: Output) -> None:

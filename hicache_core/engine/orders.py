@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
+from hicache_core.controller.controller import Controller
 from hicache_core.engine.request import Request, SamplingParams
+from hicache_core.errors import ConfigError, HiCacheError
 from hicache_core.types import Namespace
+
+log = logging.getLogger(__name__)
 
 ALLOWED_CALLS = ("attach_storage", "detach_storage", "flush", "reset", "storage_cleared")
 """Methods of the cache that every rank calls when the operator asks for one."""
@@ -48,6 +53,26 @@ class Call:
 
     method: str
     arguments: tuple[object, ...]
+
+
+def call_of(method: str, arguments: tuple[object, ...]) -> Call:
+    """Raises ConfigError: the method is not one of ``ALLOWED_CALLS``."""
+    if method not in ALLOWED_CALLS:
+        raise ConfigError(f"{method} is not for all ranks; {', '.join(ALLOWED_CALLS)} are")
+    return Call(method, arguments)
+
+
+def called(call: Call, cache: Controller) -> Any:
+    """What the method returns. Owner thread."""
+    return getattr(cache, call.method)(*call.arguments)
+
+
+def follow(call: Call, cache: Controller) -> None:
+    """Calls the method on a rank that has nobody to tell what comes of it. Owner thread."""
+    try:
+        called(call, cache)
+    except HiCacheError as error:  # the same on rank 0, who tells
+        log.warning("%s: %s", call.method, error)
 
 
 Order: TypeAlias = Add | Abort | Call

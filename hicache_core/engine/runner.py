@@ -123,13 +123,16 @@ def _exchange(buffer: torch.Tensor, states: torch.Tensor, rows: Rows) -> torch.T
 class Runner:
     """Computes prompts and next tokens. Owner thread only.
 
+    Attributes:
+        pool: where the pages are.
+
     KV is written into the pages first and read from there, so a page holds what attention saw.
     """
 
     def __init__(self, model: Any, pool: DevicePool) -> None:
         """Joins a ``…ForCausalLM`` in eval mode and a pool of its spec."""
+        self.pool = pool
         self._model = model
-        self._pool = pool
         self._offsets = torch.arange(pool.page_size, device=pool.device)
 
     @torch.inference_mode()
@@ -153,15 +156,15 @@ class Runner:
         n_tokens = n_past + len(tokens)
         slots = self._slots(pages, n_tokens)
         rows = Rows(slots[n_past:], slots[None], len(tokens))
-        ids = torch.tensor([list(tokens)], device=self._pool.device)
-        positions = torch.arange(n_past, n_tokens, device=self._pool.device)[None]
-        past = PoolCache(self._pool, rows, before_layer, after_layer)
+        ids = torch.tensor([list(tokens)], device=self.pool.device)
+        positions = torch.arange(n_past, n_tokens, device=self.pool.device)[None]
+        past = PoolCache(self.pool, rows, before_layer, after_layer)
         return self._forward(ids, positions, past, None)[0]
 
     @torch.inference_mode()
     def decode(self, batch: Sequence[Past]) -> torch.Tensor:
         """Computes the last token of each sequence; logits, (n_sequences, vocabulary), float32."""
-        device = self._pool.device
+        device = self.pool.device
         lengths = [past.n_tokens + 1 for past in batch]
         slots = [self._slots(past.pages, n) for past, n in zip(batch, lengths, strict=True)]
         both = torch.stack([own[:1].expand(max(lengths)) for own in slots])
@@ -171,7 +174,7 @@ class Runner:
         ids = torch.tensor([[past.last_token] for past in batch], device=device)
         positions = torch.tensor([[past.n_tokens] for past in batch], device=device)
         mask = self._mask(lengths) if len(set(lengths)) > 1 else None
-        return self._forward(ids, positions, PoolCache(self._pool, rows, nothing, nothing), mask)
+        return self._forward(ids, positions, PoolCache(self.pool, rows, nothing, nothing), mask)
 
     def _forward(
         self, ids: torch.Tensor, positions: torch.Tensor, past: Cache, mask: torch.Tensor | None
@@ -190,13 +193,13 @@ class Runner:
     def _mask(self, lengths: list[int]) -> torch.Tensor:
         """What is added to scores, (n_sequences, 1, 1, n_tokens): the least number behind each."""
         dtype = self._model.dtype
-        at = torch.arange(max(lengths), device=self._pool.device)
-        behind = at >= torch.tensor(lengths, device=self._pool.device)[:, None]
-        mask = torch.zeros(behind.shape, dtype=dtype, device=self._pool.device)
+        at = torch.arange(max(lengths), device=self.pool.device)
+        behind = at >= torch.tensor(lengths, device=self.pool.device)[:, None]
+        mask = torch.zeros(behind.shape, dtype=dtype, device=self.pool.device)
         return mask.masked_fill_(behind, torch.finfo(dtype).min)[:, None, None]
 
     def _slots(self, pages: array[int], n_tokens: int) -> torch.Tensor:
         """Slots of the first ``n_tokens`` tokens, (n_tokens,), int64."""
-        index = torch.tensor(pages, dtype=torch.int64, device=self._pool.device)
-        slots = index[:, None] * self._pool.page_size + self._offsets
+        index = torch.tensor(pages, dtype=torch.int64, device=self.pool.device)
+        slots = index[:, None] * self.pool.page_size + self._offsets
         return slots.flatten()[:n_tokens]

@@ -135,6 +135,9 @@ class Scheduler:
         self._running.clear()
         self._waiting.clear()
 
+    def close(self) -> None:
+        """Ends what works beside the scheduler; afterwards nobody touches pages of others."""
+
     # A step.
 
     def step(self) -> bool:
@@ -262,7 +265,7 @@ class Scheduler:
         task.n_computed += n_tokens
         if task.n_missing == 0:
             self._store(task)
-            self._take(task, *self._choose([task], [logits]))
+            self._answer(task, *self._choose([task], [logits]))
 
     def _wait_layer(self, layer: int) -> None:
         """Returns when a layer's pages are there, or with several ranks, will never be.
@@ -309,7 +312,7 @@ class Scheduler:
         tokens = self._choose(batch, self._runner.decode(pasts))
         for task, token in zip(batch, tokens, strict=True):
             task.n_computed += 1
-            self._take(task, token)
+            self._answer(task, token)
         return len(batch)
 
     def _choose(self, tasks: Sequence[Task], rows: Iterable[torch.Tensor]) -> list[int]:
@@ -319,8 +322,8 @@ class Scheduler:
         ]
         return tokens if self._ranks is None else self._ranks.first_numbers(tokens)
 
-    def _take(self, task: Task, token: int) -> None:
-        """Adds the next token to an answer and tells the client."""
+    def _answer(self, task: Task, token: int) -> None:
+        """Adds a token to an answer and tells the client."""
         text, finish_reason = task.answer(token)
         self.decoded.add(1)
         task.note(first_token=self._clock())

@@ -13,7 +13,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from hicache_core.server.problems import Problem, json_answer
 
 ADMIN = "hicache_is_admin"
-_OPEN = frozenset(["/health"])
+_OPEN = frozenset(["/health", "/hicache", "/hicache/"])
+_PAGE_FILES = (".html", ".js", ".css", ".svg")
 _ADMIN_PATHS = ("/flush_cache", "/hicache/storage-backend")
 _BY_PROXY = ("forwarded", "x-forwarded-for", "x-real-ip")
 
@@ -58,7 +59,7 @@ class Door:
         shown = _bearer(headers)
         is_admin = _same(shown, self._keys.admin)
         path = str(scope["path"])
-        needs_key = self._keys.api is not None and path not in _OPEN
+        needs_key = self._keys.api is not None and not _is_open(path)
         if needs_key and not is_admin and not _same(shown, self._keys.api):
             return Problem(
                 401,
@@ -79,6 +80,11 @@ class Door:
                 401, "this call needs the admin key", headers={"WWW-Authenticate": "Bearer"}
             )
         return Problem(403, "this call needs the admin key; another one was sent")
+
+
+def _is_open(path: str) -> bool:
+    """Whether anybody may have what stands there: the page's own files tell nothing."""
+    return path in _OPEN or (path.startswith("/hicache/") and path.endswith(_PAGE_FILES))
 
 
 def _bearer(headers: Headers) -> str:

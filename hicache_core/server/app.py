@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from hicache_core.errors import HiCacheError
-from hicache_core.server import routes_admin, routes_generate, routes_info
+from hicache_core.server import routes_admin, routes_generate, routes_info, routes_page
 from hicache_core.server.access import Door
 from hicache_core.server.problems import Problem, answer_problem
 from hicache_core.server.service import Service
@@ -33,6 +33,7 @@ def make_app(service: Service) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        service.open()
         try:
             yield
         finally:
@@ -40,7 +41,7 @@ def make_app(service: Service) -> FastAPI:
 
     # No pages of documentation: they load scripts from elsewhere.
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
-    for module in (routes_generate, routes_info, routes_admin):
+    for module in (routes_generate, routes_info, routes_admin, routes_page):
         app.include_router(module.make_router(service))
     for error in ERRORS:
         app.add_exception_handler(error, answer_problem)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.requests import Request
 
+from hicache_core.engine.request import Bootstrap
 from hicache_core.server.problems import Problem
 
 MAX_PROMPTS = 64
@@ -112,7 +113,23 @@ class SamplingBody(Body):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = 1
 
 
-class GenerateBody(Tenant):
+class Shared(Tenant):
+    """Where the two halves of a disaggregated request meet; SGLang's names. Routers fill them."""
+
+    bootstrap_host: Annotated[str, Field(min_length=1, max_length=255)] | None = None
+    bootstrap_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    bootstrap_room: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
+
+    @property
+    def bootstrap(self) -> Bootstrap | None:
+        """All of it, or nothing."""
+        host, port, room = self.bootstrap_host, self.bootstrap_port, self.bootstrap_room
+        if host is None or port is None or room is None:
+            return None
+        return Bootstrap(host, port, room)
+
+
+class GenerateBody(Shared):
     """``/generate``: one of ``text`` and ``input_ids``, alone or as a batch."""
 
     text: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
@@ -153,7 +170,7 @@ class StreamOptions(Body):
     include_usage: bool | None = False
 
 
-class OpenAIBody(Tenant):
+class OpenAIBody(Shared):
     """What both OpenAI calls have in common."""
 
     model: str | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -22,10 +22,15 @@ if TYPE_CHECKING:
     from hicache_core.engine.config import EngineStatus
 
 _BOUNDS_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 300.0)
+_MAX_TIMES = 1024
 
 
 class Figures:
-    """Counts what goes out; filled by the engine's thread, read from any."""
+    """Counts what goes out; filled by the engine's thread, read from any.
+
+    Attributes:
+        times: of the newest requests that have ended: ``ttft_s`` and ``total_s``.
+    """
 
     def __init__(self) -> None:
         """Nothing has happened."""
@@ -34,6 +39,7 @@ class Figures:
         self.finished: Counter[str] = Counter()
         self.ttft_s = Distribution(_BOUNDS_S)
         self.total_s = Distribution(_BOUNDS_S)
+        self.times: OrderedDict[str, dict[str, float]] = OrderedDict()
 
     def take(self, output: Output) -> None:
         """Counts an output; on the engine's thread."""
@@ -42,11 +48,16 @@ class Figures:
             return
         self.finished[output.finish_reason] += 1
         self.prompt_tokens += output.prompt_tokens
-        times = output.times
+        times, seconds = output.times, {}
         if times.first_token:
-            self.ttft_s.add(times.first_token - times.arrived)
+            seconds["ttft_s"] = times.first_token - times.arrived
+            self.ttft_s.add(seconds["ttft_s"])
         if times.finished:
-            self.total_s.add(times.finished - times.arrived)
+            seconds["total_s"] = times.finished - times.arrived
+            self.total_s.add(seconds["total_s"])
+        self.times[output.request_id] = seconds
+        if len(self.times) > _MAX_TIMES:
+            self.times.popitem(last=False)
 
 
 class ServerCollector(Collector):

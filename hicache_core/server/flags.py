@@ -112,6 +112,13 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         default="mooncake",
         show_default=True,
     ),
+    click.option(
+        "--disaggregation-bootstrap-port",
+        type=click.IntRange(0, 65535),
+        default=0,
+        show_default=True,
+        help="Where a prefill server hands KV over; 0 for any free one: routers ask for it.",
+    ),
     click.option("--disaggregation-ib-device", default="", help="RDMA devices: mlx5_0,mlx5_1."),
     click.option(
         "--disaggregation-decode-enable-offload-kvcache",
@@ -140,6 +147,7 @@ def settings_of(options: Mapping[str, Any]) -> ServerSettings:
         options["disaggregation_transfer_backend"],
         options["disaggregation_ib_device"],
         options["disaggregation_decode_enable_offload_kvcache"],
+        options["disaggregation_bootstrap_port"],
     )
     return ServerSettings(
         model_path=options["model_path"],

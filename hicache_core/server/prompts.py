@@ -17,7 +17,7 @@ from hicache_core.server.bodies import (
     GenerateBody,
     OpenAIBody,
     SamplingBody,
-    Tenant,
+    Shared,
 )
 from hicache_core.server.bridge import Asked
 from hicache_core.server.ledger import Ledger
@@ -94,16 +94,18 @@ class Prompts:
     def _opened(
         self,
         wanted: Sequence[tuple[tuple[int, ...], SamplingParams, str | None]],
-        tenant: Tenant,
+        body: Shared,
         priority: int,
     ) -> list[Asked]:
         """Gives each its id; all or none."""
-        namespace = namespace_of(tenant.cache_salt, tenant.extra_key)
+        if body.bootstrap is not None and len(wanted) != 1:
+            raise Problem(400, f"a bootstrap_room is for one prompt; here are {len(wanted)}")
+        namespace = namespace_of(body.cache_salt, body.extra_key)
         asked: list[Asked] = []
         try:
             for tokens, sampling, wanted_name in wanted:
                 name, request_id = self._ledger.open(wanted_name, namespace)
-                request = Request(request_id, tokens, sampling, namespace, priority)
+                request = Request(request_id, tokens, sampling, namespace, priority, body.bootstrap)
                 asked.append(Asked(name, request))
         except Problem:
             for one in asked:

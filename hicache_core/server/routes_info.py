@@ -109,6 +109,7 @@ def _add_models(router: APIRouter, service: Service) -> None:
                 "served_model_name": served.name,
                 "max_total_num_tokens": status.n_slots,
                 "internal_states": [state],
+                **({} if service.role is None else service.role.status()),
             }
             | {"hicache_storage_backend_extra_config": masked(_extra(service))}
         )

@@ -8,21 +8,27 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import uvicorn
 
+from hicache_core.disaggregation.roles import Role, RoleSettings
 from hicache_core.engine.engine import Engine
 from hicache_core.engine.model import LoadedModel
+from hicache_core.engine.scheduler import Scheduler
+from hicache_core.engine.tensor_ranks import TensorRanks
 from hicache_core.errors import ConfigError, RankLost
 from hicache_core.server.app import make_app
 from hicache_core.server.crew import Crew
 from hicache_core.server.models import load_model
 from hicache_core.server.prompts import Limits
 from hicache_core.server.service import ServedModel, Service
-from hicache_core.server.settings import ServerSettings, notices
+from hicache_core.server.settings import ServerSettings, goes_over_rdma, notices
 
 log = logging.getLogger(__name__)
+
+WILDCARDS = ("0.0.0.0", "::")
 
 
 def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
@@ -35,47 +41,69 @@ def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
     Raises:
         HiCacheError: the server cannot start; nothing is left running.
     """
-    if settings.disaggregation.mode != "null":
-        raise ConfigError(
-            f"--disaggregation-mode {settings.disaggregation.mode}: this version serves prefill "
-            "and decode in one server only"
-        )
+    role = role_of(settings)
     with _listening(settings.host, settings.port) as listener:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         for line in notices(settings, device):
             say(f"hicache: {line}")
         with Crew(settings, device) as crew:
             model = load_model(settings.model_path, device)
-            engine = Engine(model, settings.cache, settings.engine, ranks=crew.meet(model))
-            _answer(settings, model, engine, listener, say)
+            engine = make_engine(settings, model, role, crew.meet(model))
+            engine.open()
+            try:
+                service = make_service(settings, model, engine, role)
+                host, port = listener.getsockname()[:2]
+                host = f"[{host}]" if ":" in host else host
+                url = f"http://{host}:{port}"
+                _run(
+                    service,
+                    listener,
+                    partial(say, f"hicache: serves {service.served.name} at {url}"),
+                )
+            finally:
+                engine.close(settings.shutdown_timeout_s)
+            if settings.n_ranks > 1 and (error := engine.status().error):
+                raise RankLost(f"the server has ended, since its engine has stopped: {error}")
 
 
-def _answer(
+def role_of(settings: ServerSettings) -> Role | None:
+    """The half that a server is; None for one that does both.
+
+    Raises:
+        ConfigError, PluginError: the transfer backend cannot be used.
+    """
+    asked = settings.disaggregation
+    if asked.mode == "null":
+        return None
+    transfer: dict[str, object] = {"host": settings.host, "port": asked.bootstrap_port}
+    if asked.ib_device and goes_over_rdma(asked):
+        transfer |= {"protocol": "rdma", "device_name": asked.ib_device}
+    if settings.host in WILDCARDS and asked.transfer_backend != "tcp":
+        # An engine of its own needs a name that the other side can use.
+        transfer["advertise"] = socket.gethostbyname(socket.gethostname())
+    return Role(RoleSettings(asked.mode, asked.transfer_backend, transfer))
+
+
+def make_engine(
     settings: ServerSettings,
     model: LoadedModel,
-    engine: Engine,
-    listener: socket.socket,
-    say: Callable[[str], None],
-) -> None:
-    """Opens the engine, and answers until the end."""
-    engine.open()
-    try:
-        service = make_service(settings, model, engine)
-        host, port = listener.getsockname()[:2]
-        host = f"[{host}]" if ":" in host else host
-        url = f"http://{host}:{port}"
-        _run(service, listener, lambda: say(f"hicache: serves {service.served.name} at {url}"))
-    finally:
-        engine.close(settings.shutdown_timeout_s)
-    if settings.n_ranks > 1 and (error := engine.status().error):
-        raise RankLost(f"the server has ended, since its engine has stopped: {error}")
+    role: Role | None,
+    ranks: TensorRanks | None = None,
+) -> Engine:
+    """The engine, not open yet."""
+    make_scheduler = Scheduler if role is None else role.make_scheduler
+    return Engine(
+        model, settings.cache, settings.engine, ranks=ranks, make_scheduler=make_scheduler
+    )
 
 
-def make_service(settings: ServerSettings, model: LoadedModel, engine: Engine) -> Service:
+def make_service(
+    settings: ServerSettings, model: LoadedModel, engine: Engine, role: Role | None = None
+) -> Service:
     """The service over an open engine."""
     limits = Limits(engine.status().context_length, int(model.model.config.vocab_size))
     name = settings.served_model_name or model.name
-    return Service(settings, ServedModel(name, model.tokenizer, limits), engine)
+    return Service(settings, ServedModel(name, model.tokenizer, limits), engine, role)
 
 
 class _Server(uvicorn.Server):

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from hicache_core.disaggregation.roles import Role
+from hicache_core.observe.history import History
 from hicache_core.observe.metrics import CacheCollector
 from hicache_core.observe.snapshot import CacheSnapshot
 from hicache_core.observe.windows import Watch
@@ -45,11 +47,21 @@ class Service:
         engine: who answers.
         bridge: the way to it.
         prompts: makes its requests.
+        watch: looks at the cache, as the operator may.
+        history: samples of it; runs between ``open`` and ``close``.
         started_s: seconds since the epoch.
+        role: prefill or decode; None for a server that does both.
     """
 
-    def __init__(self, settings: ServerSettings, served: ServedModel, engine: EngineFront) -> None:
-        """``engine`` is open; ``close`` closes it."""
+    def __init__(
+        self,
+        settings: ServerSettings,
+        served: ServedModel,
+        engine: EngineFront,
+        role: Role | None = None,
+    ) -> None:
+        """``engine`` is open; ``close`` closes it. ``role`` is its half of a pair, if it is one."""
+        self.role = role
         self.settings = settings
         self.served = served
         self.engine = engine
@@ -57,10 +69,17 @@ class Service:
         self.ledger = Ledger()
         self.bridge = Bridge(engine, self.ledger, Figures())
         self.prompts = Prompts(served.tokenizer, served.limits, self.ledger)
-        self._watches = {True: Watch(self._snapshot), False: Watch(self._discreet_snapshot)}
+        self.watch = Watch(self._snapshot)
+        self.history = History(self.watch)
+        self._watches = {True: self.watch, False: Watch(self._discreet_snapshot)}
+
+    def open(self) -> None:
+        """Starts to look at the cache once a second."""
+        self.history.open()
 
     def close(self) -> None:
         """Drains the engine; blocks for at most twice the time that is set."""
+        self.history.close()
         self.prompts.close()
         self.engine.close(self.settings.shutdown_timeout_s)
 
@@ -94,6 +113,14 @@ class Service:
             shown |= {"reason": NEVER_SEEN, "detail": ""}
         shown["detail"] = masked(shown["detail"])
         return shown
+
+    def recent(self, limit: int) -> list[Mapping[str, object]]:
+        """Records of the newest requests, with their times once they have ended."""
+        times = self.bridge.figures.times
+        return [
+            {**found.as_dict(), **times.get(found.request_id, {})}
+            for found in self.engine.cache.recent(limit)
+        ]
 
     def _snapshot(self) -> CacheSnapshot:
         return self.engine.cache.snapshot()

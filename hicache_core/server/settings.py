@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from hicache_core.config import HiCacheConfig
 from hicache_core.config_sources import DEFAULT
@@ -15,6 +16,7 @@ from hicache_core.server.access import Keys, is_loopback
 DEFAULTS = EngineConfig()
 _IB_DEVICE = re.compile(r"[A-Za-z0-9_.:-]+(,[A-Za-z0-9_.:-]+)*")
 HIERARCHICAL = "enable_hierarchical_cache"
+DEVICES = Path("/sys/class/infiniband")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +28,14 @@ class Disaggregation:
         transfer_backend: how KV goes from one to the other.
         ib_device: names of RDMA devices, separated by commas; empty for none.
         offload: whether a decode server gives what it generates to host and storage.
+        bootstrap_port: where a prefill server hands KV over; 0 for any free one.
     """
 
     mode: str = "null"
     transfer_backend: str = "mooncake"
     ib_device: str = ""
     offload: bool = False
+    bootstrap_port: int = 0
 
     def __post_init__(self) -> None:
         """Raises ConfigError for what contradicts itself."""
@@ -87,6 +91,14 @@ class ServerSettings:
         return self.tp if self.disaggregation.mode == "null" else 1
 
 
+def goes_over_rdma(disaggregation: Disaggregation, devices: Path = DEVICES) -> bool:
+    """Whether the devices that were named are there, and the transfer backend can use them."""
+    named = disaggregation.ib_device.split(",")
+    return disaggregation.transfer_backend == "mooncake" and all(
+        (devices / name).exists() for name in named if name
+    )
+
+
 def as_sglang_means(config: HiCacheConfig, *, offload: bool) -> HiCacheConfig:
     """The same, with host and storage only where they were asked for.
 
@@ -120,7 +132,7 @@ def notices(settings: ServerSettings, device: str) -> Iterator[str]:
             f"--mem-fraction-static {settings.engine.mem_fraction_static} has no effect on a CPU; "
             "--max-total-tokens sets the room of the device tier"
         )
-    if settings.disaggregation.ib_device:
+    if settings.disaggregation.ib_device and not goes_over_rdma(settings.disaggregation):
         yield (
             f"--disaggregation-ib-device {settings.disaggregation.ib_device} has no effect: KV "
             "goes over TCP"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from hicache_core.controller import explain
 from hicache_core.controller.explain import Explanation, Reason
 from hicache_core.page_keys import pack_tokens
 from hicache_core.types import Namespace
@@ -74,6 +75,34 @@ def test_evicted_says_when_and_from_where(worlds: list[World]) -> None:
     explanation = explained(world, ids(33))
     assert explanation.reason is Reason.EVICTED
     assert "left the device 12.0 s ago" in explanation.detail
+
+
+def test_a_page_that_left_in_the_middle_of_a_run_is_found_when_somebody_asks(
+    worlds: list[World],
+) -> None:
+    """All eight pages leave at once; a shorter prompt brings four back, and the fifth is missed."""
+    world = opened(worlds, enable_hierarchical_cache=False)
+    world.request(ids(33))
+    world.flush_device()
+    world.request(ids(17))
+    explanation = explained(world, ids(33))
+    assert (explanation.device_tokens, explanation.reason) == (16, Reason.EVICTED)
+    assert "left the device" in explanation.detail
+
+
+def test_the_memory_of_what_left_is_bounded(
+    worlds: list[World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(explain, "MAX_GHOST_PAGES", 20)
+    world = opened(worlds, enable_hierarchical_cache=False)
+    for start in range(0, 10_000, 1000):
+        world.request(ids(33, start))
+        world.flush_device()
+    explainer = world.cache._parts.explainer
+    n_pages = sum(len(ghost.digests) // 32 for ghost in explainer._ghosts.values())
+    assert n_pages == explainer._n_ghost_pages == 16
+    assert explained(world, ids(33, 9000)).reason is Reason.EVICTED
+    assert explained(world, ids(33, 0)).reason is Reason.NEVER_SEEN
 
 
 def test_what_left_before_storage_had_it_is_not_durable(worlds: list[World]) -> None:

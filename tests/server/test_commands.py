@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +262,31 @@ async def test_a_dynamic_backend_is_loaded_and_gets_the_pages(
         assert len(list(custom_backend.iterdir())) >= 5
 
 
-@pytest.mark.parametrize("name", DISAGGREGATED)
-def test_disaggregation(name: str, folder: Path) -> None:
-    """The two commands of prefill and decode on different servers."""
-    pytest.skip("disaggregation is not built into this server yet")
+def test_disaggregation(folder: Path, tmp_path: Path) -> None:
+    """KV goes from one to the other; what is generated is backed up; both have the same tokens."""
+    env = hf3fs_environment(tmp_path)
+    prefill_flags, decode_flags = (for_this_machine(name) for name in DISAGGREGATED)
+    with (
+        server_process(folder, prefill_flags, env) as prefill,
+        server_process(folder, decode_flags, env) as decode,
+    ):
+        assert "mlx5_0 has no effect" in "\n".join(prefill.lines)
+        info = httpx.get(f"{prefill.url}/get_server_info").json()
+        host, _, port = info["disaggregation_transfer_address"].rpartition(":")
+        room = {"bootstrap_host": host, "bootstrap_port": int(port), "bootstrap_room": 5}
+        params = {"temperature": 0.0, "max_new_tokens": 340, "ignore_eos": True}
+        body = {"input_ids": PROMPT, "sampling_params": params, **room}
+        with ThreadPoolExecutor(1) as client:
+            computing = client.submit(httpx.post, f"{prefill.url}/generate", json=body, timeout=60)
+            answer = httpx.post(f"{decode.url}/generate", json=body, timeout=60).json()
+            first = computing.result().json()
+        assert answer["output_ids"][:1] == first["output_ids"]
+        figures = httpx.get(f"{decode.url}/get_server_info").json()["disaggregation"]
+        assert (figures["received"], figures["recomputed"]) == (1, 0)
+        assert decode.stop() == 0  # what was generated is drained
+        longer = {
+            "input_ids": [*PROMPT, *answer["output_ids"]],
+            "sampling_params": {**params, "max_new_tokens": 2},
+        }
+        again = httpx.post(f"{prefill.url}/generate", json=longer, timeout=60).json()
+        assert again["meta_info"]["cached_tokens_details"]["storage"] >= 256

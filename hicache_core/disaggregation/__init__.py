@@ -1,0 +1,1 @@
+"""Prefill and decode on different nodes: KV transfer, roles, router."""

@@ -1,0 +1,64 @@
+"""Affinity: which node has probably computed the beginning of a prompt before."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import xxhash
+
+BLOCK_CHARS = 256
+MAX_BLOCKS = 256
+MAX_ENTRIES = 1 << 16
+
+
+def prompt_of(body: Mapping[str, Any]) -> str:
+    """The prompt of a request as text that begins alike when prompts do."""
+    for name in ("messages", "prompt", "text", "input_ids"):
+        if (value := body.get(name)) is not None:
+            return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return ""
+
+
+class Affinity:
+    """Remembers for each beginning of a prompt the node that had it last.
+
+    An approximation by characters: it decides where a request goes, never what is reused.
+    """
+
+    def __init__(self, max_entries: int = MAX_ENTRIES) -> None:
+        """Remembers nothing yet; of more than ``max_entries`` beginnings the oldest go."""
+        self._nodes: OrderedDict[int, str] = OrderedDict()
+        self._max_entries = max_entries
+
+    def remember(self, prompt: str, tenant: str, node: str) -> None:
+        """``node`` computes this prompt."""
+        for key in _beginnings(prompt, tenant):
+            self._nodes[key] = node
+            self._nodes.move_to_end(key)
+        while len(self._nodes) > self._max_entries:
+            self._nodes.popitem(last=False)
+
+    def lookup(self, prompt: str, tenant: str) -> str | None:
+        """The node that had the longest beginning of this prompt, if that was most of it.
+
+        A system prompt that all share is no reason to send all to one node.
+        """
+        found, n_known = None, 0
+        keys = list(_beginnings(prompt, tenant))
+        for key in keys:
+            if (node := self._nodes.get(key)) is None:
+                break
+            found, n_known = node, n_known + 1
+        return found if 2 * n_known >= len(keys) else None
+
+
+def _beginnings(prompt: str, tenant: str) -> Iterator[int]:
+    """A key for each beginning of whole blocks; a short prompt has none."""
+    digest = xxhash.xxh3_64(tenant.encode("utf-8", "surrogatepass"))
+    n_blocks = min(len(prompt) // BLOCK_CHARS, MAX_BLOCKS)
+    for start in range(0, n_blocks * BLOCK_CHARS, BLOCK_CHARS):
+        digest.update(prompt[start : start + BLOCK_CHARS].encode("utf-8", "surrogatepass"))
+        yield digest.intdigest()

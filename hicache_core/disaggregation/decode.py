@@ -1,0 +1,186 @@
+"""DecodeScheduler: fetches the KV of prompts from prefill nodes and goes on from there."""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from typing import Self
+
+from hicache_core.disaggregation.figures import Figures
+from hicache_core.disaggregation.first_token import FirstToken
+from hicache_core.disaggregation.transfer import KvTransferBackend, Notice, TransferState
+from hicache_core.engine.page_table import PageTable
+from hicache_core.engine.request import Bootstrap
+from hicache_core.engine.scheduler import Scheduler
+from hicache_core.engine.task import Task
+from hicache_core.errors import PoolExhausted, TransferError
+
+log = logging.getLogger(__name__)
+
+
+class DecodeScheduler(Scheduler):
+    """A scheduler whose requests with a room come with the KV of their prompt.
+
+    ::
+
+        expected  →  fetching  →  running          (it arrived)
+                              ↘  waiting → running (it did not: the prompt is computed here)
+
+    A request whose KV does not come is computed here like any other: later, but right.
+    """
+
+    def join(self, transfer: KvTransferBackend, timeout_s: float, figures: Figures) -> Self:
+        """Fetches by ``transfer``, which is open and is closed with the scheduler."""
+        self._transfer = transfer
+        self._timeout_s = timeout_s
+        self._figures = figures
+        self._expected: dict[str, Task] = {}
+        self._fetching: dict[int, Task] = {}
+        self._abandoned: dict[int, PageTable] = {}
+        return self
+
+    @property
+    def is_busy(self) -> bool:
+        # docstring inherited
+        return super().is_busy or bool(self._expected or self._fetching or self._abandoned)
+
+    @property
+    def n_waiting(self) -> int:
+        # docstring inherited
+        return super().n_waiting + len(self._expected)
+
+    @property
+    def n_running(self) -> int:
+        # docstring inherited; pages into which rows may still come are in use
+        return super().n_running + len(self._fetching) + len(self._abandoned)
+
+    def add(self, task: Task) -> None:
+        # docstring inherited
+        if task.request.bootstrap is None:
+            super().add(task)
+            return
+        task.note(arrived=self._clock())
+        self._expected[task.request.request_id] = task
+
+    def abort(self, request_id: str) -> None:
+        # docstring inherited
+        task = self._expected.pop(request_id, None)
+        for room, fetching in list(self._fetching.items()):
+            if fetching.request.request_id == request_id:
+                task = self._fetching.pop(room)
+                self._transfer.cancel(room, "the client has left")
+                self._abandoned[room] = task.table
+                task.table = task.table.another()
+        if task is not None:
+            self._waiting[request_id] = task
+        super().abort(request_id)
+
+    def abort_all(self) -> None:
+        # docstring inherited
+        fetching = [task.request.request_id for task in self._fetching.values()]
+        for request_id in [*self._expected, *fetching]:
+            self.abort(request_id)
+        super().abort_all()
+
+    def give_up(self) -> None:
+        # docstring inherited
+        super().give_up()
+        for task in self._fetching.values():
+            task.table.release()
+        for table in self._abandoned.values():
+            table.release()
+        self._expected.clear()
+        self._fetching.clear()
+        self._abandoned.clear()
+
+    def step(self) -> bool:
+        # docstring inherited
+        for notice in self._transfer.poll():
+            self._settle(notice)
+        self._fetch_expected()
+        return super().step()
+
+    def close(self) -> None:
+        # docstring inherited
+        self._transfer.close()
+
+    def _used_pages(self) -> set[int]:
+        tables = [task.table for task in self._fetching.values()] + [*self._abandoned.values()]
+        return super()._used_pages().union(*(table.pages for table in tables))
+
+    def _fetch_expected(self) -> None:
+        for task in sorted(self._expected.values(), key=lambda task: task.order):
+            n_busy = len(self._running) + len(self._fetching)
+            if n_busy >= self._config.max_running or not self._has_room_for(task):
+                return
+            bootstrap = task.request.bootstrap
+            if bootstrap is None or not self._fetch(task, bootstrap):
+                return
+
+    def _fetch(self, task: Task, bootstrap: Bootstrap) -> bool:
+        """Takes pages for the whole prompt and asks for the rows that are not here; False if full.
+
+        ::
+
+            prompt   | on this device already | fetched .......... tail |
+        """
+        look = self._cache.match_prefix(task.packed(0, task.n_prompt - 1), task.request.namespace)
+        match = look.device_part()
+        self._cache.lock(match.node)
+        n_pages = -(-task.n_prompt // self._cache.page_size) - len(match.device_pages)
+        try:
+            pages: array[int] = self._cache.allocate(n_pages)
+        except PoolExhausted:
+            self._cache.unlock(match.node)
+            return False
+        task.table.begin(match.node, match.device_pages, pages)
+        del self._expected[task.request.request_id]
+        address = f"{bootstrap.host}:{bootstrap.port}"
+        span = (match.n_tokens, task.n_prompt)
+        try:
+            room = bootstrap.room
+            self._transfer.receive(room, [address], task.table.pages, span, self._timeout_s)
+        except TransferError as error:
+            self._compute_here(task, str(error))
+            return True
+        self._fetching[bootstrap.room] = task
+        return True
+
+    def _settle(self, notice: Notice) -> None:
+        abandoned = self._abandoned.pop(notice.room, None)
+        if abandoned is not None:
+            abandoned.release()
+            return
+        task = self._fetching.pop(notice.room, None)
+        if task is None:
+            return
+        if notice.state is not TransferState.ARRIVED:
+            self._compute_here(task, notice.error)
+            return
+        try:
+            first = FirstToken.unpack(notice.note)
+        except TransferError as error:
+            self._compute_here(task, str(error))
+            return
+        self._figures.received += 1
+        self._figures.nbytes += notice.nbytes
+        self._go_on(task, first)
+
+    def _go_on(self, task: Task, first: FirstToken) -> None:
+        """The prompt's rows are here: the request runs as if they had been computed here."""
+        task.note(first_scheduled=self._clock(), first_token=self._clock())
+        task.cached = first.cached
+        task.n_computed = task.n_prompt
+        self._running[task.request.request_id] = task
+        self._store(task)
+        self._answer(task, first.token)
+
+    def _compute_here(self, task: Task, error: str) -> None:
+        """The rows did not come, and nobody writes into the pages any more: starts like others."""
+        request_id = task.request.request_id
+        log.warning("request %s is computed here: %s", request_id, error)
+        self._figures.failed += 1
+        self._figures.recomputed += 1
+        self._figures.last_error = error
+        task.table.release()
+        super().add(task)

@@ -1,0 +1,44 @@
+"""FirstToken: what a prefill node says beside the rows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from hicache_core.errors import TransferError
+from hicache_core.types import CachedTokens
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    """The note of a transfer.
+
+    Attributes:
+        token: the first of the answer.
+        cached: tokens of the prompt that the prefill node had cached.
+    """
+
+    token: int
+    cached: CachedTokens
+
+    def pack(self) -> bytes:
+        """As a note."""
+        tiers = [self.cached.device, self.cached.host, self.cached.storage]
+        return json.dumps({"token": self.token, "cached": tiers}).encode()
+
+    @classmethod
+    def unpack(cls, note: bytes) -> FirstToken:
+        """From a note.
+
+        Raises:
+            TransferError: it is none.
+        """
+        try:
+            fields = json.loads(note)
+            token = fields["token"]
+            device, host, storage = fields["cached"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise TransferError(f"the prefill node sent no first token: {error}") from error
+        if not all(type(n) is int and n >= 0 for n in (token, device, host, storage)):
+            raise TransferError(f"the prefill node sent a first token without sense: {fields}")
+        return cls(token, CachedTokens(device, host, storage))

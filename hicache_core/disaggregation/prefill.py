@@ -1,0 +1,125 @@
+"""PrefillScheduler: computes prompts and sends their KV, layer by layer, to decode nodes."""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from typing import Self
+
+from hicache_core.disaggregation.figures import Figures
+from hicache_core.disaggregation.first_token import FirstToken
+from hicache_core.disaggregation.transfer import KvTransferBackend, TransferState
+from hicache_core.engine.request import Request
+from hicache_core.engine.scheduler import Scheduler
+from hicache_core.engine.task import Task
+from hicache_core.errors import HiCacheError
+
+log = logging.getLogger(__name__)
+
+
+class Outbox:
+    """Hands the KV of prompts to a transfer backend: the engine's ``Listener``. Owner thread only.
+
+    A room is offered once. A request that has to start over is not sent again: its decode node has
+    been told, and computes the prompt itself.
+    """
+
+    def __init__(self, transfer: KvTransferBackend, timeout_s: float, figures: Figures) -> None:
+        """``transfer`` is open; a room that is not handed over in ``timeout_s`` has failed."""
+        self._transfer = transfer
+        self._timeout_s = timeout_s
+        self._figures = figures
+        self._rooms: dict[str, int] = {}  # rooms without a notice, by request
+        self._offered: set[str] = set()  # requests that have not ended
+        self._complete: set[str] = set()
+
+    def wants(self, request: Request) -> bool:
+        # docstring inherited
+        if request.bootstrap is None or request.request_id in self._offered:
+            return False
+        self._offered.add(request.request_id)
+        try:
+            self._transfer.offer(request.bootstrap.room, len(request.tokens), self._timeout_s)
+        except HiCacheError as error:
+            log.warning("KV of request %s is sent nowhere: %s", request.request_id, error)
+            return False
+        self._rooms[request.request_id] = request.bootstrap.room
+        return True
+
+    def computed(
+        self, request: Request, pages: array[int], layer: int, start: int, stop: int
+    ) -> None:
+        # docstring inherited
+        room = self._rooms.get(request.request_id)
+        if room is not None:
+            self._transfer.send(room, tuple(pages), layer, start, stop)
+
+    def ended(self, request: Request, *, complete: bool) -> None:
+        # docstring inherited
+        room = self._rooms.get(request.request_id)
+        if room is None:
+            return
+        if complete:
+            self._complete.add(request.request_id)
+        else:
+            self._transfer.cancel(room, "the prefill node gave the request up")
+
+    def holds(self, request_id: str) -> bool:
+        # docstring inherited
+        return request_id in self._rooms
+
+    def step(self) -> None:
+        # docstring inherited
+        for notice in self._transfer.poll():
+            self._rooms = {key: room for key, room in self._rooms.items() if room != notice.room}
+            if notice.state is TransferState.SENT:
+                self._figures.sent += 1
+                self._figures.nbytes += notice.nbytes
+            else:
+                self._figures.failed += 1
+                self._figures.last_error = notice.error
+                log.warning("KV of room %d was not sent: %s", notice.room, notice.error)
+
+    def finish(self, request: Request, first: FirstToken | None) -> None:
+        """The request has ended: with its first token, or without."""
+        if request.bootstrap is None:
+            return
+        request_id = request.request_id
+        if request_id not in self._offered and self.wants(request):
+            self.ended(request, complete=False)  # before its turn: whoever waits for it is told
+        elif request_id in self._complete and first is not None:
+            self._transfer.finish(request.bootstrap.room, first.pack())
+        elif request_id in self._rooms:
+            self._transfer.cancel(request.bootstrap.room, "the request was given up")
+        self._offered.discard(request_id)
+        self._complete.discard(request_id)
+
+
+class PrefillScheduler(Scheduler):
+    """A scheduler whose requests with a room end at their first token.
+
+    Their pages are held until the transfer has said its last word: a sender reads from them.
+    Requests without a room are answered here, as by any server.
+    """
+
+    def join(self, transfer: KvTransferBackend, timeout_s: float, figures: Figures) -> Self:
+        """Sends by ``transfer``, which is open and is closed with the scheduler."""
+        self._transfer = transfer
+        self._outbox = Outbox(transfer, timeout_s, figures)
+        self.relay.listener = self._outbox
+        return self
+
+    def add(self, task: Task) -> None:
+        # docstring inherited
+        if task.request.bootstrap is not None:
+            task.n_new_max = 1
+        super().add(task)
+
+    def close(self) -> None:
+        # docstring inherited
+        self._transfer.close()
+
+    def _end(self, task: Task, tokens: tuple[int, ...], text: str, finish_reason: str) -> None:
+        super()._end(task, tokens, text, finish_reason)
+        first = FirstToken(tokens[0], task.cached) if len(tokens) == 1 else None
+        self._outbox.finish(task.request, first)

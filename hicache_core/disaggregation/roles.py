@@ -1,0 +1,93 @@
+"""Role: what makes an engine the prefill or the decode half of a pair."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hicache_core.controller.controller import Controller
+from hicache_core.disaggregation.decode import DecodeScheduler
+from hicache_core.disaggregation.figures import Figures
+from hicache_core.disaggregation.pool_memory import memory_of_pool
+from hicache_core.disaggregation.prefill import PrefillScheduler
+from hicache_core.disaggregation.transfer import KvTransferBackend, TransferContext
+from hicache_core.engine.config import EngineConfig
+from hicache_core.engine.runner import Runner
+from hicache_core.engine.scheduler import Scheduler
+from hicache_core.errors import ConfigError
+from hicache_core.plugin_manager import transfer_backend_class, transfer_settings
+
+SCHEDULERS: dict[str, type[PrefillScheduler] | type[DecodeScheduler]] = {
+    "prefill": PrefillScheduler,
+    "decode": DecodeScheduler,
+}
+TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class RoleSettings:
+    """What a role is made of.
+
+    Attributes:
+        mode: prefill or decode.
+        transfer_backend: name of an installed transfer backend.
+        transfer_settings: its own settings.
+        timeout_s: a request whose KV is not handed over by then is computed by the decode node.
+    """
+
+    mode: str
+    transfer_backend: str = "tcp"
+    transfer_settings: Mapping[str, object] | None = None
+    timeout_s: float = TIMEOUT_S
+
+
+class Role:
+    """One half: give ``make_scheduler`` to the engine, and tell the router the ``address``."""
+
+    def __init__(self, settings: RoleSettings) -> None:
+        """Loads the transfer backend's class; opens nothing.
+
+        Raises:
+            ConfigError: an unknown mode, or settings that the backend does not have.
+            PluginError: the backend cannot be used.
+        """
+        if settings.mode not in SCHEDULERS:
+            raise ConfigError(f"mode {settings.mode!r} is none of: {', '.join(SCHEDULERS)}")
+        self.settings = settings
+        self.figures = Figures()
+        self._class = transfer_backend_class(settings.transfer_backend)
+        self._config = transfer_settings(self._class, settings.transfer_settings or {})
+        self._transfer: KvTransferBackend | None = None
+
+    def make_scheduler(
+        self, cache: Controller, runner: Runner, config: EngineConfig, **parts: Any
+    ) -> Scheduler:
+        """Opens the transfer backend over the runner's pages; the scheduler that uses it.
+
+        Raises:
+            TransferError, BrokenBackend: the backend does not open.
+            SpecError: the pages are not in host memory.
+        """
+        context = TransferContext(memory_of_pool(runner.pool))
+        transfer = self._class(self._config, context)
+        transfer.open()
+        self._transfer = transfer
+        kind = SCHEDULERS[self.settings.mode]
+        return kind(cache, runner, config, **parts).join(
+            transfer, self.settings.timeout_s, self.figures
+        )
+
+    @property
+    def address(self) -> str:
+        """Where decode nodes fetch KV; empty before the engine is open."""
+        return "" if self._transfer is None else self._transfer.address
+
+    def status(self) -> dict[str, Any]:
+        """For people and the router; JSON types."""
+        return {
+            "disaggregation_mode": self.settings.mode,
+            "disaggregation_transfer_backend": self.settings.transfer_backend,
+            "disaggregation_transfer_address": self.address,
+            "disaggregation": asdict(self.figures),
+        }

@@ -1,0 +1,32 @@
+"""The transfer backend ``tcp``: rows go over sockets, from page memory into page memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from hicache_core.disaggregation.carrier import InlineCarrier
+from hicache_core.disaggregation.peers import PeerConfig, PeerTransfer
+from hicache_core.disaggregation.transfer import KvTransferBackend, TransferContext
+from hicache_core.hookspecs import hookimpl
+
+
+class TcpTransfer(PeerTransfer):
+    """KV over plain sockets: no device, no library, no copy on the way into the pages."""
+
+    name = "tcp"
+
+    def __init__(
+        self,
+        config: PeerConfig,
+        context: TransferContext,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        # docstring inherited
+        super().__init__(config, context, InlineCarrier(), clock)
+
+
+@hookimpl
+def hicache_transfer_backends() -> list[type[KvTransferBackend]]:
+    """The transfer backend of the core."""
+    return [TcpTransfer]

@@ -1,0 +1,344 @@
+"""TransferKit: the rules of a transfer backend as a pytest class; plugins run it on their own.
+
+::
+
+    class TestTcp(TransferKit):
+        def make(self, context: TransferContext) -> KvTransferBackend:
+            return TcpTransfer(PeerConfig(ping_s=0.05), context)
+"""
+
+from __future__ import annotations
+
+import mmap
+import random
+import threading
+import time
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+
+from hicache_core.disaggregation.page_memory import PageMemory
+from hicache_core.disaggregation.transfer import (
+    KvTransferBackend,
+    Notice,
+    TransferContext,
+    TransferState,
+)
+from hicache_core.errors import TransferError
+from hicache_core.kv_spec import KVSpec
+
+PAGE_SIZE = 4
+N_PAGES = 16
+N_LAYERS = 3
+N_HEADS = 8
+WAIT_S = 30.0
+ROOM = 7
+
+
+def spec_of(heads: tuple[int, int] = (0, N_HEADS), fingerprint: str = "m1") -> KVSpec:
+    """A shard of a small model: keys and values of different width."""
+    whole = KVSpec.mha(
+        num_layers=N_LAYERS,
+        num_heads=N_HEADS,
+        head_dim=6,
+        v_head_dim=4,
+        dtype="float16",
+        fingerprint=fingerprint,
+    )
+    return whole.shard(heads=heads)
+
+
+def memory_of(spec: KVSpec, seed: int | None, page_size: int = PAGE_SIZE) -> PageMemory:
+    """Page memory of random bytes, zero without a seed; mapped, so that RDMA could register it."""
+    regions = []
+    source = random.Random(seed)
+    for component in spec.components:
+        nbytes = component.row_nbytes * page_size * N_PAGES
+        layers = []
+        for _ in range(spec.num_layers):
+            view = memoryview(mmap.mmap(-1, nbytes))
+            if seed is not None:
+                view[:] = source.randbytes(nbytes)
+            layers.append(view)
+        regions.append(layers)
+    return PageMemory(spec, page_size, N_PAGES, regions)
+
+
+@dataclass
+class Node:
+    """One rank: its memory, its backend, and the notices that it has had."""
+
+    memory: PageMemory
+    backend: KvTransferBackend
+    news: threading.Event
+    notices: dict[int, Notice] = field(default_factory=dict)
+
+    def notice(self, room: int = ROOM) -> Notice:
+        """Waits for the one notice of a room."""
+        deadline = time.monotonic() + WAIT_S
+        while room not in self.notices:
+            self.news.clear()
+            for notice in self.backend.poll():
+                assert notice.room not in self.notices, "a second notice"
+                self.notices[notice.room] = notice
+            if room not in self.notices:
+                assert time.monotonic() < deadline, f"no notice of room {room}"
+                self.news.wait(0.05)
+        return self.notices[room]
+
+    def rows(
+        self, pages: Sequence[int], start: int, stop: int, heads: tuple[int, int] | None = None
+    ) -> list[bytes]:
+        """What stands in the pages, a layer each."""
+        heads = heads or self.memory.heads
+        return [
+            b"".join(self.memory.segments(layer, pages, start, stop, heads))
+            for layer in range(N_LAYERS)
+        ]
+
+    def send_all(self, pages: Sequence[int], n_tokens: int) -> None:
+        """Says of every layer that it is final, then finishes."""
+        for layer in range(N_LAYERS):
+            self.backend.send(ROOM, pages, layer, 0, n_tokens)
+        self.backend.finish(ROOM, b"note")
+
+
+class TransferKit:
+    """Rules; a subclass says how its backend is made."""
+
+    @abstractmethod
+    def make(self, context: TransferContext) -> KvTransferBackend:
+        """A backend, not open yet, with short limits."""
+
+    @pytest.fixture(autouse=True)
+    def _nodes(self) -> Iterator[None]:
+        self._made: list[Node] = []
+        yield
+        for node in self._made:
+            node.backend.close()
+        assert not [t.name for t in threading.enumerate() if t.name.startswith("kv-")]
+
+    def node(
+        self,
+        memory: PageMemory | None = None,
+        *,
+        seed: int | None = None,
+        ranks: tuple[int, int] = (0, 1),
+    ) -> Node:
+        """An open backend."""
+        memory = memory or memory_of(spec_of(), seed)
+        news = threading.Event()
+        backend = self.make(TransferContext(memory, *ranks, news.set))
+        backend.open()
+        node = Node(memory, backend, news)
+        self._made.append(node)
+        return node
+
+    def pair(self) -> tuple[Node, Node]:
+        """A prefill node with random rows and an empty decode node."""
+        return self.node(seed=1), self.node()
+
+    @pytest.mark.parametrize("first", ["prefill", "decode"])
+    def test_rows_arrive_layer_by_layer_whoever_comes_first(self, first: str) -> None:
+        prefill, decode = self.pair()
+        pages, others = [3, 4, 9, 1], [0, 7, 8, 2]
+
+        def offer() -> None:
+            prefill.backend.offer(ROOM, 14, WAIT_S)
+            prefill.send_all(pages, 14)
+
+        if first == "prefill":
+            offer()
+        decode.backend.receive(ROOM, [prefill.backend.address], others, (0, 14), WAIT_S)
+        if first == "decode":
+            offer()
+        arrived = decode.notice()
+        assert (arrived.state, arrived.note) == (TransferState.ARRIVED, b"note")
+        assert decode.rows(others, 0, 14) == prefill.rows(pages, 0, 14)
+        assert arrived.nbytes == 14 * prefill.memory.spec.token_nbytes
+        assert prefill.notice().state is TransferState.SENT
+
+    def test_the_rows_beside_a_tail_stay_as_they_were(self) -> None:
+        prefill, decode = self.pair()
+        decode.backend.receive(ROOM, [prefill.backend.address], [5, 6], (0, 6), WAIT_S)
+        prefill.backend.offer(ROOM, 6, WAIT_S)
+        prefill.send_all([1, 2], 6)
+        assert decode.notice().state is TransferState.ARRIVED
+        everything = decode.rows(range(N_PAGES), 0, N_PAGES * PAGE_SIZE)
+        zeros = [bytes(len(layer)) for layer in everything]
+        for layer in range(N_LAYERS):
+            for segment in decode.memory.segments(layer, [5, 6], 0, 6, decode.memory.heads):
+                segment[:] = bytes(segment.nbytes)
+        assert decode.rows(range(N_PAGES), 0, N_PAGES * PAGE_SIZE) == zeros
+
+    def test_a_receiver_with_a_prefix_is_sent_what_is_behind_it(self) -> None:
+        prefill, decode = self.pair()
+        decode.backend.receive(ROOM, [prefill.backend.address], [0, 1, 2], (6, 12), WAIT_S)
+        prefill.backend.offer(ROOM, 12, WAIT_S)
+        for start, stop in [(0, 4), (4, 9), (9, 12)]:
+            for layer in range(N_LAYERS):
+                prefill.backend.send(ROOM, [4, 5, 6], layer, start, stop)
+        prefill.backend.finish(ROOM, b"")
+        arrived = decode.notice()
+        assert arrived.state is TransferState.ARRIVED
+        assert arrived.nbytes == 6 * prefill.memory.spec.token_nbytes
+        assert decode.rows([0, 1, 2], 6, 12) == prefill.rows([4, 5, 6], 6, 12)
+        assert decode.rows([0, 1, 2], 0, 6) == [bytes(len(r)) for r in prefill.rows([4, 5], 0, 6)]
+
+    def test_many_rooms_at_once_do_not_mix(self) -> None:
+        prefill, decode = self.pair()
+        for room in range(8):
+            decode.backend.receive(
+                room, [prefill.backend.address], [room * 2, room * 2 + 1], (0, 8), WAIT_S
+            )
+        for room in reversed(range(8)):
+            prefill.backend.offer(room, 8, WAIT_S)
+        for layer in range(N_LAYERS):
+            for room in range(8):
+                prefill.backend.send(room, [15 - room * 2, 14 - room * 2], layer, 0, 8)
+        for room in range(8):
+            prefill.backend.finish(room, bytes([room]))
+        for room in range(8):
+            arrived = decode.notice(room)
+            assert (arrived.state, arrived.note) == (TransferState.ARRIVED, bytes([room]))
+            theirs = prefill.rows([15 - room * 2, 14 - room * 2], 0, 8)
+            assert decode.rows([room * 2, room * 2 + 1], 0, 8) == theirs
+
+    @pytest.mark.parametrize(("n_senders", "n_receivers"), [(1, 2), (2, 1), (4, 2), (2, 4), (8, 1)])
+    def test_prefill_and_decode_may_be_divided_differently(
+        self, n_senders: int, n_receivers: int
+    ) -> None:
+        whole = memory_of(spec_of(), seed=5)
+        prefills = [self._shard(whole, rank, n_senders) for rank in range(n_senders)]
+        decodes = [self._shard(None, rank, n_receivers) for rank in range(n_receivers)]
+        addresses = [prefill.backend.address for prefill in prefills]
+        for decode in decodes:
+            decode.backend.receive(ROOM, addresses, [2, 3, 0], (0, 10), WAIT_S)
+        for prefill in prefills:
+            prefill.backend.offer(ROOM, 10, WAIT_S)
+            prefill.send_all([1, 2, 3], 10)
+        for decode in decodes:
+            arrived = decode.notice()
+            assert arrived.state is TransferState.ARRIVED, arrived.error
+            heads = decode.memory.heads
+            theirs = [b"".join(whole.segments(n, [1, 2, 3], 0, 10, heads)) for n in range(N_LAYERS)]
+            assert decode.rows([2, 3, 0], 0, 10) == theirs
+        for prefill in prefills:
+            assert prefill.notice().state is TransferState.SENT
+
+    def _shard(self, whole: PageMemory | None, rank: int, n: int) -> Node:
+        width = N_HEADS // n
+        spec = spec_of((rank * width, (rank + 1) * width))
+        memory = memory_of(spec, None)
+        if whole is not None:
+            all_pages = range(N_PAGES)
+            for layer in range(N_LAYERS):
+                here = memory.segments(layer, all_pages, 0, N_PAGES * PAGE_SIZE, memory.heads)
+                there = b"".join(
+                    whole.segments(layer, all_pages, 0, N_PAGES * PAGE_SIZE, memory.heads)
+                )
+                for segment in here:
+                    segment[:], there = there[: segment.nbytes], there[segment.nbytes :]
+        return self.node(memory, ranks=(rank, n))
+
+    def test_heads_that_nobody_has_are_an_error(self) -> None:
+        prefill = self._shard(None, 0, 2)
+        decode = self.node()
+        decode.backend.receive(ROOM, [prefill.backend.address], [0], (0, 4), WAIT_S)
+        failed = decode.notice()
+        assert failed.state is TransferState.FAILED
+        assert "heads [(4, 8)] are on none of" in failed.error
+
+    @pytest.mark.parametrize("difference", ["model_fingerprint", "page_size", "components"])
+    def test_another_model_is_refused_by_name(self, difference: str) -> None:
+        prefill = self.node(seed=1)
+        spec = spec_of(fingerprint="m2" if difference == "model_fingerprint" else "m1")
+        if difference == "components":
+            spec = KVSpec.mha(
+                num_layers=N_LAYERS, num_heads=8, head_dim=6, dtype="float32", fingerprint="m1"
+            )
+        decode = self.node(memory_of(spec, None, 8 if difference == "page_size" else PAGE_SIZE))
+        decode.backend.receive(ROOM, [prefill.backend.address], [0], (0, 4), WAIT_S)
+        failed = decode.notice()
+        assert (failed.state, failed.error_kind) == (TransferState.FAILED, "PeerRefused")
+        assert f"{difference} is " in failed.error
+
+    def test_a_prefill_node_that_is_not_there_fails_the_room(self) -> None:
+        decode = self.node()
+        gone = self.node()
+        address = gone.backend.address
+        gone.backend.close()
+        decode.backend.receive(ROOM, [address], [0], (0, 4), WAIT_S)
+        failed = decode.notice()
+        assert failed.state is TransferState.FAILED
+        assert address in failed.error
+
+    def test_a_prefill_node_that_closes_in_the_middle_fails_the_room(self) -> None:
+        prefill, decode = self.pair()
+        decode.backend.receive(ROOM, [prefill.backend.address], [0, 1], (0, 8), WAIT_S)
+        prefill.backend.offer(ROOM, 8, WAIT_S)
+        prefill.backend.send(ROOM, [0, 1], 0, 0, 8)
+        prefill.backend.close()
+        assert prefill.notice().state is TransferState.FAILED
+        assert decode.notice().state is TransferState.FAILED
+
+    @pytest.mark.parametrize("side", ["prefill", "decode"])
+    def test_a_side_that_gives_up_ends_the_other(self, side: str) -> None:
+        prefill, decode = self.pair()
+        prefill.backend.offer(ROOM, 8, WAIT_S)
+        prefill.backend.send(ROOM, [0, 1], 0, 0, 8)
+        decode.backend.receive(ROOM, [prefill.backend.address], [0, 1], (0, 8), WAIT_S)
+        self._wait_for_bytes(decode)
+        (prefill if side == "prefill" else decode).backend.cancel(ROOM, "client left")
+        notices = {"prefill": prefill.notice(), "decode": decode.notice()}
+        assert {notice.state for notice in notices.values()} == {TransferState.FAILED}
+        assert notices[side].error == "client left"
+
+    def _wait_for_bytes(self, node: Node) -> None:
+        """Until the first layer is there."""
+        deadline = time.monotonic() + WAIT_S
+        zeros = bytes(len(node.rows([0, 1], 0, 8)[0]))
+        while node.rows([0, 1], 0, 8)[0] == zeros:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+    def test_nobody_waits_longer_than_asked(self) -> None:
+        prefill, decode = self.pair()
+        prefill.backend.offer(1, 4, 0.2)
+        decode.backend.receive(2, [prefill.backend.address], [0], (0, 4), 0.2)
+        assert prefill.notice(1).state is TransferState.FAILED
+        assert decode.notice(2).state is TransferState.FAILED
+
+    def test_a_receiver_that_left_does_not_stop_others(self) -> None:
+        prefill, decode = self.pair()
+        decode.backend.receive(1, [prefill.backend.address], [0], (0, 4), WAIT_S)
+        decode.backend.cancel(1, "client left")
+        assert decode.notice(1).state is TransferState.FAILED
+        prefill.backend.offer(ROOM, 4, WAIT_S)
+        prefill.send_all([0], 4)
+        decode.backend.receive(ROOM, [prefill.backend.address], [0], (0, 4), WAIT_S)
+        assert decode.notice().state is TransferState.ARRIVED
+
+    def test_two_prompts_of_different_length_in_a_room_are_an_error(self) -> None:
+        prefill, decode = self.pair()
+        prefill.backend.offer(ROOM, 7, WAIT_S)
+        prefill.send_all([0, 1], 7)
+        decode.backend.receive(ROOM, [prefill.backend.address], [0, 1], (0, 8), WAIT_S)
+        assert decode.notice().state is TransferState.FAILED
+        assert prefill.notice().state is TransferState.FAILED
+
+    def test_a_room_is_taken_once(self) -> None:
+        prefill, _ = self.pair()
+        prefill.backend.offer(ROOM, 4, WAIT_S)
+        with pytest.raises(TransferError, match="room 7 is taken"):
+            prefill.backend.offer(ROOM, 4, WAIT_S)
+
+    def test_who_comes_after_the_end_is_told_at_once(self) -> None:
+        prefill, decode = self.pair()
+        prefill.backend.offer(ROOM, 4, WAIT_S)
+        prefill.backend.cancel(ROOM, "client left")
+        assert prefill.notice().error == "client left"
+        decode.backend.receive(ROOM, [prefill.backend.address], [0], (0, 4), WAIT_S)
+        assert "room 7 has ended: client left" in decode.notice().error

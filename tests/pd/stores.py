@@ -1,0 +1,49 @@
+"""The stores of the scene: each a real server or directory, with what a backend must know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from plugins.redis.tests.servers import Server, running
+from plugins.s3.tests.weed import BUCKET, KEY, SECRET, Weed
+from tests.server.mooncake_master import mooncake_master
+
+
+@contextmanager
+def store(name: str, directory: Path) -> Iterator[tuple[dict[str, Any], Server | None]]:
+    """Starts the store ``name``.
+
+    Yields:
+        Its settings, for ``--hicache-storage-backend-extra-config``, and for Valkey the server,
+        which can be frozen.
+    """
+    if name == "redis":
+        with running() as server:
+            yield {"url": server.url}, server
+    elif name == "s3":
+        weed = Weed(directory / "weed")
+        weed.start()
+        try:
+            yield (
+                {
+                    "endpoint_url": weed.url,
+                    "bucket": BUCKET,
+                    "access_key_id": KEY,
+                    "secret_access_key": SECRET,
+                },
+                None,
+            )
+        finally:
+            weed.kill()
+    elif name == "mooncake":
+        with mooncake_master(directory) as address:
+            yield {"master_server_address": address, "global_segment_size": 64 << 20}, None
+    elif name == "hf3fs":
+        slabs = {"file_path_prefix": str(directory / "kv"), "file_size": 256 << 20, "mode": "posix"}
+        yield slabs, None
+    else:
+        assert name == "file", f"no store {name!r} here"
+        yield {"path": str(directory / "kv")}, None

@@ -1,0 +1,230 @@
+"""Two engines in one process, a tiny model: tokens are those of one plain model, whatever fails."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hicache_core.disaggregation.roles import Role, RoleSettings
+from hicache_core.engine.engine import Engine, EngineConfig
+from hicache_core.engine.request import Bootstrap, Request
+from hicache_core.errors import ConfigError
+from hicache_core.types import CachedTokens
+from tests.engine.test_engine import Client
+from tests.engine.world import PAGE_SIZE, cache_config, greedy, model_of, plain, prompt_of
+
+ROOMS = itertools.count(1)
+SETTINGS = {"ping_s": 0.05, "idle_timeout_s": 5.0}
+
+
+@dataclass
+class Half:
+    """An engine with a role."""
+
+    role: Role
+    engine: Engine
+
+    def ask(
+        self, prompt: Sequence[int], bootstrap: Bootstrap | None, n_new: int = 12
+    ) -> tuple[str, Client]:
+        """Submits a request."""
+        client = Client()
+        request_id = f"r{next(ROOMS)}"
+        request = Request(request_id, tuple(prompt), greedy(n_new), bootstrap=bootstrap)
+        self.engine.submit(request, client)
+        return request_id, client
+
+
+@contextmanager
+def half(mode: str, cache: dict[str, Any] | None = None, **config: Any) -> Iterator[Half]:
+    """An open engine; at the end, nothing is held by anybody but the tree."""
+    role = Role(RoleSettings(mode, "tcp", SETTINGS, timeout_s=20.0))
+    engine = Engine(
+        model_of(),
+        cache_config(**(cache or {})),
+        EngineConfig(**{"device_tokens": 512, "chunk_tokens": 16, **config}),
+        make_scheduler=role.make_scheduler,
+    )
+    engine.open()
+    try:
+        yield Half(role, engine)
+        engine.call(lambda opened: opened.check_integrity(), 30.0)
+    finally:
+        engine.close(20.0)
+    status = engine.status()
+    assert (status.waiting, status.running, status.error) == (0, 0, "")
+
+
+def room_at(prefill: Half) -> Bootstrap:
+    """A new room at a prefill half."""
+    host, port = prefill.role.address.split(":")
+    return Bootstrap(host, int(port), next(ROOMS))
+
+
+@contextmanager
+def pair(**config: Any) -> Iterator[tuple[Half, Half]]:
+    """A prefill and a decode half, without host and storage."""
+    device_only = {"enable_hierarchical_cache": False}
+    with half("prefill", device_only, **config) as prefill, half("decode", device_only) as decode:
+        yield prefill, decode
+
+
+@pytest.mark.parametrize("n_prompt", [1, 3, 4, 5, 16, 17, 47])
+def test_the_decode_half_goes_on_where_the_prefill_half_stopped(n_prompt: int) -> None:
+    prompt = prompt_of(n_prompt, seed=n_prompt)
+    with pair() as (prefill, decode):
+        room = room_at(prefill)
+        _, computing = prefill.ask(prompt, room)
+        _, answering = decode.ask(prompt, room)
+        assert answering.wait().finish_reason == "length"
+        assert answering.tokens == plain(model_of(), prompt, 12)
+        assert computing.wait().completion_tokens == 1
+        assert decode.role.figures.received == 1
+        assert decode.engine.status().prefill_tokens_per_s == 0.0
+
+
+def test_the_order_of_arrival_does_not_count() -> None:
+    prompt = prompt_of(40)
+    with pair() as (prefill, decode):
+        room = room_at(prefill)
+        _, answering = decode.ask(prompt, room)
+        prefill.ask(prompt, room)[1].wait()
+        answering.wait()
+        assert answering.tokens == plain(model_of(), prompt, 12)
+
+
+def test_many_requests_at_once() -> None:
+    prompts = [prompt_of(10 + 7 * n, seed=n) for n in range(10)]
+    with pair() as (prefill, decode):
+        answers = []
+        for prompt in prompts:
+            room = room_at(prefill)
+            answers.append(decode.ask(prompt, room)[1])
+            prefill.ask(prompt, room)
+        for prompt, answer in zip(prompts, answers, strict=True):
+            answer.wait()
+            assert answer.tokens == plain(model_of(), prompt, 12)
+        assert decode.role.figures.received == 10
+        assert decode.role.figures.recomputed == 0
+
+
+def test_what_both_have_already_is_neither_computed_nor_sent() -> None:
+    prompt = prompt_of(40)
+    with pair() as (prefill, decode):
+        nbytes = []
+        for longer in (prompt, prompt + prompt_of(8, seed=9)):
+            room = room_at(prefill)
+            prefill.ask(longer, room)
+            _, answer = decode.ask(longer, room)
+            last = answer.wait()
+            assert answer.tokens == plain(model_of(), longer, 12)
+            nbytes.append(decode.role.figures.nbytes - sum(nbytes))
+        assert last.cached == CachedTokens(device=40)
+        assert [n * 40 // nbytes[0] for n in nbytes] == [40, 8]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_client_that_leaves_the_decode_half_leaves_nothing_behind(when: str) -> None:
+    prompt = prompt_of(40)
+    with pair() as (prefill, decode):
+        room = room_at(prefill)
+        request_id, answering = decode.ask(prompt, room, n_new=400)
+        if when == "after":
+            prefill.ask(prompt, room)
+            answering.wait(2)
+        decode.engine.abort(request_id)
+        assert answering.wait().finish_reason == "abort"
+        if when == "before":
+            prefill.ask(prompt, room)[1].wait()
+
+
+def test_a_request_that_the_prefill_half_gives_up_is_computed_by_the_decode_half() -> None:
+    prompt = prompt_of(40)
+    with pair(max_running=1) as (prefill, decode):
+        _, busy = prefill.ask(prompt_of(8), None, n_new=400)
+        busy.wait(1)
+        room = room_at(prefill)
+        request_id, _ = prefill.ask(prompt, room)
+        _, answering = decode.ask(prompt, room)
+        prefill.engine.abort(request_id)
+        answering.wait()
+        assert answering.tokens == plain(model_of(), prompt, 12)
+        assert decode.role.figures.recomputed == 1
+
+
+def test_without_a_prefill_half_the_decode_half_computes() -> None:
+    prompt = prompt_of(40)
+    with half("decode") as decode:
+        _, answering = decode.ask(prompt, Bootstrap("127.0.0.1", 1, 5))
+        answering.wait()
+        assert answering.tokens == plain(model_of(), prompt, 12)
+        assert "no prefill node answers at 127.0.0.1:1" in decode.role.figures.last_error
+
+
+def test_a_prefill_half_that_ends_in_the_middle_is_no_loss() -> None:
+    prompts = [prompt_of(60, seed=n) for n in range(4)]
+    with half("decode") as decode:
+        with half("prefill", max_running=1) as prefill:
+            rooms = [room_at(prefill) for _ in prompts]
+            answers = [
+                decode.ask(prompt, room)[1] for prompt, room in zip(prompts, rooms, strict=True)
+            ]
+            for prompt, room in zip(prompts[:2], rooms, strict=False):
+                prefill.ask(prompt, room)
+        for prompt, answer in zip(prompts, answers, strict=True):
+            answer.wait()
+            assert answer.tokens == plain(model_of(), prompt, 12)
+
+
+def test_too_little_room_on_either_side_is_no_loss() -> None:
+    prompts = [prompt_of(30, seed=n) for n in range(8)]
+    small = {"device_tokens": 80}
+    with half("prefill", **small) as prefill, half("decode", **small) as decode:
+        answers = []
+        for prompt in prompts:
+            room = room_at(prefill)
+            answers.append(decode.ask(prompt, room)[1])
+            prefill.ask(prompt, room)
+        for prompt, answer in zip(prompts, answers, strict=True):
+            answer.wait()
+            assert answer.tokens == plain(model_of(), prompt, 12)
+
+
+def test_another_prefill_node_is_served_what_the_decode_node_generated(tmp_path: Path) -> None:
+    """Full HiCache with async offload: storage is all that the second prefill half shares."""
+    storage = {
+        "hicache_storage_backend": "file",
+        "extra": {"path": str(tmp_path)},
+        "hicache_size": 0,
+    }
+    prompt = prompt_of(22)
+    with ExitStack() as stack:
+        decode = stack.enter_context(half("decode", storage, offload_stride=1))
+        first = stack.enter_context(half("prefill", storage))
+        room = room_at(first)
+        first.ask(prompt, room)
+        _, answer = decode.ask(prompt, room, n_new=20)
+        answer.wait()
+        history = [*prompt, *answer.tokens]
+        assert decode.engine.call(lambda cache: cache.flush(20.0), 30.0)
+
+        second = stack.enter_context(half("prefill", storage))
+        longer = history + prompt_of(5, seed=3)
+        room = room_at(second)
+        _, computing = second.ask(longer, room)
+        _, answer = decode.ask(longer, room)
+        last = answer.wait()
+        assert answer.tokens == plain(model_of(), longer, 12)
+        n_stored = (len(history) - 1) // PAGE_SIZE * PAGE_SIZE  # the last token was never computed
+        assert computing.wait().cached == last.cached == CachedTokens(storage=n_stored)
+
+
+def test_a_mode_that_is_none_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="mode 'both' is none of: prefill, decode"):
+        Role(RoleSettings("both"))

@@ -1,0 +1,92 @@
+"""Handshake and page memory: every head is asked for once, every byte has one place."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hicache_core.disaggregation.handshake import check_hello, divide, hello_of, wanted_of
+from hicache_core.disaggregation.page_memory import PageMemory
+from hicache_core.errors import SpecError, TransferError
+from hicache_core.kv_spec import KVSpec
+from hicache_core.testing.transfer_kit import N_HEADS, PAGE_SIZE, memory_of, spec_of
+
+RANGES = st.tuples(st.integers(0, 11), st.integers(1, 12)).filter(lambda r: r[0] < r[1])
+
+
+@given(st.lists(RANGES, max_size=8))
+def test_each_head_is_asked_of_one_sender(offers: list[tuple[int, int]]) -> None:
+    missing: list[tuple[int, int]] = [(0, 12)]
+    asked: list[int] = []
+    for offer in offers:
+        heads, missing = divide(missing, offer)
+        if heads is not None:
+            assert offer[0] <= heads[0] < heads[1] <= offer[1]
+            asked += range(*heads)
+    left = [head for hole in missing for head in range(*hole)]
+    assert sorted(asked + left) == list(range(12))
+
+
+def test_a_latent_comes_from_the_first_sender() -> None:
+    assert divide([(0, 1)], (0, 1)) == ((0, 1), [])
+    assert divide([], (0, 1)) == (None, [])
+
+
+def test_equal_nodes_welcome_each_other_whatever_heads_they_hold() -> None:
+    half = memory_of(spec_of((0, 4)), None)
+    check_hello(hello_of(half, 0, 2), memory_of(spec_of((6, 8)), None))
+
+
+@pytest.mark.parametrize(
+    "want",
+    [
+        {"heads": [0, 9], "start": 0, "stop": 4},
+        {"heads": [3, 3], "start": 0, "stop": 4},
+        {"heads": [0, 1, 2], "start": 0, "stop": 4},
+        {"heads": None, "start": -1, "stop": 4},
+        {"heads": None, "start": "0", "stop": 4},
+        {"heads": None},
+    ],
+)
+def test_a_want_without_sense_is_an_error(want: dict[str, object]) -> None:
+    memory = memory_of(spec_of(), None)
+    with pytest.raises(TransferError):
+        wanted_of(want, hello_of(memory, 0, 1), memory)
+
+
+@given(
+    st.permutations(range(8)),
+    st.tuples(st.integers(0, 31), st.integers(1, 32)).filter(lambda r: r[0] < r[1]),
+    st.tuples(st.integers(0, N_HEADS - 1), st.integers(1, N_HEADS)).filter(lambda r: r[0] < r[1]),
+)
+def test_segments_are_the_rows_in_order(
+    pages: list[int], tokens: tuple[int, int], heads: tuple[int, int]
+) -> None:
+    """Against the plain meaning: for each component and token, the bytes of the heads."""
+    memory = memory_of(spec_of(), seed=3)
+    start, stop = tokens
+    expected = b""
+    for component, layers in zip(memory.spec.components, memory.regions, strict=True):
+        row = component.row_nbytes
+        head = row // N_HEADS
+        for token in range(start, stop):
+            slot = pages[token // PAGE_SIZE] * PAGE_SIZE + token % PAGE_SIZE
+            expected += layers[1][slot * row + heads[0] * head : slot * row + heads[1] * head]
+    segments = memory.segments(1, pages, start, stop, heads)
+    assert b"".join(segments) == expected
+    assert memory.nbytes(stop - start, heads) == len(expected)
+
+
+def test_adjacent_pages_are_one_segment_a_component() -> None:
+    memory = memory_of(spec_of(), None)
+    assert len(memory.segments(0, [4, 5, 6], 2, 12, memory.heads)) == 2
+    assert len(memory.segments(0, [4, 6, 7], 2, 12, memory.heads)) == 4
+
+
+def test_a_memory_that_does_not_fit_its_spec_is_an_error() -> None:
+    spec = KVSpec.mla(num_layers=2, kv_lora_rank=8, rope_dim=4, dtype="bfloat16", fingerprint="m")
+    with pytest.raises(SpecError, match="component latent: need 2 layers of 192 bytes"):
+        PageMemory(spec, 4, 2, [[memoryview(bytearray(10))] * 2])
+    with pytest.raises(SpecError, match="regions of 1 components"):
+        PageMemory(spec, 4, 2, [])
