@@ -11,28 +11,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 from functools import partial
 from math import inf
 from typing import Any, TypeVar
 
 from hicache_core.build import HiCache
 from hicache_core.config import HiCacheConfig
+from hicache_core.engine import orders
 from hicache_core.engine.config import EngineConfig, EngineStatus
 from hicache_core.engine.detokenize import TextStream
 from hicache_core.engine.limits import Limits
 from hicache_core.engine.model import LoadedModel
-from hicache_core.engine.orders import (
-    Abort,
-    Add,
-    Order,
-    Turn,
-    call_of,
-    called,
-    decode,
-    encode,
-    follow,
-)
 from hicache_core.engine.page_table import PageTable
 from hicache_core.engine.relay import Listener
 from hicache_core.engine.request import Output, Request
@@ -45,7 +34,6 @@ from hicache_core.engine.tensor_ranks import TensorRanks
 from hicache_core.errors import ConfigError, QueueFull, RankLost, UseAfterClose
 from hicache_core.integrations.transformers import check_layers, fingerprint_of_model, kv_spec_of
 from hicache_core.pools.device import DevicePool
-from hicache_core.ranks import agree_all
 
 __all__ = ["Engine", "EngineConfig", "EngineStatus"]
 
@@ -100,7 +88,7 @@ class Engine:
         self._deadline_s = inf
         self._changed = threading.Condition()
         # Guarded by the condition:
-        self._orders: deque[tuple[Order | None, Act]] = deque()  # for all ranks, and what we do
+        self._orders: deque[tuple[orders.Order | None, Act]] = deque()  # None: not for all ranks
         self._calls: set[Future[object]] = set()
         self._n_queued = 0
         self._n_arrived = 0
@@ -123,11 +111,10 @@ class Engine:
         page_size = self._cache_config.page_size
         if self._ranks is not None:
             spec = shard(model, spec, self._ranks)
-        limits = Limits.of(self._model, spec, self._config, page_size)
-        n_pages = limits.n_slots // page_size
+        self._limits = Limits.of(self._model, spec, self._config, page_size)
         if self._ranks is not None:
-            (n_pages,) = agree_all(self._ranks, [n_pages])
-        self._limits = replace(limits, n_slots=n_pages * page_size)
+            self._limits = self._limits.agreed(self._ranks, page_size)
+        n_pages = self._limits.n_slots // page_size
         self._pool = DevicePool(spec, page_size, n_pages, model.device)
         self._cache = HiCache(
             self._cache_config, spec, self._pool, clock=self._clock, ranks=self._ranks
@@ -193,7 +180,7 @@ class Engine:
             self._n_arrived += 1
             seed = request.sampling.seed
             seed = secrets.randbits(63) if seed is None else seed
-            order = Add(request, self._n_arrived, seed, n_new_max)
+            order = orders.Add(request, self._n_arrived, seed, n_new_max)
             task = self._task(order, on_output)
             task.note(arrived=self._clock())
             self._tasks[request.request_id] = task
@@ -206,7 +193,7 @@ class Engine:
         with self._changed:
             if request_id in self._tasks:
                 act = partial(self._scheduler.abort, request_id)
-                self._orders.append((Abort(request_id), act))
+                self._orders.append((orders.Abort(request_id), act))
                 self._changed.notify()
 
     def call(self, work: Callable[[HiCache], T], timeout_s: float) -> T:
@@ -225,7 +212,7 @@ class Engine:
         """Calls a method of the cache on the engine's thread, on every rank; rank 0's result.
 
         Args:
-            method: one of ``orders.ALLOWED_CALLS``.
+            method: one of ``ALLOWED_CALLS``.
             arguments: values that JSON knows.
             timeout_s: as of ``call``.
 
@@ -233,8 +220,8 @@ class Engine:
             ConfigError: no such method may be called.
             As ``call``.
         """
-        call = call_of(method, arguments)
-        return self._order(call, partial(called, call), timeout_s)
+        call = orders.call_of(method, arguments)
+        return self._order(call, partial(orders.called, call), timeout_s)
 
     @property
     def cache(self) -> HiCache:
@@ -290,7 +277,9 @@ class Engine:
     def _leads(self) -> bool:
         return self._ranks is None or self._ranks.rank == 0
 
-    def _order(self, order: Order | None, work: Callable[[HiCache], T], timeout_s: float) -> T:
+    def _order(
+        self, order: orders.Order | None, work: Callable[[HiCache], T], timeout_s: float
+    ) -> T:
         future: Future[T] = Future()
         with self._changed:
             self._check_open()
@@ -299,7 +288,7 @@ class Engine:
             self._changed.notify()
         return future.result(timeout_s)
 
-    def _task(self, order: Add, on_output: OnOutput) -> Task:
+    def _task(self, order: orders.Add, on_output: OnOutput) -> Task:
         request = order.request
         params = request.sampling
         task = Task(
@@ -341,10 +330,10 @@ class Engine:
             if not self._scheduler.step():
                 self._rest(is_busy)
 
-    def _next_turn(self) -> tuple[Turn, Sequence[Act]]:
+    def _next_turn(self) -> tuple[orders.Turn, Sequence[Act]]:
         """What was ordered since the last step; with several ranks one collective, or two."""
         if self._ranks is not None and not self._leads:
-            turn = decode(self._ranks.first_text(""))
+            turn = orders.decode(self._ranks.first_text(""))
             return turn, [self._act_of(order) for order in turn.orders]
         with self._changed:
             ordered = list(self._orders)
@@ -353,18 +342,18 @@ class Engine:
         if closing and self._deadline_s == inf:
             self._deadline_s = self._clock() + drain_s
         is_over = self._clock() >= self._deadline_s
-        turn = Turn(tuple(order for order, _ in ordered if order), closing, is_over, drain_s)
+        turn = orders.Turn(tuple(order for order, _ in ordered if order), closing, is_over, drain_s)
         if self._ranks is not None:
-            self._ranks.first_text(encode(turn))
+            self._ranks.first_text(orders.encode(turn))
         return turn, [act for _, act in ordered]
 
-    def _act_of(self, order: Order) -> Act:
+    def _act_of(self, order: orders.Order) -> Act:
         """What a rank other than 0 does for an order: the same, and nobody is told."""
-        if isinstance(order, Add):
+        if isinstance(order, orders.Add):
             return partial(self._scheduler.add, self._task(order, _silent))
-        if isinstance(order, Abort):
+        if isinstance(order, orders.Abort):
             return partial(self._scheduler.abort, order.request_id)
-        return partial(follow, order, self._cache)
+        return partial(orders.follow, order, self._cache)
 
     def _rest(self, is_busy: bool) -> None:
         """Nothing could be computed: waits for news."""

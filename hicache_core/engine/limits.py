@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from hicache_core.engine.model import LoadedModel
 from hicache_core.engine.request import Request
 from hicache_core.errors import InvalidTokens, NotEnoughMemory
 from hicache_core.kv_spec import KVSpec
+from hicache_core.ranks import RankGroup, agree_all
 
 CPU_DEVICE_TOKENS = 16384
 """Room of the device tier on a CPU, unless the context is longer or it is set."""
@@ -47,6 +48,11 @@ class Limits:
         n_tokens = config.device_tokens or _device_tokens(model, spec, config, context_length)
         n_pages = max(1, n_tokens // page_size)
         return cls(n_pages * page_size, context_length, model.config.vocab_size, _ends(loaded))
+
+    def agreed(self, ranks: RankGroup, page_size: int) -> Limits:
+        """The same, with the room of the rank that has least; a collective."""
+        (n_pages,) = agree_all(ranks, [self.n_slots // page_size])
+        return replace(self, n_slots=n_pages * page_size)
 
     def n_new_max(self, request: Request) -> int:
         """Tokens of the request's answer at most: what is asked, or what there is room for.
