@@ -91,13 +91,20 @@ class _Ghost:
         return self.digests.find(page) % DIGEST_NBYTES == 0  # -1 where it is not
 
 
+class _Missed(NamedTuple):
+    """The first page that a request missed, and in what other namespaces of its prompt differ."""
+
+    page: bytes
+    others: tuple[str, ...]
+
+
 class Explainer(Journal):
     """Remembers what left, what storage answered and what requests saw, in bounded memory.
 
     Owner thread only. It is a journal, so that it hears of every page that leaves a tier.
 
     Attributes:
-        missed_tokens: computed tokens by reason, since the start.
+        missed_tokens: computed tokens by reason, since the start: as it was known at the match.
     """
 
     hears_gains = False
@@ -110,7 +117,7 @@ class Explainer(Journal):
         self._loaded: OrderedDict[str, int] = OrderedDict()
         self._ghosts: OrderedDict[bytes, _Ghost] = OrderedDict()  # by their first page
         self._n_ghost_pages = 0
-        self._unseen: OrderedDict[str, bytes] = OrderedDict()  # missed pages without a reason
+        self._open: OrderedDict[str, _Missed] = OrderedDict()  # whose reason may be bettered
         self._first_pages: OrderedDict[bytes, list[Namespace]] = OrderedDict()
 
     # What it hears.
@@ -168,8 +175,8 @@ class Explainer(Journal):
             others = self._others(first_page, namespace) if not hits.device + hits.host else ()
             page = missed_page()
             reason, detail = self._why(answer, self._ghosts.get(page), others)
-            if reason is Reason.NEVER_SEEN:
-                _keep(self._unseen, request_id, page, MAX_REQUESTS)
+            if reason in (Reason.NEVER_SEEN, Reason.DEADLINE):
+                _keep(self._open, request_id, _Missed(page, others), MAX_REQUESTS)
         if first_page:
             self._note(first_page, namespace)
         missed = hits.all - hits.device - hits.host
@@ -187,6 +194,15 @@ class Explainer(Journal):
         )
         _keep(self._requests, request_id, explanation, MAX_REQUESTS)
 
+    def storage_had_nothing(self, request_id: str) -> None:
+        """Storage answered late, and had nothing: the request did not miss it by not waiting."""
+        found, missed = self._requests.get(request_id), self._open.get(request_id)
+        if found is None or missed is None or found.reason is not Reason.DEADLINE:
+            return
+        ghost = self._ghosts.get(missed.page)
+        reason, detail = self._why(Shortfall("absent"), ghost, missed.others)
+        self._requests[request_id] = replace(found, reason=reason, detail=detail)
+
     # What it tells.
 
     def explain(self, request_id: str) -> Explanation | None:
@@ -196,11 +212,11 @@ class Explainer(Journal):
         never explained.
         """
         found = self._requests.get(request_id)
-        page = self._unseen.get(request_id)
-        if found is None or found.reason is not Reason.NEVER_SEEN or page is None:
+        missed = self._open.get(request_id)
+        if found is None or found.reason is not Reason.NEVER_SEEN or missed is None:
             return found
         ghosts = list(self._ghosts.values())  # one step: any thread may ask
-        ghost = next((ghost for ghost in reversed(ghosts) if ghost.holds(page)), None)
+        ghost = next((ghost for ghost in reversed(ghosts) if ghost.holds(missed.page)), None)
         if ghost is None:
             return found
         reason, detail = self._why(None, ghost, ())

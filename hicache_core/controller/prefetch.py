@@ -206,6 +206,8 @@ class PrefetchPath:
         if (shortfall := shortfall_of(result)) is not None:
             prefetch.falls_short(shortfall)
             return 0
+        if n_found == 0 and prefetch.given_up and parts.explainer is not None:
+            parts.explainer.storage_had_nothing(prefetch.request_id)
         admission = prefetch.storage.admission
         admission.asked(result.elapsed_s)
         if n_found * parts.page_size < parts.prefetch_threshold:

@@ -130,6 +130,19 @@ def test_a_store_too_slow_for_the_request_is_a_deadline(worlds: list[World]) -> 
     assert explained(world, ids(33)).reason is Reason.DEADLINE
 
 
+def test_a_store_that_answers_late_and_has_nothing_was_not_too_slow(worlds: list[World]) -> None:
+    """Under best_effort a request starts before storage has answered: its answer is heard later."""
+    world = on(worlds, backends.Store, hicache_storage_prefetch_policy="best_effort")
+    explanation = explained(world, ids(33))
+    while explanation.reason is Reason.DEADLINE:
+        world.cache.wait(0.01)
+        world.cache.poll()
+        found = world.cache.explain(explanation.request_id)
+        assert found is not None
+        explanation = found
+    assert explanation.reason is Reason.NEVER_SEEN
+
+
 def test_a_store_that_fails_is_a_storage_error_with_its_words(worlds: list[World]) -> None:
     stored(worlds)
     explanation = explained(on(worlds, backends.RaisesOnRead), ids(33))
