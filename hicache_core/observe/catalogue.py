@@ -48,7 +48,7 @@ HITS = (
         "explained_missed_tokens_total",
         "counter",
         "tokens",
-        "Computed prompt tokens of explained requests, by why their first page was missed, as known then.",
+        "Computed tokens of explained requests, by why their first page was missed, as known then.",
         words(lambda snapshot: snapshot.missed_tokens),
         {"reason": "`none`, `never_seen`, `evicted`, …"},
     ),
