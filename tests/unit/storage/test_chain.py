@@ -36,6 +36,7 @@ from hicache_core.storage.guard import GuardedBackend
 from hicache_core.storage.guard_config import GuardConfig
 from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
 from hicache_core.storage.worker import StorageWorker
+from tests.unit.storage.threads import storage_threads
 from tests.unit.storage.virtual import CONTEXT, NBYTES, Clock, Told, blank, content, filled, key
 
 KEYS = [key(n) for n in range(8)]
@@ -62,6 +63,7 @@ def stores() -> list[Told]:
 @pytest.fixture
 def make() -> Iterator[MakeChain]:
     chains: list[ChainBackend] = []
+    before = storage_threads()
 
     def make_chain(backends: Sequence[StorageBackend], **settings: object) -> ChainBackend:
         names = ("near", "middle", "far")[: len(backends)]
@@ -77,7 +79,7 @@ def make() -> Iterator[MakeChain]:
     yield make_chain
     for chain in chains:
         chain.close()
-    assert not [t for t in threading.enumerate() if t.name.startswith("hicache-storage")]
+    assert storage_threads() <= before
 
 
 def hold(store: Told, *numbers: int) -> None:

@@ -28,6 +28,7 @@ from hicache_core.types import (
     ReadJob,
     WriteJob,
 )
+from tests.unit.storage.threads import storage_threads
 
 CONTEXT = BackendContext(namespace="0" * 16)
 NBYTES = 4
@@ -231,6 +232,7 @@ def test_a_job_id_is_taken_until_its_job_is_settled(gated: Gated) -> None:
 
 
 def test_close_cancels_what_waits_and_ends_all_threads(gated: Gated) -> None:
+    before = storage_threads()
     worker = make(gated, n_threads=2)
     for job_id in range(2):
         worker.submit(read(job_id))
@@ -238,7 +240,7 @@ def test_close_cancels_what_waits_and_ends_all_threads(gated: Gated) -> None:
     worker.submit(write(2))
     threading.Timer(0.05, gated.let_through).start()
     assert worker.close(20) == []
-    assert not [t for t in threading.enumerate() if t.name.startswith("hicache-storage")]
+    assert storage_threads() <= before
     states = {result.job.job_id: result.state for result in worker.drain()}
     assert states == {0: JobState.DONE, 1: JobState.DONE, 2: JobState.CANCELLED}
     with pytest.raises(UseAfterClose):

@@ -24,6 +24,7 @@ from hicache_core.types import (
     ReadJob,
     WriteJob,
 )
+from tests.unit.storage.threads import storage_threads
 
 CONTEXT = BackendContext(namespace="0" * 16)
 NBYTES = 4
@@ -177,6 +178,7 @@ def test_a_job_beyond_its_deadline_is_told_of_once_and_settled_when_it_returns(
 def test_healthy_jobs_go_on_beside_stuck_ones_and_the_spare_thread_ends(
     stuck: Stuck, clock: Clock
 ) -> None:
+    before = storage_threads()
     worker = make(stuck, clock)
     worker.submit(read(1))
     stuck.until_started("1")
@@ -198,7 +200,7 @@ def test_healthy_jobs_go_on_beside_stuck_ones_and_the_spare_thread_ends(
     stuck.let_all_go()
     drained(worker, 2)
     assert worker.close(20) == []
-    assert not [t for t in threading.enumerate() if t.name.startswith("hicache-storage")]
+    assert storage_threads() <= before
 
 
 def test_reads_and_questions_that_wait_too_long_are_cancelled_and_writes_are_not(
