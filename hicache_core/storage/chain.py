@@ -116,6 +116,8 @@ class ChainBackend(StorageBackend):
                 link.backend.open()
                 undo.callback(link.backend.close)
             undo.pop_all()
+        if self._copiers:  # it is open: those that copy already are not to be lost
+            return
         config, last = self.chain_config, len(self.links) - 1
         for n, link in enumerate(self.links):
             copiers = self._copiers[link.name] = _Copiers()

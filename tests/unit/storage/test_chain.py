@@ -191,6 +191,15 @@ def test_behind_is_bounded_counts_what_it_drops_and_flush_says_so_once(
     assert chain.copy_counts()["middle_behind_dropped_pages"] == 2
 
 
+def test_opening_an_open_chain_loses_no_thread(make: MakeChain, stores: list[Told]) -> None:
+    """``make`` looks at the threads at the end."""
+    chain = make(stores, write="behind")
+    assert chain.batch_set(KEYS[:1], filled(KEYS[:1])) == 1
+    chain.open()
+    assert chain.batch_set(KEYS[1:2], filled(KEYS[1:2])) == 1
+    assert chain.flush(10.0)
+
+
 @pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("dead", [0, 1, 2])
 def test_a_dead_link_is_passed_over(
