@@ -186,28 +186,26 @@ def namespace_of(cache_salt: str | None, extra_key: str | None) -> Namespace:
 
 
 def _of_sampling(body: SamplingBody) -> SamplingParams:
-    return SamplingParams(
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=body.top_k or -1,
-        stop=_stops(body.stop),
-        stop_token_ids=tuple(body.stop_token_ids or ()),
-        seed=body.sampling_seed,
-        ignore_eos=bool(body.ignore_eos),
-        min_new_tokens=body.min_new_tokens or 0,
-    )
+    return _params(body, body.sampling_seed, body.min_new_tokens)
 
 
 def _of_openai(body: OpenAIBody) -> SamplingParams:
+    return _params(body, body.seed, body.min_tokens)
+
+
+def _params(
+    body: SamplingBody | OpenAIBody, seed: int | None, min_new_tokens: int | None
+) -> SamplingParams:
+    """What both APIs call alike, and the two that they do not."""
     return SamplingParams(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
         top_k=body.top_k or -1,
         stop=_stops(body.stop),
         stop_token_ids=tuple(body.stop_token_ids or ()),
-        seed=body.seed,
+        seed=seed,
         ignore_eos=bool(body.ignore_eos),
-        min_new_tokens=body.min_tokens or 0,
+        min_new_tokens=min_new_tokens or 0,
     )
 
 

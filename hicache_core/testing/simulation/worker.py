@@ -133,11 +133,6 @@ class SimWorker(Worker):
         self._settle(JobResult(job, JobState.CANCELLED, 0))
         return True
 
-    def cancel_reads(self) -> None:
-        """Settles the questions and reads that have not started as CANCELLED."""
-        for job_id in [i for i, job in self._waiting.items() if not isinstance(job, WriteJob)]:
-            self.cancel(job_id)
-
     def drain(self) -> list[JobResult]:
         # docstring inherited
         results = list(self._results)
