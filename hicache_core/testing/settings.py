@@ -19,6 +19,7 @@ class KitSettings:
         race_nbytes: size of the objects that are read while they are written or deleted.
         race_s: how long each race between threads or processes goes on.
         kills: how often a writing process is killed.
+        reclaim_s: a key that a killed process was writing can be stored again within this time.
         full_nbytes: how much is written to a small store to fill it.
         quota_nbytes: what a namespace may take in a store with a quota.
         ttl_s: how long objects live in a store where they expire, and pins that are to end.
@@ -38,6 +39,7 @@ class KitSettings:
     race_nbytes: int = 1 << 20
     race_s: float = 1.0
     kills: int = 5
+    reclaim_s: float = 45.0
     full_nbytes: int = 256 << 20
     quota_nbytes: int = 1 << 20
     ttl_s: float = 2.0

@@ -80,10 +80,11 @@ def _expect_all_hits(verdicts: list[str], how: str) -> None:
 
 
 @rule(
-    "A process that is killed while it stores leaves whole objects or none.",
+    "A process that is killed while it stores leaves whole objects or none; its keys can be stored"
+    " again, at once or after a while, and what is said to be stored then is.",
     requires=Feature.SECOND_PROCESS,
     needs=("two_processes",),
-    patience=2,
+    patience=5,
 )
 def killed_writer(h: Harness) -> None:
     nbytes = h.nbytes(h.settings.race_nbytes)
@@ -98,5 +99,19 @@ def killed_writer(h: Harness) -> None:
             value = h.backend.get(key)
             if value is not None:
                 expect_hit(h.backend, key, nbytes)
-        h.put(h.backend, keys[:4], (nbytes,))
-        h.expect_pages(h.backend, keys[:4], (nbytes,))
+        _store_again(h, keys[:4], nbytes)
+
+
+def _store_again(h: Harness, keys: list[str], nbytes: int) -> None:
+    """Stores ``keys`` in as many batches as it takes; what a batch says it stored is there."""
+    stop_at = time.monotonic() + h.settings.reclaim_s
+    n_stored = 0
+    while n_stored < len(keys):
+        left = keys[n_stored:]
+        n_stored += h.backend.batch_set(left, [h.filled(key, (nbytes,)) for key in left])
+        h.expect_pages(h.backend, keys[:n_stored], (nbytes,))
+        expect(
+            n_stored == len(keys) or time.monotonic() < stop_at,
+            f"{len(keys) - n_stored} keys that a killed process was writing cannot be stored again"
+            f" within {h.settings.reclaim_s:g} s",
+        )

@@ -85,6 +85,7 @@ class Master:
                     f"--metrics_port={self.metrics_port}",
                     "--rpc_thread_num=2",
                     f"--default_kv_lease_ttl={self.lease_ms}",
+                    "--put_start_discard_timeout_sec=2",  # keys of a killed writer come back
                     "--logtostderr",
                     *self.flags,
                 ],
@@ -130,7 +131,9 @@ class Master:
             with urllib.request.urlopen(
                 f"http://127.0.0.1:{self.metrics_port}/health", timeout=1
             ) as answer:
-                return bool(json.load(answer)["service_ready"])
+                ready = bool(json.load(answer)["service_ready"])
+            with socket.create_connection(("127.0.0.1", self.rpc_port), timeout=1):
+                return ready
         except (OSError, urllib.error.URLError):
             return False
 

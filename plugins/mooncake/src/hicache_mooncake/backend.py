@@ -7,7 +7,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from hicache_core.errors import BackendFull, IntegrityError
 from hicache_core.storage.base import (
@@ -28,13 +28,19 @@ from hicache_mooncake.errors import (
     DROPS,
     INVALID_PARAMS,
     MISSES,
+    NOT_READY,
     OBJECT_NOT_FOUND,
     OK,
 )
 from hicache_mooncake.memory import Batch, RegisteredMemory, SliceGate, Slices, address_of, runs
 from hicache_mooncake.staging import Staging, may_be_empty
+from hicache_mooncake.writers import n_settled
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Write = Callable[[Store, Sequence[str], Sequence[T]], list[int]]
+"""Stores a batch of pages, or of their slices in registered memory; Mooncake's code for each."""
 
 MAX_SLICES = 1024
 """Slices under way at once: what the tcp transport queues for one peer unless told otherwise."""
@@ -103,11 +109,12 @@ class MooncakeBackend(StorageBackend):
     def set(self, key: str, value: Buffer) -> None:
         with self.client.using() as store:
             page = (memoryview(value).cast("B"),)
-            codes = self._staging.write(store, [key], [page], self.client.replication)
+            codes = self._after_others(self._stage)(store, [key], [page])
             if not self._stored(codes, [page[0].nbytes]):
                 raise BackendFull(
-                    f"mooncake dropped {key} (code {codes[0]}); lend more memory "
-                    "(global_segment_size) or start more servers"
+                    f"mooncake dropped {key} (code {codes[0]}, {DROPS[codes[0]]}); without room, "
+                    "lend more memory (global_segment_size) or start more servers; what is not "
+                    "ready is being written by another process, or was by one that died"
                 )
 
     def delete(self, keys: Sequence[str]) -> None:
@@ -134,7 +141,13 @@ class MooncakeBackend(StorageBackend):
         return self._move(keys, pages, self._read_direct, self._read_staged, self._filled)
 
     def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
-        return self._move(keys, pages, self._write_direct, self._write_staged, self._stored)
+        return self._move(
+            keys,
+            pages,
+            self._after_others(self._write_direct),
+            self._after_others(self._write_staged),
+            self._stored,
+        )
 
     def clear(self, prefix: str) -> int:
         """Removes every key that starts with ``prefix``, leased or not; how many there were."""
@@ -280,7 +293,20 @@ class MooncakeBackend(StorageBackend):
 
     def _write_staged(self, store: Store, keys: Sequence[str], pages: Sequence[Page]) -> list[int]:
         self._note_staged(pages)
+        return self._stage(store, keys, pages)
+
+    def _stage(self, store: Store, keys: Sequence[str], pages: Sequence[Page]) -> list[int]:
         return self._staging.write(store, keys, pages, self.client.replication)
+
+    def _after_others(self, write: Write[T]) -> Write[T]:
+        """``write``, for the leading keys that no other process is still writing."""
+
+        def write_settled(store: Store, keys: Sequence[str], pages: Sequence[T]) -> list[int]:
+            n = n_settled(store, keys, self.settings.ready_wait_s)
+            codes = write(store, keys[:n], pages[:n]) if n else []
+            return codes + [NOT_READY] * (len(keys) - n)
+
+        return write_settled
 
     def _note_staged(self, pages: Sequence[Page]) -> None:
         with self._counts_lock:

@@ -102,6 +102,11 @@ class MooncakeConfig(BackendConfig):
     retry_interval_s: Seconds = Field(
         default=1.0, description="calls fail at once for so long after the master was lost"
     )
+    ready_wait_s: Seconds = Field(
+        default=0.5,
+        description="how long a write waits for another process that is writing the same object, "
+        "before it counts as dropped",
+    )
     max_call_nbytes: Nbytes = Field(
         default=128 * 2**20,
         description="bytes that one client call moves at most; keeps a read shorter than its lease",

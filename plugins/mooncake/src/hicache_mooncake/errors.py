@@ -9,6 +9,7 @@ from hicache_core.errors import BackendError, BackendTimeout, BackendUnavailable
 
 OK = 0
 INVALID_PARAMS = -600
+NOT_READY = -703
 OBJECT_NOT_FOUND = -704
 ALREADY_EXISTS = -705
 
