@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 from hicache_mooncake.transfer import (
@@ -44,6 +50,42 @@ class TestMooncake(TransferKit):
         failed = decode.notice()
         assert failed.state is TransferState.FAILED
         assert "the checksum of layer 0, tokens 0 to 4" in failed.error
+
+
+@pytest.mark.parametrize("layer", [0, 1], ids=["first contact", "later"])
+def test_a_sender_that_wakes_up_later_writes_nothing(layer: int) -> None:
+    child = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("frozen_sender.py")), str(layer)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        text=True,
+    )
+    news = threading.Event()
+    memory = memory_of(spec_of(), None)
+    context = TransferContext(memory, on_notice=news.set)
+    decode = MooncakeTransfer(MooncakeTransferConfig(idle_timeout_s=1.0), context)
+    try:
+        decode.open()
+        assert child.stdin is not None
+        assert child.stdout is not None
+        decode.receive(ROOM, [child.stdout.readline().strip()], [0, 1], (0, 8), WAIT_S)
+        deadline = time.monotonic() + WAIT_S / 2
+        while not all(any(region) for regions in memory.regions for region in regions[:layer]):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        child.stdin.write("go on\n")
+        child.stdin.flush()
+        assert news.wait(WAIT_S / 2), "a frozen sender holds a transfer for longer than it may"
+        assert [notice.state for notice in decode.poll()] == [TransferState.FAILED]
+        given_up = [bytes(region) for regions in memory.regions for region in regions]
+        os.kill(child.pid, signal.SIGCONT)
+        time.sleep(0.5)
+        assert [bytes(region) for regions in memory.regions for region in regions] == given_up
+    finally:
+        child.kill()
+        child.communicate()
+        decode.close()
 
 
 def test_a_protocol_that_is_not_there_is_an_error() -> None:

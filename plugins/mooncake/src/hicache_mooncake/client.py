@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from hicache_core.errors import BackendError, BackendUnavailable, BrokenBackend, UseAfterClose
 from hicache_mooncake.config import MooncakeConfig, split_address
+from hicache_mooncake.environment import variables
 from hicache_mooncake.errors import OK, OUTAGES, failure
 from hicache_mooncake.liveness import Liveness
 
@@ -75,23 +76,11 @@ def load_library() -> Any:
         raise BrokenBackend(f"mooncake.store does not load ({error}); {INSTALL}") from error
 
 
-@contextlib.contextmanager
-def _limits(rpc_timeout_s: float) -> Iterator[None]:
+def _limits(rpc_timeout_s: float) -> contextlib.AbstractContextManager[None]:
     """Mooncake's own limits, which it reads from the environment during set-up only."""
-    limits = {
-        "MC_RPC_TIMEOUT_MS": str(max(1, round(rpc_timeout_s * 1000))),
-        "MC_STORE_CLIENT_SETUP_RETRIES": "1",
-    }
-    before = {name: os.environ.get(name) for name in limits}
-    os.environ.update(limits)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    return variables(
+        MC_RPC_TIMEOUT_MS=max(1, round(rpc_timeout_s * 1000)), MC_STORE_CLIENT_SETUP_RETRIES=1
+    )
 
 
 class Client:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import math
+import mmap
+import os
 import struct
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,10 +21,15 @@ from hicache_core.disaggregation.wire import Connection, Frame
 from hicache_core.errors import BrokenBackend, TransferError
 from hicache_core.hookspecs import hookimpl
 from hicache_mooncake.client import INSTALL
+from hicache_mooncake.environment import variables
 from hicache_mooncake.memory import address_of
 
 MAX_SLICES = 1 << 16
 BATCH_SLICES = 256
+READ_LIMIT_S = 86_400
+"""Limit of a whole read. What comes later would still be written, into pages that may have another
+owner by then; so it is out of reach, and silence is what ends a read."""
+
 _SLICE = struct.Struct("<QQ")
 
 
@@ -51,6 +60,8 @@ class EngineCarrier(Carrier):
         self._config = config
         self._engine: Any = None
         self._registered: list[int] = []
+        self._scratch = memoryview(mmap.mmap(-1, mmap.PAGESIZE))
+        self._reached: set[str] = set()
 
     def open(self, memory: PageMemory) -> None:
         """Starts the engine and registers the pages.
@@ -64,20 +75,23 @@ class EngineCarrier(Carrier):
         except ImportError as error:
             raise BrokenBackend(f"mooncake.engine does not load ({error}); {INSTALL}") from error
         config = self._config
-        engine = library.TransferEngine()
-        code = engine.initialize(
-            config.advertise or config.host,
-            config.metadata_server,
-            config.protocol,
-            config.device_name,
-        )
+        _set_limits(config.idle_timeout_s)
+        with variables(MC_TRANSFER_TIMEOUT=READ_LIMIT_S):
+            engine = library.TransferEngine()
+            code = engine.initialize(
+                config.advertise or config.host,
+                config.metadata_server,
+                config.protocol,
+                config.device_name,
+            )
         if code != 0:
             raise TransferError(
                 f"Mooncake's TransferEngine does not start on {config.host} with protocol "
                 f"{config.protocol!r} and device {config.device_name!r} (code {code})"
             )
         self._engine = engine
-        ranges = [(address_of(r), r.nbytes) for layers in memory.regions for r in layers]
+        regions = [region for layers in memory.regions for region in layers]
+        ranges = [(address_of(r), r.nbytes) for r in [*regions, self._scratch]]
         for address, nbytes in sorted(ranges):
             if (code := engine.register_memory(address, nbytes)) != 0:
                 self.close()
@@ -89,12 +103,16 @@ class EngineCarrier(Carrier):
         for address in self._registered:
             self._engine.unregister_memory(address)
         self._registered.clear()
+        self._reached.clear()
         self._engine = None
 
     def greeting(self) -> dict[str, Any]:
         # docstring inherited
         host = self._config.advertise or self._config.host
-        return {"session": f"{host}:{self._engine.get_rpc_port()}"}
+        return {
+            "session": f"{host}:{self._engine.get_rpc_port()}",
+            "scratch": address_of(self._scratch),
+        }
 
     def send_rows(self, peer: Connection, frame: Frame, segments: Sequence[memoryview]) -> None:
         # docstring inherited
@@ -118,16 +136,55 @@ class EngineCarrier(Carrier):
         if sum(n for _, n in theirs) != sum(n for _, n in mine):
             raise TransferError(f"{peer.peer} has rows of another size")
         copies = align(theirs, mine)
+        session = self._reach(peer, greeting)
         for at in range(0, len(copies), BATCH_SLICES):
             batch = copies[at : at + BATCH_SLICES]
             code = self._engine.batch_transfer_sync_read(
-                str(greeting.get("session", "")),
+                session,
                 [target for _, target, _ in batch],
                 [source for source, _, _ in batch],
                 [nbytes for _, _, nbytes in batch],
             )
             if code != 0:
                 raise TransferError(f"Mooncake could not read from {peer.peer} (code {code})")
+
+    def _reach(self, peer: Connection, greeting: dict[str, Any]) -> str:
+        """The peer's session, once its engine has answered.
+
+        Mooncake waits a minute for a silent peer at first contact, whatever it is told, and would
+        write what it reads afterwards. So the first read goes to nobody's page, on a thread that
+        may be left behind.
+        """
+        try:
+            session, theirs = str(greeting["session"]), int(greeting["scratch"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise TransferError(f"{peer.peer} names no engine in its greeting") from error
+        if session in self._reached:
+            return session
+        codes: list[int] = []
+        engine, mine = self._engine, address_of(self._scratch)
+
+        def touch() -> None:
+            codes.append(engine.batch_transfer_sync_read(session, [mine], [theirs], [_SLICE.size]))
+
+        contact = threading.Thread(target=touch, name=f"mooncake-contact-{session}", daemon=True)
+        contact.start()
+        contact.join(self._config.idle_timeout_s)
+        if codes != [0]:
+            what = f"code {codes[0]}" if codes else f"silent for {self._config.idle_timeout_s:g} s"
+            raise TransferError(f"the engine of {peer.peer} cannot be reached ({what})")
+        self._reached.add(session)
+        return session
+
+
+def _set_limits(idle_timeout_s: float) -> None:
+    """When the tcp transport gives up on a peer that is silent, unless the operator has said so.
+
+    It reads them late, once in a process, so they stay. It then closes its connection, so that
+    nothing is written afterwards.
+    """
+    for name in ("MC_TCP_PROGRESS_TIMEOUT_SEC", "MC_TCP_STATUS_TIMEOUT_SEC"):
+        os.environ.setdefault(name, str(max(1, math.ceil(idle_timeout_s))))
 
 
 class MooncakeTransfer(PeerTransfer):
