@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections.abc import Sequence
 from typing import NoReturn
 
-import torch
-
 from hicache_core.errors import IntegrityError, PoolExhausted, SpecError
 
-VECTOR_FROM = 512
-"""Ids from which on torch finds their bounds sooner than Python."""
+try:
+    if os.environ.get("HICACHE_PURE_PYTHON") == "1":
+        raise ImportError("HICACHE_PURE_PYTHON=1")
+    from hicache_core._page_marks import are_pages, flip
+except ImportError:  # also where there was no C compiler: the twin answers the same, more slowly
+    from hicache_core._page_marks_py import are_pages, flip
 
 
 class PageAllocator:
-    """Hands out page ids: a stack of free ones and a set of those in use.
+    """Hands out page ids: a stack of free ones, and a mark for each one in use.
 
     Pages come in ascending order from a fresh pool, and those freed last come first, while they
     are warm. One thread, the owner, calls everything.
@@ -31,7 +34,7 @@ class PageAllocator:
             raise SpecError(f"a pool needs 1 to 2**31 - 1 pages, not {n_pages}")
         self.n_pages = n_pages
         self._free = array("i", range(n_pages - 1, -1, -1))  # top of the stack at the end
-        self._used: set[int] = set()
+        self._used = bytearray(n_pages)
 
     @property
     def n_free(self) -> int:
@@ -51,7 +54,7 @@ class PageAllocator:
         pages = free[left:]
         del free[left:]
         pages.reverse()
-        self._used.update(pages)
+        flip(self._used, pages, True)
         return pages
 
     def free(self, pages: Sequence[int]) -> None:
@@ -61,12 +64,13 @@ class PageAllocator:
             IntegrityError: a page is not in use (freed before, named twice, or no page of this
                 pool); nothing was changed.
         """
-        used = self._used
-        n_used = len(used) - len(pages)
-        used.difference_update(pages)
-        if len(used) != n_used:
+        try:
+            ids = pages if isinstance(pages, array) else array("i", pages)
+        except OverflowError:
             self._refuse(pages)
-        self._free.extend(pages[::-1])
+        if not flip(self._used, ids, False):
+            self._refuse(pages)
+        self._free.extend(ids[::-1])
 
     def check_integrity(self) -> None:
         """Every page is either free or in use, once.
@@ -74,28 +78,25 @@ class PageAllocator:
         Raises:
             IntegrityError: names the pages that are not.
         """
-        free = set(self._free)
+        free, used = set(self._free), self._in_use()
         if len(free) != len(self._free):
             raise IntegrityError(f"{len(self._free) - len(free)} pages are free more than once")
-        if not free.isdisjoint(self._used):
-            both = sorted(free & self._used)
-            raise IntegrityError(f"pages {both[:8]} are free and in use")
-        known = free | self._used
-        if len(known) != self.n_pages or min(known) != 0 or max(known) != self.n_pages - 1:
-            lost = sorted(set(range(self.n_pages)) ^ known)
+        if not free.isdisjoint(used):
+            raise IntegrityError(f"pages {sorted(free & used)[:8]} are free and in use")
+        if lost := sorted(free ^ used ^ set(range(self.n_pages))):
             raise IntegrityError(f"pages {lost[:8]} are lost, or not of this pool")
 
+    def _in_use(self) -> set[int]:
+        return {page for page, is_used in enumerate(self._used) if is_used}
+
     def _refuse(self, pages: Sequence[int]) -> NoReturn:
-        """Puts back what ``free`` took out of the set before it saw that a page was not in it."""
-        free = set(self._free)
+        """Says why ``pages`` cannot be freed."""
         named = set(pages)
-        foreign = sorted(page for page in named if not 0 <= page < self.n_pages)
-        self._used |= named.difference(free, foreign)
-        if foreign:
+        if foreign := sorted(page for page in named if not 0 <= page < self.n_pages):
             raise IntegrityError(
                 f"pages {foreign[:8]} do not exist in a pool of {self.n_pages} pages"
             )
-        if twice := sorted(named & free):
+        if twice := sorted(named - self._in_use()):
             raise IntegrityError(f"pages {twice[:8]} are freed, but they are free already")
         raise IntegrityError("a page is named twice in one call of free()")
 
@@ -106,10 +107,6 @@ def check_page_ids(pages: array[int], n_pages: int, where: str) -> None:
     Raises:
         IntegrityError: names the pool and the ids.
     """
-    if len(pages) < VECTOR_FROM:
-        low, high = (min(pages), max(pages)) if pages else (0, 0)
-    else:
-        bounds = torch.frombuffer(pages, dtype=torch.int32).aminmax()
-        low, high = int(bounds.min), int(bounds.max)
-    if low < 0 or high >= n_pages:
+    if not are_pages(pages, n_pages):
+        low, high = min(pages), max(pages)
         raise IntegrityError(f"{where} pages {low} to {high} in a pool of {n_pages} pages")

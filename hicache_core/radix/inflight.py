@@ -43,7 +43,7 @@ class InFlight(TreeCore):
             raise IntegrityError(f"prefetch below {parent}, whose own pages have not arrived")
         if parent.parent is None:
             parent = self._roots.get(parent.key, parent)
-        if tokens[: self._page_nbytes] in parent.children:
+        if bytes(tokens[: self._page_nbytes]) in parent.children:  # a view hashes its whole buffer
             return None
         leaf = self._add_child(parent, keep_tokens(tokens), len(host_pages))
         leaf.priority = parent.priority

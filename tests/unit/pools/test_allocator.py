@@ -60,7 +60,7 @@ class AllocatorMachine(RuleBasedStateMachine):
     def every_page_is_free_or_used(self) -> None:
         self.allocator.check_integrity()
         assert self.allocator.n_free == N_PAGES - len(self.used)
-        assert self.allocator._used == self.used
+        assert self.allocator._in_use() == self.used
 
 
 TestAllocatorMachine = AllocatorMachine.TestCase
