@@ -74,6 +74,7 @@ class JobTable:
         self._write_lane = _Lane(n_slots // 4)
         self._lane = _Lane(n_slots - 2 * (n_slots // 4))
         self._lanes = (self._copy_lane, self._write_lane, self._lane)
+        self._lane_of: dict[int, _Lane] = {}
         self._reported: dict[int, int] = {}
         self._copies: dict[int, Copy] = {}  # whose tickets are not done on this rank
 
@@ -92,15 +93,14 @@ class JobTable:
 
     def report(self, job_id: int, n_pages: int) -> None:
         """This rank is done with a job: ``n_pages`` leading pages, 0 if it failed."""
-        known = any(job_id in lane.settle for lane in self._lanes)
-        if not known or job_id in self._reported:
+        if job_id not in self._lane_of or job_id in self._reported:
             raise IntegrityError(f"job {job_id} was reported twice or never submitted")
         self._reported[job_id] = n_pages
 
     def withdraw(self, job_id: int) -> None:
         """Takes a job out that nobody waits for any more, for a reason that all ranks know."""
-        self._lane.settle.pop(job_id, None)  # it may be among those that are just being settled
-        self._reported.pop(job_id, None)
+        if job_id in self._lane_of:  # else it is among those that are just being settled
+            self._leave(job_id)
 
     def collect_copies(self) -> None:
         """Reports every copy whose ticket is done."""
@@ -112,7 +112,7 @@ class JobTable:
     @property
     def n_jobs(self) -> int:
         """Jobs that are not settled."""
-        return sum(len(lane.settle) for lane in self._lanes)
+        return len(self._lane_of)
 
     @property
     def n_copies(self) -> int:
@@ -152,12 +152,12 @@ class JobTable:
         job_id = self._next_id
         self._next_id += 1
         lane.settle[job_id] = settle
+        self._lane_of[job_id] = lane
         return job_id
 
     def _leave(self, job_id: int) -> Settle:
-        del self._reported[job_id]
-        lane = next(lane for lane in self._lanes if job_id in lane.settle)
-        return lane.settle.pop(job_id)
+        self._reported.pop(job_id, None)
+        return self._lane_of.pop(job_id).settle.pop(job_id)
 
 
 def _padded(lane: _Lane) -> list[int]:

@@ -258,15 +258,16 @@ class PrefetchPath:
         parts.tree.unlock(match.node)
 
     def _submit_reads(self, prefetch: Prefetch, keys: PageKeys, host_pages: array[int]) -> None:
-        parts = self._parts
-        for first in range(0, len(host_pages), parts.batch_pages):
-            ids = host_pages[first : first + parts.batch_pages]
-            index = len(prefetch.batches)
-            job_id = parts.jobs.add(partial(self._batch_settled, prefetch, index))
-            prefetch.batches.append(Batch(job_id, ids))
-            nbytes = len(ids) * self._host.object_nbytes
-            job = ReadJob(job_id, keys[first : first + len(ids)], self._host.pages(ids), nbytes)
-            self._storage.submit(prefetch.storage, job, partial(self._judge_read, prefetch))
+        parts, pages = self._parts, self._host.pages(host_pages)
+        object_nbytes = self._host.object_nbytes
+        jobs: list[ReadJob] = []
+        for start in range(0, len(host_pages), parts.batch_pages):
+            part = slice(start, min(start + parts.batch_pages, len(host_pages)))
+            job_id = parts.jobs.add(partial(self._batch_settled, prefetch, len(jobs)))
+            prefetch.batches.append(Batch(job_id, host_pages[part]))
+            nbytes = (part.stop - start) * object_nbytes
+            jobs.append(ReadJob(job_id, keys[part], pages[part], nbytes))
+        self._storage.submit_all(prefetch.storage, jobs, partial(self._judge_read, prefetch))
 
     def _judge_read(self, prefetch: Prefetch, result: JobResult) -> int:
         shortfall = shortfall_of(result)

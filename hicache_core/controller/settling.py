@@ -38,16 +38,21 @@ class Settling:
             parts.storage.sweep()
         return agreement.flag
 
-    def wait(self, timeout_s: float) -> None:
+    def wait(self, timeout_s: float, *, for_all: bool = False) -> None:
         """Waits until storage or a copy has news, or for ``timeout_s``; less long while other ranks
-        or the window keep what this rank has reported, but never not at all."""
+        or the window keep what this rank has reported, but never not at all.
+
+        Args:
+            timeout_s: seconds.
+            for_all: one piece of storage's news is not enough: all that it was given must end.
+        """
         parts = self._parts
         if parts.jobs.has_reports:  # that news was heard just now
             timeout_s = min(timeout_s, RETRY_S)
         if parts.jobs.oldest_copy is not None:
             parts.jobs.oldest_copy.wait(timeout_s)
         elif parts.storage is not None and parts.storage.attachments:
-            parts.storage.wait(timeout_s)
+            parts.storage.wait(timeout_s, for_all=for_all)
         else:  # nothing of this rank can have news; another rank's copy may, or a timer
             parts.sleep(min(timeout_s, RETRY_S))
 
@@ -60,7 +65,7 @@ class Settling:
         deadline = parts.clock() + timeout_s
         in_time = self.settle(int(timeout_s > 0))
         while in_time and not self._write_path.idle:
-            self.wait(min(max(deadline - parts.clock(), 0.0), WAIT_S))
+            self.wait(min(max(deadline - parts.clock(), 0.0), WAIT_S), for_all=True)
             in_time = self.settle(int(parts.clock() < deadline))
         if not in_time or parts.storage is None:
             return bool(in_time)

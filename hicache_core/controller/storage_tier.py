@@ -60,6 +60,14 @@ class Attachment:
     rejected: Callable[[], Mapping[str, int]] = dict
     manifest: tuple[str, Page] | None = None
     epoch: int = 0
+    _flushable: Flushable | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._flushable = self.backend if isinstance(self.backend, Flushable) else None
+
+    def flush(self, timeout_s: float) -> bool:
+        """Waits until acknowledged writes have reached every store; False if time ran out."""
+        return self._flushable is None or self._flushable.flush(timeout_s)
 
     def close(self, timeout_s: float) -> list[Job]:
         """Ends the worker and the backend; the jobs that hang in it, and then it stays open."""
@@ -160,16 +168,24 @@ class StorageTier:
             self.current.epoch = self._epoch
 
     def submit(self, attachment: Attachment, job: Job, judge: Judge | None = None) -> None:
-        """Hands a job to the worker; one that it does not take is reported with 0 pages.
+        """As ``submit_all``, of one job."""
+        self.submit_all(attachment, [job], judge)
+
+    def submit_all(
+        self, attachment: Attachment, jobs: Sequence[Job], judge: Judge | None = None
+    ) -> None:
+        """Hands jobs of one kind to the worker; those it does not take are reported with 0 pages.
 
         A rank that does not write reports what the writer will: the least counts.
         """
-        if isinstance(job, WriteJob) and not attachment.is_writer:
-            self._jobs.report(job.job_id, len(job.keys))
-        elif attachment.worker.submit(job):
-            if judge is not None:
-                self._judges[job.job_id] = judge
-        else:
+        if not attachment.is_writer and isinstance(jobs[0], WriteJob):
+            for job in jobs:
+                self._jobs.report(job.job_id, len(job.keys))
+            return
+        if judge is not None:
+            self._judges.update((job.job_id, judge) for job in jobs)
+        for job in attachment.worker.submit_all(jobs):
+            self._judges.pop(job.job_id, None)
             self._jobs.report(job.job_id, 0)  # the write queue is full: dropped, and counted
 
     def collect(self) -> None:
@@ -204,19 +220,15 @@ class StorageTier:
         """Whether a detached backend has not been closed, or an attached one is being opened."""
         return bool(self._draining or self._opening)
 
-    def wait(self, timeout_s: float) -> None:
-        """Waits until a call has ended, or for ``timeout_s``."""
+    def wait(self, timeout_s: float, *, for_all: bool = False) -> None:
+        """Waits until a call has ended, or with ``for_all`` all have, or for ``timeout_s``."""
         attachments = self.attachments
         for attachment in attachments:
-            attachment.worker.wait(timeout_s / len(attachments))
+            attachment.worker.wait(timeout_s / len(attachments), for_all=for_all)
 
     def flush(self, timeout_s: float) -> bool:
         """Waits until what was acknowledged has reached every store behind the backend."""
-        return all(
-            attachment.backend.flush(timeout_s)
-            for attachment in self.attachments
-            if isinstance(attachment.backend, Flushable)
-        )
+        return all(attachment.flush(timeout_s) for attachment in self.attachments)
 
     def close(self, timeout_s: float) -> list[Job]:
         """Ends all workers and backends within ``timeout_s`` each; the jobs that were abandoned.

@@ -111,14 +111,15 @@ class WritePath:
         node.stored_in = storage.epoch  # from now on; taken back if storage does not take all of it
         parts.tree.lock_host(node, node.n_pages)
         self._stores.append(store)
-        pages = node.host_pages[:]
-        for start in range(0, len(pages), parts.batch_pages):
-            ids = pages[start : start + parts.batch_pages]
-            job_id = parts.jobs.add_write(partial(self._batch_settled, store, start, len(ids)))
-            store.n_batches += 1
-            nbytes = len(ids) * parts.host.object_nbytes
-            job = WriteJob(job_id, keys[start : start + len(ids)], parts.host.pages(ids), nbytes)
-            parts.storage.submit(storage, job)
+        pages, object_nbytes = parts.host.pages(node.host_pages), parts.host.object_nbytes
+        jobs: list[WriteJob] = []
+        for start in range(0, node.n_pages, parts.batch_pages):
+            part = slice(start, min(start + parts.batch_pages, node.n_pages))
+            n_pages = part.stop - start
+            job_id = parts.jobs.add_write(partial(self._batch_settled, store, start, n_pages))
+            jobs.append(WriteJob(job_id, keys[part], pages[part], n_pages * object_nbytes))
+        store.n_batches = len(jobs)
+        parts.storage.submit_all(storage, jobs)
 
     def _batch_settled(self, store: _Store, start: int, n_pages: int, n_stored: int) -> None:
         parts = self._parts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -95,6 +95,10 @@ class Worker(ABC):
             UseAfterClose: after ``close``.
         """
 
+    def submit_all(self, jobs: Sequence[Job]) -> list[Job]:
+        """Accepts several jobs, in order; those that were not accepted. Raises as ``submit``."""
+        return [job for job in jobs if not self.submit(job)]
+
     @abstractmethod
     def cancel(self, job_id: int) -> bool:
         """Settles a job that has not started as CANCELLED; False if it runs, or is not here."""
@@ -104,8 +108,13 @@ class Worker(ABC):
         """The results since the last call, oldest first; never blocks. Looks at the deadlines."""
 
     @abstractmethod
-    def wait(self, timeout_s: float) -> bool:
-        """Waits until there is a result to drain, OVERDUE ones too; False if there is none."""
+    def wait(self, timeout_s: float, *, for_all: bool = False) -> bool:
+        """Waits until there is a result to drain, OVERDUE ones too; False if there is none.
+
+        Args:
+            timeout_s: seconds.
+            for_all: waits on while a job that is not overdue waits or runs.
+        """
 
     @abstractmethod
     def close(self, timeout_s: float) -> list[Job]:

@@ -6,7 +6,7 @@ import logging
 import operator
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hicache_core.errors import IntegrityError, UseAfterClose
@@ -116,7 +116,8 @@ class StorageWorker(Worker):
         self._deadline = deadline
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # a job may be ready, or the end has come
-        self._news = threading.Condition(self._lock)  # a result arrived, or a thread ended
+        self._news = threading.Condition(self._lock)  # a result arrived
+        self._quiet = threading.Condition(self._lock)  # no job waits or runs but overdue ones
         self._waiting = JobQueue()
         self._wait_until: dict[int, float] = {}  # of the questions and reads that wait
         self._running: dict[int, _Running] = {}
@@ -171,22 +172,17 @@ class StorageWorker(Worker):
 
     def submit(self, job: Job) -> bool:
         # docstring inherited
+        return not self.submit_all([job])
+
+    def submit_all(self, jobs: Sequence[Job]) -> list[Job]:
+        # docstring inherited
         with self._lock:
             if self._closed:
                 raise UseAfterClose("the storage worker is closed; it takes no more jobs")
-            if job.job_id in self._running or job.job_id in self._waiting:
-                raise ValueError(f"job {job.job_id} was already submitted")
-            if isinstance(job, WriteJob):
-                if self._write_nbytes and self._write_nbytes + job.nbytes > self._max_write_nbytes:
-                    return False
-                self._write_nbytes += job.nbytes
-            elif self._deadline is not None:
-                self._wait_until[job.job_id] = self._due(self._clock(), job)
-            self._waiting.add(job)
-            self._n_accepted += 1
+            refused = [job for job in jobs if not self._accept(job)]
             self._start_threads()
-            self._work.notify()
-            return True
+            self._work.notify(len(jobs) - len(refused))
+            return refused
 
     def cancel(self, job_id: int) -> bool:
         # docstring inherited
@@ -207,16 +203,21 @@ class StorageWorker(Worker):
                 self._failures.warn(result)
         return results
 
-    def wait(self, timeout_s: float) -> bool:
+    def wait(self, timeout_s: float, *, for_all: bool = False) -> bool:
         # docstring inherited
+        news = self._quiet if for_all else self._news
+
+        def has_come() -> bool:
+            return bool(self._results) and (not for_all or self._is_quiet())
+
         with self._lock:
             self._look_at_deadlines()
-            while not self._results and timeout_s > 0:
+            while not has_come() and timeout_s > 0:
                 slice_s = timeout_s
                 if self._deadline is not None:
                     until_due_s = max(0.001, self._next_due_s - self._clock())
                     slice_s = min(timeout_s, until_due_s, LOOK_INTERVAL_S)
-                self._news.wait_for(lambda: bool(self._results), slice_s)
+                news.wait_for(has_come, slice_s)
                 timeout_s -= slice_s
                 self._look_at_deadlines()
             return bool(self._results)
@@ -228,7 +229,7 @@ class StorageWorker(Worker):
             for job_id in self._waiting:
                 self._cancel(job_id)
             self._work.notify_all()
-            self._news.wait_for(lambda: not self._running, timeout_s)
+            self._quiet.wait_for(lambda: not self._running, timeout_s)
             abandoned = [running.job for running in self._running.values()]
             threads = list(self._threads)
         if abandoned:
@@ -271,6 +272,23 @@ class StorageWorker(Worker):
                 raise IntegrityError("a job that does not wait has a time to wait until")
 
     # From here on: the caller holds the lock, but for _run.
+
+    def _accept(self, job: Job) -> bool:
+        """Puts a job into its queue, unless that is full."""
+        if job.job_id in self._running or job.job_id in self._waiting:
+            raise ValueError(f"job {job.job_id} was already submitted")
+        if isinstance(job, WriteJob):
+            if self._write_nbytes and self._write_nbytes + job.nbytes > self._max_write_nbytes:
+                return False
+            self._write_nbytes += job.nbytes
+        elif self._deadline is not None:
+            self._wait_until[job.job_id] = self._due(self._clock(), job)
+        self._waiting.add(job)
+        self._n_accepted += 1
+        return True
+
+    def _is_quiet(self) -> bool:
+        return not self._waiting and len(self._running) == self._n_overdue
 
     def _max_alive(self) -> int:
         """So many threads may there be, stuck ones included."""
@@ -398,3 +416,5 @@ class StorageWorker(Worker):
     def _tell(self, result: JobResult) -> None:
         self._results.append(result)
         self._news.notify_all()
+        if self._is_quiet():
+            self._quiet.notify_all()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import wait as wait_for_futures
 
 from hicache_core.errors import LoadFailed, UseAfterClose
 from hicache_core.transfer.base import CopyLayers, CopyQueue, Ticket
@@ -40,7 +39,11 @@ class ThreadTicket(Ticket):
 
     def wait(self, timeout_s: float | None = None) -> bool:
         # docstring inherited
-        return not wait_for_futures([self.future], timeout_s).not_done
+        try:
+            self.future.exception(timeout_s)
+        except TimeoutError:
+            return False
+        return True
 
     def wait_layer(self, layer: int) -> None:
         # docstring inherited

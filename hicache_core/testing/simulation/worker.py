@@ -139,9 +139,14 @@ class SimWorker(Worker):
         self._results.clear()
         return results
 
-    def wait(self, timeout_s: float) -> bool:
+    def wait(self, timeout_s: float, *, for_all: bool = False) -> bool:
         # docstring inherited
-        return self._virtual.run_until(lambda: bool(self._results), timeout_s)
+        def has_come() -> bool:
+            on_time = self._running.keys() - self._late
+            return bool(self._results) and not (for_all and (self._waiting or on_time))
+
+        self._virtual.run_until(has_come, timeout_s)
+        return bool(self._results)
 
     def close(self, timeout_s: float) -> list[Job]:
         # docstring inherited
