@@ -139,13 +139,11 @@ class JobTable:
             ids = sorted(self._reported)
         else:
             ids = [job_id for lane in self._lanes for job_id in _padded(lane)]
-        mine = [flag, *(self._reported.get(job_id, NOT_REPORTED) for job_id in ids)]
+        reported = self._reported
+        mine = [flag, *[reported.get(job_id, NOT_REPORTED) for job_id in ids]]
         agreed_flag, *agreed = self._ranks.agree_min(mine)
-        done = sorted(
-            (job_id, n_pages)
-            for job_id, n_pages in zip(ids, agreed, strict=True)
-            if n_pages != NOT_REPORTED
-        )
+        pairs = zip(ids, agreed, strict=True)
+        done = sorted([pair for pair in pairs if pair[1] != NOT_REPORTED])
         return Agreement([(self._leave(job_id), n) for job_id, n in done], agreed_flag)
 
     def _enter(self, lane: _Lane, settle: Settle) -> int:

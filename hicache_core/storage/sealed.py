@@ -33,8 +33,9 @@ MAX_VERDICTS = 1024
 MAGIC = b"HiCP"
 VERSION = 1
 
-_HEADER = struct.Struct("<4sHHQQ8s32s")
-_KEY = re.compile(r"([0-9a-f]{16})/([0-9a-f]{64})")
+_HEADER = struct.Struct("<4sHHQQ40s")
+_KEY = re.compile(r"[0-9a-f]{16}/[0-9a-f]{64}")
+_NAMESPACE_NBYTES = 8
 
 
 def parse_key(key: str) -> tuple[bytes, bytes]:
@@ -43,10 +44,15 @@ def parse_key(key: str) -> tuple[bytes, bytes]:
     Raises:
         ValueError: the key is not ``<16 hex digits>/<64 hex digits>``.
     """
-    match = _KEY.fullmatch(key)
-    if match is None:
+    name = _name_of(key)
+    return name[:_NAMESPACE_NBYTES], name[_NAMESPACE_NBYTES:]
+
+
+def _name_of(key: str) -> bytes:
+    """The key as the header has it: namespace digest and page hash, 40 bytes."""
+    if _KEY.fullmatch(key) is None:
         raise ValueError(f"{key!r} is no page key; a key is <16 hex digits>/<64 hex digits>")
-    return bytes.fromhex(match[1]), bytes.fromhex(match[2])
+    return bytes.fromhex(key.replace("/", ""))
 
 
 def checksum(payload: Sequence[memoryview]) -> int:
@@ -65,13 +71,15 @@ def seal(key: str, page: Page) -> None:
     Raises:
         ValueError: the key is no page key, or the first segment is not 64 bytes long.
     """
-    namespace, page_hash = parse_key(key)
+    name = _name_of(key)
     _check_page(page)
+    _seal(name, page)
+
+
+def _seal(name: bytes, page: Page) -> None:
     payload = page[1:]
     nbytes = nbytes_of(payload)
-    _HEADER.pack_into(
-        page[0], 0, MAGIC, VERSION, 0, nbytes, checksum(payload), namespace, page_hash
-    )
+    _HEADER.pack_into(page[0], 0, MAGIC, VERSION, 0, nbytes, checksum(payload), name)
 
 
 def _check_page(page: Page) -> None:
@@ -87,8 +95,11 @@ def mismatch(key: str, page: Page) -> str | None:
         ``corrupt``, ``wrong_version``, ``wrong_length``, ``foreign`` (sealed for another key), or
         None.
     """
-    namespace, page_hash = parse_key(key)
-    magic, version, flags, nbytes, digest, its_namespace, its_hash = _HEADER.unpack(page[0])
+    return _mismatch(_name_of(key), page)
+
+
+def _mismatch(name: bytes, page: Page) -> str | None:
+    magic, version, flags, nbytes, digest, its_name = _HEADER.unpack(page[0])
     payload = page[1:]
     if magic != MAGIC:
         return "corrupt"
@@ -96,7 +107,7 @@ def mismatch(key: str, page: Page) -> str | None:
         return "wrong_version"
     if nbytes != nbytes_of(payload):
         return "wrong_length"
-    if its_namespace != namespace or its_hash != page_hash:
+    if its_name != name:
         return "foreign"
     return None if checksum(payload) == digest else "corrupt"
 
@@ -155,11 +166,10 @@ class SealedBackend(BackendWrapper):
         return self.inner.batch_exists(keys)
 
     def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
-        for key in keys:
-            parse_key(key)
-        n_good, n_filled = self._fill(keys, pages)
+        names = [_name_of(key) for key in keys]
+        n_good, n_filled = self._fill(keys, names, pages)
         for n in range(n_good, n_filled):
-            kind = mismatch(keys[n], pages[n])
+            kind = _mismatch(names[n], pages[n])
             if kind is not None:
                 self._reject(keys[n], kind)
                 return n
@@ -168,13 +178,15 @@ class SealedBackend(BackendWrapper):
         return n_filled
 
     def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
-        for key, page in zip(keys, pages, strict=True):
-            parse_key(key)
+        names = [_name_of(key) for key in keys]
+        for page in pages:
             _check_page(page)
         if self._visiting is not None:
-            return self._visiting.batch_set_visiting(keys, pages, lambda n: seal(keys[n], pages[n]))
-        for key, page in zip(keys, pages, strict=True):
-            seal(key, page)
+            return self._visiting.batch_set_visiting(
+                keys, pages, lambda n: _seal(names[n], pages[n])
+            )
+        for name, page in zip(names, pages, strict=True):
+            _seal(name, page)
         return self.inner.batch_set(keys, pages)
 
     def rejections(self) -> Mapping[str, int]:
@@ -193,14 +205,16 @@ class SealedBackend(BackendWrapper):
         with self._lock:
             return self._verdicts.get(key)
 
-    def _fill(self, keys: Sequence[str], pages: Sequence[Page]) -> tuple[int, int]:
+    def _fill(
+        self, keys: Sequence[str], names: Sequence[bytes], pages: Sequence[Page]
+    ) -> tuple[int, int]:
         """Reads pages; how many leading ones verified already, and how many are filled."""
         if self._visiting is None:
             return 0, self.inner.batch_get(keys, pages)
         refused: set[int] = set()
 
         def arrived(n: int) -> bool:
-            good = mismatch(keys[n], pages[n]) is None
+            good = _mismatch(names[n], pages[n]) is None
             if not good:
                 refused.add(n)
             return good

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import attrgetter
 
 from hicache_core.types import Page
+
+_NBYTES = attrgetter("nbytes")
 
 
 def nbytes_of(page: Iterable[memoryview]) -> int:
     """Length in bytes of the object whose segments these are."""
-    return sum(segment.nbytes for segment in page)
+    return sum(map(_NBYTES, page))
 
 
 def join(page: Page) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +57,9 @@ class Store:
         self.jobs[job.job_id] = (job, start_s, self.free_at_s)
         return True
 
+    def submit_all(self, jobs: Sequence[Job]) -> list[Job]:
+        return [job for job in jobs if not self.submit(job)]
+
     def cancel(self, job_id: int) -> bool:
         job, start_s, _ = self.jobs.get(job_id, (None, 0.0, 0.0))
         if job is None or start_s < self.clock():
@@ -76,7 +79,7 @@ class Store:
             results.append(JobResult(job, result.state, result.n_pages, "", end_s - start_s))
         return results
 
-    def wait(self, timeout_s: float) -> bool:
+    def wait(self, timeout_s: float, *, for_all: bool = False) -> bool:  # noqa: ARG002
         ends = [end_s for _, _, end_s in self.jobs.values()]
         until_s = self.clock() + timeout_s
         self.clock.now_s = max(self.clock(), min([*ends, until_s]))

@@ -169,7 +169,7 @@ def every_rank_stores_what_all_hold(patch: Patch) -> None:
 
 
 def a_wait_does_not_wait(patch: Patch) -> None:
-    patch.setattr(Settling, "wait", lambda *_: None)
+    patch.setattr(Settling, "wait", lambda *_, **__: None)
 
 
 def a_prompt_seems_longer_than_it_is(patch: Patch) -> None:
