@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from hicache_core.types import ExistsJob, Job, JobResult
+from hicache_core.storage.base import StorageBackend
+from hicache_core.types import ExistsJob, Job, JobResult, JobState, ReadJob
 
 GIB = 2**30
 
@@ -43,6 +45,32 @@ class Deadlines:
 def nbytes_of_job(job: Job) -> int:
     """Bytes that the job reads or writes; none if it is a question."""
     return 0 if isinstance(job, ExistsJob) else job.nbytes
+
+
+def run_job(backend: StorageBackend, job: Job, clock: Callable[[], float]) -> JobResult:
+    """Carries out one job; never raises, whatever the backend does.
+
+    This is the one place of HiCache that catches every exception: a backend is foreign code, and
+    the engine must outlive it. An answer that is no number of leading pages is a failure too, since
+    to trust it could serve bytes that never arrived.
+    """
+    start = clock()
+    try:
+        keys = list(job.keys)  # made on this thread, if they were not made yet
+        if isinstance(job, ExistsJob):
+            answer = backend.batch_exists(keys)
+        elif isinstance(job, ReadJob):
+            answer = backend.batch_get(keys, job.pages)
+        else:
+            answer = backend.batch_set(keys, job.pages)
+        n_pages = operator.index(answer)
+        if not 0 <= n_pages <= len(job.keys):
+            raise ValueError(f"answered {n_pages} pages of {len(job.keys)}")
+    except (Exception, SystemExit) as exc:
+        error = f"{type(exc).__name__}: {exc}"
+        kind = type(exc).__name__
+        return JobResult(job, JobState.FAILED, 0, error, clock() - start, kind)
+    return JobResult(job, JobState.DONE, n_pages, "", clock() - start)
 
 
 class Worker(ABC):

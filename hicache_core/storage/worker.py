@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import operator
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -11,10 +10,10 @@ from dataclasses import dataclass
 
 from hicache_core.errors import IntegrityError, UseAfterClose
 from hicache_core.storage.base import StorageBackend
-from hicache_core.storage.executor import Deadline, Worker, nbytes_of_job
+from hicache_core.storage.executor import Deadline, Worker, nbytes_of_job, run_job
 from hicache_core.storage.failure_log import FailureLog
 from hicache_core.storage.worker_queue import JobQueue
-from hicache_core.types import ExistsJob, Job, JobResult, JobState, ReadJob, WriteJob
+from hicache_core.types import Job, JobResult, JobState, ReadJob, WriteJob
 
 logger = logging.getLogger(__name__)
 
@@ -22,32 +21,6 @@ LOOK_INTERVAL_S = 0.1
 """``wait`` looks at the deadlines at least so often: meanwhile a job may start, and time pass."""
 
 NEVER = float("inf")
-
-
-def run_job(backend: StorageBackend, job: Job, clock: Callable[[], float]) -> JobResult:
-    """Carries out one job; never raises, whatever the backend does.
-
-    This is the one place of HiCache that catches every exception: a backend is foreign code, and
-    the engine must outlive it. An answer that is no number of leading pages is a failure too, since
-    to trust it could serve bytes that never arrived.
-    """
-    start = clock()
-    try:
-        keys = list(job.keys)  # made on this thread, if they were not made yet
-        if isinstance(job, ExistsJob):
-            answer = backend.batch_exists(keys)
-        elif isinstance(job, ReadJob):
-            answer = backend.batch_get(keys, job.pages)
-        else:
-            answer = backend.batch_set(keys, job.pages)
-        n_pages = operator.index(answer)
-        if not 0 <= n_pages <= len(job.keys):
-            raise ValueError(f"answered {n_pages} pages of {len(job.keys)}")
-    except (Exception, SystemExit) as exc:
-        error = f"{type(exc).__name__}: {exc}"
-        kind = type(exc).__name__
-        return JobResult(job, JobState.FAILED, 0, error, clock() - start, kind)
-    return JobResult(job, JobState.DONE, n_pages, "", clock() - start)
 
 
 @dataclass(slots=True)

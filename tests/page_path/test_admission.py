@@ -14,7 +14,7 @@ from hicache_core.config import HiCacheConfig
 from hicache_core.page_keys import pack_tokens
 from hicache_core.pools.device import DevicePool
 from hicache_core.storage.base import StorageBackend
-from hicache_core.storage.worker import run_job
+from hicache_core.storage.executor import run_job
 from hicache_core.types import ExistsJob, Job, JobResult, JobState, WriteJob
 from tests.page_path.world import PAGE_SIZE, SPEC, ids
 
@@ -79,7 +79,7 @@ class Store:
             results.append(JobResult(job, result.state, result.n_pages, "", end_s - start_s))
         return results
 
-    def wait(self, timeout_s: float, *, for_all: bool = False) -> bool:  # noqa: ARG002
+    def wait(self, timeout_s: float, *, for_all: bool = False) -> bool:
         ends = [end_s for _, _, end_s in self.jobs.values()]
         until_s = self.clock() + timeout_s
         self.clock.now_s = max(self.clock(), min([*ends, until_s]))

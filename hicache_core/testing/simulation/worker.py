@@ -9,8 +9,7 @@ from random import Random
 
 from hicache_core.errors import IntegrityError, UseAfterClose
 from hicache_core.storage.base import StorageBackend
-from hicache_core.storage.executor import Worker
-from hicache_core.storage.worker import run_job
+from hicache_core.storage.executor import Worker, run_job
 from hicache_core.testing.simulation.clock import InvariantBroken, Process, VirtualClock
 from hicache_core.types import Job, JobResult, JobState, ReadJob, WriteJob
 

@@ -16,8 +16,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from hicache_core.errors import BackendTimeout, UseAfterClose
 from hicache_core.storage.base import BackendConfig, Buffer, StorageBackend
+from hicache_core.storage.executor import run_job
 from hicache_core.storage.memory import MemoryBackend, MemoryConfig
-from hicache_core.storage.worker import StorageWorker, run_job
+from hicache_core.storage.worker import StorageWorker
 from hicache_core.storage.worker_queue import READS_BEFORE_A_WRITE
 from hicache_core.types import (
     BackendContext,
@@ -186,6 +187,39 @@ def test_a_write_is_refused_when_the_queue_is_full_and_nothing_of_it_is_kept(gat
     drained(worker, 2)
     assert worker.submit(write(2)), "a refused job may be submitted again"
     drained(worker, 1)
+    assert worker.close(5) == []
+
+
+def test_of_many_jobs_those_are_refused_that_the_queue_has_no_room_for(gated: Gated) -> None:
+    worker = make(gated, n_threads=3, max_write_nbytes=2 * NBYTES)
+    refused = worker.submit_all([write(0), write(1, 2 * NBYTES), write(2), write(3)])
+    assert [job.job_id for job in refused] == [1, 3]
+    until(lambda: sorted(gated.started) == ["w0", "w2"])  # each wakes a thread
+    gated.let_through()
+    assert {result.job.job_id for result in drained(worker, 2)} == {0, 2}
+    assert worker.close(5) == []
+
+
+def test_a_wait_for_all_ends_when_nothing_waits_or_runs(gated: Gated) -> None:
+    worker = make(gated)
+    worker.submit_all([read(0), read(1)])
+    gated.let_through(1)
+    assert worker.wait(20)
+    waited = threading.Event()
+
+    def wait() -> None:
+        assert worker.wait(20, for_all=True)
+        waited.set()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    until(lambda: gated.started == ["r0", "r1"])
+    assert not waited.is_set()
+    assert worker.wait(0.001, for_all=True), "there is a result, though not of all"
+    gated.let_through(1)
+    assert waited.wait(20)
+    thread.join()
+    assert len(worker.drain()) == 2
     assert worker.close(5) == []
 
 

@@ -150,6 +150,21 @@ def test_a_deadline_grows_with_the_bytes_of_a_job() -> None:
         Deadlines(base_s=0)
 
 
+def test_a_wait_for_all_does_not_wait_for_what_is_overdue(stuck: Stuck, clock: Clock) -> None:
+    worker = make(stuck, clock, n_threads=2)
+    worker.submit_all([read(1), read(2)])
+    stuck.until_started("1", "2")
+    stuck.let_go("2")
+    assert worker.wait(20)
+    clock.now += DEADLINE_S + 0.1
+    assert worker.wait(1e9, for_all=True)
+    assert states(worker.drain()) == [(2, JobState.DONE), (1, JobState.OVERDUE)]
+    stuck.let_go("1")
+    assert worker.wait(1e9, for_all=True)
+    assert states(worker.drain()) == [(1, JobState.DONE)]
+    assert worker.close(20) == []
+
+
 @pytest.mark.parametrize("make_job", [exists, read, write])
 def test_a_job_beyond_its_deadline_is_told_of_once_and_settled_when_it_returns(
     stuck: Stuck, clock: Clock, make_job: Callable[[int], Job]
