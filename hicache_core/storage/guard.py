@@ -19,6 +19,7 @@ from hicache_core.errors import (
 from hicache_core.storage.base import Buffer, StorageBackend
 from hicache_core.storage.breaker import BreakerState, CircuitBreaker, Ticket, Verdict
 from hicache_core.storage.failed_keys import FailedKeys
+from hicache_core.storage.guard_capabilities import GUARDED
 from hicache_core.storage.guard_config import GuardConfig
 from hicache_core.storage.latency import CallRecorder, OperationStatus
 from hicache_core.storage.segments import nbytes_of
@@ -42,7 +43,7 @@ class GuardStatus:
         n_in_flight: calls under way.
         n_hanging: those of them that were found beyond their deadline.
         state_changes: how often the breaker came into each state.
-        operations: histograms of exists, get, set and delete.
+        operations: histograms of exists, get, set, delete, and what else was called.
         errors: how often each operation raised each class of exception, retries included.
         retries: calls that were repeated.
         short_circuits: calls that the breaker did not let through.
@@ -75,12 +76,17 @@ class GuardedBackend(BackendWrapper):
     - A key whose load failed counts as absent for ``negative_ttl_s``, or until it is stored or
       loaded again through this guard. A load that the breaker refused is no failed load.
 
-    What is behind the optional capabilities (``list_keys``, ``pin``, ...) is passed on unguarded.
+    - ``list_keys``, ``clear``, ``pin`` and ``usage`` are refused and counted likewise, but neither
+      repeated nor judged: they may take long in a store that is well. ``stats``, ``diagnose`` and
+      ``flush`` pass through.
+
     The time of a batch is that of its first page times their number: pages of one batch are taken
     to be equally long.
 
     Threads: as those of the backend inside; the guard adds no waiting but the pause of a retry.
     """
+
+    translated = GUARDED
 
     def __init__(
         self,
@@ -199,6 +205,23 @@ class GuardedBackend(BackendWrapper):
         self._calls.moved("set", page_nbytes * n)
         return n
 
+    def aside(self, operation: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Makes a call that is no request's, unless the breaker is open, and does not judge by it.
+
+        Raises:
+            BreakerOpen: the breaker is open, and not yet due for a probe.
+        """
+        if self._breaker.view().next_probe_s > 0:
+            raise self._short_circuit()
+        start_s = self._clock()
+        try:
+            return call(*args, **kwargs)
+        except BaseException as exc:
+            self._calls.failed(operation, type(exc).__name__)
+            raise
+        finally:
+            self._calls.took(operation, self._clock() - start_s)
+
     def _n_good(self, keys: Sequence[str]) -> int:
         """How many leading keys have not failed to load."""
         n_good = self._failed.n_leading_good(keys)
@@ -219,9 +242,7 @@ class GuardedBackend(BackendWrapper):
         allowed_s = self._hang_limits.for_nbytes(nbytes)
         ticket = self._breaker.enter(operation, self._slow_limits.for_nbytes(nbytes), allowed_s)
         if ticket is None:
-            with self._lock:
-                self._n_short_circuits += 1
-            raise self._breaker_open()
+            raise self._short_circuit()
         start_s = ticket.start_s
         for attempt in range(self.guard_config.retries + 1):
             try:
@@ -258,7 +279,10 @@ class GuardedBackend(BackendWrapper):
             return False
         return attempt < self.guard_config.retries and self._breaker.admits(ticket)
 
-    def _breaker_open(self) -> BreakerOpen:
+    def _short_circuit(self) -> BreakerOpen:
+        """Counts a call that is not made; what to raise for it."""
+        with self._lock:
+            self._n_short_circuits += 1
         view = self._breaker.view()
         probe = f"the next probe goes in {view.next_probe_s:.1f} s"
         if view.state is not BreakerState.OPEN:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ NBYTES_BOUNDS = tuple(4**n for n in range(6, 16))
 """Upper bounds of the byte buckets, 4 KiB to 1 GiB; one bucket more takes what is above."""
 
 OPERATIONS = ("exists", "get", "set", "delete")
+"""Known from the start; others are known once they were called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,24 +35,33 @@ class OperationStatus:
     nbytes: Histogram
 
 
+class _Operation:
+    """The calls of one operation so far."""
+
+    __slots__ = ("latency_s", "nbytes")
+
+    def __init__(self) -> None:
+        self.latency_s = Distribution(LATENCY_BOUNDS_S)
+        self.nbytes = Distribution(NBYTES_BOUNDS)
+
+
 class CallRecorder:
     """Counts the calls of one backend, by operation. Any thread may call any method."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._latency = {name: Distribution(LATENCY_BOUNDS_S) for name in OPERATIONS}
-        self._nbytes = {name: Distribution(NBYTES_BOUNDS) for name in OPERATIONS}
+        self._operations = defaultdict(_Operation, {name: _Operation() for name in OPERATIONS})
         self._errors: dict[tuple[str, str], int] = {}
 
     def took(self, operation: str, elapsed_s: float) -> None:
         """A call came back, whatever came of it."""
         with self._lock:
-            self._latency[operation].add(elapsed_s)
+            self._operations[operation].latency_s.add(elapsed_s)
 
     def moved(self, operation: str, nbytes: int) -> None:
         """A call succeeded and moved ``nbytes``."""
         with self._lock:
-            self._nbytes[operation].add(nbytes)
+            self._operations[operation].nbytes.add(nbytes)
 
     def failed(self, operation: str, kind: str) -> None:
         """A call raised an exception of class ``kind``."""
@@ -61,10 +72,8 @@ class CallRecorder:
         """The histograms of every operation, as of now."""
         with self._lock:
             return {
-                name: OperationStatus(
-                    self._latency[name].histogram(), self._nbytes[name].histogram()
-                )
-                for name in OPERATIONS
+                name: OperationStatus(calls.latency_s.histogram(), calls.nbytes.histogram())
+                for name, calls in self._operations.items()
             }
 
     def errors(self) -> Mapping[tuple[str, str], int]:

@@ -160,12 +160,12 @@ def a_tier_loses_pages_in_silence(patch: Patch) -> None:
 
 
 def every_rank_stores_what_all_hold(patch: Patch) -> None:
-    submit = StorageTier.submit
+    submit = StorageTier.submit_all
 
     def as_writer(self: StorageTier, attachment: Attachment, *job: Any) -> None:
         submit(self, replace(attachment, is_writer=True), *job)
 
-    patch.setattr(StorageTier, "submit", as_writer)
+    patch.setattr(StorageTier, "submit_all", as_writer)
 
 
 def a_wait_does_not_wait(patch: Patch) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -98,6 +99,69 @@ def test_a_guard_looks_like_what_it_guards(store: Told) -> None:
     assert backend.name == "told"
     assert isinstance(backend, Listable)
     assert not isinstance(backend, Clearable)
+
+
+OTHER_CALLS: dict[str, Callable[[Any], object]] = {
+    "list": lambda backend: list(backend.list_keys("")),
+    "clear": lambda backend: backend.clear(""),
+    "pin": lambda backend: backend.pin(KEYS, 60.0),
+    "usage": lambda backend: backend.usage(),
+}
+
+
+class Able(Told):
+    """Can do what a guard guards beside the calls of requests."""
+
+    def clear(self, prefix: str) -> int:
+        self._call()
+        return len(prefix)
+
+    def pin(self, keys: Sequence[str], ttl_s: float) -> int:
+        self._call()
+        return len(keys) if ttl_s else 0
+
+    def usage(self) -> Mapping[str, int]:
+        self._call()
+        return {"": 1}
+
+
+@pytest.mark.parametrize("operation", OTHER_CALLS)
+def test_other_calls_are_counted_and_refused_while_the_breaker_is_open(
+    clock: Clock, operation: str
+) -> None:
+    store, call = Able(clock), OTHER_CALLS[operation]
+    backend = guard(store, open_s=5)
+    store.takes_s = 0.5
+    assert call(backend) == call(store)
+    assert backend.status().operations[operation].latency_s.total == 0.5
+    store.takes_s = 0.0
+    store.always = BackendUnavailable("connection refused")
+    with pytest.raises(BackendUnavailable):
+        call(backend)
+    assert backend.status().errors == {(operation, "BackendUnavailable"): 1}
+    fail(backend, 4)
+    n_calls = store.n_calls
+    with pytest.raises(BreakerOpen):
+        call(backend)
+    assert (store.n_calls, backend.status().short_circuits) == (n_calls, 1)
+    store.always = None
+    clock.now += 5
+    assert call(backend) == call(store)
+    assert backend.status().state is BreakerState.OPEN, "requests decide whether it closes"
+
+
+@pytest.mark.parametrize("operation", OTHER_CALLS)
+def test_the_breaker_does_not_judge_by_other_calls(clock: Clock, operation: str) -> None:
+    store, call = Able(clock), OTHER_CALLS[operation]
+    backend = guard(store, retries=2)
+    store.takes_s = 3600.0
+    for _ in range(10):
+        call(backend)
+    store.always = BackendTimeout("no answer")
+    for _ in range(10):
+        with pytest.raises(BackendTimeout):
+            call(backend)
+    assert (backend.status().state, backend.status().retries) == (BreakerState.CLOSED, 0)
 
 
 def test_a_healthy_store_is_asked_each_time_and_its_answers_pass_through(store: Told) -> None:
