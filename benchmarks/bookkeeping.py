@@ -39,30 +39,40 @@ def prompt(number: int) -> bytes:
     return pack_tokens(array("I", range(number * 1000, number * 1000 + N_TOKENS)))
 
 
-def thread_cpu_us(step: Callable[[], float]) -> float:
-    """CPU time of this thread for one ``step``, less the seconds that it returns, in us."""
+def thread_cpu_us(step: Callable[[], object]) -> float:
+    """CPU time of this thread for one call, in microseconds."""
     gc.collect()
     gc.disable()
     start = time.thread_time()
-    slept_s = step()
+    step()
     end = time.thread_time()
     gc.enable()
-    return (end - start - slept_s) * 1e6
+    return (end - start) * 1e6
 
 
-def sleep() -> float:
-    """Sleeps a little; the CPU time of that, in seconds."""
-    start = time.thread_time()
-    time.sleep(0.001)
-    return time.thread_time() - start
+class Pauses:
+    """Sleeps a little at each call; ``cpu_us`` is what that has cost this thread."""
+
+    def __init__(self) -> None:
+        self.cpu_us = 0.0
+
+    def __call__(self) -> None:
+        start = time.thread_time()
+        time.sleep(0.001)
+        self.cpu_us += (time.thread_time() - start) * 1e6
 
 
-def serve(cache: HiCache, tokens: bytes) -> float:
-    """All calls of one request, without a model, until all has settled; CPU time of its sleeps."""
-    slept_s = 0.0
+def request_us(cache: HiCache, tokens: bytes) -> float:
+    """CPU time of one request's calls, in microseconds."""
+    pauses = Pauses()
+    return thread_cpu_us(partial(serve, cache, tokens, pauses)) - pauses.cpu_us
+
+
+def serve(cache: HiCache, tokens: bytes, pause: Callable[[], object]) -> None:
+    """All calls of one request, without a model, until everything has settled."""
     if cache.prefetch("request", tokens):
         while not cache.prefetch_ready("request"):
-            slept_s += sleep()
+            pause()
             cache.poll()
     cache.finish_prefetch("request")
     match = cache.match_prefix(tokens)
@@ -74,7 +84,6 @@ def serve(cache: HiCache, tokens: bytes) -> float:
     cache.free(result.duplicates)
     cache.unlock(match.node)
     assert cache.flush()
-    return slept_s
 
 
 def scenarios(share: str | None, repeat: int) -> dict[str, list[float]]:
@@ -86,16 +95,16 @@ def scenarios(share: str | None, repeat: int) -> dict[str, list[float]]:
     samples: dict[str, list[float]] = {"cold": [], "device hit": [], "host hit": []}
     with opened(**settings) as cache:
         for number in range(repeat):
-            run = partial(serve, cache, prompt(number))
-            samples["cold"].append(thread_cpu_us(run))
-            samples["device hit"].append(thread_cpu_us(run))
+            run = partial(request_us, cache, prompt(number))
+            samples["cold"].append(run())
+            samples["device hit"].append(run())
             cache.evict(8 * N_PAGES)
-            samples["host hit"].append(thread_cpu_us(run))
+            samples["host hit"].append(run())
             cache.evict(8 * N_PAGES)
         if share is not None:
             with opened(**settings) as other:
                 samples["storage hit"] = [
-                    thread_cpu_us(partial(serve, other, prompt(number))) for number in range(repeat)
+                    request_us(other, prompt(number)) for number in range(repeat)
                 ]
     return samples
 
