@@ -154,7 +154,7 @@ class StorageWorker(Worker):
                 raise UseAfterClose("the storage worker is closed; it takes no more jobs")
             refused = [job for job in jobs if not self._accept(job)]
             self._start_threads()
-            self._work.notify(len(jobs) - len(refused))
+            self._work.notify()  # one thread, which wakes the next: that costs the owner less
             return refused
 
     def cancel(self, job_id: int) -> bool:
@@ -291,6 +291,8 @@ class StorageWorker(Worker):
                         return
                     self._work.wait()
                     job = self._next_job()
+                if len(self._waiting):
+                    self._work.notify()
             result = run_job(self._backend, job, self._clock)
             if result.state is JobState.FAILED:
                 self._failures.warn(result)
