@@ -65,7 +65,7 @@ class PageAllocator:
                 pool); nothing was changed.
         """
         try:
-            ids = pages if isinstance(pages, array) else array("i", pages)
+            ids = array("i", pages)
         except OverflowError:
             self._refuse(pages)
         if not flip(self._used, ids, False):
