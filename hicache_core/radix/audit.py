@@ -62,7 +62,9 @@ def _check_copies(node: Node) -> None:
     _require(node.host_pages is not None or not node.host_pending, node, "pending pages exist")
     _require(not (node.host_pending or node.device_pending) or node.lock_count > 0, node,
              "what is in flight is locked")  # fmt: skip
-    _require(not node.device_pending or node.host_lock_count > 0, node, "a load locks its source")
+    _require(not node.device_pending or node.n_host_readers > 0, node, "a load locks its source")
+    _require(node.host_lock_count >= node.n_host_readers >= 0, node, "who reads the host locks it")
+    _require(not node.n_host_readers or node.host_pages is not None, node, "what is read is there")
     _require(
         not node.on_device or parent.parent is None or parent.on_device,
         node,

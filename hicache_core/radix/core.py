@@ -97,17 +97,23 @@ class TreeCore:
         Raises:
             IntegrityError: the run has no host pages, or starts inside a node.
         """
-        for member in self.run(node, n_pages):
+        members = self.run(node, n_pages)
+        for member in members:
             if member.host_pages is None:
                 raise IntegrityError(f"host lock of {member}, which has no host pages")
+        for member in members:
+            member.n_host_readers += 1
         for at in path_to_root(node):
             at.host_lock_count += 1
 
     def unlock_host(self, node: Node, n_pages: int) -> None:
         """Take back one :meth:`lock_host` with the same arguments."""
-        for member in self.run(node, n_pages):
-            if member.host_lock_count < 1:
+        members = self.run(node, n_pages)
+        for member in members:
+            if member.n_host_readers < 1:
                 raise IntegrityError(f"host unlock of {member}, whose host pages are not locked")
+        for member in members:
+            member.n_host_readers -= 1
         for at in path_to_root(node):
             at.host_lock_count -= 1
 

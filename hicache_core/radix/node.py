@@ -33,6 +33,7 @@ class Node:
         n_host_children: children that have host pages, pending ones too.
         lock_count: locks on this node or below it.
         host_lock_count: host locks on this node or below it.
+        n_host_readers: copies and stores under way that read ``host_pages``.
         stored_in: number of the storage attachment that has, or is being given, its pages, or 0.
         hit_count: matches that went through this node.
         priority: the highest that was inserted here or below.
@@ -53,6 +54,7 @@ class Node:
         "lock_count",
         "n_device_children",
         "n_host_children",
+        "n_host_readers",
         "n_pages",
         "parent",
         "priority",
@@ -77,6 +79,7 @@ class Node:
         self.n_host_children = 0
         self.lock_count = 0
         self.host_lock_count = 0
+        self.n_host_readers = 0
         self.stored_in = 0
         self.hit_count = 0
         self.priority = 0
@@ -227,6 +230,7 @@ def split_node(node: Node, at: int, page_nbytes: int) -> Node:
     upper.n_device_children = int(node.device_pages is not None)
     upper.n_host_children = int(node.host_pages is not None)
     upper.lock_count, upper.host_lock_count = node.lock_count, node.host_lock_count
+    upper.n_host_readers = node.n_host_readers
     upper.stored_in = node.stored_in
     upper.hit_count, upper.priority = node.hit_count, node.priority
     if node.digests is not None:

@@ -195,6 +195,14 @@ class RadixTree(InFlight):
             and (node.lock_count == 0 or node.on_device)
         )
 
+    def may_spare_host(self, node: Node) -> bool:
+        """As :meth:`may_drop_host`, or the device has the pages and nobody reads the host's.
+
+        Nodes below may have host pages then: they keep their place as long as ``node`` has its own.
+        """
+        is_spare = node.on_host and node.on_device and node.n_host_readers == 0
+        return is_spare or self.may_drop_host(node)
+
     def may_back_up(self, node: Node) -> bool:
         """As :meth:`may_drop_device`, but for a copy to the host that comes first."""
         return (
@@ -262,10 +270,10 @@ class RadixTree(InFlight):
         """Give up the host pages of ``node``; without device pages it leaves the tree.
 
         Raises:
-            IntegrityError: :meth:`may_drop_host` is False.
+            IntegrityError: :meth:`may_spare_host` is False.
         """
         require_in_tree(node)
-        if not self.may_drop_host(node):
+        if not self.may_spare_host(node):
             raise IntegrityError(f"host pages of {node} are in use")
         host_pages = self._lose_host(node)
         if not node.on_device:

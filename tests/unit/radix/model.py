@@ -31,6 +31,7 @@ class TreeModel:
     pages: dict[Path, PageModel] = field(default_factory=dict)
     locks: Counter[Path] = field(default_factory=Counter)
     host_locks: Counter[Path] = field(default_factory=Counter)
+    readers: Counter[Path] = field(default_factory=Counter)
     doomed: dict[Path, int] = field(default_factory=dict)
 
     def paths(self, seed: bytes, tokens: bytes) -> list[Path]:
@@ -90,6 +91,17 @@ class TreeModel:
             and not self.is_locked(path, self.host_locks)
             and (page.device is not None or not self.is_locked(path, self.locks))
             and all(self.pages[other].host is None for other in below)
+        )
+
+    def may_spare_host(self, path: Path) -> bool:
+        """Both tiers have the page, and no store and no load reads it."""
+        page = self.pages[path]
+        return (
+            page.device is not None
+            and page.host is not None
+            and not page.host_pending
+            and not page.loading
+            and not self.readers[path]
         )
 
     def remove_with_all_below(self, path: Path) -> list[int]:

@@ -168,7 +168,9 @@ class TreeMachine(RuleBasedStateMachine):
         if nodes:
             node = nodes[pick % len(nodes)]
             self.tree.lock_host(node, node.n_pages)
-            self.host_locked.append(Copy(node, self.run_paths(node, node.n_pages)))
+            copy = Copy(node, self.run_paths(node, node.n_pages))
+            self.host_locked.append(copy)
+            self.model.readers.update(copy.paths)
             self.model.host_locks[prefix_of(node)] += 1
 
     @precondition(lambda self: self.host_locked)
@@ -176,6 +178,7 @@ class TreeMachine(RuleBasedStateMachine):
     def storage_write_ends(self, pick: int) -> None:
         copy = self.host_locked.pop(pick % len(self.host_locked))
         self.model.host_locks[copy.paths[-1]] -= 1
+        self.model.readers.subtract(copy.paths)
         self.tree.unlock_host(copy.node, len(copy.paths))
 
     # -- copies ------------------------------------------------------------------------------
@@ -341,6 +344,22 @@ class TreeMachine(RuleBasedStateMachine):
                 assert not self.model.remove_with_all_below(path)
         dropped = self.tree.drop_host(node)
         assert (dropped.device_pages.tolist(), dropped.host_pages.tolist()) == ([], host)
+
+    @rule(pick=PICKS)
+    def spare_host(self, pick: int) -> None:
+        """A host copy in the middle of a prefix may go, where the device has the pages too."""
+        nodes = [node for node in all_nodes(self.tree) if self.tree.may_spare_host(node)]
+        if nodes:
+            node = nodes[pick % len(nodes)]
+            host: list[int | None] = []
+            for path in reversed(self.run_paths(node, node.n_pages)):
+                assert self.model.may_spare_host(path) or self.model.may_drop_host(path)
+                page = self.model.pages[path]
+                host.insert(0, page.host)
+                page.host = None
+                if page.device is None:
+                    assert not self.model.remove_with_all_below(path)
+            assert self.tree.drop_host(node).host_pages.tolist() == host
 
     # -- after each step ---------------------------------------------------------------------
 
