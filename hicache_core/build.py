@@ -24,6 +24,7 @@ from hicache_core.controller.prefetch_policy import (
     WaitComplete,
 )
 from hicache_core.controller.quarantine import Quarantine
+from hicache_core.controller.retention import FreeOnceStored, HostRetention, KeepOnHost
 from hicache_core.controller.storage_tier import StorageTier
 from hicache_core.controller.write_policy import WriteBack, WritePolicy, WriteThrough
 from hicache_core.errors import ConfigError, RankLost, SpecError
@@ -51,6 +52,11 @@ WRITE_POLICIES: dict[str, WritePolicy] = {
     "write_through": WriteThrough(threshold=1),
     "write_through_selective": WriteThrough(threshold=2),
     "write_back": WriteBack(),
+}
+
+RETENTIONS: dict[str, HostRetention] = {
+    "keep": KeepOnHost(),
+    "free_once_stored": FreeOnceStored(),
 }
 
 
@@ -262,6 +268,7 @@ def _parts(
         jobs=JobTable(ranks),
         storage=None,
         prefetch_threshold=config.controller_keys.prefetch_threshold,
+        retention=RETENTIONS[config.hicache_host_retention],
     )
 
 

@@ -173,6 +173,11 @@ class HiCacheConfig(BaseModel):
     hicache_host_eviction_policy: EvictionPolicy = _setting(
         "lru", "Which pages the host gives up first."
     )
+    hicache_host_retention: Literal["keep", "free_once_stored"] = _setting(
+        "keep",
+        "What the host does with pages that storage has: it keeps them until it needs the room, or"
+        " lets them go at once.",
+    )
     hicache_explain: bool = _setting(
         True, "Remember for each request why tokens were missed (`cache.explain`)."
     )

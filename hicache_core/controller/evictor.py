@@ -43,7 +43,9 @@ class Evictor:
         if not parts.write_policy.backs_up_before_eviction or parts.host is None:
             return 0
         victim = tree.device_victim(n_pages, tree.may_leave_or_back_up)
-        if victim is None or victim.host_pages is not None or not self._write_path.backup(victim):
+        if victim is None or victim.host_pages is not None:
+            return 0
+        if not parts.retention.wants(victim, parts.epoch) or not self._write_path.backup(victim):
             return 0
         return victim.n_pages
 

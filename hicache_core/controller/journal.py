@@ -49,7 +49,7 @@ class Journal(ABC):
         Args:
             tier: which tier.
             run: the pages.
-            cause: ``evicted``, ``corrupt``, ``reset`` or ``failed``, one word for metrics.
+            cause: ``evicted``, or ``stored``: given up since storage has them.
         """
 
     @abstractmethod

@@ -12,6 +12,7 @@ from hicache_core.controller.jobs import JobTable
 from hicache_core.controller.journal import Journal, PageRun
 from hicache_core.controller.prefetch_policy import PrefetchPolicy
 from hicache_core.controller.removals import RemovalCounts
+from hicache_core.controller.retention import NOWHERE, HostRetention, KeepOnHost
 from hicache_core.controller.storage_tier import StorageTier
 from hicache_core.controller.write_policy import WritePolicy
 from hicache_core.histogram import Distribution
@@ -103,6 +104,7 @@ class Parts:
         clock: the time, passed in so that tests can drive it.
         sleep: lets so many seconds pass, when there is nothing to wait for.
         batch_pages: pages of one storage job at most.
+        retention: whether the host keeps what storage has.
         explainer: remembers why tokens were missed; None if nobody asks.
         removals: counts what leaves the tiers.
         journal: is told what the tiers gain and lose; None if nobody listens.
@@ -124,6 +126,7 @@ class Parts:
     clock: Clock = time.monotonic
     sleep: Callable[[float], None] = time.sleep
     batch_pages: int = 128
+    retention: HostRetention = field(default_factory=KeepOnHost)
     explainer: Explainer | None = None
     removals: RemovalCounts = field(default_factory=RemovalCounts)
     journal: Journal | None = None
@@ -144,11 +147,22 @@ class Parts:
             victim = self.tree.host_victim(n_pages - allocator.n_free)
             if victim is None:
                 break
-            self.tell_removed(Tier.HOST, victim, "evicted")
-            dropped = self.tree.drop_host(victim)
-            allocator.free(dropped.host_pages)
-            self.counters.evicted_host_pages += len(dropped.host_pages)
+            self.drop_host(victim, "evicted")
         return allocator.allocate(min(n_pages, allocator.n_free))
+
+    def drop_host(self, node: Node, cause: str) -> None:
+        """Lets a node's host pages go; ``cause`` is one word for metrics."""
+        assert self.host is not None
+        self.tell_removed(Tier.HOST, node, cause)
+        dropped = self.tree.drop_host(node)
+        self.host.allocator.free(dropped.host_pages)
+        self.counters.evicted_host_pages += len(dropped.host_pages)
+
+    @property
+    def epoch(self) -> int:
+        """Of the storage that is attached: what ``Node.stored_in`` is compared with."""
+        attached = None if self.storage is None else self.storage.current
+        return NOWHERE if attached is None else attached.epoch
 
     def drop_device(
         self, node: Node, in_use: Callable[[array[int]], set[int]] = lambda _pages: set()

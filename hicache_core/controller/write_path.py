@@ -45,10 +45,11 @@ class WritePath:
         """Backs up, or stores, what the policy wants of the path from the root to ``node``."""
         tree, policy = self._parts.tree, self._parts.write_policy
         storage = self._attached()
-        epoch = 0 if storage is None else storage.epoch
+        epoch = self._parts.epoch
         for part in tree.path(node):
             if part.host_pages is None:
-                if policy.backs_up(1 + part.hit_count):  # who computed it, and who matched it
+                n_uses = 1 + part.hit_count  # who computed it, and who matched it
+                if policy.backs_up(n_uses) and self._parts.retention.wants(part, epoch):
                     self.backup(part)
             elif storage is not None and part.stored_in != epoch and not part.host_pending:
                 self._store(part, storage)
@@ -144,6 +145,8 @@ class WritePath:
             for part in parts.tree.run(store.node, store.n_pages):
                 if part.stored_in == store.storage.epoch:
                     part.stored_in = 0
+        for spare in parts.retention.spare(parts.tree, store.node, parts.epoch):
+            parts.drop_host(spare, "stored")
 
     def _tell_stored(self, store: _Store) -> None:
         """Tells the journal which leading pages storage has now."""

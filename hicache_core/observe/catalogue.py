@@ -143,7 +143,7 @@ OCCUPANCY = (
         "pages",
         "Pages that left a tier, by cause.",
         evicted,
-        {"tier": TIERS, "cause": "`evicted`, `corrupt`, `reset`, `failed`"},
+        {"tier": TIERS, "cause": "`evicted`, `stored` (the host gave up what storage has)"},
     ),
 )
 

@@ -16,6 +16,7 @@ from hicache_core.server.access import Keys, is_loopback
 DEFAULTS = EngineConfig()
 _IB_DEVICE = re.compile(r"[A-Za-z0-9_.:-]+(,[A-Za-z0-9_.:-]+)*")
 HIERARCHICAL = "enable_hierarchical_cache"
+RETENTION = "hicache_host_retention"
 DEVICES = Path("/sys/class/infiniband")
 
 
@@ -103,13 +104,13 @@ def as_sglang_means(config: HiCacheConfig, *, offload: bool) -> HiCacheConfig:
     """The same, with host and storage only where they were asked for.
 
     SGLang's server has the device tier alone unless ``--enable-hierarchical-cache`` is given; a
-    decode server that offloads has them too.
+    decode server that offloads has them too, and frees host pages as they are stored.
     """
-    if config.sources[HIERARCHICAL] != DEFAULT:
-        return config
-    values = {key: getattr(config, key) for key in config.sources}
-    given = {key: value for key, value in values.items() if config.sources[key] != DEFAULT}
-    return HiCacheConfig.load(arguments={**given, HIERARCHICAL: offload})
+    meant: dict[str, object] = {HIERARCHICAL: offload}
+    if offload:
+        meant[RETENTION] = "free_once_stored"
+    given = {key: getattr(config, key) for key in config.sources if config.sources[key] != DEFAULT}
+    return config if meant.keys() <= given.keys() else HiCacheConfig.load(arguments=meant | given)
 
 
 def notices(settings: ServerSettings, device: str) -> Iterator[str]:

@@ -68,6 +68,10 @@ def test_a_decode_server_that_offloads_has_host_and_storage() -> None:
     assert settings.cache.enable_hierarchical_cache is True
     assert settings.cache.resolve().in_force.hicache_storage_backend == "file"
     assert settings.engine.offload_stride > 0
+    assert settings.cache.hicache_host_retention == "free_once_stored"
+    assert parsed(MODEL).cache.hicache_host_retention == "keep"
+    kept = parsed([*MODEL, *OFFLOAD, "--hicache-host-retention", "keep"]).cache
+    assert (kept.hicache_host_retention, kept.enable_hierarchical_cache) == ("keep", True)
 
 
 def test_size_zero_means_the_ratio() -> None:

@@ -83,6 +83,13 @@ def a_copy_counts_before_it_has_ended(patch: Patch) -> None:
     patch.setattr(JobTable, "collect_copies", collect)
 
 
+def a_host_page_goes_while_it_is_read(patch: Patch) -> None:
+    def spare(self: RadixTree, node: Node) -> bool:
+        return (node.on_host and node.on_device) or self.may_drop_host(node)
+
+    patch.setattr(RadixTree, "may_spare_host", spare)
+
+
 def a_page_too_many_counts_as_read(patch: Patch) -> None:
     settled = PrefetchPath._batch_settled
 
@@ -183,6 +190,7 @@ MUTATIONS: dict[Callable[[Patch], None], tuple[int, str]] = {
     a_store_never_unlocks: (1, "rest|host lock|locked"),
     layers_are_read_before_they_arrive: (1, "no wrong bytes"),
     a_copy_counts_before_it_has_ended: (1, "no wrong bytes"),
+    a_host_page_goes_while_it_is_read: (1, "own until drained|is there|no wrong bytes|host unlock"),
     a_page_too_many_counts_as_read: (1, "no wrong bytes"),
     a_tier_loses_pages_in_silence: (1, "journal"),
     a_wait_does_not_wait: (1, "no spinning"),

@@ -28,6 +28,7 @@ REACHED = (
     "jobs_overdue",
     "load_back_skipped_pages",
     "load_back_tokens",
+    "pages_stored_from_host",
     "prefetch_dropped_pages",
     "prefetch_failed_pages",
     "prefetch_given_up",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from random import Random
 
-from hicache_core.build import WRITE_POLICIES
+from hicache_core.build import RETENTIONS, WRITE_POLICIES
 from hicache_core.build_storage import ADMISSIONS
 from hicache_core.controller.controller import Controller
 from hicache_core.controller.explain import Explainer
@@ -177,6 +177,7 @@ def open_rank(world: World, group: RankGroup) -> Rank:
         clock=clock,
         sleep=world.clock.advance,
         batch_pages=setup.batch_pages,
+        retention=RETENTIONS[setup.retention],
         explainer=explainer,
         journal=Journals([explainer, ledger]),
     )

@@ -184,6 +184,8 @@ class Schedule:
         """A process is gone; what it counted stays."""
         counters = rank.engine.cache.counters
         self.tally.update({name: getattr(counters, name) for name in counters.__slots__})
+        for lost in rank.engine.cache.snapshot().evicted_pages:
+            self.tally[f"pages_{lost.cause}_from_{lost.tier}"] += lost.n_pages
         for worker in rank.workers:
             self.tally.update({f"jobs_{state.value}": n for state, n in worker.told.items()})
             self.tally["jobs_hanging"] += rank.process.n_hanging

@@ -43,6 +43,7 @@ class Setup:
         host_pages: pages of each host pool.
         layout: of the host pool.
         write_policy: when pages go down.
+        retention: whether the host keeps what storage has.
         device_eviction: policy of the device.
         host_eviction: policy of the host.
         prefetch_policy: how long requests wait for storage.
@@ -66,6 +67,7 @@ class Setup:
     host_pages: int
     layout: str
     write_policy: str
+    retention: str
     device_eviction: str
     host_eviction: str
     prefetch_policy: PrefetchName
@@ -95,6 +97,7 @@ class Setup:
             host_pages=_rounded(device_pages * draw.choice((0.3, 0.5, 1.0, 2.0, 3.0))),
             layout=draw.choice(LAYOUTS),
             write_policy=draw.choice(WRITE_POLICIES),
+            retention=draw.choice(("keep", "free_once_stored")),
             device_eviction=draw.choice(POLICY_NAMES),
             host_eviction=draw.choice(POLICY_NAMES),
             prefetch_policy=draw.choice(PREFETCH_POLICIES),
