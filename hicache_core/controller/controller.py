@@ -250,16 +250,37 @@ class Controller(StorageControl):
             ``pages``: the pages to use from now on; ``duplicates``: those of the caller that the
             tree already had under other ids, to be handed to ``free`` once unused.
         """
+        result = self._put(tokens, device_pages, namespace, priority)
+        if self._parts.host is not None:
+            self._write_path.consider(result.node)
+        return result
+
+    def insert_received(
+        self,
+        tokens: Tokens,
+        device_pages: array[int],
+        namespace: Namespace = DEFAULT_NAMESPACE,
+        *,
+        priority: int = 0,
+    ) -> InsertResult:
+        """As ``insert``, for pages that another node computed, and may be storing by now.
+
+        They go down with the next ``insert`` of this prefix or a longer one: storage is asked then,
+        in the background, and what it has is not written.
+        """
+        result = self._put(tokens, device_pages, namespace, priority)
+        self._write_path.received.mark(result.new_nodes)
+        return result
+
+    def _put(
+        self, tokens: Tokens, device_pages: array[int], namespace: Namespace, priority: int
+    ) -> InsertResult:
         self._check_open()
-        packed = pack_tokens(tokens)
-        result = self._parts.tree.insert(
-            packed, device_pages, chain_seed(namespace), priority=priority
-        )
+        seed = chain_seed(namespace)
+        result = self._parts.tree.insert(pack_tokens(tokens), device_pages, seed, priority=priority)
         if self._parts.journal is not None:
             for node in result.new_nodes:
                 self._parts.tell_stored(Tier.DEVICE, node)
-        if self._parts.host is not None:
-            self._write_path.consider(result.node)
         return result
 
     def lock(self, node: Node) -> None:

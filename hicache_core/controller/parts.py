@@ -47,6 +47,7 @@ class Counters:
         backup_skipped_pages: pages not copied to the host, since it had no room.
         stored_pages: pages that storage acknowledged.
         store_dropped_pages: pages not offered to storage (write queue full) or not taken by it.
+        store_skipped_pages: received pages not written, since storage had them.
         evicted_device_pages: pages that left the device.
         evicted_host_pages: pages that left the host.
         load_back_skipped_pages: host hits computed again, since the device had no room.
@@ -66,6 +67,7 @@ class Counters:
     backup_skipped_pages: int = 0
     stored_pages: int = 0
     store_dropped_pages: int = 0
+    store_skipped_pages: int = 0
     evicted_device_pages: int = 0
     evicted_host_pages: int = 0
     load_back_skipped_pages: int = 0
@@ -209,4 +211,4 @@ class Parts:
             assert above.parent is not None
             seed = above.parent.key
         parent = self.tree.last_digest(node.parent)
-        return PageRun(parent, digests, node.tokens, seed, stored=bool(node.stored_in))
+        return PageRun(parent, digests, node.tokens, seed, stored=node.stored_in > 0)

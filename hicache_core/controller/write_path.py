@@ -8,10 +8,11 @@ from functools import partial
 
 from hicache_core.controller.journal import PageRun
 from hicache_core.controller.parts import Parts
+from hicache_core.controller.received import ReceivedPages
 from hicache_core.controller.storage_tier import Attachment
 from hicache_core.observe.tracing import BACKUP, SpanHandle
 from hicache_core.page_keys import DIGEST_NBYTES, TOKEN_NBYTES, PageKeys
-from hicache_core.radix.node import Node, path_to_root
+from hicache_core.radix.node import ASKED, RECEIVED, Node, path_to_root
 from hicache_core.types import Tier, WriteJob
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ class WritePath:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
+        self.received = ReceivedPages(parts, self.consider)
         self._n_backups = 0
         self._n_backup_pages = 0
         self._stores: list[_Store] = []
@@ -34,7 +36,7 @@ class WritePath:
     @property
     def idle(self) -> bool:
         """Whether everything that was accepted has settled."""
-        return not self._n_backups and not self._stores
+        return not self._n_backups and not self._stores and self.received.idle
 
     @property
     def n_pages(self) -> int:
@@ -46,7 +48,12 @@ class WritePath:
         tree, policy = self._parts.tree, self._parts.write_policy
         storage = self._attached()
         epoch = self._parts.epoch
-        for part in tree.path(node):
+        path = tree.path(node)
+        for part in path:
+            if part.stored_in == RECEIVED and storage is not None:
+                self.received.ask(path, storage)
+            if part.stored_in == ASKED:
+                continue  # it is considered again when the answer has come
             if part.host_pages is None:
                 n_uses = 1 + part.hit_count  # who computed it, and who matched it
                 if policy.backs_up(n_uses) and self._parts.retention.wants(part, epoch):

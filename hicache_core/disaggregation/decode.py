@@ -172,7 +172,7 @@ class DecodeScheduler(Scheduler):
         task.cached = first.cached
         task.n_computed = task.n_prompt
         self._running[task.request.request_id] = task
-        self._store(task)
+        task.table.receive(task.tokens[: task.n_computed])
         self._answer(task, first.token)
 
     def _compute_here(self, task: Task, error: str) -> None:

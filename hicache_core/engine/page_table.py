@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from hicache_core.controller.controller import Controller
 from hicache_core.page_keys import pack_tokens
 from hicache_core.radix.node import Node
+from hicache_core.radix.results import InsertResult
 from hicache_core.types import Namespace
 
 
@@ -34,6 +35,7 @@ class PageTable:
         self._mine: set[int] = set()
         self._node: Node | None = None
         self._n_stored = 0
+        self._is_received = False
 
     def another(self) -> PageTable:
         """An empty one for the same request."""
@@ -77,9 +79,21 @@ class PageTable:
     def store(self, tokens: Sequence[int]) -> None:
         """Puts the whole pages of ``tokens``, all of them computed, into the tree."""
         n_pages = len(tokens) // self._cache.page_size
-        if n_pages <= self._n_stored:
-            return
-        result = self._cache.insert(
+        if n_pages > self._n_stored or self._is_received:
+            self._is_received = False
+            self._put(self._cache.insert, tokens, n_pages)
+
+    def receive(self, tokens: Sequence[int]) -> None:
+        """As ``store``, for a prompt that another node computed: it goes down with what follows."""
+        n_pages = len(tokens) // self._cache.page_size
+        if n_pages > self._n_stored:
+            self._is_received = True
+            self._put(self._cache.insert_received, tokens, n_pages)
+
+    def _put(
+        self, insert: Callable[..., InsertResult], tokens: Sequence[int], n_pages: int
+    ) -> None:
+        result = insert(
             pack_tokens(tokens[: n_pages * self._cache.page_size]),
             self.pages[:n_pages],
             self._namespace,
@@ -99,3 +113,4 @@ class PageTable:
         if self._node is not None:
             self._cache.unlock(self._node)
         self.pages, self._mine, self._node, self._n_stored = array("i"), set(), None, 0
+        self._is_received = False

@@ -38,6 +38,13 @@ STORAGE = (
         counter("store_dropped_pages"),
     ),
     Series(
+        "store_skipped_pages_total",
+        "counter",
+        "pages",
+        "Pages of another node that were not stored, since storage had them.",
+        counter("store_skipped_pages"),
+    ),
+    Series(
         "storage_operation_seconds",
         "histogram",
         "seconds",

@@ -11,6 +11,12 @@ from hicache_core.page_keys import DIGEST_NBYTES, page_digests
 # Up to here one comparison of the whole node pays, though a bisection may have to follow.
 _ONE_COMPARE_NBYTES = 32768
 
+RECEIVED = -1
+"""``Node.stored_in`` of pages that another node computed, and may have stored."""
+
+ASKED = -2
+"""Likewise, and storage is being asked whether it has them."""
+
 
 class Node:
     """A run of pages below ``parent``. The tree changes it; everyone else only reads.
@@ -34,7 +40,8 @@ class Node:
         lock_count: locks on this node or below it.
         host_lock_count: host locks on this node or below it.
         n_host_readers: copies and stores under way that read ``host_pages``.
-        stored_in: number of the storage attachment that has, or is being given, its pages, or 0.
+        stored_in: number of the storage attachment that has, or is being given, its pages;
+            else 0, ``RECEIVED`` or ``ASKED``.
         hit_count: matches that went through this node.
         priority: the highest that was inserted here or below.
         digests: page digests, 32 bytes each, packed; None until somebody asked.

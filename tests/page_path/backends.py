@@ -141,14 +141,39 @@ class GatedWrites(Store):
         return super().batch_set(keys, pages)
 
 
+class Counts(Store):
+    """Counts the objects that it was given, and the questions; they wait for the ``gate``."""
+
+    name = "counts"
+    n_written: ClassVar[int] = 0
+    n_asked: ClassVar[int] = 0
+    gate: ClassVar[threading.Event] = threading.Event()
+
+    @classmethod
+    def reset(cls) -> None:
+        cls.n_written = cls.n_asked = 0
+        cls.gate = threading.Event()
+
+    def batch_exists(self, keys: Sequence[str]) -> int:
+        Counts.n_asked += 1
+        self.gate.wait()
+        return super().batch_exists(keys)
+
+    def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        Counts.n_written += len(keys)
+        return super().batch_set(keys, pages)
+
+
 def reset() -> None:
     """Empties the store that all share, and shuts the gates."""
     Store.objects.clear()
     Gated.reset()
     GatedWrites.reset()
+    Counts.reset()
 
 
 def open_gates() -> None:
     """Lets every call that waits go on."""
     Gated.gate.release(1000)
     GatedWrites.gate.release(1000)
+    Counts.gate.set()

@@ -95,7 +95,7 @@ def test_under_write_back_stored_pages_leave_the_device_without_another_copy(
 def test_a_page_goes_though_one_behind_it_is_still_being_stored(worlds: list[World]) -> None:
     """As while decoding: page after page, each with a write of its own."""
     world = on(worlds, backends.GatedWrites, **FREE)
-    backends.GatedWrites.gate.release(2)  # the manifest, and the first write
+    backends.GatedWrites.gate.release(1)
     world.request(ids(17))
     while used_host_pages(world) or not world.cache.counters.stored_pages:
         world.cache.wait(1.0)

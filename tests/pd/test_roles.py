@@ -225,6 +225,43 @@ def test_another_prefill_node_is_served_what_the_decode_node_generated(tmp_path:
         assert computing.wait().cached == last.cached == CachedTokens(storage=n_stored)
 
 
+def test_the_decode_half_writes_only_what_the_prefill_half_did_not(tmp_path: Path) -> None:
+    """And its host memory is free again when everything is stored."""
+    storage = {"hicache_storage_backend": "file", "extra": {"path": str(tmp_path)}}
+    offloading = {**storage, "hicache_host_retention": "free_once_stored"}
+    prompt = prompt_of(22)
+    with ExitStack() as stack:
+        decode = stack.enter_context(half("decode", offloading, offload_stride=1))
+        prefill = stack.enter_context(half("prefill", storage))
+        room = room_at(prefill)
+        prefill.ask(prompt, room)[1].wait()
+        assert prefill.engine.call(lambda cache: cache.flush(20.0), 30.0)
+        _, answer = decode.ask(prompt, room, n_new=20)
+        answer.wait()
+        assert decode.engine.call(lambda cache: cache.flush(20.0), 30.0)
+        snapshot = decode.engine.cache.snapshot()
+        n_pages = (len(prompt) + 20 - 1) // PAGE_SIZE
+        assert snapshot.counters["store_skipped_pages"] == len(prompt) // PAGE_SIZE
+        assert snapshot.counters["stored_pages"] == n_pages - len(prompt) // PAGE_SIZE
+        assert snapshot.host is not None
+        assert snapshot.host.used_pages == 0
+
+
+def test_a_prompt_that_nobody_stored_is_stored_by_the_decode_half(tmp_path: Path) -> None:
+    """However short the answer is."""
+    storage = {"hicache_storage_backend": "file", "extra": {"path": str(tmp_path)}}
+    prompt = prompt_of(22)
+    with half("decode", storage, offload_stride=1) as decode, half("prefill") as prefill:
+        room = room_at(prefill)
+        prefill.ask(prompt, room)
+        _, answer = decode.ask(prompt, room, n_new=2)
+        answer.wait()
+        assert decode.engine.call(lambda cache: cache.flush(20.0), 30.0)
+        counters = decode.engine.cache.snapshot().counters
+        assert counters["stored_pages"] == (len(prompt) + 2 - 1) // PAGE_SIZE
+        assert counters["store_skipped_pages"] == 0
+
+
 def test_a_mode_that_is_none_is_an_error() -> None:
     with pytest.raises(ConfigError, match="mode 'both' is none of: prefill, decode"):
         Role(RoleSettings("both"))

@@ -33,6 +33,7 @@ REACHED = (
     "prefetch_failed_pages",
     "prefetch_given_up",
     "storage_loaded_tokens",
+    "store_skipped_pages",
     "store_dropped_pages",
     "started_over",
     "steps_with_orphaned_pages",

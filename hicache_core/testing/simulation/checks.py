@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from hicache_core.controller.controller import Controller
-from hicache_core.radix.node import Node, descendants
+from hicache_core.radix.node import ASKED, Node, descendants
 from hicache_core.testing.simulation.clock import InvariantBroken
 from hicache_core.testing.simulation.engine import Engine
 from hicache_core.testing.simulation.ledger import Ledger
@@ -22,9 +22,17 @@ def check_rank(engine: Engine, workers: Sequence[SimWorker], ledger: Ledger) -> 
     nodes = list(_nodes(engine.cache))
     ledger.check(engine.cache, nodes)
     check_device_owners(engine, nodes)
+    check_questions(engine.cache, nodes)
     for worker in workers:
         worker.check_integrity()
     check_named_pages(engine.cache, workers)
+
+
+def check_questions(cache: Controller, nodes: Sequence[Node]) -> None:
+    """Pages wait for an answer of storage only while a question is under way."""
+    asked = [node for node in nodes if node.stored_in == ASKED]
+    if asked and cache._write_path.received.idle:
+        raise InvariantBroken(f"answered: {asked} wait for an answer, and nobody asks")
 
 
 def check_device_owners(engine: Engine, nodes: Sequence[Node]) -> None:

@@ -143,12 +143,18 @@ class Engine:
         self._compute(request, chain_seed(request.namespace), n_before)
         return True
 
-    def insert(self, request_id: str) -> int:
-        """Gives the tree what was computed so far and goes on; pages that it had already."""
+    def insert(self, request_id: str, *, received: bool = False) -> int:
+        """Gives the tree what was computed so far and goes on; pages that it had already.
+
+        Args:
+            request_id: whose.
+            received: as if another node had computed it.
+        """
         request, cache = self.requests[request_id], self.cache
         n_whole = self._n_whole(request)
         tail = request.pages[n_whole:]
-        result = cache.insert(
+        insert = cache.insert_received if received else cache.insert
+        result = insert(
             request.tokens, request.pages[:n_whole], request.namespace, priority=request.priority
         )
         cache.lock(result.node)

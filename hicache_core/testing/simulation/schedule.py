@@ -319,7 +319,9 @@ class Schedule:
 
     def _insert(self, name: str) -> None:
         if self._loads_settled(name):
-            self._agreed(f"insert {name}", lambda rank: rank.engine.insert(name))
+            is_received = self._draw.random() < 0.4
+            step = f"insert {name} received={is_received}"
+            self._agreed(step, lambda rank: rank.engine.insert(name, received=is_received))
 
     def _finish(self, name: str) -> None:
         if self._loads_settled(name):

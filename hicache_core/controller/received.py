@@ -1,0 +1,100 @@
+"""Received pages: computed by another node, which may have stored them; storage is asked first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from hicache_core.controller.parts import Parts
+from hicache_core.controller.storage_tier import Attachment
+from hicache_core.page_keys import TOKEN_NBYTES, PageKeys
+from hicache_core.radix.node import ASKED, RECEIVED, Node
+from hicache_core.types import ExistsJob, JobResult, Tier
+
+
+class ReceivedPages:
+    """Asks once which received pages storage has, so that only the others are written.
+
+    Nothing is locked meanwhile: a store that hangs keeps no page, and what has left until the
+    answer comes is not written. Owner thread only.
+    """
+
+    def __init__(self, parts: Parts, consider: Callable[[Node], None]) -> None:
+        """``consider`` is called with the end of each prefix whose answer has come."""
+        self._parts = parts
+        self._consider = consider
+        self._n_questions = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether no question is under way."""
+        return not self._n_questions
+
+    def mark(self, nodes: Sequence[Node]) -> None:
+        """``nodes`` have just got their pages, from another node."""
+        for node in nodes:
+            if node.host_pages is None and node.stored_in != self._parts.epoch:
+                node.stored_in = RECEIVED
+
+    def ask(self, path: Sequence[Node], storage: Attachment) -> None:
+        """Asks for the first run of received pages on a path that begins at a root.
+
+        ::
+
+            path  | known | received | received | computed here |
+                          | asked now .......... |
+        """
+        parts = self._parts
+        start = next(n for n, node in enumerate(path) if node.stored_in == RECEIVED)
+        stop = start
+        while stop < len(path) and path[stop].stored_in == RECEIVED:
+            path[stop].stored_in = ASKED
+            stop += 1
+        above, root = path[start].parent, path[0].parent
+        assert above is not None
+        assert root is not None
+        prefix = b"".join(node.tokens for node in path[:stop])
+        first_page = path[start].depth_pages
+        tail = memoryview(prefix)[first_page * parts.page_size * TOKEN_NBYTES :]
+        keys = PageKeys(storage.namespace, tail, parts.page_size, parts.tree.last_digest(above))
+        settle = partial(self._answered, storage, prefix, root.key, keys)
+        self._n_questions += 1
+        assert parts.storage is not None
+        parts.storage.submit(storage, ExistsJob(parts.jobs.add(settle), keys), _pages_found)
+
+    def _answered(
+        self, storage: Attachment, prefix: bytes, seed: bytes, keys: PageKeys, n_found: int
+    ) -> None:
+        """Finds again what is left of ``prefix``, whose last pages were asked for by ``keys``."""
+        parts = self._parts
+        self._n_questions -= 1
+        page_nbytes = parts.page_size * TOKEN_NBYTES
+        first_page = len(prefix) // page_nbytes - len(keys)
+        if n_found and storage.epoch == parts.epoch:
+            found = parts.tree.locate(prefix[: (first_page + n_found) * page_nbytes], seed).node
+            self._adopt(found, first_page, keys)
+            for node in self._asked(found, first_page):
+                node.stored_in = storage.epoch
+                parts.counters.store_skipped_pages += node.n_pages
+                parts.tell_stored(Tier.STORAGE, node)
+        left = parts.tree.locate(prefix, seed).node
+        for node in self._asked(left, first_page):
+            node.stored_in = 0
+        if left.n_pages:
+            self._consider(left)
+
+    def _asked(self, node: Node, first_page: int) -> list[Node]:
+        """What waits for an answer on the path to ``node``, from ``first_page`` on."""
+        path = self._parts.tree.path(node)
+        return [at for at in path if at.stored_in == ASKED and at.depth_pages >= first_page]
+
+    def _adopt(self, node: Node, first_page: int, keys: PageKeys) -> None:
+        """Keeps the digests that the storage thread has computed."""
+        tree = self._parts.tree
+        n_pages = node.depth_pages + node.n_pages - first_page
+        if n_pages > 0 and any(at.depth_pages == first_page for at in tree.path(node)):
+            tree.adopt_digests(node, n_pages, keys[:n_pages].digests)
+
+
+def _pages_found(result: JobResult) -> int:
+    return result.n_pages
