@@ -36,8 +36,8 @@ class ReceivedPages:
             if node.host_pages is None and node.stored_in != self._parts.epoch:
                 node.stored_in = RECEIVED
 
-    def ask(self, path: Sequence[Node], storage: Attachment) -> None:
-        """Asks for the first run of received pages on a path that begins at a root.
+    def ask(self, node: Node, storage: Attachment) -> None:
+        """Asks for the first run of received pages on the path to ``node``.
 
         ::
 
@@ -45,7 +45,8 @@ class ReceivedPages:
                           | asked now .......... |
         """
         parts = self._parts
-        start = next(n for n, node in enumerate(path) if node.stored_in == RECEIVED)
+        path = parts.tree.path(node)
+        start = next(n for n, at in enumerate(path) if at.stored_in == RECEIVED)
         stop = start
         while stop < len(path) and path[stop].stored_in == RECEIVED:
             path[stop].stored_in = ASKED
@@ -53,7 +54,7 @@ class ReceivedPages:
         above, root = path[start].parent, path[0].parent
         assert above is not None
         assert root is not None
-        prefix = b"".join(node.tokens for node in path[:stop])
+        prefix = b"".join(at.tokens for at in path[:stop])
         first_page = path[start].depth_pages
         tail = memoryview(prefix)[first_page * parts.page_size * TOKEN_NBYTES :]
         keys = PageKeys(storage.namespace, tail, parts.page_size, parts.tree.last_digest(above))

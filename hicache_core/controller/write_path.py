@@ -48,10 +48,9 @@ class WritePath:
         tree, policy = self._parts.tree, self._parts.write_policy
         storage = self._attached()
         epoch = self._parts.epoch
-        path = tree.path(node)
-        for part in path:
+        for part in tree.path(node):
             if part.stored_in == RECEIVED and storage is not None:
-                self.received.ask(path, storage)
+                self.received.ask(node, storage)
             if part.stored_in == ASKED:
                 continue  # it is considered again when the answer has come
             if part.host_pages is None:

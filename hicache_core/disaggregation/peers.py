@@ -105,6 +105,13 @@ class PeerTransfer(KvTransferBackend):
         host = self._settings.advertise or self._settings.host
         return f"{host}:{self._listener.getsockname()[1]}"
 
+    @property
+    def n_connections(self) -> int:
+        # docstring inherited: of receivers that are served, and to senders
+        with self._lock:
+            n_served = len(self._callers)
+        return n_served + sum(intake.n_connections for intake in [*self._intakes.values()])
+
     def close(self, timeout_s: float = 5.0) -> None:
         # docstring inherited
         if self._closed:

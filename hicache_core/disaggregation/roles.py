@@ -7,15 +7,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hicache_core.controller.controller import Controller
+from hicache_core.disaggregation.counted import CountedTransfer
 from hicache_core.disaggregation.decode import DecodeScheduler
 from hicache_core.disaggregation.figures import Figures
 from hicache_core.disaggregation.pool_memory import memory_of_pool
 from hicache_core.disaggregation.prefill import PrefillScheduler
-from hicache_core.disaggregation.transfer import KvTransferBackend, TransferContext
+from hicache_core.disaggregation.transfer import TransferContext
 from hicache_core.engine.config import EngineConfig
 from hicache_core.engine.runner import Runner
 from hicache_core.engine.scheduler import Scheduler
 from hicache_core.errors import ConfigError
+from hicache_core.observe.snapshot import TransferStatus
 from hicache_core.plugin_manager import transfer_backend_class, transfer_settings
 
 SCHEDULERS: dict[str, type[PrefillScheduler] | type[DecodeScheduler]] = {
@@ -58,7 +60,7 @@ class Role:
         self.figures = Figures()
         self._class = transfer_backend_class(settings.transfer_backend)
         self._config = transfer_settings(self._class, settings.transfer_settings or {})
-        self._transfer: KvTransferBackend | None = None
+        self._transfer: CountedTransfer | None = None
 
     def make_scheduler(
         self, cache: Controller, runner: Runner, config: EngineConfig, **parts: Any
@@ -70,7 +72,7 @@ class Role:
             SpecError: the pages are not in host memory.
         """
         context = TransferContext(memory_of_pool(runner.pool))
-        transfer = self._class(self._config, context)
+        transfer = CountedTransfer(self._class(self._config, context))
         transfer.open()
         self._transfer = transfer
         kind = SCHEDULERS[self.settings.mode]
@@ -82,6 +84,10 @@ class Role:
     def address(self) -> str:
         """Where decode nodes fetch KV; empty before the engine is open."""
         return "" if self._transfer is None else self._transfer.address
+
+    def transfers(self) -> list[TransferStatus]:
+        """What was moved, for metrics; nothing before the engine is open."""
+        return [] if self._transfer is None else [self._transfer.status()]
 
     def status(self) -> dict[str, Any]:
         """For people and the router; JSON types."""

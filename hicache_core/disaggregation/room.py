@@ -44,6 +44,12 @@ class Room:
         """Whether it is known how the room ends."""
         return self._outcome is not None
 
+    @property
+    def n_connections(self) -> int:
+        """Connections that work for it."""
+        with self.changed:
+            return len(self._connections)
+
     def enter(self) -> bool:
         """A thread begins to work for the room; False if it is too late for that."""
         with self.changed:

@@ -127,6 +127,11 @@ class KvTransferBackend(ABC):
     def address(self) -> str:
         """Where peers reach this rank, ``host:port``; known from ``open`` on."""
 
+    @property
+    def n_connections(self) -> int | None:
+        """Open connections to peers; None if nobody counts them. Any thread."""
+        return None
+
     @abstractmethod
     def offer(self, room: int, n_tokens: int, timeout_s: float) -> None:
         """Promises the rows of ``n_tokens`` tokens to whoever comes for the room.

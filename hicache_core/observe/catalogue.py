@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hicache_core.observe.catalogue_storage import STORAGE
+from hicache_core.observe.catalogue_transfers import TRANSFERS
 from hicache_core.observe.series import (
     Series,
     bytes_of,
@@ -285,6 +286,7 @@ SERIES: Mapping[str, tuple[Series, ...]] = {
     "Copies between device and host": MOVES,
     "Prefetch": PREFETCH,
     "Storage": STORAGE,
+    "Transfers between prefill and decode": TRANSFERS,
     "KV events": EVENTS,
 }
 """All series by the section of the docs that they stand in."""

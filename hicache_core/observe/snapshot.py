@@ -108,6 +108,29 @@ class EventsStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class TransferStatus:
+    """What a transfer backend moved between prefill and decode nodes.
+
+    Attributes:
+        backend: its name.
+        nbytes: of KV, by ``sent`` and ``received``, in transfers that have ended.
+        rows: the same in rows: a token of a layer, with all heads of the rank.
+        outcomes: transfers that have ended by ``sent``, ``arrived`` and ``failed``.
+        seconds: from the offer or the demand to the end of each.
+        in_flight: transfers that have not ended, by ``sent`` and ``received``.
+        connections: that are open; None if the backend does not know.
+    """
+
+    backend: str
+    nbytes: Mapping[str, int]
+    rows: Mapping[str, int]
+    outcomes: Mapping[str, int]
+    seconds: Histogram
+    in_flight: Mapping[str, int]
+    connections: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class EvictedPages:
     """Pages that left a tier, by cause (``evicted``, ``corrupt``, …)."""
 
@@ -141,6 +164,7 @@ class CacheSnapshot:
         prefetch_wait_s: seconds that each request waited for storage.
         load_back_s: seconds of each copy of a request from host to device.
         events: the publisher of KV events; None without one.
+        transfers: one for the transfer backend of a prefill or decode node, else none.
     """
 
     page_size: int
@@ -162,6 +186,7 @@ class CacheSnapshot:
     prefetch_wait_s: Histogram | None = None
     load_back_s: Histogram | None = None
     events: EventsStatus | None = None
+    transfers: Sequence[TransferStatus] = ()
 
     @property
     def stored_nbytes(self) -> int:

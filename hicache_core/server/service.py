@@ -123,7 +123,8 @@ class Service:
         ]
 
     def _snapshot(self) -> CacheSnapshot:
-        return self.engine.cache.snapshot()
+        snapshot = self.engine.cache.snapshot()
+        return snapshot if self.role is None else replace(snapshot, transfers=self.role.transfers())
 
     def _discreet_snapshot(self) -> CacheSnapshot:
         """Without what would tell a tenant that another one has the same prefix."""

@@ -104,3 +104,16 @@ def test_the_answer_of_a_backend_that_was_detached_counts_for_nothing(
     assert world.cache.flush(10.0)
     assert world.cache.counters.store_skipped_pages == 0
     world.check()
+
+
+def test_a_host_with_little_room_changes_nothing_about_the_question(worlds: list[World]) -> None:
+    """Nodes above are split while they are copied, for want of room, before storage is asked."""
+    stored(worlds, 49)
+    world = on_counts(worlds, device_pages=32, ratio=3 / 32)
+    backends.Counts.gate.set()
+    world.request(ids(33), prefetch=False)
+    receive(world, 48)
+    world.request(ids(49), prefetch=False)
+    assert world.cache.flush(10.0)
+    world.check()
+    assert world.cache.counters.store_skipped_pages == 4

@@ -24,7 +24,7 @@ from hicache_core.observe.http import StatusPages, StatusServer
 from hicache_core.observe.metrics import DEFAULT_PREFIX, SGLANG_PREFIX, CacheCollector, exposition
 from hicache_core.observe.snapshot import CacheSnapshot, EventsStatus, OperationStatus
 from hicache_core.observe.windows import Watch
-from tests.unit.observe.worlds import backend, full_snapshot, histogram
+from tests.unit.observe.worlds import backend, full_snapshot, histogram, transfers
 
 FILE = Path(__file__).parents[3] / "docs" / "grafana" / "hicache.json"
 DASHBOARD = json.loads(FILE.read_text(encoding="utf-8"))
@@ -102,6 +102,7 @@ def test_the_dashboard_has_its_rows_and_no_two_panels_lie_on_each_other() -> Non
         "Errors and breakers",
         "Storage traffic",
         "Occupancy and evictions",
+        "Transfers",
         "KV events",
     ]
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
@@ -145,6 +146,7 @@ def growing(n: int) -> CacheSnapshot:
         backends=(one,),
         prefetch_wait_s=histogram(*[0.02] * n),
         load_back_s=histogram(*[0.0005] * n),
+        transfers=(transfers(n),),
         events=EventsStatus(n, n, 1),
     )
 

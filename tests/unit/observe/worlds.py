@@ -13,6 +13,7 @@ from hicache_core.observe.snapshot import (
     EvictedPages,
     OperationStatus,
     PoolStatus,
+    TransferStatus,
 )
 
 BOUNDS = (0.001, 0.01, 0.1, 1.0)
@@ -48,6 +49,19 @@ def backend(name: str = "redis", **changed: object) -> BackendStatus:
     return BackendStatus(name, **{**settings, **changed})  # type: ignore[arg-type]
 
 
+def transfers(n: int = 1) -> TransferStatus:
+    """A transfer backend that has moved something, ``n`` times."""
+    return TransferStatus(
+        backend="tcp",
+        nbytes={"sent": 2000 * n, "received": 1000 * n},
+        rows={"sent": 20 * n, "received": 10 * n},
+        outcomes={"sent": 2 * n, "arrived": n, "failed": n},
+        seconds=histogram(*[0.02] * n),
+        in_flight={"sent": 1, "received": 0},
+        connections=1,
+    )
+
+
 def full_snapshot(**changed: object) -> CacheSnapshot:
     """A snapshot with every field filled; counters are 1, 2, 3, … in the order of their names."""
     names = [field.name for field in fields(Counters)]
@@ -71,6 +85,7 @@ def full_snapshot(**changed: object) -> CacheSnapshot:
         "admission": {"all": 10, "part": 2, "none": 1},
         "prefetch_wait_s": histogram(0.02, 0.03),
         "load_back_s": histogram(0.0005),
+        "transfers": (transfers(),),
         "events": EventsStatus(sent_batches=5, dropped_runs=0, queued_runs=1),
     }
     return CacheSnapshot(16, 1 << 20, **{**settings, **changed})  # type: ignore[arg-type]

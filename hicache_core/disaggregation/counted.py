@@ -1,0 +1,114 @@
+"""CountedTransfer: a transfer backend that counts what goes through it, for metrics."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from hicache_core.disaggregation.transfer import (
+    KvTransferBackend,
+    Notice,
+    TransferState,
+)
+from hicache_core.histogram import Distribution
+from hicache_core.observe.snapshot import TransferStatus
+
+SENT, RECEIVED = "sent", "received"
+BOUNDS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+
+
+class CountedTransfer(KvTransferBackend):
+    """Passes everything on to ``inner``, and counts by its notices.
+
+    ``status`` may be called from any thread; single numbers may be an instant apart.
+    """
+
+    name = "counted"
+
+    def __init__(self, inner: KvTransferBackend) -> None:
+        """Counts nothing yet."""
+        super().__init__(inner.config, inner.context)
+        self._inner = inner
+        memory = self.context.memory
+        self._row_nbytes = memory.nbytes(1, memory.heads)
+        self._under_way: dict[str, set[int]] = {SENT: set(), RECEIVED: set()}
+        self._nbytes: Counter[str] = Counter({SENT: 0, RECEIVED: 0})
+        self._outcomes: Counter[str] = Counter()
+        self._seconds = Distribution(BOUNDS_S)
+
+    def status(self) -> TransferStatus:
+        """What was moved so far."""
+        nbytes = dict(self._nbytes)
+        return TransferStatus(
+            backend=self._inner.name,
+            nbytes=nbytes,
+            rows={direction: n // self._row_nbytes for direction, n in nbytes.items()},
+            outcomes=dict(self._outcomes),
+            seconds=self._seconds.histogram(),
+            in_flight={direction: len(rooms) for direction, rooms in self._under_way.items()},
+            connections=self._inner.n_connections,
+        )
+
+    def open(self) -> None:
+        # docstring inherited
+        self._inner.open()
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        # docstring inherited
+        self._inner.close(timeout_s)
+
+    @property
+    def address(self) -> str:
+        # docstring inherited
+        return self._inner.address
+
+    @property
+    def n_connections(self) -> int | None:
+        # docstring inherited
+        return self._inner.n_connections
+
+    def offer(self, room: int, n_tokens: int, timeout_s: float) -> None:
+        # docstring inherited
+        self._inner.offer(room, n_tokens, timeout_s)
+        self._under_way[SENT].add(room)
+
+    def send(self, room: int, pages: Sequence[int], layer: int, start: int, stop: int) -> None:
+        # docstring inherited
+        self._inner.send(room, pages, layer, start, stop)
+
+    def finish(self, room: int, note: bytes) -> None:
+        # docstring inherited
+        self._inner.finish(room, note)
+
+    def receive(
+        self,
+        room: int,
+        addresses: Sequence[str],
+        pages: Sequence[int],
+        tokens: tuple[int, int],
+        timeout_s: float,
+    ) -> None:
+        # docstring inherited
+        self._inner.receive(room, addresses, pages, tokens, timeout_s)
+        self._under_way[RECEIVED].add(room)
+
+    def cancel(self, room: int, reason: str) -> None:
+        # docstring inherited
+        self._inner.cancel(room, reason)
+
+    def poll(self) -> list[Notice]:
+        # docstring inherited
+        notices = self._inner.poll()
+        for notice in notices:
+            self._count(notice)
+        return notices
+
+    def _count(self, notice: Notice) -> None:
+        is_sent = notice.state is TransferState.SENT or (
+            notice.state is TransferState.FAILED and notice.room in self._under_way[SENT]
+        )
+        direction = SENT if is_sent else RECEIVED
+        self._under_way[direction].discard(notice.room)
+        self._nbytes[direction] += notice.nbytes
+        self._outcomes[notice.state.value] += 1
+        self._seconds.add(notice.elapsed_s)
