@@ -1,6 +1,6 @@
 """Whether installed backends load: tried in child processes, so that the caller imports none.
 
-``python -m hicache_core.plugin_check NAME`` is the child.
+``python -m hicache_core.plugin_check KIND NAME`` is the child.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from hicache_core.errors import PluginError
-from hicache_core.plugin_manager import BackendInfo, backend_class
+from hicache_core.plugin_manager import BackendInfo, backend_class, transfer_backend_class
 from hicache_core.redact import masked_text
 
 _MARK = "hicache-plugin-check:"
@@ -36,7 +36,7 @@ def _check(info: BackendInfo, timeout_s: float) -> BackendInfo:
     path = os.pathsep.join(entry for entry in sys.path if entry)
     try:
         child = subprocess.run(
-            [sys.executable, "-P", "-m", __name__, info.name],
+            [sys.executable, "-P", "-m", __name__, info.kind, info.name],
             env=os.environ | {"PYTHONPATH": path},
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -55,16 +55,16 @@ def _check(info: BackendInfo, timeout_s: float) -> BackendInfo:
     return replace(info, status="broken" if error else "ok", error=error)
 
 
-def main(name: str) -> None:
-    """Loads the backend ``name`` and prints one marked line: its error, or nothing."""
+def main(kind: str, name: str) -> None:
+    """Loads the backend ``name`` of a kind and prints one marked line: its error, or nothing."""
     error = ""
     with contextlib.redirect_stdout(sys.stderr):  # what a plugin prints is not our answer
         try:
-            backend_class(name)
+            transfer_backend_class(name) if kind == "transfer" else backend_class(name)
         except PluginError as failure:
             error = masked_text(" ".join(str(failure).split()))
     print(_MARK, error, flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

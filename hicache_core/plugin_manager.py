@@ -28,6 +28,7 @@ from hicache_core.hookspecs import ENTRY_POINT_GROUP, PROJECT, TRANSFER_GROUP
 from hicache_core.storage.base import API_VERSION, BackendConfig, StorageBackend
 
 Status = Literal["installed", "ok", "broken"]
+KindName = Literal["storage", "transfer"]
 
 Plugin = TypeVar("Plugin", StorageBackend, KvTransferBackend)
 
@@ -42,6 +43,7 @@ class _Kind(Generic[Plugin]):
         base: what they are subclasses of.
         api_version: the version of that contract.
         noun: what messages call it.
+        name: what lists call it.
     """
 
     group: str
@@ -49,6 +51,7 @@ class _Kind(Generic[Plugin]):
     base: type[Plugin]
     api_version: int
     noun: str
+    name: KindName
 
 
 _STORAGE = _Kind(
@@ -57,6 +60,7 @@ _STORAGE = _Kind(
     StorageBackend,  # type: ignore[type-abstract]  # only asked for its subclasses
     API_VERSION,
     "backend",
+    "storage",
 )
 _TRANSFER = _Kind(
     TRANSFER_GROUP,
@@ -64,6 +68,7 @@ _TRANSFER = _Kind(
     KvTransferBackend,  # type: ignore[type-abstract]  # likewise
     transfer.API_VERSION,
     "transfer backend",
+    "transfer",
 )
 
 
@@ -79,6 +84,7 @@ class BackendInfo:
         status: ``installed`` if nothing speaks against it and it was not loaded; ``ok`` if it was
             loaded (``plugin_check``); ``broken`` with ``error`` if it cannot be used.
         error: why it is broken; empty otherwise.
+        kind: ``storage`` or ``transfer``.
     """
 
     name: str
@@ -87,6 +93,7 @@ class BackendInfo:
     module: str
     status: Status
     error: str = ""
+    kind: KindName = "storage"
 
 
 def list_backends() -> list[BackendInfo]:
@@ -115,7 +122,8 @@ def _list(kind: _Kind[Plugin]) -> list[BackendInfo]:
             error = f"module {_module(point)!r} is not there; reinstall {_origin(point)}"
         status: Status = "broken" if error else "installed"
         name, version = _distribution(point)
-        infos.append(BackendInfo(point.name, name, version, _module(point), status, error))
+        info = BackendInfo(point.name, name, version, _module(point), status, error, kind.name)
+        infos.append(info)
     return infos
 
 

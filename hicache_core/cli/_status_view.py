@@ -28,6 +28,8 @@ def view(seen: Observation) -> RenderableType:
     parts: list[RenderableType] = [_tiers(seen), Text(_hits(seen))]
     if snapshot.backends:
         parts += [_storage(snapshot), _operations(snapshot), Text(_queues(snapshot))]
+    if snapshot.transfers:
+        parts.append(_transfers(snapshot))
     alarms = list(alarms_of(seen))
     parts += [Text(f"ALARM  {alarm}", style="bold red") for alarm in alarms]
     return Group(*parts, *([] if alarms else [Text("no alarms", style="green")]))
@@ -133,6 +135,31 @@ def _calls(operation: OperationStatus) -> Iterator[str]:
         bound_s = operation.latency_s.quantile(share)
         yield "" if bound_s is None else f"≤ {bound_s * 1000:g} ms"
     yield _words(operation.errors)
+
+
+def _transfers(snapshot: CacheSnapshot) -> Table:
+    table = _table(
+        "transfers",
+        "BACKEND",
+        "SENT",
+        "RECEIVED",
+        "ENDED",
+        "UNDER WAY",
+        "CONNECTIONS",
+        "P50",
+        "P99",
+    )
+    for item in snapshot.transfers:
+        bounds_s = [item.seconds.quantile(share) for share in (0.5, 0.99)]
+        table.add_row(
+            item.backend,
+            *(nbytes_text(item.nbytes.get(way, 0)) for way in ("sent", "received")),
+            _words(item.outcomes) or "none",
+            f"{sum(item.in_flight.values()):,}",
+            "" if item.connections is None else f"{item.connections:,}",
+            *("" if bound_s is None else f"≤ {bound_s:g} s" for bound_s in bounds_s),
+        )
+    return table
 
 
 def _queues(snapshot: CacheSnapshot) -> str:

@@ -1,4 +1,4 @@
-"""The installed storage backends, and whether they load."""
+"""The installed backends, storage and transfer, and whether they load."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 
 from hicache_core.cli._columns import columns
 from hicache_core.plugin_check import check_backends
-from hicache_core.plugin_manager import list_backends
+from hicache_core.plugin_manager import list_backends, list_transfer_backends
 
 
 @click.command("backends")
@@ -21,11 +21,11 @@ from hicache_core.plugin_manager import list_backends
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(*, check: bool, as_json: bool) -> None:
-    """List name, distribution, version, status; this process imports no plugin.
+    """List name, kind, distribution, version, status; this process imports no plugin.
 
     The status is ok, broken (with the error), or with --no-check installed.
     """
-    infos = list_backends()
+    infos = [*list_backends(), *list_transfer_backends()]
     if check:
         infos = check_backends(infos)
     if as_json:
@@ -34,6 +34,6 @@ def command(*, check: bool, as_json: bool) -> None:
     if not infos:
         click.echo("no backend is installed, not even the core's: pip install hicache-core")
         return
-    header = ("NAME", "DISTRIBUTION", "VERSION", "STATUS", "ERROR")
-    rows = [(i.name, i.distribution, i.version, i.status, i.error) for i in infos]
+    header = ("NAME", "KIND", "DISTRIBUTION", "VERSION", "STATUS", "ERROR")
+    rows = [(i.name, i.kind, i.distribution, i.version, i.status, i.error) for i in infos]
     click.echo(columns([header, *rows]))

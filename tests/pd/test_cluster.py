@@ -59,6 +59,13 @@ def test_tokens_and_hits_of_four_conversations(cluster: Cluster, plain: LoadedMo
     assert (figures["received"], figures["recomputed"]) == (12, 0)
     assert sum(cluster.figures(node)["sent"] for node in cluster.prefill) == 12
     assert any(turn.cached.storage for turn in turns)
+    cluster.settle()
+    snapshot = cluster.decode.get("/hicache/status")["snapshot"]
+    assert snapshot["transfers"][0]["outcomes"] == {"arrived": 12}
+    assert snapshot["counters"]["store_skipped_pages"] > 0, "what a prefill node has stored"
+    assert snapshot["host"]["free_pages"] == snapshot["host"]["n_pages"], "all of it is stored"
+    metrics = httpx.get(f"{cluster.decode.url}/metrics").text
+    assert 'transfers_total{outcome="arrived",transfer_backend="tcp"} 12.0' in metrics
 
 
 def test_a_prefill_node_is_killed_and_started_again(cluster: Cluster, plain: LoadedModel) -> None:

@@ -87,6 +87,12 @@ def test_the_decode_half_goes_on_where_the_prefill_half_stopped(n_prompt: int) -
         assert computing.wait().completion_tokens == 1
         assert decode.role.figures.received == 1
         assert decode.engine.status().prefill_tokens_per_s == 0.0
+        while not prefill.role.transfers()[0].outcomes:
+            prefill.engine.call(lambda _: None, 10.0)
+        (sent,), (received,) = prefill.role.transfers(), decode.role.transfers()
+        assert sent.nbytes["sent"] == received.nbytes["received"] == decode.role.figures.nbytes
+        assert received.rows["received"] == n_prompt * model_of().model.config.num_hidden_layers
+        assert received.outcomes == {"arrived": 1}
 
 
 def test_the_order_of_arrival_does_not_count() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from hicache_core.disaggregation.tcp import TcpTransfer
 from hicache_core.errors import BrokenBackend, ConfigError, IncompatibleBackend, UnknownBackend
+from hicache_core.plugin_check import check_backends
 from hicache_core.plugin_manager import (
     list_transfer_backends,
     transfer_backend_class,
@@ -38,6 +41,15 @@ def test_a_third_party_backend_is_found_and_loaded_by_name(site) -> None:
     assert issubclass(cls, TcpTransfer)
     (info,) = [info for info in list_transfer_backends() if info.name == "pigeon"]
     assert (info.distribution, info.status) == ("hicache-pigeon", "installed")
+    assert check_backends([info]) == [replace(info, status="ok")]
+
+
+def test_one_that_does_not_load_is_listed_as_broken(site) -> None:
+    add(site, "hicache-bad", "bad", "bad_transfer", "raise OSError('no device')")
+    (info,) = [info for info in list_transfer_backends() if info.name == "bad"]
+    (checked,) = check_backends([info])
+    assert checked.status == "broken"
+    assert "no device" in checked.error
 
 
 def test_an_unknown_name_lists_what_is_there(site) -> None:

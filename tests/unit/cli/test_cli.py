@@ -180,18 +180,19 @@ def test_an_unknown_word_suggests_the_nearest(
 def test_backends_without_a_check_reads_metadata_only(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = in_process(capsys, "backends", "--no-check", "--json")
     assert status == 0
-    infos = {info["name"]: info for info in json.loads(out)}
-    assert infos["memory"]["distribution"] == "hicache-core"
-    assert infos["memory"]["status"] == "installed"
+    infos = {(info["kind"], info["name"]): info for info in json.loads(out)}
+    for known in [("storage", "memory"), ("transfer", "tcp")]:
+        assert infos[known]["distribution"] == "hicache-core"
+        assert infos[known]["status"] == "installed"
 
 
 def test_backends_as_text_has_one_line_a_backend(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = in_process(capsys, "backends")
     assert status == 0
     lines = [line.split() for line in out.splitlines()]
-    assert lines[0] == ["NAME", "DISTRIBUTION", "VERSION", "STATUS", "ERROR"]
-    assert ["memory", "hicache-core"] in [line[:2] for line in lines]
-    assert next(line[3] for line in lines if line[0] == "memory") == "ok"
+    assert lines[0] == ["NAME", "KIND", "DISTRIBUTION", "VERSION", "STATUS", "ERROR"]
+    for known in [["memory", "storage", "hicache-core"], ["tcp", "transfer", "hicache-core"]]:
+        assert next(line[4] for line in lines if line[:3] == known) == "ok"
 
 
 def test_version_names_the_core_and_python(capsys: pytest.CaptureFixture[str]) -> None:

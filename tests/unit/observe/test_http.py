@@ -165,6 +165,9 @@ def test_status_shows_tiers_storage_queues_and_alarms(serve: Serve) -> None:
     assert ["host", "1,000", "400", "300", "200", "100", "50", "1"] in rows
     assert ["s3", "open", "6.8", "KiB", "7.8", "KiB", "4", "4", "11"] in rows
     assert ["redis", "get", "2", "≤", "100", "ms", "≤", "1000", "ms", "BackendTimeout", "3"] in rows
+    (moved,) = [line for line in shown.output.splitlines() if line.startswith(" tcp ")]
+    assert "2.0 KiB" in moved
+    assert "sent 2, arrived 1, failed 1" in moved
     assert "queued: exists 1, read 2, write 3" in shown.output
     assert "jobs in flight: storage 6, copy 4" in shown.output
     assert "ALARM  s3: the breaker is open for 12 s, next probe in 4.5 s: Backend" in shown.output
