@@ -109,11 +109,8 @@ class Scheduler:
     def add(self, task: Task) -> None:
         """Queues a request, and asks storage for what the other tiers lack of its prompt."""
         task.note(arrived=self._clock())
-        request = task.request
-        self._waiting[request.request_id] = task
-        task.asked_storage = self._cache.prefetch(
-            request.request_id, task.packed(0, task.n_prompt), request.namespace
-        )
+        self._waiting[task.request.request_id] = task
+        self._ask_storage(task)
 
     def abort(self, request_id: str) -> None:
         """Ends a request, whatever its state; what was computed of it stays in the cache."""
@@ -171,7 +168,9 @@ class Scheduler:
                 self._compute(task, n_tokens)
         while n_left and len(self._running) < self._config.max_running:
             ready = self._first_ready()
-            if ready is None or not self._has_room_for(ready) or not self._admit(ready):
+            if ready is None or not self._has_room_for(ready) or self._asks_again(ready):
+                break
+            if not self._admit(ready):
                 break
             n_tokens = min(n_left, ready.n_missing)
             n_left -= n_tokens
@@ -185,6 +184,23 @@ class Scheduler:
             if not task.asked_storage or self._cache.prefetch_ready(task.request.request_id):
                 return task
         return None
+
+    def _ask_storage(self, task: Task) -> None:
+        """Has what other tiers lack brought from storage meanwhile."""
+        request = task.request
+        task.asked_storage = self._cache.prefetch(
+            request.request_id, task.packed(0, len(task.tokens)), request.namespace
+        )
+
+    def _asks_again(self, task: Task) -> bool:
+        """Whether storage is asked now, as at its arrival, for what a preempted request has lost.
+
+        Not before there is room for it: until then it may lose more.
+        """
+        again, task.was_preempted = task.was_preempted and task.may_load, False
+        if again:
+            self._ask_storage(task)
+        return again and task.asked_storage
 
     def _admit(self, task: Task) -> bool:
         """Gives a waiting request the pages of its prompt; False if there are too few."""
@@ -349,6 +365,7 @@ class Scheduler:
                 self.tally.preempted += 1
                 self._store(last)
                 self._let_wait(last)
+                last.was_preempted = True
                 if last is task:
                     return False
             else:

@@ -34,6 +34,7 @@ class Task:
         may_load: False after a load failed: the next start computes everything.
         n_failed_loads: of the cache, when the request was matched.
         asked_storage: a prefetch is to be finished.
+        was_preempted: its pages may have left the device since.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Task:
         self.may_load = True
         self.n_failed_loads = 0
         self.asked_storage = False
+        self.was_preempted = False
         self._number = number
         self._on_output = on_output
         self._sampler = sampler

@@ -68,6 +68,53 @@ def test_what_a_preempted_request_had_is_cache_when_it_comes_back() -> None:
         assert it.last(first).finish_reason == "length"
 
 
+@pytest.mark.parametrize(
+    ("policy", "leaves"),
+    [("wait_complete", False), ("best_effort", False), ("wait_complete", True)],
+)
+def test_what_a_preempted_request_has_lost_is_loaded_from_storage(
+    policy: str, leaves: bool
+) -> None:
+    """As for a request that arrives. Here storage is all that has its pages when it comes back."""
+    config = cache_config(
+        hicache_storage_backend="memory",
+        hicache_storage_prefetch_policy=policy,
+        hicache_host_retention="free_once_stored",
+    )
+    with desk(n_pages=12, cache=config, max_running=2) as it:
+        first = it.ask(prompt_of(6, seed=0), greedy(26))
+        second = it.ask(prompt_of(6, seed=1), greedy(26))
+        it.run_until(lambda: it.scheduler.tally.preempted > 0)
+        n_pages = (6 + len(it.tokens(second)) - 1) // PAGE_SIZE
+        assert n_pages > 1
+        assert it.cache.flush(20.0)
+        it.cache.evict(12)
+        lost = prompt_of(6, seed=1) + list(it.tokens(second))
+        assert it.cache.match_prefix(lost, touch=False).n_tokens == 0
+        assert it.cache.counters.storage_hit_tokens == 0
+        if leaves:
+            it.run_until(lambda: it.last(first).finish_reason is not None)
+            it.step()
+            it.scheduler.abort(second)
+            assert it.last(second).finish_reason == "abort"
+        it.run()
+        if not leaves:
+            assert it.tokens(second) == plain(it.loaded, prompt_of(6, seed=1), 26)
+        if policy == "wait_complete" and not leaves:
+            assert it.cache.counters.storage_hit_tokens == n_pages * PAGE_SIZE
+
+
+def test_a_preempted_request_whose_pages_are_still_there_asks_nobody() -> None:
+    config = cache_config(hicache_storage_backend="memory")
+    with desk(n_pages=12, cache=config, max_running=2) as it:
+        it.ask(prompt_of(6, seed=0), greedy(26))
+        second = it.ask(prompt_of(6, seed=1), greedy(26))
+        it.run()
+        assert it.scheduler.tally.preempted > 0
+        assert it.cache.counters.storage_hit_tokens == 0, "the host had them"
+        assert it.tokens(second) == plain(it.loaded, prompt_of(6, seed=1), 26)
+
+
 @pytest.mark.parametrize("n_steps", range(9))
 def test_a_client_may_leave_in_every_state(n_steps: int) -> None:
     """Waiting, inside its prompt, at the first token, while decoding, when it has ended."""
