@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 
 from hicache_core.disaggregation.carrier import Carrier
 from hicache_core.disaggregation.receiving import Intake, Receiver, connection_to
 from hicache_core.disaggregation.room import Room
+from hicache_core.disaggregation.secret import MIN_LENGTH, SharedSecret
 from hicache_core.disaggregation.sending import Offer, Sender
 from hicache_core.disaggregation.transfer import (
     KvTransferBackend,
@@ -45,6 +46,7 @@ class PeerConfig(TransferConfig):
         idle_timeout_s: a peer that says nothing for so long is lost.
         ping_s: how often a sender says that it is there.
         max_connections: receivers served at once; more are turned away.
+        secret: what both nodes must know, at least 16 characters; None where nothing is asked.
     """
 
     host: str = "127.0.0.1"
@@ -53,6 +55,7 @@ class PeerConfig(TransferConfig):
     idle_timeout_s: Annotated[float, Field(gt=0)] = 10.0
     ping_s: Annotated[float, Field(gt=0)] = 0.5
     max_connections: Annotated[int, Field(gt=0)] = 256
+    secret: Annotated[SecretStr, Field(min_length=MIN_LENGTH)] | None = None
 
 
 class PeerTransfer(KvTransferBackend):
@@ -81,6 +84,8 @@ class PeerTransfer(KvTransferBackend):
         self._intakes: dict[int, Intake] = {}
         self._ended: OrderedDict[int, str] = OrderedDict()
         self._closed = False
+        secret = config.secret
+        self._secret = SharedSecret(None if secret is None else secret.get_secret_value())
         self._sender = Sender(context.memory, carrier, self._find, config.ping_s)
         self._receiver = Receiver(context, carrier, self._connect)
 
@@ -232,7 +237,13 @@ class PeerTransfer(KvTransferBackend):
         return None
 
     def _connect(self, address: str, deadline: float) -> Connection:
-        return connection_to(address, deadline, self._settings.idle_timeout_s, self._clock)
+        peer = connection_to(address, deadline, self._settings.idle_timeout_s, self._clock)
+        try:
+            self._secret.prove_to(peer)
+        except BaseException:
+            peer.close()
+            raise
+        return peer
 
     def _accept(self) -> None:
         assert self._listener is not None
@@ -260,7 +271,7 @@ class PeerTransfer(KvTransferBackend):
         with self._lock:
             self._callers.add(caller)
         try:
-            if not self._closed:
+            if not self._closed and self._secret.admit(caller):
                 self._sender.serve(caller)
         finally:
             with self._lock:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hicache_core.controller.controller import Controller
@@ -34,13 +34,13 @@ class RoleSettings:
     Attributes:
         mode: prefill or decode.
         transfer_backend: name of an installed transfer backend.
-        transfer_settings: its own settings.
+        transfer_settings: its own settings; not shown, since a secret may be among them.
         timeout_s: a request whose KV is not handed over by then is computed by the decode node.
     """
 
     mode: str
     transfer_backend: str = "tcp"
-    transfer_settings: Mapping[str, object] | None = None
+    transfer_settings: Mapping[str, object] | None = field(default=None, repr=False)
     timeout_s: float = TIMEOUT_S
 
 

@@ -37,6 +37,8 @@ class Kind(enum.IntEnum):
     ACK = 7  # D→P: everything arrived
     FAILED = 8  # either, text: the room has failed
     REFUSED = 9  # P→D, text: we do not fit; the same would happen again
+    CHALLENGE = 10  # both, JSON: a nonce, before HELLO, where a secret is shared
+    PROOF = 11  # both, JSON: that the secret is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,13 +155,19 @@ class Connection:
         frame = self.receive()
         if frame.kind is not kind:
             raise TransferError(f"{self.peer} sent {frame.kind.name} instead of {kind.name}")
+        return frame.room, self.json_of(frame)
+
+    def json_of(self, frame: Frame) -> dict[str, Any]:
+        """What follows the header of ``frame``, as a JSON object."""
         try:
             value = json.loads(self.text_of(frame))
         except ValueError as error:
-            raise TransferError(f"{self.peer} sent no JSON in {kind.name}: {error}") from error
+            raise TransferError(
+                f"{self.peer} sent no JSON in {frame.kind.name}: {error}"
+            ) from error
         if not isinstance(value, dict):
-            raise TransferError(f"{self.peer} sent no object in {kind.name}")
-        return frame.room, value
+            raise TransferError(f"{self.peer} sent no object in {frame.kind.name}")
+        return value
 
     def text_of(self, frame: Frame) -> bytes:
         """What follows the header of ``frame``, checked."""

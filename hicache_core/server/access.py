@@ -26,10 +26,12 @@ class Keys:
     Attributes:
         api: of everybody.
         admin: of the operator; opens the rest as well.
+        transfer: of the other half, where prefill and decode are apart.
     """
 
     api: str | None = field(default=None, repr=False)
     admin: str | None = field(default=None, repr=False)
+    transfer: str | None = field(default=None, repr=False)
 
 
 class Door:

@@ -119,6 +119,12 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         show_default=True,
         help="Where a prefill server hands KV over; 0 for any free one: routers ask for it.",
     ),
+    click.option(
+        "--disaggregation-secret",
+        envvar="HICACHE_DISAGGREGATION_SECRET",
+        help="What prefill and decode servers must both know to exchange KV; prefer the "
+        "environment, HICACHE_DISAGGREGATION_SECRET.",
+    ),
     click.option("--disaggregation-ib-device", default="", help="RDMA devices: mlx5_0,mlx5_1."),
     click.option(
         "--disaggregation-decode-enable-offload-kvcache",
@@ -161,7 +167,11 @@ def settings_of(options: Mapping[str, Any]) -> ServerSettings:
             mem_fraction_static=options["mem_fraction_static"],
             offload_stride=1 if disaggregation.offload else 0,
         ),
-        keys=Keys(options["api_key"] or None, options["admin_api_key"] or None),
+        keys=Keys(
+            options["api_key"] or None,
+            options["admin_api_key"] or None,
+            options["disaggregation_secret"] or None,
+        ),
         host=options["host"],
         port=options["port"],
         tp=options["tp"],

@@ -76,6 +76,8 @@ def role_of(settings: ServerSettings) -> Role | None:
     if asked.mode == "null":
         return None
     transfer: dict[str, object] = {"host": settings.host, "port": asked.bootstrap_port}
+    if settings.keys.transfer is not None:
+        transfer["secret"] = settings.keys.transfer
     if asked.ib_device and goes_over_rdma(asked):
         transfer |= {"protocol": "rdma", "device_name": asked.ib_device}
     if settings.host in WILDCARDS and asked.transfer_backend != "tcp":

@@ -138,7 +138,13 @@ def notices(settings: ServerSettings, device: str) -> Iterator[str]:
             f"--disaggregation-ib-device {settings.disaggregation.ib_device} has no effect: KV "
             "goes over TCP"
         )
-    if not is_loopback(settings.host) and settings.keys.api is None:
+    is_open = not is_loopback(settings.host)
+    if is_open and settings.disaggregation.mode == "prefill" and settings.keys.transfer is None:
+        yield (
+            f"{settings.host} can be reached from other machines, and no --disaggregation-secret "
+            "is set: KV is handed to whoever asks for it"
+        )
+    if is_open and settings.keys.api is None:
         yield (
             f"{settings.host} can be reached from other machines, and no --api-key is set: "
             "whoever reaches it may use it"

@@ -42,9 +42,11 @@ class Half:
 
 
 @contextmanager
-def half(mode: str, cache: dict[str, Any] | None = None, **config: Any) -> Iterator[Half]:
+def half(
+    mode: str, cache: dict[str, Any] | None = None, secret: str | None = None, **config: Any
+) -> Iterator[Half]:
     """An open engine; at the end, nothing is held by anybody but the tree."""
-    role = Role(RoleSettings(mode, "tcp", SETTINGS, timeout_s=20.0))
+    role = Role(RoleSettings(mode, "tcp", {**SETTINGS, "secret": secret}, timeout_s=20.0))
     engine = Engine(
         model_of(),
         cache_config(**(cache or {})),
@@ -171,6 +173,18 @@ def test_without_a_prefill_half_the_decode_half_computes() -> None:
         answering.wait()
         assert answering.tokens == plain(model_of(), prompt, 12)
         assert "no prefill node answers at 127.0.0.1:1" in decode.role.figures.last_error
+
+
+def test_a_half_with_another_secret_is_refused_and_the_decode_half_computes() -> None:
+    prompt = prompt_of(40)
+    with half("prefill", secret="a" * 16) as prefill, half("decode", secret="b" * 16) as decode:
+        room = room_at(prefill)
+        prefill.ask(prompt, room)[1].wait()
+        _, answering = decode.ask(prompt, room)
+        answering.wait()
+        assert answering.tokens == plain(model_of(), prompt, 12)
+        assert decode.role.figures.recomputed == 1
+        assert "different shared secrets" in decode.role.figures.last_error
 
 
 def test_a_prefill_half_that_ends_in_the_middle_is_no_loss() -> None:

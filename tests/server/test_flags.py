@@ -58,6 +58,15 @@ def test_keys_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> 
     assert "'a'" not in repr(settings)
 
 
+def test_the_secret_of_transfers_comes_from_the_environment_and_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HICACHE_DISAGGREGATION_SECRET", "correct horse battery")
+    settings = parsed([*MODEL, "--disaggregation-mode", "decode"])
+    assert settings.keys.transfer == "correct horse battery"
+    assert "horse" not in repr(settings)
+
+
 def test_storage_without_the_hierarchical_cache_is_left_out_and_said() -> None:
     said = "\n".join(notices(parsed([*MODEL, "--hicache-storage-backend", "file"]), "cpu"))
     assert "storage needs enable_hierarchical_cache" in said
@@ -87,6 +96,7 @@ def test_size_zero_means_the_ratio() -> None:
         (["--disaggregation-ib-device", "mlx5_0,mlx5_1"], "mlx5_0,mlx5_1 has no effect"),
         (["--mem-fraction-static", "0.5"], "--max-total-tokens"),
         (["--host", "0.0.0.0"], "no --api-key"),
+        (["--host", "0.0.0.0", "--disaggregation-mode", "prefill"], "no --disaggregation-secret"),
     ],
 )
 def test_what_has_no_effect_or_is_open_is_said_at_start(flags: list[str], said: str) -> None:
