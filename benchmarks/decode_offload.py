@@ -78,6 +78,7 @@ def _engine(loaded: LoadedModel, folder: Path) -> Engine:
     cache = HiCacheConfig(
         page_size=PAGE_SIZE,
         hicache_storage_backend="file",
+        hicache_host_retention="free_once_stored",
         hicache_storage_backend_extra_config={"path": str(folder)},
     )
     settings = EngineConfig(max_running=N_SEQUENCES, device_tokens=2048, offload_stride=1)
