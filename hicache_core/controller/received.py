@@ -58,24 +58,28 @@ class ReceivedPages:
         first_page = path[start].depth_pages
         tail = memoryview(prefix)[first_page * parts.page_size * TOKEN_NBYTES :]
         keys = PageKeys(storage.namespace, tail, parts.page_size, parts.tree.last_digest(above))
-        settle = partial(self._answered, storage, prefix, root.key, keys)
+        settle = partial(self._answered, storage.epoch, prefix, root.key, keys)
         self._n_questions += 1
         assert parts.storage is not None
         parts.storage.submit(storage, ExistsJob(parts.jobs.add(settle), keys), _pages_found)
 
     def _answered(
-        self, storage: Attachment, prefix: bytes, seed: bytes, keys: PageKeys, n_found: int
+        self, epoch: int, prefix: bytes, seed: bytes, keys: PageKeys, n_found: int
     ) -> None:
-        """Finds again what is left of ``prefix``, whose last pages were asked for by ``keys``."""
+        """Finds again what is left of ``prefix``, whose last pages were asked for by ``keys``.
+
+        An answer counts for nothing when the storage that was asked, which ``epoch`` names, has
+        been detached or cleared since.
+        """
         parts = self._parts
         self._n_questions -= 1
         page_nbytes = parts.page_size * TOKEN_NBYTES
         first_page = len(prefix) // page_nbytes - len(keys)
-        if n_found and storage.epoch == parts.epoch:
+        if n_found and epoch == parts.epoch:
             found = parts.tree.locate(prefix[: (first_page + n_found) * page_nbytes], seed).node
             self._adopt(found, first_page, keys)
             for node in self._asked(found, first_page):
-                node.stored_in = storage.epoch
+                node.stored_in = epoch
                 parts.counters.store_skipped_pages += node.n_pages
                 parts.tell_stored(Tier.STORAGE, node)
         left = parts.tree.locate(prefix, seed).node

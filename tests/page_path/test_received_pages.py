@@ -106,6 +106,20 @@ def test_the_answer_of_a_backend_that_was_detached_counts_for_nothing(
     world.check()
 
 
+def test_an_answer_from_before_the_store_was_cleared_counts_for_nothing(
+    worlds: list[World],
+) -> None:
+    stored(worlds)
+    world = on_counts(worlds)
+    receive(world, 32)
+    world.request(ids(33), prefetch=False)
+    world.cache.storage_cleared()
+    backends.Counts.gate.set()
+    assert world.cache.flush(10.0)
+    assert world.cache.counters.store_skipped_pages == 0
+    assert backends.Counts.n_written == 8
+
+
 def test_a_host_with_little_room_changes_nothing_about_the_question(worlds: list[World]) -> None:
     """Nodes above are split while they are copied, for want of room, before storage is asked."""
     stored(worlds, 49)
