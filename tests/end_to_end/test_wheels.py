@@ -50,8 +50,10 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_backend_loads_beside_the_core_and_none_needs_torch(environment: Path) -> None:
     hicache = environment / "venv" / "bin" / "hicache"
     listed = json.loads(run(hicache, "backends", "--json", cwd=environment))
-    found = {backend["name"]: backend["status"] for backend in listed}
-    assert found == dict.fromkeys(["file", "memory", *(p.name for p in PLUGINS)], "ok")
+    found = {(backend["kind"], backend["name"]): backend["status"] for backend in listed}
+    expected = [("storage", name) for name in ("file", "memory", *(p.name for p in PLUGINS))]
+    expected += [("transfer", name) for name in ("tcp", "mooncake")]
+    assert found == dict.fromkeys(expected, "ok")
     python = environment / "venv" / "bin" / "python"
     code = "import importlib.util; print(importlib.util.find_spec('torch'))"
     assert run(python, "-c", code, cwd=environment).strip() == "None"

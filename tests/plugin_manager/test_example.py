@@ -62,5 +62,6 @@ def test_hicache_backends_lists_it_as_ok(example_site: Any) -> None:
         "module": "hicache_example.backend",
         "status": "ok",
         "error": "",
+        "kind": "storage",
     }
     assert infos["memory"]["status"] == "ok"
