@@ -97,6 +97,11 @@ class PeerTransfer(KvTransferBackend):
             ) from error
         self._start(self._accept, "kv-accept")
 
+    def introduce(self, addresses: Sequence[str]) -> None:
+        # docstring inherited
+        own = self.context.rank
+        self._sender.others = [address for rank, address in enumerate(addresses) if rank != own]
+
     @property
     def address(self) -> str:
         # docstring inherited

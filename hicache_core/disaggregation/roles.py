@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hicache_core.controller.controller import Controller
+from hicache_core.disaggregation.agreed import AgreedTransfer
 from hicache_core.disaggregation.decode import DecodeScheduler
 from hicache_core.disaggregation.figures import Figures
 from hicache_core.disaggregation.pool_memory import memory_of_pool
@@ -65,12 +66,20 @@ class Role:
     ) -> Scheduler:
         """Opens the transfer backend over the runner's pages; the scheduler that uses it.
 
+        With several ranks (among ``parts``) each has its own role, and all of them enter this.
+
         Raises:
             TransferError, BrokenBackend: the backend does not open.
             SpecError: the pages are not in host memory.
+            RankLost: another rank could not do the same.
         """
-        context = TransferContext(memory_of_pool(runner.pool))
-        transfer = self._class(self._config, context)
+        memory, ranks = memory_of_pool(runner.pool), parts.get("ranks")
+        transfer: KvTransferBackend
+        if ranks is None:
+            transfer = self._class(self._config, TransferContext(memory))
+        else:
+            context = TransferContext(memory, ranks.rank, ranks.world_size)
+            transfer = AgreedTransfer(self._class(self._config, context), ranks)
         transfer.open()
         self._transfer = transfer
         kind = SCHEDULERS[self.settings.mode]
@@ -80,7 +89,7 @@ class Role:
 
     @property
     def address(self) -> str:
-        """Where decode nodes fetch KV; empty before the engine is open."""
+        """Where decode nodes fetch KV, of this rank; empty before the engine is open."""
         return "" if self._transfer is None else self._transfer.address
 
     def status(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hicache_core.disaggregation.carrier import Carrier
-from hicache_core.disaggregation.handshake import Want, check_hello, wanted_of
+from hicache_core.disaggregation.handshake import Want, check_hello, wanted_of, welcome_of
 from hicache_core.disaggregation.page_memory import PageMemory
 from hicache_core.disaggregation.room import Room
 from hicache_core.disaggregation.transfer import Notice, TransferState
@@ -105,6 +105,7 @@ class Sender:
         self._ping_s = ping_s
         self.arrived = threading.Condition()
         self.closing = False
+        self.others: Sequence[str] = ()  # where the other ranks of this node are
 
     def serve(self, peer: Connection) -> None:
         """The whole conversation with one receiver; returns when it is over."""
@@ -117,7 +118,7 @@ class Sender:
                 log.error("refused %s: %s", peer.peer, error)
                 peer.send_text(Kind.REFUSED, room, str(error).encode())
                 return
-            welcome = {"heads": list(self._memory.heads), "carrier": self._carrier.greeting()}
+            welcome = welcome_of(self._memory, self._carrier.greeting(), self.others)
             peer.send_json(Kind.WELCOME, room, welcome)
             want = wanted_of(peer.receive_json(Kind.WANT)[1], hello, self._memory)
             self._send_offer(peer, room, want)

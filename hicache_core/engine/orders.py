@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 from hicache_core.controller.controller import Controller
-from hicache_core.engine.request import Request, SamplingParams
+from hicache_core.engine.request import Bootstrap, Request, SamplingParams
 from hicache_core.errors import ConfigError, HiCacheError
 from hicache_core.types import Namespace
 
@@ -132,4 +132,5 @@ def _request(fields: dict[str, Any]) -> Request:
         SamplingParams(**sampling),
         Namespace(**fields["namespace"]),
         fields["priority"],
+        fields["bootstrap"] and Bootstrap(**fields["bootstrap"]),
     )
