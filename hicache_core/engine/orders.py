@@ -14,7 +14,7 @@ from hicache_core.types import Namespace
 
 log = logging.getLogger(__name__)
 
-ALLOWED_CALLS = ("attach_storage", "detach_storage", "flush", "reset", "storage_cleared")
+ALLOWED_CALLS = ("attach_storage", "clear_storage", "detach_storage", "flush", "reset")
 """Methods of the cache that every rank calls when the operator asks for one."""
 
 

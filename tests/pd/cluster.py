@@ -78,11 +78,11 @@ class Child:
 
 
 class Cluster:
-    """Two prefill nodes, a decode node that offloads, and a router before them.
+    """Two prefill nodes, decode nodes that offload, and a router before them.
 
     Attributes:
         prefill: the prefill nodes.
-        decode: the decode node.
+        decodes: the decode nodes.
         router: what clients talk to.
     """
 
@@ -95,8 +95,12 @@ class Cluster:
         page_size: int,
         transfer: str = "tcp",
         flags: Sequence[str] = (),
+        tp: tuple[Sequence[int], Sequence[int]] = ((1, 1), (1,)),
     ) -> None:
-        """Starts everything and returns when all answer."""
+        """Starts everything and returns when all answer.
+
+        ``tp`` says how many ranks each prefill and each decode node has.
+        """
         extra_config = json.dumps({"prefetch_threshold": page_size, **extra})
         self._server = [
             *["-m", "hicache_core.launch_server", "--model-path", model],
@@ -109,29 +113,41 @@ class Cluster:
         ]
         self._children: list[Child] = []
         try:
-            self.prefill = [self._prefill(n, "0") for n in range(2)]
-            self.decode = self._start(
-                "decode",
-                [
-                    *self._server,
-                    *["--port", "0", "--disaggregation-mode", "decode"],
-                    "--disaggregation-decode-enable-offload-kvcache",
-                ],
-            )
-            for child in (*self.prefill, self.decode):
+            self._prefill_tp, decode_tp = tp
+            self.prefill = [self._prefill(n, "0") for n in range(len(self._prefill_tp))]
+            self.decodes = [
+                self._start(
+                    "decode",
+                    [
+                        *self._server,
+                        *["--port", "0", "--tp", str(n_ranks), "--disaggregation-mode", "decode"],
+                        "--disaggregation-decode-enable-offload-kvcache",
+                    ],
+                )
+                for n_ranks in decode_tp
+            ]
+            for child in (*self.prefill, *self.decodes):
                 child.wait()
             command = ["-m", "hicache_core.cli.main", "router"]
             for child in self.prefill:
                 command += ["--prefill", child.url]
-            command += ["--decode", self.decode.url, "--port", "0", "--by-load"]
+            for child in self.decodes:
+                command += ["--decode", child.url]
+            command += ["--port", "0", "--by-load"]
             self.router = self._start("router", [*command, "--health-interval", "0.3"])
             self.router.wait()
         except BaseException:
             self.close()
             raise
 
+    @property
+    def decode(self) -> Child:
+        """The first decode node."""
+        return self.decodes[0]
+
     def _prefill(self, number: int, port: str) -> Child:
         flags = ["--port", port, "--disaggregation-mode", "prefill", "--enable-hierarchical-cache"]
+        flags += ["--tp", str(self._prefill_tp[number])]
         return self._start(f"prefill {number}", [*self._server, *flags])
 
     def _start(self, name: str, command: Sequence[str]) -> Child:
@@ -162,7 +178,7 @@ class Cluster:
 
     def settle(self) -> None:
         """Returns when no node copies or stores anything any more."""
-        nodes = [node for node in (*self.prefill, self.decode) if node.is_alive]
+        nodes = [node for node in (*self.prefill, *self.decodes) if node.is_alive]
         self.wait_until(lambda: all(self._is_idle(node) for node in nodes), "nodes are idle")
 
     def _is_idle(self, node: Child) -> bool:
