@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -63,6 +65,13 @@ class Child:
         self._process.kill()
         self._process.wait()
         self._reader.join()
+
+    def kill_rank(self, rank: int) -> None:
+        """Ends one of its other processes, and waits until it has ended itself for lack of it."""
+        found = re.search(rf"rank {rank} of \d+ is process (\d+)", "\n".join(self.lines))
+        assert found is not None, self.lines
+        os.kill(int(found[1]), signal.SIGKILL)
+        self._process.wait(PATIENCE_S)
 
     def _read(self) -> None:
         assert self._process.stdout is not None
