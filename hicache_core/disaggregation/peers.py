@@ -17,7 +17,7 @@ from pydantic import Field
 from hicache_core.disaggregation.carrier import Carrier
 from hicache_core.disaggregation.receiving import Intake, Receiver, connection_to
 from hicache_core.disaggregation.room import Room
-from hicache_core.disaggregation.sending import Offer, Sender
+from hicache_core.disaggregation.sending import N_REMEMBERED, Offer, Sender
 from hicache_core.disaggregation.transfer import (
     KvTransferBackend,
     Notice,
@@ -30,7 +30,6 @@ from hicache_core.errors import TransferError, UseAfterClose
 log = logging.getLogger(__name__)
 
 MAX_ROOM = 2**63
-N_REMEMBERED = 4096
 # How long a receiver may wait for a request that has not reached this node's engine.
 MAX_WAIT_S = 3600.0
 
@@ -142,7 +141,10 @@ class PeerTransfer(KvTransferBackend):
         offer = Offer(room, n_tokens, timeout_s, self._clock, self._settled(self._offers))
         with self._sender.arrived:
             self._offers[room] = offer
+            deserted = self._sender.deserted.pop(room, None)
             self._sender.arrived.notify_all()
+        if deserted is not None:
+            offer.fail(deserted)
 
     def send(self, room: int, pages: Sequence[int], layer: int, start: int, stop: int) -> None:
         # docstring inherited

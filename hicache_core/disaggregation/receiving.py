@@ -90,9 +90,9 @@ class Receiver:
             peer = self._connect(address, intake.deadline)
             part = _Part(peer, None, {})
             parts.append(part)  # from now on it is closed with the others
-            intake.watch(peer)
             hello = hello_of(self._memory, self._context.rank, self._context.world_size)
             peer.send_json(Kind.HELLO, intake.number, hello)
+            intake.watch(peer)  # not before: a sender that was greeted notices that this one left
             welcome = welcomed_of(peer.receive_json(Kind.WELCOME)[1], address)
             heads, missing = divide(missing, welcome.heads)
             peer.send_json(Kind.WANT, intake.number, want_of(heads, intake.tokens))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from hicache_core.disaggregation.wire import Connection, Frame, Kind, checksum_o
 from hicache_core.errors import HiCacheError, PeerRefused, TransferError
 
 log = logging.getLogger(__name__)
+
+N_REMEMBERED = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +109,7 @@ class Sender:
         self.arrived = threading.Condition()
         self.closing = False
         self.others: Sequence[str] = ()  # where the other ranks of this node are
+        self.deserted: OrderedDict[int, HiCacheError] = OrderedDict()  # rooms nobody waits for
 
     def serve(self, peer: Connection) -> None:
         """The whole conversation with one receiver; returns when it is over."""
@@ -116,6 +120,7 @@ class Sender:
                 check_hello(hello, self._memory)
             except PeerRefused as error:
                 log.error("refused %s: %s", peer.peer, error)
+                self._desert(room, error)
                 peer.send_text(Kind.REFUSED, room, str(error).encode())
                 return
             welcome = welcome_of(self._memory, self._carrier.greeting(), self.others)
@@ -125,8 +130,20 @@ class Sender:
         except HiCacheError as error:
             log.warning("KV of room %d did not reach %s: %s", room, peer.peer, error)
             if room >= 0:
+                self._desert(room, error)
                 with contextlib.suppress(TransferError):  # it may be gone, or cut off
                     peer.send_text(Kind.FAILED, room, str(error).encode())
+
+    def _desert(self, room: int, error: HiCacheError) -> None:
+        """Who wanted the room is lost to it: its offer fails, also one that comes later."""
+        with self.arrived, contextlib.suppress(TransferError):  # it has ended already
+            offer = self._find(room)
+            if offer is not None:
+                offer.fail(error)
+                return
+            self.deserted[room] = error
+            while len(self.deserted) > N_REMEMBERED:
+                self.deserted.popitem(last=False)
 
     def _send_offer(self, peer: Connection, room: int, want: Want) -> None:
         offer = self._wait_for_offer(peer, room)
