@@ -85,6 +85,11 @@ class Child:
         """What it answers, as JSON values."""
         return httpx.get(self.url + path, timeout=30.0).raise_for_status().json()
 
+    def call(self, method: str, path: str, **content: Any) -> httpx.Response:
+        """What it answers, if that is no error."""
+        answer = httpx.request(method, self.url + path, timeout=PATIENCE_S, **content)
+        return answer.raise_for_status()
+
 
 class Cluster:
     """Two prefill nodes, decode nodes that offload, and a router before them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,12 +34,17 @@ def plain(folder: Path) -> LoadedModel:
 
 
 @pytest.fixture(scope="module")
-def cluster(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def cluster(folder: Path, store: Path) -> Iterator[Cluster]:
     """Nodes that store head by head, so that all of them share one store."""
     made = Cluster(
         str(folder),
         "file",
-        {"path": str(tmp_path_factory.mktemp("store"))},
+        {"path": str(store)},
         page_size=PAGE_SIZE,
         flags=["--max-total-tokens", "2048", "--storage-head-group", "1"],
         tp=(TP, TP),
@@ -106,6 +112,29 @@ def test_tokens_and_hits_of_four_conversations(cluster: Cluster, plain: LoadedMo
     figures = [cluster.figures(node) for node in cluster.decodes]
     assert [one["recomputed"] for one in figures] == [0, 0]
     assert min(one["received"] for one in figures) > 2
+
+
+def test_storage_goes_and_comes_on_both_sides(
+    cluster: Cluster, plain: LoadedModel, store: Path
+) -> None:
+    prefill, decode = cluster.prefill[0], cluster.decodes[0]
+    attach = {
+        "hicache_storage_backend": "file",
+        "hicache_storage_backend_extra_config_json": json.dumps({"path": str(store)}),
+    }
+    for n, has_storage in enumerate((False, True)):
+        for node in (prefill, decode):
+            node.call("PUT" if has_storage else "DELETE", "/hicache/storage-backend", json=attach)
+        prompt = ids_of(shape_of(plain), 50, f"storage {n}")
+        answer = apart(prefill, decode, prompt, address_of(prefill), 50 + n)["output_ids"]
+        assert answer == plain_answer(plain, prompt, 8)
+        cluster.settle()
+        prefill.call("POST", "/flush_cache", params={"timeout": PATIENCE_S})
+        body = {"input_ids": [*prompt, *answer], "sampling_params": {"max_new_tokens": 1}}
+        again = prefill.call("POST", "/generate", json=body).json()["meta_info"]
+        # Of 58 tokens the last was never computed: seven whole pages.
+        assert again["cached_tokens_details"]["storage"] == (56 if has_storage else 0)
+        assert again["cached_tokens"] == (56 if has_storage else 0)
 
 
 def test_a_rank_of_a_prefill_node_dies_while_its_kv_is_awaited(
