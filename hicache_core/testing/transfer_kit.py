@@ -206,8 +206,10 @@ class TransferKit:
             theirs = prefill.rows([15 - room * 2, 14 - room * 2], 0, 8)
             assert decode.rows([room * 2, room * 2 + 1], 0, 8) == theirs
 
-    @pytest.mark.parametrize(("n_senders", "n_receivers"), [(1, 2), (2, 1), (4, 2), (2, 4), (8, 1)])
-    @pytest.mark.parametrize("introduced", [False, True])
+    @pytest.mark.parametrize(
+        ("n_senders", "n_receivers", "introduced"),
+        [(1, 2, False), (2, 1, False), (2, 1, True), (4, 2, True), (2, 4, True), (8, 1, False)],
+    )
     def test_prefill_and_decode_may_be_divided_differently(
         self, n_senders: int, n_receivers: int, introduced: bool
     ) -> None:
