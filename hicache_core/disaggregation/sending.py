@@ -144,6 +144,7 @@ class Sender:
             self.deserted[room] = error
             while len(self.deserted) > N_REMEMBERED:
                 self.deserted.popitem(last=False)
+            self.arrived.notify_all()
 
     def _send_offer(self, peer: Connection, room: int, want: Want) -> None:
         offer = self._wait_for_offer(peer, room)

@@ -67,15 +67,12 @@ class TestTcp(TransferKit):
             peer.send_json(Kind.WANT, ROOM, want_of((0, 8), (0, 4)))
             assert peer.receive().kind is Kind.PING
         peer.close()
-        self._wait_for_threads("kv-send-")
+        assert isinstance(prefill.backend, TcpTransfer)
+        sender = prefill.backend._sender
+        with sender.arrived:
+            assert sender.arrived.wait_for(lambda: ROOM in sender.deserted, WAIT_S)
         prefill.backend.offer(ROOM, 4, 1e9)
         assert prefill.notice().state is TransferState.FAILED
-
-    def _wait_for_threads(self, prefix: str) -> None:
-        """Until none of that name is left."""
-        for thread in threading.enumerate():
-            if thread.name.startswith(prefix):
-                thread.join(WAIT_S)
 
     def test_another_version_is_refused(self) -> None:
         prefill, _ = self.pair()
