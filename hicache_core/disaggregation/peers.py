@@ -144,7 +144,7 @@ class PeerTransfer(KvTransferBackend):
             deserted = self._sender.deserted.pop(room, None)
             self._sender.arrived.notify_all()
         if deserted is not None:
-            offer.fail(deserted)
+            offer.fail(TransferError(deserted))
 
     def send(self, room: int, pages: Sequence[int], layer: int, start: int, stop: int) -> None:
         # docstring inherited

@@ -109,7 +109,7 @@ class Sender:
         self.arrived = threading.Condition()
         self.closing = False
         self.others: Sequence[str] = ()  # where the other ranks of this node are
-        self.deserted: OrderedDict[int, HiCacheError] = OrderedDict()  # rooms nobody waits for
+        self.deserted: OrderedDict[int, str] = OrderedDict()  # rooms nobody waits for, and why
 
     def serve(self, peer: Connection) -> None:
         """The whole conversation with one receiver; returns when it is over."""
@@ -141,7 +141,7 @@ class Sender:
             if offer is not None:
                 offer.fail(error)
                 return
-            self.deserted[room] = error
+            self.deserted[room] = str(error)
             while len(self.deserted) > N_REMEMBERED:
                 self.deserted.popitem(last=False)
             self.arrived.notify_all()
