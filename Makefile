@@ -78,6 +78,8 @@ soak: $(TESTS_READY)
 	$(BIN)/python -m tests.soak --seconds $(SOAK_SECONDS) --docs docs/reliability.md
 	$(BIN)/python -m tests.pd --turns 5 --store redis --store s3 --store mooncake --store hf3fs
 	$(BIN)/python -m tests.pd --turns 5 --store redis --fault kill --fault pause
+	$(BIN)/python -m tests.pd --tp 3 1 --fault none --fault kill
+	$(BIN)/python -m tests.pd --tp 1 3
 
 docs: $(TESTS_READY)
 	$(BIN)/python -m benchmarks --json benchmarks/results/latest.json --docs docs/benchmarks.md $(BENCH)

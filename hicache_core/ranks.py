@@ -10,7 +10,8 @@ class RankGroup(ABC):
     """The processes that hold parts of the same KV and must decide alike.
 
     Called by the owner thread only. ``agree_min`` is entered once a ``poll()`` by every rank,
-    whatever it has to report; ``gather`` only when a cache is opened.
+    whatever it has to report; ``gather`` when a cache is opened, and where ranks have more to say
+    than numbers.
 
     Both are collectives: every rank makes the same calls in the same order.
 
@@ -54,6 +55,13 @@ class SingleRank(RankGroup):
 
 
 def agree_all(ranks: RankGroup, values: Sequence[int]) -> list[int]:
-    """``agree_min`` of a few numbers, brought to the group's fixed shape."""
-    n_missing = 0 if ranks.window is None else ranks.window - len(values)
-    return ranks.agree_min([*values, *[0] * n_missing])[: len(values)]
+    """``agree_min`` of any number of values, equally many on each rank; of none, nothing happens.
+
+    They are brought to the group's fixed shape, so that it may take more than one collective.
+    """
+    width = ranks.window or max(1, len(values))
+    agreed: list[int] = []
+    for at in range(0, len(values), width):
+        part = values[at : at + width]
+        agreed += ranks.agree_min([*part, *[0] * (width - len(part))])[: len(part)]
+    return agreed

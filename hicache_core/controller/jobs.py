@@ -110,6 +110,16 @@ class JobTable:
             self.report(copy.job_id, 0 if copy.ticket.error is not None else copy.n_pages)
 
     @property
+    def rank(self) -> int:
+        """This process among those that agree."""
+        return self._ranks.rank
+
+    @property
+    def n_ranks(self) -> int:
+        """How many those are."""
+        return self._ranks.world_size
+
+    @property
     def n_jobs(self) -> int:
         """Jobs that are not settled."""
         return len(self._lane_of)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
+from hicache_core.controller.clearing import Clearing
 from hicache_core.controller.parts import Parts
-from hicache_core.controller.storage_tier import Attaching, Attachment, StorageTier
+from hicache_core.controller.storage_tier import Attaching, StorageTier
 from hicache_core.errors import ConfigError
 
 
@@ -54,16 +55,20 @@ class StorageControl(ABC):
             raise ConfigError("storage needs enable_hierarchical_cache: true")
         return self._parts.storage
 
-    @property
-    def attachment(self) -> Attachment | None:
-        """The attached backend with all that stands around it; None without one."""
-        storage = self._parts.storage
-        return None if storage is None else storage.current
+    def clear_storage(self) -> Clearing:
+        """Removes from the store what this cache, on all its ranks, has put there.
 
-    def storage_cleared(self) -> None:
-        """Somebody emptied the store: what was stored counts as not stored from now on."""
+        Returns at once. What is stored meanwhile may stay; from the end on, pages count as not
+        stored, and are offered again at their next use.
+
+        Returns:
+            What tells whether it is ``done``, the ``n_objects`` removed, and its ``error``.
+
+        Raises:
+            ConfigError: there is no backend, or it cannot be cleared.
+        """
         self._check_open()
-        self._storage_tier().forget_stored()
+        return self._storage_tier().clear()
 
     @abstractmethod
     def _check_open(self) -> None:

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from hicache_core.controller.admission import Admission, AlwaysAdmit
+from hicache_core.controller.clearing import ANY_COUNT, Clearing
 from hicache_core.controller.jobs import JobTable
 from hicache_core.controller.quarantine import Quarantine
-from hicache_core.errors import HiCacheError
+from hicache_core.errors import ConfigError, HiCacheError
 from hicache_core.observe.snapshot import BackendStatus
-from hicache_core.storage.base import Flushable, StorageBackend
+from hicache_core.storage.base import Clearable, Flushable, StorageBackend
 from hicache_core.storage.executor import Worker
 from hicache_core.types import Job, JobResult, JobState, Page, ReadJob, WriteJob
 
@@ -133,6 +134,7 @@ class StorageTier:
         self._run_aside = run_aside
         self._draining: list[Attachment] = []
         self._opening: dict[int, Attaching] = {}
+        self._clearing: dict[int, Clearing] = {}  # by the job that reports of this rank
         self._judges: dict[int, Judge] = {}
         self._overdue: set[int] = set()  # reported as 0 pages, and not ended
         self._epoch = 0
@@ -161,11 +163,26 @@ class StorageTier:
                 attachment.worker.cancel(job_id)
             self._draining.append(attachment)
 
-    def forget_stored(self) -> None:
-        """Gives the attached backend a new number, so that no page counts as stored in it."""
-        if self.current is not None:
-            self._epoch += 1
-            self.current.epoch = self._epoch
+    def clear(self) -> Clearing:
+        """Removes aside what this cache, on all ranks, has put into the attached backend.
+
+        Raises:
+            ConfigError: none is attached, or it cannot be cleared.
+        """
+        if self.current is None:
+            raise ConfigError("no storage backend is attached")
+        if not isinstance(self.current.backend, Clearable):
+            raise ConfigError(f"backend {self.current.name!r} cannot be cleared")
+        n_ranks = self._jobs.n_ranks
+        clearing = Clearing(self.current, n_ranks)
+        for rank in range(n_ranks):
+            job_id = self._jobs.add(partial(self._cleared, clearing))
+            if rank == self._jobs.rank:
+                self._clearing[job_id] = clearing
+            else:
+                self._jobs.report(job_id, ANY_COUNT)
+        self._run_aside(clearing.run)
+        return clearing
 
     def submit(self, attachment: Attachment, job: Job, judge: Judge | None = None) -> None:
         """As ``submit_all``, of one job."""
@@ -195,11 +212,16 @@ class StorageTier:
                 self._take(result)
         for job_id in [job_id for job_id, opening in self._opening.items() if opening._ended]:
             self._jobs.report(job_id, int(self._opening.pop(job_id)._opened is not None))
+        for job_id, clearing in list(self._clearing.items()):
+            if clearing.report is not None:
+                self._jobs.report(job_id, clearing.report)
+                del self._clearing[job_id]
 
     def sweep(self) -> None:
         """Closes what has been drained."""
+        in_use = [clearing.attachment for clearing in self._clearing.values()]
         for attachment in self._draining.copy():
-            if attachment.worker.n_in_flight == 0:
+            if attachment.worker.n_in_flight == 0 and attachment not in in_use:
                 for result in attachment.worker.drain():
                     self._take(result)
                 self._draining.remove(attachment)
@@ -219,6 +241,13 @@ class StorageTier:
     def is_draining(self) -> bool:
         """Whether a detached backend has not been closed, or an attached one is being opened."""
         return bool(self._draining or self._opening)
+
+    def _cleared(self, clearing: Clearing, reported: int) -> None:
+        """Once all ranks have ended, no page counts as stored: the backend gets a new number."""
+        clearing.settle(reported)
+        if clearing.done and clearing.attachment is self.current:
+            self._epoch += 1
+            self.current.epoch = self._epoch
 
     def wait(self, timeout_s: float, *, for_all: bool = False) -> None:
         """Waits until a call has ended, or with ``for_all`` all have, or for ``timeout_s``."""

@@ -62,6 +62,10 @@ class CountedTransfer(KvTransferBackend):
         # docstring inherited
         return self._inner.address
 
+    def introduce(self, addresses: Sequence[str]) -> None:
+        # docstring inherited
+        self._inner.introduce(addresses)
+
     @property
     def n_connections(self) -> int | None:
         # docstring inherited

@@ -126,6 +126,7 @@ class DecodeScheduler(Scheduler):
         """
         look = self._cache.match_prefix(task.packed(0, task.n_prompt - 1), task.request.namespace)
         match = look.device_part()
+        task.n_failed_loads = self._cache.n_failed_loads
         self._cache.lock(match.node)
         n_pages = -(-task.n_prompt // self._cache.page_size) - len(match.device_pages)
         try:
@@ -161,6 +162,10 @@ class DecodeScheduler(Scheduler):
             first = FirstToken.unpack(notice.note)
         except TransferError as error:
             self._compute_here(task, str(error))
+            return
+        if not self._has_arrived(task):
+            task.may_load = False
+            self._compute_here(task, "what was on this device already did not get there")
             return
         self._figures.received += 1
         self._figures.nbytes += notice.nbytes

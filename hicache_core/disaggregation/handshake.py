@@ -10,6 +10,24 @@ from hicache_core.disaggregation.page_memory import Heads, PageMemory
 from hicache_core.disaggregation.wire import PROTOCOL
 from hicache_core.errors import PeerRefused, TransferError
 
+MAX_RANKS = 256
+_WILDCARDS = ("", "0.0.0.0", "::")
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """What a sender says of itself.
+
+    Attributes:
+        heads: that it holds.
+        carrier: what its carrier says.
+        others: where the other ranks of its node are.
+    """
+
+    heads: Heads
+    carrier: dict[str, Any]
+    others: tuple[str, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Want:
@@ -64,6 +82,40 @@ def check_hello(hello: dict[str, Any], memory: PageMemory) -> None:
         raise PeerRefused(
             "; ".join(differences) + "; start both nodes with the same model and --page-size"
         )
+
+
+def welcome_of(
+    memory: PageMemory, carrier: dict[str, Any], others: Sequence[str]
+) -> dict[str, Any]:
+    """WELCOME, as JSON."""
+    return {"heads": list(memory.heads), "carrier": carrier, "others": list(others)}
+
+
+def welcomed_of(value: dict[str, Any], address: str) -> Welcome:
+    """WELCOME of the sender at ``address``, checked.
+
+    Another rank that listens everywhere is told as such; it is reached as this sender was.
+
+    Raises:
+        TransferError: it has not the right form.
+    """
+    host = address.rpartition(":")[0]
+    try:
+        start, stop = (int(head) for head in value["heads"])
+        others = [str(other).rpartition(":") for other in value.get("others", [])]
+        carrier = dict(value["carrier"])
+        if len(others) >= MAX_RANKS or not all(port.isdigit() for _, _, port in others):
+            raise ValueError(f"other ranks at {value['others']}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise TransferError(f"{address} sent a welcome without sense: {error}") from error
+    return Welcome(
+        (start, stop),
+        carrier,
+        tuple(
+            f"{host if theirs.strip('[]') in _WILDCARDS else theirs}:{port}"
+            for theirs, _, port in others
+        ),
+    )
 
 
 def want_of(heads: Heads | None, tokens: tuple[int, int]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from hicache_core.disaggregation.carrier import Carrier
 from hicache_core.disaggregation.receiving import Intake, Receiver, connection_to
 from hicache_core.disaggregation.room import Room
 from hicache_core.disaggregation.secret import MIN_LENGTH, SharedSecret
-from hicache_core.disaggregation.sending import Offer, Sender
+from hicache_core.disaggregation.sending import N_REMEMBERED, Offer, Sender
 from hicache_core.disaggregation.transfer import (
     KvTransferBackend,
     Notice,
@@ -31,7 +31,6 @@ from hicache_core.errors import TransferError, UseAfterClose
 log = logging.getLogger(__name__)
 
 MAX_ROOM = 2**63
-N_REMEMBERED = 4096
 # How long a receiver may wait for a request that has not reached this node's engine.
 MAX_WAIT_S = 3600.0
 
@@ -102,6 +101,11 @@ class PeerTransfer(KvTransferBackend):
             ) from error
         self._start(self._accept, "kv-accept")
 
+    def introduce(self, addresses: Sequence[str]) -> None:
+        # docstring inherited
+        own = self.context.rank
+        self._sender.others = [address for rank, address in enumerate(addresses) if rank != own]
+
     @property
     def address(self) -> str:
         # docstring inherited
@@ -149,7 +153,10 @@ class PeerTransfer(KvTransferBackend):
         offer = Offer(room, n_tokens, timeout_s, self._clock, self._settled(self._offers))
         with self._sender.arrived:
             self._offers[room] = offer
+            deserted = self._sender.deserted.pop(room, None)
             self._sender.arrived.notify_all()
+        if deserted is not None:
+            offer.fail(TransferError(deserted))
 
     def send(self, room: int, pages: Sequence[int], layer: int, start: int, stop: int) -> None:
         # docstring inherited

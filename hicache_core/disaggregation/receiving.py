@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hicache_core.disaggregation.carrier import Carrier
-from hicache_core.disaggregation.handshake import divide, hello_of, want_of
+from hicache_core.disaggregation.handshake import divide, hello_of, want_of, welcomed_of
 from hicache_core.disaggregation.page_memory import Heads
 from hicache_core.disaggregation.room import Room
 from hicache_core.disaggregation.transfer import Notice, TransferContext, TransferState
@@ -84,24 +84,23 @@ class Receiver:
 
     def _greet_all(self, intake: Intake, addresses: Sequence[str], parts: list[_Part]) -> None:
         missing: list[Heads] = [self._memory.heads]
-        for address in addresses:
+        known = list(addresses)
+        while len(parts) < len(known):
+            address = known[len(parts)]
             peer = self._connect(address, intake.deadline)
             part = _Part(peer, None, {})
             parts.append(part)  # from now on it is closed with the others
-            intake.watch(peer)
             hello = hello_of(self._memory, self._context.rank, self._context.world_size)
             peer.send_json(Kind.HELLO, intake.number, hello)
-            welcome = peer.receive_json(Kind.WELCOME)[1]
-            try:
-                offered = (int(welcome["heads"][0]), int(welcome["heads"][1]))
-                greeting = dict(welcome["carrier"])
-            except (KeyError, IndexError, TypeError, ValueError) as error:
-                raise TransferError(f"{address} sent a welcome without sense: {error}") from error
-            heads, missing = divide(missing, offered)
+            intake.watch(peer)  # not before: a sender that was greeted notices that this one left
+            welcome = welcomed_of(peer.receive_json(Kind.WELCOME)[1], address)
+            heads, missing = divide(missing, welcome.heads)
             peer.send_json(Kind.WANT, intake.number, want_of(heads, intake.tokens))
-            parts[-1] = _Part(peer, heads, greeting)
+            parts[-1] = _Part(peer, heads, welcome.carrier)
+            if len(known) == 1:
+                known += welcome.others
         if missing:
-            raise TransferError(f"heads {missing} are on none of {', '.join(addresses)}")
+            raise TransferError(f"heads {missing} are on none of {', '.join(known)}")
 
     def _fetch_all(self, intake: Intake, parts: Sequence[_Part]) -> bytes:
         """The note; parts but the first run on threads of their own."""

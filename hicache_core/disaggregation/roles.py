@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hicache_core.controller.controller import Controller
+from hicache_core.disaggregation.agreed import AgreedTransfer
 from hicache_core.disaggregation.counted import CountedTransfer
 from hicache_core.disaggregation.decode import DecodeScheduler
 from hicache_core.disaggregation.figures import Figures
 from hicache_core.disaggregation.pool_memory import memory_of_pool
 from hicache_core.disaggregation.prefill import PrefillScheduler
-from hicache_core.disaggregation.transfer import TransferContext
+from hicache_core.disaggregation.transfer import KvTransferBackend, TransferContext
 from hicache_core.engine.config import EngineConfig
 from hicache_core.engine.runner import Runner
 from hicache_core.engine.scheduler import Scheduler
@@ -60,21 +61,29 @@ class Role:
         self.figures = Figures()
         self._class = transfer_backend_class(settings.transfer_backend)
         self._config = transfer_settings(self._class, settings.transfer_settings or {})
-        self._transfer: CountedTransfer | None = None
+        self._transfer: KvTransferBackend | None = None
+        self._counted: CountedTransfer | None = None
 
     def make_scheduler(
         self, cache: Controller, runner: Runner, config: EngineConfig, **parts: Any
     ) -> Scheduler:
         """Opens the transfer backend over the runner's pages; the scheduler that uses it.
 
+        With several ranks (among ``parts``) each has its own role, and all of them enter this.
+
         Raises:
             TransferError, BrokenBackend: the backend does not open.
             SpecError: the pages are not in host memory.
+            RankLost: another rank could not do the same.
         """
-        context = TransferContext(memory_of_pool(runner.pool))
-        transfer = CountedTransfer(self._class(self._config, context))
+        memory, ranks = memory_of_pool(runner.pool), parts.get("ranks")
+        context = TransferContext(memory)
+        if ranks is not None:
+            context = TransferContext(memory, ranks.rank, ranks.world_size)
+        counted = CountedTransfer(self._class(self._config, context))
+        transfer = counted if ranks is None else AgreedTransfer(counted, ranks)
         transfer.open()
-        self._transfer = transfer
+        self._transfer, self._counted = transfer, counted
         kind = SCHEDULERS[self.settings.mode]
         return kind(cache, runner, config, **parts).join(
             transfer, self.settings.timeout_s, self.figures
@@ -82,12 +91,12 @@ class Role:
 
     @property
     def address(self) -> str:
-        """Where decode nodes fetch KV; empty before the engine is open."""
+        """Where decode nodes fetch KV, of this rank; empty before the engine is open."""
         return "" if self._transfer is None else self._transfer.address
 
     def transfers(self) -> list[TransferStatus]:
-        """What was moved, for metrics; nothing before the engine is open."""
-        return [] if self._transfer is None else [self._transfer.status()]
+        """What this rank moved, for metrics; nothing before the engine is open."""
+        return [] if self._counted is None else [self._counted.status()]
 
     def status(self) -> dict[str, Any]:
         """For people and the router; JSON types."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hicache_core.disaggregation.carrier import Carrier
-from hicache_core.disaggregation.handshake import Want, check_hello, wanted_of
+from hicache_core.disaggregation.handshake import Want, check_hello, wanted_of, welcome_of
 from hicache_core.disaggregation.page_memory import PageMemory
 from hicache_core.disaggregation.room import Room
 from hicache_core.disaggregation.transfer import Notice, TransferState
@@ -17,6 +18,8 @@ from hicache_core.disaggregation.wire import Connection, Frame, Kind, checksum_o
 from hicache_core.errors import HiCacheError, PeerRefused, TransferError
 
 log = logging.getLogger(__name__)
+
+N_REMEMBERED = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,8 @@ class Sender:
         self._ping_s = ping_s
         self.arrived = threading.Condition()
         self.closing = False
+        self.others: Sequence[str] = ()  # where the other ranks of this node are
+        self.deserted: OrderedDict[int, str] = OrderedDict()  # rooms nobody waits for, and why
 
     def serve(self, peer: Connection) -> None:
         """The whole conversation with one receiver; returns when it is over."""
@@ -115,17 +120,31 @@ class Sender:
                 check_hello(hello, self._memory)
             except PeerRefused as error:
                 log.error("refused %s: %s", peer.peer, error)
+                self._desert(room, error)
                 peer.send_text(Kind.REFUSED, room, str(error).encode())
                 return
-            welcome = {"heads": list(self._memory.heads), "carrier": self._carrier.greeting()}
+            welcome = welcome_of(self._memory, self._carrier.greeting(), self.others)
             peer.send_json(Kind.WELCOME, room, welcome)
             want = wanted_of(peer.receive_json(Kind.WANT)[1], hello, self._memory)
             self._send_offer(peer, room, want)
         except HiCacheError as error:
             log.warning("KV of room %d did not reach %s: %s", room, peer.peer, error)
             if room >= 0:
+                self._desert(room, error)
                 with contextlib.suppress(TransferError):  # it may be gone, or cut off
                     peer.send_text(Kind.FAILED, room, str(error).encode())
+
+    def _desert(self, room: int, error: HiCacheError) -> None:
+        """Who wanted the room is lost to it: its offer fails, also one that comes later."""
+        with self.arrived, contextlib.suppress(TransferError):  # it has ended already
+            offer = self._find(room)
+            if offer is not None:
+                offer.fail(error)
+                return
+            self.deserted[room] = str(error)
+            while len(self.deserted) > N_REMEMBERED:
+                self.deserted.popitem(last=False)
+            self.arrived.notify_all()
 
     def _send_offer(self, peer: Connection, room: int, want: Want) -> None:
         offer = self._wait_for_offer(peer, room)

@@ -133,6 +133,13 @@ class KvTransferBackend(ABC):
         return None
 
     @abstractmethod
+    def introduce(self, addresses: Sequence[str]) -> None:
+        """Says where all ranks of this node are, by rank; called once, after ``open``.
+
+        Receivers that know only one of them are told the others.
+        """
+
+    @abstractmethod
     def offer(self, room: int, n_tokens: int, timeout_s: float) -> None:
         """Promises the rows of ``n_tokens`` tokens to whoever comes for the room.
 
@@ -176,8 +183,8 @@ class KvTransferBackend(ABC):
 
         Args:
             room: the request's.
-            addresses: of all ranks of the prefill node; whose heads are asked for is worked out
-                with them.
+            addresses: of all ranks of the prefill node, or of one that was introduced to the
+                others; whose heads are asked for is worked out with them.
             pages: of tokens 0 to stop; those before start are not touched.
             tokens: (start, stop); a receiver that has a prefix already begins behind it.
             timeout_s: FAILED if not everything has arrived by then.

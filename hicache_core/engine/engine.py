@@ -50,7 +50,10 @@ _IDLE_S = 0.02
 _STALL_S = 0.005
 """So long it waits for news of storage when no request can be computed."""
 
-_ONE_RANK_ONLY = "prefill and decode apart need an engine on one rank; start it with --tp 1"
+_ONE_RANK_ONLY = (
+    "an engine on several ranks has a listener on each of them: let make_scheduler, which every "
+    "rank calls, put it into the scheduler's relay"
+)
 
 
 class Engine:
@@ -160,13 +163,10 @@ class Engine:
             QueueFull: ``max_waiting`` requests wait already.
             InvalidTokens: the prompt is empty, no tokens of this model, or longer than context or
                 device pool; or a request of this id is under way.
-            ConfigError: sampling parameters out of range, or a request for a listener with several
-                ranks.
+            ConfigError: sampling parameters out of range.
             UseAfterClose: the engine is not open, closing, or has stopped.
         """
         check_sampling(request.sampling)
-        if self._ranks is not None and request.bootstrap is not None:
-            raise ConfigError(_ONE_RANK_ONLY)
         with self._changed:
             self._check_open()
             n_new_max = self._limits.n_new_max(request)

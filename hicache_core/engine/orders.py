@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 from hicache_core.controller.controller import Controller
-from hicache_core.engine.request import Request, SamplingParams
+from hicache_core.engine.request import Bootstrap, Request, SamplingParams
 from hicache_core.errors import ConfigError, HiCacheError
 from hicache_core.types import Namespace
 
 log = logging.getLogger(__name__)
 
-ALLOWED_CALLS = ("attach_storage", "detach_storage", "flush", "reset", "storage_cleared")
+ALLOWED_CALLS = ("attach_storage", "clear_storage", "detach_storage", "flush", "reset")
 """Methods of the cache that every rank calls when the operator asks for one."""
 
 
@@ -132,4 +132,5 @@ def _request(fields: dict[str, Any]) -> Request:
         SamplingParams(**sampling),
         Namespace(**fields["namespace"]),
         fields["priority"],
+        fields["bootstrap"] and Bootstrap(**fields["bootstrap"]),
     )

@@ -14,12 +14,12 @@ from typing import Any, Self
 import torch
 from torch._C._distributed_c10d import TCPStore
 
-from hicache_core.engine.engine import Engine
 from hicache_core.engine.model import LoadedModel
 from hicache_core.engine.shard import check_split
 from hicache_core.engine.tensor_ranks import TensorRanks
 from hicache_core.errors import HiCacheError, RankLost
 from hicache_core.server.models import load_model
+from hicache_core.server.role import make_engine, role_of
 from hicache_core.server.settings import ServerSettings
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class Crew:
 
     def __enter__(self) -> Self:
         """Starts the processes, which load the model meanwhile."""
-        n_ranks = self._settings.n_ranks
+        n_ranks = self._settings.tp
         if n_ranks == 1:
             return self
         self._store = TCPStore(
@@ -77,7 +77,7 @@ class Crew:
             ConfigError: the model cannot be split over them.
             RankLost: a process died; its own last words say why.
         """
-        n_ranks = self._settings.n_ranks
+        n_ranks = self._settings.tp
         check_split(model.model.config, n_ranks)
         if self._store is None:
             return None
@@ -125,10 +125,11 @@ def work(rank: int, port: int, settings: ServerSettings, device: str) -> None:
         level=settings.log_level.upper(),
         format=f"%(asctime)s %(levelname)s rank {rank} %(name)s: %(message)s",
     )
-    _share_threads(settings.n_ranks)
+    _share_threads(settings.tp)
     try:
         model = load_model(settings.model_path, device)
-        engine = Engine(model, settings.cache, settings.engine, ranks=_join(rank, port, settings))
+        role = role_of(settings, rank)
+        engine = make_engine(settings, model, role, _join(rank, port, settings))
         engine.open()
     except HiCacheError as error:
         log.error("rank %d does not start: %s", rank, error)
@@ -141,12 +142,12 @@ def work(rank: int, port: int, settings: ServerSettings, device: str) -> None:
 def _join(rank: int, port: int, settings: ServerSettings) -> TensorRanks:
     """Meets the others, once all have loaded their model."""
     try:
-        store = TCPStore(_HOST, port, settings.n_ranks, is_master=False, timeout=_MEET_S)
+        store = TCPStore(_HOST, port, settings.tp, is_master=False, timeout=_MEET_S)
         store.set(_ready(rank), "")
         store.wait([_GO], _LOAD_S)
     except RuntimeError as error:
         raise RankLost(f"rank 0 is gone: {error}") from error
-    return TensorRanks.create(rank, settings.n_ranks, store)
+    return TensorRanks.create(rank, settings.tp, store)
 
 
 def _ready(rank: int) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -18,17 +18,15 @@ from hicache_core.redact import masked
 from hicache_core.server.bodies import AttachBody, read_body
 from hicache_core.server.problems import Problem, json_answer
 from hicache_core.server.service import Service
-from hicache_core.storage.base import Clearable
 
 if TYPE_CHECKING:
-    from hicache_core.build import HiCache
+    from hicache_core.controller.clearing import Clearing
+    from hicache_core.controller.storage_tier import Attaching
 
 CALL_TIMEOUT_S = 10.0
-ATTACH_TIMEOUT_S = 60.0
+STORAGE_TIMEOUT_S = 60.0
 MAX_FLUSH_TIMEOUT_S = 600.0
 _PAUSE_S = 0.01
-
-T = TypeVar("T")
 
 
 def make_router(service: Service) -> APIRouter:
@@ -128,11 +126,7 @@ class StorageDesk:
                 "has none: start it with --admin-api-key, or with that backend",
             )
         attaching = await self._call_all("attach_storage", name, settings)
-        until = time.monotonic() + ATTACH_TIMEOUT_S
-        while not attaching.done:
-            if time.monotonic() >= until:
-                raise Problem(503, f"backend {name!r} is still being opened; look again later")
-            await asyncio.sleep(_PAUSE_S)
+        await _ended(attaching, f"backend {name!r} is still being opened; look again later")
         if attaching.error:
             raise Problem(
                 400, f"Failed to attach HiCache storage backend: {masked(attaching.error)}"
@@ -145,28 +139,17 @@ class StorageDesk:
         self._config = self._changed(hicache_storage_backend=None, extra={})
 
     async def clear(self) -> int:
-        """Removes from the store what this server's kind has put there; how many objects.
+        """Removes from the store what servers of this kind put there; how many objects.
 
         Raises:
-            Problem: there is no backend, or it cannot be cleared; or the server has several ranks,
-                each with objects of its own.
+            ConfigError: there is no backend, or it cannot be cleared.
+            Problem: the store failed, on whatever rank.
         """
-        n_ranks = self._service.settings.n_ranks
-        if n_ranks > 1:
-            raise Problem(
-                400,
-                f"this server has {n_ranks} ranks, and clears no store: what each has stored is "
-                "under another namespace; remove it with the store's own tools",
-            )
-        attachment = await self._call(lambda cache: cache.attachment)
-        if attachment is None:
-            raise Problem(400, "no storage backend is attached")
-        backend = attachment.backend
-        if not isinstance(backend, Clearable):
-            raise Problem(400, f"backend {attachment.name!r} cannot be cleared")
-        n_removed = await asyncio.to_thread(backend.clear, f"{attachment.namespace}/")
-        await self._call_all("storage_cleared")
-        return n_removed
+        clearing: Clearing = await self._call_all("clear_storage")
+        await _ended(clearing, "the store is still being cleared")
+        if clearing.error:
+            raise Problem(503, f"the store was not cleared: {masked(clearing.error)}")
+        return clearing.n_objects
 
     def _wanted(self, body: AttachBody) -> HiCacheConfig:
         for key in ("hicache_storage_prefetch_policy", "hicache_write_policy"):
@@ -201,9 +184,14 @@ class StorageDesk:
         call_all = self._service.engine.call_all
         return await asyncio.to_thread(call_all, method, *arguments, timeout_s=CALL_TIMEOUT_S)
 
-    async def _call(self, work: Callable[[HiCache], T]) -> T:
-        engine = self._service.engine
-        return await asyncio.to_thread(engine.call, work, CALL_TIMEOUT_S)
+
+async def _ended(work: Attaching | Clearing, or_else: str) -> None:
+    """Returns when ``work`` is done on all ranks; Problem if that takes too long."""
+    until = time.monotonic() + STORAGE_TIMEOUT_S
+    while not work.done:
+        if time.monotonic() >= until:
+            raise Problem(503, or_else)
+        await asyncio.sleep(_PAUSE_S)
 
 
 def _names_a_class(name: str, settings: Mapping[str, object]) -> bool:

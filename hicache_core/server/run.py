@@ -13,22 +13,19 @@ from functools import partial
 import torch
 import uvicorn
 
-from hicache_core.disaggregation.roles import Role, RoleSettings
+from hicache_core.disaggregation.roles import Role
 from hicache_core.engine.engine import Engine
 from hicache_core.engine.model import LoadedModel
-from hicache_core.engine.scheduler import Scheduler
-from hicache_core.engine.tensor_ranks import TensorRanks
 from hicache_core.errors import ConfigError, RankLost
 from hicache_core.server.app import make_app
 from hicache_core.server.crew import Crew
 from hicache_core.server.models import load_model
 from hicache_core.server.prompts import Limits
+from hicache_core.server.role import make_engine, role_of
 from hicache_core.server.service import ServedModel, Service
-from hicache_core.server.settings import ServerSettings, goes_over_rdma, notices
+from hicache_core.server.settings import ServerSettings, notices
 
 log = logging.getLogger(__name__)
-
-WILDCARDS = ("0.0.0.0", "::")
 
 
 def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
@@ -62,41 +59,8 @@ def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
                 )
             finally:
                 engine.close(settings.shutdown_timeout_s)
-            if settings.n_ranks > 1 and (error := engine.status().error):
+            if settings.tp > 1 and (error := engine.status().error):
                 raise RankLost(f"the server has ended, since its engine has stopped: {error}")
-
-
-def role_of(settings: ServerSettings) -> Role | None:
-    """The half that a server is; None for one that does both.
-
-    Raises:
-        ConfigError, PluginError: the transfer backend cannot be used.
-    """
-    asked = settings.disaggregation
-    if asked.mode == "null":
-        return None
-    transfer: dict[str, object] = {"host": settings.host, "port": asked.bootstrap_port}
-    if settings.keys.transfer is not None:
-        transfer["secret"] = settings.keys.transfer
-    if asked.ib_device and goes_over_rdma(asked):
-        transfer |= {"protocol": "rdma", "device_name": asked.ib_device}
-    if settings.host in WILDCARDS and asked.transfer_backend != "tcp":
-        # An engine of its own needs a name that the other side can use.
-        transfer["advertise"] = socket.gethostbyname(socket.gethostname())
-    return Role(RoleSettings(asked.mode, asked.transfer_backend, transfer))
-
-
-def make_engine(
-    settings: ServerSettings,
-    model: LoadedModel,
-    role: Role | None,
-    ranks: TensorRanks | None = None,
-) -> Engine:
-    """The engine, not open yet."""
-    make_scheduler = Scheduler if role is None else role.make_scheduler
-    return Engine(
-        model, settings.cache, settings.engine, ranks=ranks, make_scheduler=make_scheduler
-    )
 
 
 def make_service(
@@ -140,7 +104,7 @@ def _run(service: Service, listener: socket.socket, on_ready: Callable[[], None]
     )
 
     def has_lost_a_rank() -> bool:
-        return settings.n_ranks > 1 and bool(service.engine.status().error)
+        return settings.tp > 1 and bool(service.engine.status().error)
 
     with _signals_are_no_deaths():
         asyncio.run(_Server(config, on_ready, has_lost_a_rank).serve([listener]))

@@ -63,7 +63,7 @@ class ServerSettings:
         keys: what callers must know.
         host: the address to listen on.
         port: 0 for any free one.
-        tp: processes that were asked for; see ``n_ranks``.
+        tp: processes that compute the model together.
         log_level: of the standard library's logging.
         served_model_name: what clients see; empty for the model's own.
         enable_metrics: whether ``/metrics`` answers.
@@ -85,11 +85,6 @@ class ServerSettings:
     enable_cache_report: bool = False
     shutdown_timeout_s: float = 20.0
     disaggregation: Disaggregation = field(default_factory=Disaggregation)
-
-    @property
-    def n_ranks(self) -> int:
-        """Processes that compute the model: ``tp``, but one where prefill and decode are apart."""
-        return self.tp if self.disaggregation.mode == "null" else 1
 
 
 def goes_over_rdma(disaggregation: Disaggregation, devices: Path = DEVICES) -> bool:
@@ -123,11 +118,6 @@ def notices(settings: ServerSettings, device: str) -> Iterator[str]:
     resolved = settings.cache.resolve()
     for change in resolved.adjustments:
         yield str(change)
-    if settings.tp > settings.n_ranks:
-        yield (
-            f"--tp {settings.tp} has no effect with --disaggregation-mode "
-            f"{settings.disaggregation.mode}: such a server computes in one process"
-        )
     if device == "cpu" and settings.engine.mem_fraction_static != DEFAULTS.mem_fraction_static:
         yield (
             f"--mem-fraction-static {settings.engine.mem_fraction_static} has no effect on a CPU; "

@@ -206,14 +206,22 @@ class TransferKit:
             theirs = prefill.rows([15 - room * 2, 14 - room * 2], 0, 8)
             assert decode.rows([room * 2, room * 2 + 1], 0, 8) == theirs
 
-    @pytest.mark.parametrize(("n_senders", "n_receivers"), [(1, 2), (2, 1), (4, 2), (2, 4), (8, 1)])
+    @pytest.mark.parametrize(
+        ("n_senders", "n_receivers", "introduced"),
+        [(1, 2, False), (2, 1, False), (2, 1, True), (4, 2, True), (2, 4, True), (8, 1, False)],
+    )
     def test_prefill_and_decode_may_be_divided_differently(
-        self, n_senders: int, n_receivers: int
+        self, n_senders: int, n_receivers: int, introduced: bool
     ) -> None:
+        """A receiver knows all senders, or one that was introduced to the others."""
         whole = memory_of(spec_of(), seed=5)
         prefills = [self._shard(whole, rank, n_senders) for rank in range(n_senders)]
         decodes = [self._shard(None, rank, n_receivers) for rank in range(n_receivers)]
         addresses = [prefill.backend.address for prefill in prefills]
+        if introduced:
+            for prefill in prefills:
+                prefill.backend.introduce(addresses)
+            addresses = addresses[:1]
         for decode in decodes:
             decode.backend.receive(ROOM, addresses, [2, 3, 0], (0, 10), WAIT_S)
         for prefill in prefills:

@@ -110,6 +110,7 @@ def test_orders_arrive_as_they_were_given() -> None:
         SamplingParams(stop=("x", "é"), stop_token_ids=(3,), seed=7),
         Namespace(cache_salt="s"),
         priority=2,
+        bootstrap=Bootstrap("node", 5, 6),
     )
     call = Call("attach_storage", ("file", {"path": "p"}))
     turn = Turn((Add(full, 3, 9, 4), Abort("b"), call), closing=True, is_over=True, drain_s=1.5)
@@ -214,14 +215,29 @@ def test_the_operator_changes_storage_and_empties_the_cache_on_all_ranks(tmp_pat
             call("close", timeout_s=PATIENCE_S)
 
 
-def test_disaggregation_needs_one_rank(tmp_path: Path) -> None:
+def test_a_store_is_cleared_of_the_objects_of_all_ranks(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    with engine_of_ranks(2, tmp_path, cache=in_file(path)) as it:
+        for n_manifests in (2, 0):
+            asked(it.engine, PROMPT)
+            assert it.engine.call_all("flush", PATIENCE_S, timeout_s=PATIENCE_S)
+            clearing = it.engine.call_all("clear_storage", timeout_s=PATIENCE_S)
+            while not clearing.done:
+                it.engine.call(lambda cache: None, PATIENCE_S)
+            # seven whole pages of each rank, and at first what says whose they are
+            assert (clearing.n_objects, clearing.error) == (14 + n_manifests, "")
+            assert it.engine.call_all("reset", timeout_s=PATIENCE_S)
+            assert asked(it.engine, PROMPT).outputs[-1].cached == CachedTokens()
+        it.engine.call_all("detach_storage", timeout_s=PATIENCE_S)
+        with pytest.raises(ConfigError, match="no storage backend is attached"):
+            it.engine.call_all("clear_storage", timeout_s=PATIENCE_S)
+
+
+def test_a_listener_of_one_rank_alone_is_refused(tmp_path: Path) -> None:
     with engine_of_ranks(2, tmp_path) as it:
         listener: Any = object()
-        with pytest.raises(ConfigError, match="--tp 1"):
+        with pytest.raises(ConfigError, match="a listener on each of them"):
             it.engine.listen(listener)
-        apart = Request("r", (1, 2), bootstrap=Bootstrap("127.0.0.1", 1, 1))
-        with pytest.raises(ConfigError, match="--tp 1"):
-            it.engine.submit(apart, Client())
 
 
 def test_a_rank_that_is_killed_ends_every_request_with_an_error(tmp_path: Path) -> None:

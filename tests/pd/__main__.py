@@ -36,6 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fault", choices=FAULTS, action="append", help="default: none")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--transfer", default="tcp", help="transfer backend: tcp or mooncake")
+    parser.add_argument(
+        "--tp",
+        type=int,
+        nargs=2,
+        default=(1, 1),
+        metavar=("PREFILL", "DECODE"),
+        help="ranks of each prefill node and of the decode node; pages are stored head by head",
+    )
     given = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 120)
     n_wrong = 0
@@ -49,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for fault in given.fault or ["none"]:
                 place = Path(directory) / f"{name}-{fault}"
                 place.mkdir()
-                scene = Scene(console, model, shape, given.transfer)
+                scene = Scene(console, model, shape, given.transfer, given.tp)
                 n_wrong += scene.run(name, fault, place)
     return 1 if n_wrong else 0
 
@@ -57,21 +65,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class Scene:
     """One run on one store with one fault."""
 
-    def __init__(self, console: Console, model: str, shape: Shape, transfer: str) -> None:
-        """Starts nothing yet."""
+    def __init__(
+        self, console: Console, model: str, shape: Shape, transfer: str, tp: Sequence[int]
+    ) -> None:
+        """Starts nothing yet; ``tp`` says how many ranks prefill and decode nodes have."""
         self._console = console
         self._model = model
         self._shape = shape
         self._transfer = transfer
+        self._tp = tp
 
     def run(self, name: str, fault: str, directory: Path) -> int:
         """Plays it and prints what happened; how many things were wrong."""
         say = self._console.print
-        say(f"[bold]2 prefill nodes, 1 decode node, router; store {name}, fault: {fault}[/bold]")
+        n_prefill, n_decode = self._tp
+        say(
+            f"[bold]2 prefill nodes (--tp {n_prefill}), 1 decode node (--tp {n_decode}), router; "
+            f"store {name}, fault: {fault}[/bold]"
+        )
         started_s = time.monotonic()
         with store(name, directory) as (extra, server):
             cluster = Cluster(
-                self._model, name, extra, page_size=PAGE_SIZE, transfer=self._transfer
+                self._model,
+                name,
+                extra,
+                page_size=PAGE_SIZE,
+                transfer=self._transfer,
+                flags=["--storage-head-group", "1"] if max(self._tp) > 1 else [],
+                tp=((n_prefill, n_prefill), (n_decode,)),
             )
             try:
                 turns = play(cluster, self._shape, _breaking(cluster, fault, server))

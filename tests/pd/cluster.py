@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -64,6 +66,13 @@ class Child:
         self._process.wait()
         self._reader.join()
 
+    def kill_rank(self, rank: int) -> None:
+        """Ends one of its other processes, and waits until it has ended itself for lack of it."""
+        found = re.search(rf"rank {rank} of \d+ is process (\d+)", "\n".join(self.lines))
+        assert found is not None, self.lines
+        os.kill(int(found[1]), signal.SIGKILL)
+        self._process.wait(PATIENCE_S)
+
     def _read(self) -> None:
         assert self._process.stdout is not None
         with self._process.stdout:
@@ -76,13 +85,18 @@ class Child:
         """What it answers, as JSON values."""
         return httpx.get(self.url + path, timeout=30.0).raise_for_status().json()
 
+    def call(self, method: str, path: str, **content: Any) -> httpx.Response:
+        """What it answers, if that is no error."""
+        answer = httpx.request(method, self.url + path, timeout=PATIENCE_S, **content)
+        return answer.raise_for_status()
+
 
 class Cluster:
-    """Two prefill nodes, a decode node that offloads, and a router before them.
+    """Two prefill nodes, decode nodes that offload, and a router before them.
 
     Attributes:
         prefill: the prefill nodes.
-        decode: the decode node.
+        decodes: the decode nodes.
         router: what clients talk to.
     """
 
@@ -95,8 +109,12 @@ class Cluster:
         page_size: int,
         transfer: str = "tcp",
         flags: Sequence[str] = (),
+        tp: tuple[Sequence[int], Sequence[int]] = ((1, 1), (1,)),
     ) -> None:
-        """Starts everything and returns when all answer."""
+        """Starts everything and returns when all answer.
+
+        ``tp`` says how many ranks each prefill and each decode node has.
+        """
         extra_config = json.dumps({"prefetch_threshold": page_size, **extra})
         self._server = [
             *["-m", "hicache_core.launch_server", "--model-path", model],
@@ -109,29 +127,41 @@ class Cluster:
         ]
         self._children: list[Child] = []
         try:
-            self.prefill = [self._prefill(n, "0") for n in range(2)]
-            self.decode = self._start(
-                "decode",
-                [
-                    *self._server,
-                    *["--port", "0", "--disaggregation-mode", "decode"],
-                    "--disaggregation-decode-enable-offload-kvcache",
-                ],
-            )
-            for child in (*self.prefill, self.decode):
+            self._prefill_tp, decode_tp = tp
+            self.prefill = [self._prefill(n, "0") for n in range(len(self._prefill_tp))]
+            self.decodes = [
+                self._start(
+                    "decode",
+                    [
+                        *self._server,
+                        *["--port", "0", "--tp", str(n_ranks), "--disaggregation-mode", "decode"],
+                        "--disaggregation-decode-enable-offload-kvcache",
+                    ],
+                )
+                for n_ranks in decode_tp
+            ]
+            for child in (*self.prefill, *self.decodes):
                 child.wait()
             command = ["-m", "hicache_core.cli.main", "router"]
             for child in self.prefill:
                 command += ["--prefill", child.url]
-            command += ["--decode", self.decode.url, "--port", "0", "--by-load"]
+            for child in self.decodes:
+                command += ["--decode", child.url]
+            command += ["--port", "0", "--by-load"]
             self.router = self._start("router", [*command, "--health-interval", "0.3"])
             self.router.wait()
         except BaseException:
             self.close()
             raise
 
+    @property
+    def decode(self) -> Child:
+        """The first decode node."""
+        return self.decodes[0]
+
     def _prefill(self, number: int, port: str) -> Child:
         flags = ["--port", port, "--disaggregation-mode", "prefill", "--enable-hierarchical-cache"]
+        flags += ["--tp", str(self._prefill_tp[number])]
         return self._start(f"prefill {number}", [*self._server, *flags])
 
     def _start(self, name: str, command: Sequence[str]) -> Child:
@@ -162,7 +192,7 @@ class Cluster:
 
     def settle(self) -> None:
         """Returns when no node copies or stores anything any more."""
-        nodes = [node for node in (*self.prefill, self.decode) if node.is_alive]
+        nodes = [node for node in (*self.prefill, *self.decodes) if node.is_alive]
         self.wait_until(lambda: all(self._is_idle(node) for node in nodes), "nodes are idle")
 
     def _is_idle(self, node: Child) -> bool:

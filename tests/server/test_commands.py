@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -265,12 +266,15 @@ async def test_a_dynamic_backend_is_loaded_and_gets_the_pages(
 def test_disaggregation(folder: Path, tmp_path: Path) -> None:
     """KV goes from one to the other; what is generated is backed up; both have the same tokens."""
     env = hf3fs_environment(tmp_path)
-    prefill_flags, decode_flags = (for_this_machine(name) for name in DISAGGREGATED)
-    with (
-        server_process(folder, prefill_flags, env) as prefill,
-        server_process(folder, decode_flags, env) as decode,
-    ):
+    with ExitStack() as stack:
+        with ThreadPoolExecutor(2) as starters:
+            both = [for_this_machine(name) for name in DISAGGREGATED]
+            prefill, decode = starters.map(
+                lambda flags: stack.enter_context(server_process(folder, flags, env)), both
+            )
         assert "mlx5_0 has no effect" in "\n".join(prefill.lines)
+        for node in (prefill, decode):
+            assert "rank 1 of 2 is process" in "\n".join(node.lines)
         info = httpx.get(f"{prefill.url}/get_server_info").json()
         host, _, port = info["disaggregation_transfer_address"].rpartition(":")
         room = {"bootstrap_host": host, "bootstrap_port": int(port), "bootstrap_room": 5}

@@ -92,7 +92,6 @@ def test_size_zero_means_the_ratio() -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--tp", "8", "--disaggregation-mode", "prefill"], "one process"),
         (["--disaggregation-ib-device", "mlx5_0,mlx5_1"], "mlx5_0,mlx5_1 has no effect"),
         (["--mem-fraction-static", "0.5"], "--max-total-tokens"),
         (["--host", "0.0.0.0"], "no --api-key"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -15,12 +17,23 @@ from tests.server.process import PATIENCE_S, ServerProcess, environment, server_
 from tests.unit.engine.tiny_chat_model import save_tiny_chat_model
 
 FLAGS = ["--tp", "2", "--page-size", "16", "--max-total-tokens", "1024"]
-STORAGE = ["--enable-hierarchical-cache", "--hicache-storage-backend", "memory"]
+STORAGE = [
+    *["--enable-hierarchical-cache", "--hicache-storage-backend", "memory"],
+    *["--hicache-storage-prefetch-policy", "wait_complete"],
+    *["--hicache-storage-backend-extra-config", '{"prefetch_threshold": 16}'],
+]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_chat_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[ServerProcess]:
+    """A server with storage; the last test that uses it ends it."""
+    with server_process(folder, [*FLAGS, *STORAGE]) as started:
+        yield started
 
 
 def worker_of(server: ServerProcess) -> psutil.Process:
@@ -29,15 +42,40 @@ def worker_of(server: ServerProcess) -> psutil.Process:
     return psutil.Process(int(line.split()[-1]))
 
 
-def test_a_rank_that_dies_ends_the_server_and_says_so(folder: Path) -> None:
-    with server_process(folder, [*FLAGS, *STORAGE]) as server:
-        body = {"input_ids": list(range(3, 40)), "sampling_params": {"max_new_tokens": 2}}
-        httpx.post(f"{server.url}/generate", json=body, timeout=PATIENCE_S).raise_for_status()
-        cleared = httpx.post(f"{server.url}/hicache/storage-backend/clear")
-        assert cleared.status_code == 400
-        assert "2 ranks" in cleared.text
-        worker_of(server).kill()
-        assert server.process.wait(PATIENCE_S) != 0
+def prefilled(server: ServerProcess) -> dict[str, int]:
+    """What the caches had of a prompt, once it is stored."""
+    body = {"input_ids": list(range(3, 40)), "sampling_params": {"max_new_tokens": 2}}
+    answer = httpx.post(f"{server.url}/generate", json=body, timeout=PATIENCE_S)
+    flush = {"timeout": PATIENCE_S}
+    httpx.post(f"{server.url}/flush_cache", params=flush, timeout=PATIENCE_S).raise_for_status()
+    cached: dict[str, int] = answer.raise_for_status().json()["meta_info"]["cached_tokens_details"]
+    return cached
+
+
+def test_storage_is_cleared_on_all_ranks_comes_and_goes(
+    server: ServerProcess, tmp_path: Path
+) -> None:
+    nothing, stored = ({"device": 0, "host": 0, "storage": n} for n in (0, 32))
+    backend = f"{server.url}/hicache/storage-backend"
+    assert [prefilled(server), prefilled(server)] == [nothing, stored]
+    cleared = httpx.post(f"{backend}/clear", timeout=PATIENCE_S).raise_for_status()
+    assert f"cleared: {2 * (2 + 1)} objects" in cleared.text  # pages and manifest, by rank
+    assert [prefilled(server), prefilled(server)] == [nothing, stored]
+    httpx.delete(backend, timeout=PATIENCE_S).raise_for_status()
+    assert prefilled(server) == nothing
+    assert httpx.post(f"{backend}/clear", timeout=PATIENCE_S).status_code == 400
+    other = {
+        "hicache_storage_backend": "file",
+        "hicache_storage_backend_extra_config_json": json.dumps({"path": str(tmp_path)}),
+    }
+    httpx.put(backend, json=other, timeout=PATIENCE_S).raise_for_status()
+    assert [prefilled(server), prefilled(server)] == [nothing, stored]
+
+
+def test_a_rank_that_dies_ends_the_server_and_says_so(server: ServerProcess) -> None:
+    prefilled(server)
+    worker_of(server).kill()
+    assert server.process.wait(PATIENCE_S) != 0
     said = "\n".join(server.lines)
     assert "the server has ended, since its engine has stopped: RankLost" in said
     assert "rank 1 (process" in said

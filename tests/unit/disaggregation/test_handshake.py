@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hicache_core.disaggregation.handshake import check_hello, divide, hello_of, wanted_of
+from hicache_core.disaggregation.handshake import (
+    check_hello,
+    divide,
+    hello_of,
+    wanted_of,
+    welcome_of,
+    welcomed_of,
+)
 from hicache_core.disaggregation.page_memory import PageMemory
 from hicache_core.errors import SpecError, TransferError
 from hicache_core.kv_spec import KVSpec
@@ -53,6 +60,41 @@ def test_a_want_without_sense_is_an_error(want: dict[str, object]) -> None:
     memory = memory_of(spec_of(), None)
     with pytest.raises(TransferError):
         wanted_of(want, hello_of(memory, 0, 1), memory)
+
+
+@pytest.mark.parametrize(
+    ("told", "reached"),
+    [
+        ("10.0.0.2:7", "10.0.0.2:7"),
+        ("0.0.0.0:7", "node:7"),
+        (":::7", "node:7"),
+        ("[::]:7", "node:7"),
+        (":7", "node:7"),
+    ],
+)
+def test_a_rank_that_listens_everywhere_is_reached_as_its_sender(told: str, reached: str) -> None:
+    value = welcome_of(memory_of(spec_of((2, 5)), None), {"a": 1}, [told])
+    welcome = welcomed_of(value, "node:1")
+    assert (welcome.heads, welcome.carrier, welcome.others) == ((2, 5), {"a": 1}, (reached,))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"heads": [0]},
+        {"heads": ["a", 1]},
+        {"heads": None},
+        {"carrier": 3},
+        {"others": 3},
+        {"others": ["node"]},
+        {"others": ["node:x"]},
+        {"others": ["node:1"] * 256},
+    ],
+)
+def test_a_welcome_without_sense_is_an_error(change: dict[str, object]) -> None:
+    value = welcome_of(memory_of(spec_of(), None), {}, []) | change
+    with pytest.raises(TransferError, match="node:1 sent a welcome without sense"):
+        welcomed_of(value, "node:1")
 
 
 @given(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
+from hicache_core.disaggregation.handshake import hello_of, want_of
 from hicache_core.disaggregation.peers import PeerConfig
 from hicache_core.disaggregation.tcp import TcpTransfer
 from hicache_core.disaggregation.transfer import KvTransferBackend, TransferContext, TransferState
@@ -52,6 +53,26 @@ class TestTcp(TransferKit):
         prefill.send_all([0], 4)
         decode.backend.receive(ROOM, [prefill.backend.address], [0], (0, 4), WAIT_S)
         assert decode.notice().state is TransferState.ARRIVED
+
+    @pytest.mark.parametrize("after", [Kind.HELLO, Kind.WANT])
+    def test_nobody_waits_for_a_receiver_that_left_before_the_offer(self, after: Kind) -> None:
+        prefill, decode = self.pair()
+        host, port = prefill.backend.address.split(":")
+        peer = Connection(
+            socket.create_connection((host, int(port))), "prefill", WAIT_S, WAIT_S, lambda: 0.0
+        )
+        peer.send_json(Kind.HELLO, ROOM, hello_of(decode.memory, 0, 1))
+        if after is Kind.WANT:
+            peer.receive_json(Kind.WELCOME)
+            peer.send_json(Kind.WANT, ROOM, want_of((0, 8), (0, 4)))
+            assert peer.receive().kind is Kind.PING
+        peer.close()
+        assert isinstance(prefill.backend, TcpTransfer)
+        sender = prefill.backend._sender
+        with sender.arrived:
+            assert sender.arrived.wait_for(lambda: ROOM in sender.deserted, WAIT_S)
+        prefill.backend.offer(ROOM, 4, 1e9)
+        assert prefill.notice().state is TransferState.FAILED
 
     def test_another_version_is_refused(self) -> None:
         prefill, _ = self.pair()

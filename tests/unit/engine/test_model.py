@@ -31,6 +31,18 @@ def test_a_saved_folder_loads_with_its_weights_tokenizer_and_template(tmp_path: 
     assert loaded.name == "tiny"
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="there is no /proc here")
+def test_weights_of_the_dtype_that_is_computed_in_are_mapped_not_copied(tmp_path: Path) -> None:
+    """So the ranks of a server share them, until each has cut its part out."""
+    folder = save_tiny_chat_model(tmp_path / "tiny")
+    loaded = load_folder(folder, torch.float32)
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    ranges = [line[0].split("-") for line in lines if line[-1] == f"{folder}/model.safetensors"]
+    mapped = [range(int(start, 16), int(stop, 16)) for start, stop in ranges]
+    for name, weight in loaded.model.named_parameters():
+        assert any(weight.data_ptr() in part for part in mapped), name
+
+
 def test_a_folder_without_a_model_is_named_in_the_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is no model folder: it has no config\.json"):
         load_folder(tmp_path, torch.float32)
