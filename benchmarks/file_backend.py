@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.harness import Row, measure
-from hicache_core.storage.file import FileBackend
-from hicache_core.storage.file_config import FileConfig
-from hicache_core.storage.record_store import capacity_for
+from hicache_core.storage.file.backend import FileBackend
+from hicache_core.storage.file.config import FileConfig
+from hicache_core.storage.file.records import capacity_for
 from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
 from hicache_core.types import BackendContext
 

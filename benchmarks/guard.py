@@ -15,14 +15,14 @@ from pathlib import Path
 
 from benchmarks.harness import Row, measure
 from hicache_core.storage.base import BackendConfig, Buffer, StorageBackend
-from hicache_core.storage.executor import Deadlines
-from hicache_core.storage.file import FileBackend
-from hicache_core.storage.file_config import FileConfig
-from hicache_core.storage.guard import GuardedBackend
-from hicache_core.storage.guard_config import GuardConfig
-from hicache_core.storage.record_store import capacity_for
+from hicache_core.storage.file.backend import FileBackend
+from hicache_core.storage.file.config import FileConfig
+from hicache_core.storage.file.records import capacity_for
+from hicache_core.storage.guard.backend import GuardedBackend
+from hicache_core.storage.guard.config import GuardConfig
 from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
-from hicache_core.storage.worker import StorageWorker
+from hicache_core.storage.work.executor import Deadlines
+from hicache_core.storage.work.worker import StorageWorker
 from hicache_core.types import BackendContext, Page, ReadJob
 
 CONTEXT = BackendContext(namespace="0" * 16)

@@ -11,7 +11,7 @@ from hicache_core.page_keys import object_keys, page_digests, storage_namespace
 from hicache_core.pools.host import HostPool
 from hicache_core.pools.layout import LAYOUTS
 from hicache_core.storage.base import StorageBackend
-from hicache_core.storage.head_groups import HeadGroupBackend
+from hicache_core.storage.heads.groups import HeadGroupBackend
 from hicache_core.storage.memory import MemoryBackend, MemoryConfig
 from hicache_core.storage.sealed import SealedBackend
 from hicache_core.types import BackendContext

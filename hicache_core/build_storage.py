@@ -18,17 +18,17 @@ from hicache_core.page_keys import describe_namespace
 from hicache_core.pools.host import HostPool
 from hicache_core.ranks import RankGroup
 from hicache_core.storage.base import RegistersMemory, StorageBackend
-from hicache_core.storage.chain import ChainBackend
-from hicache_core.storage.chain_capabilities import Link
-from hicache_core.storage.chain_config import ChainConfig
-from hicache_core.storage.executor import Deadlines, Worker
-from hicache_core.storage.guard import GuardedBackend
-from hicache_core.storage.guard_config import GuardConfig
-from hicache_core.storage.head_cut import head_group_specs
-from hicache_core.storage.head_groups import HeadGroupBackend
+from hicache_core.storage.chain.backend import ChainBackend
+from hicache_core.storage.chain.capabilities import Link
+from hicache_core.storage.chain.config import ChainConfig
+from hicache_core.storage.guard.backend import GuardedBackend
+from hicache_core.storage.guard.config import GuardConfig
+from hicache_core.storage.heads.cut import head_group_specs
+from hicache_core.storage.heads.groups import HeadGroupBackend
 from hicache_core.storage.manifest import manifest_page
 from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
-from hicache_core.storage.worker import StorageWorker
+from hicache_core.storage.work.executor import Deadlines, Worker
+from hicache_core.storage.work.worker import StorageWorker
 from hicache_core.types import BackendContext
 
 DYNAMIC = "dynamic"

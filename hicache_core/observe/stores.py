@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from hicache_core.observe.snapshot import BackendStatus, OperationStatus
-from hicache_core.storage.guard import GuardedBackend, GuardStatus
+from hicache_core.storage.guard.backend import GuardedBackend, GuardStatus
 from hicache_core.storage.sealed import SealedBackend
 
 

@@ -10,16 +10,16 @@ from typing import ClassVar
 import pytest
 
 from hicache_core.storage.base import BackendConfig, StorageBackend
-from hicache_core.storage.chain import ChainBackend
-from hicache_core.storage.chain_capabilities import Link
-from hicache_core.storage.chain_config import ChainConfig
-from hicache_core.storage.executor import Deadlines, Worker
-from hicache_core.storage.file import FileBackend
-from hicache_core.storage.file_config import FileConfig
-from hicache_core.storage.guard import GuardedBackend
-from hicache_core.storage.guard_config import GuardConfig
+from hicache_core.storage.chain.backend import ChainBackend
+from hicache_core.storage.chain.capabilities import Link
+from hicache_core.storage.chain.config import ChainConfig
+from hicache_core.storage.file.backend import FileBackend
+from hicache_core.storage.file.config import FileConfig
+from hicache_core.storage.guard.backend import GuardedBackend
+from hicache_core.storage.guard.config import GuardConfig
 from hicache_core.storage.memory import MemoryBackend, MemoryConfig
-from hicache_core.storage.worker import StorageWorker
+from hicache_core.storage.work.executor import Deadlines, Worker
+from hicache_core.storage.work.worker import StorageWorker
 from hicache_core.testing.features import Feature
 from hicache_core.testing.recipe import Recipe, Scope
 from hicache_core.testing.suite import StorageBackendTests

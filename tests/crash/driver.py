@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 
-from hicache_core.storage.record_store import BLOCK_NBYTES
+from hicache_core.storage.file.records import BLOCK_NBYTES
 from hicache_core.storage.sealed import SealedBackend
 from tests.crash.ledger import Ledger, held_nbytes, payload_nbytes
 from tests.crash.writer import HEADER_NBYTES, Plan, opened, read, write

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import NamedTuple
 
-from hicache_core.storage.record_store import capacity_for
+from hicache_core.storage.file.records import capacity_for
 from hicache_core.storage.sealed import HEADER_NBYTES
 
 KEPT, SHARED = sha256(b"kept").hexdigest()[:16], sha256(b"shared").hexdigest()[:16]

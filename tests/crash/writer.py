@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from hicache_core.storage.file import FileBackend, FileConfig
+from hicache_core.storage.file.backend import FileBackend, FileConfig
 from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
 from hicache_core.testing.content import content
 from hicache_core.types import BackendContext, Page

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from hicache_core.errors import BackendUnavailable
 from hicache_core.storage.base import Buffer, StorageBackend
-from hicache_core.storage.file import FileBackend
-from hicache_core.storage.file_config import FileConfig
+from hicache_core.storage.file.backend import FileBackend
+from hicache_core.storage.file.config import FileConfig
 from hicache_core.storage.manifest import MANIFEST_HASH
 from hicache_core.types import BackendContext, Page
 

@@ -19,7 +19,7 @@ from hicache_redis import RedisBackend
 
 from hicache_core.errors import BackendUnavailable
 from hicache_core.storage.base import Buffer
-from hicache_core.storage.file import FileBackend
+from hicache_core.storage.file.backend import FileBackend
 from hicache_core.testing.control import StoreControl
 from hicache_core.types import Page
 

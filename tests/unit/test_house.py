@@ -68,7 +68,7 @@ def test_links_between_the_documents_lead_somewhere() -> None:
     [
         "hicache_core",
         "hicache_core.storage.base",
-        "hicache_core.storage.file",
+        "hicache_core.storage.file.backend",
         "hicache_core.radix.tree",
         "hicache_core.plugin_manager",
         "hicache_core.dynamic",

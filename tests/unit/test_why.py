@@ -20,7 +20,7 @@ from hicache_core.page_keys import (
     page_digests,
 )
 from hicache_core.storage.base import StorageBackend
-from hicache_core.storage.file import FileBackend, FileConfig
+from hicache_core.storage.file.backend import FileBackend, FileConfig
 from hicache_core.storage.manifest import Manifest, read_manifests
 from hicache_core.storage.memory import MemoryBackend, MemoryConfig
 from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend

@@ -29,8 +29,8 @@ from hicache_core.radix.eviction import eviction_policy
 from hicache_core.radix.tree import RadixTree
 from hicache_core.ranks import RankGroup
 from hicache_core.storage.base import StorageBackend
-from hicache_core.storage.guard import GuardedBackend
-from hicache_core.storage.guard_config import GuardConfig
+from hicache_core.storage.guard.backend import GuardedBackend
+from hicache_core.storage.guard.config import GuardConfig
 from hicache_core.storage.memory import MemoryBackend, MemoryConfig
 from hicache_core.storage.sealed import SealedBackend
 from hicache_core.testing.simulation.clock import InvariantBroken, Process, VirtualClock

@@ -10,8 +10,8 @@ from hicache_core.observe.metrics import CacheCollector, exposition
 from hicache_core.observe.stores import backend_statuses, rejected_pages
 from hicache_core.observe.windows import Watch
 from hicache_core.storage.base import Buffer
-from hicache_core.storage.guard import GuardedBackend
-from hicache_core.storage.guard_config import GuardConfig
+from hicache_core.storage.guard.backend import GuardedBackend
+from hicache_core.storage.guard.config import GuardConfig
 from hicache_core.storage.memory import MemoryBackend, MemoryConfig
 from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
 from hicache_core.types import BackendContext, Page

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hicache_core.storage.file import FileBackend, FileConfig
+from hicache_core.storage.file.backend import FileBackend, FileConfig
 from hicache_core.types import BackendContext
 
 

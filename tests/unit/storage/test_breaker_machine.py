@@ -8,8 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from hicache_core.storage.breaker import BreakerState, CircuitBreaker, Ticket, Verdict
-from hicache_core.storage.guard_config import GuardConfig
+from hicache_core.storage.guard.breaker import BreakerState, CircuitBreaker, Ticket, Verdict
+from hicache_core.storage.guard.config import GuardConfig
 from tests.unit.storage.virtual import Clock
 
 CONFIG = GuardConfig(

@@ -28,14 +28,14 @@ from hicache_core.storage.base import (
     ReportsUsage,
     StorageBackend,
 )
-from hicache_core.storage.chain import ChainBackend
-from hicache_core.storage.chain_capabilities import Link
-from hicache_core.storage.chain_config import ChainConfig
-from hicache_core.storage.executor import Worker
-from hicache_core.storage.guard import GuardedBackend
-from hicache_core.storage.guard_config import GuardConfig
+from hicache_core.storage.chain.backend import ChainBackend
+from hicache_core.storage.chain.capabilities import Link
+from hicache_core.storage.chain.config import ChainConfig
+from hicache_core.storage.guard.backend import GuardedBackend
+from hicache_core.storage.guard.config import GuardConfig
 from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
-from hicache_core.storage.worker import StorageWorker
+from hicache_core.storage.work.executor import Worker
+from hicache_core.storage.work.worker import StorageWorker
 from tests.unit.storage.threads import storage_threads
 from tests.unit.storage.virtual import CONTEXT, NBYTES, Clock, Told, blank, content, filled, key
 

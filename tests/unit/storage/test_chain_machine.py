@@ -11,11 +11,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from hicache_core.errors import BackendError, BackendTimeout, BackendUnavailable, BreakerOpen
 from hicache_core.storage.base import StorageBackend
-from hicache_core.storage.chain import ChainBackend
-from hicache_core.storage.chain_capabilities import Link
-from hicache_core.storage.chain_config import ChainConfig
-from hicache_core.storage.executor import Worker
-from hicache_core.storage.worker import StorageWorker
+from hicache_core.storage.chain.backend import ChainBackend
+from hicache_core.storage.chain.capabilities import Link
+from hicache_core.storage.chain.config import ChainConfig
+from hicache_core.storage.work.executor import Worker
+from hicache_core.storage.work.worker import StorageWorker
 from tests.unit.storage.virtual import CONTEXT, NBYTES, Clock, Told, blank, content, filled, key
 
 KEYS = [key(n) for n in range(6)]

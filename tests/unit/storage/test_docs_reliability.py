@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hicache_core.storage.chain_config import ChainConfig
-from hicache_core.storage.guard_config import GuardConfig
+from hicache_core.storage.chain.config import ChainConfig
+from hicache_core.storage.guard.config import GuardConfig
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "reliability.md").read_text()
 ROWS = {

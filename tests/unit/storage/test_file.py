@@ -25,8 +25,8 @@ from hicache_core.errors import (
     UseAfterClose,
 )
 from hicache_core.storage.base import Clearable, Diagnosable, HasStats, Listable
-from hicache_core.storage.file import FileBackend, FileConfig, hicache_backends
-from hicache_core.storage.record_store import (
+from hicache_core.storage.file.backend import FileBackend, FileConfig, hicache_backends
+from hicache_core.storage.file.records import (
     BLOCK_NBYTES,
     SEGMENT_NBYTES,
     Extent,

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from hicache_core.errors import BackendCorrupt, BackendUnavailable
-from hicache_core.storage.file import FileBackend
-from hicache_core.storage.file_directory import FileDirectory
-from hicache_core.storage.record_store import BLOCK_NBYTES
+from hicache_core.storage.file.backend import FileBackend
+from hicache_core.storage.file.directory import FileDirectory
+from hicache_core.storage.file.records import BLOCK_NBYTES
 from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
 
 OpenFile = Callable[..., FileBackend]

@@ -11,8 +11,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from hicache_core.storage.file import FileBackend, FileConfig
-from hicache_core.storage.record_store import BLOCK_NBYTES, capacity_for
+from hicache_core.storage.file.backend import FileBackend, FileConfig
+from hicache_core.storage.file.records import BLOCK_NBYTES, capacity_for
 from hicache_core.types import BackendContext
 
 KEYS = st.lists(st.sampled_from([f"{p}/{n}" for p in "ab" for n in range(5)]), max_size=6)

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 
 from hicache_core.errors import BackendDenied, BackendFull
-from hicache_core.storage.file import FileBackend
-from hicache_core.storage.record_store import RecordStore
+from hicache_core.storage.file.backend import FileBackend
+from hicache_core.storage.file.records import RecordStore
 
 OpenFile = Callable[..., FileBackend]
 MIB = 1 << 20
 
 PREAMBLE = """
 import json, os, random, signal, sys, time
-from hicache_core.storage.file import FileBackend, FileConfig
+from hicache_core.storage.file.backend import FileBackend, FileConfig
 from hicache_core.types import BackendContext
 
 def opened(path, **settings):

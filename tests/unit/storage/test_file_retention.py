@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from hicache_core.errors import BackendUnavailable
-from hicache_core.storage.file import FileBackend
-from hicache_core.storage.record_store import BLOCK_NBYTES
+from hicache_core.storage.file.backend import FileBackend
+from hicache_core.storage.file.records import BLOCK_NBYTES
 from tests.unit.storage.test_file import put
 from tests.unit.storage.test_file_processes import PREAMBLE, output_of, start
 

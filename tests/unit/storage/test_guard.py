@@ -20,9 +20,9 @@ from hicache_core.errors import (
     BreakerOpen,
 )
 from hicache_core.storage.base import Clearable, Listable
-from hicache_core.storage.breaker import BreakerState
-from hicache_core.storage.guard import GuardedBackend
-from hicache_core.storage.guard_config import GuardConfig
+from hicache_core.storage.guard.backend import GuardedBackend
+from hicache_core.storage.guard.breaker import BreakerState
+from hicache_core.storage.guard.config import GuardConfig
 from hicache_core.storage.memory import MemoryBackend, MemoryConfig
 from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
 from tests.unit.storage.virtual import CONTEXT, NBYTES, Clock, Told, blank, content, filled, key

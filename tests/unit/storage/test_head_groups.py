@@ -16,8 +16,8 @@ from hicache_core.page_keys import storage_namespace
 from hicache_core.pools.host import HostPool
 from hicache_core.pools.layout import LAYOUTS
 from hicache_core.storage.base import Clearable, Listable, Pins, RegistersMemory
-from hicache_core.storage.head_cut import HeadCut, head_group_namespaces
-from hicache_core.storage.head_groups import HeadGroupBackend
+from hicache_core.storage.heads.cut import HeadCut, head_group_namespaces
+from hicache_core.storage.heads.groups import HeadGroupBackend
 from hicache_core.storage.memory import MemoryBackend, MemoryConfig
 from hicache_core.storage.sealed import SealedBackend
 from hicache_core.storage.segments import join
@@ -230,7 +230,7 @@ def test_single_objects_are_whole_payloads(store: MemoryBackend, layout: str) ->
 def test_more_pages_than_the_staging_holds_go_in_turns(
     store: MemoryBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hicache_core.storage.head_groups.SLOT_NBYTES", 5000)
+    monkeypatch.setattr("hicache_core.storage.heads.groups.SLOT_NBYTES", 5000)
     rank = Rank(MHA, "page_first")
     backend = rank.grouped(SealedBackend(store), 2)
     assert backend.staging_nbytes < 2 * 5000 < 2 * N_PAGES * MHA.page_nbytes(PAGE_SIZE)

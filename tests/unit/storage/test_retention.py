@@ -16,9 +16,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from hicache_core.errors import BackendFull
 from hicache_core.storage.base import Pins, ReportsUsage
-from hicache_core.storage.file import FileBackend, FileConfig
+from hicache_core.storage.file.backend import FileBackend, FileConfig
+from hicache_core.storage.file.records import BLOCK_NBYTES
 from hicache_core.storage.memory import MemoryBackend, MemoryConfig
-from hicache_core.storage.record_store import BLOCK_NBYTES
 from hicache_core.types import BackendContext
 
 CONTEXT = BackendContext(namespace="0" * 16)

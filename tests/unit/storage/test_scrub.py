@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hicache_core.errors import BackendError
 from hicache_core.storage.base import BackendConfig, Buffer, StorageBackend
-from hicache_core.storage.file import FileBackend
+from hicache_core.storage.file.backend import FileBackend
 from hicache_core.storage.memory import MemoryBackend, MemoryConfig
 from hicache_core.storage.scrub import KINDS, REMOVED, Checked, Tally, judge, scrub
 from hicache_core.storage.sealed import HEADER_NBYTES, seal

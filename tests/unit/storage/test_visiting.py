@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from hicache_core.storage.file import FileBackend
+from hicache_core.storage.file.backend import FileBackend
+from hicache_core.storage.file.records import Extent, RecordStore
 from hicache_core.storage.memory import MemoryBackend, MemoryConfig
-from hicache_core.storage.record_store import Extent, RecordStore
 from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
 from hicache_core.storage.visiting import VisitsPages
 from hicache_core.storage.wrapper import BackendWrapper

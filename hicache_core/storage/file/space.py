@@ -7,7 +7,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Sequence
 
-from hicache_core.storage.file_extents import (
+from hicache_core.storage.file.extents import (
     FREE,
     Place,
     Wanted,
@@ -20,9 +20,9 @@ from hicache_core.storage.file_extents import (
     select,
     unused,
 )
-from hicache_core.storage.file_index import FileIndex, move
-from hicache_core.storage.file_quota import FileQuota
-from hicache_core.storage.record_store import (
+from hicache_core.storage.file.index import FileIndex, move
+from hicache_core.storage.file.quota import FileQuota
+from hicache_core.storage.file.records import (
     BLOCK_NBYTES,
     SEGMENT_NBYTES,
     Extent,

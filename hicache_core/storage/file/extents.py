@@ -6,8 +6,8 @@ import sqlite3
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from hicache_core.storage.file_index import move
-from hicache_core.storage.record_store import Extent
+from hicache_core.storage.file.index import move
+from hicache_core.storage.file.records import Extent
 
 EMPTY = "key = NULL, nbytes = NULL, written_at = NULL, used_at = NULL, pinned_until = NULL"
 FREE = f"{EMPTY}, owner = NULL"

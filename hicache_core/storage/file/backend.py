@@ -1,7 +1,7 @@
 """The file backend: objects in segment files of one directory, shared by the processes of a host.
 
-``record_store`` reads and writes the bytes, ``file_index`` knows which object lies where,
-``file_space`` decides who writes where and what has to go, ``file_directory`` opens and cleans up.
+``records`` reads and writes the bytes, ``index`` knows which object lies where, ``space`` decides
+who writes where and what has to go, ``directory`` opens and cleans up.
 docs/file-backend.md tells how they work together; docs/decisions/0003-file-store.md why so.
 """
 
@@ -19,14 +19,14 @@ from typing import ClassVar, NamedTuple
 from hicache_core.errors import BackendError, BackendFull, UseAfterClose
 from hicache_core.hookspecs import hookimpl
 from hicache_core.storage.base import BackendConfig, Buffer, Finding, StorageBackend
-from hicache_core.storage.file_config import FileConfig
-from hicache_core.storage.file_directory import FileDirectory, os_errors
-from hicache_core.storage.file_extents import Wanted
-from hicache_core.storage.file_index import Row
-from hicache_core.storage.file_quota import FileQuota
-from hicache_core.storage.file_space import FileSpace
+from hicache_core.storage.file.config import FileConfig
+from hicache_core.storage.file.directory import FileDirectory, os_errors
+from hicache_core.storage.file.extents import Wanted
+from hicache_core.storage.file.index import Row
+from hicache_core.storage.file.quota import FileQuota
+from hicache_core.storage.file.records import MAX_KEY_NBYTES, Extent
+from hicache_core.storage.file.space import FileSpace
 from hicache_core.storage.lanes import Lanes
-from hicache_core.storage.record_store import MAX_KEY_NBYTES, Extent
 from hicache_core.storage.segments import nbytes_of
 from hicache_core.types import BackendContext, Page
 

@@ -28,7 +28,7 @@ from hicache_core.storage.base import (
     RegistersMemory,
     StorageBackend,
 )
-from hicache_core.storage.head_cut import Bytes, HeadCut, head_group_namespaces
+from hicache_core.storage.heads.cut import Bytes, HeadCut, head_group_namespaces
 from hicache_core.storage.sealed import HEADER_NBYTES
 from hicache_core.storage.wrapper import BackendWrapper
 from hicache_core.types import Page

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from hicache_core.storage.guard_config import GuardConfig
+from hicache_core.storage.guard.config import GuardConfig
 
 N_BUCKETS = 10
 """The window slides by a tenth of its length."""

@@ -21,8 +21,8 @@ from hicache_core.errors import (
     BackendUnavailable,
 )
 from hicache_core.storage.base import Finding
-from hicache_core.storage.file_index import FileIndex, move
-from hicache_core.storage.record_store import BLOCK_NBYTES, Record, RecordStore
+from hicache_core.storage.file.index import FileIndex, move
+from hicache_core.storage.file.records import BLOCK_NBYTES, Record, RecordStore
 
 logger = logging.getLogger(__name__)
 

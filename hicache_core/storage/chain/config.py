@@ -8,7 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from hicache_core.storage.base import BackendConfig
-from hicache_core.storage.guard_config import GuardConfig
+from hicache_core.storage.guard.config import GuardConfig
 from hicache_core.storage.settings import Nbytes, Seconds
 
 

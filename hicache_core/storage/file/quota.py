@@ -6,8 +6,8 @@ import sqlite3
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from hicache_core.storage.base import namespace_of
-from hicache_core.storage.file_extents import FREE, PINNED, UNPINNED, Wanted
-from hicache_core.storage.file_index import FileIndex
+from hicache_core.storage.file.extents import FREE, PINNED, UNPINNED, Wanted
+from hicache_core.storage.file.index import FileIndex
 
 _NAMESPACE = "substr(key, 1, instr(key || '/', '/') - 1)"
 

@@ -17,11 +17,11 @@ from hicache_core.errors import (
     UseAfterClose,
 )
 from hicache_core.storage.base import Buffer, StorageBackend
-from hicache_core.storage.breaker import BreakerState, CircuitBreaker, Ticket, Verdict
-from hicache_core.storage.failed_keys import FailedKeys
-from hicache_core.storage.guard_capabilities import GUARDED
-from hicache_core.storage.guard_config import GuardConfig
-from hicache_core.storage.latency import CallRecorder, OperationStatus
+from hicache_core.storage.guard.breaker import BreakerState, CircuitBreaker, Ticket, Verdict
+from hicache_core.storage.guard.capabilities import GUARDED
+from hicache_core.storage.guard.config import GuardConfig
+from hicache_core.storage.guard.failed_keys import FailedKeys
+from hicache_core.storage.guard.latency import CallRecorder, OperationStatus
 from hicache_core.storage.segments import nbytes_of
 from hicache_core.storage.wrapper import BackendWrapper
 from hicache_core.types import Page

@@ -30,7 +30,7 @@ from hicache_core.errors import (
     IntegrityError,
 )
 from hicache_core.storage.base import namespace_of
-from hicache_core.storage.record_store import BLOCK_NBYTES, Extent
+from hicache_core.storage.file.records import BLOCK_NBYTES, Extent
 
 APPLICATION_ID = 0x48694361  # "HiCa"
 FORMAT_VERSION = 2

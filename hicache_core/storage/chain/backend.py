@@ -18,10 +18,10 @@ from hicache_core.errors import (
     ConfigError,
 )
 from hicache_core.storage.base import BackendConfig, Buffer, Flushable, StorageBackend
-from hicache_core.storage.chain_capabilities import Link, chain_class
-from hicache_core.storage.chain_config import ChainConfig
-from hicache_core.storage.copier import Copier
-from hicache_core.storage.executor import Worker
+from hicache_core.storage.chain.capabilities import Link, chain_class
+from hicache_core.storage.chain.config import ChainConfig
+from hicache_core.storage.chain.copier import Copier
+from hicache_core.storage.work.executor import Worker
 from hicache_core.types import BackendContext, Page
 
 P = ParamSpec("P")

@@ -1,0 +1,1 @@
+"""The chain: several backends, one behind the other."""

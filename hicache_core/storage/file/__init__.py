@@ -1,0 +1,1 @@
+"""The file backend: objects in segment files of one directory."""

@@ -1,0 +1,1 @@
+"""Head groups: objects that servers of different tensor parallelism share."""

@@ -1,0 +1,1 @@
+"""The worker: jobs of a backend on threads, with deadlines."""
