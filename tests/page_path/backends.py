@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from typing import ClassVar
 
-from hicache_core.errors import BackendUnavailable
+from hicache_core.errors import BackendDenied, BackendUnavailable
 from hicache_core.storage.base import Buffer, StorageBackend
 from hicache_core.types import Page
 
@@ -142,26 +142,44 @@ class GatedWrites(Store):
 
 
 class Counts(Store):
-    """Counts the objects that it was given, and the questions; they wait for the ``gate``."""
+    """Counts the objects that it was given, and the questions; answers wait for the ``gate``."""
 
     name = "counts"
     n_written: ClassVar[int] = 0
     n_asked: ClassVar[int] = 0
+    looked: ClassVar[threading.Event] = threading.Event()
     gate: ClassVar[threading.Event] = threading.Event()
 
     @classmethod
     def reset(cls) -> None:
         cls.n_written = cls.n_asked = 0
-        cls.gate = threading.Event()
+        cls.looked, cls.gate = threading.Event(), threading.Event()
 
     def batch_exists(self, keys: Sequence[str]) -> int:
         Counts.n_asked += 1
+        n_found = super().batch_exists(keys)
+        self.looked.set()
         self.gate.wait()
-        return super().batch_exists(keys)
+        return n_found
+
+    def clear(self, prefix: str) -> int:
+        keys = [key for key in self.objects if key.startswith(prefix)]
+        for key in keys:
+            del self.objects[key]
+        return len(keys)
 
     def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
         Counts.n_written += len(keys)
         return super().batch_set(keys, pages)
+
+
+class RaisesOnClear(Store):
+    """Lets nobody remove anything."""
+
+    name = "raises_on_clear"
+
+    def clear(self, prefix: str) -> int:
+        raise BackendDenied("not you")
 
 
 def reset() -> None:

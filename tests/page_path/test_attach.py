@@ -151,3 +151,21 @@ def test_closing_in_the_middle_of_an_attach_ends(worlds: list[World]) -> None:
     world = make_world(storage=shared())
     world.cache.attach_storage("memory", shared())
     world.close()
+
+
+def test_a_store_that_refuses_to_be_cleared_says_so_and_goes_on(worlds: list[World]) -> None:
+    world = make_world(storage=by_class(backends.RaisesOnClear), backend="dynamic")
+    worlds.append(world)
+    clearing = world.cache.clear_storage()
+    while not clearing.done:
+        world.cache.poll()
+    assert (clearing.n_objects, "not you" in clearing.error) == (0, True)
+    world.request(ids(33))
+    assert world.cache.flush(10.0)
+    assert backends.Store.objects
+
+
+def test_a_cache_without_a_store_has_nothing_to_clear(worlds: list[World]) -> None:
+    worlds.append(make_world())
+    with pytest.raises(ConfigError, match="no storage backend is attached"):
+        worlds[0].cache.clear_storage()

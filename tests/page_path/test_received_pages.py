@@ -113,7 +113,11 @@ def test_an_answer_from_before_the_store_was_cleared_counts_for_nothing(
     world = on_counts(worlds)
     receive(world, 32)
     world.request(ids(33), prefetch=False)
-    world.cache.storage_cleared()
+    assert backends.Counts.looked.wait(10.0)
+    clearing = world.cache.clear_storage()
+    while not clearing.done:
+        world.cache.poll()
+    assert clearing.n_objects >= 8
     backends.Counts.gate.set()
     assert world.cache.flush(10.0)
     assert world.cache.counters.store_skipped_pages == 0

@@ -40,7 +40,8 @@ class TestTcp(TransferKit):
             decode.backend.receive(ROOM, [meddler.address], [0, 1], (0, 8), WAIT_S)
             failed = decode.notice()
         assert failed.state is TransferState.FAILED
-        assert "is silent for 1 s" in failed.error
+        # The sender, which waits for an answer as long, may have noticed first.
+        assert "is silent for 1 s" in failed.error or "closed the connection" in failed.error
 
     def test_a_stranger_is_ignored(self) -> None:
         prefill, decode = self.pair()
