@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hicache_core.disaggregation.transfer import KvTransferBackend, Notice, TransferState
+from hicache_core.disaggregation.wrapper import TransferWrapper
 from hicache_core.errors import HiCacheError, TransferError
 from hicache_core.ranks import RankGroup, agree_all
 
 _ELSEWHERE = "the transfer failed on another rank"
 
 
-class AgreedTransfer(KvTransferBackend):
+class AgreedTransfer(TransferWrapper):
     """A backend of which every rank of a node has one; each moves its own heads.
 
     A room ends well if it does so on every rank. Once it has failed on one, the others give it up.
@@ -31,40 +32,18 @@ class AgreedTransfer(KvTransferBackend):
 
     def __init__(self, inner: KvTransferBackend, ranks: RankGroup) -> None:
         """``inner`` is not open yet; its context says which rank this is."""
-        super().__init__(inner.config, inner.context)
-        self._inner = inner
+        super().__init__(inner)
         self._ranks = ranks
         self._rooms: dict[int, Notice | None] = {}  # the same rooms on all ranks; how each ended
 
     def open(self) -> None:
         # docstring inherited
-        self._inner.open()
-        self._inner.introduce(self._ranks.gather(self._inner.address))
-
-    def close(self, timeout_s: float = 5.0) -> None:
-        # docstring inherited
-        self._inner.close(timeout_s)
-
-    @property
-    def address(self) -> str:
-        # docstring inherited
-        return self._inner.address
-
-    def introduce(self, addresses: Sequence[str]) -> None:
-        # docstring inherited
-        self._inner.introduce(addresses)
+        super().open()
+        self.introduce(self._ranks.gather(self.address))
 
     def offer(self, room: int, n_tokens: int, timeout_s: float) -> None:
         # docstring inherited
         self._begin(room, lambda: self._inner.offer(room, n_tokens, timeout_s))
-
-    def send(self, room: int, pages: Sequence[int], layer: int, start: int, stop: int) -> None:
-        # docstring inherited
-        self._inner.send(room, pages, layer, start, stop)
-
-    def finish(self, room: int, note: bytes) -> None:
-        # docstring inherited
-        self._inner.finish(room, note)
 
     def receive(
         self,
@@ -77,13 +56,9 @@ class AgreedTransfer(KvTransferBackend):
         # docstring inherited
         self._begin(room, lambda: self._inner.receive(room, addresses, pages, tokens, timeout_s))
 
-    def cancel(self, room: int, reason: str) -> None:
-        # docstring inherited
-        self._inner.cancel(room, reason)
-
     def poll(self) -> list[Notice]:
         # docstring inherited
-        for notice in self._inner.poll():
+        for notice in super().poll():
             self._rooms[notice.room] = notice
         rooms = list(self._rooms)
         ended = [self._rooms[room] is not None for room in rooms]
@@ -96,7 +71,7 @@ class AgreedTransfer(KvTransferBackend):
             if has_ended:
                 done.append(room)
             elif not is_well and self._rooms[room] is None:
-                self._inner.cancel(room, _ELSEWHERE)
+                self.cancel(room, _ELSEWHERE)
         return self._told(done) if done else []
 
     def _begin(self, room: int, begin: Callable[[], None]) -> None:

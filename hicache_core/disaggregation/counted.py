@@ -10,6 +10,7 @@ from hicache_core.disaggregation.transfer import (
     Notice,
     TransferState,
 )
+from hicache_core.disaggregation.wrapper import TransferWrapper
 from hicache_core.histogram import Distribution
 from hicache_core.observe.snapshot import TransferStatus
 
@@ -17,7 +18,7 @@ SENT, RECEIVED = "sent", "received"
 BOUNDS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
-class CountedTransfer(KvTransferBackend):
+class CountedTransfer(TransferWrapper):
     """Passes everything on to ``inner``, and counts by its notices.
 
     ``status`` may be called from any thread; single numbers may be an instant apart.
@@ -27,8 +28,7 @@ class CountedTransfer(KvTransferBackend):
 
     def __init__(self, inner: KvTransferBackend) -> None:
         """Counts nothing yet."""
-        super().__init__(inner.config, inner.context)
-        self._inner = inner
+        super().__init__(inner)
         memory = self.context.memory
         self._row_nbytes = memory.nbytes(1, memory.heads)
         self._under_way: dict[str, set[int]] = {SENT: set(), RECEIVED: set()}
@@ -49,40 +49,10 @@ class CountedTransfer(KvTransferBackend):
             connections=self._inner.n_connections,
         )
 
-    def open(self) -> None:
-        # docstring inherited
-        self._inner.open()
-
-    def close(self, timeout_s: float = 5.0) -> None:
-        # docstring inherited
-        self._inner.close(timeout_s)
-
-    @property
-    def address(self) -> str:
-        # docstring inherited
-        return self._inner.address
-
-    def introduce(self, addresses: Sequence[str]) -> None:
-        # docstring inherited
-        self._inner.introduce(addresses)
-
-    @property
-    def n_connections(self) -> int | None:
-        # docstring inherited
-        return self._inner.n_connections
-
     def offer(self, room: int, n_tokens: int, timeout_s: float) -> None:
         # docstring inherited
-        self._inner.offer(room, n_tokens, timeout_s)
+        super().offer(room, n_tokens, timeout_s)
         self._under_way[SENT].add(room)
-
-    def send(self, room: int, pages: Sequence[int], layer: int, start: int, stop: int) -> None:
-        # docstring inherited
-        self._inner.send(room, pages, layer, start, stop)
-
-    def finish(self, room: int, note: bytes) -> None:
-        # docstring inherited
-        self._inner.finish(room, note)
 
     def receive(
         self,
@@ -93,16 +63,12 @@ class CountedTransfer(KvTransferBackend):
         timeout_s: float,
     ) -> None:
         # docstring inherited
-        self._inner.receive(room, addresses, pages, tokens, timeout_s)
+        super().receive(room, addresses, pages, tokens, timeout_s)
         self._under_way[RECEIVED].add(room)
-
-    def cancel(self, room: int, reason: str) -> None:
-        # docstring inherited
-        self._inner.cancel(room, reason)
 
     def poll(self) -> list[Notice]:
         # docstring inherited
-        notices = self._inner.poll()
+        notices = super().poll()
         for notice in notices:
             self._count(notice)
         return notices
