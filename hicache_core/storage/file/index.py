@@ -20,17 +20,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from hicache_core.errors import (
-    BackendCorrupt,
-    BackendDenied,
-    BackendError,
-    BackendFull,
-    BackendTimeout,
-    BackendUnavailable,
-    IntegrityError,
-)
+from hicache_core.errors import IntegrityError
 from hicache_core.storage.base import namespace_of
 from hicache_core.storage.file.records import BLOCK_NBYTES, Extent
+from hicache_core.storage.sqlite import Database, is_empty
 
 APPLICATION_ID = 0x48694361  # "HiCa"
 FORMAT_VERSION = 2
@@ -66,28 +59,6 @@ CREATE UNIQUE INDEX by_place ON extents (segment, offset);
 CREATE INDEX by_seq ON extents (seq);
 """
 
-_ERRORS: dict[int, tuple[type[BackendError], str]] = {
-    sqlite3.SQLITE_BUSY: (BackendTimeout, "another process held its lock for too long"),
-    sqlite3.SQLITE_LOCKED: (BackendTimeout, "another process held its lock for too long"),
-    sqlite3.SQLITE_FULL: (BackendFull, "the disk is full"),
-    sqlite3.SQLITE_READONLY: (BackendDenied, "it may not be written; check owner and mount"),
-    sqlite3.SQLITE_PERM: (BackendDenied, "it may not be opened; check its owner"),
-    sqlite3.SQLITE_CANTOPEN: (BackendDenied, "it cannot be opened; check owner and mount"),
-    sqlite3.SQLITE_CORRUPT: (BackendCorrupt, "it is damaged; reopen the backend to rebuild it"),
-    sqlite3.SQLITE_NOTADB: (BackendCorrupt, "it is damaged; reopen the backend to rebuild it"),
-}
-
-
-@contextlib.contextmanager
-def translated(path: Path) -> Iterator[None]:
-    """Raises the ``BackendError`` that fits what SQLite raises."""
-    try:
-        yield
-    except sqlite3.Error as exc:
-        code = getattr(exc, "sqlite_errorcode", 0) & 0xFF
-        kind, advice = _ERRORS.get(code, (BackendUnavailable, "see the text before"))
-        raise kind(f"index {path}: {exc}: {advice}") from exc
-
 
 class Row(NamedTuple):
     """A published object, as this process remembers it."""
@@ -106,6 +77,7 @@ class FileIndex:
 
     def __init__(self, path: Path, *, timeout_s: float, durable: bool) -> None:
         self.path = path
+        self._database = Database(path, "index", APPLICATION_ID, FORMAT_VERSION, _SCHEMA)
         self._timeout_s = timeout_s
         self._durable = durable
         self._read_lock = threading.Lock()
@@ -124,7 +96,7 @@ class FileIndex:
             BackendCorrupt: the file is damaged.
             BackendError: it cannot be opened, or is not of this application and version.
         """
-        with translated(self.path):
+        with self._database.translated():
             self._writer = self._connection()
             try:
                 self._check()
@@ -134,38 +106,13 @@ class FileIndex:
                 raise
 
     def _connection(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(
-            self.path,
-            timeout=self._timeout_s,
-            isolation_level=None,
-            check_same_thread=False,
-            cached_statements=64,
-        )
-        # A killed process loses nothing even with OFF; only a power cut may, and then the index is
-        # rebuilt. FULL is for those who asked for fsync.
-        connection.execute(f"PRAGMA synchronous = {'FULL' if self._durable else 'OFF'}")
-        return connection
+        return self._database.connect(self._timeout_s, durable=self._durable)
 
     def _check(self) -> None:
-        connection = self._writer
-        (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if tables == 0:
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.executescript(
-                f"BEGIN IMMEDIATE; PRAGMA application_id = {APPLICATION_ID}; "
-                f"PRAGMA user_version = {FORMAT_VERSION}; {_SCHEMA} COMMIT;"
-            )
+        if is_empty(self._writer):
+            self._database.make(self._writer)
         self._upgrade()
-        (application,) = connection.execute("PRAGMA application_id").fetchone()
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if (application, version) != (APPLICATION_ID, FORMAT_VERSION):
-            raise BackendUnavailable(
-                f"index {self.path} is of application {application:#x}, version {version}; "
-                f"expected {APPLICATION_ID:#x}, version {FORMAT_VERSION}; give another path"
-            )
-        (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-        if verdict != "ok":
-            raise BackendCorrupt(f"index {self.path} is damaged: {verdict}")
+        self._database.check(self._writer)
 
     def _upgrade(self) -> None:
         """Brings an index of an older version up to date. ``open.lock`` is held."""
@@ -189,7 +136,7 @@ class FileIndex:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """The writing connection, in a transaction that ends with the block."""
-        with translated(self.path), self._write_lock:
+        with self._database.translated(), self._write_lock:
             connection = self._writer
             connection.execute("BEGIN IMMEDIATE")
             try:
@@ -244,7 +191,7 @@ class FileIndex:
 
     def totals(self) -> tuple[int, int, int]:
         """Number of objects, their bytes, and the bytes of all extents."""
-        with self._read_lock, translated(self.path):
+        with self._read_lock, self._database.translated():
             self._follow()
             (held,) = self._reader.execute(
                 "SELECT value FROM counters WHERE name = 'held'"
@@ -297,7 +244,7 @@ class FileIndex:
 
     def _follow(self) -> None:
         """Takes over what any connection committed since the last call. Holds the read lock."""
-        with translated(self.path):
+        with self._database.translated():
             connection = self._reader
             (data_version,) = connection.execute("PRAGMA data_version").fetchone()
             if data_version == self._seen[0]:

@@ -28,7 +28,7 @@ from hicache_hf3fs.metadata import (
     Written,
     oldest_generation,
 )
-from hicache_hf3fs.sqlite_file import SqliteFile, add_bounds, counts_bytes, translated
+from hicache_hf3fs.sqlite_file import SqliteFile, add_bounds, counts_bytes
 from hicache_hf3fs.sqlite_room import UNBIND, Room, SlabRow
 
 _CHUNK = 500  # parameters of one statement
@@ -60,7 +60,6 @@ class SqliteMetadata(MetadataStore):
         calendar: Callable[[], float] = time.time,
     ) -> None:
         self.where = str(path)
-        self._path = path
         self._file = SqliteFile(path, limits.timeout_s)
         self._limits = limits
         self._clock = clock
@@ -75,7 +74,7 @@ class SqliteMetadata(MetadataStore):
 
     def open(self) -> None:
         self._writer = self._file.open()
-        with translated(self._path):
+        with self._file.translated():
             self._reader = self._file.connection()
         limits = self._limits
         if limits.ttl_s is not None or limits.namespace_quota_nbytes is not None:
@@ -340,7 +339,7 @@ class SqliteMetadata(MetadataStore):
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
-        with self._read_lock, translated(self._path):
+        with self._read_lock, self._file.translated():
             if self._reader is None:
                 raise UseAfterClose(f"metadata {self.where} is not open")
             yield self._reader
@@ -348,7 +347,7 @@ class SqliteMetadata(MetadataStore):
     @contextlib.contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         """The writing connection, in a transaction that ends with the block."""
-        with self._write_lock, translated(self._path):
+        with self._write_lock, self._file.translated():
             db = self._writer
             if db is None:
                 raise UseAfterClose(f"metadata {self.where} is not open")

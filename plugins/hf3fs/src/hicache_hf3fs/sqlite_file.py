@@ -6,23 +6,16 @@ time or anew, holds the exclusive one: so there are never two databases that spe
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import logging
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from hicache_core.errors import (
-    BackendCorrupt,
-    BackendDenied,
-    BackendError,
-    BackendFull,
-    BackendTimeout,
-    BackendUnavailable,
-)
+from hicache_core.errors import BackendCorrupt, BackendDenied, BackendUnavailable
+from hicache_core.storage.sqlite import Database, is_empty
 
 logger = logging.getLogger(__name__)
 
@@ -74,28 +67,6 @@ CREATE TRIGGER bound AFTER UPDATE OF key ON slots WHEN NEW.key IS NOT NULL BEGIN
 END;
 """
 
-_ERRORS: dict[int, tuple[type[BackendError], str]] = {
-    sqlite3.SQLITE_BUSY: (BackendTimeout, "another process held its lock for too long"),
-    sqlite3.SQLITE_LOCKED: (BackendTimeout, "another process held its lock for too long"),
-    sqlite3.SQLITE_FULL: (BackendFull, "its disk is full"),
-    sqlite3.SQLITE_READONLY: (BackendDenied, "it may not be written; check owner and mount"),
-    sqlite3.SQLITE_PERM: (BackendDenied, "it may not be opened; check its owner"),
-    sqlite3.SQLITE_CANTOPEN: (BackendDenied, "it cannot be opened; check directory and owner"),
-    sqlite3.SQLITE_CORRUPT: (BackendCorrupt, "it is damaged; reopen the backend to rebuild it"),
-    sqlite3.SQLITE_NOTADB: (BackendCorrupt, "it is damaged; reopen the backend to rebuild it"),
-}
-
-
-@contextlib.contextmanager
-def translated(path: Path) -> Iterator[None]:
-    """Raises the ``BackendError`` that fits what SQLite raises."""
-    try:
-        yield
-    except sqlite3.Error as exc:
-        code = getattr(exc, "sqlite_errorcode", 0) & 0xFF
-        kind, advice = _ERRORS.get(code, (BackendUnavailable, "see the text before"))
-        raise kind(f"metadata {path}: {exc}: {advice}") from exc
-
 
 def counts_bytes(db: sqlite3.Connection) -> bool:
     """Whether the bytes of each namespace are counted, for somebody's quota."""
@@ -123,6 +94,7 @@ class SqliteFile:
 
     def __init__(self, path: Path, timeout_s: float) -> None:
         self._path = path
+        self._database = Database(path, "metadata", APPLICATION_ID, FORMAT_VERSION, _SCHEMA)
         self._timeout_s = timeout_s
         self._lock_fd = -1
         self._identity = (0, 0)
@@ -159,17 +131,12 @@ class SqliteFile:
             raise
 
     def connection(self) -> sqlite3.Connection:
-        """One more connection."""
-        connection = sqlite3.connect(
-            self._path,
-            timeout=self._timeout_s,
-            isolation_level=None,
-            check_same_thread=False,
-            cached_statements=64,
-        )
-        # A killed process loses nothing; a power cut may, and then the slabs are scanned.
-        connection.execute("PRAGMA synchronous = OFF")
-        return connection
+        """One more connection. What a power cut may take, a scan of the slabs gives back."""
+        return self._database.connect(self._timeout_s)
+
+    def translated(self) -> AbstractContextManager[None]:
+        """Raises the ``BackendError`` that fits what SQLite raises."""
+        return self._database.translated()
 
     def check_current(self) -> None:
         """Raises ``BackendUnavailable`` if the file was removed or replaced under its users."""
@@ -213,7 +180,7 @@ class SqliteFile:
             return None
         connection = None
         try:
-            with translated(self._path):
+            with self.translated():
                 connection = self.connection()
                 self._check(connection)
             return connection
@@ -228,19 +195,9 @@ class SqliteFile:
             raise
 
     def _check(self, connection: sqlite3.Connection) -> None:
-        (application,) = connection.execute("PRAGMA application_id").fetchone()
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if (application, version) != (APPLICATION_ID, FORMAT_VERSION):
-            (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-            if tables == 0:  # whoever made it was killed before it was done
-                raise BackendCorrupt(f"metadata {self._path} is empty")
-            raise BackendUnavailable(
-                f"metadata {self._path} is of application {application:#x}, version {version}; "
-                f"expected {APPLICATION_ID:#x}, version {FORMAT_VERSION}; give another path"
-            )
-        (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-        if verdict != "ok":
-            raise BackendCorrupt(f"metadata {self._path} is damaged: {verdict}")
+        if is_empty(connection):  # whoever made it was killed before it was done
+            raise BackendCorrupt(f"metadata {self._path} is empty")
+        self._database.check(connection)
         connection.execute("BEGIN IMMEDIATE")
         boot_id = _BOOT_ID.read_text().strip()
         if connection.execute("SELECT boot_id FROM boots").fetchone() != (boot_id,):
@@ -259,13 +216,9 @@ class SqliteFile:
             self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
         if self._path.exists():
             self._path.replace(self._path.with_name(self._path.name + ".damaged"))
-        with translated(self._path):
+        with self.translated():
             connection = self.connection()
             try:
-                connection.execute("PRAGMA journal_mode = WAL")
-                connection.executescript(
-                    f"BEGIN IMMEDIATE; PRAGMA application_id = {APPLICATION_ID}; "
-                    f"PRAGMA user_version = {FORMAT_VERSION}; {_SCHEMA} COMMIT;"
-                )
+                self._database.make(connection)
             finally:
                 connection.close()
