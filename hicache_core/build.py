@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from hicache_core.build_observers import Observers
@@ -17,6 +17,7 @@ from hicache_core.controller.controller import Controller
 from hicache_core.controller.explain import Explanation
 from hicache_core.controller.jobs import JobTable
 from hicache_core.controller.parts import Clock, Parts
+from hicache_core.controller.policies import Policies
 from hicache_core.controller.prefetch_policy import (
     BestEffort,
     PrefetchPolicy,
@@ -135,6 +136,24 @@ class HiCache(Controller):
     def recent(self, limit: int) -> Sequence[Explanation]:
         """What ``explain`` knows of the newest requests, the newest first; any thread may ask."""
         return self._observers.recent(limit)
+
+    def set_policies(self, values: Mapping[str, object]) -> None:
+        """Changes what may change while requests run, from the next decision on.
+
+        Owner thread; every rank calls alike.
+
+        Args:
+            values: a configuration; of it ``hicache_write_policy``, the prefetch policy with its
+                times, and ``prefetch_threshold`` count.
+
+        Raises:
+            ConfigError: a value is not allowed; nothing has changed then.
+        """
+        config = HiCacheConfig.load(arguments=values)
+        policies = self._parts.policies
+        policies.write = WRITE_POLICIES[config.hicache_write_policy]
+        policies.prefetch = prefetch_policy(config)
+        policies.prefetch_threshold = config.controller_keys.prefetch_threshold
 
     def snapshot(self) -> CacheSnapshot:
         # docstring inherited
@@ -263,11 +282,13 @@ def _parts(
         device=device_pool,
         host=host,
         transfer=transfer,
-        write_policy=WRITE_POLICIES[config.hicache_write_policy],
-        prefetch_policy=prefetch_policy(config),
+        policies=Policies(
+            WRITE_POLICIES[config.hicache_write_policy],
+            prefetch_policy(config),
+            config.controller_keys.prefetch_threshold,
+        ),
         jobs=JobTable(ranks),
         storage=None,
-        prefetch_threshold=config.controller_keys.prefetch_threshold,
         retention=RETENTIONS[config.hicache_host_retention],
     )
 

@@ -40,7 +40,7 @@ class Evictor:
     def _send_to_host(self, n_pages: int) -> int:
         """Under write_back: starts to copy the next victim to the host; its pages, or 0."""
         parts, tree = self._parts, self._parts.tree
-        if not parts.write_policy.backs_up_before_eviction or parts.host is None:
+        if not parts.policies.write.backs_up_before_eviction or parts.host is None:
             return 0
         victim = tree.device_victim(n_pages, tree.may_leave_or_back_up)
         if victim is None or victim.host_pages is not None:

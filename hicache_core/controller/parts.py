@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from hicache_core.controller.explain import Explainer
 from hicache_core.controller.jobs import JobTable
 from hicache_core.controller.journal import Journal, PageRun
-from hicache_core.controller.prefetch_policy import PrefetchPolicy
+from hicache_core.controller.policies import Policies
 from hicache_core.controller.removals import RemovalCounts
 from hicache_core.controller.retention import NOWHERE, HostRetention, KeepOnHost
 from hicache_core.controller.storage_tier import StorageTier
-from hicache_core.controller.write_policy import WritePolicy
 from hicache_core.histogram import Distribution
 from hicache_core.observe.tracing import NoSpans, Spans
 from hicache_core.pools.device import DevicePool
@@ -98,11 +97,9 @@ class Parts:
         device: the L1 pool.
         host: the L2 pool; None for a cache of the device alone.
         transfer: copies between the two; None without a host pool.
-        write_policy: when pages go down.
-        prefetch_policy: how long a request waits for storage.
+        policies: what may change while requests run.
         jobs: everything under way.
         storage: the L3 tier; None without a host pool.
-        prefetch_threshold: tokens that must be missing before storage is asked.
         clock: the time, passed in so that tests can drive it.
         sleep: lets so many seconds pass, when there is nothing to wait for.
         batch_pages: pages of one storage job at most.
@@ -120,11 +117,9 @@ class Parts:
     device: DevicePool
     host: HostPool | None
     transfer: Transfer | None
-    write_policy: WritePolicy
-    prefetch_policy: PrefetchPolicy
+    policies: Policies
     jobs: JobTable
     storage: StorageTier | None
-    prefetch_threshold: int
     clock: Clock = time.monotonic
     sleep: Callable[[float], None] = time.sleep
     batch_pages: int = 128

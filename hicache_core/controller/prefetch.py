@@ -63,9 +63,10 @@ class PrefetchPath:
             return False
         n_missing = n_pages * parts.page_size
         n_missing -= parts.tree.match(tokens, seed, touch=False).n_tokens
-        if n_missing < parts.prefetch_threshold:
+        threshold = parts.policies.prefetch_threshold
+        if n_missing < threshold:
             parts.counters.prefetch_below_threshold += 1
-            limit = f"{n_missing} tokens are missing, {parts.prefetch_threshold} are the threshold"
+            limit = f"{n_missing} tokens are missing, {threshold} are the threshold"
             self._tell(request_id, Shortfall("below_threshold", limit))
             return False
         self.finish(request_id)  # an id that is used again starts anew
@@ -84,7 +85,7 @@ class PrefetchPath:
             return True
         if prefetch.timer is not None:
             return False
-        limit_s = self._parts.prefetch_policy.limit_s(prefetch.n_asked_tokens)
+        limit_s = self._parts.policies.prefetch.limit_s(prefetch.n_asked_tokens)
         patience_s = prefetch.storage.admission.patience_s(prefetch.n_asked_tokens)
         if limit_s == 0:
             self._give_up(prefetch)
@@ -210,7 +211,7 @@ class PrefetchPath:
             parts.explainer.storage_had_nothing(prefetch.request_id)
         admission = prefetch.storage.admission
         admission.asked(result.elapsed_s)
-        if n_found * parts.page_size < parts.prefetch_threshold:
+        if n_found * parts.page_size < parts.policies.prefetch_threshold:
             if n_found:
                 prefetch.falls_short(Shortfall("below_threshold", f"storage has {n_found} pages"))
             return 0

@@ -45,7 +45,7 @@ class WritePath:
 
     def consider(self, node: Node) -> None:
         """Backs up, or stores, what the policy wants of the path from the root to ``node``."""
-        tree, policy = self._parts.tree, self._parts.write_policy
+        tree, policy = self._parts.tree, self._parts.policies.write
         storage = self._attached()
         epoch = self._parts.epoch
         for part in tree.path(node):

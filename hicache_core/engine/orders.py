@@ -14,7 +14,14 @@ from hicache_core.types import Namespace
 
 log = logging.getLogger(__name__)
 
-ALLOWED_CALLS = ("attach_storage", "clear_storage", "detach_storage", "flush", "reset")
+ALLOWED_CALLS = (
+    "attach_storage",
+    "clear_storage",
+    "detach_storage",
+    "flush",
+    "reset",
+    "set_policies",
+)
 """Methods of the cache that every rank calls when the operator asks for one."""
 
 

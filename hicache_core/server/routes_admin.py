@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 CALL_TIMEOUT_S = 10.0
 STORAGE_TIMEOUT_S = 60.0
 MAX_FLUSH_TIMEOUT_S = 600.0
+POLICIES = ("hicache_storage_prefetch_policy", "hicache_write_policy")
 _PAUSE_S = 0.01
 
 
@@ -131,6 +132,9 @@ class StorageDesk:
             raise Problem(
                 400, f"Failed to attach HiCache storage backend: {masked(attaching.error)}"
             )
+        keys = wanted.controller_keys.model_dump()
+        policies = wanted.model_dump(include=set(POLICIES)) | {EXTRA: keys}
+        await self._call_all("set_policies", policies)
         self._config = wanted
 
     async def detach(self) -> None:
@@ -152,33 +156,31 @@ class StorageDesk:
         return clearing.n_objects
 
     def _wanted(self, body: AttachBody) -> HiCacheConfig:
-        for key in ("hicache_storage_prefetch_policy", "hicache_write_policy"):
-            asked, present = getattr(body, key), getattr(self._config, key)
-            if asked is not None and asked != present:
-                raise Problem(
-                    400, f"{key} is {present} and cannot change while the server runs", param=key
-                )
+        """The settings that the body leads to.
+
+        Raises:
+            ConfigError: a setting is wrong.
+            Problem: no backend is named.
+        """
         wanted = self._changed(
             hicache_storage_backend=body.hicache_storage_backend,
             extra=body.hicache_storage_backend_extra_config_json or {},
+            **{key: value for key in POLICIES if (value := getattr(body, key)) is not None},
         )
         if wanted.hicache_storage_backend is None:
             raise Problem(400, "name a backend, or detach with DELETE")
-        own, present_keys = wanted.controller_keys, self._config.controller_keys
-        for key in own.model_fields_set:
-            if getattr(own, key) != getattr(present_keys, key):
-                raise Problem(
-                    400,
-                    f"{key} is {getattr(present_keys, key)} and cannot change while the server "
-                    "runs",
-                    param=key,
-                )
         return wanted
 
-    def _changed(self, *, hicache_storage_backend: str | None, extra: object) -> HiCacheConfig:
-        values = self._config.model_dump()
+    def _changed(
+        self, *, hicache_storage_backend: str | None, extra: object, **policies: str
+    ) -> HiCacheConfig:
+        values = self._config.model_dump() | policies
         values |= {"hicache_storage_backend": hicache_storage_backend, EXTRA: extra}
-        return HiCacheConfig.load(arguments=values)
+        config = HiCacheConfig.load(arguments=values)
+        present = self._config.controller_keys
+        kept = {key: getattr(present, key) for key in present.model_fields_set}
+        extra_config = kept | config.hicache_storage_backend_extra_config
+        return config.model_copy(update={EXTRA: extra_config})
 
     async def _call_all(self, method: str, *arguments: object) -> Any:
         call_all = self._service.engine.call_all

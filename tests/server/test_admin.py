@@ -63,7 +63,7 @@ async def test_a_backend_comes_is_shown_is_cleared_and_goes(tmp_path: Path) -> N
         assert (await s.client.put(BACKEND, json=attach(tmp_path))).status_code == 200
         shown = (await s.client.get(BACKEND)).json()
         assert shown["hicache_storage_backend"] == "file"
-        assert shown["hicache_storage_backend_extra_config"] == {"path": str(tmp_path)}
+        assert shown["hicache_storage_backend_extra_config"]["path"] == str(tmp_path)
         assert shown["backends"][0]["breaker"] == "closed"
         await cached(s)
         await settled(s)
@@ -74,6 +74,34 @@ async def test_a_backend_comes_is_shown_is_cleared_and_goes(tmp_path: Path) -> N
         assert (await s.client.get(BACKEND)).json()["hicache_storage_backend"] is None
 
 
+async def test_policies_may_change_with_the_backend(tmp_path: Path) -> None:
+    async with server(cache=WAIT) as s:
+        change = attach(tmp_path, prefetch_threshold=13) | {
+            "hicache_write_policy": "write_back",
+            "hicache_storage_prefetch_policy": "best_effort",
+        }
+        assert (await s.client.put(BACKEND, json=change)).status_code == 200
+        shown = (await s.client.get(BACKEND)).json()
+        assert shown["hicache_write_policy"] == "write_back"
+        assert shown["hicache_storage_prefetch_policy"] == "best_effort"
+        assert shown["hicache_storage_backend_extra_config"]["prefetch_threshold"] == 13
+        await cached(s)
+        await settled(s)
+        assert s.engine.cache.snapshot().counters["backup_tokens"] == 0
+
+        write_through = attach(tmp_path)
+        assert (await s.client.put(BACKEND, json=write_through)).status_code == 200
+        shown = (await s.client.get(BACKEND)).json()
+        assert shown["hicache_storage_prefetch_policy"] == "best_effort"  # as nobody named it
+        assert shown["hicache_storage_backend_extra_config"]["prefetch_threshold"] == 13
+        await cached(s)
+        await settled(s)
+        assert s.engine.cache.snapshot().counters["backup_tokens"] == 12
+        await s.client.get("/flush_cache", params={"timeout": 10})
+        # 12 tokens could come from storage: fewer than the threshold.
+        assert await cached(s) == {"device": 0, "host": 0, "storage": 0}
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -81,9 +109,9 @@ async def test_a_backend_comes_is_shown_is_cleared_and_goes(tmp_path: Path) -> N
         ({"hicache_storage_backend": "none"}, "DELETE"),
         ({"hicache_storage_backend_extra_config_json": "{"}, "JSON"),
         ({"hicache_storage_backend_extra_config_json": '{"path": "/proc/nowhere"}'}, "nowhere"),
-        ({"hicache_write_policy": "write_back"}, "write_through"),
-        ({"hicache_storage_prefetch_policy": "timeout"}, "wait_complete"),
-        ({"hicache_storage_backend_extra_config_json": '{"prefetch_threshold": 9}'}, "threshold"),
+        ({"hicache_write_policy": "write_sometimes"}, "write_through"),
+        ({"hicache_storage_prefetch_policy": "never"}, "wait_complete"),
+        ({"hicache_storage_backend_extra_config_json": '{"load_back_threshold": 9}'}, "threshold"),
     ],
 )
 async def test_what_cannot_be_attached_is_400_and_changes_nothing(

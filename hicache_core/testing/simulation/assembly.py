@@ -14,6 +14,7 @@ from hicache_core.controller.explain import Explainer
 from hicache_core.controller.jobs import JobTable, Settle
 from hicache_core.controller.journal import Journals
 from hicache_core.controller.parts import Parts
+from hicache_core.controller.policies import Policies
 from hicache_core.controller.prefetch_policy import (
     BestEffort,
     PrefetchPolicy,
@@ -169,11 +170,13 @@ def open_rank(world: World, group: RankGroup) -> Rank:
         device=device,
         host=host,
         transfer=transfer,
-        write_policy=WRITE_POLICIES[setup.write_policy],
-        prefetch_policy=PREFETCH_POLICIES[setup.prefetch_policy],
+        policies=Policies(
+            WRITE_POLICIES[setup.write_policy],
+            PREFETCH_POLICIES[setup.prefetch_policy],
+            setup.prefetch_threshold,
+        ),
         jobs=jobs,
         storage=StorageTier(jobs, Quarantine(jobs, host.allocator), opener.open, process.spawn),
-        prefetch_threshold=setup.prefetch_threshold,
         clock=clock,
         sleep=world.clock.advance,
         batch_pages=setup.batch_pages,
