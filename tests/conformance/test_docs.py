@@ -22,7 +22,7 @@ def test_the_tutorial_goes_from_an_empty_folder_to_a_backend_that_conforms(tmp_p
         elif language == "sh":
             for line in text.splitlines():
                 told += run(line, cwd=folder, target=target)
-    assert re.search(r"^sqlite +hicache-sqlite +0\.1\.0 +ok$", told, re.MULTILINE), told
+    assert re.search(r"^sqlite +storage +hicache-sqlite +0\.1\.0 +ok$", told, re.MULTILINE), told
     assert "backend 'sqlite' conforms" in told
     assert told.count("conforms") == 2
 
