@@ -29,7 +29,7 @@ def view(seen: Observation) -> RenderableType:
     if snapshot.backends:
         parts += [_storage(snapshot), _operations(snapshot), Text(_queues(snapshot))]
     if snapshot.transfers:
-        parts.append(_transfers(snapshot))
+        parts.append(transfers_table(snapshot))
     alarms = list(alarms_of(seen))
     parts += [Text(f"ALARM  {alarm}", style="bold red") for alarm in alarms]
     return Group(*parts, *([] if alarms else [Text("no alarms", style="green")]))
@@ -137,7 +137,8 @@ def _calls(operation: OperationStatus) -> Iterator[str]:
     yield _words(operation.errors)
 
 
-def _transfers(snapshot: CacheSnapshot) -> Table:
+def transfers_table(snapshot: CacheSnapshot) -> Table:
+    """What went between prefill and decode nodes."""
     table = _table(
         "transfers",
         "BACKEND",

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hicache_core.cli._status_view import alarms_of, nbytes_text
+from hicache_core.cli._status_view import alarms_of, nbytes_text, transfers_table
 from hicache_core.observe.snapshot import BackendStatus, CacheSnapshot, PoolStatus
 from hicache_core.observe.windows import Observation
 
@@ -85,6 +85,8 @@ def top_view(moment: Moment) -> RenderableType:
     parts: list[RenderableType] = [_head(moment), *alarms, _tiers(seen.snapshot)]
     if seen.snapshot.backends:
         parts += [_stores(seen.snapshot.backends), Text(_queue(seen.snapshot))]
+    if seen.snapshot.transfers:
+        parts.append(transfers_table(seen.snapshot))
     return Group(*parts, _requests(moment.requests))
 
 

@@ -6,6 +6,7 @@ Pictures are kept in ``build/screenshots``.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from tests.browser.chromium import PROGRAM, Chromium
 from tests.browser.scene import busy_world, url_of
 from tests.page_path.world import World, ids, make_world
+from tests.unit.observe.worlds import transfers
 
 pytestmark = pytest.mark.skipif(
     PROGRAM is None, reason="Debian's chromium is not installed (tools/debian-packages.sh)"
@@ -109,6 +111,23 @@ def test_the_figures_are_those_of_the_cache(browser: Chromium, busy: World) -> N
     text = browser.evaluate("document.getElementById('tiles').innerText")
     assert f"{100 * sum(hits.values()) / prompt:.1f} %" in text
     assert f"{prompt:,}" in text
+
+
+def test_transfers_are_shown_where_there_are_any(
+    browser: Chromium, busy: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden = "document.getElementById('transfers-card').hidden"
+    browser.open(url_of(busy), width=360)
+    browser.wait_for(LIVE)
+    assert browser.evaluate(hidden)
+    plain = busy.cache.snapshot
+    moved = transfers()
+    monkeypatch.setattr(busy.cache, "snapshot", lambda: replace(plain(), transfers=[moved]))
+    browser.wait_for(f"!{hidden}")
+    text = browser.evaluate("document.getElementById('transfers').innerText")
+    assert moved.backend in text
+    assert browser.evaluate(OVERFLOW) <= 0, "no scrolling sideways"
+    assert browser.errors == []
 
 
 def test_the_keyboard_reaches_and_opens_a_request(browser: Chromium, busy: World) -> None:

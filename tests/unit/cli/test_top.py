@@ -66,6 +66,7 @@ def test_once_prints_one_view(server: StatusServer) -> None:
     rows = [line.split() for line in shown.output.splitlines()]
     slowest = ["r29", "100", "10", "20", "30", "69", "2,900", "ms", "never", "seen"]
     assert slowest in rows
+    assert any(row[:1] == ["tcp"] for row in rows), "transfers are shown"
     assert not any(row[:1] == ["r5"] for row in rows), "only the slowest are shown"
 
 

@@ -5,6 +5,7 @@ import { at, element, say } from "./dom.js";
 import { openRequests, showRequests } from "./requests.js";
 import { ask, askIfThere, useKey } from "./source.js";
 import { showStorage } from "./storage.js";
+import { showTransfers } from "./transfers.js";
 import { openTree, showTree } from "./tree.js";
 import { BREAKERS, bytes, compact, number, seconds, share, TIERS } from "./words.js";
 
@@ -58,6 +59,7 @@ function show({ snapshot, hit_rate: hitRate, write_only: writeOnly }, requests, 
   showCharts(snapshot);
   showRequests(requests);
   showStorage(snapshot, samples);
+  showTransfers(snapshot.transfers);
 }
 
 function tile(label, value, more) {

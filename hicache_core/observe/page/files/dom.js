@@ -16,6 +16,12 @@ export function say(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
+export function table(heads, rows) {
+  const line = (kind, texts) => element("tr", {}, ...texts.map((text) => element(kind, kind === "th" ? { scope: "col" } : {}, text)));
+  return element("div", { class: "scroll" }, element("table", {},
+    element("thead", {}, line("th", heads)), element("tbody", {}, ...rows.map((row) => line("td", row)))));
+}
+
 function filled(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);

@@ -1,8 +1,8 @@
 // The stores: breaker, what was moved, and how long each operation takes.
 
-import { at, element, say } from "./dom.js";
+import { at, element, say, table } from "./dom.js";
 import { Chart } from "./charts.js";
-import { BREAKERS, bytes, number, quantile, seconds, total } from "./words.js";
+import { bound, BREAKERS, bytes, counts, number, seconds, total } from "./words.js";
 
 const charts = new Map();
 
@@ -48,13 +48,7 @@ function latency(backend, samples) {
 }
 
 function operations(backend) {
-  const cells = (kind, ...texts) => element("tr", {}, ...texts.map((text) => element(kind, kind === "th" ? { scope: "col" } : {}, text)));
-  const bound = (histogram, wanted) => {
-    const found = quantile(histogram, wanted);
-    return found === null ? "–" : `≤ ${seconds(found)}`;
-  };
-  const rows = backend.operations.map((one) => cells("td", one.op, number(total(one.latency_s)), bound(one.latency_s, 0.5), bound(one.latency_s, 0.99),
-    Object.entries(one.errors).map(([kind, n]) => `${kind} ${number(n)}`).join(", ") || "0"));
-  return element("div", { class: "scroll" }, element("table", {},
-    element("thead", {}, cells("th", "Operation", "Calls", "p50", "p99", "Errors")), element("tbody", {}, ...rows)));
+  const rows = backend.operations.map((one) => [one.op, number(total(one.latency_s)), bound(one.latency_s, 0.5), bound(one.latency_s, 0.99),
+    counts(one.errors) || "0"]);
+  return table(["Operation", "Calls", "p50", "p99", "Errors"], rows);
 }

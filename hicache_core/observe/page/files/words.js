@@ -94,3 +94,12 @@ export function quantile(histogram, wanted) {
 export function total(histogram) {
   return histogram.counts.reduce((sum, count) => sum + count, 0);
 }
+
+export function bound(histogram, wanted) {
+  const found = quantile(histogram, wanted);
+  return found === null ? "–" : `≤ ${seconds(found)}`;
+}
+
+export function counts(byWord) {
+  return Object.entries(byWord).filter(([, n]) => n).map(([word, n]) => `${word} ${number(n)}`).join(", ");
+}
