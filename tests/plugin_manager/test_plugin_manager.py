@@ -112,7 +112,7 @@ def test_the_cores_own_backends_come_through_the_same_entry_points() -> None:
     infos = {info.name: info for info in list_backends()}
     for name in ("file", "memory"):
         assert infos[name].distribution == "hicache-core"
-        assert infos[name].module == f"hicache_core.storage.{name}"
+        assert infos[name].module.startswith(f"hicache_core.storage.{name}")
     assert backend_class("memory").name == "memory"
 
 
