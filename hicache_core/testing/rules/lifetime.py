@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 
 from hicache_core.errors import UseAfterClose
+from hicache_core.storage.base import Flushable
 from hicache_core.testing.content import content
 from hicache_core.testing.harness import Harness, RuleBroken, expect, expect_hit
 from hicache_core.testing.resources import Resources, settled
@@ -153,3 +154,5 @@ def _operate(h: Harness, keys: list[str], absent: list[str], n_operations: int) 
                 backend.batch_exists([keys[which], absent[which]])
             case _:
                 backend.batch_get([absent[which]], [page])
+    if isinstance(backend, Flushable):  # what is still on its way to a store is no leak
+        expect(backend.flush(h.settings.rule_s), "flush() did not end in time")
