@@ -8,7 +8,8 @@ store. The load is that of ``hicache bench multiturn``; half of a first question
 all.
 
 ``none`` has pages longer than any prompt, so that nothing is ever cached. The device pool holds
-about half of what all conversations need, the host pool as much again.
+about half of what all conversations need, and the host pool as much: under ``write_through`` the
+same pages. With ``large-host`` it holds all of them.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ from tests.pd.cluster import Child
 from tests.pd.stores import store
 
 STORES = ("file", "redis", "s3", "mooncake", "hf3fs")
-TIERS = ("none", "device", "host", *STORES)
+TIERS = ("none", "device", "host", "large-host", *STORES)
 PAGE_SIZE = 16
 NO_PAGE = 1024
 HIERARCHY = ("--enable-hierarchical-cache", "--hicache-ratio", "1")
+LARGE_HOST = ("--enable-hierarchical-cache", "--hicache-ratio", "2")
 DRAIN_S = 120.0
 HEADER = (
     "| cache | run | TTFT p50 | TTFT p99 | prompt tokens | device | host | storage | prefilled |"
@@ -98,6 +100,9 @@ def rows(tiers: str, given: argparse.Namespace, directory: Path) -> Iterator[str
     elif tiers == "host":
         with serving(PAGE_SIZE, device_tokens, HIERARCHY) as url:
             yield line("device + host", "cold", measured(url, given))
+    elif tiers == "large-host":
+        with serving(PAGE_SIZE, device_tokens, LARGE_HOST) as url:
+            yield line("device + host twice as large", "cold", measured(url, given))
     else:
         with store(tiers, directory) as (settings, _):
             flags = [*HIERARCHY, "--hicache-storage-backend", tiers]

@@ -9,7 +9,9 @@ from typing import Any
 
 from plugins.redis.tests.servers import Server, running
 from plugins.s3.tests.weed import BUCKET, KEY, SECRET, Weed
-from tests.server.mooncake_master import mooncake_master
+from tests.server.mooncake_master import memory_lender, mooncake_master
+
+LENT_NBYTES = 1 << 30
 
 
 @contextmanager
@@ -39,8 +41,8 @@ def store(name: str, directory: Path) -> Iterator[tuple[dict[str, Any], Server |
         finally:
             weed.kill()
     elif name == "mooncake":
-        with mooncake_master(directory) as address:
-            yield {"master_server_address": address, "global_segment_size": 64 << 20}, None
+        with mooncake_master(directory) as address, memory_lender(address, LENT_NBYTES):
+            yield {"master_server_address": address, "global_segment_size": 0}, None
     elif name == "hf3fs":
         slabs = {"file_path_prefix": str(directory / "kv"), "file_size": 256 << 20, "mode": "posix"}
         yield slabs, None

@@ -40,21 +40,43 @@ def mooncake_master(directory: Path) -> Iterator[str]:
             stderr=log,
         )
     try:
-        _wait(process, f"http://127.0.0.1:{metrics}/health")
+        _wait(process, f"http://127.0.0.1:{metrics}/health", rpc)
         yield f"127.0.0.1:{rpc}"
     finally:
         process.kill()
         process.wait()
 
 
-def _wait(process: subprocess.Popen[bytes], url: str) -> None:
+@contextlib.contextmanager
+def memory_lender(address: str, nbytes: int) -> Iterator[None]:
+    """A process of its own that lends memory, so that what is stored outlives the servers."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.server.mooncake_lender", address, str(nbytes)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n", "no process lends memory to Mooncake"
+        yield
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _wait(process: subprocess.Popen[bytes], url: str, rpc_port: int) -> None:
     until = time.monotonic() + 30
     while True:
         assert process.poll() is None, "mooncake_master ended"
         assert time.monotonic() < until, "mooncake_master is not ready"
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(url, timeout=2).json().get("service_ready"):
-                return
+        with contextlib.suppress(httpx.HTTPError, OSError):
+            ready = httpx.get(url, timeout=2).json().get("service_ready")
+            with socket.create_connection(("127.0.0.1", rpc_port), timeout=2):
+                if ready:
+                    return
         time.sleep(0.05)
 
 
