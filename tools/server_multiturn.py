@@ -8,8 +8,8 @@ store. The load is that of ``hicache bench multiturn``; half of a first question
 all.
 
 ``none`` has pages longer than any prompt, so that nothing is ever cached. The device pool holds
-about half of what all conversations need, and the host pool as much: under ``write_through`` the
-same pages. With ``large-host`` it holds all of them.
+about half of what all conversations need, and the host pool all of it; with ``small-host`` as
+much as the device pool, which under ``write_through`` are the same pages.
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ from tests.pd.cluster import Child
 from tests.pd.stores import store
 
 STORES = ("file", "redis", "s3", "mooncake", "hf3fs")
-TIERS = ("none", "device", "host", "large-host", *STORES)
+TIERS = ("none", "device", "small-host", "host", *STORES)
 PAGE_SIZE = 16
 NO_PAGE = 1024
-HIERARCHY = ("--enable-hierarchical-cache", "--hicache-ratio", "1")
-LARGE_HOST = ("--enable-hierarchical-cache", "--hicache-ratio", "2")
+HIERARCHY = ("--enable-hierarchical-cache", "--hicache-ratio")
 DRAIN_S = 120.0
 HEADER = (
     "| cache | run | TTFT p50 | TTFT p99 | prompt tokens | device | host | storage | prefilled |"
@@ -97,15 +96,13 @@ def rows(tiers: str, given: argparse.Namespace, directory: Path) -> Iterator[str
     elif tiers == "device":
         with serving(PAGE_SIZE, device_tokens, ()) as url:
             yield line(tiers, "cold", measured(url, given))
-    elif tiers == "host":
-        with serving(PAGE_SIZE, device_tokens, HIERARCHY) as url:
-            yield line("device + host", "cold", measured(url, given))
-    elif tiers == "large-host":
-        with serving(PAGE_SIZE, device_tokens, LARGE_HOST) as url:
-            yield line("device + host twice as large", "cold", measured(url, given))
+    elif tiers in {"small-host", "host"}:
+        ratio = 1 if tiers == "small-host" else 2
+        with serving(PAGE_SIZE, device_tokens, [*HIERARCHY, str(ratio)]) as url:
+            yield line(f"device + host of {ratio} x", "cold", measured(url, given))
     else:
         with store(tiers, directory) as (settings, _):
-            flags = [*HIERARCHY, "--hicache-storage-backend", tiers]
+            flags = [*HIERARCHY, "2", "--hicache-storage-backend", tiers]
             flags += ["--hicache-storage-prefetch-policy", "wait_complete"]
             extra = {**settings, "prefetch_threshold": PAGE_SIZE}
             flags += ["--hicache-storage-backend-extra-config", json.dumps(extra)]
