@@ -55,8 +55,9 @@ def summary(
         before, after: snapshots of the server's cache around the run; empty without.
 
     Returns:
-        ``hit_tokens_source`` tells where the hit tokens by tier come from: ``cache`` (growth of its
-        counters, so others' requests count too), ``replies``, or nothing.
+        ``hit_tokens_source`` tells where the hit tokens by tier come from: ``replies``, ``cache``
+        (growth of its counters: others' requests count too, and one that was preempted counts
+        again), or nothing.
     """
     good = [record.reply for record in records if not record.reply.error]
     hits, source = _hits(good, before, after)
@@ -99,11 +100,11 @@ def _spread(values: Sequence[float]) -> dict[str, float | None]:
 def _hits(
     replies: Sequence[Reply], before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> tuple[dict[str, int], str]:
+    if any(reply.cached for reply in replies):
+        return {tier: sum(r.cached.get(tier, 0) for r in replies) for tier in TIERS}, "replies"
     if before.get("hit_tokens") is not None and after.get("hit_tokens") is not None:
         old, new = before["hit_tokens"], after["hit_tokens"]
         return {tier: new.get(tier, 0) - old.get(tier, 0) for tier in TIERS}, "cache"
-    if any(reply.cached for reply in replies):
-        return {tier: sum(r.cached.get(tier, 0) for r in replies) for tier in TIERS}, "replies"
     return {}, ""
 
 

@@ -21,7 +21,7 @@ class FakeServer:
         self.bodies: list[dict[str, Any]] = []
         self.running = self.most_running = self.hits = self.flushes = 0
         self.fail_after: int | None = None
-        self.has_status = True
+        self.reports_tiers = True
 
     def begin(self, body: dict[str, Any], prompt: str) -> int:
         """Takes a request; how many words of its prompt were cached."""
@@ -43,8 +43,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         fake: FakeServer = self.server.fake  # type: ignore[attr-defined]
         hits = {"device": fake.hits, "host": 0, "storage": 0}
-        found = {"snapshot": {"hit_tokens": hits}} if fake.has_status else {}
-        self._json(200 if found else 404, found)
+        self._json(200, {"snapshot": {"hit_tokens": hits}})
 
     def do_POST(self) -> None:
         fake: FakeServer = self.server.fake  # type: ignore[attr-defined]
@@ -58,7 +57,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fake.fail_after is not None and len(fake.bodies) > fake.fail_after:
             self._json(503, {"error": "the queue is full"})
         else:
-            self._stream(list(chunks(self.path, body, len(prompt.split()), cached)))
+            reported = cached if fake.reports_tiers else None
+            self._stream(list(chunks(self.path, body, len(prompt.split()), reported)))
         with fake.lock:
             fake.running -= 1
 
@@ -81,23 +81,27 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-def chunks(path: str, body: dict[str, Any], n_prompt: int, cached: int) -> Iterator[dict[str, Any]]:
-    """What the server streams, in the form of its path."""
-    tiers = {"cached_tokens_details": {"device": cached, "host": 0, "storage": 0}}
+def chunks(
+    path: str, body: dict[str, Any], n_prompt: int, cached: int | None
+) -> Iterator[dict[str, Any]]:
+    """What the server streams, in the form of its path; with ``cached``, where from."""
+    tiers: dict[str, Any] = {"cached_tokens": 0}
+    if cached is not None:
+        split = {"device": cached, "host": 0, "storage": 0}
+        tiers = {"cached_tokens": cached, "cached_tokens_details": split}
     if path == "/generate":
         n = body["sampling_params"]["max_new_tokens"]
         for k in range(1, n + 1):
             text = "".join(f" w{i}" for i in range(k))
-            usage = {"prompt_tokens": n_prompt, "completion_tokens": k, "cached_tokens": cached}
+            usage = {"prompt_tokens": n_prompt, "completion_tokens": k}
             yield {"text": text, "meta_info": usage | tiers}
         return
     for i in range(body["max_tokens"]):
         is_chat = path.endswith("chat/completions")
         piece = {"delta": {"content": f" w{i}"}} if is_chat else {"text": f" w{i}"}
         yield {"choices": [piece]}
-    details = {"cached_tokens": cached} | tiers
     usage = {"prompt_tokens": n_prompt, "completion_tokens": body["max_tokens"]}
-    yield {"choices": [], "usage": usage | {"prompt_tokens_details": details}}
+    yield {"choices": [], "usage": usage | {"prompt_tokens_details": tiers}}
 
 
 @contextmanager

@@ -57,19 +57,19 @@ def test_each_turn_carries_the_whole_conversation(
     expected = 3 * sum(lengths[:3])
     assert found["cached_tokens"] == expected
     assert found["hit_tokens"] == {"device": expected, "host": 0, "storage": 0}
-    assert found["hit_tokens_source"] == "cache"
+    assert found["hit_tokens_source"] == "replies"
     assert [one["cached_tokens"] for one in found["rounds"]] == [0, 3 * 16, 3 * 40, 3 * 64]
     assert found["ttft_s"]["p50"] <= found["ttft_s"]["p99"] <= found["latency_s"]["max"]
 
 
-def test_without_a_status_the_replies_tell_the_tiers(
+def test_where_the_replies_do_not_tell_the_tiers_the_status_does(
     server: tuple[FakeServer, str], tmp_path: Path
 ) -> None:
     fake, url = server
-    fake.has_status = False
+    fake.reports_tiers = False
     found = measured(tmp_path, url, "multiturn", *SMALL)["summary"]
-    assert found["hit_tokens_source"] == "replies"
-    assert found["hit_tokens"]["device"] == found["cached_tokens"] > 0
+    assert found["hit_tokens_source"] == "cache"
+    assert found["hit_tokens"]["device"] == fake.hits > 0
 
 
 def test_no_more_than_max_parallel_requests_are_under_way(
