@@ -21,8 +21,8 @@ from hicache_core.storage.file.records import capacity_for
 from hicache_core.storage.guard.backend import GuardedBackend
 from hicache_core.storage.guard.config import GuardConfig
 from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
-from hicache_core.storage.work.executor import Deadlines
-from hicache_core.storage.work.worker import StorageWorker
+from hicache_core.storage.workers.executor import Deadlines
+from hicache_core.storage.workers.worker import StorageWorker
 from hicache_core.types import BackendContext, Page, ReadJob
 
 CONTEXT = BackendContext(namespace="0" * 16)

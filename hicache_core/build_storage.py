@@ -27,8 +27,8 @@ from hicache_core.storage.heads.cut import head_group_specs
 from hicache_core.storage.heads.groups import HeadGroupBackend
 from hicache_core.storage.manifest import manifest_page
 from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
-from hicache_core.storage.work.executor import Deadlines, Worker
-from hicache_core.storage.work.worker import StorageWorker
+from hicache_core.storage.workers.executor import Deadlines, Worker
+from hicache_core.storage.workers.worker import StorageWorker
 from hicache_core.types import BackendContext
 
 DYNAMIC = "dynamic"

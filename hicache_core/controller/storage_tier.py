@@ -15,7 +15,7 @@ from hicache_core.controller.quarantine import Quarantine
 from hicache_core.errors import ConfigError, HiCacheError
 from hicache_core.observe.snapshot import BackendStatus
 from hicache_core.storage.base import Clearable, Flushable, StorageBackend
-from hicache_core.storage.work.executor import Worker
+from hicache_core.storage.workers.executor import Worker
 from hicache_core.types import Job, JobResult, JobState, Page, ReadJob, WriteJob
 
 log = logging.getLogger(__name__)

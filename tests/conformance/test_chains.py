@@ -18,8 +18,8 @@ from hicache_core.storage.file.config import FileConfig
 from hicache_core.storage.guard.backend import GuardedBackend
 from hicache_core.storage.guard.config import GuardConfig
 from hicache_core.storage.memory import MemoryBackend, MemoryConfig
-from hicache_core.storage.work.executor import Deadlines, Worker
-from hicache_core.storage.work.worker import StorageWorker
+from hicache_core.storage.workers.executor import Deadlines, Worker
+from hicache_core.storage.workers.worker import StorageWorker
 from hicache_core.testing.features import Feature
 from hicache_core.testing.recipe import Recipe, Scope
 from hicache_core.testing.suite import StorageBackendTests

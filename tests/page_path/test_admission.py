@@ -14,7 +14,7 @@ from hicache_core.config import HiCacheConfig
 from hicache_core.page_keys import pack_tokens
 from hicache_core.pools.device import DevicePool
 from hicache_core.storage.base import StorageBackend
-from hicache_core.storage.work.executor import run_job
+from hicache_core.storage.workers.executor import run_job
 from hicache_core.types import ExistsJob, Job, JobResult, JobState, WriteJob
 from tests.page_path.world import PAGE_SIZE, SPEC, ids
 

@@ -21,7 +21,7 @@ from hicache_core.storage.base import BackendConfig, Buffer, Flushable, StorageB
 from hicache_core.storage.chain.capabilities import Link, chain_class
 from hicache_core.storage.chain.config import ChainConfig
 from hicache_core.storage.chain.copier import Copier
-from hicache_core.storage.work.executor import Worker
+from hicache_core.storage.workers.executor import Worker
 from hicache_core.types import BackendContext, Page
 
 P = ParamSpec("P")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from hicache_core.storage.base import StorageBackend
 from hicache_core.storage.segments import nbytes_of
-from hicache_core.storage.work.executor import Worker
+from hicache_core.storage.workers.executor import Worker
 from hicache_core.types import JobState, Page, WriteJob
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from hicache_core.storage.base import BackendConfig
 from hicache_core.storage.settings import Seconds
-from hicache_core.storage.work.executor import Deadlines
+from hicache_core.storage.workers.executor import Deadlines
 
 Share = Annotated[float, Field(gt=0, le=1)]
 """A part of the whole, above 0 and at most 1."""

@@ -9,7 +9,7 @@ from random import Random
 
 from hicache_core.errors import IntegrityError, UseAfterClose
 from hicache_core.storage.base import StorageBackend
-from hicache_core.storage.work.executor import Worker, run_job
+from hicache_core.storage.workers.executor import Worker, run_job
 from hicache_core.testing.simulation.clock import InvariantBroken, Process, VirtualClock
 from hicache_core.types import Job, JobResult, JobState, ReadJob, WriteJob
 

@@ -34,8 +34,8 @@ from hicache_core.storage.chain.config import ChainConfig
 from hicache_core.storage.guard.backend import GuardedBackend
 from hicache_core.storage.guard.config import GuardConfig
 from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
-from hicache_core.storage.work.executor import Worker
-from hicache_core.storage.work.worker import StorageWorker
+from hicache_core.storage.workers.executor import Worker
+from hicache_core.storage.workers.worker import StorageWorker
 from tests.unit.storage.threads import storage_threads
 from tests.unit.storage.virtual import CONTEXT, NBYTES, Clock, Told, blank, content, filled, key
 

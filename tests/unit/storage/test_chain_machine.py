@@ -14,8 +14,8 @@ from hicache_core.storage.base import StorageBackend
 from hicache_core.storage.chain.backend import ChainBackend
 from hicache_core.storage.chain.capabilities import Link
 from hicache_core.storage.chain.config import ChainConfig
-from hicache_core.storage.work.executor import Worker
-from hicache_core.storage.work.worker import StorageWorker
+from hicache_core.storage.workers.executor import Worker
+from hicache_core.storage.workers.worker import StorageWorker
 from tests.unit.storage.virtual import CONTEXT, NBYTES, Clock, Told, blank, content, filled, key
 
 KEYS = [key(n) for n in range(6)]

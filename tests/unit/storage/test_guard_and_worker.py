@@ -10,7 +10,7 @@ import pytest
 from hicache_core.storage.guard.backend import GuardedBackend
 from hicache_core.storage.guard.breaker import BreakerState
 from hicache_core.storage.guard.config import GuardConfig
-from hicache_core.storage.work.worker import StorageWorker
+from hicache_core.storage.workers.worker import StorageWorker
 from hicache_core.types import JobResult, JobState, ReadJob
 from tests.unit.storage.virtual import Clock, Told, blank, content, key
 

@@ -17,9 +17,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from hicache_core.errors import BackendTimeout, UseAfterClose
 from hicache_core.storage.base import BackendConfig, Buffer, StorageBackend
 from hicache_core.storage.memory import MemoryBackend, MemoryConfig
-from hicache_core.storage.work.executor import run_job
-from hicache_core.storage.work.queue import READS_BEFORE_A_WRITE
-from hicache_core.storage.work.worker import StorageWorker
+from hicache_core.storage.workers.executor import run_job
+from hicache_core.storage.workers.queue import READS_BEFORE_A_WRITE
+from hicache_core.storage.workers.worker import StorageWorker
 from hicache_core.types import (
     BackendContext,
     ExistsJob,
@@ -302,7 +302,7 @@ def test_close_is_bounded_and_names_what_a_stuck_backend_holds(
 STUCK = """
 import time
 from hicache_core.storage.base import BackendConfig, StorageBackend
-from hicache_core.storage.work.worker import StorageWorker
+from hicache_core.storage.workers.worker import StorageWorker
 from hicache_core.types import BackendContext, ExistsJob
 
 started = []

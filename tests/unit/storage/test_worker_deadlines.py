@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from hicache_core.storage.base import BackendConfig, Buffer, StorageBackend
-from hicache_core.storage.work.executor import GIB, Deadlines
-from hicache_core.storage.work.worker import StorageWorker
+from hicache_core.storage.workers.executor import GIB, Deadlines
+from hicache_core.storage.workers.worker import StorageWorker
 from hicache_core.types import (
     BackendContext,
     ExistsJob,

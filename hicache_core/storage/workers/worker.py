@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from hicache_core.errors import IntegrityError, UseAfterClose
 from hicache_core.storage.base import StorageBackend
 from hicache_core.storage.failure_log import FailureLog
-from hicache_core.storage.work.executor import Deadline, Worker, nbytes_of_job, run_job
-from hicache_core.storage.work.queue import JobQueue
+from hicache_core.storage.workers.executor import Deadline, Worker, nbytes_of_job, run_job
+from hicache_core.storage.workers.queue import JobQueue
 from hicache_core.types import Job, JobResult, JobState, ReadJob, WriteJob
 
 logger = logging.getLogger(__name__)
