@@ -11,7 +11,8 @@ from hicache_core.disaggregation.wire import PROTOCOL
 from hicache_core.errors import PeerRefused, TransferError
 
 MAX_RANKS = 256
-_WILDCARDS = ("", "0.0.0.0", "::")
+WILDCARDS = ("", "0.0.0.0", "::")
+"""Addresses to listen at that tell nobody where."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,7 @@ def welcomed_of(value: dict[str, Any], address: str) -> Welcome:
         (start, stop),
         carrier,
         tuple(
-            f"{host if theirs.strip('[]') in _WILDCARDS else theirs}:{port}"
+            f"{host if theirs.strip('[]') in WILDCARDS else theirs}:{port}"
             for theirs, _, port in others
         ),
     )

@@ -7,7 +7,7 @@ import logging
 import socket
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated
@@ -16,9 +16,9 @@ from pydantic import Field, SecretStr
 
 from hicache_core.disaggregation.carrier import Carrier
 from hicache_core.disaggregation.receiving import Intake, Receiver, connection_to
-from hicache_core.disaggregation.room import Room
+from hicache_core.disaggregation.room import PastRooms, Room
 from hicache_core.disaggregation.secret import MIN_LENGTH, SharedSecret
-from hicache_core.disaggregation.sending import N_REMEMBERED, Offer, Sender
+from hicache_core.disaggregation.sending import Offer, Sender
 from hicache_core.disaggregation.transfer import (
     KvTransferBackend,
     Notice,
@@ -81,7 +81,7 @@ class PeerTransfer(KvTransferBackend):
         self._notices: deque[Notice] = deque()
         self._offers: dict[int, Offer] = {}
         self._intakes: dict[int, Intake] = {}
-        self._ended: OrderedDict[int, str] = OrderedDict()
+        self._ended = PastRooms()
         self._closed = False
         secret = config.secret
         self._secret = SharedSecret(None if secret is None else secret.get_secret_value())
@@ -226,9 +226,7 @@ class PeerTransfer(KvTransferBackend):
     def _remember(self, notice: Notice) -> None:
         """Receivers that come late for a room are told at once that it has ended."""
         with self._sender.arrived:
-            self._ended[notice.room] = notice.error or "it was handed over already"
-            while len(self._ended) > N_REMEMBERED:
-                self._ended.popitem(last=False)
+            self._ended.remember(notice.room, notice.error or "it was handed over already")
             self._sender.arrived.notify_all()
 
     def _find(self, room: int) -> Offer | None:

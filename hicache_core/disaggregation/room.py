@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 
 from hicache_core.disaggregation.transfer import Notice, TransferState
 from hicache_core.disaggregation.wire import Connection
 from hicache_core.errors import HiCacheError, TransferError
+
+N_REMEMBERED = 4096
+
+
+class PastRooms(OrderedDict[int, str]):
+    """The last rooms that ended in some way, and why; the oldest are forgotten."""
+
+    def remember(self, room: int, why: str) -> None:
+        """Keeps ``room``."""
+        self[room] = why
+        while len(self) > N_REMEMBERED:
+            self.popitem(last=False)
 
 
 class Room:

@@ -5,21 +5,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hicache_core.disaggregation.carrier import Carrier
 from hicache_core.disaggregation.handshake import Want, check_hello, wanted_of, welcome_of
 from hicache_core.disaggregation.page_memory import PageMemory
-from hicache_core.disaggregation.room import Room
+from hicache_core.disaggregation.room import PastRooms, Room
 from hicache_core.disaggregation.transfer import Notice, TransferState
 from hicache_core.disaggregation.wire import Connection, Frame, Kind, checksum_of
 from hicache_core.errors import HiCacheError, PeerRefused, TransferError
 
 log = logging.getLogger(__name__)
-
-N_REMEMBERED = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +106,7 @@ class Sender:
         self.arrived = threading.Condition()
         self.closing = False
         self.others: Sequence[str] = ()  # where the other ranks of this node are
-        self.deserted: OrderedDict[int, str] = OrderedDict()  # rooms nobody waits for, and why
+        self.deserted = PastRooms()  # those that nobody waits for, and why
 
     def serve(self, peer: Connection) -> None:
         """The whole conversation with one receiver; returns when it is over."""
@@ -141,9 +138,7 @@ class Sender:
             if offer is not None:
                 offer.fail(error)
                 return
-            self.deserted[room] = str(error)
-            while len(self.deserted) > N_REMEMBERED:
-                self.deserted.popitem(last=False)
+            self.deserted.remember(room, str(error))
             self.arrived.notify_all()
 
     def _send_offer(self, peer: Connection, room: int, want: Want) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import socket
 
+from hicache_core.disaggregation.handshake import WILDCARDS
 from hicache_core.disaggregation.roles import Role, RoleSettings
 from hicache_core.engine.engine import Engine
 from hicache_core.engine.model import LoadedModel
 from hicache_core.engine.scheduler import Scheduler
 from hicache_core.engine.tensor_ranks import TensorRanks
 from hicache_core.server.settings import ServerSettings, goes_over_rdma
-
-WILDCARDS = ("0.0.0.0", "::")
 
 
 def role_of(settings: ServerSettings, rank: int = 0) -> Role | None:

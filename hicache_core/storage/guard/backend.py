@@ -149,7 +149,7 @@ class GuardedBackend(BackendWrapper):
     def get(self, key: str) -> Buffer | None:
         try:
             value = self._guarded("get", self.context.object_nbytes, self.inner.get, key)
-        except Exception as exc:
+        except Exception as exc:  # whatever it is: looked at, and raised again
             if _is_failed_load(exc):
                 self._failed.remember(key)
             raise
@@ -187,7 +187,7 @@ class GuardedBackend(BackendWrapper):
         nbytes = page_nbytes * len(pages)
         try:
             n = self._guarded("get", nbytes, self.inner.batch_get, keys, pages)
-        except Exception as exc:
+        except Exception as exc:  # whatever it is: looked at, and raised again
             if keys and _is_failed_load(exc):
                 self._failed.remember(keys[0])
             raise
