@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from plugins.mooncake.tests.conftest import Master, Peer
+from plugins.mooncake.tests.servers import running_mooncake
 from plugins.redis.tests.servers import running
 from plugins.s3.tests.conftest import settings as s3_settings
 from plugins.s3.tests.weed import Weed
@@ -37,15 +37,8 @@ def s3_server(directory: Path) -> Iterator[dict[str, Any]]:
 @contextmanager
 def mooncake_store(directory: Path) -> Iterator[dict[str, Any]]:
     """A master, and a process that lends memory: the demo's own processes come and go."""
-    master = Master(directory)
-    master.start()
-    config = {"master_server_address": master.address}
-    peer = Peer(config | {"global_segment_size": 256 * 2**20})
-    try:
-        yield config | {"global_segment_size": 0}
-    finally:
-        peer.stop()
-        master.kill()
+    with running_mooncake(directory, 256 * 2**20) as master:
+        yield {"master_server_address": master.address, "global_segment_size": 0}
 
 
 @contextmanager

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from plugins.mooncake.tests.servers import running_mooncake
 from plugins.redis.tests.servers import Server, running
 from plugins.s3.tests.weed import BUCKET, KEY, SECRET, Weed
-from tests.server.mooncake_master import memory_lender, mooncake_master
 
 LENT_NBYTES = 1 << 30
 
@@ -41,8 +41,8 @@ def store(name: str, directory: Path) -> Iterator[tuple[dict[str, Any], Server |
         finally:
             weed.kill()
     elif name == "mooncake":
-        with mooncake_master(directory) as address, memory_lender(address, LENT_NBYTES):
-            yield {"master_server_address": address, "global_segment_size": 0}, None
+        with running_mooncake(directory, LENT_NBYTES) as master:
+            yield {"master_server_address": master.address, "global_segment_size": 0}, None
     elif name == "hf3fs":
         slabs = {"file_path_prefix": str(directory / "kv"), "file_size": 256 << 20, "mode": "posix"}
         yield slabs, None

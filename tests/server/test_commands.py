@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from hicache_core.engine.model import LoadedModel, load_folder
-from tests.server.mooncake_master import mooncake_master
+from plugins.mooncake.tests.servers import running_mooncake
 from tests.server.process import ServerProcess, server_process
 from tests.server.tiny import ROOM, commands, tiny_server
 from tests.unit.engine.tiny_chat_model import save_tiny_chat_model
@@ -197,13 +197,13 @@ def test_deployment_with_hf3fs(folder: Path, tmp_path: Path) -> None:
 
 
 def test_deployment_with_mooncake(folder: Path, tmp_path: Path) -> None:
-    with mooncake_master(tmp_path) as address:
+    with running_mooncake(tmp_path) as master:
         env = {
             "MOONCAKE_TE_META_DATA_SERVER": "P2PHANDSHAKE",
             "MOONCAKE_GLOBAL_SEGMENT_SIZE": str(64 << 20),
             "MOONCAKE_PROTOCOL": "tcp",
             "MOONCAKE_DEVICE": "",
-            "MOONCAKE_MASTER": address,
+            "MOONCAKE_MASTER": master.address,
             "MOONCAKE_LOCAL_HOSTNAME": "127.0.0.1",
         }
         with server_process(folder, for_this_machine("Deployment with Mooncake"), env) as server:

@@ -12,7 +12,8 @@ from hicache_mooncake.admin import Admin
 
 from hicache_core.errors import BackendCorrupt, BackendError, BackendUnavailable
 from hicache_core.storage.base import Listable, Pins, ReportsUsage
-from plugins.mooncake.tests.conftest import NAMESPACE, Master, Peer, free_port
+from plugins.mooncake.tests.conftest import NAMESPACE
+from plugins.mooncake.tests.servers import Master, Peer, free_port
 from tests.scrubbing import check_scrub
 
 NBYTES = 256 << 10
