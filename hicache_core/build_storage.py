@@ -12,7 +12,7 @@ from hicache_core import dynamic, plugin_manager
 from hicache_core.config import HiCacheConfig
 from hicache_core.config_errors import config_error
 from hicache_core.controller.admission import Admission, AlwaysAdmit, CostAware
-from hicache_core.controller.storage_tier import Attachment
+from hicache_core.controller.attachment import Attachment
 from hicache_core.observe.stores import backend_statuses, rejected_pages
 from hicache_core.page_keys import describe_namespace
 from hicache_core.pools.host import HostPool

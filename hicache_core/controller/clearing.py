@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
+from hicache_core.controller.attachment import Attachment
 from hicache_core.errors import HiCacheError
 from hicache_core.storage.base import Clearable
-
-if TYPE_CHECKING:
-    from hicache_core.controller.storage_tier import Attachment
 
 ANY_COUNT = 2**31 - 1
 """What a rank reports of another one's objects: the least counts, and that is the other's."""

@@ -6,7 +6,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from hicache_core.controller.storage_tier import Attachment
+from hicache_core.controller.attachment import Attachment
 from hicache_core.observe.tracing import SpanHandle
 from hicache_core.radix.node import Node
 from hicache_core.types import JobResult, JobState

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from hicache_core.controller.attachment import Attachment
 from hicache_core.controller.parts import Parts
-from hicache_core.controller.storage_tier import Attachment
 from hicache_core.page_keys import TOKEN_NBYTES, PageKeys
 from hicache_core.radix.node import ASKED, RECEIVED, Node
 from hicache_core.types import ExistsJob, JobResult, Tier

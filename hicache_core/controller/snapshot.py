@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
+from hicache_core.controller.attachment import Attachment
 from hicache_core.controller.parts import Parts
 from hicache_core.controller.prefetch import PrefetchPath
-from hicache_core.controller.storage_tier import Attachment
 from hicache_core.controller.write_path import WritePath
 from hicache_core.observe.snapshot import CacheSnapshot, PoolStatus
 from hicache_core.pools.host import HostPool

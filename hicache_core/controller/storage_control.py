@@ -5,9 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
+from hicache_core.controller.attachment import Attaching
 from hicache_core.controller.clearing import Clearing
 from hicache_core.controller.parts import Parts
-from hicache_core.controller.storage_tier import Attaching, StorageTier
+from hicache_core.controller.storage_tier import StorageTier
 from hicache_core.errors import ConfigError
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hicache_core.controller.storage_tier import Attaching
+from hicache_core.controller.attachment import Attaching
 from hicache_core.errors import ConfigError
 from tests.page_path import backends
 from tests.page_path.world import Outcome, World, ids, make_world, opened

@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 
+from hicache_core.controller.attachment import Attachment
 from hicache_core.controller.jobs import Agreement, JobTable
 from hicache_core.controller.load_back import LoadBack, LoadBackPath
 from hicache_core.controller.parts import Parts
 from hicache_core.controller.prefetch import PrefetchPath
 from hicache_core.controller.quarantine import Quarantine
 from hicache_core.controller.settling import Settling
-from hicache_core.controller.storage_tier import Attachment, StorageTier
+from hicache_core.controller.storage_tier import StorageTier
 from hicache_core.controller.write_path import WritePath
 from hicache_core.radix.node import Node
 from hicache_core.radix.tree import RadixTree

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hicache_core.controller.storage_tier import Attaching
+from hicache_core.controller.attachment import Attaching
 from plugins.redis.tests.servers import Server, running
 from tests.soak.engine import PREFETCH_S, Engine, open_world
 from tests.soak.samples import Growth, Sample, growth

@@ -9,6 +9,7 @@ from random import Random
 
 from hicache_core.build import RETENTIONS, WRITE_POLICIES
 from hicache_core.build_storage import ADMISSIONS
+from hicache_core.controller.attachment import Attachment
 from hicache_core.controller.controller import Controller
 from hicache_core.controller.explain import Explainer
 from hicache_core.controller.jobs import JobTable, Settle
@@ -22,7 +23,7 @@ from hicache_core.controller.prefetch_policy import (
     WaitComplete,
 )
 from hicache_core.controller.quarantine import Quarantine
-from hicache_core.controller.storage_tier import Attachment, StorageTier
+from hicache_core.controller.storage_tier import StorageTier
 from hicache_core.errors import BackendUnavailable
 from hicache_core.page_keys import storage_namespace
 from hicache_core.pools.host import HostPool
