@@ -85,7 +85,7 @@ class Controller(StorageControl):
         if parts.storage is not None and parts.host is not None:
             self._prefetch_path = PrefetchPath(parts, parts.storage, parts.host)
         self._settling = Settling(parts, self._write_path, self._prefetch_path)
-        self._evictor = Evictor(parts, self._write_path, self._settling.settle)
+        self._evictor = Evictor(parts, self._write_path, self._prefetch_path, self._settling.settle)
         self._closed = False
 
     # Reading.
@@ -396,4 +396,7 @@ class Controller(StorageControl):
         Raises:
             IntegrityError: with what does not add up.
         """
-        check_owners(self._parts, self._write_path.n_orphaned_pages)
+        n_orphaned = self._write_path.n_orphaned_pages
+        if self._prefetch_path is not None:
+            n_orphaned += self._prefetch_path.n_orphaned_pages
+        check_owners(self._parts, n_orphaned)

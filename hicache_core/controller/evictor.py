@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hicache_core.controller.parts import Parts
+from hicache_core.controller.prefetch import PrefetchPath
 from hicache_core.controller.write_path import WritePath
 from hicache_core.errors import IntegrityError
 
@@ -12,9 +13,16 @@ from hicache_core.errors import IntegrityError
 class Evictor:
     """Frees device pages. Owner thread only; every rank decides alike."""
 
-    def __init__(self, parts: Parts, write_path: WritePath, poll: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        write_path: WritePath,
+        prefetch_path: PrefetchPath | None,
+        poll: Callable[[], object],
+    ) -> None:
         """Keeps its arguments; ``poll`` settles what has finished, on all ranks."""
         self._parts = parts
+        self._prefetch_path = prefetch_path
         self._write_path = write_path
         self._poll = poll
 
@@ -33,7 +41,7 @@ class Evictor:
                 n_on_their_way = 0
             elif (n_dropped := self._drop_what_is_being_stored(n_pages - n_freed)) > 0:
                 n_freed += n_dropped
-            else:
+            elif self._prefetch_path is None or not self._prefetch_path.orphan():
                 break
         return n_freed
 

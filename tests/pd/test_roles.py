@@ -216,6 +216,25 @@ def test_too_little_room_on_either_side_is_no_loss() -> None:
             assert answer.tokens == plain(model_of(), prompt, 12)
 
 
+@pytest.mark.parametrize("offload_stride", [0, 1, 2])
+def test_equal_prompts_in_flight_at_once_end_in_a_pool_that_one_of_them_nearly_fills(
+    offload_stride: int,
+) -> None:
+    prompt, n_new = prompt_of(40), (2, 24)
+    small = {"device_tokens": 84, "offload_stride": offload_stride}
+    with half("prefill") as prefill, half("decode", **small) as decode:
+        rooms = [room_at(prefill) for _ in n_new]
+        answers = [
+            decode.ask(prompt, room, n)[1] for room, n in zip(rooms, n_new, strict=True)
+        ]  # both are fetched before either has arrived
+        for room in rooms:
+            prefill.ask(prompt, room)
+        for answer, n in zip(answers, n_new, strict=True):
+            answer.wait()
+            assert answer.tokens == plain(model_of(), prompt, n)
+        assert decode.role.figures.received == 2
+
+
 def test_another_prefill_node_is_served_what_the_decode_node_generated(tmp_path: Path) -> None:
     """Full HiCache with async offload: storage is all that the second prefill half shares."""
     storage = {
