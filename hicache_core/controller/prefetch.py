@@ -320,7 +320,8 @@ class PrefetchPath:
         for part in parts.tree.commit_host(prefetch.node, prefetch.n_pending, n_ready):
             part.stored_in = prefetch.storage.epoch
             parts.tell_stored(Tier.HOST, part)
-            parts.tell_stored(Tier.STORAGE, part)
+            if prefetch.storage is self._storage.current:
+                parts.tell_stored(Tier.STORAGE, part)
         prefetch.n_ready = 0
         prefetch.n_pending -= n_ready
         prefetch.n_loaded_pages += n_ready
