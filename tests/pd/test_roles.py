@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from hicache_core.disaggregation.first_token import FirstToken
 from hicache_core.disaggregation.roles import Role, RoleSettings
 from hicache_core.engine.engine import Engine, EngineConfig
 from hicache_core.engine.request import Bootstrap, Request
@@ -164,6 +165,24 @@ def test_a_request_that_the_prefill_half_gives_up_is_computed_by_the_decode_half
         answering.wait()
         assert answering.tokens == plain(model_of(), prompt, 12)
         assert decode.role.figures.recomputed == 1
+
+
+@pytest.mark.parametrize("note", [b"[" * 60_000, b'{"token": 1099511627776, "cached": [0, 0, 0]}'])
+def test_nonsense_of_a_prefill_half_costs_its_own_request(
+    note: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt, other = prompt_of(40), prompt_of(30, seed=2)
+    with pair() as (prefill, decode):
+        room = room_at(prefill)
+        monkeypatch.setattr(FirstToken, "pack", lambda _: note)
+        prefill.ask(prompt, room)
+        _, answering = decode.ask(prompt, room)
+        answering.wait()
+        assert answering.tokens == plain(model_of(), prompt, 12)
+        assert decode.role.figures.recomputed == 1
+        _, answering = decode.ask(other, None)
+        answering.wait()
+        assert answering.tokens == plain(model_of(), other, 12)
 
 
 def test_without_a_prefill_half_the_decode_half_computes() -> None:
