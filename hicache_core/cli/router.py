@@ -19,6 +19,7 @@ if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is Non
 import uvicorn  # noqa: E402 - only if installed
 
 from hicache_core.disaggregation.router import make_app  # noqa: E402 - likewise
+from hicache_core.server.connections import bounded  # noqa: E402 - likewise
 
 
 @click.command("router")
@@ -61,4 +62,4 @@ def command(prefill: tuple[str, ...], decode: tuple[str, ...], **options: Any) -
         by_prefix=options["by_prefix"],
         interval_s=options["interval_s"],
     )
-    uvicorn.run(app, host=host, port=port, log_level=level.lower(), access_log=False)
+    uvicorn.run(app, host=host, port=port, log_level=level.lower(), access_log=False, **bounded())

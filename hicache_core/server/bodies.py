@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.requests import Request
 
 from hicache_core.engine.request import Bootstrap
+from hicache_core.server.connections import body_taken
 from hicache_core.server.problems import Problem
 
 MAX_PROMPTS = 64
@@ -281,4 +282,7 @@ async def read_body(request: Request, body_class: type[B], max_nbytes: int) -> B
         raw += chunk
         if len(raw) > max_nbytes:
             raise too_large
-    return body_class.model_validate_json(bytes(raw))
+    try:
+        return body_class.model_validate_json(raw)
+    finally:
+        body_taken(request.scope)

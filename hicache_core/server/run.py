@@ -18,6 +18,7 @@ from hicache_core.engine.engine import Engine
 from hicache_core.engine.model import LoadedModel
 from hicache_core.errors import ConfigError, RankLost
 from hicache_core.server.app import make_app
+from hicache_core.server.connections import bounded
 from hicache_core.server.crew import Crew
 from hicache_core.server.models import load_model
 from hicache_core.server.prompts import Limits
@@ -101,6 +102,7 @@ def _run(service: Service, listener: socket.socket, on_ready: Callable[[], None]
         access_log=False,
         timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout_s)),
         server_header=False,
+        **bounded(),
     )
 
     def has_lost_a_rank() -> bool:
