@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,6 +22,35 @@ log = logging.getLogger(__name__)
 PREFILL, DECODE = "prefill", "decode"
 AFFINITY_SLACK_TOKENS = 4096
 """A node that knows a prompt may have so many tokens more under way than the idlest one."""
+LATE_S = 1.0
+"""A node that is so late with its health check gets no request that another one can have."""
+SILENT_S = 10.0
+"""A node that does not answer for so long is down, and requests under way at it are given up."""
+_UNFIT = (httpx.HTTPError, httpx.InvalidURL, ValueError, RecursionError)
+"""What a node that answers badly, or not at all, ends in."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSettings:
+    """What a router is told.
+
+    Attributes:
+        prefill: URLs of prefill nodes; may be empty, then decode nodes compute prompts too.
+        decode: URLs of decode nodes, at least one.
+        api_key: what nodes want of health checks, if anything; requests bring their own.
+        secret: what the nodes know too; None if they listen on this machine only.
+        by_prefix: whether a prompt goes where most of it was computed before.
+        interval_s: between two health checks.
+        silent_s: for a health check; then the node is down.
+    """
+
+    prefill: Sequence[str]
+    decode: Sequence[str]
+    api_key: str = field(default="", repr=False)
+    secret: str | None = field(default=None, repr=False)
+    by_prefix: bool = True
+    interval_s: float = 1.0
+    silent_s: float = SILENT_S
 
 
 @dataclass(slots=True)
@@ -29,6 +60,7 @@ class Node:
     Attributes:
         url: where it answers, without a slash at the end.
         role: prefill or decode.
+        number: among the nodes of its role, from 1.
         is_up: whether it answered when it was asked last.
         transfer_address: where its KV is fetched, of a prefill node that has said so.
         tokens: under way at it, estimated.
@@ -36,10 +68,12 @@ class Node:
         served: requests that it ended well.
         failures: requests and probes that it did not.
         error: why it is down; empty while it is up.
+        asked_s: when the health check was sent that it has not answered yet.
     """
 
     url: str
     role: str
+    number: int
     is_up: bool = False
     transfer_address: str = ""
     tokens: int = 0
@@ -47,13 +81,20 @@ class Node:
     served: int = 0
     failures: int = 0
     error: str = "not asked yet"
+    asked_s: float = inf
+    _awaited: set[asyncio.Timeout] = field(default_factory=set)
+
+    @property
+    def name(self) -> str:
+        """For clients, to whom addresses of nodes are not told."""
+        return f"{self.role} node {self.number}"
 
     @property
     def bootstrap(self) -> tuple[str, int] | None:
         """Where a decode node finds it: its own host by the URL, the port that it told."""
         _, _, port = self.transfer_address.rpartition(":")
         host = urlsplit(self.url).hostname
-        return (host, int(port)) if host and port.isdigit() else None
+        return (host, int(port)) if host and port.isdecimal() else None
 
     @contextmanager
     def carrying(self, n_tokens: int) -> Iterator[None]:
@@ -66,6 +107,22 @@ class Node:
             self.tokens -= n_tokens
             self.requests -= 1
 
+    @asynccontextmanager
+    async def awaited(self) -> AsyncIterator[None]:
+        """What is waited for inside ends with TimeoutError when the node turns out to be silent."""
+        async with asyncio.timeout(None) as limit:
+            self._awaited.add(limit)
+            try:
+                yield
+            finally:
+                self._awaited.discard(limit)
+
+    def give_up(self) -> None:
+        """Ends what is waited for."""
+        for limit in self._awaited:
+            limit.reschedule(0.0)
+        self._awaited.clear()
+
 
 class Nodes:
     """All nodes; belongs to one event loop."""
@@ -73,29 +130,25 @@ class Nodes:
     def __init__(
         self,
         client: httpx.AsyncClient,
-        prefill: Sequence[str],
-        decode: Sequence[str],
-        *,
-        api_key: str = "",
-        by_prefix: bool = True,
-        interval_s: float = 1.0,
-        timeout_s: float = 5.0,
+        settings: RouterSettings,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Asks nobody yet; ``client`` stays the caller's, ``api_key`` is for looks alone."""
-        self.all = [Node(url.rstrip("/"), PREFILL) for url in prefill]
-        self.all += [Node(url.rstrip("/"), DECODE) for url in decode]
+        """Asks nobody yet; ``client`` stays the caller's."""
+        self.all = [
+            Node(url.rstrip("/"), role, number)
+            for role, urls in ((PREFILL, settings.prefill), (DECODE, settings.decode))
+            for number, url in enumerate(urls, start=1)
+        ]
         self._client = client
-        self._by_prefix = by_prefix
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._interval_s = interval_s
-        self._timeout_s = timeout_s
+        self._settings = settings
+        key = settings.api_key
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._clock = clock
         self._affinity = {PREFILL: Affinity(), DECODE: Affinity()}
 
     async def watch(self) -> None:
-        """Asks every node after its health, for ever."""
-        while True:
-            await asyncio.sleep(self._interval_s)
-            await self.check_all()
+        """Asks every node after its health, for ever; one that is slow keeps no other waiting."""
+        await asyncio.gather(*(self._watch(node) for node in self.all))
 
     async def check_all(self) -> None:
         """Asks every node once, all at the same time."""
@@ -114,13 +167,15 @@ class Nodes:
         """The node to use next; None if none is up.
 
         The one that had the longest beginning of the prompt, unless it has much more to do than
-        the idlest one.
+        the idlest one. One that is late with its health check is used if all are.
         """
         up = [n for n in self.all if n.role == role and n.is_up and n.url not in exclude]
         if not up:
             return None
+        late_s = self._clock() - LATE_S
+        up = [node for node in up if node.asked_s > late_s] or up
         idlest = min(up, key=lambda node: (node.tokens, node.requests, node.served))
-        known = self._affinity[role].lookup(prompt, tenant) if self._by_prefix else None
+        known = self._affinity[role].lookup(prompt, tenant) if self._settings.by_prefix else None
         for node in up:
             if node.url == known and node.tokens <= idlest.tokens + AFFINITY_SLACK_TOKENS:
                 idlest = node
@@ -129,17 +184,34 @@ class Nodes:
 
     def status(self) -> list[dict[str, Any]]:
         """All nodes, for people and tests."""
-        return [asdict(node) for node in self.all]
+        shown = ("url", "role", "is_up", "transfer_address", "tokens", "requests", "served")
+        return [
+            {name: getattr(node, name) for name in (*shown, "failures", "error")}
+            for node in self.all
+        ]
+
+    async def _watch(self, node: Node) -> None:
+        while True:
+            await asyncio.sleep(self._settings.interval_s)
+            await self._check(node)
 
     async def _check(self, node: Node) -> None:
+        node.asked_s = self._clock()
         try:
             await self._get(node, "/health")
             if node.role == PREFILL:
                 # Each time: after a restart its KV is fetched somewhere else.
                 await self._ask_address(node)
-        except httpx.HTTPError as error:
+        except (TimeoutError, httpx.TimeoutException):
+            # Whoever refuses or resets has told its clients; who is silent never will.
+            self.failed(node, f"it does not answer within {self._settings.silent_s:g} s")
+            node.give_up()
+            return
+        except _UNFIT as error:
             self.failed(node, f"{type(error).__name__}: {error}".rstrip(": "))
             return
+        finally:
+            node.asked_s = inf
         if not node.is_up:
             log.info("%s node %s is up", node.role, node.url)
         node.is_up, node.error = True, ""
@@ -154,6 +226,6 @@ class Nodes:
         node.transfer_address = address
 
     async def _get(self, node: Node, path: str) -> httpx.Response:
-        url, timeout_s = node.url + path, self._timeout_s
-        answer = await self._client.get(url, timeout=timeout_s, headers=self._headers)
+        async with asyncio.timeout(self._settings.silent_s):
+            answer = await self._client.get(node.url + path, headers=self._headers)
         return answer.raise_for_status()

@@ -1,4 +1,4 @@
-"""SharedSecret: two nodes prove to each other that both know it, before anything else is said."""
+"""SharedSecret: nodes and their router prove to each other that all know it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ _HINT = "start both nodes with the same --disaggregation-secret"
 
 
 class SharedSecret:
-    """Challenge and response by HMAC-SHA256, both ways; the secret itself is never sent.
+    """Between two nodes: challenge and response by HMAC-SHA256, both ways, before anything else.
+
+    The secret itself is never sent.
 
     ::
 
@@ -89,6 +91,15 @@ class SharedSecret:
         """The name of the side is in it, so that no side can be answered with its own words."""
         assert self._key is not None
         return hmac.new(self._key, f"hicache-kv {who} {nonces}".encode(), "sha256").hexdigest()
+
+
+def room_proof(secret: str, host: str, port: int, room: int) -> str:
+    """What a router says beside a room, so that a node knows who named it; 64 hexadecimal digits.
+
+    Whoever has heard it can name the same room again, and no other; a room is used once.
+    """
+    words = f"hicache-room {room} {port} {host}"
+    return hmac.new(secret.encode(), words.encode(), "sha256").hexdigest()
 
 
 def _nonce() -> str:

@@ -100,6 +100,14 @@ def _same(shown: str, key: str | None) -> bool:
     return hmac.compare_digest(shown.encode("latin-1", "replace"), key.encode())
 
 
+def is_operator(scope: Scope, keys: Keys) -> bool:
+    """Whether a request is the operator's, at a server that asks for no other key."""
+    headers = Headers(scope=scope)
+    if keys.admin is None:
+        return _is_local(scope, headers)
+    return _same(_bearer(headers), keys.admin)
+
+
 def _is_local(scope: Scope, headers: Headers) -> bool:
     client = scope.get("client")
     if client is None or not is_loopback(str(client[0])):

@@ -115,11 +115,15 @@ class SamplingBody(Body):
 
 
 class Shared(Tenant):
-    """Where the two halves of a disaggregated request meet; SGLang's names. Routers fill them."""
+    """Where the two halves of a disaggregated request meet; SGLang's names. Routers fill them.
+
+    ``bootstrap_proof`` is our router's: that it knows the secret of its nodes.
+    """
 
     bootstrap_host: Annotated[str, Field(min_length=1, max_length=255)] | None = None
     bootstrap_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     bootstrap_room: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
+    bootstrap_proof: Annotated[str, Field(max_length=255)] | None = None
 
     @property
     def bootstrap(self) -> Bootstrap | None:

@@ -22,6 +22,7 @@ from hicache_core.server.bodies import (
 from hicache_core.server.bridge import Asked
 from hicache_core.server.ledger import Ledger
 from hicache_core.server.problems import Problem
+from hicache_core.server.rooms import Rooms
 from hicache_core.types import Namespace
 
 T = TypeVar("T")
@@ -45,9 +46,12 @@ class Limits:
 class Prompts:
     """Makes the engine's requests. Texts are encoded on a thread of its own, one at a time."""
 
-    def __init__(self, tokenizer: Any, limits: Limits, ledger: Ledger) -> None:
-        """``tokenizer`` is transformers'; ``close`` ends the thread."""
+    def __init__(
+        self, tokenizer: Any, limits: Limits, ledger: Ledger, rooms: Rooms | None = None
+    ) -> None:
+        """``tokenizer`` is transformers'; no ``rooms``: none taken. ``close`` ends the thread."""
         self.limits = limits
+        self._rooms = rooms
         self._tokenizer = tokenizer
         self._ledger = ledger
         self._thread = ThreadPoolExecutor(1, "hicache-encode")
@@ -98,14 +102,15 @@ class Prompts:
         priority: int,
     ) -> list[Asked]:
         """Gives each its id; all or none."""
-        if body.bootstrap is not None and len(wanted) != 1:
+        room = None if self._rooms is None else self._rooms.room_of(body)
+        if room is not None and len(wanted) != 1:
             raise Problem(400, f"a bootstrap_room is for one prompt; here are {len(wanted)}")
         namespace = namespace_of(body.cache_salt, body.extra_key)
         asked: list[Asked] = []
         try:
             for tokens, sampling, wanted_name in wanted:
                 name, request_id = self._ledger.open(wanted_name, namespace)
-                request = Request(request_id, tokens, sampling, namespace, priority, body.bootstrap)
+                request = Request(request_id, tokens, sampling, namespace, priority, room)
                 asked.append(Asked(name, request))
         except Problem:
             for one in asked:

@@ -24,7 +24,7 @@ from hicache_core.server.models import load_model
 from hicache_core.server.prompts import Limits
 from hicache_core.server.role import make_engine, role_of
 from hicache_core.server.service import ServedModel, Service
-from hicache_core.server.settings import ServerSettings, notices
+from hicache_core.server.settings import ServerSettings, notices, with_secret
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +39,11 @@ def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
     Raises:
         HiCacheError: the server cannot start; nothing is left running.
     """
+    asked, settings = settings, with_secret(settings)
     role = role_of(settings)
     with _listening(settings.host, settings.port) as listener:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        for line in notices(settings, device):
+        for line in notices(asked, device):
             say(f"hicache: {line}")
         with Crew(settings, device) as crew:
             model = load_model(settings.model_path, device)

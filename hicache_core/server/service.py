@@ -17,6 +17,7 @@ from hicache_core.server.bridge import Bridge, EngineFront
 from hicache_core.server.figures import Figures, ServerCollector
 from hicache_core.server.ledger import Ledger
 from hicache_core.server.prompts import Limits, Prompts
+from hicache_core.server.rooms import Rooms
 from hicache_core.server.settings import ServerSettings
 
 OTHER_NAMESPACE = "other_namespace"
@@ -68,7 +69,9 @@ class Service:
         self.started_s = time.time()
         self.ledger = Ledger()
         self.bridge = Bridge(engine, self.ledger, Figures())
-        self.prompts = Prompts(served.tokenizer, served.limits, self.ledger)
+        is_half = settings.disaggregation.mode != "null"
+        rooms = Rooms(settings.keys.transfer) if is_half else None
+        self.prompts = Prompts(served.tokenizer, served.limits, self.ledger, rooms)
         self.watch = Watch(self._snapshot)
         self.history = History(self.watch)
         self._watches = {True: self.watch, False: Watch(self._discreet_snapshot)}

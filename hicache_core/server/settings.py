@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hicache_core.config import HiCacheConfig
@@ -129,13 +130,29 @@ def notices(settings: ServerSettings, device: str) -> Iterator[str]:
             "goes over TCP"
         )
     is_open = not is_loopback(settings.host)
-    if is_open and settings.disaggregation.mode == "prefill" and settings.keys.transfer is None:
+    if _lacks_secret(settings):
         yield (
             f"{settings.host} can be reached from other machines, and no --disaggregation-secret "
-            "is set: KV is handed to whoever asks for it"
+            "is set: this node takes no request of a router and exchanges no KV until router and "
+            "nodes are started with the same HICACHE_DISAGGREGATION_SECRET"
         )
     if is_open and settings.keys.api is None:
         yield (
             f"{settings.host} can be reached from other machines, and no --api-key is set: "
             "whoever reaches it may use it"
         )
+
+
+def with_secret(settings: ServerSettings) -> ServerSettings:
+    """The same, with a secret that nobody knows where one is needed and none was given.
+
+    A prefill or decode node that other machines can reach then believes nobody.
+    """
+    if not _lacks_secret(settings):
+        return settings
+    return replace(settings, keys=replace(settings.keys, transfer=secrets.token_hex(32)))
+
+
+def _lacks_secret(settings: ServerSettings) -> bool:
+    is_half = settings.disaggregation.mode != "null"
+    return is_half and settings.keys.transfer is None and not is_loopback(settings.host)

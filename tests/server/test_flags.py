@@ -96,6 +96,7 @@ def test_size_zero_means_the_ratio() -> None:
         (["--mem-fraction-static", "0.5"], "--max-total-tokens"),
         (["--host", "0.0.0.0"], "no --api-key"),
         (["--host", "0.0.0.0", "--disaggregation-mode", "prefill"], "no --disaggregation-secret"),
+        (["--host", "0.0.0.0", "--disaggregation-mode", "decode"], "no --disaggregation-secret"),
     ],
 )
 def test_what_has_no_effect_or_is_open_is_said_at_start(flags: list[str], said: str) -> None:
