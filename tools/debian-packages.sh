@@ -5,11 +5,13 @@
 #   redis-server   the Redis plugin's TLS tests (the Valkey wheel has no TLS)
 #   prometheus     evaluates the queries of the dashboard
 #   chromium       opens the page /hicache/, with a font to read it in
+#   iproute2       makes two hosts out of one, for the test that moves KV between them
 missing=""
 ldconfig -p 2>/dev/null | grep -q 'libibverbs\.so\.1' || missing="$missing libibverbs1"
 command -v redis-server >/dev/null 2>&1 || missing="$missing redis-server"
 command -v prometheus >/dev/null 2>&1 || missing="$missing prometheus"
 command -v chromium >/dev/null 2>&1 || missing="$missing chromium fonts-dejavu-core"
+command -v ip >/dev/null 2>&1 || missing="$missing iproute2"
 [ -n "$missing" ] || exit 0
 
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
@@ -26,6 +28,7 @@ for package in $missing; do
         redis-server) echo "without $package the TLS tests of the Redis plugin are skipped" ;;
         prometheus) echo "without $package the dashboard's queries are not evaluated" ;;
         chromium) echo "without $package the page /hicache/ is not opened in a browser" ;;
+        iproute2) echo "without $package no KV is moved between two hosts" ;;
         fonts-*) echo "without $package the page's pictures may lack letters" ;;
     esac
     echo "  to run them: sudo apt-get install --no-install-recommends $package"

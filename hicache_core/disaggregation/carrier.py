@@ -28,8 +28,11 @@ class Carrier(ABC):
         """Takes it back; no room is under way."""
 
     @abstractmethod
-    def greeting(self) -> dict[str, Any]:
-        """What receivers must know of this sender; JSON types."""
+    def greeting(self, reached_at: str) -> dict[str, Any]:
+        """What a receiver must know of this sender; JSON types.
+
+        ``reached_at`` is the address of this machine under which the receiver came.
+        """
 
     @abstractmethod
     def send_rows(self, peer: Connection, frame: Frame, segments: Sequence[memoryview]) -> None:
@@ -61,7 +64,7 @@ class InlineCarrier(Carrier):
         # docstring inherited
         pass
 
-    def greeting(self) -> dict[str, Any]:
+    def greeting(self, reached_at: str) -> dict[str, Any]:  # noqa: ARG002 - it is there already
         # docstring inherited
         return {}
 

@@ -9,10 +9,9 @@ from typing import Any
 from hicache_core.disaggregation.page_memory import Heads, PageMemory
 from hicache_core.disaggregation.wire import PROTOCOL
 from hicache_core.errors import PeerRefused, TransferError
+from hicache_core.hosts import as_reached, joined
 
 MAX_RANKS = 256
-WILDCARDS = ("", "0.0.0.0", "::")
-"""Addresses to listen at that tell nobody where."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +94,7 @@ def welcome_of(
 def welcomed_of(value: dict[str, Any], address: str) -> Welcome:
     """WELCOME of the sender at ``address``, checked.
 
-    Another rank that listens everywhere is told as such; it is reached as this sender was.
+    Another rank may tell an address that is of no use here; it is reached as this sender was.
 
     Raises:
         TransferError: it has not the right form.
@@ -107,15 +106,12 @@ def welcomed_of(value: dict[str, Any], address: str) -> Welcome:
         carrier = dict(value["carrier"])
         if len(others) >= MAX_RANKS or not all(port.isdigit() for _, _, port in others):
             raise ValueError(f"other ranks at {value['others']}")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise TransferError(f"{address} sent a welcome without sense: {error}") from error
     return Welcome(
         (start, stop),
         carrier,
-        tuple(
-            f"{host if theirs.strip('[]') in WILDCARDS else theirs}:{port}"
-            for theirs, _, port in others
-        ),
+        tuple(joined(as_reached(theirs, host), port) for theirs, _, port in others),
     )
 
 
@@ -132,9 +128,11 @@ def wanted_of(value: dict[str, Any], hello: dict[str, Any], memory: PageMemory) 
     """
     heads = value.get("heads")
     rank, n_receivers = hello.get("rank"), hello.get("world_size")
-    numbers = [value.get("start"), value.get("stop"), rank, n_receivers, *(heads or ())]
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise TransferError(f"a want without sense: {value}")
+    numbers = [value.get("start"), value.get("stop"), rank, n_receivers]
+    numbers += heads if isinstance(heads, list) else []
+    is_plain = all(type(number) is int and number >= 0 for number in numbers)
+    if not (is_plain and isinstance(heads, list | None)):
+        raise TransferError("a want without sense")
     if heads is None:
         chosen = None
     else:
@@ -144,6 +142,8 @@ def wanted_of(value: dict[str, Any], hello: dict[str, Any], memory: PageMemory) 
         chosen = (heads[0], heads[1])
     assert isinstance(rank, int)  # checked above, for the reader of types
     assert isinstance(n_receivers, int)
+    if not rank < n_receivers <= MAX_RANKS:
+        raise TransferError(f"rank {rank} of {n_receivers} asked; up to {MAX_RANKS} may")
     return Want(chosen, value["start"], value["stop"], rank, n_receivers)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import socket
 import threading
@@ -14,6 +15,7 @@ from typing import Annotated
 
 from pydantic import Field, SecretStr
 
+from hicache_core.disaggregation.callers import Callers
 from hicache_core.disaggregation.carrier import Carrier
 from hicache_core.disaggregation.receiving import Intake, Receiver, connection_to
 from hicache_core.disaggregation.room import PastRooms, Room
@@ -25,26 +27,38 @@ from hicache_core.disaggregation.transfer import (
     TransferConfig,
     TransferContext,
 )
-from hicache_core.disaggregation.wire import MAX_NOTE_NBYTES, Connection
+from hicache_core.disaggregation.wire import (
+    LEAST_NBYTES_PER_S,
+    MAX_NOTE_NBYTES,
+    Connection,
+    Patience,
+)
 from hicache_core.errors import TransferError, UseAfterClose
+from hicache_core.hosts import joined
 
 log = logging.getLogger(__name__)
 
 MAX_ROOM = 2**63
 # How long a receiver may wait for a request that has not reached this node's engine.
 MAX_WAIT_S = 3600.0
+ACCEPT_PAUSE_S = 0.1
+"""Between two tries to accept a connection, while there are no file descriptors or threads."""
+FAULT_S = 1.0
+"""A try that failed counts as a fault for so long."""
 
 
 class PeerConfig(TransferConfig):
     """Settings of backends that connect.
 
     Attributes:
-        host: where to listen; receivers must reach it under this name unless ``advertise`` is set.
+        host: where to listen; an address that names no host (``0.0.0.0``) is for everybody, and
+            peers go on under the address at which they found this node.
         port: 0 for any free one.
         advertise: the host that peers are told, where it is not ``host``.
-        idle_timeout_s: a peer that says nothing for so long is lost.
+        idle_timeout_s: a peer that makes no progress for so long is lost.
+        least_nbytes_per_s: rows that move slower than this are no progress.
         ping_s: how often a sender says that it is there.
-        max_connections: receivers served at once; more are turned away.
+        max_connections: receivers served at once, and as many that have not shaken hands yet.
         secret: what both nodes must know, at least 16 characters; None where nothing is asked.
     """
 
@@ -52,6 +66,7 @@ class PeerConfig(TransferConfig):
     port: Annotated[int, Field(ge=0, lt=65536)] = 0
     advertise: str = ""
     idle_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    least_nbytes_per_s: Annotated[int, Field(gt=0)] = LEAST_NBYTES_PER_S
     ping_s: Annotated[float, Field(gt=0)] = 0.5
     max_connections: Annotated[int, Field(gt=0)] = 256
     secret: Annotated[SecretStr, Field(min_length=MIN_LENGTH)] | None = None
@@ -74,9 +89,13 @@ class PeerTransfer(KvTransferBackend):
         self._settings = config
         self._clock = clock
         self._carrier = carrier
+        self._patience = Patience(config.idle_timeout_s, config.least_nbytes_per_s)
         self._listener: socket.socket | None = None
+        self._acceptor: threading.Thread | None = None
+        self._stumbled: tuple[float, str] | None = None  # when accepting failed last, and why
+        self._closing = threading.Event()
         self._threads: set[threading.Thread] = set()
-        self._callers: set[Connection] = set()
+        self._callers = Callers(config.max_connections)
         self._lock = threading.Lock()
         self._notices: deque[Notice] = deque()
         self._offers: dict[int, Offer] = {}
@@ -90,16 +109,14 @@ class PeerTransfer(KvTransferBackend):
 
     def open(self) -> None:
         # docstring inherited
-        settings = self._settings
-        self._carrier.open(self.context.memory)
+        self._listener = _listener_at(self._settings.host, self._settings.port)
         try:
-            self._listener = socket.create_server((settings.host, settings.port), backlog=128)
-        except OSError as error:
-            self._carrier.close()
-            raise TransferError(
-                f"cannot listen on {settings.host}:{settings.port} for KV transfers: {error}"
-            ) from error
-        self._start(self._accept, "kv-accept")
+            self._carrier.open(self.context.memory)
+            self._acceptor = self._start(self._accept, "kv-accept")
+        except BaseException:
+            self._listener.close()
+            self._listener = None
+            raise
 
     def introduce(self, addresses: Sequence[str]) -> None:
         # docstring inherited
@@ -112,13 +129,23 @@ class PeerTransfer(KvTransferBackend):
         if self._listener is None:
             raise UseAfterClose("the transfer backend is not open")
         host = self._settings.advertise or self._settings.host
-        return f"{host}:{self._listener.getsockname()[1]}"
+        return joined(host, self._listener.getsockname()[1])
+
+    @property
+    def fault(self) -> str:
+        # docstring inherited
+        if self._acceptor is None or self._closed:
+            return ""
+        if not self._acceptor.is_alive():
+            return "the listener has ended"
+        if (stumbled := self._stumbled) is None or self._clock() - stumbled[0] > FAULT_S:
+            return ""
+        return f"no connection can be accepted: {stumbled[1]}"
 
     @property
     def n_connections(self) -> int:
         # docstring inherited: of receivers that are served, and to senders
-        with self._lock:
-            n_served = len(self._callers)
+        n_served = len(self._callers)
         return n_served + sum(intake.n_connections for intake in [*self._intakes.values()])
 
     def close(self, timeout_s: float = 5.0) -> None:
@@ -126,20 +153,21 @@ class PeerTransfer(KvTransferBackend):
         if self._closed:
             return
         self._closed = True
+        self._closing.set()
+        deadline = time.monotonic() + timeout_s
         with self._sender.arrived:
             self._sender.closing = True
             self._sender.arrived.notify_all()
-        if self._listener is not None:
+        if self._listener is not None and self._acceptor is not None:
             with contextlib.suppress(OSError):
                 self._listener.shutdown(socket.SHUT_RDWR)
+            self._acceptor.join(timeout_s)  # from here on, nobody starts a thread
             self._listener.close()
         for room in self._rooms():
             room.fail(TransferError("the node is closing"))
+        self._callers.shutdown()
         with self._lock:
-            callers, threads = list(self._callers), list(self._threads)
-        for caller in callers:
-            caller.shutdown()
-        deadline = time.monotonic() + timeout_s
+            threads = list(self._threads)
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         if any(thread.is_alive() for thread in threads):
@@ -160,6 +188,7 @@ class PeerTransfer(KvTransferBackend):
 
     def send(self, room: int, pages: Sequence[int], layer: int, start: int, stop: int) -> None:
         # docstring inherited
+        self._sender.n_computed += 1
         if (offer := self._offers.get(room)) is not None:
             offer.add(pages, layer, start, stop)
 
@@ -183,7 +212,11 @@ class PeerTransfer(KvTransferBackend):
         intake = Intake(room, pages, tokens, timeout_s, self._clock, self._settled(self._intakes))
         self._intakes[room] = intake
         intake.enter()
-        self._start(lambda: self._receiver.run(intake, addresses), f"kv-receive-{room}")
+        try:
+            self._start(lambda: self._receiver.run(intake, addresses), f"kv-receive-{room}")
+        except TransferError:
+            del self._intakes[room]
+            raise
 
     def cancel(self, room: int, reason: str) -> None:
         # docstring inherited
@@ -242,7 +275,7 @@ class PeerTransfer(KvTransferBackend):
         return None
 
     def _connect(self, address: str, deadline: float) -> Connection:
-        peer = connection_to(address, deadline, self._settings.idle_timeout_s, self._clock)
+        peer = connection_to(address, deadline, self._patience, self._clock)
         try:
             self._secret.prove_to(peer)
         except BaseException:
@@ -251,43 +284,61 @@ class PeerTransfer(KvTransferBackend):
         return peer
 
     def _accept(self) -> None:
+        """Lets receivers in until the backend closes, whatever goes wrong meanwhile."""
         assert self._listener is not None
-        while True:
+        while not self._closing.is_set():
             try:
                 sock, peer = self._listener.accept()
-            except OSError:  # closed
-                return
-            with self._lock:
-                full = len(self._callers) >= self._settings.max_connections
-            if full or self._closed:
-                log.warning("turned %s away: %d receivers are served", peer, len(self._callers))
-                sock.close()
+            except OSError as error:
+                self._stumble(error)
                 continue
-            connection = Connection(
-                sock,
-                f"decode node {peer[0]}:{peer[1]}",
-                self._settings.idle_timeout_s,
-                self._clock() + MAX_WAIT_S,
-                self._clock,
-            )
-            self._start(partial(self._serve, connection), f"kv-send-{peer[1]}")
+            name = f"decode node {joined(*peer[:2])}"
+            shake_by = self._clock() + self._settings.idle_timeout_s
+            caller = Connection(sock, name, self._patience, shake_by, self._clock)
+            self._callers.enter(caller)
+            try:
+                self._start(partial(self._serve, caller), f"kv-send-{peer[1]}")
+            except TransferError as error:
+                self._leave(caller)
+                self._stumble(error)
+
+    def _stumble(self, error: Exception) -> None:
+        """A connection could not be accepted: the next one may, after a pause."""
+        if self._closed or getattr(error, "errno", None) == errno.ECONNABORTED:
+            return
+        if not self.fault:
+            log.error("no connection for KV can be accepted, trying on: %s", error)
+        self._stumbled = (self._clock(), str(error))
+        self._closing.wait(ACCEPT_PAUSE_S)
 
     def _serve(self, caller: Connection) -> None:
-        with self._lock:
-            self._callers.add(caller)
+        def admit() -> None:
+            self._callers.admit(caller)
+            caller.deadline = self._clock() + MAX_WAIT_S
+
         try:
             if not self._closed and self._secret.admit(caller):
-                self._sender.serve(caller)
+                self._sender.serve(caller, admit)
         finally:
-            with self._lock:
-                self._callers.discard(caller)
-            caller.shutdown()
-            caller.close()
+            self._leave(caller)
 
-    def _start(self, work: Callable[[], None], name: str) -> None:
+    def _leave(self, caller: Connection) -> None:
+        self._callers.leave(caller)
+        caller.shutdown()
+        caller.close()
+
+    def _start(self, work: Callable[[], None], name: str) -> threading.Thread:
+        """Runs ``work`` on a thread of its own.
+
+        Raises:
+            TransferError: no thread can be started.
+        """
+
         def run() -> None:
             try:
                 work()
+            except Exception:
+                log.exception("%s broke", name)
             finally:
                 with self._lock:
                     self._threads.discard(threading.current_thread())
@@ -295,4 +346,25 @@ class PeerTransfer(KvTransferBackend):
         thread = threading.Thread(target=run, name=name)
         with self._lock:
             self._threads.add(thread)
-        thread.start()
+        try:
+            thread.start()
+        except (RuntimeError, MemoryError) as error:
+            with self._lock:
+                self._threads.discard(thread)
+            raise TransferError(f"no thread can be started for KV transfers: {error}") from error
+        return thread
+
+
+def _listener_at(host: str, port: int) -> socket.socket:
+    """Listens there.
+
+    Raises:
+        TransferError: no such host, or the port is taken.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host.strip("[]"), port), family=family, backlog=128)
+    except (OSError, ValueError) as error:
+        raise TransferError(
+            f"cannot listen on {joined(host, port)} for KV transfers: {error}"
+        ) from error

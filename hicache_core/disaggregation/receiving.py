@@ -15,7 +15,7 @@ from hicache_core.disaggregation.handshake import divide, hello_of, want_of, wel
 from hicache_core.disaggregation.page_memory import Heads
 from hicache_core.disaggregation.room import Room
 from hicache_core.disaggregation.transfer import Notice, TransferContext, TransferState
-from hicache_core.disaggregation.wire import Connection, Frame, Kind, checksum_of
+from hicache_core.disaggregation.wire import Connection, Frame, Kind, Patience, checksum_of
 from hicache_core.errors import HiCacheError, TransferError
 
 log = logging.getLogger(__name__)
@@ -67,14 +67,13 @@ class Receiver:
         """Fetches everything; returns when no thread works for the room any more."""
         parts: list[_Part] = []
         try:
-            self._greet_all(intake, addresses, parts)
-            note = self._fetch_all(intake, parts)
-            for part in parts:
-                with contextlib.suppress(TransferError):  # that sender keeps its pages a bit longer
-                    part.peer.send(Frame(Kind.ACK, intake.number))
-            intake.succeed(TransferState.ARRIVED, note)
-        except HiCacheError as error:
-            intake.fail(error)
+            with contextlib.suppress(HiCacheError), intake.failing():
+                self._greet_all(intake, addresses, parts)
+                note = self._fetch_all(intake, parts)
+                for part in parts:
+                    with contextlib.suppress(TransferError):  # it keeps its pages a bit longer
+                        part.peer.send(Frame(Kind.ACK, intake.number))
+                intake.succeed(TransferState.ARRIVED, note)
         finally:
             for part in parts:
                 intake.unwatch(part.peer)
@@ -103,42 +102,41 @@ class Receiver:
             raise TransferError(f"heads {missing} are on none of {', '.join(known)}")
 
     def _fetch_all(self, intake: Intake, parts: Sequence[_Part]) -> bytes:
-        """The note; parts but the first run on threads of their own."""
-        errors: list[HiCacheError] = []
+        """The note; parts but the first run on threads of their own. One that fails ends all."""
 
         def fetch(part: _Part) -> None:
-            try:
+            with contextlib.suppress(HiCacheError), intake.failing():
                 self._fetch(intake, part)
-            except HiCacheError as error:
-                errors.append(error)
-                intake.fail(error)  # cuts the other parts off
 
-        threads = [
-            threading.Thread(target=fetch, args=(part,), name=f"kv-receive-{intake.number}-{n}")
-            for n, part in enumerate(parts[1:], start=1)
-        ]
-        for thread in threads:
-            thread.start()
+        threads: list[threading.Thread] = []
         try:
-            note = self._fetch(intake, parts[0])
-        except HiCacheError as error:
-            intake.fail(error)
-            raise
+            with intake.failing():
+                for n, part in enumerate(parts[1:], start=1):
+                    name = f"kv-receive-{intake.number}-{n}"
+                    thread = threading.Thread(target=fetch, args=(part,), name=name)
+                    thread.start()
+                    threads.append(thread)
+                note = self._fetch(intake, parts[0])
         finally:
             for thread in threads:
                 thread.join()
-        if errors:
-            raise errors[0]
+        if intake.decided:
+            raise TransferError("a part of the transfer failed")
         return note
 
     def _fetch(self, intake: Intake, part: _Part) -> bytes:
         start, stop = intake.tokens
         reached = [start] * self._memory.spec.num_layers
+        n_computed: object = None
+        part.peer.renew()  # others were greeted meanwhile
         while True:
             frame = part.peer.receive()
             if frame.room != intake.number:
                 raise TransferError(f"{part.peer.peer} sent room {frame.room}")
             if frame.kind is Kind.PING:
+                before, n_computed = n_computed, part.peer.json_of(frame).get("computed")
+                if before not in (None, n_computed):
+                    part.peer.renew()  # others come first, but that node gets on
                 continue
             if frame.kind is Kind.END:
                 note = part.peer.text_of(frame)
@@ -165,12 +163,13 @@ class Receiver:
                 f"the checksum of layer {frame.layer}, tokens {frame.start} to {frame.stop} from "
                 f"{part.peer.peer} is wrong"
             )
+        part.peer.renew()
         reached[frame.layer] = frame.stop
         intake.count(self._memory.nbytes(frame.stop - frame.start, part.heads))
 
 
 def connection_to(
-    address: str, deadline: float, idle_timeout_s: float, clock: Callable[[], float]
+    address: str, deadline: float, patience: Patience, clock: Callable[[], float]
 ) -> Connection:
     """A connection to ``host:port``.
 
@@ -178,11 +177,11 @@ def connection_to(
         TransferError: nobody answers there.
     """
     host, _, port = address.rpartition(":")
-    left_s = min(idle_timeout_s, deadline - clock())
+    left_s = min(patience.idle_timeout_s, deadline - clock())
     try:
         if left_s <= 0:
             raise TimeoutError("the time of the transfer is over")
         sock = socket.create_connection((host.strip("[]"), int(port)), timeout=left_s)
     except (OSError, ValueError, OverflowError) as error:
         raise TransferError(f"no prefill node answers at {address}: {error}") from error
-    return Connection(sock, f"prefill node {address}", idle_timeout_s, deadline, clock)
+    return Connection(sock, f"prefill node {address}", patience, deadline, clock)

@@ -94,6 +94,11 @@ class Role:
         """Where decode nodes fetch KV, of this rank; empty before the engine is open."""
         return "" if self._transfer is None else self._transfer.address
 
+    @property
+    def fault(self) -> str:
+        """Why no decode node can fetch KV from this rank at the moment; empty while they can."""
+        return "" if self._transfer is None else self._transfer.fault
+
     def transfers(self) -> list[TransferStatus]:
         """What this rank moved, for metrics; nothing before the engine is open."""
         return [] if self._counted is None else [self._counted.status()]

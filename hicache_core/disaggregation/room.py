@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from hicache_core.disaggregation.transfer import Notice, TransferState
 from hicache_core.disaggregation.wire import Connection
 from hicache_core.errors import HiCacheError, TransferError
+
+log = logging.getLogger(__name__)
 
 N_REMEMBERED = 4096
 
@@ -76,6 +80,24 @@ class Room:
         with self.changed:
             self._n_workers -= 1
         self._tell()
+
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """Whatever goes wrong in the block fails the room at once.
+
+        Raises:
+            HiCacheError: what went wrong; TransferError for what nobody has foreseen.
+        """
+        try:
+            yield
+        except HiCacheError as error:
+            self.fail(error)
+            raise
+        except Exception as error:
+            log.exception("the transfer of room %d broke", self.number)
+            broken = TransferError(f"the transfer broke: {type(error).__name__}: {error}")
+            self.fail(broken)
+            raise broken from error
 
     def watch(self, connection: Connection) -> None:
         """Shuts ``connection`` down as soon as the room fails.

@@ -103,13 +103,17 @@ class Sender:
         self._carrier = carrier
         self._find = find
         self._ping_s = ping_s
+        self.n_computed = 0  # ranges of rows, of all rooms: that this node gets on
         self.arrived = threading.Condition()
         self.closing = False
         self.others: Sequence[str] = ()  # where the other ranks of this node are
         self.deserted = PastRooms()  # those that nobody waits for, and why
 
-    def serve(self, peer: Connection) -> None:
-        """The whole conversation with one receiver; returns when it is over."""
+    def serve(self, peer: Connection, admit: Callable[[], None]) -> None:
+        """The whole conversation with one receiver; returns when it is over.
+
+        ``admit`` is called once hands are shaken; raises TransferError if there is no place.
+        """
         room = -1
         try:
             room, hello = peer.receive_json(Kind.HELLO)
@@ -120,9 +124,10 @@ class Sender:
                 self._desert(room, error)
                 peer.send_text(Kind.REFUSED, room, str(error).encode())
                 return
-            welcome = welcome_of(self._memory, self._carrier.greeting(), self.others)
+            welcome = welcome_of(self._memory, self._carrier.greeting(peer.reached_at), self.others)
             peer.send_json(Kind.WELCOME, room, welcome)
             want = wanted_of(peer.receive_json(Kind.WANT)[1], hello, self._memory)
+            admit()
             self._send_offer(peer, room, want)
         except HiCacheError as error:
             log.warning("KV of room %d did not reach %s: %s", room, peer.peer, error)
@@ -148,17 +153,13 @@ class Sender:
             return
         peer.deadline = offer.deadline
         try:
-            offer.watch(peer)
-            self._check_range(offer, want)
-            self._send_layers(peer, offer, want)
-            if peer.receive().kind is not Kind.ACK:
-                raise TransferError(f"{peer.peer} did not confirm what it got")
-            offer.confirm(want.rank, want.n_receivers)
-        except HiCacheError as error:
-            if offer.decided:
-                raise
-            offer.fail(error)
-            raise
+            with offer.failing():
+                offer.watch(peer)
+                self._check_range(offer, want)
+                self._send_layers(peer, offer, want)
+                if peer.receive().kind is not Kind.ACK:
+                    raise TransferError(f"{peer.peer} did not confirm what it got")
+                offer.confirm(want.rank, want.n_receivers)
         finally:
             offer.unwatch(peer)
             offer.leave()
@@ -180,7 +181,8 @@ class Sender:
     def _ping(self, peer: Connection, room: int) -> None:
         if peer.is_gone():
             raise TransferError(f"{peer.peer} left before everything was sent")
-        peer.send(Frame(Kind.PING, room))
+        peer.renew()
+        peer.send_json(Kind.PING, room, {"computed": self.n_computed})
 
     def _check_range(self, offer: Offer, want: Want) -> None:
         if want.stop != offer.n_tokens:
@@ -196,6 +198,7 @@ class Sender:
             if item is None:
                 self._ping(peer, offer.number)
                 continue
+            peer.renew()  # what was waited for was the engine
             if isinstance(item, bytes):
                 peer.send_text(Kind.END, offer.number, item)
                 return

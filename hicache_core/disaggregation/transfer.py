@@ -128,6 +128,11 @@ class KvTransferBackend(ABC):
         """Where peers reach this rank, ``host:port``; known from ``open`` on."""
 
     @property
+    def fault(self) -> str:
+        """Why peers cannot reach this rank at the moment; empty while they can. Any thread."""
+        return ""
+
+    @property
     def n_connections(self) -> int | None:
         """Open connections to peers; None if nobody counts them. Any thread."""
         return None

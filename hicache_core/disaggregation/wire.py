@@ -1,4 +1,4 @@
-"""Frames between two nodes: one fixed header, then JSON, rows or nothing."""
+"""Frames between two nodes: one fixed header, then JSON, rows or nothing; and what holds one up."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ import xxhash
 
 from hicache_core.errors import PeerRefused, TransferError
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_JSON_NBYTES = 256 << 10
 MAX_NOTE_NBYTES = 64 << 10
 SOCKET_BUFFER_NBYTES = 4 << 20
+LEAST_NBYTES_PER_S = 256 << 10
 _IOV_MAX = 1024
 _MAGIC = b"HCKV"
 _HEADER = struct.Struct("<4sBxHIIQQQ")
@@ -32,7 +33,7 @@ class Kind(enum.IntEnum):
     WELCOME = 2  # P→D, JSON: heads, and what the carrier needs
     WANT = 3  # D→P, JSON: heads (or none), start, stop
     LAYER = 4  # P→D: rows [start, stop) of a layer, as the carrier moves them
-    PING = 5  # P→D: nothing yet, but I am here
+    PING = 5  # P→D, JSON: nothing yet for you; how much was computed for anybody
     END = 6  # P→D: the note; everything was sent
     ACK = 7  # D→P: everything arrived
     FAILED = 8  # either, text: the room has failed
@@ -72,28 +73,56 @@ def checksum_of(segments: Sequence[memoryview | bytes]) -> int:
     return digest.intdigest()
 
 
-class Connection:
-    """A socket that speaks frames, each within ``idle_timeout_s``, all before ``deadline``.
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a peer may be without progress.
 
-    One thread sends and receives; ``shutdown`` may come from any other.
+    Attributes:
+        idle_timeout_s: a peer that makes no progress for so long is lost.
+        least_nbytes_per_s: what moves slower is no progress.
+    """
+
+    idle_timeout_s: float
+    least_nbytes_per_s: float = LEAST_NBYTES_PER_S
+
+
+class Connection:
+    """A socket that speaks frames; the peer must make progress, and all ends before ``deadline``.
+
+    ``renew`` says when there was progress. Between two calls, bytes buy time at the least rate:
+    a byte now and then buys nothing. One thread sends and receives; ``shutdown`` may come from any
+    other.
     """
 
     def __init__(
         self,
         sock: socket.socket,
         peer: str,
-        idle_timeout_s: float,
+        patience: Patience,
         deadline: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Takes over ``sock``; ``peer`` names the other side in messages."""
         self.peer = peer
         self._sock = sock
-        self._idle_timeout_s = idle_timeout_s
+        self._patience = patience
         self.deadline = deadline
         self._clock = clock
+        self._progress_at = clock()
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    @property
+    def reached_at(self) -> str:
+        """This machine's address under which the peer is connected; empty once that is lost."""
+        try:
+            return str(self._sock.getsockname()[0])
+        except OSError:
+            return ""
+
+    def renew(self) -> None:
+        """What the peer owes counts from now on: it made progress, or was not waited for."""
+        self._progress_at = self._clock()
 
     def shutdown(self) -> None:
         """Ends both directions: a call under way, in any thread, fails at once."""
@@ -145,9 +174,9 @@ class Connection:
             raise TransferError(f"{self.peer} does not speak the protocol of KV transfers")
         frame = Frame(Kind(kind), room, layer, start, stop, nbytes, checksum)
         if frame.kind is Kind.REFUSED:
-            raise PeerRefused(f"{self.peer} refused: {self.text_of(frame).decode()}")
+            raise PeerRefused(f"{self.peer} refused: {self._words_of(frame)}")
         if frame.kind is Kind.FAILED:
-            raise TransferError(f"{self.peer} gave up: {self.text_of(frame).decode()}")
+            raise TransferError(f"{self.peer} gave up: {self._words_of(frame)}")
         return frame
 
     def receive_json(self, kind: Kind) -> tuple[int, dict[str, Any]]:
@@ -161,7 +190,7 @@ class Connection:
         """What follows the header of ``frame``, as a JSON object."""
         try:
             value = json.loads(self.text_of(frame))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise TransferError(
                 f"{self.peer} sent no JSON in {frame.kind.name}: {error}"
             ) from error
@@ -182,6 +211,9 @@ class Connection:
             raise TransferError(f"the checksum of {frame.kind.name} from {self.peer} is wrong")
         return bytes(text)
 
+    def _words_of(self, frame: Frame) -> str:
+        return self.text_of(frame).decode(errors="replace")
+
     def receive_into(self, segments: Sequence[memoryview]) -> None:
         """Fills ``segments`` in order, straight from the socket."""
         left = [segment for segment in segments if segment.nbytes]
@@ -192,6 +224,7 @@ class Connection:
                 n = self._sock.recvmsg_into(left[first : first + _IOV_MAX])[0]
                 if n == 0:
                     raise TransferError(f"{self.peer} closed the connection")
+                self._have_moved(n)
                 first = _skip(left, first, n)
         except TimeoutError as error:
             raise self._silent() from error
@@ -216,18 +249,25 @@ class Connection:
         while first < len(left):
             self._wait_at_most()
             n = self._sock.sendmsg(left[first : first + _IOV_MAX])
+            self._have_moved(n)
             first = _skip(left, first, n)
 
+    def _have_moved(self, nbytes: int) -> None:
+        bought_s = nbytes / self._patience.least_nbytes_per_s
+        self._progress_at = min(self._clock(), self._progress_at + bought_s)
+
     def _wait_at_most(self) -> None:
-        left_s = self.deadline - self._clock()
+        left_s = min(self.deadline, self._progress_at + self._patience.idle_timeout_s)
+        left_s -= self._clock()
         if left_s <= 0:
             raise TimeoutError
-        self._sock.settimeout(min(left_s, self._idle_timeout_s))
+        self._sock.settimeout(left_s)
 
     def _silent(self) -> TransferError:
         if self._clock() >= self.deadline:
             return TransferError(f"the time of the transfer with {self.peer} is over")
-        return TransferError(f"{self.peer} is silent for {self._idle_timeout_s:g} s")
+        idle_s = self._patience.idle_timeout_s
+        return TransferError(f"{self.peer} made no progress for {idle_s:g} s")
 
 
 def _skip(segments: list[memoryview], first: int, n: int) -> int:

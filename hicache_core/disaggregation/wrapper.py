@@ -29,6 +29,11 @@ class TransferWrapper(KvTransferBackend):
         return self._inner.address
 
     @property
+    def fault(self) -> str:
+        # docstring inherited
+        return self._inner.fault
+
+    @property
     def n_connections(self) -> int | None:
         # docstring inherited
         return self._inner.n_connections

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-
-from hicache_core.disaggregation.handshake import WILDCARDS
 from hicache_core.disaggregation.roles import Role, RoleSettings
 from hicache_core.engine.engine import Engine
 from hicache_core.engine.model import LoadedModel
@@ -30,9 +27,6 @@ def role_of(settings: ServerSettings, rank: int = 0) -> Role | None:
         transfer["secret"] = settings.keys.transfer
     if asked.ib_device and goes_over_rdma(asked):
         transfer |= {"protocol": "rdma", "device_name": asked.ib_device}
-    if settings.host in WILDCARDS and asked.transfer_backend != "tcp":
-        # An engine of its own needs a name that the other side can use.
-        transfer["advertise"] = socket.gethostbyname(socket.gethostname())
     return Role(RoleSettings(asked.mode, asked.transfer_backend, transfer))
 
 

@@ -42,6 +42,8 @@ def _add_health(router: APIRouter, service: Service) -> None:
     async def health() -> Response:
         if error := service.engine.status().error:
             raise Problem(503, f"the engine has stopped: {error}")
+        if service.role is not None and (fault := service.role.fault):
+            raise Problem(503, f"KV transfers: {fault}")
         return json_answer({"status": "ok"})
 
     @router.get("/health_generate")

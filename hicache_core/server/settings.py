@@ -12,7 +12,8 @@ from hicache_core.config import HiCacheConfig
 from hicache_core.config_sources import DEFAULT
 from hicache_core.engine.config import EngineConfig
 from hicache_core.errors import ConfigError
-from hicache_core.server.access import Keys, is_loopback
+from hicache_core.hosts import is_loopback
+from hicache_core.server.access import Keys
 
 DEFAULTS = EngineConfig()
 _IB_DEVICE = re.compile(r"[A-Za-z0-9_.:-]+(,[A-Za-z0-9_.:-]+)*")

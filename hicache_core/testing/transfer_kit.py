@@ -66,6 +66,30 @@ def memory_of(spec: KVSpec, seed: int | None, page_size: int = PAGE_SIZE) -> Pag
     return PageMemory(spec, page_size, N_PAGES, regions)
 
 
+@dataclass(frozen=True)
+class HeldMemory(PageMemory):
+    """Page memory that holds up whoever else asks for rows, when it has them and goes to use them.
+
+    Attributes:
+        asked: somebody has asked.
+        go_on: who has asked may go on.
+    """
+
+    asked: threading.Event = field(default_factory=threading.Event)
+    go_on: threading.Event = field(default_factory=threading.Event)
+    owner: threading.Thread = field(default_factory=threading.current_thread)
+
+    def segments(
+        self, layer: int, pages: Sequence[int], start: int, stop: int, heads: tuple[int, int]
+    ) -> list[memoryview]:
+        """As promised, but not at once."""
+        found = PageMemory.segments(self, layer, pages, start, stop, heads)
+        if threading.current_thread() is not self.owner:
+            self.asked.set()
+            self.go_on.wait(WAIT_S)
+        return found
+
+
 @dataclass
 class Node:
     """One rank: its memory, its backend, and the notices that it has had."""
@@ -311,6 +335,30 @@ class TransferKit:
         while node.rows([0, 1], 0, 8)[0] == zeros:
             assert time.monotonic() < deadline
             time.sleep(0.005)
+
+    @pytest.mark.parametrize("side", ["prefill", "decode"])
+    def test_a_room_ends_when_nobody_is_at_its_pages_any_more(self, side: str) -> None:
+        """It is given up while a thread is about to read or write; others wait for its pages."""
+        plain = memory_of(spec_of(), 1 if side == "prefill" else None)
+        held = HeldMemory(plain.spec, plain.page_size, plain.n_pages, plain.regions)
+        node = self.node(held)
+        other = self.node(seed=1 if side == "decode" else None)
+        prefill, decode = (node, other) if side == "prefill" else (other, node)
+        try:
+            prefill.backend.offer(ROOM, 8, WAIT_S)
+            prefill.send_all([0, 1], 8)
+            decode.backend.receive(ROOM, [prefill.backend.address], [0, 1], (0, 8), WAIT_S)
+            assert held.asked.wait(WAIT_S)
+            node.backend.cancel(ROOM, "client left")
+            for _ in range(10):
+                assert not node.backend.poll(), "its pages were given back too early"
+                time.sleep(0.01)
+        finally:
+            held.go_on.set()
+        assert node.notice().state is TransferState.FAILED
+        rows = node.rows([0, 1], 0, 8)
+        time.sleep(0.1)
+        assert node.rows([0, 1], 0, 8) == rows
 
     def test_nobody_waits_longer_than_asked(self) -> None:
         prefill, decode = self.pair()

@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hicache_core.disaggregation.transfer import KvTransferBackend, TransferContext, TransferState
+from hicache_core.errors import TransferError
 from hicache_core.testing.transfer_kit import ROOM, WAIT_S, TransferKit, memory_of, spec_of
 
 if importlib.util.find_spec("mooncake") is None and not os.environ.get("CI"):
@@ -88,11 +89,17 @@ def test_a_sender_that_wakes_up_later_writes_nothing(layer: int) -> None:
         decode.close()
 
 
-def test_a_protocol_that_is_not_there_is_an_error() -> None:
+def test_a_host_that_is_not_there_is_an_error() -> None:
     context = TransferContext(memory_of(spec_of(), None))
     backend = MooncakeTransfer(MooncakeTransferConfig(host="no.such.host.invalid"), context)
-    with pytest.raises(ConnectionError):
+    with pytest.raises(TransferError, match=r"cannot listen on no\.such\.host\.invalid:0"):
         backend.open()
+
+
+def test_a_metadata_server_is_refused_since_nobody_would_ask_it() -> None:
+    with pytest.raises(ValueError, match="leave it out, or write P2PHANDSHAKE"):
+        MooncakeTransferConfig(metadata_server="http://127.0.0.1:8080/metadata")
+    assert MooncakeTransferConfig(metadata_server="P2PHANDSHAKE") == MooncakeTransferConfig()
 
 
 @given(st.lists(st.integers(1, 9), min_size=1), st.randoms())

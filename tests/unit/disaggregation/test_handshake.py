@@ -10,6 +10,7 @@ from hicache_core.disaggregation.handshake import (
     check_hello,
     divide,
     hello_of,
+    want_of,
     wanted_of,
     welcome_of,
     welcomed_of,
@@ -54,12 +55,22 @@ def test_equal_nodes_welcome_each_other_whatever_heads_they_hold() -> None:
         {"heads": None, "start": -1, "stop": 4},
         {"heads": None, "start": "0", "stop": 4},
         {"heads": None},
+        {"heads": 5, "start": 0, "stop": 4},
+        {"heads": {"0": 1, "1": 2}, "start": 0, "stop": 4},
+        {"heads": [True, 2], "start": 0, "stop": 4},
     ],
 )
 def test_a_want_without_sense_is_an_error(want: dict[str, object]) -> None:
     memory = memory_of(spec_of(), None)
     with pytest.raises(TransferError):
         wanted_of(want, hello_of(memory, 0, 1), memory)
+
+
+@pytest.mark.parametrize(("rank", "n_ranks"), [(0, 0), (2, 2), (0, 10**9)])
+def test_a_rank_that_cannot_be_is_an_error(rank: int, n_ranks: int) -> None:
+    memory = memory_of(spec_of(), None)
+    with pytest.raises(TransferError, match=f"rank {rank} of {n_ranks}"):
+        wanted_of(want_of(None, (0, 4)), hello_of(memory, rank, n_ranks), memory)
 
 
 @pytest.mark.parametrize(
@@ -70,12 +81,22 @@ def test_a_want_without_sense_is_an_error(want: dict[str, object]) -> None:
         (":::7", "node:7"),
         ("[::]:7", "node:7"),
         (":7", "node:7"),
+        ("127.0.1.1:7", "node:7"),
+        ("localhost:7", "node:7"),
+        ("[::1]:7", "node:7"),
     ],
 )
-def test_a_rank_that_listens_everywhere_is_reached_as_its_sender(told: str, reached: str) -> None:
+def test_a_rank_that_tells_no_address_for_us_is_reached_as_its_sender(
+    told: str, reached: str
+) -> None:
     value = welcome_of(memory_of(spec_of((2, 5)), None), {"a": 1}, [told])
     welcome = welcomed_of(value, "node:1")
     assert (welcome.heads, welcome.carrier, welcome.others) == ((2, 5), {"a": 1}, (reached,))
+
+
+def test_ranks_on_one_machine_may_name_each_other_by_loopback() -> None:
+    value = welcome_of(memory_of(spec_of(), None), {}, ["127.0.0.1:7"])
+    assert welcomed_of(value, "127.0.0.1:1").others == ("127.0.0.1:7",)
 
 
 @pytest.mark.parametrize(

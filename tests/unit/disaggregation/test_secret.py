@@ -14,7 +14,7 @@ from hicache_core.disaggregation.roles import RoleSettings
 from hicache_core.disaggregation.secret import SharedSecret
 from hicache_core.disaggregation.tcp import TcpTransfer
 from hicache_core.disaggregation.transfer import Notice, TransferContext, TransferState
-from hicache_core.disaggregation.wire import Connection, Kind
+from hicache_core.disaggregation.wire import Connection, Kind, Patience
 from hicache_core.errors import ConfigError, PeerRefused, TransferError
 from hicache_core.plugin_manager import transfer_settings
 from hicache_core.testing.transfer_kit import ROOM, WAIT_S, Node, memory_of, spec_of
@@ -84,8 +84,8 @@ def talking(secret: str) -> Iterator[tuple[Connection, list[PeerRefused]]]:
     """A connection to somebody who asks to be convinced, and what they were not convinced by."""
     near, far = socket.socketpair()
     errors: list[PeerRefused] = []
-    stranger = Connection(near, "decode node", WAIT_S, float("inf"))
-    asker = Connection(far, "prefill node", WAIT_S, float("inf"))
+    stranger = Connection(near, "decode node", Patience(WAIT_S), float("inf"))
+    asker = Connection(far, "prefill node", Patience(WAIT_S), float("inf"))
 
     def ask() -> None:
         try:

@@ -6,12 +6,15 @@ import importlib
 import math
 import mmap
 import os
+import socket
 import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
+
+from pydantic import field_validator
 
 from hicache_core.disaggregation.carrier import Carrier
 from hicache_core.disaggregation.page_memory import PageMemory
@@ -20,12 +23,14 @@ from hicache_core.disaggregation.transfer import KvTransferBackend, TransferCont
 from hicache_core.disaggregation.wire import Connection, Frame
 from hicache_core.errors import BrokenBackend, TransferError
 from hicache_core.hookspecs import hookimpl
+from hicache_core.hosts import WILDCARDS, is_loopback, joined
 from hicache_mooncake.client import INSTALL
 from hicache_mooncake.environment import variables
 from hicache_mooncake.memory import address_of
 
 MAX_SLICES = 1 << 16
 BATCH_SLICES = 256
+P2P = "P2PHANDSHAKE"
 READ_LIMIT_S = 86_400
 """Limit of a whole read. What comes later would still be written, into pages that may have another
 owner by then; so it is out of reach, and silence is what ends a read."""
@@ -40,12 +45,22 @@ class MooncakeTransferConfig(PeerConfig):
         protocol: ``tcp``, or ``rdma`` where there is a device.
         device_name: RDMA devices, by comma (``--disaggregation-ib-device``); empty lets Mooncake
             choose.
-        metadata_server: where engines find each other; by default they ask each other.
+        metadata_server: ``P2PHANDSHAKE``; nodes tell each other where their engines are.
     """
 
     protocol: str = "tcp"
     device_name: str = ""
-    metadata_server: str = "P2PHANDSHAKE"
+    metadata_server: str = P2P
+
+    @field_validator("metadata_server")
+    @classmethod
+    def _check_metadata_server(cls, value: str) -> str:
+        if value != P2P:
+            raise ValueError(
+                f"{value!r} is not used for transfers, whose nodes tell each other where their "
+                f"engines are; leave it out, or write {P2P}"
+            )
+        return value
 
 
 class EngineCarrier(Carrier):
@@ -59,7 +74,9 @@ class EngineCarrier(Carrier):
         """Loads nothing yet."""
         self._config = config
         self._engine: Any = None
-        self._registered: list[int] = []
+        self._engines: dict[str, Any] = {}  # by the host that each one calls itself
+        self._starting = threading.Lock()
+        self._ranges: list[tuple[int, int]] = []
         self._scratch = memoryview(mmap.mmap(-1, mmap.PAGESIZE))
         self._reached: set[str] = set()
 
@@ -70,49 +87,36 @@ class EngineCarrier(Carrier):
             BrokenBackend: Mooncake is not installed.
             TransferError: no engine with this protocol and device, or memory it does not take.
         """
-        try:
-            library = importlib.import_module("mooncake.engine")
-        except ImportError as error:
-            raise BrokenBackend(f"mooncake.engine does not load ({error}); {INSTALL}") from error
-        config = self._config
-        _set_limits(config.idle_timeout_s)
-        with variables(MC_TRANSFER_TIMEOUT=READ_LIMIT_S):
-            engine = library.TransferEngine()
-            code = engine.initialize(
-                config.advertise or config.host,
-                config.metadata_server,
-                config.protocol,
-                config.device_name,
-            )
-        if code != 0:
-            raise TransferError(
-                f"Mooncake's TransferEngine does not start on {config.host} with protocol "
-                f"{config.protocol!r} and device {config.device_name!r} (code {code})"
-            )
-        self._engine = engine
+        _set_limits(self._config.idle_timeout_s)
         regions = [region for layers in memory.regions for region in layers]
-        ranges = [(address_of(r), r.nbytes) for r in [*regions, self._scratch]]
-        for address, nbytes in sorted(ranges):
-            if (code := engine.register_memory(address, nbytes)) != 0:
-                self.close()
-                raise TransferError(f"Mooncake does not register {nbytes} bytes (code {code})")
-            self._registered.append(address)
+        self._ranges = sorted((address_of(r), r.nbytes) for r in [*regions, self._scratch])
+        self._engine = self._engine_at(_own_host(self._config))
+
+    def _engine_at(self, host: str) -> Any:
+        """The engine that calls itself ``host``, started if there was none.
+
+        An engine tells its peers itself where it is, so they must be able to use the name.
+        """
+        with self._starting:
+            if host not in self._engines:
+                self._engines[host] = _started(self._config, host, self._ranges)
+            return self._engines[host]
 
     def close(self) -> None:
-        # docstring inherited; the engine has no other end than that of its last reference
-        for address in self._registered:
-            self._engine.unregister_memory(address)
-        self._registered.clear()
+        # docstring inherited; an engine has no other end than that of its last reference
+        for engine in self._engines.values():
+            _forget(engine, self._ranges)
+        self._engines.clear()
         self._reached.clear()
         self._engine = None
 
-    def greeting(self) -> dict[str, Any]:
-        # docstring inherited
-        host = self._config.advertise or self._config.host
-        return {
-            "session": f"{host}:{self._engine.get_rpc_port()}",
-            "scratch": address_of(self._scratch),
-        }
+    def greeting(self, reached_at: str) -> dict[str, Any]:
+        """Where the engine is; one that listens everywhere is named as the receiver found it."""
+        host = _own_host(self._config)
+        if _listens_everywhere(self._config) and reached_at and not is_loopback(reached_at):
+            host = reached_at
+        port = self._engine_at(host).get_rpc_port()
+        return {"session": joined(host, port), "scratch": address_of(self._scratch)}
 
     def send_rows(self, peer: Connection, frame: Frame, segments: Sequence[memoryview]) -> None:
         # docstring inherited
@@ -155,10 +159,7 @@ class EngineCarrier(Carrier):
         write what it reads afterwards. So the first read goes to nobody's page, on a thread that
         may be left behind.
         """
-        try:
-            session, theirs = str(greeting["session"]), int(greeting["scratch"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise TransferError(f"{peer.peer} names no engine in its greeting") from error
+        session, theirs = _engine_of(peer, greeting)
         if session in self._reached:
             return session
         codes: list[int] = []
@@ -168,13 +169,75 @@ class EngineCarrier(Carrier):
             codes.append(engine.batch_transfer_sync_read(session, [mine], [theirs], [_SLICE.size]))
 
         contact = threading.Thread(target=touch, name=f"mooncake-contact-{session}", daemon=True)
-        contact.start()
+        try:
+            contact.start()
+        except RuntimeError as error:
+            raise TransferError(f"no thread can be started: {error}") from error
         contact.join(self._config.idle_timeout_s)
         if codes != [0]:
             what = f"code {codes[0]}" if codes else f"silent for {self._config.idle_timeout_s:g} s"
             raise TransferError(f"the engine of {peer.peer} cannot be reached ({what})")
         self._reached.add(session)
         return session
+
+
+def _listens_everywhere(config: MooncakeTransferConfig) -> bool:
+    return not config.advertise and config.host in WILDCARDS
+
+
+def _own_host(config: MooncakeTransferConfig) -> str:
+    """What this node's engine calls itself: as it was told, or the address that faces others."""
+    if not _listens_everywhere(config):
+        return config.advertise or config.host
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outwards:
+        try:
+            outwards.connect(("192.0.2.1", 9))  # an address for examples: nothing is sent there
+            return str(outwards.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"
+
+
+def _started(config: MooncakeTransferConfig, host: str, ranges: Sequence[tuple[int, int]]) -> Any:
+    """An engine that knows the ranges (address, nbytes).
+
+    Raises:
+        BrokenBackend: Mooncake is not installed.
+        TransferError: it does not start, or does not take the memory.
+    """
+    try:
+        library = importlib.import_module("mooncake.engine")
+    except ImportError as error:
+        raise BrokenBackend(f"mooncake.engine does not load ({error}); {INSTALL}") from error
+    with variables(MC_TRANSFER_TIMEOUT=READ_LIMIT_S):
+        engine = library.TransferEngine()
+        code = engine.initialize(host, P2P, config.protocol, config.device_name)
+    if code != 0:
+        raise TransferError(
+            f"Mooncake's TransferEngine does not start on {host} with protocol "
+            f"{config.protocol!r} and device {config.device_name!r} (code {code})"
+        )
+    for n, (address, nbytes) in enumerate(ranges):
+        if (code := engine.register_memory(address, nbytes)) != 0:
+            _forget(engine, ranges[:n])
+            raise TransferError(f"Mooncake does not register {nbytes} bytes (code {code})")
+    return engine
+
+
+def _forget(engine: Any, ranges: Sequence[tuple[int, int]]) -> None:
+    for address, _ in ranges:
+        engine.unregister_memory(address)
+
+
+def _engine_of(peer: Connection, greeting: dict[str, Any]) -> tuple[str, int]:
+    """The session of the peer's engine, and the address of a page of its that may be read.
+
+    Raises:
+        TransferError: the greeting does not say so.
+    """
+    session, page = greeting.get("session"), greeting.get("scratch")
+    if isinstance(session, str) and isinstance(page, int) and 0 < page < 1 << 64:
+        return session, page
+    raise TransferError(f"{peer.peer} names no engine in its greeting")
 
 
 def _set_limits(idle_timeout_s: float) -> None:
