@@ -60,12 +60,13 @@ def command(ctx: click.Context, /, *, prompt: str, as_json: bool, **options: Any
 
     PROMPT is a list of token ids (1,2,3 or JSON), a text with --tokenizer, or @file. Which cache is
     meant is found in the store, if it can list its objects and knows one cache only; else say it.
-    Nothing is changed in the store. Exit status 0 if all pages are there, 1 if not, 2 on errors.
+    Nothing is changed in the store. Exit status 0 if all pages are there, 1 if not (a prompt
+    shorter than a page has none), 2 on errors.
     """
     tokens = packed_prompt(prompt, options["tokenizer"] or options["model"])
     answer = _answer(tokens, options)
     click.echo(_as_json(answer) if as_json else "\n".join(_lines(answer)))
-    ctx.exit(0 if answer.miss is None else 1)
+    ctx.exit(0 if answer.n_pages and answer.miss is None else 1)
 
 
 def _answer(tokens: bytes, options: Mapping[str, Any]) -> Answer:
@@ -126,6 +127,9 @@ def _lines(answer: Answer) -> Iterator[str]:
     yield f"stored      {answer.n_stored} leading pages, {answer.n_stored * page_size} tokens"
     if answer.n_present > answer.n_stored:
         yield f"behind      {answer.n_present - answer.n_stored} more, of no use without the gap"
+    if answer.n_pages == 0:
+        yield "why         shorter than a page: only whole pages are stored, and it has none"
+        return
     if answer.miss is None:
         yield "why         it is no miss: every whole page is there and verifies"
         return

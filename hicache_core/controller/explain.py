@@ -23,7 +23,9 @@ class Reason(enum.Enum):
     """Why tokens were computed though they might have been loaded."""
 
     NONE = "none"  # nothing was missed but what is always computed: the tail behind the last page
+    TOO_SHORT = "too_short"  # shorter than a page, and only whole pages are cached
     NEVER_SEEN = "never_seen"  # as far as this process remembers
+    NEW_PART = "new_part"  # likewise, behind a prefix that was found
     EVICTED = "evicted"  # it was here, and left; the detail says when and from which tier
     NOT_DURABLE = "not_durable"  # it left before storage had it
     BELOW_THRESHOLD = "below_threshold"  # too few tokens to ask storage for, or too few found
@@ -78,8 +80,9 @@ class Hits(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Ghost:
-    """A run of pages that has left, by their digests."""
+    """A run of pages that has left, by their digests; ``number`` counts what has left before."""
 
+    number: int
     digests: bytes
     at_s: float
     tier: Tier
@@ -92,10 +95,28 @@ class _Ghost:
 
 
 class _Missed(NamedTuple):
-    """The first page that a request missed, and in what other namespaces of its prompt differ."""
+    """The first page that a request missed.
+
+    Attributes:
+        page: its digest.
+        start: number of its first token.
+        others: in what namespaces that have the prompt differ from the request's.
+        n_left: runs that had left by then: one that left later is no reason.
+    """
 
     page: bytes
+    start: int
     others: tuple[str, ...]
+    n_left: int
+
+    def why_unknown(self) -> tuple[Reason, str]:
+        """Why it was missed, if nothing is remembered of it."""
+        if self.others:
+            named = " and ".join(self.others)
+            return Reason.OTHER_NAMESPACE, f"it is cached with another {named}"
+        if self.start:
+            return Reason.NEW_PART, f"the new part, from token {self.start}"
+        return Reason.NEVER_SEEN, ""
 
 
 class Explainer(Journal):
@@ -115,7 +136,9 @@ class Explainer(Journal):
         self._requests: OrderedDict[str, Explanation] = OrderedDict()
         self._answers: OrderedDict[str, Shortfall] = OrderedDict()
         self._loaded: OrderedDict[str, int] = OrderedDict()
-        self._ghosts: OrderedDict[bytes, _Ghost] = OrderedDict()  # by their first page
+        self._ghosts: OrderedDict[int, _Ghost] = OrderedDict()  # by number
+        self._newest: dict[bytes, _Ghost] = {}  # of them by their first page
+        self._n_left = 0
         self._n_ghost_pages = 0
         self._open: OrderedDict[str, _Missed] = OrderedDict()  # whose reason may be bettered
         self._first_pages: OrderedDict[bytes, list[Namespace]] = OrderedDict()
@@ -128,19 +151,21 @@ class Explainer(Journal):
 
     def removed(self, tier: Tier, run: PageRun, cause: str) -> None:
         # docstring inherited; one entry a run, since what leaves is counted in pages
-        old = self._ghosts.pop(run.digests[:DIGEST_NBYTES], None)
-        ghost = _Ghost(run.digests, self._clock(), tier, cause, run.stored)
-        self._ghosts[run.digests[:DIGEST_NBYTES]] = ghost
+        ghost = _Ghost(self._n_left, run.digests, self._clock(), tier, cause, run.stored)
+        self._n_left += 1
+        self._ghosts[ghost.number] = ghost
+        self._newest[run.digests[:DIGEST_NBYTES]] = ghost
         self._n_ghost_pages += len(run.digests) // DIGEST_NBYTES
-        while old is not None or self._n_ghost_pages > MAX_GHOST_PAGES:
-            gone = old or self._ghosts.popitem(last=False)[1]
+        while self._n_ghost_pages > MAX_GHOST_PAGES:
+            gone = self._ghosts.popitem(last=False)[1]
             self._n_ghost_pages -= len(gone.digests) // DIGEST_NBYTES
-            old = None
+            first = gone.digests[:DIGEST_NBYTES]
+            if self._newest[first] is gone:
+                del self._newest[first]
 
     def cleared(self) -> None:
-        # docstring inherited
-        self._ghosts.clear()
-        self._n_ghost_pages = 0
+        # docstring inherited: why pages left before stays true
+        pass
 
     def prefetched(self, request_id: str, shortfall: Shortfall) -> None:
         """Why storage delivered no more for a request."""
@@ -171,12 +196,16 @@ class Explainer(Journal):
         answer = self._answers.pop(request_id, None)
         loaded = min(self._loaded.pop(request_id, 0), hits.host)
         reason, detail = Reason.NONE, ""
-        if missed_page is not None:
-            others = self._others(first_page, namespace) if not hits.device + hits.host else ()
-            page = missed_page()
-            reason, detail = self._why(answer, self._ghosts.get(page), others)
-            if reason in (Reason.NEVER_SEEN, Reason.DEADLINE):
-                _keep(self._open, request_id, _Missed(page, others), MAX_REQUESTS)
+        n_hit = hits.device + hits.host
+        if not first_page:
+            reason, detail = Reason.TOO_SHORT, "it has no whole page to look for"
+        elif missed_page is not None:
+            others = () if n_hit else self._others(first_page, namespace)
+            missed_first = _Missed(missed_page(), n_hit, others, self._n_left)
+            ghost = self._newest.get(missed_first.page)
+            reason, detail = self._why(answer, ghost, missed_first, self._clock())
+            if reason in (Reason.NEVER_SEEN, Reason.NEW_PART, Reason.DEADLINE):
+                _keep(self._open, request_id, missed_first, MAX_REQUESTS)
         if first_page:
             self._note(first_page, namespace)
         missed = hits.all - hits.device - hits.host
@@ -199,8 +228,10 @@ class Explainer(Journal):
         found, missed = self._requests.get(request_id), self._open.get(request_id)
         if found is None or missed is None or found.reason is not Reason.DEADLINE:
             return
-        ghost = self._ghosts.get(missed.page)
-        reason, detail = self._why(Shortfall("absent"), ghost, missed.others)
+        ghost = self._newest.get(missed.page)
+        if ghost is not None and ghost.number >= missed.n_left:
+            ghost = None
+        reason, detail = self._why(Shortfall("absent"), ghost, missed, found.at_s)
         self._requests[request_id] = replace(found, reason=reason, detail=detail)
 
     # What it tells.
@@ -211,15 +242,17 @@ class Explainer(Journal):
         A page that left in the middle of a longer run is looked for only now: most requests are
         never explained.
         """
-        found = self._requests.get(request_id)
-        missed = self._open.get(request_id)
-        if found is None or found.reason is not Reason.NEVER_SEEN or missed is None:
+        found, missed = self._requests.get(request_id), self._open.get(request_id)
+        if found is None or missed is None:
+            return found
+        if found.reason not in (Reason.NEVER_SEEN, Reason.NEW_PART):
             return found
         ghosts = list(self._ghosts.values())  # one step: any thread may ask
-        ghost = next((ghost for ghost in reversed(ghosts) if ghost.holds(missed.page)), None)
+        before = (ghost for ghost in reversed(ghosts) if ghost.number < missed.n_left)
+        ghost = next((ghost for ghost in before if ghost.holds(missed.page)), None)
         if ghost is None:
             return found
-        reason, detail = self._why(None, ghost, ())
+        reason, detail = self._why(None, ghost, missed, found.at_s)
         return replace(found, reason=reason, detail=detail)
 
     @property
@@ -227,26 +260,25 @@ class Explainer(Journal):
         """Requests that can be explained, the oldest first."""
         return list(self._requests)
 
+    @staticmethod
     def _why(
-        self, answer: Shortfall | None, ghost: _Ghost | None, others: tuple[str, ...]
+        answer: Shortfall | None, ghost: _Ghost | None, missed: _Missed, at_s: float
     ) -> tuple[Reason, str]:
-        """Why a page was missed, by what storage answered and by what is left of the page."""
+        """Why a page was missed at ``at_s``, by storage's answer and what is left of the page."""
         asked = answer is not None and answer.reason != "no_storage"
         if answer is not None and answer.reason not in ("absent", "no_storage", "below_threshold"):
             return Reason(answer.reason), answer.detail
         too_short = answer is not None and answer.reason == "below_threshold"
         if ghost is not None and not (too_short and ghost.stored):
-            age_s = self._clock() - ghost.at_s
-            left = f"it left the {ghost.tier.value} {age_s:.1f} s ago ({ghost.cause})"
+            age_s = at_s - ghost.at_s
+            left = f"it left the {ghost.tier.value} {age_s:.1f} s before ({ghost.cause})"
             if asked and not ghost.stored:
                 return Reason.NOT_DURABLE, f"{left}, before storage had it"
             return Reason.EVICTED, f"{left}, and storage does not have it" if asked else left
         if too_short:
             assert answer is not None
             return Reason.BELOW_THRESHOLD, answer.detail
-        if others:
-            return Reason.OTHER_NAMESPACE, f"it is cached with another {' and '.join(others)}"
-        return Reason.NEVER_SEEN, ""
+        return missed.why_unknown()
 
     def _others(self, first_page: bytes, namespace: Namespace) -> tuple[str, ...]:
         """The fields in which the namespaces that had this first page differ from this one."""

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from hicache_core.observe import http
+from hicache_core.observe.http import StatusPages
+from hicache_core.observe.page.answers import Answer
 from tests.browser.chromium import PROGRAM, Chromium
 from tests.browser.scene import busy_world, url_of
 from tests.page_path.world import World, ids, make_world
@@ -128,6 +131,29 @@ def test_transfers_are_shown_where_there_are_any(
     assert moved.backend in text
     assert browser.evaluate(OVERFLOW) <= 0, "no scrolling sideways"
     assert browser.errors == []
+
+
+def test_without_a_key_the_page_asks_for_it_and_claims_nothing(
+    browser: Chromium, busy: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that refuses all data, as one with an API key does until it is given."""
+    answer = http._answer
+    files = {"/hicache/", "/hicache/app.js", "/hicache/page.css", "/hicache/icon.svg"}
+
+    def refusing(pages: StatusPages, path: str, query: str) -> Answer:
+        is_file = path in files or path.endswith(".js")
+        return answer(pages, path, query) if is_file else Answer(401, "text/plain", b"")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(http, "_answer", refusing)
+        browser.open(url_of(busy), width=360)
+        browser.wait_for("!document.getElementById('key').hidden")
+        text = browser.evaluate(TEXT)
+        assert "asks for a key" in text
+        for claim in ("No requests yet", "No data yet", "No storage backend", "Prefix tree"):
+            assert claim not in text
+    browser.wait_for(LIVE)
+    assert "request-48" in browser.evaluate(TEXT)
 
 
 def test_the_keyboard_reaches_and_opens_a_request(browser: Chromium, busy: World) -> None:

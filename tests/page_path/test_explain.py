@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from importlib import resources
 from typing import Any
 
 import pytest
@@ -74,7 +75,7 @@ def test_evicted_says_when_and_from_where(worlds: list[World]) -> None:
     now[0] = 112.0
     explanation = explained(world, ids(33))
     assert explanation.reason is Reason.EVICTED
-    assert "left the device 12.0 s ago" in explanation.detail
+    assert "left the device 12.0 s before" in explanation.detail
 
 
 def test_a_page_that_left_in_the_middle_of_a_run_is_found_when_somebody_asks(
@@ -88,6 +89,67 @@ def test_a_page_that_left_in_the_middle_of_a_run_is_found_when_somebody_asks(
     explanation = explained(world, ids(33))
     assert (explanation.device_tokens, explanation.reason) == (16, Reason.EVICTED)
     assert "left the device" in explanation.detail
+
+
+@pytest.mark.parametrize("n_before", [0, 17])
+def test_what_left_after_a_request_is_no_reason_for_its_miss(
+    worlds: list[World], n_before: int
+) -> None:
+    """Neither where nothing was found, nor where a part was."""
+    world = opened(worlds, enable_hierarchical_cache=False)
+    if n_before:
+        world.request(ids(n_before))
+    before = explained(world, ids(33))
+    for _ in range(2):
+        world.flush_device()
+        assert world.cache.explain(before.request_id) == before
+        world.request(ids(33))
+    assert before.reason is (Reason.NEW_PART if n_before else Reason.NEVER_SEEN)
+
+
+def test_what_left_before_a_request_stays_its_reason_though_it_leaves_again(
+    worlds: list[World],
+) -> None:
+    world = opened(worlds, enable_hierarchical_cache=False)
+    world.request(ids(33))
+    world.flush_device()
+    world.request(ids(17))
+    explanation = explained(world, ids(33))
+    for _ in range(3):
+        world.flush_device()
+        assert world.cache.explain(explanation.request_id) == explanation
+        world.request(ids(33))
+    assert explanation.reason is Reason.EVICTED
+
+
+def test_the_next_turn_of_a_conversation_says_where_the_new_part_begins(
+    worlds: list[World],
+) -> None:
+    world = opened(worlds)
+    world.request(ids(33))
+    explanation = explained(world, ids(49))
+    assert (explanation.device_tokens, explanation.reason) == (32, Reason.NEW_PART)
+    assert explanation.detail == "the new part, from token 32"
+
+
+def test_a_prompt_without_a_whole_page_is_too_short_and_not_all_found(worlds: list[World]) -> None:
+    explanation = explained(opened(worlds), ids(3))
+    assert (explanation.missed_tokens, explanation.reason) == (3, Reason.TOO_SHORT)
+
+
+def test_a_flush_is_a_reason(worlds: list[World]) -> None:
+    world = opened(worlds, enable_hierarchical_cache=False)
+    world.request(ids(33))
+    assert world.cache.reset()
+    explanation = explained(world, ids(33))
+    assert explanation.reason is Reason.EVICTED
+    assert "(flushed)" in explanation.detail
+
+
+def test_every_reason_has_its_words_on_the_page() -> None:
+    words = resources.files("hicache_core.observe.page") / "files" / "words.js"
+    text = words.read_text(encoding="utf-8")
+    assert [reason for reason in Reason if f"  {reason.value}: [" not in text] == []
 
 
 def test_the_memory_of_what_left_is_bounded(

@@ -74,6 +74,16 @@ def test_a_stored_prompt_is_status_0_and_a_miss_status_1(
     assert "never stored" in missed.output
 
 
+def test_a_prompt_shorter_than_a_page_is_said_to_be_so_and_no_success(
+    fill: Callable[..., None], ask: Callable[..., Result]
+) -> None:
+    fill()
+    result = ask("1,2,3")
+    assert result.exit_code == 1
+    assert "shorter than a page" in result.output
+    assert "no miss" not in result.output
+
+
 @pytest.mark.parametrize("prompt", [IDS, f"[{IDS}]", "@prompt.json", f" {IDS}, "])
 def test_ids_are_given_in_any_way(
     fill: Callable[..., None], ask: Callable[..., Result], tmp_path: Path, prompt: str

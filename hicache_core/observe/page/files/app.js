@@ -50,6 +50,7 @@ function keep(history) {
 }
 
 function show({ snapshot, hit_rate: hitRate, write_only: writeOnly }, requests, engine) {
+  at("main").classList.remove("unknown");
   const hits = TIERS.map((tier) => snapshot.hit_tokens[tier] ?? 0);
   const cached = hits.reduce((sum, n) => sum + n, 0);
   const prompt = cached + (snapshot.counters.missed_tokens ?? 0);
@@ -157,6 +158,7 @@ function showGone(error) {
     say(at("link-text"), "Key needed");
     at("key").hidden = false;
     at("gone").hidden = true;
+    at("main").classList.add("unknown");
     return;
   }
   say(at("link-text"), "Server gone");

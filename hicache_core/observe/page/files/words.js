@@ -43,6 +43,8 @@ export function ago(s) {
 const REASONS = {
   none: ["all found", "good", "Nothing was missed but the tail behind the last whole page, which is always computed."],
   never_seen: ["never seen", "", "As far as this process remembers, nobody has computed this prefix before."],
+  too_short: ["shorter than a page", "", "Only whole pages are cached, and the prompt has none."],
+  new_part: ["new part", "", "The prefix was found. What follows it nobody has computed before, as far as this process remembers."],
   evicted: ["evicted", "warn", "The prefix was here and has been evicted since."],
   not_durable: ["not durable", "warn", "The prefix was evicted before storage had it."],
   below_threshold: ["below threshold", "", "Too few tokens were missing, or found in storage, to be worth the way there."],
