@@ -131,6 +131,7 @@ class HiCache(Controller):
 
     def picture(self) -> TreePicture:
         """The largest and the most used nodes of the tree, as counts. Owner thread."""
+        self.owner.check()
         return take_picture(self._parts.tree)
 
     def recent(self, limit: int) -> Sequence[Explanation]:
@@ -149,6 +150,7 @@ class HiCache(Controller):
         Raises:
             ConfigError: a value is not allowed; nothing has changed then.
         """
+        self.owner.check()
         config = HiCacheConfig.load(arguments=values)
         policies = self._parts.policies
         policies.write = WRITE_POLICIES[config.hicache_write_policy]
@@ -162,7 +164,8 @@ class HiCache(Controller):
     def close(self, timeout_s: float = 10.0) -> None:
         # docstring inherited
         super().close(timeout_s)
-        self._observers.close()
+        if not self.owner.is_forked:
+            self._observers.close()
 
 
 @contextlib.contextmanager

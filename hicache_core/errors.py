@@ -8,6 +8,7 @@ HiCacheError
 ├── PoolExhausted (MemoryError)         no free page, and nothing left that may be evicted
 ├── QueueFull (RuntimeError)            as many requests wait as may; try again later
 ├── UseAfterClose (RuntimeError)        a call after close()
+├── WrongThread (RuntimeError)          a call from a thread that does not own the object
 ├── IntegrityError (AssertionError)     our own bug: an invariant does not hold
 ├── LoadFailed (RuntimeError)           a copy into device pages failed
 ├── RankLost (ConnectionError)          another rank died, hangs, or decided otherwise
@@ -59,6 +60,10 @@ class QueueFull(HiCacheError, RuntimeError):
 
 class UseAfterClose(HiCacheError, RuntimeError):
     """A call on an object that was closed."""
+
+
+class WrongThread(HiCacheError, RuntimeError):
+    """A call from another thread than the owner's, or in a forked child."""
 
 
 class IntegrityError(HiCacheError, AssertionError):

@@ -25,6 +25,7 @@ from hicache_core.controller.storage_control import StorageControl
 from hicache_core.controller.write_path import WritePath
 from hicache_core.errors import IntegrityError, PoolExhausted, RankLost, UseAfterClose
 from hicache_core.observe.snapshot import CacheSnapshot
+from hicache_core.owner import Owner
 from hicache_core.page_keys import TOKEN_NBYTES, chain_seed, pack_tokens
 from hicache_core.radix.node import Node
 from hicache_core.radix.results import InsertResult, Match
@@ -42,7 +43,9 @@ class Controller(StorageControl):
     """A prefix cache over device, host and storage, for one engine.
 
     Threads: every method is called by one thread, the engine's scheduler, which owns the tree, the
-    pools and the table of jobs. Nothing here waits for storage but ``wait``, ``flush`` and
+    pools and the table of jobs: the first one that calls (``owner`` can hand it over).
+    Another thread, or a forked child, gets ``WrongThread``; only ``snapshot``, ``explain`` and
+    plain properties are for all. Nothing here waits for storage but ``wait``, ``flush`` and
     ``close``.
 
     Ranks: with several, every rank makes the same calls in the same order; ``poll``, ``allocate``,
@@ -88,6 +91,7 @@ class Controller(StorageControl):
         self._settling = Settling(parts, self._write_path, self._prefetch_path)
         self._evictor = Evictor(parts, self._write_path, self._prefetch_path, self._settling.settle)
         self._closed = False
+        self.owner = Owner("this cache")
 
     # Reading.
 
@@ -152,6 +156,7 @@ class Controller(StorageControl):
 
         ``match_prefix`` then finds what has arrived; the rest arrives for later requests.
         """
+        self.owner.check()
         return self._prefetch_path is None or self._prefetch_path.ready(request_id)
 
     def finish_prefetch(self, request_id: str) -> int:
@@ -159,6 +164,7 @@ class Controller(StorageControl):
 
         To be called once for each prefetched request: when it starts, or when it is aborted.
         """
+        self.owner.check()
         n_tokens = 0 if self._prefetch_path is None else self._prefetch_path.finish(request_id)
         if n_tokens and self._parts.explainer is not None:
             self._parts.explainer.delivered(request_id, n_tokens)
@@ -169,6 +175,7 @@ class Controller(StorageControl):
 
         What the admission policy ``cost_aware`` weighs loads against; without it, it loads all.
         """
+        self.owner.check()
         storage = self._parts.storage
         if storage is not None and storage.current is not None:
             storage.current.admission.prefilled(n_tokens, elapsed_s)
@@ -203,6 +210,7 @@ class Controller(StorageControl):
             LoadFailed: a copy failed; its pages hold nothing and the requests start over, with
                 ranks as told above.
         """
+        self.owner.check()
         self._load_back_path.wait_layer(layer)
 
     @property
@@ -231,6 +239,7 @@ class Controller(StorageControl):
 
     def free(self, device_pages: array[int]) -> None:
         """Gives back pages that the caller allocated and did not insert."""
+        self.owner.check()
         self._parts.device.allocator.free(device_pages)
 
     def insert(
@@ -289,10 +298,12 @@ class Controller(StorageControl):
 
     def lock(self, node: Node) -> None:
         """Keeps a prefix: what it has on the device stays there; counted, so calls nest."""
+        self.owner.check()
         self._parts.tree.lock(node)
 
     def unlock(self, node: Node) -> None:
         """Takes one ``lock`` back."""
+        self.owner.check()
         self._parts.tree.unlock(node)
 
     def evict(self, n_pages: int) -> int:
@@ -301,6 +312,7 @@ class Controller(StorageControl):
         Pages with a host copy leave the device only; others go, or under write_back are copied to
         the host first. Waits for copies under way when nothing else can go.
         """
+        self.owner.check()
         return self._evictor.evict(n_pages)
 
     def reset(self) -> bool:
@@ -323,6 +335,7 @@ class Controller(StorageControl):
         Raises:
             RankLost: another rank died, or does not answer.
         """
+        self.owner.check()
         self._settling.settle()
 
     def wait(self, timeout_s: float) -> None:
@@ -330,6 +343,7 @@ class Controller(StorageControl):
 
         For an engine that has nothing else to do, between two ``poll()``.
         """
+        self.owner.check()
         self._settling.wait(timeout_s)
 
     def flush(self, timeout_s: float = 60.0) -> bool:
@@ -345,10 +359,12 @@ class Controller(StorageControl):
         """Drains writes for at most ``timeout_s``, then releases everything; may be called twice.
 
         With a storage backend that does not answer, what it still holds is abandoned after the time
-        is over, and the log says what. With a lost rank nothing is drained.
+        is over, and the log says what. With a lost rank nothing is drained. In a forked child,
+        which has nothing of it, nothing is done.
         """
-        if self._closed:
+        if self._closed or self.owner.is_forked:
             return
+        self.owner.check()
         try:
             self._settling.drain(timeout_s)
         except RankLost as error:
@@ -375,6 +391,7 @@ class Controller(StorageControl):
         self.close()
 
     def _check_open(self) -> None:
+        self.owner.check()
         if self._closed:
             raise UseAfterClose("this cache was closed; open a new one")
 

@@ -73,4 +73,4 @@ class StorageControl(ABC):
 
     @abstractmethod
     def _check_open(self) -> None:
-        """Raises UseAfterClose after ``close``."""
+        """Raises UseAfterClose after ``close``, and WrongThread for all but the owner."""
