@@ -48,7 +48,15 @@ def test_flipped_bits_are_a_miss(worlds: list[World]) -> None:
     assert world.request(ids(33)).storage < 32  # and World checked every byte that was served
 
 
-@pytest.mark.parametrize("backend", [backends.Raises, backends.RaisesOnRead, backends.Lies])
+def test_pages_that_a_backend_only_says_it_has_filled_are_read_once_more(
+    worlds: list[World],
+) -> None:
+    stored(worlds)
+    world = on(worlds, backends.Lies)
+    assert world.request(ids(33)) == Outcome(0, 32, 32, computed_pages=0)
+
+
+@pytest.mark.parametrize("backend", [backends.Raises, backends.RaisesOnRead])
 def test_a_backend_that_fails_in_every_way_costs_only_its_hits(
     worlds: list[World], backend: type[Any]
 ) -> None:
