@@ -21,7 +21,7 @@ class OutFile(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """The path; fails with one sentence if it cannot be written."""
-        file = Path(os.fspath(super().convert(value, param, ctx)))
+        file = Path(os.fsdecode(super().convert(value, param, ctx)))
         folder = file.absolute().parent
         if not folder.is_dir():
             self.fail(f"cannot write {file}: there is no folder {folder}", param, ctx)
