@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hicache_core.config import HiCacheConfig
@@ -14,8 +14,8 @@ from hicache_core.controller.controller import Controller
 from hicache_core.controller.explain import Explainer, Explanation
 from hicache_core.controller.journal import Journal, Journals
 from hicache_core.controller.parts import Parts
-from hicache_core.errors import ConfigError
 from hicache_core.observe.desk import Desk
+from hicache_core.observe.event_settings import events_config
 from hicache_core.observe.history import History
 from hicache_core.observe.http import StatusPages, StatusServer
 from hicache_core.observe.snapshot import CacheSnapshot
@@ -134,17 +134,11 @@ class Observers:
 
 
 def _events(settings: Mapping[str, Any]) -> KvEvents | None:
-    if not settings:
+    config = events_config(settings)
+    if config is None:
         return None
-    if any(importlib.util.find_spec(name) is None for name in ("zmq", "msgpack")):
-        raise ConfigError("kv_events_config needs ZMQ: pip install 'hicache-core[events]'")
     module = importlib.import_module("hicache_core.observe.events")
-    known = {field.name for field in fields(module.EventsConfig)}
-    if unknown := sorted(set(settings) - known):
-        raise ConfigError(
-            f"kv_events_config: no setting {unknown[0]!r}; there are: {', '.join(sorted(known))}"
-        )
-    events: KvEvents = module.KvEvents(module.EventsConfig(**settings))
+    events: KvEvents = module.KvEvents(config)
     return events
 
 

@@ -13,7 +13,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from hicache_core.cli._columns import columns
 from hicache_core.config_sources import read_inline
-from hicache_core.storage.scrub import GOOD, VANISHED, Checked, Tally, scrub
+from hicache_core.storage.scrub import GOOD, REMOVED, UNKNOWN, VANISHED, Checked, Tally, scrub
 from hicache_core.testing.recipe import Recipe
 
 
@@ -22,33 +22,39 @@ from hicache_core.testing.recipe import Recipe
 @click.option("--config", default="{}", help="The backend's settings: JSON text, or @file.")
 @click.option("--namespace", default="", help="Only this namespace: the 16 digits before the /.")
 @click.option("--dry-run", is_flag=True, help="Look only; remove nothing.")
+@click.option(
+    "--remove-unknown", is_flag=True, help="Remove also what has no page key or no page's header."
+)
 @click.option("--limit", type=click.IntRange(min=1), help="Check at most so many objects.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--max-object-nbytes", default=0, help="Size of a stored page, where it is set.")
-def command(
+def command(  # noqa: PLR0913 - an argument for each option
     *,
     name: str,
     config: str,
     namespace: str,
     dry_run: bool,
+    remove_unknown: bool,
     limit: int | None,
     as_json: bool,
     max_object_nbytes: int,
 ) -> None:
     """Check every stored page of the backend NAME; remove corrupt and foreign ones.
 
-    An object is foreign if it was sealed for another key, or if its key is no page key. The exit
-    status is 0 if nothing had to be removed, 1 if something was, or would be without --dry-run,
-    and 2 if the store could not be scrubbed.
+    An object is foreign if it was sealed for another key. What has no page key, or does not begin
+    as a page does, is unknown: it may be another tool's, and stays without --remove-unknown. The
+    exit status is 0 if nothing had to be removed, 1 if something was, or would be without
+    --dry-run, and 2 if the store could not be scrubbed.
     """
+    kinds = REMOVED | {UNKNOWN} if remove_unknown else REMOVED
     recipe = Recipe.named(
         name, read_inline(config, what="--config: "), max_object_nbytes=max_object_nbytes
     )
-    backend, tally = recipe.make(), Tally()
+    backend, tally = recipe.make(), Tally(removed_kinds=kinds)
     backend.open()
     try:
         prefix = f"{namespace}/" if namespace else ""
-        found = scrub(backend, prefix=prefix, remove=not dry_run, limit=limit)
+        found = scrub(backend, prefix=prefix, remove=not dry_run, kinds=kinds, limit=limit)
         for checked in _shown(found):
             tally.add(checked)
             if not as_json and checked.kind not in (GOOD, VANISHED):

@@ -11,7 +11,7 @@ def check_owners(parts: Parts, n_orphaned: int) -> None:
 
     Args:
         parts: of the cache.
-        n_orphaned: host pages that belong to stores under way, and to the tree no more.
+        n_orphaned: host pages that belong to stores and reads under way, and to the tree no more.
 
     Raises:
         IntegrityError: with what does not add up.
@@ -31,5 +31,5 @@ def check_owners(parts: Parts, n_orphaned: int) -> None:
     if parts.tree.n_host_pages + n_quarantined + n_orphaned != n_host:
         raise IntegrityError(
             f"the tree holds {parts.tree.n_host_pages} host pages, {n_quarantined} are in "
-            f"quarantine and {n_orphaned} being stored, but {n_host} are allocated"
+            f"quarantine and {n_orphaned} being stored or read, but {n_host} are allocated"
         )

@@ -83,9 +83,10 @@ class Controller(StorageControl):
         self._load_back_path = LoadBackPath(parts)
         self._prefetch_path: PrefetchPath | None = None
         if parts.storage is not None and parts.host is not None:
+            parts.storage.when_lost = parts.tell_anew
             self._prefetch_path = PrefetchPath(parts, parts.storage, parts.host)
         self._settling = Settling(parts, self._write_path, self._prefetch_path)
-        self._evictor = Evictor(parts, self._write_path, self._settling.settle)
+        self._evictor = Evictor(parts, self._write_path, self._prefetch_path, self._settling.settle)
         self._closed = False
 
     # Reading.
@@ -142,7 +143,9 @@ class Controller(StorageControl):
         self._check_open()
         if self._prefetch_path is None:
             return False
-        return self._prefetch_path.start(request_id, pack_tokens(tokens), chain_seed(namespace))
+        seed = chain_seed(namespace)
+        self._parts.tell_namespace(seed, namespace)
+        return self._prefetch_path.start(request_id, pack_tokens(tokens), seed)
 
     def prefetch_ready(self, request_id: str) -> bool:
         """Whether the request may run now, by the prefetch policy; True for one never prefetched.
@@ -279,6 +282,7 @@ class Controller(StorageControl):
         seed = chain_seed(namespace)
         result = self._parts.tree.insert(pack_tokens(tokens), device_pages, seed, priority=priority)
         if self._parts.journal is not None:
+            self._parts.tell_namespace(seed, namespace)
             for node in result.new_nodes:
                 self._parts.tell_stored(Tier.DEVICE, node)
         return result
@@ -396,4 +400,7 @@ class Controller(StorageControl):
         Raises:
             IntegrityError: with what does not add up.
         """
-        check_owners(self._parts, self._write_path.n_orphaned_pages)
+        n_orphaned = self._write_path.n_orphaned_pages
+        if self._prefetch_path is not None:
+            n_orphaned += self._prefetch_path.n_orphaned_pages
+        check_owners(self._parts, n_orphaned)

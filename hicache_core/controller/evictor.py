@@ -5,16 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hicache_core.controller.parts import Parts
+from hicache_core.controller.prefetch import PrefetchPath
 from hicache_core.controller.write_path import WritePath
-from hicache_core.errors import IntegrityError
+from hicache_core.types import Tier
 
 
 class Evictor:
     """Frees device pages. Owner thread only; every rank decides alike."""
 
-    def __init__(self, parts: Parts, write_path: WritePath, poll: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        write_path: WritePath,
+        prefetch_path: PrefetchPath | None,
+        poll: Callable[[], object],
+    ) -> None:
         """Keeps its arguments; ``poll`` settles what has finished, on all ranks."""
         self._parts = parts
+        self._prefetch_path = prefetch_path
         self._write_path = write_path
         self._poll = poll
 
@@ -33,7 +41,7 @@ class Evictor:
                 n_on_their_way = 0
             elif (n_dropped := self._drop_what_is_being_stored(n_pages - n_freed)) > 0:
                 n_freed += n_dropped
-            else:
+            elif self._prefetch_path is None or not self._prefetch_path.orphan():
                 break
         return n_freed
 
@@ -73,13 +81,16 @@ class Evictor:
         parts = self._parts
         if not self._write_path.idle or parts.jobs.n_copies:
             return False
-        try:
-            dropped = parts.tree.reset()
-        except IntegrityError:
-            return False  # locked by a request
+        nodes = parts.tree.nodes()
+        if any(node.lock_count or node.host_lock_count for node in nodes):
+            return False
+        for node in nodes:  # before they go; what storage has of them stays
+            if node.on_device:
+                parts.tell_removed(Tier.DEVICE, node, "flushed")
+            if node.on_host:
+                parts.tell_removed(Tier.HOST, node, "flushed")
+        dropped = parts.tree.reset()
         parts.device.allocator.free(dropped.device_pages)
         if parts.host is not None:
             parts.host.allocator.free(dropped.host_pages)
-        if parts.journal is not None:
-            parts.journal.cleared()
         return True

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hicache_core.types import Tier
+from hicache_core.types import Namespace, Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,12 @@ class Journal(ABC):
 
     hears_gains: bool = True
 
+    def named(self, seed: bytes, namespace: Namespace) -> None:  # noqa: B027 - few want the names
+        """``seed``, of runs that may follow, stands for ``namespace``; not told of the default one.
+
+        Only told to those that hear gains.
+        """
+
     @abstractmethod
     def stored(self, tier: Tier, run: PageRun) -> None:
         """``tier`` holds the pages of ``run`` from now on, readable."""
@@ -49,12 +55,12 @@ class Journal(ABC):
         Args:
             tier: which tier.
             run: the pages.
-            cause: ``evicted``, or ``stored``: given up since storage has them.
+            cause: ``evicted``; ``stored``: given up since storage has them; or ``flushed``.
         """
 
     @abstractmethod
     def cleared(self) -> None:
-        """All tiers of this process are empty now."""
+        """Nothing that was told holds any more, of no tier; what follows is all there is."""
 
 
 class Journals(Journal):
@@ -63,6 +69,12 @@ class Journals(Journal):
     def __init__(self, journals: Sequence[Journal]) -> None:
         self._journals = tuple(journals)
         self.hears_gains = any(journal.hears_gains for journal in journals)
+
+    def named(self, seed: bytes, namespace: Namespace) -> None:
+        # docstring inherited
+        for journal in self._journals:
+            if journal.hears_gains:
+                journal.named(seed, namespace)
 
     def stored(self, tier: Tier, run: PageRun) -> None:
         # docstring inherited

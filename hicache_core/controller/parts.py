@@ -21,7 +21,7 @@ from hicache_core.pools.host import HostPool
 from hicache_core.radix.node import Node, descendants, path_to_root
 from hicache_core.radix.tree import RadixTree
 from hicache_core.transfer.base import Transfer
-from hicache_core.types import Tier
+from hicache_core.types import Namespace, Tier
 
 Clock = Callable[[], float]
 """Seconds since any fixed moment; never goes back."""
@@ -186,10 +186,26 @@ class Parts:
         self.counters.evicted_device_pages += len(dropped.device_pages)
         return len(dropped.device_pages)
 
+    def tell_namespace(self, seed: bytes, namespace: Namespace) -> None:
+        """Tells the journal what the seed of runs that follow stands for."""
+        if seed and self.journal is not None and self.journal.hears_gains:
+            self.journal.named(seed, namespace)
+
     def tell_stored(self, tier: Tier, node: Node) -> None:
         """Tells the journal that ``tier`` holds the pages of ``node``."""
         if self.journal is not None and self.journal.hears_gains:
             self.journal.stored(tier, self.page_run(node))
+
+    def tell_anew(self) -> None:
+        """Tells that storage has nothing any more, and once again what device and host hold."""
+        if self.journal is None or not self.journal.hears_gains:
+            return
+        self.journal.cleared()
+        for node in self.tree.nodes():
+            if node.on_device and not node.device_pending:
+                self.tell_stored(Tier.DEVICE, node)
+            if node.on_host:
+                self.tell_stored(Tier.HOST, node)
 
     def tell_removed(self, tier: Tier, node: Node, cause: str) -> None:
         """Counts and tells that ``tier`` loses the pages of ``node``; before it does."""

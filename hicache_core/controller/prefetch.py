@@ -45,7 +45,13 @@ class PrefetchPath:
     @property
     def n_pending_pages(self) -> int:
         """Host pages that reads under way may write into."""
-        return sum(prefetch.n_pending for prefetch in self._reading.copy())
+        reads = self._reading.copy()
+        return sum(prefetch.n_pending + len(prefetch.orphans or ()) for prefetch in reads)
+
+    @property
+    def n_orphaned_pages(self) -> int:
+        """Host pages of reads that the tree knows no more."""
+        return sum(len(prefetch.orphans or ()) for prefetch in self._reading)
 
     def start(self, request_id: str, tokens: bytes, seed: bytes) -> bool:
         """Asks storage for the request's missing pages; whether there was enough to ask for.
@@ -139,6 +145,7 @@ class PrefetchPath:
         self._parts.counters.prefetch_given_up += 1
         self._cancel_unstarted(prefetch)
         self._commit(prefetch)
+        self._lift_anchor(prefetch)  # the answer will be for nobody
         if prefetch.waits_for is not None:
             self._waiting.remove(prefetch)
             prefetch.waits_for = None
@@ -195,7 +202,8 @@ class PrefetchPath:
         """Lets a read of the same pages go first; the question is asked again when it is done."""
         for other in self._reading:
             head = self._tokens_of(other, 0, other.first_page + 1)
-            if other.seed == prefetch.seed and prefetch.tokens.startswith(head):
+            is_same = other.seed == prefetch.seed and prefetch.tokens.startswith(head)
+            if is_same and other.orphans is None:
                 prefetch.waits_for = other
                 self._waiting.append(prefetch)
                 return True
@@ -222,14 +230,16 @@ class PrefetchPath:
         return n_wanted
 
     def _answered(self, prefetch: Prefetch, first_page: int, keys: PageKeys, n_wanted: int) -> None:
-        anchor = prefetch.anchor
-        assert anchor is not None
-        prefetch.anchor = None
         if n_wanted == 0 or prefetch.given_up or prefetch.storage is not self._storage.current:
             self._done(prefetch)
         elif not self._waits_behind_another(prefetch):
             self._read(prefetch, first_page, keys[:n_wanted])
-        self._parts.tree.unlock(anchor)
+        self._lift_anchor(prefetch)
+
+    def _lift_anchor(self, prefetch: Prefetch) -> None:
+        anchor, prefetch.anchor = prefetch.anchor, None
+        if anchor is not None:
+            self._parts.tree.unlock(anchor)
 
     # The read.
 
@@ -310,7 +320,8 @@ class PrefetchPath:
         for part in parts.tree.commit_host(prefetch.node, prefetch.n_pending, n_ready):
             part.stored_in = prefetch.storage.epoch
             parts.tell_stored(Tier.HOST, part)
-            parts.tell_stored(Tier.STORAGE, part)
+            if prefetch.storage is self._storage.current:
+                parts.tell_stored(Tier.STORAGE, part)
         prefetch.n_ready = 0
         prefetch.n_pending -= n_ready
         prefetch.n_loaded_pages += n_ready
@@ -318,12 +329,12 @@ class PrefetchPath:
 
     def _finish_read(self, prefetch: Prefetch) -> None:
         """All reads are settled: gives up what did not come."""
-        parts, node = self._parts, prefetch.node
-        assert node is not None
+        parts = self._parts
         self._commit(prefetch)
         if not prefetch.given_up:
             parts.counters.prefetch_failed_pages += prefetch.n_pending
-        left = set(parts.tree.settle_host(node, prefetch.n_pending, 0))
+        left = self._taken_out(prefetch) if prefetch.orphans is None else prefetch.orphans
+        prefetch.orphans = None
         for batch in prefetch.batches:
             if batch.n_delivered == 0:  # on some rank the call may go on
                 self._storage.quarantine.hold(batch.job_id, batch.host_pages)
@@ -331,6 +342,23 @@ class PrefetchPath:
         self._host.allocator.free(array("i", sorted(left)))
         self._reading.remove(prefetch)
         self._done(prefetch)
+
+    def orphan(self) -> bool:
+        """Takes reads that no request waits for out of the tree; whether there was one.
+
+        So a slow store can keep no device page from leaving. The pages that the calls may still
+        write into belong to the reads until these have settled.
+        """
+        found = [it for it in self._reading if it.given_up and it.orphans is None]
+        for prefetch in found:
+            prefetch.orphans = self._taken_out(prefetch)
+            prefetch.node, prefetch.n_pending = None, 0
+        return bool(found)
+
+    def _taken_out(self, prefetch: Prefetch) -> set[int]:
+        """Host pages of what has not arrived, which the tree knows no more."""
+        assert prefetch.node is not None
+        return set(self._parts.tree.settle_host(prefetch.node, prefetch.n_pending, 0))
 
     def _done(self, prefetch: Prefetch) -> None:
         prefetch.done = True

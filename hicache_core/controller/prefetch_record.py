@@ -71,6 +71,7 @@ class Prefetch:
         first_page: first page of the pending run, counted from the start of ``tokens``.
         node: lower end of the pending run; None until the read is submitted.
         n_pending: pages of the run that are not settled yet.
+        orphans: host pages of such a run that was taken out of the tree; None while it is there.
         batches: the reads, in order.
         n_settled_batches: leading batches that are settled.
         read_at_s: when the reads were submitted.
@@ -97,6 +98,7 @@ class Prefetch:
     first_page: int = 0
     node: Node | None = None
     n_pending: int = 0
+    orphans: set[int] | None = None
     batches: list[Batch] = field(default_factory=list)
     n_settled_batches: int = 0
     read_at_s: float = 0.0

@@ -44,6 +44,7 @@ class StorageTier:
         open_storage: OpenStorage,
         run_aside: RunAside = on_a_thread,
     ) -> None:
+        self.when_lost: Callable[[], None] = lambda: None  # storage holds nothing for us any more
         self.quarantine = quarantine
         self.current: Attachment | None = None
         self._jobs = jobs
@@ -79,6 +80,7 @@ class StorageTier:
             for job_id in self._judges:  # questions and reads; those that run go on
                 attachment.worker.cancel(job_id)
             self._draining.append(attachment)
+            self.when_lost()
 
     def clear(self) -> Clearing:
         """Removes aside what this cache, on all ranks, has put into the attached backend.
@@ -165,6 +167,7 @@ class StorageTier:
         if clearing.done and clearing.attachment is self.current:
             self._epoch += 1
             self.current.epoch = self._epoch
+            self.when_lost()
 
     def wait(self, timeout_s: float, *, for_all: bool = False) -> None:
         """Waits until a call has ended, or with ``for_all`` all have, or for ``timeout_s``."""

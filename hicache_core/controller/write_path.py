@@ -159,6 +159,8 @@ class WritePath:
         parts, n = self._parts, store.n_leading
         if parts.journal is None or not parts.journal.hears_gains or n == 0:
             return
+        if parts.storage is None or store.storage is not parts.storage.current:
+            return  # detached: nobody gets it from there
         digests = store.keys.digests[: n * DIGEST_NBYTES]
         tokens = store.tokens[: n * parts.page_size * TOKEN_NBYTES]
         run = PageRun(store.parent, digests, tokens, store.seed, stored=True)

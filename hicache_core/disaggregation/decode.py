@@ -159,7 +159,7 @@ class DecodeScheduler(Scheduler):
             self._compute_here(task, notice.error)
             return
         try:
-            first = FirstToken.unpack(notice.note)
+            first = FirstToken.unpack(notice.note, task.n_prompt, self._runner.vocabulary)
         except TransferError as error:
             self._compute_here(task, str(error))
             return

@@ -27,18 +27,28 @@ class FirstToken:
         return json.dumps({"token": self.token, "cached": tiers}).encode()
 
     @classmethod
-    def unpack(cls, note: bytes) -> FirstToken:
-        """From a note.
+    def unpack(cls, note: bytes, n_prompt: int, vocabulary: int) -> FirstToken:
+        """From a note about a prompt of ``n_prompt`` tokens, none of them ``vocabulary`` or above.
 
         Raises:
-            TransferError: it is none.
+            TransferError: it is none; what the peer said is not repeated.
         """
         try:
             fields = json.loads(note)
             token = fields["token"]
             device, host, storage = fields["cached"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise TransferError(f"the prefill node sent no first token: {error}") from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise TransferError(
+                f"the prefill node sent no first token: {type(error).__name__}"
+            ) from error
         if not all(type(n) is int and n >= 0 for n in (token, device, host, storage)):
-            raise TransferError(f"the prefill node sent a first token without sense: {fields}")
+            raise TransferError("the prefill node sent a first token without sense")
+        if token >= vocabulary:
+            raise TransferError(
+                f"the prefill node sent a first token that is none of this model's {vocabulary}"
+            )
+        if device + host + storage > n_prompt:
+            raise TransferError(
+                f"the prefill node had more cached, it says, than the prompt's {n_prompt} tokens"
+            )
         return cls(token, CachedTokens(device, host, storage))

@@ -19,16 +19,20 @@ class PageTable:
 
         pages    | of the tree, kept by the lock on a node | mine: not in the tree |
 
-    What is stored goes from the right part to the left one. Pages that the tree has already under
-    other ids stay where they are, and mine, until the end: nothing that is being read changes.
+    What is stored goes from the right part to the left one. Where the tree has the pages of these
+    tokens already, under other ids, the sequence goes on in those and its own are free at once:
+    kept beside them, it would hold two device pages for one, and might never find room.
 
     Attributes:
         pages: ids in the device pool, one for each page of the sequence, in order.
+        is_sent: somebody else reads ``pages`` beside the engine, and may do so until ``release``:
+            then they stay as they are, mine where the tree has others.
     """
 
     def __init__(self, cache: Controller, namespace: Namespace, priority: int) -> None:
         """Empty; ``begin`` fills it."""
         self.pages = array("i")
+        self.is_sent = False
         self._cache = cache
         self._namespace = namespace
         self._priority = priority
@@ -63,6 +67,11 @@ class PageTable:
     def n_stored(self) -> int:
         """Leading pages that the tree knows of."""
         return self._n_stored
+
+    @property
+    def has_spares(self) -> bool:
+        """Whether it keeps pages beside those that the tree has for the same tokens."""
+        return len(self._mine) > len(self.pages) - self._n_stored
 
     def extend(self, n_tokens: int) -> None:
         """Makes room for ``n_tokens`` in all.
@@ -104,7 +113,13 @@ class PageTable:
             self._cache.unlock(self._node)
         self._node = result.node
         self._n_stored = n_pages
-        self._mine = set(result.duplicates).union(self.pages[n_pages:])
+        self._mine = set(self.pages[n_pages:])
+        if self.is_sent:
+            self._mine.update(result.duplicates)
+        elif result.duplicates:
+            assert self._cache.loads_settled, "the tree's pages may not have arrived yet"
+            self.pages[:n_pages] = result.pages
+            self._cache.free(result.duplicates)
 
     def release(self) -> None:
         """Gives everything back; what was stored stays in the cache as long as it may."""
@@ -113,4 +128,4 @@ class PageTable:
         if self._node is not None:
             self._cache.unlock(self._node)
         self.pages, self._mine, self._node, self._n_stored = array("i"), set(), None, 0
-        self._is_received = False
+        self._is_received = self.is_sent = False

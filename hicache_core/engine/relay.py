@@ -67,6 +67,7 @@ class Relay:
         """A request got its pages."""
         if self.listener is not None and self.listener.wants(task.request):
             self._told[task.request.request_id] = 0
+            task.table.is_sent = True
 
     def after_layer(self, task: Task, stop: int) -> EachLayer:
         """What a forward of a request's rows up to ``stop`` calls at each layer."""

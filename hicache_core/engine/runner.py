@@ -135,6 +135,11 @@ class Runner:
         self._model = model
         self._offsets = torch.arange(pool.page_size, device=pool.device)
 
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model knows; ids are below it."""
+        return int(self._model.config.vocab_size)
+
     @torch.inference_mode()
     def prefill(
         self,

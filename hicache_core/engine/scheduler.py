@@ -360,8 +360,8 @@ class Scheduler:
                 task.table.extend(n_tokens)
             except PoolExhausted:
                 last = self._in_order()[-1]
-                if last is task and len(self._running) == 1:
-                    return False  # what storage is being asked for holds pages; it ends by itself
+                if last is task and len(self._running) == 1 and not task.table.has_spares:
+                    return False  # what storage or a transfer still holds comes back by itself
                 self.tally.preempted += 1
                 self._store(last)
                 self._let_wait(last)

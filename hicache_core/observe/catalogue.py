@@ -144,7 +144,10 @@ OCCUPANCY = (
         "pages",
         "Pages that left a tier, by cause.",
         evicted,
-        {"tier": TIERS, "cause": "`evicted`, `stored` (the host gave up what storage has)"},
+        {
+            "tier": TIERS,
+            "cause": "`evicted`, `flushed`, `stored` (the host gave up what storage has)",
+        },
     ),
 )
 

@@ -5,14 +5,19 @@ msgpack array ``[ts, events, dp_rank]``; each event is a map whose ``type`` name
 
 =================  =============================================================================
 ``BlockStored``    ``block_hashes``, ``parent_block_hash``, ``token_ids``, ``block_size``,
-                   ``lora_id``, ``medium``, ``lora_name``
+                   ``lora_id``, ``medium``, ``lora_name``; in a namespace ``cache_salt``,
+                   ``extra_keys``
 ``BlockRemoved``   ``block_hashes``, ``medium``
 ``AllBlocksCleared``
 =================  =============================================================================
 
+or, for readers of the older form, the array of its type and of the same values in this order,
+without ``cache_salt``, which ``extra_keys`` has too.
+
 A hash is the first 8 bytes of the page's digest as a signed big-endian integer. Digests chain the
-namespace (salt, adapter), so equal tokens of two tenants have two hashes. ``lora_id`` and
-``lora_name`` are null: readers want them there, and what they separate is in the hash already.
+namespace (salt, key, adapter), so equal tokens of two tenants have two hashes. A router that hashes
+the tokens itself needs the names as well: see ``_names``. ``lora_id`` is null: readers want it
+there, and ``lora_name`` says it.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ import msgpack
 
 from hicache_core.controller.journal import PageRun
 from hicache_core.page_keys import DIGEST_NBYTES, TOKEN_NBYTES
-from hicache_core.types import Tier
+from hicache_core.types import Namespace, Tier
 
 MEDIUM = {Tier.DEVICE: "GPU", Tier.HOST: "CPU_PINNED", Tier.STORAGE: "EXTERNAL"}
 END_OF_REPLAY = (-1).to_bytes(8, "big", signed=True)
@@ -50,14 +55,20 @@ def pieces(run: PageRun, max_tokens: int) -> Iterator[PageRun]:
         parent = digests[-DIGEST_NBYTES:]
 
 
-def stored(tier: Tier, run: PageRun) -> Event:
-    """The event that ``tier`` has the pages of ``run`` from now on."""
+def stored(tier: Tier, run: PageRun, namespace: Namespace | None = None) -> Event:
+    """The event that ``tier`` has the pages of ``run`` from now on.
+
+    Args:
+        tier: which tier.
+        run: the pages.
+        namespace: what ``run.seed`` stands for; None where that is not known.
+    """
     hashes = block_hashes(run.digests)
     tokens = array("I", bytes(run.tokens))
     if sys.byteorder == "big":
         tokens.byteswap()
     is_first = run.parent in (b"", run.seed)
-    return {
+    event: Event = {
         "type": "BlockStored",
         "block_hashes": hashes,
         "parent_block_hash": None if is_first else _hash(run.parent),
@@ -67,6 +78,31 @@ def stored(tier: Tier, run: PageRun) -> Event:
         "medium": MEDIUM[tier],
         "lora_name": None,
     }
+    if run.seed:
+        event |= _names(run.seed, namespace, len(hashes), is_first=is_first)
+    return event
+
+
+def _names(seed: bytes, namespace: Namespace | None, n_blocks: int, *, is_first: bool) -> Event:
+    """What tells a router whose the blocks are: the fields of SGLang, and ``extra_keys`` of vLLM.
+
+    An index asks with a salt and an adapter and knows nothing of an ``extra_key``. So the blocks of
+    one have a salt that nobody else has, the seed in hex; and so have those whose names are not
+    known. They are never taken for those of the plain prompt.
+    """
+    adapter = None if namespace is None else namespace.lora_id
+    salt: str | None = seed.hex()
+    if namespace is not None and namespace.extra_key is None:
+        salt = namespace.cache_salt
+    names: Event = {"lora_name": adapter}
+    if salt is not None:
+        names["cache_salt"] = salt
+    keys = [[] if adapter is None else [adapter] for _ in range(n_blocks)]
+    if is_first and salt is not None:
+        keys[0].append(salt)
+    if any(keys):
+        names["extra_keys"] = [key or None for key in keys]
+    return names
 
 
 def removed(tier: Tier, run: PageRun) -> Event:
@@ -95,6 +131,20 @@ def payload(timestamp: float, events: Sequence[Event], dp_rank: int) -> bytes:
         events: in the order in which they happened.
         dp_rank: data-parallel rank of the sender.
     """
-    packed = msgpack.packb([timestamp, events, dp_rank])
+    return _packed([timestamp, events, dp_rank])
+
+
+def payload_of_arrays(timestamp: float, events: Sequence[Event], dp_rank: int) -> bytes:
+    """As :func:`payload`, with each event as an array."""
+    arrays = [[v for k, v in event.items() if k != "cache_salt"] for event in events]
+    return _packed([timestamp, arrays, dp_rank])
+
+
+def _packed(batch: Sequence[object]) -> bytes:
+    packed = msgpack.packb(batch)
     assert isinstance(packed, bytes)
     return packed
+
+
+PACKERS = {"map": payload, "array": payload_of_arrays}
+"""What packs a batch, by the setting ``format``."""

@@ -7,9 +7,8 @@ import logging
 import socket
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import zmq
@@ -18,10 +17,13 @@ from hicache_core.controller.journal import Journal, PageRun
 from hicache_core.errors import ConfigError
 from hicache_core.observe import event_format
 from hicache_core.observe.event_format import CLEARED, END_OF_REPLAY, Event
+from hicache_core.observe.event_settings import EventsConfig
 from hicache_core.observe.replay import ReplayBuffer
 from hicache_core.observe.snapshot import EventsStatus
 from hicache_core.page_keys import TOKEN_NBYTES
-from hicache_core.types import Tier
+from hicache_core.types import Namespace, Tier
+
+__all__ = ["EventsConfig", "KvEvents"]
 
 log = logging.getLogger(__name__)
 
@@ -30,34 +32,8 @@ MAX_TURN_RUNS = 64
 MAX_BATCH_TOKENS = 8192
 """Packing is C code that holds the interpreter: batches are small, so that no step of an engine
 waits for one."""
-
-
-@dataclass(frozen=True)
-class EventsConfig:
-    """Where and how KV events are published.
-
-    Attributes:
-        endpoint: ZMQ address of the PUB socket. A TCP port is raised by ``dp_rank``.
-        replay_endpoint: ZMQ address for subscribers that missed something; None for none. Its port
-            is raised by ``dp_rank`` too.
-        topic: first frame of every message.
-        hwm: messages kept for a slow subscriber before it loses some.
-        buffer_steps: batches kept for replay.
-        buffer_nbytes: bytes kept for replay.
-        queue_runs: runs of pages that may wait for the publisher's thread.
-        dp_rank: data-parallel rank of this cache.
-        bind: False to connect to subscribers that bind, instead.
-    """
-
-    endpoint: str = "tcp://127.0.0.1:5557"
-    replay_endpoint: str | None = None
-    topic: str = ""
-    hwm: int = 100_000
-    buffer_steps: int = 10_000
-    buffer_nbytes: int = 256 << 20
-    queue_runs: int = 100_000
-    dp_rank: int = 0
-    bind: bool = True
+MAX_NAMESPACES = 65_536
+"""Namespaces whose names are remembered; the hashes of a forgotten one still tell it apart."""
 
 
 class _Change(NamedTuple):
@@ -66,6 +42,7 @@ class _Change(NamedTuple):
     tier: Tier | None  # None: everything is gone
     run: PageRun | None
     is_stored: bool = False
+    namespace: Namespace | None = None  # None: the names of the run's seed are not known
 
     def events(self) -> Iterator[tuple[Event, int]]:
         """The events that tell it, each with its number of tokens."""
@@ -75,10 +52,12 @@ class _Change(NamedTuple):
             yield event_format.removed(self.tier, self.run), 0
         else:
             for piece in event_format.pieces(self.run, MAX_BATCH_TOKENS):
-                yield event_format.stored(self.tier, piece), len(piece.tokens) // TOKEN_NBYTES
+                event = event_format.stored(self.tier, piece, self.namespace)
+                yield event, len(piece.tokens) // TOKEN_NBYTES
 
 
 _CLEARED = _Change(None, None)
+_DEFAULT = Namespace()
 
 
 class KvEvents(Journal):
@@ -86,7 +65,9 @@ class KvEvents(Journal):
 
     The owner thread only puts runs of pages into a queue; a thread of its own packs and sends them.
     Sequence numbers count what is sent, so a subscriber that sees a gap lost something on the way
-    and asks for a replay. If the thread cannot keep up and the queue is full, everything queued is
+    and asks for a replay. They start at the time, so that those of a process that is started anew
+    are higher than before, and the first batch is ``AllBlocksCleared``: what an earlier process had
+    is gone. If the thread cannot keep up and the queue is full, everything queued is
     dropped and ``AllBlocksCleared`` is sent in its place: what a subscriber believes is then too
     little, never wrong.
     """
@@ -98,23 +79,34 @@ class KvEvents(Journal):
 
         Args:
             config: where to publish.
-            wall_clock: seconds since 1970, for the time stamps of batches.
+            wall_clock: seconds since 1970, for the first number and the time stamps of batches.
         """
         self._config = config
         self._wall_clock = wall_clock
         self._lock = threading.Lock()  # around the queue and the numbers below
         self._queue: deque[_Change] = deque()
+        self._names: OrderedDict[bytes, Namespace] = OrderedDict()  # by seed; the owner's
         self._n_dropped = 0
         self._closing = False
-        self._replay = ReplayBuffer(config.buffer_steps, config.buffer_nbytes)
+        self._pack = event_format.PACKERS[config.format]
+        first_seq = int(wall_clock() * 1_000_000)  # below 2**53, and no batch takes a microsecond
+        self._replay = ReplayBuffer(config.buffer_steps, config.buffer_nbytes, first_seq)
         self._link: _Link | None = None
         self._thread: threading.Thread | None = None
 
     # The owner thread.
 
+    def named(self, seed: bytes, namespace: Namespace) -> None:
+        # docstring inherited
+        self._names[seed] = namespace
+        self._names.move_to_end(seed)
+        if len(self._names) > MAX_NAMESPACES:
+            self._names.popitem(last=False)
+
     def stored(self, tier: Tier, run: PageRun) -> None:
         # docstring inherited
-        self._put(_Change(tier, run, is_stored=True))
+        namespace = self._names.get(run.seed) if run.seed else _DEFAULT
+        self._put(_Change(tier, run, is_stored=True, namespace=namespace))
 
     def removed(self, tier: Tier, run: PageRun, cause: str) -> None:  # noqa: ARG002 - not on the wire
         # docstring inherited
@@ -146,10 +138,11 @@ class KvEvents(Journal):
             ConfigError: an endpoint is malformed or taken.
         """
         self._link = _Link(self._config)
+        with self._lock:
+            self._queue.appendleft(_CLEARED)  # whatever a process before this one had
+            self._link.wake()
         self._thread = threading.Thread(target=self._run, args=(self._link,), name="hicache-events")
         self._thread.start()
-        with self._lock:
-            self._link.wake()  # for what was queued before
 
     def close(self, timeout_s: float = 2.0) -> None:
         """Sends what is queued for at most ``timeout_s``, then stops; may be called twice.
@@ -183,7 +176,7 @@ class KvEvents(Journal):
     def status(self) -> EventsStatus:
         """Numbers so far; from any thread."""
         with self._lock:
-            return EventsStatus(self._replay.next_seq, self._n_dropped, len(self._queue))
+            return EventsStatus(self._replay.n_batches, self._n_dropped, len(self._queue))
 
     # The publisher's thread.
 
@@ -215,7 +208,7 @@ class KvEvents(Journal):
 
     def _send(self, link: _Link, events: Sequence[Event]) -> None:
         if events:
-            payload = event_format.payload(self._wall_clock(), events, self._config.dp_rank)
+            payload = self._pack(self._wall_clock(), events, self._config.dp_rank)
             link.publish(self._replay.add(payload), payload)
 
     def _answer(self, link: _Link, client: bytes, start_seq: int) -> None:

@@ -9,13 +9,18 @@ from collections.abc import Iterator
 class ReplayBuffer:
     """Numbers batches and keeps the newest ones, within two bounds. One thread."""
 
-    def __init__(self, max_batches: int, max_nbytes: int) -> None:
-        """Starts empty, at sequence number 0."""
+    def __init__(self, max_batches: int, max_nbytes: int, first_seq: int = 0) -> None:
+        """Starts empty; ``first_seq`` is the number of the first batch."""
         self._max_batches = max_batches
         self._max_nbytes = max_nbytes
         self._batches: deque[bytes] = deque()
         self._nbytes = 0
-        self.next_seq = 0
+        self._first_seq = self.next_seq = first_seq
+
+    @property
+    def n_batches(self) -> int:
+        """Batches added so far."""
+        return self.next_seq - self._first_seq
 
     def add(self, payload: bytes) -> int:
         """Keeps ``payload``, forgets the oldest ones beyond the bounds; its sequence number."""

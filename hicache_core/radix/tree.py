@@ -287,7 +287,7 @@ class RadixTree(InFlight):
         Raises:
             IntegrityError: something is locked or in flight.
         """
-        nodes = [node for root in self._roots.values() for node in descendants(root)]
+        nodes = self.nodes()
         for node in nodes:
             if node.lock_count or node.host_lock_count:
                 raise IntegrityError(f"reset while {node} is in use")
@@ -301,6 +301,10 @@ class RadixTree(InFlight):
                 dropped.host_pages.extend(self._lose_host(node))
             self._remove(node)
         return dropped
+
+    def nodes(self) -> list[Node]:
+        """All nodes but the roots, parents before children."""
+        return [node for root in self._roots.values() for node in descendants(root)]
 
     # -- audit -------------------------------------------------------------------------------
 

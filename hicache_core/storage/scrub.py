@@ -1,4 +1,8 @@
-"""Scrubbing: every stored page is read and judged by its seal, and what is no good is removed."""
+"""Scrubbing: every stored page is read and judged by its seal, and what is no good is removed.
+
+What has no seal of ours may be another tool's, or a page that only its backend knows how to read:
+it is told of and stays, unless the caller says otherwise.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +19,13 @@ from hicache_core.storage.base import (
     StorageBackend,
     namespace_of,
 )
-from hicache_core.storage.sealed import HEADER_NBYTES, mismatch, parse_key
+from hicache_core.storage.sealed import HEADER_NBYTES, MAGIC, mismatch, parse_key
 
 GOOD, VANISHED = "good", "vanished"
+UNKNOWN = "unknown"
 REMOVED = frozenset(["corrupt", "foreign", "wrong_length"])
 """What nobody can use; ``wrong_version`` may be good for another version of HiCache and stays."""
-KINDS = (GOOD, "corrupt", "foreign", "wrong_length", "wrong_version", VANISHED)
+KINDS = (GOOD, "corrupt", "foreign", "wrong_length", "wrong_version", UNKNOWN, VANISHED)
 
 DEFAULT_BATCH_NBYTES = 64 << 20
 _BATCH_KEYS = 1024
@@ -32,8 +37,8 @@ class Checked:
 
     Attributes:
         key: as the backend lists it.
-        kind: one of ``KINDS``. ``foreign`` is sealed for another key, or its key is no page key;
-            ``vanished`` was listed and is not there any more.
+        kind: one of ``KINDS``. ``foreign`` is sealed for another key; ``unknown`` has no page key
+            or no header of a page; ``vanished`` was listed and is not there any more.
         nbytes: length of the object; 0 if it has vanished.
         removed: whether it was deleted.
     """
@@ -52,11 +57,13 @@ class Tally:
         objects: how many there are.
         nbytes: their bytes.
         n_removed: how many were deleted.
+        removed_kinds: what is to be deleted.
     """
 
     objects: Counter[tuple[str, str]] = field(default_factory=Counter)
     nbytes: Counter[tuple[str, str]] = field(default_factory=Counter)
     n_removed: int = 0
+    removed_kinds: frozenset[str] = REMOVED
 
     def add(self, checked: Checked) -> None:
         """Counts one; keys that are no page keys are one namespace with an empty name."""
@@ -68,7 +75,7 @@ class Tally:
     @property
     def n_bad(self) -> int:
         """How many were removed, or would have been."""
-        return sum(n for (_, kind), n in self.objects.items() if kind in REMOVED)
+        return sum(n for (_, kind), n in self.objects.items() if kind in self.removed_kinds)
 
     def by_namespace(self) -> dict[str, dict[str, Mapping[str, int]]]:
         """Namespace -> kind -> ``objects`` and ``nbytes``; in order of their names."""
@@ -85,19 +92,22 @@ def scrub(
     *,
     prefix: str = "",
     remove: bool = True,
+    kinds: frozenset[str] = REMOVED,
     limit: int | None = None,
     batch_nbytes: int = DEFAULT_BATCH_NBYTES,
 ) -> Iterator[Checked]:
     """Reads what ``backend`` lists, judges it, and removes what nobody can use.
 
     What is no good is read once more right before it is deleted, so an object that was overwritten
-    meanwhile stays. Between that read and the deletion a store has no lock to offer: a good object
-    that comes in that moment is lost, which costs its next reader a miss.
+    meanwhile stays, and so does one whose two reads differ: it was spoilt on its way. Between that
+    read and the deletion a store has no lock to offer: a good object that comes in that moment is
+    lost, which costs its next reader a miss.
 
     Args:
         backend: opened, and not wrapped in seals: the stored bytes have to be seen.
         prefix: only keys that start with it.
         remove: False to look only.
+        kinds: what is removed; ``REMOVED | {UNKNOWN}`` also takes what has no header of a page.
         limit: at most so many keys.
         batch_nbytes: how many bytes are in memory at once, or one object if that is larger.
 
@@ -118,35 +128,39 @@ def scrub(
         except NotImplementedError as exc:
             raise BackendError(f"{exc}; scrub it with --dry-run to look only") from exc
     keys = itertools.islice(backend.list_keys(prefix), limit)
-    return _scrubbed(backend, keys, batch_nbytes, remove=remove)
+    return _scrubbed(backend, keys, batch_nbytes, kinds if remove else frozenset())
 
 
 def judge(key: str, value: Buffer | None) -> str:
     """Which of ``KINDS`` the object under ``key`` is."""
     if value is None:
         return VANISHED
-    if not _is_page_key(key):
-        return "foreign"
     data = memoryview(value).cast("B")
+    if not _is_page_key(key) or data[: len(MAGIC)] != MAGIC:
+        return UNKNOWN
     if data.nbytes < HEADER_NBYTES:
         return "wrong_length"
     return mismatch(key, (data[:HEADER_NBYTES], data[HEADER_NBYTES:])) or GOOD
 
 
 def _scrubbed(
-    backend: StorageBackend, keys: Iterator[str], batch_nbytes: int, *, remove: bool
+    backend: StorageBackend, keys: Iterator[str], batch_nbytes: int, kinds: frozenset[str]
 ) -> Iterator[Checked]:
     while batch := list(itertools.islice(keys, _BATCH_KEYS)):
         for key, value in _read(backend, batch, batch_nbytes):
             checked = Checked(key, judge(key, value), _nbytes(value))
-            yield _reread(backend, key, remove=remove) if checked.kind in REMOVED else checked
+            if checked.kind not in (GOOD, VANISHED):
+                checked = _reread(backend, key, value, kinds)
+            yield checked
 
 
-def _reread(backend: StorageBackend, key: str, *, remove: bool) -> Checked:
-    """Judges once more, and only then removes."""
+def _reread(
+    backend: StorageBackend, key: str, before: Buffer | None, kinds: frozenset[str]
+) -> Checked:
+    """Judges once more, and removes what is the same at both reads and of one of ``kinds``."""
     value = backend.get(key)
     kind = judge(key, value)
-    removed = remove and kind in REMOVED
+    removed = kind in kinds and value == before
     if removed:
         backend.delete([key])
     return Checked(key, kind, _nbytes(value), removed)

@@ -23,7 +23,7 @@ import xxhash
 
 from hicache_core.errors import BackendError
 from hicache_core.storage.base import Buffer, HasStats, StorageBackend
-from hicache_core.storage.segments import nbytes_of
+from hicache_core.storage.segments import nbytes_of, scatter
 from hicache_core.storage.visiting import VisitsPages
 from hicache_core.storage.wrapper import BackendWrapper
 from hicache_core.types import Page
@@ -112,12 +112,28 @@ def _mismatch(name: bytes, page: Page) -> str | None:
     return None if checksum(payload) == digest else "corrupt"
 
 
+def _judge(key: str, data: memoryview, nbytes: int | None = None) -> str | None:
+    """As ``mismatch``, of a whole object that should be ``nbytes`` long, if that is known."""
+    if data.nbytes < HEADER_NBYTES or nbytes not in (None, data.nbytes):
+        return "wrong_length"
+    return mismatch(key, (data[:HEADER_NBYTES], data[HEADER_NBYTES:]))
+
+
+def _digest(page: Page) -> bytes:
+    """Tells two reads of one object apart."""
+    state = xxhash.xxh3_128()
+    for segment in page:
+        state.update(segment)
+    return state.digest()
+
+
 class SealedBackend(BackendWrapper):
     """Stores sealed pages and returns none that does not verify.
 
     The pages of ``batch_get`` and ``batch_set`` start with a segment of 64 bytes for the header;
-    ``get`` and ``set`` deal in payloads. An object that does not verify is a miss, is counted by
-    kind, and is deleted if the backend can delete.
+    ``get`` and ``set`` deal in payloads. An object that does not verify is read once more. It is a
+    hit if it verifies then; otherwise it is a miss and is counted by kind. It is deleted only if
+    both reads gave the same bytes: what differs was spoilt on its way, and the store may be well.
 
     Every method raises ``ValueError`` for a key that is not ``<16 hex digits>/<64 hex digits>``.
     """
@@ -139,15 +155,10 @@ class SealedBackend(BackendWrapper):
         value = self.inner.get(key)
         if value is None:
             return None
-        data = memoryview(value).cast("B")
-        if data.nbytes < HEADER_NBYTES:
-            self._reject(key, "wrong_length")
-            return None
-        kind = mismatch(key, (data[:HEADER_NBYTES], data[HEADER_NBYTES:]))
-        if kind is not None:
-            self._reject(key, kind)
-            return None
-        return data[HEADER_NBYTES:]
+        data: memoryview | None = memoryview(value).cast("B")
+        if _judge(key, data) is not None:
+            data = self._look_again(key, (data,))
+        return None if data is None else data[HEADER_NBYTES:]
 
     def exists(self, key: str) -> bool:
         parse_key(key)
@@ -169,10 +180,11 @@ class SealedBackend(BackendWrapper):
         names = [_name_of(key) for key in keys]
         n_good, n_filled = self._fill(keys, names, pages)
         for n in range(n_good, n_filled):
-            kind = _mismatch(names[n], pages[n])
-            if kind is not None:
-                self._reject(keys[n], kind)
-                return n
+            if _mismatch(names[n], pages[n]) is not None:
+                good = self._look_again(keys[n], pages[n])
+                if good is None:
+                    return n
+                scatter(good, pages[n])
         if n_filled < len(keys):
             self._reject_wrong_length(keys[n_filled], nbytes_of(pages[n_filled]))
         return n_filled
@@ -208,7 +220,7 @@ class SealedBackend(BackendWrapper):
     def _fill(
         self, keys: Sequence[str], names: Sequence[bytes], pages: Sequence[Page]
     ) -> tuple[int, int]:
-        """Reads pages; how many leading ones verified already, and how many are filled."""
+        """Reads pages; how many leading ones verified already, and how many are to be looked at."""
         if self._visiting is None:
             return 0, self.inner.batch_get(keys, pages)
         refused: set[int] = set()
@@ -220,18 +232,40 @@ class SealedBackend(BackendWrapper):
             return good
 
         n = self._visiting.batch_get_visiting(keys, pages, arrived)
-        if n not in refused:
-            return n, n
-        # Perhaps it was overwritten while it was read, and that is no damage: it is read once more.
-        return n, n + self.inner.batch_get(keys[n : n + 1], pages[n : n + 1])
+        return n, n + (n in refused)
 
-    def _reject(self, key: str, kind: str) -> None:
-        """Counts a mismatch and removes the object, so that a good one can take its place."""
+    def _look_again(self, key: str, refused: Page, nbytes: int | None = None) -> memoryview | None:
+        """Reads what was refused once more, into other memory; the object if it is good now.
+
+        Args:
+            key: of the object.
+            refused: what the first read gave.
+            nbytes: length of the page; None if any will do.
+        """
+        try:
+            value = self.inner.get(key)
+        except BackendError:  # the first read is a miss either way
+            return None
+        if value is None:  # it was evicted or overwritten while it was read, and that is no damage
+            return None
+        data = memoryview(value).cast("B")
+        kind = _judge(key, data, nbytes)
+        if kind is None:
+            return data
+        self._count(key, kind)
+        if data.nbytes == nbytes_of(refused) and _digest((data,)) == _digest(refused):
+            self._remove(key)
+        return None
+
+    def _count(self, key: str, kind: str) -> None:
         with self._lock:
             self._counts[f"sealed_{kind}"] += 1
             self._verdicts[key] = kind
             if len(self._verdicts) > MAX_VERDICTS:
                 self._verdicts.popitem(last=False)
+
+    def _remove(self, key: str) -> None:
+        """Removes a damaged object, so that a good one can take its place."""
         # The read is answered with a miss whether or not the store could also delete.
         with contextlib.suppress(NotImplementedError, BackendError):
             self.inner.delete([key])
@@ -246,4 +280,4 @@ class SealedBackend(BackendWrapper):
             if self.inner.exists(key):
                 value = self.inner.get(key)
                 if value is not None and memoryview(value).nbytes != nbytes:
-                    self._reject(key, "wrong_length")
+                    self._look_again(key, (memoryview(value).cast("B"),), nbytes)

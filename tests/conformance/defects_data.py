@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from hicache_core.errors import BackendDenied, BackendFull
 from hicache_core.storage.base import Buffer
+from hicache_core.storage.sealed import MAGIC
 from hicache_core.storage.segments import join, nbytes_of, scatter
 from hicache_core.types import Page
 from tests.conformance.right import RightBackend
@@ -140,6 +141,16 @@ class OneBufferForAnswers(RightBackend):
             return None
         self.buffer[: len(value)] = value
         return memoryview(self.buffer)[: len(value)]
+
+
+class GivesSealedPagesOnce(RightBackend):
+    """bad_link_removes_nothing"""
+
+    def get(self, key: str) -> Buffer | None:
+        value = super().get(key)
+        if value is not None and value[:4] == MAGIC:
+            self.delete([key])
+        return value
 
 
 class KeyWithoutNamespace(RightBackend):

@@ -48,6 +48,23 @@ class Gated(Store):
         return super().batch_get(keys, pages)
 
 
+class GatedQuestions(Store):
+    """As ``Gated``, for questions."""
+
+    name = "gated_questions"
+    entered: ClassVar[threading.Semaphore] = threading.Semaphore(0)
+    gate: ClassVar[threading.Semaphore] = threading.Semaphore(0)
+
+    @classmethod
+    def reset(cls) -> None:
+        cls.entered, cls.gate = threading.Semaphore(0), threading.Semaphore(0)
+
+    def batch_exists(self, keys: Sequence[str]) -> int:
+        self.entered.release()
+        self.gate.acquire()
+        return super().batch_exists(keys)
+
+
 class EvictsBeforeRead(Store):
     """Says that keys exist, and then has only the first ``n_kept`` of what is asked for."""
 
@@ -186,6 +203,7 @@ def reset() -> None:
     """Empties the store that all share, and shuts the gates."""
     Store.objects.clear()
     Gated.reset()
+    GatedQuestions.reset()
     GatedWrites.reset()
     Counts.reset()
 
@@ -193,5 +211,6 @@ def reset() -> None:
 def open_gates() -> None:
     """Lets every call that waits go on."""
     Gated.gate.release(1000)
+    GatedQuestions.gate.release(1000)
     GatedWrites.gate.release(1000)
     Counts.gate.set()

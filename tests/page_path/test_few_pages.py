@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import uuid
+from typing import Any
 
 import pytest
 
@@ -71,6 +72,44 @@ def test_a_store_that_takes_nothing_keeps_no_page_of_the_device(
     world.check()
     backends.GatedWrites.gate.release(1000)
     assert world.cache.flush(10.0)
+    world.check()
+
+
+@pytest.mark.parametrize("hangs_at", ["question", "read"])
+def test_a_store_that_does_not_answer_keeps_no_page_of_a_request_that_went_on(
+    worlds: list[World], hangs_at: str
+) -> None:
+    """Its question, or its read below a prefix of the device, goes on; the prefix may leave."""
+    gate = {"question": backends.GatedQuestions, "read": backends.Gated}[hangs_at]
+    store, gated = (
+        {
+            "backend_name": kind.name,
+            "module_path": "tests.page_path.backends",
+            "class_name": kind.__name__,
+        }
+        for kind in (backends.Store, gate)
+    )
+    make: dict[str, Any] = {
+        "backend": "dynamic",
+        "hicache_write_policy": "write_through_selective",
+    }
+    first = opened(worlds, storage=store, **make)
+    for _ in range(2):
+        first.request(ids(6 * PAGE_SIZE))
+    assert first.cache.flush(10.0)
+    world = opened(worlds, device_pages=6, ratio=1.0, storage=gated, **make)
+    world.request(ids(2 * PAGE_SIZE), prefetch=False)
+    assert world.cache.prefetch("r", ids(6 * PAGE_SIZE))
+    while not gate.entered.acquire(timeout=0.01):
+        world.cache.poll()
+    assert world.cache.evict(2) == 0, "the request may still want to go on from there"
+    world.cache.finish_prefetch("r")
+    assert world.cache.evict(2) == 2
+    world.check()
+    world.request(ids(5 * PAGE_SIZE), prefetch=False)
+    gate.gate.release(1000)
+    assert world.cache.flush(10.0)
+    world.request(ids(6 * PAGE_SIZE))
     world.check()
 
 

@@ -15,8 +15,8 @@ from hicache_core.observe.events import EventsConfig, KvEvents
 from hicache_core.page_keys import pack_tokens, page_digests
 from hicache_core.radix.node import descendants
 from hicache_core.storage.memory import MemoryBackend, MemoryConfig
-from hicache_core.types import BackendContext, Tier
-from tests.page_path.world import PAGE_SIZE, World, make_world
+from hicache_core.types import BackendContext, Namespace, Tier
+from tests.page_path.world import PAGE_SIZE, World, ids, make_world
 from tests.unit.observe.subscriber import Subscriber
 
 MARK = PageRun(b"", page_digests(pack_tokens([9] * 4), 4), pack_tokens([9] * 4), b"")
@@ -98,3 +98,87 @@ def test_a_subscriber_knows_what_every_tier_holds(
     expected = held(world) | {"EXTERNAL": in_store(share)}
     assert {medium: subscriber.index[medium] for medium in expected} == expected
     world.close()
+
+
+def followed(publisher: KvEvents, subscriber: Subscriber) -> dict[str, set[int]]:
+    """What the subscriber believes of each medium, once it has heard everything."""
+    publisher.stored(Tier.HOST, MARK)
+    (mark,) = block_hashes(MARK.digests)
+    subscriber.follow_until(mark)
+    subscriber.index["CPU_PINNED"].discard(mark)
+    return {medium: set(hashes) for medium, hashes in subscriber.index.items() if hashes}
+
+
+@pytest.fixture
+def told(pair: tuple[KvEvents, Subscriber]) -> Iterator[tuple[World, str]]:
+    """A world whose two prefixes, one salted, are on all tiers, and the name of its store."""
+    publisher, _ = pair
+    publisher.cleared()
+    share = uuid.uuid4().hex
+    world = make_world(storage={"share": share})
+    tell(world, publisher)
+    world.request(ids(33))
+    world.salt = Namespace(cache_salt="tenant")
+    world.request(ids(17))
+    assert world.cache.flush(10.0)
+    yield world, share
+    world.close()
+
+
+def test_after_a_flush_routers_still_know_what_storage_has(
+    pair: tuple[KvEvents, Subscriber], told: tuple[World, str]
+) -> None:
+    world, share = told
+    assert set(followed(*pair)) == {"GPU", "CPU_PINNED", "EXTERNAL"}
+    assert world.cache.reset()
+    stored = in_store(share)
+    assert len(stored) >= 12
+    assert followed(*pair) == {"EXTERNAL": stored}
+
+
+def test_a_flush_that_cannot_be_done_tells_nothing(
+    pair: tuple[KvEvents, Subscriber], told: tuple[World, str]
+) -> None:
+    world, _ = told
+    before = followed(*pair)
+    match = world.cache.match_prefix(pack_tokens(ids(17)), world.salt, touch=False)
+    world.cache.lock(match.node)
+    assert not world.cache.reset()
+    world.cache.unlock(match.node)
+    assert followed(*pair) == before
+
+
+@pytest.mark.parametrize("way", ["clear", "detach"])
+def test_what_storage_gives_no_more_is_forgotten_and_the_rest_stays(
+    pair: tuple[KvEvents, Subscriber], told: tuple[World, str], way: str
+) -> None:
+    world, _ = told
+    if way == "clear":
+        clearing = world.cache.clear_storage()
+        while not clearing.done:
+            world.cache.wait(0.01)
+            world.cache.poll()
+    else:
+        world.cache.detach_storage()
+    assert followed(*pair) == held(world)
+
+
+def test_a_page_is_told_with_the_names_of_its_namespace_on_every_tier(
+    pair: tuple[KvEvents, Subscriber], told: tuple[World, str]
+) -> None:
+    """Also where another process stored it, and this one has only read it."""
+    publisher, subscriber = pair
+    _, share = told
+    followed(*pair)
+    reader = make_world(storage={"share": share})
+    tell(reader, publisher)
+    reader.salt = Namespace(cache_salt="tenant")
+    start_seq = subscriber.next_seq
+    assert reader.request(ids(17)).storage == 16
+    assert reader.cache.flush(10.0)
+    followed(*pair)
+    batches = [batch for _, batch in subscriber.replayed(start_seq)]
+    events = [event for _, batch, _ in batches for event in batch if "token_ids" in event]
+    salts = {event["medium"]: event.get("cache_salt") for event in events[:-1]}
+    assert salts == dict.fromkeys(("GPU", "CPU_PINNED", "EXTERNAL"), "tenant")
+    reader.close()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from hicache_core.disaggregation.first_token import FirstToken
 from hicache_core.disaggregation.roles import Role, RoleSettings
 from hicache_core.engine.engine import Engine, EngineConfig
 from hicache_core.engine.request import Bootstrap, Request
@@ -166,6 +167,24 @@ def test_a_request_that_the_prefill_half_gives_up_is_computed_by_the_decode_half
         assert decode.role.figures.recomputed == 1
 
 
+@pytest.mark.parametrize("note", [b"[" * 60_000, b'{"token": 1099511627776, "cached": [0, 0, 0]}'])
+def test_nonsense_of_a_prefill_half_costs_its_own_request(
+    note: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt, other = prompt_of(40), prompt_of(30, seed=2)
+    with pair() as (prefill, decode):
+        room = room_at(prefill)
+        monkeypatch.setattr(FirstToken, "pack", lambda _: note)
+        prefill.ask(prompt, room)
+        _, answering = decode.ask(prompt, room)
+        answering.wait()
+        assert answering.tokens == plain(model_of(), prompt, 12)
+        assert decode.role.figures.recomputed == 1
+        _, answering = decode.ask(other, None)
+        answering.wait()
+        assert answering.tokens == plain(model_of(), other, 12)
+
+
 def test_without_a_prefill_half_the_decode_half_computes() -> None:
     prompt = prompt_of(40)
     with half("decode") as decode:
@@ -214,6 +233,25 @@ def test_too_little_room_on_either_side_is_no_loss() -> None:
         for prompt, answer in zip(prompts, answers, strict=True):
             answer.wait()
             assert answer.tokens == plain(model_of(), prompt, 12)
+
+
+@pytest.mark.parametrize("offload_stride", [0, 1, 2])
+def test_equal_prompts_in_flight_at_once_end_in_a_pool_that_one_of_them_nearly_fills(
+    offload_stride: int,
+) -> None:
+    prompt, n_new = prompt_of(40), (2, 24)
+    small = {"device_tokens": 84, "offload_stride": offload_stride}
+    with half("prefill") as prefill, half("decode", **small) as decode:
+        rooms = [room_at(prefill) for _ in n_new]
+        answers = [
+            decode.ask(prompt, room, n)[1] for room, n in zip(rooms, n_new, strict=True)
+        ]  # both are fetched before either has arrived
+        for room in rooms:
+            prefill.ask(prompt, room)
+        for answer, n in zip(answers, n_new, strict=True):
+            answer.wait()
+            assert answer.tokens == plain(model_of(), prompt, n)
+        assert decode.role.figures.received == 2
 
 
 def test_another_prefill_node_is_served_what_the_decode_node_generated(tmp_path: Path) -> None:

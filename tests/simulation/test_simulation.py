@@ -5,11 +5,13 @@ from __future__ import annotations
 import faulthandler
 import subprocess
 import sys
+from random import Random
 
 import pytest
 from click.testing import CliRunner
 
 from hicache_core.testing.simulation.__main__ import main, report
+from hicache_core.testing.simulation.link import damaged
 from hicache_core.testing.simulation.runner import run_many
 from hicache_core.testing.simulation.schedule import N_STEPS, run_schedule
 
@@ -37,6 +39,7 @@ REACHED = (
     "store_dropped_pages",
     "started_over",
     "steps_with_orphaned_pages",
+    "steps_with_orphaned_reads",
     "stored_pages",
 )
 
@@ -52,6 +55,10 @@ def test_every_invariant_holds_in_ten_thousand_schedules() -> None:
     assert outcome.n_schedules == N_SCHEDULES
     missing = [what for what in REACHED if outcome.tally[what] < 100]
     assert not missing, "the schedules hardly ever get there"
+
+
+def test_an_object_that_was_cut_to_nothing_may_be_damaged_again() -> None:
+    assert {damaged(b"", Random(seed)) for seed in range(9)} == {b""}
 
 
 def test_a_schedule_is_a_function_of_its_seed() -> None:

@@ -139,6 +139,8 @@ class Link(BackendWrapper):
 
 def damaged(value: bytes, draw: Random) -> bytes:
     """An object with a bit flipped, cut short, or replaced by as many random bytes."""
+    if not value:
+        return value  # it was cut to nothing before
     kind = draw.randrange(3)
     if kind == 0:
         at = draw.randrange(len(value))

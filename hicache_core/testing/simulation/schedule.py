@@ -413,6 +413,8 @@ class Schedule:
         self._is_touched = False
         for rank in self._ranks:
             checks.check_rank(rank.engine, rank.workers, rank.ledger)
-            n_orphaned = rank.engine.cache._write_path.n_orphaned_pages
-            self.tally["steps_with_orphaned_pages"] += n_orphaned > 0
+            cache = rank.engine.cache
+            self.tally["steps_with_orphaned_pages"] += cache._write_path.n_orphaned_pages > 0
+            reads = cache._prefetch_path
+            self.tally["steps_with_orphaned_reads"] += bool(reads and reads.n_orphaned_pages)
         checks.check_ranks_agree([rank.engine for rank in self._ranks])

@@ -23,6 +23,7 @@ class Reply(NamedTuple):
         headers: beside Content-Length.
         nbytes: announced length, where it differs from that of the body.
         delay_s: how long it lets the client wait.
+        drip_s: how long it pauses behind each byte of the headers.
     """
 
     status: int
@@ -30,6 +31,7 @@ class Reply(NamedTuple):
     headers: tuple[tuple[str, str], ...] = ()
     nbytes: int | None = None
     delay_s: float = 0.0
+    drip_s: float = 0.0
 
 
 def error(status: int, code: str, extra: str = "") -> Reply:
@@ -82,6 +84,12 @@ class Emulation:
         reply = self.replies.pop(0) if self.replies else self.last
         request.rfile.read(int(request.headers.get("Content-Length", "0")))
         time.sleep(reply.delay_s)
+        if reply.drip_s:
+            with contextlib.suppress(ConnectionError):
+                for byte in b"HTTP/1.1 200 OK\r\n" + b"x-y: z\r\n" * 1000:
+                    request.wfile.write(bytes([byte]))
+                    time.sleep(reply.drip_s)
+            return
         request.send_response(reply.status)
         for name, value in reply.headers:
             request.send_header(name, value)

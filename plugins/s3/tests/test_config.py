@@ -32,6 +32,7 @@ HELD = dict(zip(("access_key_id", "secret_access_key", "session_token"), SECRETS
         ({"bucket": ""}, "bucket"),
         ({"bucket": "a b"}, "bucket"),
         ({"prefix": "a b"}, "prefix"),
+        ({"prefix": "a/../b/"}, "prefix must have no part"),
         ({"endpoint_url": "localhost:9000"}, "endpoint_url must be http"),
         ({"endpoint_url": "http://u:p@localhost"}, "no credentials"),
         ({"endpoint_url": "http://localhost/path"}, "endpoint_url must be http"),
@@ -52,6 +53,14 @@ def test_a_wrong_setting_is_an_error_that_says_which(wrong: dict[str, Any], name
 def test_sizes_may_be_text() -> None:
     config = S3Config.model_validate({"bucket": "b", "pack_nbytes": "16MiB"})
     assert config.pack_nbytes == 16 << 20
+
+
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [("hicache/", "hicache/"), ("/a", "a"), ("//a//b//", "a/b/"), ("/", ""), ("", "")],
+)
+def test_a_prefix_has_no_empty_part(given: str, used: str) -> None:
+    assert S3Config(bucket="b", prefix=given).prefix == used
 
 
 def test_secrets_are_in_no_representation_and_no_error_of_validation() -> None:

@@ -70,6 +70,26 @@ def test_open_says_what_is_wrong_and_what_to_do(
     assert time.monotonic() - start < 20  # it does not wait for a time-out of minutes
 
 
+def test_a_server_that_drips_is_given_up_as_soon_as_one_that_is_silent(
+    emulation: Emulation, make_backend: MakeBackend
+) -> None:
+    emulation.last = Reply(200, drip_s=0.05)
+    start = time.monotonic()
+    with pytest.raises(BackendTimeout, match="no answer in time"):
+        make_backend(emulation.url, read_timeout_s=0.5)
+    assert time.monotonic() - start < 20  # the head alone would take minutes
+
+
+@pytest.mark.parametrize("nbytes", [99_999_999_999_999, 1 << 70])
+def test_an_announced_length_beyond_all_memory_is_an_error_of_the_store(
+    emulation: Emulation, make_backend: MakeBackend, nbytes: int
+) -> None:
+    backend = make_backend(emulation.url)
+    emulation.last = Reply(200, b"x", nbytes=nbytes)
+    with pytest.raises(BackendUnavailable, match="announces"):
+        backend.get(KEY)
+
+
 def test_slow_down_is_waited_out_and_counted(
     emulation: Emulation, make_backend: MakeBackend
 ) -> None:

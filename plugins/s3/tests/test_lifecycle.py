@@ -17,7 +17,7 @@ from hicache_core.storage.base import Pins, ReportsUsage
 from hicache_core.storage.scrub import scrub
 from plugins.s3.tests.conftest import MakeBackend
 from plugins.s3.tests.weed import Weed
-from plugins.s3.tests.world import NAMESPACE, NBYTES, content, filled, hits, keys_of, put
+from plugins.s3.tests.world import NAMESPACE, NBYTES, content, hits, keys_of, put
 from tests.scrubbing import check_scrub, sealed
 
 EIGHT = {"pack_nbytes": 8 * NBYTES}
@@ -154,7 +154,7 @@ def test_scrubbing_removes_corrupt_and_foreign_pages(make_backend: MakeBackend) 
 def test_scrubbing_takes_a_bad_page_out_of_its_pack(make_backend: MakeBackend) -> None:
     keys = keys_of(8)
     pages = [(memoryview(sealed(key)),) for key in keys]
-    pages[3] = filled(keys[3], (pages[3][0].nbytes,))  # type: ignore[assignment]
+    pages[3] = (memoryview(sealed(keys[3])[:-1] + b"!"),)
     backend = make_backend(**EIGHT)
     assert backend.batch_set(keys, pages) == 8
     assert backend.stats()["puts"] == 9, "a pack and its indexes"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,9 +17,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hicache_core.storage.base import StorageBackend
+from hicache_core.storage.scrub import REMOVED, UNKNOWN, scrub
+from hicache_core.storage.sealed import seal
+from hicache_core.types import Page
 from plugins.s3.tests.conftest import MakeBackend
 from plugins.s3.tests.weed import BUCKET, Weed
-from plugins.s3.tests.world import NBYTES, blank, filled, hits, is_right, keys_of, put
+from plugins.s3.tests.world import (
+    NAMESPACE,
+    NBYTES,
+    blank,
+    content,
+    filled,
+    hits,
+    is_right,
+    keys_of,
+    put,
+)
 
 EIGHT = {"pack_nbytes": 8 * NBYTES}
 """Packs of eight pages."""
@@ -26,6 +40,13 @@ EIGHT = {"pack_nbytes": 8 * NBYTES}
 
 def packs(weed: Weed, backend: StorageBackend) -> list[str]:
     return weed.names(f"{backend.settings.prefix}packs/")  # type: ignore[attr-defined]
+
+
+def sealed_page(key: str) -> Page:
+    """A page of the cache, as it is stored."""
+    page = (memoryview(bytearray(64)), memoryview(bytearray(content(key, NBYTES - 64))))
+    seal(key, page)
+    return page
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +70,73 @@ def test_a_write_becomes_packs_and_the_same_write_the_same_packs(
     put(make_backend(**EIGHT), keys)
     assert packs(weed, backend) == names
     assert hits(make_backend(**EIGHT), keys) == 19
+
+
+def test_a_copy_without_object_metadata_serves_all_pages_and_scrub_removes_none(
+    make_backend: MakeBackend, weed: Weed
+) -> None:
+    """As ``aws s3 sync`` by way of a disk makes it, or ``rclone`` without ``--metadata``."""
+    keys = keys_of(19)
+    first = make_backend(**EIGHT)
+    assert first.batch_set(keys, [sealed_page(key) for key in keys]) == 19
+    client, source = weed.client(), first.settings.prefix
+    for name in weed.names(source):
+        body = client.get_object(Bucket=BUCKET, Key=name)["Body"].read()
+        client.put_object(Bucket=BUCKET, Key=f"copied-{name}", Body=body)
+    options = {"prefix": f"copied-{source}", **EIGHT}
+    for reader in (make_backend(**options), make_backend(**{**options, "pack": False})):
+        assert reader.batch_exists(keys) == 19
+        pages = [blank((64, NBYTES - 64)) for _ in keys]
+        assert reader.batch_get(keys, pages) == 19
+        assert [b"".join(page) for page in pages] == [b"".join(sealed_page(k)) for k in keys]
+        assert all(reader.get(key) == b"".join(sealed_page(key)) for key in keys)
+        assert sum(reader.usage().values()) == 19 * NBYTES
+    before = weed.names(f"copied-{source}")
+    assert {checked.kind for checked in scrub(make_backend(**options))} == {"good"}
+    assert weed.names(f"copied-{source}") == before
+
+
+def test_a_short_page_that_could_be_an_index_is_read_as_a_page(make_backend: MakeBackend) -> None:
+    nbytes = INDEX_NBYTES
+    (key,) = keys_of(1)
+    for backend in (make_backend(), make_backend(pack=False)):
+        backend.set(key, content(key, nbytes))
+        assert hits(backend, [key], (64, nbytes - 64)) == 1
+        assert hits(backend, [key], (64, nbytes - 104)) == 0
+        assert backend.get(key) == content(key, nbytes)
+        assert backend.exists(key)
+        assert sum(backend.usage().values()) == nbytes
+
+
+def test_objects_of_other_tools_are_not_listed_and_never_removed(
+    make_backend: MakeBackend, weed: Weed
+) -> None:
+    backend = make_backend(**EIGHT)
+    prefix, keys = backend.settings.prefix, keys_of(8)
+    put(backend, keys)
+    others = [f"{prefix}{name}" for name in ("pages/README.txt", "packs/notes.txt", "x/y")]
+    for name in others:
+        weed.client().put_object(Bucket=BUCKET, Key=name, Body=b"another tool's")
+    assert sorted(backend.list_keys("")) == sorted(keys)
+    assert set(backend.usage()) == {NAMESPACE}
+    assert len(list(scrub(backend, kinds=REMOVED | {UNKNOWN}))) == 8
+    put(backend, keys)
+    assert backend.clear("") == 8
+    assert weed.names(prefix) == sorted(others)
+
+
+@pytest.mark.parametrize("before", ["/", "a//b///"])
+def test_slashes_too_many_in_the_prefix_are_left_out(
+    make_backend: MakeBackend, weed: Weed, before: str
+) -> None:
+    backend = make_backend(prefix=f"{before}{time.monotonic_ns():x}//", **EIGHT)
+    keys = keys_of(12)
+    put(backend, keys)
+    assert sorted(backend.list_keys(f"{NAMESPACE}/")) == sorted(keys)
+    assert dict(backend.usage()) == {NAMESPACE: 12 * NBYTES}
+    assert backend.clear(f"{NAMESPACE}/") == 12
+    assert hits(backend, keys) == 0
+    assert weed.names(backend.settings.prefix) == []
 
 
 def test_what_is_stored_is_not_written_again(make_backend: MakeBackend) -> None:

@@ -17,7 +17,7 @@ Capsys = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def store(tmp_path: Path) -> str:
-    """Settings of a file store with five good objects, a corrupt one and a foreign key."""
+    """Settings of a file store with five good objects, a corrupt one and one without a seal."""
     backend = FileBackend(FileConfig(path=tmp_path / "store"), BackendContext("0" * 16))
     backend.open()
     for n in range(5):
@@ -34,8 +34,8 @@ def test_a_dry_run_tells_and_removes_nothing(store: str, capsys: Capsys) -> None
         status, out, err = in_process(capsys, "scrub", "file", "--config", store, "--dry-run")
         assert status == 1
         assert f"corrupt       {key_of(5, NAMESPACES[1])}" in out
-        assert "foreign       alien/x" in out
-        assert "7 objects, 992 bytes checked; 2 would be removed" in out
+        assert "unknown       alien/x" in out
+        assert "7 objects, 992 bytes checked; 1 would be removed" in out
         assert err == "", "progress is for terminals"
 
 
@@ -47,17 +47,20 @@ def test_it_removes_what_is_bad_and_is_clean_then(store: str, capsys: Capsys) ->
         "dry_run": False,
         "objects": 7,
         "nbytes": 992,
-        "bad": 2,
-        "removed": 2,
+        "bad": 1,
+        "removed": 1,
         "namespaces": {
-            "": {"foreign": {"objects": 1, "nbytes": 8}},
+            "": {"unknown": {"objects": 1, "nbytes": 8}},
             NAMESPACES[0]: {"good": {"objects": 5, "nbytes": 820}},
             NAMESPACES[1]: {"corrupt": {"objects": 1, "nbytes": 164}},
         },
     }
     status, out, _ = in_process(capsys, "scrub", "file", "--config", store)
     assert status == 0
-    assert "5 objects, 820 bytes checked; 0 removed" in out
+    assert "6 objects, 828 bytes checked; 0 removed" in out
+    status, out, _ = in_process(capsys, "scrub", "file", "--config", store, "--remove-unknown")
+    assert status == 1
+    assert "6 objects, 828 bytes checked; 1 removed" in out
 
 
 def test_only_a_part_is_checked_if_asked(store: str, capsys: Capsys) -> None:

@@ -29,7 +29,7 @@ class Subscriber:
         if publisher.replay_endpoint:
             self._dealer.connect(publisher.replay_endpoint)
         self.index: dict[str, set[int]] = defaultdict(set)
-        self.next_seq = 0
+        self.next_seq = 0  # until the first batch has come, whose number is the time
         self.topics: set[bytes] = set()
 
     def close(self) -> None:
@@ -69,6 +69,7 @@ class Subscriber:
             seq, batch = self.receive()
             if seq in lost or seq < self.next_seq:
                 continue
+            self.next_seq = self.next_seq or seq
             if seq > self.next_seq:
                 for number, missed in self.replayed(self.next_seq):
                     self.apply(number, missed)
@@ -77,8 +78,8 @@ class Subscriber:
 
     def apply(self, seq: int, batch: list[Any]) -> None:
         """Takes one batch into the index."""
-        assert seq == self.next_seq
-        self.next_seq += 1
+        assert self.next_seq in (0, seq)
+        self.next_seq = seq + 1
         _, events, _ = batch
         for event in events:
             if event["type"] == "AllBlocksCleared":

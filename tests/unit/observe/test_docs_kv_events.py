@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from hicache_core.controller.journal import PageRun
 from hicache_core.observe.event_format import CLEARED, MEDIUM, block_hashes, removed, stored
 from hicache_core.observe.events import EventsConfig
 from hicache_core.page_keys import pack_tokens, page_digests
-from hicache_core.types import Tier
+from hicache_core.types import Namespace, Tier
 
 PAGE = (Path(__file__).parents[3] / "docs" / "kv-events.md").read_text(encoding="utf-8")
 LINES = PAGE.splitlines()
@@ -27,6 +28,20 @@ def test_every_setting_has_its_line_and_no_line_is_of_one_that_is_gone() -> None
     settings = {f.name: str(f.default) or "(empty)" for f in dataclasses.fields(EventsConfig)}
     assert {name: text for name, text in shown.items() if name in settings} == settings
     assert set(shown) - set(settings) == set()
+
+
+def test_every_setting_of_an_engine_that_is_taken_is_named() -> None:
+    for name in ("publisher", "enable_kv_cache_events", "max_queue_size"):
+        assert f"`{name}`" in PAGE
+
+
+def test_every_name_of_a_namespace_is_told() -> None:
+    namespace = Namespace(cache_salt="tenant", lora_id="adapter")
+    page = PageRun(b"", bytes(32), pack_tokens(range(4)), b"seed")
+    added = set(stored(Tier.HOST, page, namespace)) - set(
+        stored(Tier.HOST, replace(page, seed=b""))
+    )
+    assert all(f"`{name}`" in PAGE for name in added | {"lora_name"})
 
 
 @pytest.mark.parametrize("tier", list(Tier))

@@ -6,6 +6,7 @@ import itertools
 import struct
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 import msgpack
 import pytest
@@ -15,7 +16,15 @@ from hypothesis import strategies as st
 
 from hicache_core.controller.journal import PageRun
 from hicache_core.errors import ConfigError
-from hicache_core.observe.event_format import payload, pieces, removed, stored
+from hicache_core.observe import events as events_module
+from hicache_core.observe.event_format import (
+    CLEARED,
+    payload,
+    payload_of_arrays,
+    pieces,
+    removed,
+    stored,
+)
 from hicache_core.observe.events import EventsConfig, KvEvents, for_rank
 from hicache_core.observe.replay import ReplayBuffer
 from hicache_core.page_keys import chain_seed, pack_tokens, page_digests
@@ -67,8 +76,8 @@ def publisher() -> Iterator[KvEvents]:
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[tuple[KvEvents, Subscriber]]:
-    """A publisher and a subscriber that it knows, for many streams one after the other."""
-    events = KvEvents(LOOPBACK)
+    """A publisher that counts from 0 and a subscriber that it knows, for many streams."""
+    events = KvEvents(LOOPBACK, wall_clock=lambda: 0.0)
     events.open()
     subscriber = Subscriber(events, "kv")
     subscriber.join(events)
@@ -151,6 +160,106 @@ def test_a_long_run_is_told_in_pieces_that_are_chained(
     parents = [event["parent_block_hash"] for event in told]
     lasts = [event["block_hashes"][-1] for event in told]
     assert parents == [stored(Tier.HOST, whole)["parent_block_hash"], *lasts[:-1]]
+
+
+@pytest.mark.parametrize("lora_id", [None, "adapter"])
+def test_a_salted_page_carries_the_salt_under_the_names_that_routers_read(
+    lora_id: str | None,
+) -> None:
+    """SGLang and Dynamo read cache_salt and lora_name; readers of vLLM extra_keys, by block."""
+    namespace = Namespace(cache_salt="tenant", lora_id=lora_id)
+    first = stored(Tier.HOST, run([1] * 8, namespace=namespace), namespace)
+    rest = stored(Tier.HOST, run([1] * 8, skip_pages=1, namespace=namespace), namespace)
+    keys = [] if lora_id is None else [lora_id]
+    assert first["extra_keys"] == [[*keys, "tenant"], keys or None]
+    assert rest.get("extra_keys") == ([keys] if keys else None)
+    for event in (first, rest):
+        assert (event["cache_salt"], event["lora_name"]) == ("tenant", lora_id)
+
+
+def test_an_adapter_alone_is_no_salt() -> None:
+    namespace = Namespace(lora_id="adapter")
+    event = stored(Tier.HOST, run([1] * 8, namespace=namespace), namespace)
+    assert "cache_salt" not in event
+    assert (event["lora_name"], event["extra_keys"]) == ("adapter", [["adapter"], ["adapter"]])
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_no_router_can_ask_for_is_never_filed_under_the_plain_prompt(known: bool) -> None:
+    """An extra_key, or a namespace whose names are forgotten: the seed stands in as the salt."""
+    namespace = Namespace(extra_key="key", cache_salt="tenant")
+    page = run([1] * 4, namespace=namespace)
+    event = stored(Tier.HOST, page, namespace if known else None)
+    assert event["cache_salt"] == chain_seed(namespace).hex()
+    assert event["extra_keys"] == [[chain_seed(namespace).hex()]]
+
+
+def test_without_a_namespace_nothing_is_added() -> None:
+    assert list(stored(Tier.HOST, run([1] * 4), Namespace())) == list(
+        stored(Tier.HOST, run([1] * 4))
+    )
+    assert "cache_salt" not in stored(Tier.HOST, run([1] * 4))
+
+
+def test_arrays_hold_the_same_fields_in_the_order_of_the_older_form() -> None:
+    namespace = Namespace(cache_salt="tenant")
+    page = run([1] * 4, namespace=namespace)
+    events = [stored(Tier.DEVICE, page, namespace), removed(Tier.DEVICE, page), CLEARED]
+    ts, arrays, rank = msgpack.unpackb(payload_of_arrays(1.5, events, 2))
+    assert (ts, rank) == (1.5, 2)
+    assert arrays == [
+        ["BlockStored", hashes(page), None, [1] * 4, 4, None, "GPU", None, [["tenant"]]],
+        ["BlockRemoved", hashes(page), "GPU"],
+        ["AllBlocksCleared"],
+    ]
+    plain = msgpack.unpackb(payload_of_arrays(1.5, [stored(Tier.DEVICE, run([1] * 4))], 0))
+    assert plain[1][0][5:] == [None, "GPU", None]
+
+
+def test_the_setting_chooses_arrays() -> None:
+    events = KvEvents(replace(LOOPBACK, format="array"))
+    events.open()
+    subscriber = Subscriber(events)
+    subscriber.join(events)
+    assert subscriber.receive()[1][1][0] == ["AllBlocksCleared"]
+    subscriber.close()
+    events.close()
+
+
+def test_a_publisher_that_is_started_anew_goes_on_above_its_old_numbers_and_clears_first() -> None:
+    """A reader that drops lower numbers sees the new one, and forgets what the old one had."""
+    lives = []
+    for life in range(2):
+        events = KvEvents(LOOPBACK, wall_clock=lambda life=life: 1_790_000_000.0 + life)
+        events.stored(Tier.DEVICE, run([life] * PAGE_SIZE))  # before it is open, even
+        events.open()
+        last = mark(events)
+        subscriber = Subscriber(events)
+        while not any(last in known for known in subscriber.index.values()):
+            batches = list(subscriber.replayed(0))
+            for seq, batch in batches:
+                if seq >= subscriber.next_seq:
+                    subscriber.apply(seq, batch)
+        subscriber.close()
+        events.close()
+        lives.append(batches)
+    assert lives[0][0][0] == 1_790_000_000_000_000
+    assert lives[1][0][0] > lives[0][-1][0]
+    assert [batches[0][1][1][0] for batches in lives] == [{"type": "AllBlocksCleared"}] * 2
+    assert lives[1][0][0] < 2**53, "numbers that JavaScript can count"
+
+
+def test_names_of_namespaces_are_remembered_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events_module, "MAX_NAMESPACES", 2)
+    events = KvEvents(LOOPBACK)
+    tenants = [Namespace(cache_salt=f"tenant-{n}") for n in range(3)]
+    for tenant in tenants:
+        events.named(chain_seed(tenant), tenant)
+    for tenant in tenants:
+        events.stored(Tier.DEVICE, run([1] * 4, namespace=tenant))
+    salts = [event["cache_salt"] for change in events._queue for event, _ in change.events()]
+    assert salts == [chain_seed(tenants[0]).hex(), "tenant-1", "tenant-2"]
+    events.close()
 
 
 def test_a_message_has_topic_number_and_payload() -> None:
@@ -256,7 +365,7 @@ def test_who_comes_late_gets_everything_by_replay(publisher: KvEvents) -> None:
 
 
 def test_a_replay_longer_than_any_high_water_mark_is_whole() -> None:
-    events = KvEvents(LOOPBACK)
+    events = KvEvents(LOOPBACK, wall_clock=lambda: 0.0)
     events.open()
     n_batches = 3000
     while events.status().sent_batches < n_batches:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -13,7 +14,7 @@ from hicache_core.errors import BackendError
 from hicache_core.storage.base import BackendConfig, Buffer, StorageBackend
 from hicache_core.storage.file.backend import FileBackend
 from hicache_core.storage.memory import MemoryBackend, MemoryConfig
-from hicache_core.storage.scrub import KINDS, REMOVED, Checked, Tally, judge, scrub
+from hicache_core.storage.scrub import KINDS, REMOVED, UNKNOWN, Checked, Tally, judge, scrub
 from hicache_core.storage.sealed import HEADER_NBYTES, seal
 from hicache_core.types import BackendContext, Page
 
@@ -51,6 +52,7 @@ MADE: dict[str, Callable[[str, int], bytearray]] = {
     "foreign": lambda key, nbytes: sealed(key[:-4] + "0000", nbytes),
     "wrong_length": lambda key, nbytes: sealed(key, nbytes)[:-1],
     "wrong_version": lambda key, nbytes: flipped(key, nbytes, 4),
+    "unknown": lambda key, nbytes: bytearray(b"HiS3".ljust(nbytes, b"?")),
 }
 """Objects of every kind but ``vanished``; each needs at least one byte of payload."""
 
@@ -79,15 +81,18 @@ def test_every_object_is_judged_and_what_is_bad_is_removed(
     assert removed == {key for key, kind in made.items() if kind in REMOVED}
     assert set(backend.list_keys("")) == set(made) - removed
     assert not any(checked.removed for checked in scrub(backend))
+    told = {c.key for c in scrub(backend, kinds=REMOVED | {UNKNOWN}) if c.removed}
+    assert told == {key for key, kind in made.items() if kind == UNKNOWN}
 
 
 def test_an_empty_payload_and_other_keys_are_judged_too() -> None:
     key = key_of(1)
     assert judge(key, sealed(key, 0)) == "good"
-    assert judge(key, b"") == "wrong_length"
-    assert judge(key, bytes(100)) == "corrupt"
+    assert judge(key, b"HiCP") == "wrong_length"
+    assert judge(key, b"") == "unknown"
+    assert judge(key, bytes(100)) == "unknown"
     assert judge(key, None) == "vanished"
-    assert judge("some/other", sealed(key)) == "foreign"
+    assert judge("some/other", sealed(key)) == "unknown"
 
 
 def test_only_what_was_asked_for_is_checked() -> None:
@@ -131,6 +136,14 @@ def test_an_object_that_is_overwritten_meanwhile_stays() -> None:
     backend = meddled()
     backend.between = lambda key: backend.set(key, sealed(key))
     assert {checked.kind for checked in scrub(backend)} == {"good"}
+    assert len(list(backend.list_keys(""))) == 8
+
+
+def test_an_object_that_is_spoilt_on_its_way_stays() -> None:
+    backend = meddled()
+    flips = itertools.count(HEADER_NBYTES)
+    backend.between = lambda key: backend.set(key, flipped(key, 100, next(flips)))
+    assert {(checked.kind, checked.removed) for checked in scrub(backend)} == {("corrupt", False)}
     assert len(list(backend.list_keys(""))) == 8
 
 

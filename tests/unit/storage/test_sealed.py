@@ -187,6 +187,51 @@ def test_a_page_without_a_header_segment_is_an_error(segments: list[bytes]) -> N
         sealed.batch_set([KEY], [[memoryview(bytearray(part)) for part in segments]])
 
 
+class BadLink(MemoryBackend):
+    """Flips a bit of each object that is read while ``flips`` lasts, another one each time."""
+
+    flips = 0
+
+    def get(self, key: str) -> Buffer | None:
+        value = super().get(key)
+        if value is None or not self.flips:
+            return value
+        self.flips -= 1
+        spoilt = bytearray(value)
+        spoilt[-1 - self.flips % 4] ^= 1
+        return spoilt
+
+
+@pytest.mark.parametrize("flips", [1, 2, 3])
+def test_what_differs_between_two_reads_stays_and_is_a_hit_if_the_second_is_good(
+    flips: int,
+) -> None:
+    inner = BadLink(MemoryConfig(), CONTEXT)
+    sealed = SealedBackend(inner)
+    sealed.open()
+    keys = [f"{NAMESPACE}/{n:064x}" for n in range(3)]
+    sealed.batch_set(keys, [page(b"payload") for _ in keys])
+    inner.flips = flips
+    value = sealed.get(keys[0])
+    assert (value is not None) == (flips == 1)
+    assert value is None or bytes(value) == b"payload"
+    inner.flips = 0
+    assert sealed.batch_exists(keys) == 3
+    assert sum(rejected(sealed).values()) == (flips > 1)
+
+
+def test_a_batch_goes_on_behind_a_page_that_is_good_at_the_second_read() -> None:
+    inner = BadLink(MemoryConfig(), CONTEXT)
+    sealed = SealedBackend(inner)
+    sealed.open()
+    keys = [f"{NAMESPACE}/{n:064x}" for n in range(3)]
+    sealed.batch_set(keys, [page(b"payload") for _ in keys])
+    inner.flips = 1
+    into = [page(bytes(7)) for _ in keys]
+    assert sealed.batch_get(keys, into) == 3
+    assert [bytes(segments[1]) for segments in into] == [b"payload"] * 3
+
+
 class ReadOnlyStore(MemoryBackend):
     """Cannot delete."""
 

@@ -17,7 +17,7 @@ from hicache_s3.diagnose import diagnose
 from hicache_s3.endpoint import Endpoint
 from hicache_s3.index import IndexCache, PackIndex
 from hicache_s3.objects import Counts, Objects
-from hicache_s3.pages import Alone, Found, Pages, page_name
+from hicache_s3.pages import Alone, Found, Pages, is_pack_name, key_of, page_name
 from hicache_s3.reading import read_batch
 from hicache_s3.search import Search
 from hicache_s3.usage import usage_by_namespace
@@ -136,19 +136,22 @@ class S3Backend(StorageBackend):
 
     def list_keys(self, prefix: str) -> Iterator[str]:
         """Every key that starts with ``prefix``, a thousand at a time."""
-        start = len(page_name(""))
-        return (name[start:] for name, _ in self._opened().objects.listed(page_name(prefix)))
+        listed = self._opened().objects.listed(page_name(prefix))
+        return (key for name, _ in listed if (key := key_of(name)) is not None)
 
     def clear(self, prefix: str) -> int:
-        """Removes every key that starts with ``prefix``; how many there were."""
+        """Removes every key that starts with ``prefix``; how many there were.
+
+        What other tools put below the prefix of the settings stays.
+        """
         store = self._opened()
-        start = len(page_name(""))
-        keys = [name[start:] for name in store.objects.names(page_name(prefix))]
+        names = store.objects.names(page_name(prefix))
+        keys = [key for name in names if (key := key_of(name)) is not None]
         if len(prefix) > _NAMESPACE_NCHARS:  # packs may hold other pages as well
             self.delete(keys)
             return len(keys)
         store.cache.clear()
-        packs = list(store.objects.names(f"packs/{prefix}"))
+        packs = [name for name in store.objects.names(f"packs/{prefix}") if is_pack_name(name)]
         store.objects.remove([*map(page_name, keys), *packs])
         return len(keys)
 

@@ -105,6 +105,15 @@ class S3Config(BackendConfig):
             raise ValueError("endpoint_url must hold no credentials; set access_key_id instead")
         return value.rstrip("/")
 
+    @field_validator("prefix")
+    @classmethod
+    def _normalise_prefix(cls, value: str) -> str:
+        """Without empty parts: some stores leave them out of the names that they list."""
+        parts = [part for part in value.split("/") if part]
+        if "." in parts or ".." in parts:
+            raise ValueError("prefix must have no part . or ..; name it otherwise")
+        return "/".join(parts) + "/" * (value.endswith("/") and bool(parts))
+
     @field_validator("part_nbytes")
     @classmethod
     def _check_part(cls, value: int) -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
+import io
 import itertools
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from hicache_core.errors import BackendTimeout
 from hicache_core.storage.segments import nbytes_of
@@ -17,6 +20,9 @@ from hicache_core.types import Page
 
 MAX_DRAIN_NBYTES = 64 << 10
 """An unwanted body up to this is read, so that its connection can serve again."""
+
+LEAST_BYTES_PER_S = 8 << 10
+"""An answer that comes slower than this has come to a standstill."""
 
 _MAX_VECTORS = 512  # IOV_MAX is 1024
 _NO_BODY = frozenset([204, 304])
@@ -55,8 +61,16 @@ Choose = Callable[[Head], Page | None]
 
 
 def new_memory(head: Head) -> Page:
-    """Memory of its own for a body of any length."""
-    return (memoryview(bytearray(head.nbytes)),)
+    """Memory of its own for a body of any length.
+
+    Raises:
+        OSError: no memory is so large: the server does not mean it.
+    """
+    try:
+        return (memoryview(bytearray(head.nbytes)),)
+    except (MemoryError, OverflowError) as error:
+        text = f"it announces {head.nbytes} bytes, for which there is no memory"
+        raise OSError(errno.EMSGSIZE, text) from error
 
 
 @dataclass(frozen=True)
@@ -145,7 +159,6 @@ class Connections:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if address.tls is not None:
                 sock = address.tls.wrap_socket(sock, server_hostname=address.host)
-            sock.settimeout(address.read_timeout_s)
         except BaseException:
             sock.close()
             raise
@@ -156,13 +169,15 @@ class Connections:
     def _converse(self, sock: socket.socket, method: str, request: Page, choose: Choose) -> Answer:
         keep = False
         try:
+            sock.settimeout(self.address.read_timeout_s)
             try:
                 send(sock, request)
             except (BrokenPipeError, ConnectionResetError):
                 pass  # a server that refuses a body answers before it has read all of it
             else:
                 keep = True
-            with http.client.HTTPResponse(sock, method=method) as response:
+            source = cast(socket.socket, _Paced(sock, self.address.read_timeout_s))
+            with http.client.HTTPResponse(source, method=method) as response:
                 response.begin()
                 answer, read_whole = _read(response, method, choose)
                 keep = keep and read_whole and not response.will_close
@@ -179,6 +194,37 @@ class Connections:
                 self._idle.append(sock)
                 return
         sock.close()
+
+
+class _Paced(io.RawIOBase):
+    """Reads one answer from a socket, and gives up when it drips.
+
+    A limit for each wait is not enough: a server that sends a byte now and then would hold its
+    reader for hours.
+    """
+
+    def __init__(self, sock: socket.socket, wait_s: float) -> None:
+        self._sock = sock
+        self._wait_s = wait_s
+        self._began = time.monotonic()
+        self._nbytes = 0
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        """What ``HTTPResponse`` asks a socket for."""
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        left_s = self._wait_s + self._nbytes / LEAST_BYTES_PER_S
+        left_s -= time.monotonic() - self._began
+        if left_s <= 0:
+            raise TimeoutError(f"{self._nbytes} bytes in {time.monotonic() - self._began:.1f} s")
+        self._sock.settimeout(min(left_s, self._wait_s))
+        n = self._sock.recv_into(buffer)
+        self._nbytes += n
+        return n
 
 
 def send(sock: socket.socket, buffers: Iterable[memoryview]) -> None:

@@ -25,7 +25,7 @@ from hicache_core.storage.sealed import parse_key
 
 MAX_PACK_PAGES = 128
 MARK = ("x-amz-meta-hicache", "pack-index-1")
-"""The header that tells the index of a pack from a page."""
+"""The header that the index of a pack is written with; what reads knows an index without it."""
 
 _MAGIC = b"HiS3"
 _HEAD = struct.Struct("<4s16sI")

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 from collections.abc import Sequence
 from email.message import Message
 from typing import NamedTuple, TypeAlias
 
 from hicache_core.errors import BackendError
-from hicache_core.storage.segments import nbytes_of
+from hicache_core.storage.segments import nbytes_of, scatter
 from hicache_core.types import Page
-from hicache_s3.connections import Head, new_memory
-from hicache_s3.index import INDEX_NBYTES, MARK, IndexCache, PackIndex
+from hicache_s3.connections import Answer, Head, new_memory
+from hicache_s3.index import INDEX_NBYTES, MARK, IndexCache, PackIndex, is_index_nbytes
 from hicache_s3.objects import Objects, total_nbytes
+
+_KEY = re.compile(r"[0-9a-z/]{1,200}")
+_PACK = re.compile(r"packs/[0-9a-f]{16}/[0-9a-f]{32}")
 
 
 class Alone(NamedTuple):
@@ -29,6 +33,17 @@ Found: TypeAlias = PackIndex | Alone | None
 def page_name(key: str) -> str:
     """Name of the object under a page's key, below the prefix."""
     return f"pages/{key}"
+
+
+def key_of(name: str) -> str | None:
+    """The key of the page under a name below the prefix; None if another tool put it there."""
+    key = name.removeprefix("pages/")
+    return key if key != name and _KEY.fullmatch(key) else None
+
+
+def is_pack_name(name: str) -> bool:
+    """Whether an object below the prefix is a pack, by its name."""
+    return _PACK.fullmatch(name) is not None
 
 
 class Pages:
@@ -54,16 +69,16 @@ class Pages:
         """
         name = page_name(key)
         answer = None if packed else self.objects.look(name)
+        if answer is not None and _may_be_index(answer.headers, total_nbytes(answer)):
+            packed = True
         if packed:
             answer = self.objects.fetch(name, span=(0, INDEX_NBYTES))
         if answer is None:
             return None
-        if not _is_index(answer.headers):
-            return Alone(total_nbytes(answer))
-        if not packed:
-            answer = self.objects.fetch(name)
-        body = answer.body if answer is not None else None
-        return self._index(key, body) if body else None
+        nbytes = total_nbytes(answer)
+        if not _may_be_index(answer.headers, nbytes):
+            return Alone(nbytes)
+        return self._found(key, answer)
 
     def read(self, key: str, page: Page) -> Found:
         """Fills ``page`` if an object of its own and of its length is there.
@@ -75,14 +90,22 @@ class Pages:
         nbytes = nbytes_of(page)
 
         def choose(head: Head) -> Page | None:
-            if _is_index(head.headers):
+            if _may_be_index(head.headers, head.nbytes):
                 return new_memory(head) if head.nbytes <= INDEX_NBYTES else None
             return page if head.nbytes == nbytes else None
 
         answer = self.objects.fetch(page_name(key), choose)
         if answer is None or answer.body is None:
             return None
-        return self._index(key, answer.body) if answer.body is not page else Alone(nbytes)
+        if answer.body is page:
+            return Alone(nbytes)
+        found = self._found(key, answer)
+        if not isinstance(found, Alone):
+            return found
+        if found.nbytes != nbytes:
+            return None
+        scatter(answer.body[0], page)
+        return found
 
     def read_run(self, index: PackIndex, keys: Sequence[str], pages: Sequence[Page]) -> bool:
         """Fills ``pages``, neighbours in the pack, by one request; False if the pack is gone."""
@@ -104,9 +127,11 @@ class Pages:
         answer = self.objects.fetch(page_name(key))
         if answer is None or answer.body is None:
             return None
-        if not _is_index(answer.headers):
+        if not _may_be_index(answer.headers, total_nbytes(answer)):
             return answer.body[0]
-        index = self._index(key, answer.body)
+        index = self._found(key, answer)
+        if isinstance(index, Alone):
+            return answer.body[0]
         if index is None:
             return None
         memory = memoryview(bytearray(index.slots[key].nbytes))
@@ -126,13 +151,24 @@ class Pages:
         with contextlib.suppress(BackendError):
             self.objects.remove([page_name(key) for key in index.slots])
 
-    def _index(self, key: str, body: Page) -> PackIndex | None:
+    def _found(self, key: str, answer: Answer) -> Found:
+        """What ``answer`` is, which may be an index.
+
+        Tools that copy a bucket lose the mark, so an index is known by its own bytes. What has the
+        mark and is no index is damaged.
+        """
+        body = answer.body if answer.body is not None else ()
         index = PackIndex.decode(key.partition("/")[0], b"".join(body))
         if index is None or key not in index.slots:
-            return None
+            return None if _is_marked(answer.headers) else Alone(total_nbytes(answer))
         self.cache.add(index)
         return index
 
 
-def _is_index(headers: Message) -> bool:
+def _is_marked(headers: Message) -> bool:
     return headers.get(MARK[0]) == MARK[1]
+
+
+def _may_be_index(headers: Message, nbytes: int) -> bool:
+    """Whether an object may be the index of a pack; pages are seldom so short."""
+    return _is_marked(headers) or is_index_nbytes(nbytes)

@@ -6,9 +6,7 @@ from collections import Counter
 
 from hicache_core.storage.base import namespace_of
 from hicache_s3.index import IndexCache, PackIndex, is_index_nbytes
-from hicache_s3.pages import Pages, page_name
-
-_START = len(page_name(""))
+from hicache_s3.pages import Pages, key_of, page_name
 
 
 def usage_by_namespace(store: Pages) -> Counter[str]:
@@ -20,7 +18,9 @@ def usage_by_namespace(store: Pages) -> Counter[str]:
     usage: Counter[str] = Counter()
     unsure: list[str] = []
     for name, nbytes in store.objects.listed(page_name("")):
-        key = name[_START:]
+        key = key_of(name)
+        if key is None:
+            continue
         if is_index_nbytes(nbytes):
             unsure.append(key)
         else:

@@ -1,0 +1,121 @@
+"""The settings of KV events, checked without opening anything. ``docs/kv-events.md``."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from hicache_core.errors import ConfigError
+
+Count = Annotated[int, Field(ge=0)]
+_ENDPOINT = re.compile(r"tcp://(?:\[[^\]]+\]|[^:/\s]+):(?P<port>\d+|\*)|(?:ipc|inproc)://\S+")
+_MAX_PORT = 65535
+
+
+@dataclass(frozen=True)
+class EventsConfig:
+    """Where and how KV events are published.
+
+    Attributes:
+        endpoint: ZMQ address of the PUB socket. A TCP port is raised by ``dp_rank``.
+        replay_endpoint: ZMQ address for subscribers that missed something; None for none. Its port
+            is raised by ``dp_rank`` too.
+        topic: first frame of every message.
+        format: each event as a ``map``, as SGLang 0.5.23 and vLLM 0.32 send it, or as an ``array``
+            of the same fields for readers that know the older form only.
+        hwm: messages kept for a slow subscriber before it loses some.
+        buffer_steps: batches kept for replay.
+        buffer_nbytes: bytes kept for replay.
+        queue_runs: runs of pages that may wait for the publisher's thread.
+        dp_rank: data-parallel rank of this cache.
+        bind: False to connect to subscribers that bind, instead.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    endpoint: str = "tcp://127.0.0.1:5557"
+    replay_endpoint: str | None = None
+    topic: str = ""
+    format: Literal["map", "array"] = "map"
+    hwm: Count = 100_000
+    buffer_steps: Count = 10_000
+    buffer_nbytes: Count = 256 << 20
+    queue_runs: Count = 100_000
+    dp_rank: Count = 0
+    bind: bool = True
+
+
+def events_config(settings: Mapping[str, Any]) -> EventsConfig | None:
+    """What ``settings`` ask for, in our words or in those of SGLang and vLLM; None for no events.
+
+    Opens nothing: an address that is taken shows when the cache is opened.
+
+    Args:
+        settings: fields of ``EventsConfig``. Taken besides: ``publisher`` (``zmq`` or ``null``),
+            ``enable_kv_cache_events``, ``max_queue_size`` for ``queue_runs``, and of ``format``
+            SGLang's ``default`` and ``dynamo``, which are maps.
+
+    Raises:
+        ConfigError: a setting is unknown or wrong, or the packages are not installed.
+    """
+    given = dict(settings)
+    if not given or not _is_wanted(given):
+        return None
+    if any(importlib.util.find_spec(name) is None for name in ("zmq", "msgpack")):
+        raise ConfigError("kv_events_config needs ZMQ: pip install 'hicache-core[events]'")
+    if "max_queue_size" in given:
+        given.setdefault("queue_runs", given.pop("max_queue_size"))
+    if given.get("format") in ("default", "dynamo"):
+        given["format"] = "map"
+    try:
+        config = TypeAdapter(EventsConfig).validate_python(given)
+    except ValidationError as error:
+        raise ConfigError(f"kv_events_config: {_said(error)}") from error
+    for name in ("endpoint", "replay_endpoint"):
+        _check_address(name, getattr(config, name), config.dp_rank)
+    return config
+
+
+def _is_wanted(given: dict[str, Any]) -> bool:
+    """Takes the two switches of the engines out of ``given``; whether both let events be sent."""
+    publisher = given.pop("publisher", "zmq")
+    if publisher not in ("zmq", "null", None):
+        raise ConfigError(f"kv_events_config: publisher = {publisher!r}; allowed: zmq, null")
+    enabled = given.pop("enable_kv_cache_events", True)
+    if not isinstance(enabled, bool):
+        raise ConfigError(
+            f"kv_events_config: enable_kv_cache_events = {enabled!r}; allowed: true, false"
+        )
+    return publisher == "zmq" and enabled
+
+
+def _said(error: ValidationError) -> str:
+    """The first thing that is wrong."""
+    detail = error.errors(include_url=False, include_context=False)[0]
+    name = ".".join(map(str, detail["loc"]))
+    if detail["type"] == "unexpected_keyword_argument":
+        known = ", ".join(sorted(field.name for field in fields(EventsConfig)))
+        return f"no setting {name!r}; there are: {known}"
+    return f"{name} = {detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
+
+
+def _check_address(name: str, address: str | None, dp_rank: int) -> None:
+    if address is None:
+        return
+    match = _ENDPOINT.fullmatch(address)
+    if match is None:
+        raise ConfigError(
+            f"kv_events_config: {name} = {address!r} is no ZMQ address; "
+            "write tcp://127.0.0.1:5557, tcp://*:5557 or ipc:///path"
+        )
+    port = match["port"]
+    if port is not None and port.isdigit() and int(port) + dp_rank > _MAX_PORT:
+        raise ConfigError(
+            f"kv_events_config: {name} = {address!r} with dp_rank {dp_rank} is port "
+            f"{int(port) + dp_rank}; ports end at {_MAX_PORT}"
+        )

@@ -1,0 +1,113 @@
+"""Rules about a backend behind the seal that is around every backend in use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from hicache_core.storage.base import Buffer, StorageBackend
+from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend, seal
+from hicache_core.storage.visiting import VisitsPages
+from hicache_core.storage.wrapper import BackendWrapper
+from hicache_core.testing.content import content
+from hicache_core.testing.features import Feature
+from hicache_core.testing.harness import Harness, expect
+from hicache_core.testing.rules.rule import RuleBook
+from hicache_core.types import Page
+
+_book = RuleBook("delete_removes", "get_gives_its_own_bytes")
+RULES = _book.rules
+
+_NBYTES = 1000
+
+
+class _BadLink(BackendWrapper):
+    """Spoils what comes back: a byte of each page, another value with each read."""
+
+    def __init__(self, inner: StorageBackend) -> None:
+        super().__init__(inner)
+        self.n_good = 0
+        """So many reads come through as they are, after the first one."""
+        self._n_reads = 0
+
+    def get(self, key: str) -> Buffer | None:
+        value = self.inner.get(key)
+        return None if value is None else self._spoilt(bytearray(value))
+
+    def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        n_filled = self.inner.batch_get(keys, pages)
+        for page in pages[:n_filled]:
+            self._spoilt(page[-1])
+        return n_filled
+
+    def _spoilt(self, value: bytearray | memoryview) -> bytearray | memoryview:
+        self._n_reads += 1
+        if not 1 < self._n_reads <= 1 + self.n_good:
+            value[-1] ^= self._n_reads % 255 + 1
+        return value
+
+
+class _BadVisitedLink(_BadLink):
+    """As its base, for a backend that shows its pages while it reads them."""
+
+    inner: StorageBackend
+
+    def batch_get_visiting(
+        self, keys: Sequence[str], pages: Sequence[Page], arrived: Callable[[int], bool]
+    ) -> int:
+        """Spoils each page before it is shown."""
+        assert isinstance(self.inner, VisitsPages)
+
+        def spoilt(n: int) -> bool:
+            self._spoilt(pages[n][-1])
+            return arrived(n)
+
+        return self.inner.batch_get_visiting(keys, pages, spoilt)
+
+    def batch_set_visiting(
+        self, keys: Sequence[str], pages: Sequence[Page], leaving: Callable[[int], None]
+    ) -> int:
+        """Stores what is right."""
+        assert isinstance(self.inner, VisitsPages)
+        return self.inner.batch_set_visiting(keys, pages, leaving)
+
+
+def _behind_bad_link(backend: StorageBackend, n_good: int) -> SealedBackend:
+    link = (_BadVisitedLink if isinstance(backend, VisitsPages) else _BadLink)(backend)
+    link.n_good = n_good
+    return SealedBackend(link)
+
+
+def _page(h: Harness) -> Page:
+    return h.blank((HEADER_NBYTES, _NBYTES))
+
+
+def _sealed(h: Harness, key: str) -> Page:
+    page = _page(h)
+    page[1][:] = content(key, _NBYTES)
+    seal(key, page)
+    return page
+
+
+@_book.rule(
+    "Behind the seal, a reader with a bad link removes nothing; what is damaged in the store goes.",
+    requires=Feature.DELETE,
+)
+def bad_link_removes_nothing(h: Harness) -> None:
+    good, damaged = h.keys(2)
+    spoilt = _sealed(h, damaged)
+    spoilt[1][0] ^= 1
+    n_stored = h.backend.batch_set([good, damaged], [_sealed(h, good), spoilt])
+    expect(n_stored == 2, f"batch_set stored {n_stored} of 2 pages")
+    reader = _behind_bad_link(h.backend, 0)
+    expect(reader.batch_get([good], [_page(h)]) == 0, "batch_get counts a page that was spoilt")
+    expect(reader.get(good) is None, "get gives an object that was spoilt on its way")
+    expect(h.backend.exists(good), "a good object went since it was spoilt on its way to a reader")
+    page = _page(h)
+    n_filled = _behind_bad_link(h.backend, 1).batch_get([good], [page])
+    expect(n_filled == 1, "a page that is good at the second read is no hit")
+    expect(page[1] == content(good, _NBYTES), "a page is wrong that was good at the second read")
+    reader = SealedBackend(h.backend)
+    expect(reader.batch_get([damaged], [_page(h)]) == 0, "batch_get counts a damaged page")
+    expect(not h.backend.exists(damaged), "a damaged object stays where each read refuses it")
+    n_stored = reader.batch_set([damaged], [_page(h)])
+    expect(n_stored == 1, "a good page cannot take the place of a damaged one")
