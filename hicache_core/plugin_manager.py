@@ -7,12 +7,13 @@ Called at start-up only, from the owner's thread.
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import Distribution, EntryPoint, distributions
 from typing import Generic, Literal, TypeVar
 
 import pluggy
@@ -31,6 +32,11 @@ Status = Literal["installed", "ok", "broken"]
 KindName = Literal["storage", "transfer"]
 
 Plugin = TypeVar("Plugin", StorageBackend, KvTransferBackend)
+
+OUR_PLUGINS = ("hf3fs", "mooncake", "redis", "s3")
+"""Backends that this project publishes, each as the distribution ``hicache-NAME``."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,14 +242,47 @@ def module_is_there(module: str) -> bool:
 
 
 def _entry_points(group: str) -> list[EntryPoint]:
-    return sorted(entry_points(group=group), key=lambda point: (point.name, _origin(point)))
+    """The entry points of a group; a distribution that is found twice counts once.
+
+    Read distribution by distribution, since one whose metadata cannot be read must not hide the
+    others, and pip leaves a directory ``~name`` behind when it is killed, with entry points in it.
+    """
+    points: dict[str, list[EntryPoint]] = {}
+    for distribution in distributions():
+        if _is_left_behind(distribution):
+            continue
+        try:
+            name = str(distribution.metadata.json.get("name", "")) or str(distribution)
+            own = list(distribution.entry_points.select(group=group))
+        except Exception as error:  # what a stranger's files hold may fail in any way: skipped
+            log.warning(
+                "the entry points of %s cannot be read, reinstall it: %s: %s",
+                _directory(distribution) or "a distribution",
+                type(error).__name__,
+                error,
+            )
+            continue
+        if own:
+            points.setdefault(re.sub(r"[-_.]+", "-", name).lower(), own)
+    found = [point for own in points.values() for point in own]
+    return sorted(found, key=lambda point: (point.name, _origin(point)))
+
+
+def _directory(distribution: Distribution) -> str:
+    """The name of its metadata directory; empty where it is none of the standard kind."""
+    return getattr(getattr(distribution, "_path", None), "name", "")
+
+
+def _is_left_behind(distribution: Distribution) -> bool:
+    """Whether it is what a killed pip moved aside: ``~icache_redis-0.1.0.dist-info``."""
+    return _directory(distribution).startswith("~")
 
 
 def _load(kind: _Kind[Plugin], name: str, point: EntryPoint, offer: str) -> Sequence[type[Plugin]]:
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(hookspecs)
     try:
-        manager.load_setuptools_entrypoints(kind.group, name=name)
+        manager.register(point.load(), name=name)
         answers = getattr(manager.hook, kind.hook)()
     except (Exception, SystemExit) as error:  # a stranger's code may raise anything: translated
         raise BrokenBackend(
@@ -259,10 +298,11 @@ def _load(kind: _Kind[Plugin], name: str, point: EntryPoint, offer: str) -> Sequ
 
 def _unknown(noun: str, name: str, names: Sequence[str]) -> str:
     found = ", ".join(dict.fromkeys(names)) or "none, hicache-core itself has no metadata here"
-    return (
-        f"no {noun} named {name!r} is installed; found: {found}{nearest(name, names)}"
-        f" (a plugin of that name comes with: pip install hicache-{name})"
-    )
+    close = nearest(name, dict.fromkeys([*names, *OUR_PLUGINS]))
+    known = [o for o in OUR_PLUGINS if o not in names and (o == name or repr(o) in close)]
+    install = f" ({known[0]} comes with: pip install hicache-{known[0]})" if known else ""
+    close = "" if name in OUR_PLUGINS else close
+    return f"no {noun} named {name!r} is installed; found: {found}{close}{install}"
 
 
 def _conflict(noun: str, name: str, found: Sequence[EntryPoint]) -> str:

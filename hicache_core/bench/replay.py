@@ -1,37 +1,19 @@
-"""The replay of a trace in Mooncake's format: its arrivals, its lengths, its shared prefixes.
-
-A line is a JSON object: ``timestamp`` in milliseconds, ``input_length`` and ``output_length`` in
-tokens, ``hash_ids`` of the blocks of 512 tokens of the prompt; equal ids are equal blocks.
-"""
+"""The replay of a trace: its arrivals, its lengths, and the prefixes that its prompts share."""
 
 from __future__ import annotations
 
 import asyncio
-import json
+import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 from hicache_core.bench.client import Client
 from hicache_core.bench.result import Record
-from hicache_core.bench.words import Words
+from hicache_core.bench.traces import TraceRequest, scaled
+from hicache_core.bench.words import WORDS, Words
 from hicache_core.errors import ConfigError
-
-TRACE_BLOCK_TOKENS = 512
-
-
-@dataclass(frozen=True, slots=True)
-class TraceRequest:
-    """One line of a trace: when it arrives, how long it is, which blocks it consists of."""
-
-    at_s: float
-    input_length: int
-    output_length: int
-    hash_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,93 +21,116 @@ class Replay:
     """How a trace is sent.
 
     Attributes:
-        block_tokens: words in place of the 512 tokens of a block; all lengths shrink with it.
+        block_tokens: words in place of a block of the trace, and all lengths shrink with it; None
+            for as many as the trace's blocks have tokens.
         time_scale: seconds here for a second of the trace; 0 sends as fast as may be.
         max_parallel: requests under way at once.
         max_output: tokens of an answer at most.
     """
 
-    block_tokens: int = TRACE_BLOCK_TOKENS
+    block_tokens: int | None = None
     time_scale: float = 1.0
     max_parallel: int = 64
     max_output: int = 1 << 30
 
 
-def read_trace(path: Path, limit: int | None = None) -> list[TraceRequest]:
-    """The requests of a trace file, the first ``limit`` of them.
+class Prompts:
+    """The prompts of a trace: two of them share just the blocks that their requests share.
 
-    Raises:
-        ConfigError: it cannot be read; a line is no request; arrivals go backwards.
+    A block begins with its number, written in words, lowest digit first. So blocks of two names
+    differ from their first words on, whatever chance makes of the rest.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the trace {path} cannot be read: {error}") from error
-    numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip()][:limit]
-    requests = [_request(path, n, line) for n, line in numbered]
-    if not requests:
-        raise ConfigError(f"the trace {path} has no requests")
-    for first, second in pairwise(requests):
-        if second.at_s < first.at_s:
-            raise ConfigError(f"the trace {path} is not in the order of its timestamps")
-    return requests
 
+    def __init__(self, requests: Sequence[TraceRequest]) -> None:
+        """Numbers the blocks of ``requests``, which are scaled already.
 
-def _request(path: Path, n: int, line: str) -> TraceRequest:
-    try:
-        fields: dict[str, Any] = json.loads(line)
-        request = TraceRequest(
-            float(fields["timestamp"]) / 1000,
-            int(fields["input_length"]),
-            int(fields["output_length"]),
-            tuple(map(int, fields["hash_ids"])),
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}, line {n}: no request of a trace: {error!r}") from error
-    if not 0 < request.input_length <= TRACE_BLOCK_TOKENS * len(request.hash_ids):
-        raise ConfigError(
-            f"{path}, line {n}: {request.input_length} tokens do not fit "
-            f"{len(request.hash_ids)} blocks of {TRACE_BLOCK_TOKENS}"
-        )
-    return request
+        Raises:
+            ConfigError: blocks are too short to tell them apart.
+        """
+        names = dict.fromkeys(name for request in requests for name in request.blocks)
+        self._numbers = {name: n for n, name in enumerate(names)}
+        self._n_digits = next(n for n in itertools.count(1) if len(WORDS) ** n >= len(names))
+        shortest = min((one.block_tokens for one in requests if one.blocks), default=1 << 30)
+        if shortest < self._n_digits:
+            raise ConfigError(
+                f"blocks of {shortest} words cannot tell the {len(names)} blocks of the trace "
+                f"apart; --block-tokens must be at least {self._n_digits}"
+            )
 
+    def text(self, request: TraceRequest) -> str:
+        """The prompt of a request, each word after a space; the last block may be cut short."""
+        if request.text:
+            return request.text
+        words: list[str] = []
+        for name in request.blocks:
+            words += self._block(name, request.block_tokens)
+        return "".join(f" {word}" for word in words[: request.input_length])
 
-def prompt_of(request: TraceRequest, words: Words, block_tokens: int) -> str:
-    """The prompt of a request: equal blocks are equal texts; the last may be cut short."""
-    n_words = max(1, round(request.input_length * block_tokens / TRACE_BLOCK_TOKENS))
-    blocks = [words.text(block_tokens, random.Random(f"block/{id_}")) for id_ in request.hash_ids]
-    return "".join(f" {word}" for word in "".join(blocks).split()[:n_words])
+    def _block(self, name: str, n_words: int) -> list[str]:
+        number = self._numbers[name]
+        digits = []
+        for _ in range(self._n_digits):
+            number, digit = divmod(number, len(WORDS))
+            digits.append(WORDS[digit])
+        rest = Words().text(n_words - len(digits), random.Random(f"block/{name}"))
+        return digits + rest.split()
 
 
 async def run_replay(
     replay: Replay,
     requests: Sequence[TraceRequest],
     client: Client,
-    words: Words,
     *,
     on_record: Callable[[Record], None] = lambda _record: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Record]:
     """Sends each request when it arrives, or as soon as ``max_parallel`` allows.
 
+    A request of a session also waits until the one before it has been answered.
+
     Returns:
         A record for each request, in the order in which they finished.
+
+    Raises:
+        ConfigError: ``block_tokens`` is too small for the trace.
     """
+    requests = [scaled(request, replay.block_tokens) for request in requests]
+    prompts = Prompts(requests)
     began, first_s = clock(), requests[0].at_s
     room = asyncio.Semaphore(replay.max_parallel)
     records: list[Record] = []
-    scale = replay.block_tokens / TRACE_BLOCK_TOKENS
 
-    async def one(n: int, request: TraceRequest) -> None:
+    async def one(
+        n: int, request: TraceRequest, before: asyncio.Event, done: asyncio.Event
+    ) -> None:
         await asyncio.sleep(began + (request.at_s - first_s) * replay.time_scale - clock())
-        prompt = prompt_of(request, words, replay.block_tokens)
-        n_output = min(replay.max_output, max(1, round(request.output_length * scale)))
-        async with room:
-            sent_s = clock() - began
-            reply = await client.send(prompt, n_output)
+        await before.wait()
+        try:
+            async with room:
+                prompt = prompts.text(request)
+                sent_s = clock() - began
+                reply = await client.send(prompt, min(replay.max_output, request.output_length))
+        finally:
+            done.set()
         record = Record(n, 0, sent_s, len(prompt.split()), reply)
         records.append(record)
         on_record(record)
 
-    await asyncio.gather(*(one(n, request) for n, request in enumerate(requests)))
+    await asyncio.gather(*(one(n, *turn) for n, turn in enumerate(_turns(requests))))
     return records
+
+
+def _turns(
+    requests: Sequence[TraceRequest],
+) -> list[tuple[TraceRequest, asyncio.Event, asyncio.Event]]:
+    """Each request with what it waits for and what it sets: its session's events, in a chain."""
+    last: dict[str, asyncio.Event] = {}
+    turns = []
+    for request in requests:
+        before = last.get(request.session) if request.session else None
+        if before is None:
+            before = asyncio.Event()
+            before.set()
+        done = last[request.session] = asyncio.Event()
+        turns.append((request, before, done))
+    return turns

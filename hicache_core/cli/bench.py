@@ -10,16 +10,18 @@ import json
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
 from hicache_core.bench.client import PATHS, Client
 from hicache_core.bench.multiturn import MultiTurn, run_multiturn
-from hicache_core.bench.replay import TRACE_BLOCK_TOKENS, Replay, read_trace, run_replay
+from hicache_core.bench.replay import Replay, run_replay
 from hicache_core.bench.result import Record, as_json, summary
+from hicache_core.bench.traces import read_trace
 from hicache_core.bench.words import Words, words_of_file
 from hicache_core.cli._bench_view import results
+from hicache_core.cli._out_file import OutFile
 from hicache_core.cli._status_view import console
 from hicache_core.errors import ConfigError
 
@@ -27,6 +29,7 @@ Run = Callable[[Client, Callable[[Record], None]], Awaitable[list[Record]]]
 
 POSITIVE = click.IntRange(min=1)
 FILE = click.Path(dir_okay=False, path_type=Path)
+OUT_FILE = OutFile()
 
 
 @click.group("bench")
@@ -45,8 +48,10 @@ def _for_all(function: Callable[..., None]) -> Callable[..., None]:
         click.option("--api-key", envvar="HICACHE_API_KEY", help="The key that the server wants."),
         click.option("--timeout", "timeout_s", type=float, default=600.0, show_default=True),
         click.option("--flush-cache", is_flag=True, help="Empty the server's cache before."),
-        click.option("--json", "json_file", type=FILE, help="Write every request and the summary."),
-        click.option("--png", "png_file", type=FILE, help="Draw a picture (needs matplotlib)."),
+        click.option(
+            "--json", "json_file", type=OUT_FILE, help="Write every request and the summary."
+        ),
+        click.option("--png", "png_file", type=OUT_FILE, help="Draw a picture (needs matplotlib)."),
         click.option("--tag", default="", help="A name for this run, in JSON and picture."),
     )
     return functools.reduce(lambda made, option: option(made), reversed(options), function)
@@ -93,11 +98,19 @@ def multiturn(*, dataset_path: Path | None, disable_random_sample: bool, **optio
 @click.argument("trace", type=FILE)
 @_for_all
 @click.option(
+    "--trace-block-tokens",
+    type=POSITIVE,
+    help="Tokens of a block of the trace. Default: as its form says (Mooncake 512, Bailian 16).",
+)
+@click.option(
+    "--time-unit",
+    type=click.Choice(["ms", "s"]),
+    help="Of its timestamps. Default: as its form says (Mooncake ms, the others s).",
+)
+@click.option(
     "--block-tokens",
     type=POSITIVE,
-    default=TRACE_BLOCK_TOKENS,
-    show_default=True,
-    help=f"Words in place of a block of {TRACE_BLOCK_TOKENS} tokens; lengths shrink with it.",
+    help="Words in place of a block; lengths shrink with it. Default: as many as it has tokens.",
 )
 @click.option(
     "--time-scale",
@@ -109,16 +122,20 @@ def multiturn(*, dataset_path: Path | None, disable_random_sample: bool, **optio
 @click.option("--max-parallel", type=POSITIVE, default=64, show_default=True)
 @click.option("--max-output", type=POSITIVE, default=1024, show_default=True, help="Tokens.")
 @click.option("--limit", type=POSITIVE, help="Only the first … requests.")
-def replay(*, trace: Path, limit: int | None, **options: Any) -> None:
-    """A trace in Mooncake's format: a JSON object a line with timestamp (ms), input_length,
-    output_length and hash_ids, one for each block of the prompt.
-    """
+def replay(
+    *,
+    trace: Path,
+    limit: int | None,
+    trace_block_tokens: int | None,
+    time_unit: Literal["ms", "s"] | None,
+    **options: Any,
+) -> None:
+    """A trace in the form of Mooncake, Bailian (Qwen), kv-cache-tester or ShareGPT."""
     rest, replay_options = _split(options, Replay.__dataclass_fields__)
-    requests = read_trace(trace, limit)
+    requests = read_trace(trace, limit, block_tokens=trace_block_tokens, time_unit=time_unit)
 
     def run(client: Client, on_record: Callable[[Record], None]) -> Awaitable[list[Record]]:
-        how = Replay(**replay_options)
-        return run_replay(how, requests, client, Words(), on_record=on_record)
+        return run_replay(Replay(**replay_options), requests, client, on_record=on_record)
 
     _measure(run, f"replay of {trace.name}", len(requests), rest)
 

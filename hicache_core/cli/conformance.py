@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from hicache_core.cli._out_file import OutFile
 from hicache_core.config_sources import read_inline
 from hicache_core.testing.features import Target
 from hicache_core.testing.recipe import Recipe, Scope
@@ -23,7 +24,7 @@ _STDERR = 2
 @click.command("conformance")
 @click.argument("name")
 @click.option("--config", default="{}", help="The backend's settings: JSON text, or @file.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the report here.")
+@click.option("--json", "json_file", type=OutFile(), help="Write the report here.")
 @click.option("--quick", is_flag=True, help="Every rule, but fewer rounds and smaller batches.")
 @click.option(
     "--scope",

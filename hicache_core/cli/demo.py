@@ -17,6 +17,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from hicache_core.cli._out_file import OutFile
 from hicache_core.config import HiCacheConfig
 from hicache_core.config_sources import read_inline
 from hicache_core.demo.records import DemoSettings, Outcome
@@ -28,12 +29,11 @@ from hicache_core.plugin_manager import backend_class as backend_class_of
 from hicache_core.plugin_manager import backend_settings
 
 _NEEDED = ("torch", "transformers", "gguf")
-_WritableFile = click.Path(dir_okay=False, writable=True, path_type=Path)
 
 
 @click.command("demo")
-@click.option("--json", "json_file", type=_WritableFile, help="Write turns and summary as JSON.")
-@click.option("--plot", "plot_file", type=_WritableFile, help="Draw time to first token by turn.")
+@click.option("--json", "json_file", type=OutFile(), help="Write turns and summary as JSON.")
+@click.option("--plot", "plot_file", type=OutFile(), help="Draw time to first token by turn.")
 @click.option("--backend", default="file", show_default=True, help="Name of the storage backend.")
 @click.option("--backend-config", default="{}", help="Its settings: JSON, or @file.")
 @click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="Store here, keep.")
@@ -61,7 +61,6 @@ def command(
     """
     plot = _ready_to_draw(plot_file)
     _check_needs()
-    _check_folders(json_file, plot_file)
     with _storage_settings(backend, backend_config, keep) as extra:
         settings = _settings(backend, extra, options)
         console = Console()
@@ -131,12 +130,6 @@ def _check_needs() -> None:
             f"hicache demo needs {', '.join(missing)}: pip install 'hicache-core[demo]', or run "
             "`make demo` in a clone"
         )
-
-
-def _check_folders(*files: Path | None) -> None:
-    for file in files:
-        if file is not None and not file.absolute().parent.is_dir():
-            raise ConfigError(f"cannot write {file}: there is no folder {file.absolute().parent}")
 
 
 def _ready_to_draw(plot_file: Path | None) -> Any:

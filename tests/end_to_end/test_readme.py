@@ -7,17 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.end_to_end.wheels import Installed
+
 README = Path(__file__).resolve().parents[2] / "README.md"
 
 
-def test_the_library_example_computes_once_and_loads_in_a_second_process(tmp_path: Path) -> None:
+def test_the_library_example_computes_once_and_loads_in_a_second_process(
+    installed: Installed, tmp_path: Path
+) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    first, second = (
-        subprocess.run(
-            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
-        ).stdout
-        for _ in range(2)
-    )
+    first, second = (installed.run("python", "-c", code, cwd=tmp_path) for _ in range(2))
     assert "storage=0" in first
     assert re.search(r"storage=[1-9]\d\d", second)
     assert first.partition("CachedTokens")[0] == second.partition("CachedTokens")[0]

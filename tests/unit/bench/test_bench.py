@@ -14,11 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hicache_core.bench.multiturn import MultiTurn
-from hicache_core.bench.replay import TraceRequest, prompt_of, read_trace
 from hicache_core.bench.result import percentile
-from hicache_core.bench.words import Words
 from hicache_core.cli.bench import command
-from hicache_core.errors import ConfigError
 from tests.unit.bench.fake_server import FakeServer, serving
 
 SMALL = ("--num-clients 3 --num-rounds 4 --request-length 16 --output-length 8").split()  # noqa: SIM905
@@ -141,77 +138,15 @@ def test_words_come_from_a_dataset_unless_that_is_disabled(
     assert not {word for body in fake.bodies for word in body["prompt"].split()} & italian
 
 
-# The replay.
-
-
-def trace(path: Path, *lines: dict[str, Any]) -> Path:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def line(at_ms: int, n: int, *ids: int, output: int = 512) -> dict[str, Any]:
-    return {"timestamp": at_ms, "input_length": n, "output_length": output, "hash_ids": ids}
-
-
-def test_a_replay_sends_equal_blocks_for_equal_hash_ids(
+def test_where_figures_cannot_be_written_is_said_before_the_run(
     server: tuple[FakeServer, str], tmp_path: Path
 ) -> None:
-    """Blocks of 512 become 16 words; the second request shares 2 blocks, the third none."""
     fake, url = server
-    file = trace(
-        tmp_path / "trace.jsonl",
-        line(0, 1024, 1, 2),
-        line(300, 1536, 1, 2, 3),
-        line(600, 512, 4),
-    )
-    arguments = ("replay", file, "--block-tokens", 16, "--time-scale", 0.1, "--max-parallel", 1)
-    found = measured(tmp_path, url, *arguments)
-    assert found["summary"]["prompt_tokens"] == 32 + 48 + 16
-    assert found["summary"]["hit_tokens"]["device"] == 32
-    assert [body["max_tokens"] for body in fake.bodies] == [16, 16, 16]
-    sent = [one["sent_s"] for one in sorted(found["requests"], key=lambda one: one["client"])]
-    assert sent[1] >= 0.03
-    assert sent[2] >= 0.06
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("", "no requests"),
-        ("{}", "line 1: no request of a trace"),
-        ("[1]", "line 1: no request of a trace"),
-        (json.dumps(line(0, 513, 1)), "513 tokens do not fit 1 blocks"),
-        (json.dumps(line(5, 5, 1)) + "\n" + json.dumps(line(4, 5, 1)), "order of its timestamps"),
-    ],
-)
-def test_a_trace_that_is_wrong_is_a_clear_error(tmp_path: Path, text: str, said: str) -> None:
-    file = tmp_path / "trace.jsonl"
-    file.write_text(text)
-    with pytest.raises(ConfigError, match=said):
-        read_trace(file)
-
-
-@given(
-    ids=st.lists(st.integers(0, 9), min_size=1, max_size=5),
-    others=st.lists(st.integers(0, 9), min_size=1, max_size=5),
-)
-def test_prompts_share_exactly_the_blocks_that_traces_share(
-    ids: list[int], others: list[int]
-) -> None:
-    block = 16
-
-    def prompt(hash_ids: list[int]) -> list[str]:
-        request = TraceRequest(0.0, 512 * len(hash_ids), 1, tuple(hash_ids))
-        return prompt_of(request, Words(), block).split()
-
-    first, second = prompt(ids), prompt(others)
-    pairs = enumerate(zip(ids, others, strict=False))
-    n_shared = next((n for n, (a, b) in pairs if a != b), min(len(ids), len(others)))
-    assert len(first) == block * len(ids)
-    assert first[: n_shared * block] == second[: n_shared * block]
-    next_first = first[n_shared * block : (n_shared + 1) * block]
-    next_second = second[n_shared * block : (n_shared + 1) * block]
-    assert next_first != next_second or not next_first
+    for option in ("--json", "--png"):
+        shown = bench("multiturn", "--url", url, option, tmp_path / "missing" / "out")
+        assert shown.exit_code == 2
+        assert f"there is no folder {tmp_path / 'missing'}" in " ".join(shown.output.split())
+    assert fake.bodies == []
 
 
 # Figures.

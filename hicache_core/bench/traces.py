@@ -1,0 +1,237 @@
+"""Traces: requests that somebody recorded, in the forms in which they are published.
+
+=================  ========================================================================
+Mooncake           a JSON object a line: ``timestamp`` in ms, ``input_length``,
+                   ``output_length``, ``hash_ids`` of the blocks of 512 tokens of the prompt
+Bailian (Qwen)     the same with ``chat_id``: ``timestamp`` in seconds, blocks of 16 tokens
+kv-cache-tester    an object a conversation: ``block_size`` and ``requests``, each with ``t``
+                   in seconds, ``in``, ``out`` and the ``hash_ids`` of its whole blocks
+ShareGPT           a list of objects with ``conversations``: turns of ``from`` and ``value``
+=================  ========================================================================
+
+The form is told by the fields of the first object. Equal ids are equal blocks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from hicache_core.errors import ConfigError
+
+TimeUnit = Literal["ms", "s"]
+
+_SECONDS: dict[TimeUnit, float] = {"ms": 0.001, "s": 1.0}
+_USUAL_BLOCKS = (16, 32, 64, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True, slots=True)
+class TraceRequest:
+    """One request of a trace.
+
+    Attributes:
+        at_s: when it arrives, in seconds of the trace.
+        input_length: tokens of the prompt; of a text, its words.
+        output_length: tokens of the answer; of a text, its words.
+        blocks: names of the blocks that the prompt consists of; the last may be cut short.
+        block_tokens: tokens of a whole block.
+        session: requests of one session are sent one after another; empty for none.
+        text: the prompt itself, where the trace has it; then there are no blocks.
+    """
+
+    at_s: float
+    input_length: int
+    output_length: int
+    blocks: tuple[str, ...] = ()
+    block_tokens: int = 1
+    session: str = ""
+    text: str = ""
+
+
+def read_trace(
+    path: Path,
+    limit: int | None = None,
+    *,
+    block_tokens: int | None = None,
+    time_unit: TimeUnit | None = None,
+) -> list[TraceRequest]:
+    """The requests of a trace file in the order of their arrival, the first ``limit`` of them.
+
+    Args:
+        path: the file.
+        limit: how many; all by default.
+        block_tokens: tokens of a block; by default what the form says.
+        time_unit: of the timestamps; by default what the form says.
+
+    Raises:
+        ConfigError: it cannot be read, has a form that is not known, arrivals go backwards, or its
+            lengths do not fit its blocks: the message names the line.
+    """
+    requests: list[TraceRequest] = []
+    for where, item in _objects(path):
+        found = _requests(where, item, block_tokens, time_unit)
+        requests += found
+        if limit and len(requests) >= limit and not any(one.session for one in found):
+            break  # a line is a request; conversations overlap, so all of them are read
+    if not requests:
+        raise ConfigError(f"the trace {path} has no requests")
+    if any(request.session for request in requests):
+        requests.sort(key=lambda request: request.at_s)
+    for first, second in pairwise(requests):
+        if second.at_s < first.at_s:
+            raise ConfigError(f"the trace {path} is not in the order of its timestamps")
+    return requests[:limit]
+
+
+def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a file, which is one JSON value or has one a line, each with its place."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the trace {path} cannot be read: {error}") from error
+    for where, item in _values(path, text):
+        if not isinstance(item, dict):
+            raise ConfigError(f"{where}: no object but {json.dumps(item)[:60]}")
+        yield where, item
+
+
+def _values(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    try:
+        whole = json.loads(text)
+    except ValueError:  # then there is one a line
+        for n, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                yield f"{path}, line {n}", _parsed(f"{path}, line {n}", line)
+        return
+    items = whole if isinstance(whole, list) else [whole]
+    for n, item in enumerate(items, 1):
+        yield f"{path}, object {n}", item
+
+
+def _parsed(where: str, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"{where}: no JSON: {error}") from error
+
+
+def _requests(
+    where: str, item: dict[str, Any], block_tokens: int | None, time_unit: TimeUnit | None
+) -> list[TraceRequest]:
+    """The requests of one object."""
+    try:
+        if "conversations" in item:
+            return _chat(where, item)
+        if "requests" in item:
+            return _conversation(where, item, block_tokens, time_unit)
+        if "hash_ids" in item:
+            return [_line(where, item, block_tokens, time_unit)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{where}: no request of a trace: {error!r}") from error
+    raise ConfigError(
+        f"{where}: no form of trace that is known: it has {', '.join(item) or 'no fields'}; known "
+        "are Mooncake's and Bailian's (hash_ids), kv-cache-tester's (requests) and ShareGPT's "
+        "(conversations)"
+    )
+
+
+def _line(
+    where: str, item: dict[str, Any], block_tokens: int | None, time_unit: TimeUnit | None
+) -> TraceRequest:
+    """A line of Mooncake's form or of Bailian's; the last block may be cut short."""
+    is_bailian = "chat_id" in item
+    block_tokens = block_tokens or (16 if is_bailian else 512)
+    at = float(item["timestamp"])
+    if time_unit is None and not is_bailian and not at.is_integer():
+        raise ConfigError(
+            f"{where}: timestamp {at} is no whole number of milliseconds; say --time-unit s if "
+            "it is seconds, or --time-unit ms"
+        )
+    unit: TimeUnit = time_unit or ("s" if is_bailian else "ms")
+    blocks = tuple(map(str, map(int, item["hash_ids"])))
+    n_tokens = int(item["input_length"])
+    if not block_tokens * (len(blocks) - 1) < n_tokens <= block_tokens * len(blocks):
+        raise _misfit(where, n_tokens, len(blocks), block_tokens)
+    n_output = int(item["output_length"])
+    return TraceRequest(at * _SECONDS[unit], n_tokens, n_output, blocks, block_tokens)
+
+
+def _misfit(where: str, n_tokens: int, n_blocks: int, block_tokens: int) -> ConfigError:
+    fitting = [
+        size for size in _USUAL_BLOCKS if size * (n_blocks - 1) < n_tokens <= size * n_blocks
+    ]
+    hint = f"; if its blocks have {fitting[0]}, say --trace-block-tokens {fitting[0]}"
+    return ConfigError(
+        f"{where}: {n_tokens} tokens do not fit {n_blocks} blocks of {block_tokens}"
+        + (hint if fitting and n_blocks > 1 else "")
+    )
+
+
+def _conversation(
+    where: str, item: dict[str, Any], block_tokens: int | None, time_unit: TimeUnit | None
+) -> list[TraceRequest]:
+    """A conversation of kv-cache-tester, its sub-agents as sessions of their own.
+
+    Its ids name whole blocks only: what is left of a prompt is the request's own. They are valid
+    inside the conversation, or everywhere if ``hash_id_scope`` is ``global``.
+    """
+    session = str(item.get("id", where))
+    scope = "" if item.get("hash_id_scope") == "global" else f"{session}/"
+    size = block_tokens or int(item["block_size"])
+    scale = _SECONDS[time_unit or "s"]
+    found = []
+    for n, (name, fields) in enumerate(_flat(session, item["requests"])):
+        blocks = tuple(f"{scope}{int(id_)}" for id_ in fields["hash_ids"])
+        n_tokens = int(fields["in"])
+        n_rest = n_tokens - size * len(blocks)
+        if not 0 <= n_rest < size:
+            raise ConfigError(
+                f"{where}, request {n + 1}: {n_tokens} tokens do not fit {len(blocks)} whole "
+                f"blocks of {size}"
+            )
+        if n_rest:
+            blocks += (f"{session}/rest/{n}",)
+        at_s, n_output = float(fields["t"]) * scale, int(fields["out"])
+        found.append(TraceRequest(at_s, n_tokens, n_output, blocks, size, name))
+    return sorted(found, key=lambda request: request.at_s)
+
+
+def _flat(session: str, requests: Sequence[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every request with its session; ``requests`` inside one are those of a sub-agent."""
+    for n, fields in enumerate(requests):
+        if "requests" in fields:
+            yield from _flat(f"{session}/{n}", fields["requests"])
+        else:
+            yield session, fields
+
+
+def _chat(where: str, item: dict[str, Any]) -> list[TraceRequest]:
+    """A conversation of ShareGPT: before each answer a request with all that was said."""
+    session = f"{where}/{item.get('id', '')}"
+    found = []
+    said = ""
+    for turn in item["conversations"]:
+        value = " ".join(str(turn["value"]).split())
+        if turn["from"] in ("gpt", "assistant") and said:
+            n_words = len(said.split())
+            n_output = max(1, len(value.split()))
+            found.append(TraceRequest(0.0, n_words, n_output, session=session, text=said))
+        said = f"{said} {value}"
+    return found
+
+
+def scaled(request: TraceRequest, block_words: int | None) -> TraceRequest:
+    """The request with blocks of so many words, and all its lengths shrunk with them."""
+    if request.text or block_words is None or block_words == request.block_tokens:
+        return request
+    scale = block_words / request.block_tokens
+    return replace(
+        request,
+        input_length=max(1, round(request.input_length * scale)),
+        output_length=max(1, round(request.output_length * scale)),
+        block_tokens=block_words,
+    )
