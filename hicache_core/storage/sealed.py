@@ -155,10 +155,9 @@ class SealedBackend(BackendWrapper):
         value = self.inner.get(key)
         if value is None:
             return None
-        data: memoryview | None = memoryview(value).cast("B")
-        if _judge(key, data) is not None:
-            data = self._look_again(key, (data,))
-        return None if data is None else data[HEADER_NBYTES:]
+        data = memoryview(value).cast("B")
+        good = data if _judge(key, data) is None else self._look_again(key, (data,))
+        return None if good is None else good[HEADER_NBYTES:]
 
     def exists(self, key: str) -> bool:
         parse_key(key)
