@@ -125,9 +125,12 @@ class BackendContext:
         object_nbytes: size of every stored object, header included; 0 if not fixed.
         rank: this process among those that share the cache.
         world_size: how many processes share the cache.
+        creates: False for a command that only looks at a store: a backend then makes none where
+            there is none, but says so by ``BackendUnavailable``.
     """
 
     namespace: str
     object_nbytes: int = 0
     rank: int = 0
     world_size: int = 1
+    creates: bool = True

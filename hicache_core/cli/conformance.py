@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
+import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -64,7 +68,8 @@ def command(
             click.echo(f"\r\033[K{result.status:16} {result.id}", nl=False, err=True)
 
     _arm(settings)
-    report = run(Target(recipe), settings, on_result=on_result)
+    with _hypothesis_elsewhere():
+        report = run(Target(recipe), settings, on_result=on_result)
     faulthandler.cancel_dump_traceback_later()
     if progress:
         click.echo("\r\033[K", nl=False, err=True)
@@ -72,6 +77,21 @@ def command(
     if json_file is not None:
         json_file.write_text(report.to_json() + "\n", encoding="utf-8")
     ctx.exit(0 if report.passed else 1)
+
+
+@contextlib.contextmanager
+def _hypothesis_elsewhere() -> Iterator[None]:
+    """Hypothesis keeps its files in a folder that goes again, not where the command is called."""
+    name = "HYPOTHESIS_STORAGE_DIRECTORY"
+    if name in os.environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="hicache-") as folder:
+        os.environ[name] = folder
+        try:
+            yield
+        finally:
+            del os.environ[name]
 
 
 def _arm(settings: KitSettings) -> None:

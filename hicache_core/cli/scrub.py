@@ -50,7 +50,7 @@ def command(  # noqa: PLR0913 - an argument for each option
     recipe = Recipe.named(
         name, read_inline(config, what="--config: "), max_object_nbytes=max_object_nbytes
     )
-    backend, tally = recipe.make(), Tally(removed_kinds=kinds)
+    backend, tally = recipe.make(creates=False), Tally(removed_kinds=kinds)
     backend.open()
     try:
         prefix = f"{namespace}/" if namespace else ""

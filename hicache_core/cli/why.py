@@ -75,7 +75,9 @@ def _answer(tokens: bytes, options: Mapping[str, Any]) -> Answer:
     named = Named(
         fingerprint=options["model_fingerprint"], **{name: options[name] for name in names}
     )
-    with _opened(recipe, BackendContext(options["namespace"] or _UNNAMED)) as backend:
+    with _opened(
+        recipe, BackendContext(options["namespace"] or _UNNAMED, creates=False)
+    ) as backend:
         known = dict(read_manifests(backend))
         for name in (options["namespace"], *options["other_namespace"]):
             if name is not None and name not in known:
@@ -100,7 +102,7 @@ def _question(
 
 def _context(whose: Whose) -> BackendContext:
     nbytes = 0 if whose.manifest is None else whose.manifest.object_nbytes
-    return BackendContext(whose.namespace, object_nbytes=nbytes)
+    return BackendContext(whose.namespace, object_nbytes=nbytes, creates=False)
 
 
 @contextlib.contextmanager

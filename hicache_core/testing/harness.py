@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import secrets
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -21,6 +22,9 @@ from hicache_core.testing.peer import Peer
 from hicache_core.testing.recipe import Recipe
 from hicache_core.testing.settings import KitSettings
 from hicache_core.types import Page
+
+_SWITCH_INTERVAL_S = 1e-5
+"""Threads that race take turns so often that no few steps of Python hide a race."""
 
 
 class RuleBroken(AssertionError):
@@ -119,9 +123,14 @@ class Harness:
             while time.monotonic() < stop_at:
                 runner()
 
-        calls = [Call(partial(repeat, runner)) for runner in runners]
-        for call in calls:
-            call.result(seconds + self.settings.rule_s, "a racing thread")
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        try:
+            calls = [Call(partial(repeat, runner)) for runner in runners]
+            for call in calls:
+                call.result(seconds + self.settings.rule_s, "a racing thread")
+        finally:
+            sys.setswitchinterval(before)
 
     def guarded(self, shape: Sequence[int]) -> GuardedPage:
         """An unfilled page, in registered memory where the backend asks for that."""
@@ -167,10 +176,10 @@ class Harness:
             peer.close()
         self._peers.clear()
         keys, self._keys = list(dict.fromkeys(self._keys)), []
-        if self._first is not None and keys:
+        if keys:
             # Tidying up: neither a store that is gone nor one that cannot delete is a finding.
             with contextlib.suppress(NotImplementedError, BackendError):
-                self._first.delete(keys)
+                self.backend.delete(keys)
         while self._opened:
             self._opened.pop().close()
         self._first = None

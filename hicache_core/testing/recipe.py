@@ -86,14 +86,17 @@ class Recipe:
             asked = {"name": DYNAMIC, "settings": own | where}
         return cls(backend_class, own, scope, max_object_nbytes, asked)
 
-    def make(self) -> StorageBackend:
+    def make(self, *, creates: bool = True) -> StorageBackend:
         """A new backend, not yet opened.
+
+        Args:
+            creates: False for a command that only looks: no store is made where none is.
 
         Raises:
             ConfigError: a setting is wrong.
         """
         config = plugin_manager.backend_settings(self.backend_class, self.settings)
-        context = BackendContext(NAMESPACE, object_nbytes=self.max_object_nbytes)
+        context = BackendContext(NAMESPACE, object_nbytes=self.max_object_nbytes, creates=creates)
         return self.backend_class(config, context)
 
     def to_json(self) -> str:

@@ -117,6 +117,24 @@ class OneSlotForAllThreads(RightBackend):
         return self.slot
 
 
+class OneBounceBufferForAllThreads(RightBackend):
+    """threads_do_not_mix"""
+
+    buffer: bytearray
+
+    def open(self) -> None:
+        super().open()
+        self.buffer = bytearray(4 << 20)
+
+    def get(self, key: str) -> Buffer | None:
+        value = super().get(key)
+        if value is None:
+            return None
+        for start in range(0, len(value), 64):
+            self.buffer[start : start + 64] = value[start : start + 64]
+        return bytes(self.buffer[: len(value)])
+
+
 class StoresInTwoSteps(RightBackend):
     """all_or_nothing"""
 

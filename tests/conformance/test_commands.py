@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from hicache_core.errors import ConfigError, UnknownBackend
 from tests.conformance import defects_data, right
 
 SECRET = "open-sesame"
+ROOT = Path(__file__).parents[2]
 
 
 def dynamic(class_name: str, file: str, **settings: object) -> str:
@@ -41,6 +45,20 @@ def test_a_right_class_conforms_and_the_report_says_so(tmp_path: Path) -> None:
     assert status["two_processes"] == "not run"
     assert {figure["unit"] for figure in report["figures"]} == {"us", "MB/s"}
     assert SECRET not in result.output + report_file.read_text()
+
+
+def test_nothing_is_left_where_the_command_is_called(tmp_path: Path) -> None:
+    config = dynamic("RightBackend", right.__file__)
+    arguments = ["conformance", "dynamic", "--quick", "--scope", "process", "--config", config]
+    command = [sys.executable, "-m", "hicache_core.cli.main", *arguments]
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "tmp")}
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "here").mkdir()
+    done = subprocess.run(
+        command, cwd=tmp_path / "here", env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [*(tmp_path / "here").iterdir(), *(tmp_path / "tmp").iterdir()] == []
 
 
 def test_a_wrong_class_ends_with_status_1_and_no_figures() -> None:

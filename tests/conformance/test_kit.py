@@ -104,6 +104,10 @@ def test_a_right_backend_passes_every_rule_that_applies(
     server = {r.id for r in RULES if Feature.CONTROL in r.requires}
     shared = {r.id for r in RULES if Feature.SECOND_PROCESS in r.requires}
     assert set(not_run) == (server if cls is defects.DirectoryBackend else server | shared)
+    assert STORES["kit"] == {}
+    files = (path for path in tmp_path.rglob("*") if path.is_file())
+    left = [path for path in files if not path.name.startswith(("tmp", "lock"))]  # of the killed
+    assert left == [], "the kit leaves nothing in the store"
 
 
 @pytest.mark.parametrize("cls", DEFECTS, ids=lambda c: c.__name__)

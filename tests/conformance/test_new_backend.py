@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from hicache_core.cli.new_backend import command, render
-from hicache_core.errors import ConfigError
+from hicache_core.errors import BackendError, ConfigError
+from hicache_core.testing.recipe import Recipe
 from tests.conformance.installed import run
 
 
@@ -40,6 +42,25 @@ def test_a_name_that_cannot_be_used_is_refused_and_nothing_written(
     with pytest.raises(ConfigError):
         render(name, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_system_refuses_is_an_error_of_the_store_in_every_call(tmp_path: Path) -> None:
+    project = render("my-store", tmp_path)
+    (file,) = project.glob("src/*/backend.py")
+    where = {"backend_name": "x", "module_path": str(file), "class_name": "MyStoreBackend"}
+    backend = Recipe.named("dynamic", where | {"directory": str(tmp_path / "store")}).make()
+    backend.open()
+    too_long = "k" * 300  # no file can have such a name
+    calls: list[Callable[[], object]] = [
+        lambda: backend.get(too_long),
+        lambda: backend.exists(too_long),
+        lambda: backend.set(too_long, b"x"),
+        lambda: backend.delete([too_long]),
+    ]
+    for call in calls:
+        with pytest.raises(BackendError, match="File name too long"):
+            call()
+    backend.close()
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

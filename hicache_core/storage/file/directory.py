@@ -9,8 +9,9 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from hicache_core.errors import (
     BackendCorrupt,
@@ -21,12 +22,19 @@ from hicache_core.errors import (
     BackendUnavailable,
 )
 from hicache_core.storage.base import Finding
+from hicache_core.storage.file.extents import drop, remove_empty
 from hicache_core.storage.file.index import FileIndex, move
 from hicache_core.storage.file.records import BLOCK_NBYTES, Record, RecordStore
+from hicache_core.storage.file.room import give_room
+from hicache_core.storage.sqlite import ROOM_NBYTES
 
 logger = logging.getLogger(__name__)
 
 _LOCK_POLL_S = 0.02
+_LET_GO_S = 2.0
+"""Others that use a damaged index notice with their next call, and get so long for it."""
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -76,40 +84,65 @@ class FileDirectory:
         self.owner = 0
         self.rebuilt = False
         self._owner_fd = -1
+        self._segments = self._segments_identity()
+        self._lost = ""
 
-    def open(self) -> None:
+    def open(self, *, creates: bool = True) -> None:
         """Makes or opens the directory, registers this process, cleans up after dead ones.
+
+        Args:
+            creates: False for who only looks: where no store is, none is made.
 
         Raises:
             BackendError: of the kind that fits, with what to do.
         """
+        segments = self.path / "segments"
+        if not creates and not (self.index.path.exists() or segments.is_dir()):
+            raise BackendUnavailable(f"{self.path} holds no store of the file backend; check path")
         with os_errors(self.path):
             self.path.mkdir(exist_ok=True)
-            (self.path / "segments").mkdir(exist_ok=True)
+            segments.mkdir(exist_ok=True)
             (self.path / "owners").mkdir(exist_ok=True)
+            self._segments = self._segments_identity()
             with self._opening():
-                self._connect()
                 try:
-                    with self.index.transaction() as connection:
-                        self._register(connection)
-                        self._clean_up(connection)
-                except BaseException:
-                    self._unlock()
-                    self.index.close()
-                    self.store.close()
-                    raise
+                    self._enter()
+                except BackendFull:
+                    if not self._is_alone():
+                        raise  # others may be reading what would have to go
+                    self._give_room()
+                    self._enter()
+
+    def trouble(self) -> str:
+        """Why these files are no longer the store; empty if they are."""
+        if self._segments_identity() != self._segments:
+            return f"{self.path / 'segments'} was removed or replaced while in use"
+        return self._lost or self.index.trouble()
+
+    def check_written(self, segments: set[int]) -> None:
+        """Raises ``BackendUnavailable`` if the file of one of ``segments`` was removed."""
+        if lost := self.store.removed(segments):
+            self._lost = f"segment {min(lost):08x} of {self.path} was removed while in use"
+            raise BackendUnavailable(f"{self._lost}; the store is opened anew by the next call")
+
+    def with_room(self, do: Callable[[], T]) -> T:
+        """What ``do`` returns; once more with the room of the index's log, if the disk is full."""
+        try:
+            return do()
+        except BackendFull:
+            self.index.restart_log()
+            return do()
 
     def close(self) -> None:
         """Gives back what this process had claimed, and lets go of everything."""
         try:
-            with self.index.transaction() as connection:
-                self._forget(connection, self.owner)
+            if not self.trouble():
+                with self.index.transaction() as connection:
+                    self._forget(connection, self.owner)
         except BackendError as exc:  # the next one to open the directory does it then
             logger.warning("%s: closed without giving back its claims: %s", self.path, exc)
         finally:
-            self._unlock()
-            self.index.close()
-            self.store.close()
+            self._leave()
 
     def findings(self, max_nbytes: int) -> list[Finding]:
         """What there is to say of the directory under a cap of ``max_nbytes``."""
@@ -135,12 +168,54 @@ class FileDirectory:
             found.append(Finding("warning", "file system", message))
         return found
 
-    def _unlock(self) -> None:
-        """Lets go of the owner's lock, if it was taken, and removes its file."""
+    def _enter(self) -> None:
+        """Connects and registers; leaves nothing open if that fails."""
+        self._connect()
+        try:
+            with self.index.transaction() as connection:
+                self._register(connection)
+                self._clean_up(connection)
+            if self.store.free_nbytes() > 4 * ROOM_NBYTES:
+                self.index.take_room()
+        except BaseException:
+            self._leave()
+            raise
+
+    def _leave(self) -> None:
+        """Closes everything, the lock last: as long as it is held nobody makes another index."""
+        self.index.discard()
+        self.index.close()
+        self.store.close()
         if self._owner_fd >= 0:
-            self._lock_path(self.owner).unlink(missing_ok=True)
+            path = self._lock_path(self.owner)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(path.stat(), os.fstat(self._owner_fd)):
+                    path.unlink()
             os.close(self._owner_fd)
             self._owner_fd = -1
+
+    def _segments_identity(self) -> tuple[int, int] | None:
+        try:
+            status = (self.path / "segments").stat()
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
+
+    def _give_room(self) -> None:
+        """Makes room on a full disk, so that the index can be opened. Nobody else is here."""
+        given = give_room(self.index.path, self.store)
+        if not given:
+            raise BackendFull(
+                f"{self.path}: the disk is full, and the store has nothing to give up"
+            )
+        logger.warning("%s: the disk is full; gave up %d objects", self.path, len(given))
+        self._connect()
+        try:
+            with self.index.transaction() as connection:
+                drop(connection, given)
+                remove_empty(connection, given)
+        finally:
+            self.index.close()
 
     @contextlib.contextmanager
     def _opening(self) -> Iterator[None]:
@@ -168,8 +243,9 @@ class FileDirectory:
         try:
             self.index.connect()
         except BackendCorrupt as exc:
-            self._check_alone()
             logger.warning("%s; building it anew from the segment files", exc)
+            self.index.path.unlink(missing_ok=True)  # by that others notice
+            self._check_alone()
             self._remove_index()
             self.index.connect()
         try:
@@ -197,14 +273,25 @@ class FileDirectory:
             Path(f"{self.index.path}{suffix}").unlink(missing_ok=True)
 
     def _check_alone(self) -> None:
-        """Refuses to rebuild an index under the feet of those who use it."""
-        for lock in (self.path / "owners").glob("*.lock"):
-            if not self._is_dead(lock):
+        """Waits a moment for those who use an index that is lost; refuses to rebuild it before."""
+        deadline = time.monotonic() + min(_LET_GO_S, self._timeout_s)
+        while not self._is_alone():
+            if time.monotonic() > deadline:
                 raise BackendCorrupt(
-                    f"index {self.index.path} is lost or damaged while other processes use it "
-                    f"({lock.name} is held); close them, then open again to rebuild it"
+                    f"index {self.index.path} is lost or damaged while other processes use it; it "
+                    "is rebuilt as soon as they have noticed, which their next call does, or ended"
                 )
-            lock.unlink(missing_ok=True)
+            time.sleep(_LOCK_POLL_S)
+
+    def _is_alone(self) -> bool:
+        """Whether nobody else uses the directory; removes what the dead left. Held: open.lock."""
+        alone = True
+        for lock in (self.path / "owners").glob("*.lock"):
+            if self._is_dead(lock):
+                lock.unlink(missing_ok=True)
+            else:
+                alone = False
+        return alone
 
     @staticmethod
     def _is_dead(lock: Path) -> bool:

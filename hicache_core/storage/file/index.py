@@ -20,10 +20,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from hicache_core.errors import IntegrityError
+from hicache_core.errors import BackendCorrupt, BackendError, BackendUnavailable, IntegrityError
 from hicache_core.storage.base import namespace_of
-from hicache_core.storage.file.records import BLOCK_NBYTES, Extent
-from hicache_core.storage.sqlite import Database, is_empty
+from hicache_core.storage.file.records import BLOCK_NBYTES, OVERHEAD_NBYTES, Extent
+from hicache_core.storage.file.soundness import FAULTS
+from hicache_core.storage.sqlite import Database, is_empty, room_nbytes
 
 APPLICATION_ID = 0x48694361  # "HiCa"
 FORMAT_VERSION = 2
@@ -31,10 +32,10 @@ FORMAT_VERSION = 2
 _UPGRADES = {1: "ALTER TABLE extents ADD COLUMN pinned_until REAL"}
 """What leads from a version to the next one; the objects stay where they are."""
 
-_SCHEMA = """
+_SCHEMA = f"""
 CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 INSERT INTO counters VALUES ('seq', 0), ('epoch', 0), ('segment', 0), ('owner', 0), ('held', 0),
-    ('complete', 0);  -- 1 as soon as it speaks of all segment files
+    ('format', {FORMAT_VERSION}), ('complete', 0);  -- 1 as soon as it speaks of all segment files
 CREATE TABLE segments (segment INTEGER PRIMARY KEY, end INTEGER NOT NULL);
 CREATE TABLE owners (owner INTEGER PRIMARY KEY);
 CREATE TABLE extents (
@@ -77,7 +78,12 @@ class FileIndex:
 
     def __init__(self, path: Path, *, timeout_s: float, durable: bool) -> None:
         self.path = path
-        self._database = Database(path, "index", APPLICATION_ID, FORMAT_VERSION, _SCHEMA)
+        self._database = Database(
+            *(path, "index", APPLICATION_ID, FORMAT_VERSION, _SCHEMA, FAULTS),
+            version_again="SELECT value FROM counters WHERE name = 'format'",
+        )
+        self._identity: tuple[int, int] | None = None
+        self._is_damaged = False
         self._timeout_s = timeout_s
         self._durable = durable
         self._read_lock = threading.Lock()
@@ -96,6 +102,8 @@ class FileIndex:
             BackendCorrupt: the file is damaged.
             BackendError: it cannot be opened, or is not of this application and version.
         """
+        self._is_damaged = False
+        self._seen = (-1, -1, -1)
         with self._database.translated():
             self._writer = self._connection()
             try:
@@ -104,6 +112,60 @@ class FileIndex:
             except BaseException:
                 self._writer.close()
                 raise
+        self._identity = self._database.identity()
+        try:
+            with self._read_lock:
+                self._follow()  # reads every row
+        except BackendError:
+            self.close()
+            raise
+
+    def trouble(self) -> str:
+        """Why it is of no use any more, though it is open; empty if it is well."""
+        if self._is_damaged:
+            return f"index {self.path} is damaged"
+        if self._database.identity() != self._identity:
+            return f"index {self.path} was removed or replaced while in use"
+        return ""
+
+    def check_current(self) -> None:
+        """Raises ``BackendUnavailable`` if it is of no use any more."""
+        if trouble := self.trouble():
+            raise BackendUnavailable(f"{trouble}; it is opened anew by the next call")
+
+    def discard(self) -> None:
+        """Removes a damaged index, if it is still this one: whoever uses it notices then.
+
+        Nobody makes another one as long as the caller has its owner's lock.
+        """
+        if self._is_damaged and self._database.identity() == self._identity:
+            self.path.unlink(missing_ok=True)
+
+    def take_room(self) -> None:
+        """Grows database and log ahead, so that a change needs no room on a disk that got full."""
+        with self.transaction() as connection:
+            nbytes = room_nbytes(connection)
+            connection.execute(
+                "INSERT OR REPLACE INTO counters VALUES ('room', zeroblob(?))", (nbytes,)
+            )
+        with self.transaction() as connection:
+            connection.execute("DELETE FROM counters WHERE name = 'room'")
+        self.restart_log()
+
+    def restart_log(self) -> None:
+        """Writes the log (SQLite's WAL) into the database, so that its room is used again."""
+        with self._database.translated(), self._write_lock:
+            self._writer.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Raises a ``BackendError``, and remembers that the index is damaged if it is that."""
+        try:
+            with self._database.translated():
+                yield
+        except BackendCorrupt:
+            self._is_damaged = True
+            raise
 
     def _connection(self) -> sqlite3.Connection:
         return self._database.connect(self._timeout_s, durable=self._durable)
@@ -122,6 +184,8 @@ class FileIndex:
         if application != APPLICATION_ID:
             return
         for n in range(version, FORMAT_VERSION):
+            if n not in _UPGRADES:
+                return  # ``check`` says what it is
             connection.executescript(
                 f"BEGIN IMMEDIATE; {_UPGRADES[n]}; PRAGMA user_version = {n + 1}; COMMIT;"
             )
@@ -136,15 +200,17 @@ class FileIndex:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """The writing connection, in a transaction that ends with the block."""
-        with self._database.translated(), self._write_lock:
+        with self._translated(), self._write_lock:
             connection = self._writer
+            self.check_current()  # what is written into a file without a name is lost
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
                 connection.execute("COMMIT")
             except BaseException:
                 if connection.in_transaction:
-                    connection.execute("ROLLBACK")
+                    with contextlib.suppress(sqlite3.Error):  # the first error says more
+                        connection.execute("ROLLBACK")
                 raise
 
     def lookup(self, keys: Sequence[str]) -> tuple[int, list[Row | None]]:
@@ -191,7 +257,7 @@ class FileIndex:
 
     def totals(self) -> tuple[int, int, int]:
         """Number of objects, their bytes, and the bytes of all extents."""
-        with self._read_lock, self._database.translated():
+        with self._read_lock, self._translated():
             self._follow()
             (held,) = self._reader.execute(
                 "SELECT value FROM counters WHERE name = 'held'"
@@ -244,7 +310,7 @@ class FileIndex:
 
     def _follow(self) -> None:
         """Takes over what any connection committed since the last call. Holds the read lock."""
-        with self._database.translated():
+        with self._translated():
             connection = self._reader
             (data_version,) = connection.execute("PRAGMA data_version").fetchone()
             if data_version == self._seen[0]:
@@ -261,13 +327,26 @@ class FileIndex:
                         segment for (segment,) in connection.execute("SELECT segment FROM segments")
                     )
                 last = self._take_over(connection, last)
-            finally:
-                connection.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    connection.execute("ROLLBACK")
+                raise
+            connection.execute("COMMIT")
             self._version += 1
             self._seen = (data_version, epoch, last)
 
     def _take_over(self, connection: sqlite3.Connection, last: int) -> int:
-        """Applies the changes above ``last``; the seq of the newest."""
+        """Applies the changes above ``last``; the seq of the newest.
+
+        Raises:
+            BackendCorrupt: a row is none.
+        """
+        try:
+            return self._taken_over(connection, last)
+        except (TypeError, AttributeError, ValueError) as exc:
+            raise BackendCorrupt(f"index {self.path} is damaged: a row is none: {exc}") from exc
+
+    def _taken_over(self, connection: sqlite3.Connection, last: int) -> int:
         changes = connection.execute(
             "SELECT extent_id, segment, offset, capacity, generation, key, nbytes, written_at, seq "
             "FROM extents WHERE seq > ? ORDER BY seq",
@@ -279,6 +358,8 @@ class FileIndex:
             if before is not None and self._rows[before].extent.extent_id == extent[0]:
                 self._drop(before)
             if key is not None:
+                if not 0 <= nbytes <= extent[3] - OVERHEAD_NBYTES or extent[2] < BLOCK_NBYTES:
+                    raise ValueError(f"{nbytes} bytes at {extent[2]}, {extent[3]} long")
                 if key in self._rows:
                     self._drop(key)
                 self._rows[key] = Row(Extent(*extent), nbytes, written_at)

@@ -38,7 +38,7 @@ _SEGMENT_NAME = re.compile(r"([0-9a-f]{8})\.seg")
 _HEADER = struct.Struct("<4sHHQQQd200sQ")  # magic, version, key's length, nbytes, capacity,
 _FOOTER = struct.Struct("<Q8s")  #           generation, written_at, key, xxh3-64 of what precedes
 _HEADER_NBYTES = 256
-_OVERHEAD_NBYTES = _HEADER_NBYTES + _FOOTER.size
+OVERHEAD_NBYTES = _HEADER_NBYTES + _FOOTER.size
 _PADDING = bytes(_HEADER_NBYTES - _HEADER.size)
 _MAGIC, _END_MAGIC, _VERSION = b"HiCR", b"HiCR end", 1
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
@@ -77,7 +77,7 @@ class Record(NamedTuple):
 
 def capacity_for(nbytes: int) -> int:
     """Length of the extent that an object of ``nbytes`` needs."""
-    return -(-(nbytes + _OVERHEAD_NBYTES) // BLOCK_NBYTES) * BLOCK_NBYTES
+    return -(-(nbytes + OVERHEAD_NBYTES) // BLOCK_NBYTES) * BLOCK_NBYTES
 
 
 def _pack_header(key: str, nbytes: int, extent: Extent, written_at: float) -> bytes:
@@ -133,7 +133,7 @@ class RecordStore:
         nbytes = extent_nbytes = sum(map(len, page))
         header = _pack_header(key, nbytes, extent, written_at)
         footer = _FOOTER.pack(extent.generation, _END_MAGIC)
-        extent_nbytes += _OVERHEAD_NBYTES
+        extent_nbytes += OVERHEAD_NBYTES
         file = self._file(extent.segment)
         buffers: list[memoryview | bytes] = [header, *page, footer]
         if len(buffers) <= _IOV_MAX:  # nearly always one call
@@ -155,10 +155,10 @@ class RecordStore:
             return False
         if len(buffers) <= _IOV_MAX:
             done = os.preadv(file.fd, buffers, extent.offset)
-        if len(buffers) > _IOV_MAX or done != nbytes + _OVERHEAD_NBYTES:
+        if len(buffers) > _IOV_MAX or done != nbytes + OVERHEAD_NBYTES:
             whole = [buffer for buffer in buffers if len(buffer)]
             done = _vectored(os.preadv, file.fd, list(whole), extent.offset)
-        if done != nbytes + _OVERHEAD_NBYTES:
+        if done != nbytes + OVERHEAD_NBYTES:
             return False
         magic, version, key_nbytes, its_nbytes, _, generation, _, name, _ = _HEADER.unpack_from(
             header
@@ -186,6 +186,10 @@ class RecordStore:
                 os.fsync(fd)
             finally:
                 os.close(fd)
+
+    def removed(self, segments: set[int]) -> set[int]:
+        """Those of ``segments`` whose file has no name any more: what is written there is lost."""
+        return {n for n in segments if not os.fstat(self._file(n).fd).st_nlink}
 
     def sync(self, segments: set[int]) -> None:
         """Returns when all that was written to ``segments`` is on the medium."""

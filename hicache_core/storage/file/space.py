@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Sequence
 
+from hicache_core.errors import BackendFull
 from hicache_core.storage.file.extents import (
     FREE,
     Place,
@@ -181,7 +183,8 @@ class FileSpace:
                 self._uses[extent] = now - n * 1e-6
             full = len(self._uses) >= _MAX_PENDING_USES
         if full:
-            self.flush_uses()
+            with contextlib.suppress(BackendFull):  # it is a read: it needs no room
+                self.flush_uses()
 
     def flush_uses(self) -> None:
         """Writes down when objects were used, for all processes and the next start."""

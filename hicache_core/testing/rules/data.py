@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import string
 
 from hicache_core.testing.content import content, difference, page_difference, scribble
@@ -154,9 +155,12 @@ def set_only_reads(h: Harness) -> None:
 
 @rule("What get returned stays as it is through later calls.", needs=("get_after_set",))
 def get_gives_its_own_bytes(h: Harness) -> None:
-    keys = h.keys(8)
+    keys, later = h.keys(8), h.keys(8, "later")
     put_each(h.backend, keys, 4096)
     values = [h.backend.get(key) for key in keys]
+    with contextlib.suppress(NotImplementedError):
+        h.backend.delete(keys)
+    put_each(h.backend, later, 4096)  # into the room of those that were deleted, perhaps
     for key, value in zip(keys, values, strict=True):
         expect(value is not None, f"get missed {key}, which is stored")
         wrong = difference(key, 4096, value or b"")

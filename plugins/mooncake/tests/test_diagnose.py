@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from hicache_mooncake import MooncakeBackend
 
 from hicache_core.storage.base import Clearable, Diagnosable, HasStats, RegistersMemory
@@ -31,6 +37,24 @@ def test_a_healthy_store_is_described_and_left_as_it_was(
     assert found["master health"][0] == "warning"  # its metrics port is not the default
     assert "master_metrics_port" in found["master health"][1]
     assert not backend.exists("hicache/doctor")
+
+
+@pytest.mark.parametrize(("level", "is_told"), [("", False), ("INFO", True)])
+def test_doctor_is_not_drowned_by_what_mooncake_logs(
+    master: Any, level: str, *, is_told: bool
+) -> None:
+    settings = {"master_server_address": master.address, "global_segment_size": "64MiB"}
+    arguments = ["doctor", "mooncake", "--config", json.dumps(settings)]
+    env = {name: value for name, value in os.environ.items() if name != "MC_LOG_LEVEL"}
+    done = subprocess.run(
+        [sys.executable, "-m", "hicache_core.cli.main", *arguments],
+        env=env | ({"MC_LOG_LEVEL": level} if level else {}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "answers in" in done.stdout
+    assert bool(re.search(r"^I\d{4} ", done.stderr, re.MULTILINE)) == is_told
 
 
 def test_a_short_lease_no_room_and_a_lost_master_are_found(

@@ -80,6 +80,16 @@ def test_what_cannot_be_scrubbed_is_one_line_and_status_2(tmp_path: Path, capsys
     assert err.count("\n") == 1
 
 
+def test_at_a_mistyped_path_no_store_is_made(tmp_path: Path, capsys: Capsys) -> None:
+    settings = json.dumps({"path": str(tmp_path / "typo")})
+    why = ("why", "1,2,3", "--backend", "file", "--namespace", "0" * 16)
+    for asked in (("scrub", "file"), ("scrub", "file", "--dry-run"), why):
+        status, _, err = in_process(capsys, *asked, "--config", settings)
+        assert status == 2
+        assert "typo holds no store of the file backend; check path" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_backend_that_cannot_list_says_so(tmp_path: Path, capsys: Capsys) -> None:
     (tmp_path / "bare.py").write_text(
         "from hicache_core.storage.base import StorageBackend\n"

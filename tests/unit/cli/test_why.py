@@ -159,6 +159,8 @@ def test_a_mistake_is_explained(
 ) -> None:
     if "--model" in arguments:
         arguments = [*arguments, "--model-fingerprint", "m1"]
+    with closing(FileBackend(FileConfig(path=tmp_path / "kv-store"), CONTEXT)) as empty:
+        empty.open()
     result = ask(*arguments)
     assert isinstance(result.exception, HiCacheError), result.output
     assert said in str(result.exception)

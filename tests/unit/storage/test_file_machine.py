@@ -64,7 +64,7 @@ class FileMachine(RuleBasedStateMachine):
         n_stored = self.backends[which].batch_set(keys, pages)
         fits = capacity_for(nbytes) <= (self.cap or 1 << 30)
         assert n_stored == len(keys) or self.cap is not None
-        assert n_stored > 0 or not keys or not fits
+        assert n_stored > 0 or not keys or not fits or there  # what is there makes no room
         for key in keys[:n_stored]:
             if key not in there or self._expect(key) != nbytes:
                 self.model[key] = (nbytes, self.now)

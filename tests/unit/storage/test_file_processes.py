@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -175,6 +176,42 @@ def test_a_disk_without_room_for_the_index_is_full_or_works(
         for key in backend.list_keys(""):
             assert backend.get(key) in (None, bytes(5000))
         backend.close()
+
+
+def fill_disk(disk: Path) -> None:
+    """Another program takes what is left, to the last byte."""
+    with (disk / "other").open("ab", buffering=0) as other:
+        for nbytes in (MIB, 4096, 1):
+            with contextlib.suppress(OSError):
+                while True:
+                    other.write(b"x" * nbytes)
+
+
+@pytest.mark.parametrize("reopened", [False, True])
+def test_on_a_disk_that_others_filled_it_reads_and_stores_in_the_room_that_it_has(
+    mounted: Callable[[str], Path], open_file: OpenFile, *, reopened: bool
+) -> None:
+    disk = mounted("size=12m")
+    backend = open_file(path=disk / "store", max_nbytes="4MiB")
+    keys, pages = [f"k{n}" for n in range(400)], [memoryview(bytearray(20_000)) for _ in range(400)]
+    for n, page in enumerate(pages):
+        page[:4] = n.to_bytes(4, "little")
+    n_first = 160
+    assert backend.batch_set(keys[:n_first], [[page] for page in pages[:n_first]]) == n_first
+    if reopened:
+        backend.close()
+    fill_disk(disk)
+    if reopened:
+        backend = open_file(path=disk / "store", max_nbytes="4MiB")
+    n_kept = sum(backend.exists(key) for key in keys)
+    assert n_kept >= n_first // 2, "it gives up little"
+    for start in range(n_first, 400, 20):
+        new = slice(start, start + 20)
+        assert backend.batch_set(keys[new], [[page] for page in pages[new]]) == 20
+        assert backend.batch_exists(keys[new]) == 20
+    for key, page in zip(keys, pages, strict=True):
+        assert backend.get(key) in (None, bytes(page))
+    backend.check_integrity()
 
 
 def test_a_read_only_mount_is_an_error_at_open(

@@ -211,6 +211,7 @@ def test_a_directory_of_a_later_version_is_an_error_and_stays_as_it_is(
     open_file().close()
     index = sqlite3.connect(tmp_path / "store" / "index.sqlite", isolation_level=None)
     index.execute("PRAGMA user_version = 3")
+    index.execute("UPDATE counters SET value = 3 WHERE name = 'format'")
     with pytest.raises(BackendUnavailable, match="version 3; expected"):
         open_file()
     assert index.execute("PRAGMA user_version").fetchone() == (3,)

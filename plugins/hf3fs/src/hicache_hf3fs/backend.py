@@ -7,6 +7,7 @@ is bound as before. A write reserves slots, writes them, and publishes.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -16,6 +17,7 @@ from typing import ClassVar, NamedTuple
 
 from hicache_core.errors import BackendError, BackendFull, BackendTimeout
 from hicache_core.storage.base import BackendConfig, Buffer, Finding, StorageBackend
+from hicache_core.storage.calls import Calls
 from hicache_core.storage.segments import nbytes_of
 from hicache_core.types import BackendContext, Page
 from hicache_hf3fs.config import Hf3fsConfig
@@ -29,8 +31,9 @@ from hicache_hf3fs.slab import (
     Slab,
     pack_footer,
     pack_header,
+    translated,
 )
-from hicache_hf3fs.store import Calls, Store, open_store
+from hicache_hf3fs.store import Store, open_store
 
 logger = logging.getLogger(__name__)
 
@@ -82,21 +85,35 @@ class Hf3fsBackend(StorageBackend):
     def __init__(self, config: Hf3fsConfig, context: BackendContext) -> None:
         super().__init__(config, context)
         self._settings = config
-        self._calls: Calls[Store] = Calls(f"hf3fs backend {config.file_path_prefix}")
+        self._calls: Calls[Store] = Calls(f"hf3fs backend {config.file_path_prefix}", self._opened)
         self._counts = dict.fromkeys(_COUNTS, 0)
 
     def open(self) -> None:
-        if self._calls.is_open:
-            return
-        self._calls.open(open_store(self._settings, self.context))
+        self._calls.open()
 
     def close(self) -> None:
-        store = self._calls.close()
-        if store is not None:
-            store.close()
+        self._calls.close()
+
+    def _opened(self) -> Store:
+        with self._os_errors():
+            return open_store(self._settings, self.context)
+
+    @contextlib.contextmanager
+    def _os_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BackendError:
+            raise
+        except OSError as exc:
+            raise translated(exc, self._settings.file_path_prefix) from exc
+
+    @contextlib.contextmanager
+    def _call(self) -> Iterator[Store]:
+        with self._calls.call() as store, self._os_errors():
+            yield store
 
     def get(self, key: str) -> Buffer | None:
-        with self._calls.call() as store:
+        with self._call() as store:
             bound = store.metadata.lookup([key])[0]
             if bound is None:
                 self._count(misses=1)
@@ -111,7 +128,7 @@ class Hf3fsBackend(StorageBackend):
         data = memoryview(value).cast("B")
         if self.batch_set([key], [[data]]) == 1:
             return
-        with self._calls.call() as store:
+        with self._call() as store:
             limit = store.own.object_nbytes
             if data.nbytes > limit:
                 raise BackendFull(
@@ -129,7 +146,7 @@ class Hf3fsBackend(StorageBackend):
             )
 
     def batch_exists(self, keys: Sequence[str]) -> int:
-        with self._calls.call() as store:
+        with self._call() as store:
             return store.metadata.leading(keys)
 
     def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
@@ -142,7 +159,7 @@ class Hf3fsBackend(StorageBackend):
         self, keys: Sequence[str], pages: Sequence[Page], arrived: Callable[[int], bool]
     ) -> int:
         """As ``batch_get``; each page is shown to ``arrived``, which may refuse it."""
-        with self._calls.call() as store:
+        with self._call() as store:
             return self._get(store, keys, pages, arrived)
 
     def batch_set_visiting(
@@ -152,11 +169,11 @@ class Hf3fsBackend(StorageBackend):
         wanted = [
             Wanted(_checked(key), nbytes_of(page)) for key, page in zip(keys, pages, strict=True)
         ]
-        with self._calls.call() as store:
+        with self._call() as store:
             limit = store.own.object_nbytes
             fitting = next((n for n, w in enumerate(wanted) if w.nbytes > limit), len(wanted))
             try:
-                n_stored = self._set(store, wanted[:fitting], pages, leaving) if fitting else 0
+                n_stored = self._set_with_room(store, wanted[:fitting], pages, leaving)
             except BackendFull as exc:  # the metadata has no room: nothing of this call is bound
                 logger.warning("%s", exc)
                 n_stored = 0
@@ -168,27 +185,27 @@ class Hf3fsBackend(StorageBackend):
             return n_stored
 
     def delete(self, keys: Sequence[str]) -> None:
-        with self._calls.call() as store:
+        with self._call() as store:
             self._delete(store, keys)
 
     def list_keys(self, prefix: str) -> Iterator[str]:
         """Every key that starts with ``prefix``, as of now."""
-        with self._calls.call() as store:
+        with self._call() as store:
             return iter(list(store.metadata.keys(prefix)))
 
     def clear(self, prefix: str) -> int:
         """Removes every key that starts with ``prefix``; how many there were."""
-        with self._calls.call() as store:
+        with self._call() as store:
             return self._delete(store, list(store.metadata.keys(prefix)))
 
     def pin(self, keys: Sequence[str], ttl_s: float) -> int:
         """Evicts ``keys`` last for ``ttl_s`` seconds, 0 ends that; how many of them are present."""
-        with self._calls.call() as store:
+        with self._call() as store:
             return store.metadata.pin(keys, ttl_s) if keys else 0
 
     def usage(self) -> Mapping[str, int]:
         """Bytes of stored objects by namespace, of all ranks and hosts that share the metadata."""
-        with self._calls.call() as store:
+        with self._call() as store:
             return store.metadata.usage()
 
     def stats(self) -> Mapping[str, float]:
@@ -197,7 +214,7 @@ class Hf3fsBackend(StorageBackend):
         ``held_slots`` are reserved by writers, or wait for a lease to end; ``used_nbytes`` are
         whole slots.
         """
-        with self._calls.call() as store:
+        with self._call() as store:
             totals = store.metadata.totals(store.own.name)
             return {
                 "slots": totals.n_slots,
@@ -211,8 +228,10 @@ class Hf3fsBackend(StorageBackend):
 
     def diagnose(self) -> Iterator[Finding]:
         """Mode, mount, room, slots, slabs of other sizes, and the metadata's answer."""
-        with self._calls.call() as store:
+        with self._call() as store:
             yield from findings(self._settings, store)
+        if trouble := self._calls.last_trouble:
+            yield Finding("warning", "store", f"{trouble}; it was opened anew")
 
     def check_integrity(self) -> None:
         """Every slot is in one state.
@@ -220,7 +239,7 @@ class Hf3fsBackend(StorageBackend):
         Raises:
             IntegrityError: it is not so.
         """
-        with self._calls.call() as store:
+        with self._call() as store:
             store.metadata.check_integrity()
 
     def _get(
@@ -281,7 +300,10 @@ class Hf3fsBackend(StorageBackend):
 
     def _drop_damaged(self, store: Store, key: str, binding: Binding) -> None:
         """Unbinds a slot that does not hold what it should, so that a new write can mend it."""
-        if store.metadata.delete([key], [binding.slot.generation]):
+        n_deleted = 0
+        with contextlib.suppress(BackendFull):  # it is a read: it needs no room
+            n_deleted = store.metadata.delete([key], [binding.slot.generation])
+        if n_deleted:
             self._count(damaged_slots=1)
             logger.warning(
                 "slot %d of %s does not hold %s; dropped",
@@ -289,6 +311,22 @@ class Hf3fsBackend(StorageBackend):
                 store.slab_path(binding),
                 key,
             )
+
+    def _set_with_room(
+        self,
+        store: Store,
+        wanted: Sequence[Wanted],
+        pages: Sequence[Page],
+        leaving: Callable[[int], None],
+    ) -> int:
+        """As ``_set``; once more with the room of the metadata's log, if the disk is full."""
+        if not wanted:
+            return 0
+        try:
+            return self._set(store, wanted, pages, leaving)
+        except BackendFull:
+            store.metadata.restart_log()
+            return self._set(store, wanted, pages, leaving)
 
     def _set(
         self,

@@ -117,6 +117,13 @@ class MetadataStore(ABC):
     def close(self) -> None:
         """Disconnects."""
 
+    def trouble(self) -> str:
+        """Why it is of no use any more, though it is open; empty if it is well."""
+        return ""
+
+    def restart_log(self) -> None:  # noqa: B027 - a server has a disk of its own
+        """Lets the room of a log be used again, on a disk that is full."""
+
     @abstractmethod
     def n_slots(self, slab: str) -> int | None:
         """How many slots the store knows of a slab; None if it does not know the slab."""

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from hicache_core.errors import BackendError, IntegrityError, UseAfterClose
+from hicache_core.errors import BackendError, BackendFull, IntegrityError, UseAfterClose
 from hicache_core.storage.base import namespace_of
+from hicache_core.storage.sqlite import room_nbytes
 from hicache_hf3fs.metadata import (
     Binding,
     Found,
@@ -28,6 +29,7 @@ from hicache_hf3fs.metadata import (
     Written,
     oldest_generation,
 )
+from hicache_hf3fs.slab import is_slab_name
 from hicache_hf3fs.sqlite_file import SqliteFile, add_bounds, counts_bytes
 from hicache_hf3fs.sqlite_room import UNBIND, Room, SlabRow
 
@@ -81,6 +83,16 @@ class SqliteMetadata(MetadataStore):
             with self._writing() as db:
                 ttl, quota = limits.ttl_s is not None, limits.namespace_quota_nbytes is not None
                 add_bounds(db, ttl=ttl, quota=quota)
+        if self._file.has_room():
+            self._take_room()
+
+    def _take_room(self) -> None:
+        """Grows database and log ahead, so that a change needs no room on a disk that got full."""
+        with self._writing() as db:
+            db.execute("INSERT INTO boots VALUES (zeroblob(?))", (room_nbytes(db),))
+        with self._writing() as db:
+            db.execute("DELETE FROM boots WHERE typeof(boot_id) = 'blob'")
+        self.restart_log()
 
     def close(self) -> None:
         with self._write_lock, self._read_lock:
@@ -90,6 +102,14 @@ class SqliteMetadata(MetadataStore):
                     connection.close()
             self._reader = self._writer = None
             self._file.close()
+
+    def trouble(self) -> str:
+        return self._file.trouble()
+
+    def restart_log(self) -> None:
+        with self._write_lock, self._file.translated():
+            if self._writer is not None:
+                self._writer.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
 
     def n_slots(self, slab: str) -> int | None:
         with self._reading() as db:
@@ -128,8 +148,9 @@ class SqliteMetadata(MetadataStore):
         now = self._clock()
         if any(row.held_until < now + lease_s for row in bound.values()):
             # A lease is given for twice its time, so that most lookups of a hot key only read.
+            # On a full disk there is none: then the second look alone tells what was overwritten.
             until, found = now + 2 * lease_s, list(bound)
-            with self._writing() as db:
+            with contextlib.suppress(BackendFull), self._writing() as db:
                 for part in _chunks(found):
                     db.execute(
                         "UPDATE slots SET used_at = ?, held_until = max(held_until, ?) "
@@ -300,7 +321,16 @@ class SqliteMetadata(MetadataStore):
                 bound[key] = _Bound(*row)
         if any(row.slab_id not in self._names for row in bound.values()):
             self._names.update(db.execute("SELECT slab_id, name FROM slabs").fetchall())
+        for row in bound.values():
+            self._check_row(row)
         return self._young(bound)
+
+    def _check_row(self, row: _Bound) -> None:
+        """Raises ``sqlite3.DatabaseError`` if the row cannot be."""
+        name = self._names.get(row.slab_id)
+        types = (type(row.number), type(row.generation), type(row.nbytes), type(row.held_until))
+        if types != (int, int, int, float) or not is_slab_name(name) or row.nbytes < 0:
+            raise sqlite3.OperationalError(f"a row of slots is none: {tuple(row)}")
 
     def _young(self, bound: dict[str, _Bound]) -> dict[str, _Bound]:
         """Those that are not expired."""

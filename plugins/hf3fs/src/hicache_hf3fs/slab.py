@@ -38,6 +38,7 @@ _HEADER = struct.Struct("<4sHHQQ200s")  # magic, version, key's length, nbytes, 
 _DIGEST = struct.Struct("<Q24x")  # xxh3-64 of what precedes
 _FOOTER = struct.Struct("<Q8s")
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY)  # as of some network file systems
+_PUNCH_HOLE_KEEP_SIZE = 0x03
 _NAME = re.compile(r"r(\d+)\.(\d+)")
 
 
@@ -61,6 +62,18 @@ def pack_footer(generation: int) -> bytes:
 def slab_name(rank: int, slot_nbytes: int) -> str:
     """The name under which the metadata store knows the slab of a rank."""
     return f"r{rank}.{slot_nbytes}"
+
+
+def is_slab_name(name: object) -> bool:
+    """Whether ``slab_name`` makes such names."""
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None
+
+
+def slabs_of(prefix: Path) -> list[str]:
+    """The names of all slabs of a prefix that have a file."""
+    start = f"{prefix.name}."
+    found = (path.name.removeprefix(start) for path in prefix.parent.glob(f"{start}r*.slab"))
+    return sorted(name for one in found if is_slab_name(name := one.removesuffix(".slab")))
 
 
 def slab_path(prefix: Path, name: str) -> Path:
@@ -88,7 +101,7 @@ class Slab:
         except FileNotFoundError:
             return None
         except OSError as exc:
-            raise _translated(exc, path) from exc
+            raise translated(exc, path) from exc
 
     @classmethod
     def allocated(cls, prefix: Path, name: str, file_nbytes: int) -> Slab:
@@ -103,7 +116,7 @@ class Slab:
         try:
             fd = _locked(path)
         except OSError as exc:
-            raise _translated(exc, path) from exc
+            raise translated(exc, path) from exc
         before = os.fstat(fd).st_size
         try:
             if before < file_nbytes:
@@ -113,7 +126,7 @@ class Slab:
             if before == 0:
                 path.unlink(missing_ok=True)
             os.close(fd)
-            raise _translated(exc, path, file_nbytes) from exc
+            raise translated(exc, path, file_nbytes) from exc
         with contextlib.suppress(OSError):  # some network file systems know no locks
             fcntl.flock(fd, fcntl.LOCK_UN)
         return cls(path, name, fd)
@@ -127,6 +140,18 @@ class Slab:
     def object_nbytes(self) -> int:
         """Length of the largest object that fits a slot."""
         return self.slot_nbytes - HEADER_NBYTES - FOOTER_NBYTES
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether its file has no name any more: what is written there is lost."""
+        return not os.fstat(self.fd).st_nlink
+
+    def give_room(self, nbytes: int) -> bool:
+        """Gives the disk back its last slots, with the objects in them; whether it could."""
+        n_slots = min(self.n_slots, -(-nbytes // self.slot_nbytes))
+        start = (self.n_slots - n_slots) * self.slot_nbytes
+        length = n_slots * self.slot_nbytes
+        return bool(length) and _fallocate(self.fd, _PUNCH_HOLE_KEEP_SIZE, start, length) == 0
 
     def close(self) -> None:
         """Closes the file."""
@@ -199,7 +224,7 @@ def _allocate(path: Path, fd: int, nbytes: int) -> None:
     )
 
 
-def _translated(exc: OSError, path: Path, nbytes: int = 0) -> BackendError:
+def translated(exc: OSError, path: Path, nbytes: int = 0) -> BackendError:
     """The error of HiCache that says what to do."""
     if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         status = os.statvfs(path.parent)

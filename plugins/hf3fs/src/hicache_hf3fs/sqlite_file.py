@@ -6,16 +6,18 @@ time or anew, holds the exclusive one: so there are never two databases that spe
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
 import sqlite3
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from pathlib import Path
 
 from hicache_core.errors import BackendCorrupt, BackendDenied, BackendUnavailable
-from hicache_core.storage.sqlite import Database, is_empty
+from hicache_core.storage.sqlite import ROOM_NBYTES, Database, is_empty
+from hicache_hf3fs.slab import FOOTER_NBYTES, HEADER_NBYTES, MAX_KEY_NBYTES
 
 logger = logging.getLogger(__name__)
 
@@ -89,15 +91,52 @@ def add_bounds(db: sqlite3.Connection, *, ttl: bool, quota: bool) -> None:
             statement = ""
 
 
+_SIZE = "CAST(substr(name, instr(name, '.') + 1) AS INTEGER)"
+_RANK = "CAST(substr(name, 2, instr(name, '.') - 2) AS INTEGER)"
+_FAULTS = {
+    "a slab is none": (
+        f"SELECT 1 FROM slabs WHERE typeof(name) != 'text' "
+        f"OR name != 'r' || {_RANK} || '.' || {_SIZE} OR typeof(n_slots) != 'integer' "
+        "OR typeof(fresh) != 'integer' OR fresh NOT BETWEEN 0 AND n_slots"
+    ),
+    "a slot is none": (
+        "SELECT 1 FROM slots LEFT JOIN slabs USING (slab_id) WHERE name IS NULL "
+        "OR typeof(number) != 'integer' OR number NOT BETWEEN 0 AND fresh - 1 "
+        "OR typeof(generation) != 'integer' OR generation < 0 OR typeof(held_until) != 'real' "
+        "OR typeof(pinned_until) NOT IN ('null', 'real')"
+    ),
+    "an object is none": (
+        "SELECT 1 FROM slots JOIN slabs USING (slab_id) WHERE key IS NOT NULL "
+        f"AND (typeof(key) != 'text' OR length(key) NOT BETWEEN 1 AND {MAX_KEY_NBYTES} "
+        "OR namespace IS NOT substr(key, 1, instr(key || '/', '/') - 1) "
+        "OR typeof(nbytes) != 'integer' OR nbytes < 0 "
+        f"OR nbytes + {HEADER_NBYTES + FOOTER_NBYTES} > {_SIZE} OR typeof(used_at) != 'real')"
+    ),
+    "a slot is missing": (
+        "SELECT 1 FROM slabs LEFT JOIN slots USING (slab_id) GROUP BY slab_id "
+        "HAVING count(number) != fresh"
+    ),
+}
+_BYTES_DIFFER = """
+SELECT 1 FROM (SELECT namespace, sum(nbytes) AS nbytes FROM slots WHERE key IS NOT NULL
+    GROUP BY namespace) FULL JOIN spaces USING (namespace)
+    WHERE coalesce(nbytes, 0) IS NOT coalesce(used_nbytes, 0) LIMIT 1
+"""
+
+
 class SqliteFile:
     """Opens the database, under the lock that keeps it the only one."""
 
     def __init__(self, path: Path, timeout_s: float) -> None:
         self._path = path
-        self._database = Database(path, "metadata", APPLICATION_ID, FORMAT_VERSION, _SCHEMA)
+        self._database = Database(
+            *(path, "metadata", APPLICATION_ID, FORMAT_VERSION, _SCHEMA, _FAULTS),
+            optional=frozenset(["spaces"]),
+        )
+        self._is_damaged = False
         self._timeout_s = timeout_s
         self._lock_fd = -1
-        self._identity = (0, 0)
+        self._identity: tuple[int, int] | None = None
 
     def open(self) -> sqlite3.Connection:
         """A connection to a database that is whole and of this version.
@@ -113,8 +152,7 @@ class SqliteFile:
                 if self._lock(fcntl.LOCK_SH):
                     connection = self._sound()
                     if connection is not None:
-                        status = self._path.stat()
-                        self._identity = (status.st_dev, status.st_ino)
+                        self._identity = self._database.identity()
                         return connection
                     fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
                 if self._lock(fcntl.LOCK_EX):
@@ -122,8 +160,8 @@ class SqliteFile:
                     continue
                 if time.monotonic() > deadline:
                     raise BackendCorrupt(
-                        f"metadata {self._path} is missing or damaged, and other processes still "
-                        "use it; stop them all, then it is rebuilt from the slabs"
+                        f"metadata {self._path} is missing or damaged, and others use it; it is "
+                        "rebuilt as soon as they have noticed, which their next call does, or ended"
                     )
                 time.sleep(_POLL_S)
         except BaseException:
@@ -134,24 +172,45 @@ class SqliteFile:
         """One more connection. What a power cut may take, a scan of the slabs gives back."""
         return self._database.connect(self._timeout_s)
 
-    def translated(self) -> AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def translated(self) -> Iterator[None]:
         """Raises the ``BackendError`` that fits what SQLite raises."""
-        return self._database.translated()
+        try:
+            with self._database.translated():
+                yield
+        except BackendCorrupt:
+            self._is_damaged = True
+            raise
+
+    def trouble(self) -> str:
+        """Why it is of no use any more, though it is open; empty if it is well."""
+        if self._is_damaged:
+            return f"metadata {self._path} is damaged"
+        if self._database.identity() != self._identity:
+            return f"metadata {self._path} was removed or replaced while in use"
+        return ""
 
     def check_current(self) -> None:
-        """Raises ``BackendUnavailable`` if the file was removed or replaced under its users."""
-        try:
-            status = self._path.stat()
-        except OSError:
-            status = None
-        if status is None or (status.st_dev, status.st_ino) != self._identity:
-            raise BackendUnavailable(
-                f"metadata {self._path} was removed while in use; stop all processes that use it, "
-                "then it is rebuilt from the slabs"
-            )
+        """Raises ``BackendUnavailable`` if the file is of no use any more."""
+        if trouble := self.trouble():
+            raise BackendUnavailable(f"{trouble}; the store is opened anew by the next call")
+
+    def has_room(self) -> bool:
+        """Whether its disk has room to spare."""
+        status = os.statvfs(self._path.parent)
+        return status.f_bavail * status.f_frsize > 4 * ROOM_NBYTES
+
+    def put_aside(self) -> None:
+        """Takes a damaged file out of the way: whoever uses it notices then. Held: the lock."""
+        if self._database.identity() == self._identity:
+            with contextlib.suppress(FileNotFoundError):
+                self._path.replace(self._path.with_name(self._path.name + ".damaged"))
 
     def close(self) -> None:
-        """Gives up the lock."""
+        """Gives up the lock; a damaged file is put aside before."""
+        if self._is_damaged and self._lock_fd >= 0:
+            self.put_aside()
+        self._is_damaged = False
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
@@ -188,6 +247,8 @@ class SqliteFile:
             logger.warning("%s", exc)
             if connection is not None:
                 connection.close()
+            self._is_damaged, self._identity = False, self._database.identity()
+            self.put_aside()
             return None
         except BaseException:
             if connection is not None:
@@ -198,6 +259,8 @@ class SqliteFile:
         if is_empty(connection):  # whoever made it was killed before it was done
             raise BackendCorrupt(f"metadata {self._path} is empty")
         self._database.check(connection)
+        if counts_bytes(connection) and connection.execute(_BYTES_DIFFER).fetchone() is not None:
+            raise BackendCorrupt(f"metadata {self._path} is damaged: sums of bytes are others")
         connection.execute("BEGIN IMMEDIATE")
         boot_id = _BOOT_ID.read_text().strip()
         if connection.execute("SELECT boot_id FROM boots").fetchone() != (boot_id,):

@@ -2,87 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import logging
-import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Generic, TypeVar
 
-from hicache_core.errors import BackendUnavailable, ConfigError, UseAfterClose
+from hicache_core.errors import BackendDenied, BackendFull, BackendUnavailable, ConfigError
 from hicache_core.logs import log_once
+from hicache_core.storage.sqlite import ROOM_NBYTES
 from hicache_core.types import BackendContext
 from hicache_hf3fs.config import Hf3fsConfig
 from hicache_hf3fs.metadata import Binding, Limits, MetadataStore
 from hicache_hf3fs.metadata_sqlite import SqliteMetadata
 from hicache_hf3fs.page_io import PageIO
 from hicache_hf3fs.posix import PosixIO
-from hicache_hf3fs.slab import Slab, slab_name, slab_path, slot_nbytes_for
+from hicache_hf3fs.slab import Slab, slab_name, slab_path, slabs_of, slot_nbytes_for
 from hicache_hf3fs.usrbio import LIBRARY, UsrbioIO, load_library, mount_of
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_OBJECT_NBYTES = 4 << 20
-CLOSE_TIMEOUT_S = 30.0
-
-T = TypeVar("T")
-
-
-class Calls(Generic[T]):
-    """What calls use while it is open; closing waits until the last of them has ended."""
-
-    def __init__(self, name: str) -> None:
-        self.lock = threading.Lock()
-        self._name = name
-        self._ended = threading.Condition(self.lock)
-        self._n_calls = 0
-        self._pid = 0
-        self._value: T | None = None
-
-    @property
-    def is_open(self) -> bool:
-        """Whether there is something to use."""
-        return self._value is not None
-
-    def open(self, value: T) -> None:
-        """From now on calls use ``value``."""
-        self._value, self._pid = value, os.getpid()
-
-    def close(self) -> T | None:
-        """The value, for the caller to release; None if there is none, or some call never ends."""
-        with self._ended:
-            value, self._value = self._value, None
-            if value is None or self._pid != os.getpid():
-                return None  # what a forked child inherited is its parent's to close
-            if self._ended.wait_for(lambda: self._n_calls == 0, CLOSE_TIMEOUT_S):
-                return value
-        logger.warning("%s: a call still runs; its files stay open", self._name)
-        return None
-
-    @contextlib.contextmanager
-    def call(self) -> Iterator[T]:
-        """The value, which is not released before the block has ended."""
-        with self._ended:
-            value = self._value
-            if value is None:
-                raise UseAfterClose(f"{self._name} is not open; call open() first")
-            if self._pid != os.getpid():
-                raise UseAfterClose(
-                    f"{self._name} was opened in process {self._pid}; a forked child has to open "
-                    "one of its own"
-                )
-            self._n_calls += 1
-        try:
-            yield value
-        finally:
-            with self._ended:
-                self._n_calls -= 1
-                if not self._n_calls:
-                    self._ended.notify_all()
 
 
 class Store:
@@ -99,9 +41,20 @@ class Store:
 
     @property
     def own(self) -> Slab:
-        """This rank's slab."""
-        assert self._own is not None
+        """This rank's slab.
+
+        Raises:
+            BackendDenied: the store was opened to look only, so it has none.
+        """
+        if self._own is None:
+            raise BackendDenied(f"{self.prefix} was opened to look only; nothing is stored")
         return self._own
+
+    def trouble(self) -> str:
+        """See ``Openable``."""
+        if self._own is not None and self._own.is_removed:
+            return f"slab {self._own.path} was removed while in use"
+        return self.metadata.trouble()
 
     def open(self, name: str, file_nbytes: int) -> None:
         """Allocates this rank's slab and makes it known."""
@@ -113,6 +66,13 @@ class Store:
             raise
         self._own = self._slabs[name] = slab
         self.rebuilt = self.attach()
+        self.attach_others()
+
+    def attach_others(self) -> None:
+        """Makes slabs of other ranks known, whose rank may not run any more."""
+        for name in slabs_of(self.prefix):
+            if self.metadata.n_slots(name) is None and (slab := self.slab(name)) is not None:
+                self.metadata.attach(name, slab.n_slots, slab.scan)
 
     def attach(self) -> bool:
         """Makes the own slab known to the metadata; whether objects were found in it."""
@@ -168,6 +128,8 @@ def open_store(settings: Hf3fsConfig, context: BackendContext) -> Store:
         raise BackendUnavailable(
             f"directory {prefix.parent} does not exist; mount the file system or create it"
         )
+    if not context.creates:
+        return _looking(settings, prefix)
     object_nbytes = settings.slot_nbytes or context.object_nbytes or DEFAULT_OBJECT_NBYTES
     slot_nbytes = slot_nbytes_for(object_nbytes)
     if settings.file_size < slot_nbytes:
@@ -177,10 +139,48 @@ def open_store(settings: Hf3fsConfig, context: BackendContext) -> Store:
         )
     io = _page_io(settings, prefix)
     store = Store(prefix, io, _metadata(settings, prefix))
+    name = slab_name(context.rank, slot_nbytes)
+    try:
+        io.open()
+        _open_metadata(store, name)
+        store.open(name, settings.file_size)
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def _open_metadata(store: Store, name: str) -> None:
+    """Opens it; on a full disk this rank's slab gives up some slots for it."""
+    try:
+        store.metadata.open()
+    except BackendFull as exc:
+        slab = Slab.existing(store.prefix, name)
+        if slab is None:
+            raise
+        try:
+            if not slab.give_room(ROOM_NBYTES):
+                raise
+        finally:
+            slab.close()
+        logger.warning("%s; %s gave up its last slots for it", exc, slab.path)
+        store.metadata.open()
+
+
+def _looking(settings: Hf3fsConfig, prefix: Path) -> Store:
+    """The store as it is, for who only looks: no slab is made.
+
+    Raises:
+        BackendUnavailable: there is none.
+    """
+    if not slabs_of(prefix):
+        raise BackendUnavailable(f"{prefix} has no slab; check file_path_prefix")
+    io = _page_io(settings, prefix)
+    store = Store(prefix, io, _metadata(settings, prefix))
     try:
         io.open()
         store.metadata.open()
-        store.open(slab_name(context.rank, slot_nbytes), settings.file_size)
+        store.attach_others()
     except BaseException:
         store.close()
         raise

@@ -67,11 +67,16 @@ class Store(Protocol):
 def load_library() -> Any:
     """The module ``mooncake.store``.
 
+    It would tell on standard error of each step that went well, so it logs warnings and errors,
+    unless the environment says otherwise when it is loaded.
+
     Raises:
         BrokenBackend: it is not installed or does not load; the message says how to install it.
     """
+    level = os.environ.get("MC_LOG_LEVEL", "WARNING")
     try:
-        return importlib.import_module("mooncake.store")
+        with variables(MC_LOG_LEVEL=level):
+            return importlib.import_module("mooncake.store")
     except ImportError as error:
         raise BrokenBackend(f"mooncake.store does not load ({error}); {INSTALL}") from error
 
@@ -79,7 +84,8 @@ def load_library() -> Any:
 def _limits(rpc_timeout_s: float) -> contextlib.AbstractContextManager[None]:
     """Mooncake's own limits, which it reads from the environment during set-up only."""
     return variables(
-        MC_RPC_TIMEOUT_MS=max(1, round(rpc_timeout_s * 1000)), MC_STORE_CLIENT_SETUP_RETRIES=1
+        MC_RPC_TIMEOUT_MS=max(1, round(rpc_timeout_s * 1000)),
+        MC_STORE_CLIENT_SETUP_RETRIES=1,
     )
 
 

@@ -59,7 +59,7 @@ class S3Backend(StorageBackend):
         settings = self.settings
         objects = Objects(settings, Endpoint(settings), Crew(settings.threads), self._counts)
         try:
-            _check_bucket(objects)
+            _check_bucket(objects, creates=settings.create_bucket and self.context.creates)
         except BaseException:
             objects.close()
             raise
@@ -191,7 +191,7 @@ class S3Backend(StorageBackend):
         return list({index.pack_name: index for index in [*found, *known]}.values())
 
 
-def _check_bucket(objects: Objects) -> None:
+def _check_bucket(objects: Objects, *, creates: bool) -> None:
     """Asks for an object that is not there: address, bucket, credentials and rights show.
 
     Raises:
@@ -201,7 +201,7 @@ def _check_bucket(objects: Objects) -> None:
     try:
         objects.fetch(name)
     except BackendError as error:
-        if not objects.config.create_bucket or "NoSuchBucket" not in str(error):
+        if not creates or "NoSuchBucket" not in str(error):
             raise
         objects.create_bucket()
         objects.fetch(name)
