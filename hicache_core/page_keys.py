@@ -143,11 +143,13 @@ def chain_seed(namespace: Namespace) -> bytes:
 
     Returns:
         ``b""`` or 32 bytes. Byte-compatible with SGLang for ``extra_key`` and ``cache_salt``;
-        ``lora_id`` follows as a third field where it is set.
+        ``lora_id`` follows as a third field where it is set, and ``variant`` as a fourth.
     """
     fields = [namespace.extra_key, namespace.cache_salt]
-    if namespace.lora_id is not None:
+    if namespace.lora_id is not None or namespace.variant is not None:
         fields.append(namespace.lora_id)
+    if namespace.variant is not None:
+        fields.append(namespace.variant)
     if all(field is None for field in fields):
         return b""
     seed = sha256(_NAMESPACE_TAG)

@@ -23,11 +23,14 @@ class Namespace:
         extra_key: any text that separates caches (SGLang's ``extra_key``).
         cache_salt: the tenant's salt.
         lora_id: the LoRA adapter whose weights took part in the KV.
+        variant: a digest of what else took part in it: weights that changed after the model was
+            opened, embeddings in place of tokens. Set by integrations, never by a client.
     """
 
     extra_key: str | None = None
     cache_salt: str | None = None
     lora_id: str | None = None
+    variant: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from math import inf
 from typing import Any, TypeVar
@@ -32,7 +33,8 @@ from hicache_core.engine.shard import shard
 from hicache_core.engine.task import Task
 from hicache_core.engine.tensor_ranks import TensorRanks
 from hicache_core.errors import ConfigError, QueueFull, RankLost, UseAfterClose
-from hicache_core.integrations.transformers import check_layers, fingerprint_of_model, kv_spec_of
+from hicache_core.integrations.identity import ModelIdentity
+from hicache_core.integrations.transformers import check_layers, kv_spec_of
 from hicache_core.pools.device import DevicePool
 
 __all__ = ["Engine", "EngineConfig", "EngineStatus"]
@@ -65,6 +67,7 @@ class Engine:
     With several ranks each process has an engine with the same arguments. Requests and calls go to
     that of rank 0, which tells the others once a step; of theirs, only ``open`` and ``join`` are
     called. Once a rank is gone, all of them stop, and every request ends with ``error``.
+    ``identity`` is the model's, from ``open`` on: tell it of weights that change unseen.
     """
 
     def __init__(
@@ -110,10 +113,12 @@ class Engine:
         """
         model = self._model.model
         check_layers(model.config)
-        spec = kv_spec_of(model, fingerprint_of_model(model))
+        self.identity = ModelIdentity(model)
+        spec = kv_spec_of(model, self.identity.fingerprint)
         page_size = self._cache_config.page_size
         if self._ranks is not None:
             spec = shard(model, spec, self._ranks)
+            self.identity.settle()
         self._limits = Limits.of(self._model, spec, self._config, page_size)
         if self._ranks is not None:
             self._limits = self._limits.agreed(self._ranks, page_size)
@@ -163,10 +168,12 @@ class Engine:
             QueueFull: ``max_waiting`` requests wait already.
             InvalidTokens: the prompt is empty, no tokens of this model, or longer than context or
                 device pool; or a request of this id is under way.
-            ConfigError: sampling parameters out of range.
+            ConfigError: sampling parameters out of range, or a hook that no fingerprint names.
             UseAfterClose: the engine is not open, closing, or has stopped.
         """
         check_sampling(request.sampling)
+        if self._thread is not None:  # what weights and adapters are now is part of the name
+            request = replace(request, namespace=self.identity.namespace(request.namespace))
         with self._changed:
             self._check_open()
             n_new_max = self._limits.n_new_max(request)

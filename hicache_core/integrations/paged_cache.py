@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from hicache_core.errors import ConfigError, SpecError
+from hicache_core.errors import ConfigError, SpecError, UseAfterClose
 from hicache_core.pools.device import DevicePool
 
 WaitLayer = Callable[[int], None]
@@ -68,6 +68,9 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     Nothing is read before the layer's first ``update``, which waits until this layer's rows have
     arrived: the layers behind may still be on their way.
+
+    Attributes:
+        ended: why it may not be used any more; empty as long as it may.
     """
 
     is_sliding = False
@@ -85,6 +88,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._rows: list[_Rows] = []
         self._n_tokens = len(prefix_pages) * pool.page_size
         self.n_shared = self._n_tokens
+        self.ended = ""
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Gathers the prefix from the pages.
@@ -126,7 +130,10 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         Raises:
             SpecError: more than one sequence, or states that the spec does not describe.
             LoadFailed: the copy of the prefix into its pages failed.
+            UseAfterClose: the cache has ended.
         """
+        if self.ended:
+            raise UseAfterClose(self.ended)
         if key_states.shape[0] != 1:
             raise SpecError(
                 f"a PagedCache holds one sequence, found a batch of {key_states.shape[0]}; use one "
@@ -228,6 +235,18 @@ class PagedCache(Cache):
         """Leading pages of the sequence that are the prefix's own, untouched by crop or reset."""
         return self._paged[0].n_shared // self._pool.page_size
 
+    def end(self, reason: str) -> None:
+        """Refuses every use from now on, with ``reason``: the pages are the cache's own again."""
+        for layer in self._paged:
+            layer.ended = reason
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        """Raises ConfigError: the prefix lies in pages that the caller keeps for this one only."""
+        raise ConfigError(
+            "a PagedCache cannot be copied, since its prefix lies in pages of the device pool that "
+            "are kept for this one: open another turn over the same tokens, which finds them cached"
+        )
+
     def activate_past_recording(self) -> None:
         """Called by transformers when assisted decoding starts.
 
@@ -255,6 +274,27 @@ class PagedCache(Cache):
         index = page_index(pages, self._pool.device)
         for layer in self._paged:
             layer.write_pages(first_page, index)
+
+
+class TurnCache(PagedCache):
+    """The PagedCache of one turn, for one ``generate``."""
+
+    _generates = False
+
+    @property
+    def _is_user_defined(self) -> bool:
+        """What transformers sets when a ``generate`` is given this cache."""
+        return self._generates
+
+    @_is_user_defined.setter
+    def _is_user_defined(self, value: bool) -> None:
+        if self._generates:
+            raise ConfigError(
+                f"this turn has generated already, and its cache holds {self.get_seq_length()} "
+                "tokens: store them and open another turn for the next generate, or call the "
+                "model's forward in a loop of your own"
+            )
+        self._generates = value
 
 
 def page_index(pages: array[int], device: torch.device) -> torch.Tensor:

@@ -6,37 +6,34 @@
         answer = cached.generate(input_ids, max_new_tokens=32)
         print(answer.tokens, answer.cached)
 
-One sequence at a time, on the thread that opened it.
+One sequence at a time, on one thread.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
 import logging
-import time
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
-import xxhash
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from hicache_core.build import HiCache
 from hicache_core.config import HiCacheConfig
 from hicache_core.controller.controller import Controller
-from hicache_core.errors import InvalidTokens, LoadFailed, PoolExhausted, SpecError
-from hicache_core.integrations.paged_cache import PagedCache
+from hicache_core.errors import LoadFailed, SpecError
+from hicache_core.integrations.arguments import Arguments
+from hicache_core.integrations.identity import ModelIdentity, fingerprint_of_model
+from hicache_core.integrations.overrides import Overrides
+from hicache_core.integrations.tokens import Tokens, token_list
+from hicache_core.integrations.turn import Turn
 from hicache_core.kv_spec import KVSpec
-from hicache_core.page_keys import TOKEN_NBYTES, pack_tokens
+from hicache_core.page_keys import pack_tokens
 from hicache_core.pools.device import DevicePool
-from hicache_core.radix.results import Match
 from hicache_core.types import CachedTokens, Namespace
 
 __all__ = [
@@ -51,13 +48,10 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-Tokens = Sequence[int] | torch.Tensor
-
 # Requests that share with all others of no name.
 _SHARED = Namespace()
 
-# How long to sleep between two looks at a prefetch that is under way.
-_POLL_S = 0.0005
+_PREFETCH_POLICY = "hicache_storage_prefetch_policy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,71 +67,11 @@ class Answer:
     cached: CachedTokens
 
 
-class Turn:
-    """One prompt under way; made by ``CachedModel.turn``.
-
-    Attributes:
-        past: the cache to hand to the model; it holds the prefix that was found.
-        cached: how many tokens of the prompt came from where.
-    """
-
-    def __init__(
-        self,
-        cache: Controller,
-        past: PagedCache,
-        match: Match,
-        cached: CachedTokens,
-        namespace: Namespace,
-    ) -> None:
-        """Owns nothing: ``match`` stays locked as long as the turn lasts."""
-        self.past = past
-        self.cached = cached
-        self._cache = cache
-        self._match = match
-        self._namespace = namespace
-
-    def store(self, tokens: Tokens, *, priority: int = 0) -> int:
-        """Gives what the model computed to the cache: the whole pages of it.
-
-        Args:
-            tokens: the prompt and all that followed. The last token of an answer was never fed to
-                the model, so it may be among them: only what ``past`` holds is stored.
-            priority: for the eviction policy of that name.
-
-        Returns:
-            How many tokens of the sequence the cache knows now. Fewer than a page short of all;
-            only the prefix if the device pool has no room.
-
-        Raises:
-            InvalidTokens: fewer tokens than the model has seen.
-        """
-        ids = _token_list(tokens)
-        n_seen = self.past.get_seq_length()
-        if len(ids) < n_seen:
-            raise InvalidTokens(f"the model has seen {n_seen} tokens; only {len(ids)} were given")
-        page_size = self._cache.page_size
-        n_pages, n_shared = n_seen // page_size, self.past.n_shared_pages
-        try:
-            new_pages = self._cache.allocate(n_pages - n_shared)
-        except PoolExhausted as error:
-            log.warning("%d tokens are not cached: %s", n_seen - n_shared * page_size, error)
-            return n_shared * page_size
-        try:
-            self.past.write_pages(n_shared, new_pages)
-        except BaseException:
-            self._cache.free(new_pages)
-            raise
-        pages = self._match.device_pages[:n_shared] + new_pages
-        result = self._cache.insert(
-            pack_tokens(ids[: n_pages * page_size]), pages, self._namespace, priority=priority
-        )
-        self._cache.free(result.duplicates)
-        self._cache.poll()
-        return n_pages * page_size
-
-
 class CachedModel:
     """A transformers ``…ForCausalLM`` and a HiCache for its prefixes.
+
+    It belongs to the thread that uses it first; another one, or a forked child, gets
+    ``WrongThread``. One turn at a time: a turn that begins ends the one before.
 
     Attributes:
         model: the model, unchanged.
@@ -145,8 +79,20 @@ class CachedModel:
         device_pool: the first of them.
     """
 
-    def __init__(self, model: Any, cache: Controller, device_pool: DevicePool) -> None:
-        """Joins the two; use ``open`` to build the cache as well.
+    def __init__(
+        self,
+        model: Any,
+        cache: Controller,
+        device_pool: DevicePool,
+        identity: ModelIdentity | None = None,
+    ) -> None:
+        """Joins them; use ``open`` to build the cache as well.
+
+        Args:
+            model: a transformers ``…ForCausalLM``.
+            cache: its tiers.
+            device_pool: the first of them; its spec has the model's fingerprint.
+            identity: of the model; by default, the model as it is now has that fingerprint.
 
         Raises:
             SpecError: the model has layers that do not keep the KV of every token.
@@ -155,7 +101,9 @@ class CachedModel:
         self.model = model
         self.cache = cache
         self.device_pool = device_pool
-        self._request_ids = (f"turn-{n}" for n in itertools.count(1))
+        self._identity = identity or ModelIdentity(model, device_pool.spec.model_fingerprint)
+        self._overrides = Overrides(model)
+        self._open_turn: Turn | None = None
 
     @classmethod
     def open(
@@ -170,24 +118,48 @@ class CachedModel:
 
         Args:
             model: a transformers ``…ForCausalLM`` without sliding windows.
-            config: of the cache.
+            config: of the cache. Without a prefetch policy of its own, a prompt waits for all that
+                storage has of it (``wait_complete``), since nobody else is kept waiting.
             device_tokens: room of the device tier, in tokens.
-            fingerprint: identity of config and weights; ``fingerprint_of_model`` by default.
+            fingerprint: identity of config, weights, adapters and hooks as they are now;
+                ``fingerprint_of_model`` by default.
 
         Raises:
-            SpecError: the model has layers that do not keep the KV of every token.
+            SpecError: the model has layers that do not keep the KV of every token, or adapters
+                with virtual tokens.
+            ConfigError: the model has a forward hook, and no ``fingerprint`` names what it does.
             NotEnoughMemory: the pools are larger than what is left.
             BackendError: the storage backend cannot be opened.
         """
         check_layers(model.config)
-        spec = kv_spec_of(model, fingerprint or fingerprint_of_model(model))
+        identity = ModelIdentity(model, fingerprint)
+        spec = kv_spec_of(model, identity.fingerprint)
         n_pages = max(1, device_tokens // config.page_size)
         pool = DevicePool(spec, config.page_size, n_pages, model.device)
-        return cls(model, HiCache(config, spec, pool), pool)
+        if _PREFETCH_POLICY not in config.model_fields_set:
+            config = config.model_copy(update={_PREFETCH_POLICY: "wait_complete"})
+        return cls(model, HiCache(config, spec, pool), pool, identity)
 
     def close(self) -> None:
         """Closes the cache; what has not reached storage yet is given up (``cache.flush``)."""
+        self._end_turn("the model was closed")
         self.cache.close()
+
+    def hand_over(self) -> None:
+        """Lets another thread have it: the next one that calls.
+
+        Raises:
+            WrongThread: the caller does not own it.
+        """
+        self.cache.owner.hand_over()
+
+    def weights_changed(self) -> None:
+        """Says that weights were written in a way that torch does not count (``.data``).
+
+        Everything is read again at the next prompt. Changes that torch counts, and adapters that
+        are switched, are noticed without it.
+        """
+        self._identity.weights_changed()
 
     def __enter__(self) -> CachedModel:
         """Itself."""
@@ -212,30 +184,36 @@ class CachedModel:
         Args:
             input_ids: one prompt, shape (n_tokens,) or (1, n_tokens), or a sequence of ints.
             namespace: tenant and adapter; prefixes are shared inside a namespace only.
-            arguments: of ``model.generate``: max_new_tokens, do_sample, streamer, …
+            arguments: of ``model.generate``, as far as they leave the KV of a token alone:
+                max_new_tokens, do_sample, streamer, … ``inputs_embeds`` of shape
+                (1, n_tokens, width) are cached under their content.
 
         Raises:
             InvalidTokens: an empty prompt, more than one, or something that is no token.
-            ConfigError: assisted decoding over a prefix.
+            ConfigError: an argument that cannot be taken; nothing was computed.
+            WrongThread: the caller does not own it.
         """
-        ids = _token_list(input_ids)
+        ids = token_list(input_ids)
+        defaults = getattr(self.model, "generation_config", None)
+        asked = Arguments.of(arguments, len(ids), defaults)
         try:
-            return self._generate(ids, namespace, arguments)
+            with self._turn(ids, namespace, asked.inputs, from_nothing=asked.from_nothing) as turn:
+                sequence = self._run(ids, turn, asked)
+                turn.store(sequence)
         except LoadFailed as error:
             log.warning("the cached prefix did not arrive, computing all of it: %s", error)
-            past = PagedCache(self.device_pool, array("i"))
-            return Answer(self._run(ids, past, arguments)[len(ids) :], CachedTokens())
-
-    def _generate(self, ids: list[int], namespace: Namespace, arguments: dict[str, Any]) -> Answer:
-        with self.turn(ids, namespace=namespace) as turn:
-            sequence = self._run(ids, turn.past, arguments)
-            turn.store(sequence)
+            with self._turn(ids, namespace, asked.inputs, from_nothing=True) as turn:
+                sequence = self._run(ids, turn, asked)
         return Answer(sequence[len(ids) :], turn.cached)
 
-    def _run(self, ids: list[int], past: PagedCache, arguments: dict[str, Any]) -> list[int]:
+    def _run(self, ids: list[int], turn: Turn, asked: Arguments) -> list[int]:
         prompt = torch.tensor([ids], dtype=torch.int64, device=self.model.device)
-        mask = torch.ones_like(prompt)
-        output = self.model.generate(prompt, attention_mask=mask, past_key_values=past, **arguments)
+        output = self.model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            past_key_values=turn.past,
+            **asked.passed,
+        )
         sequences: torch.Tensor = getattr(output, "sequences", output)
         tokens: list[int] = sequences[0].tolist()
         return tokens
@@ -251,37 +229,37 @@ class CachedModel:
                 turn.store(output[0])
 
         The last token of the prompt is always left to the model: its logits are the answer. The
-        rows may still be on their way when this returns; each layer waits for its own.
+        rows may still be on their way when this returns; each layer waits for its own. A turn is
+        for one ``generate``, or for forwards of your own.
 
         Raises:
             InvalidTokens: an empty prompt, more than one, or something that is no token.
+            WrongThread: the caller does not own it.
         """
-        tokens = pack_tokens(_token_list(input_ids))
-        match, cached = self._find(tokens, namespace)
-        self.cache.lock(match.node)
-        try:
-            loaded = self.cache.load_back(match)
-            if loaded.n_tokens < match.n_tokens:  # no room on the device for what the host has
-                cached = CachedTokens(device=loaded.n_tokens)
-            past = PagedCache(self.device_pool, loaded.device_pages, self.cache.wait_layer)
-            yield Turn(self.cache, past, loaded, cached, namespace)
-        finally:
-            self.cache.unlock(match.node)
+        with self._turn(token_list(input_ids), namespace, None, from_nothing=False) as turn:
+            yield turn
 
-    def _find(self, tokens: bytes, namespace: Namespace) -> tuple[Match, CachedTokens]:
-        """The longest match, after storage was asked for what device and host lack."""
-        self.cache.poll()
-        usable = tokens[:-TOKEN_NBYTES]
-        before = self.cache.match_prefix(usable, namespace, touch=False)
-        request_id = next(self._request_ids)
-        if self.cache.prefetch(request_id, tokens, namespace):
-            while not self.cache.prefetch_ready(request_id):
-                time.sleep(_POLL_S)
-                self.cache.poll()
-            self.cache.finish_prefetch(request_id)
-        match = self.cache.match_prefix(usable, namespace, request_id=request_id)
-        device, host = before.n_device_tokens, before.n_host_tokens
-        return match, CachedTokens(device, host, max(0, match.n_tokens - device - host))
+    @contextmanager
+    def _turn(
+        self, ids: list[int], namespace: Namespace, inputs: str | None, *, from_nothing: bool
+    ) -> Iterator[Turn]:
+        tokens = pack_tokens(ids)
+        self.cache.owner.check()
+        self._end_turn("this turn has ended: another one began")
+        turn = self._open_turn = Turn(self.cache, self.device_pool, self._identity, self._overrides)
+        try:
+            turn.begin(tokens, namespace, inputs, from_nothing=from_nothing)
+            yield turn
+        finally:
+            turn.end("this turn has ended: its pages may be others' by now")
+            if self._open_turn is turn:
+                self._open_turn = None
+
+    def _end_turn(self, reason: str) -> None:
+        """Ends the turn that is open, if any: also one that a signal has kept from ending."""
+        if self._open_turn is not None:
+            self._open_turn.end(reason)
+            self._open_turn = None
 
 
 def check_layers(config: Any) -> None:
@@ -323,33 +301,3 @@ def kv_spec_of(model: Any, fingerprint: str) -> KVSpec:
         dtype=str(dtype).removeprefix("torch."),
         fingerprint=fingerprint,
     )
-
-
-def fingerprint_of_model(model: Any) -> str:
-    """A digest of the config and of every weight in memory, 32 hex digits.
-
-    It reads all weights: a tenth of a second for each GB on a CPU. For large models on a device,
-    ``hicache_core.fingerprint.fingerprint_of_files`` is quicker.
-    """
-    config = {
-        key: value
-        for key, value in model.config.to_dict().items()
-        if not key.startswith("_") and key != "transformers_version"
-    }
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        content = xxhash.xxh3_128_hexdigest(raw)
-        digest.update(f"\n{name} {tuple(tensor.shape)} {tensor.dtype} {content}".encode())
-    return digest.hexdigest()[:32]
-
-
-def _token_list(tokens: Tokens) -> list[int]:
-    """Token ids as a list; a tensor may have a leading dimension of 1."""
-    if isinstance(tokens, torch.Tensor):
-        if tokens.ndim == 2 and tokens.shape[0] != 1:
-            raise InvalidTokens(f"one prompt at a time; found a batch of {tokens.shape[0]}")
-        tokens = tokens.flatten().tolist()
-    if not len(tokens):
-        raise InvalidTokens("the prompt is empty: there is no token to answer to")
-    return list(tokens)

@@ -53,8 +53,22 @@ class World:
         self._stack = stack
         self._share = uuid.uuid4().hex
 
-    def open(self, model: Any, *, device_tokens: int = 256, **settings: Any) -> CachedModel:
+    def open(
+        self,
+        model: Any,
+        *,
+        device_tokens: int = 256,
+        fingerprint: str | None = None,
+        **settings: Any,
+    ) -> CachedModel:
         """A cache of its own over the shared store: what a second process would have."""
+        config = self.config(**settings)
+        return self.adopt(
+            CachedModel.open(model, config, device_tokens=device_tokens, fingerprint=fingerprint)
+        )
+
+    def config(self, **settings: Any) -> HiCacheConfig:
+        """Small pages over the shared store, which is asked for a single one of them."""
         extra = {"share": self._share, "prefetch_threshold": 1}
         defaults = {
             "page_size": PAGE_SIZE,
@@ -62,8 +76,7 @@ class World:
             "hicache_storage_prefetch_policy": "wait_complete",
             "hicache_storage_backend_extra_config": extra,
         }
-        config = HiCacheConfig(**{**defaults, **settings})
-        return self.adopt(CachedModel.open(model, config, device_tokens=device_tokens))
+        return HiCacheConfig(**{**defaults, **settings})
 
     def adopt(self, cached: CachedModel) -> CachedModel:
         self._stack.enter_context(cached)
