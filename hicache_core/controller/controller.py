@@ -43,10 +43,9 @@ class Controller(StorageControl):
     """A prefix cache over device, host and storage, for one engine.
 
     Threads: every method is called by one thread, the engine's scheduler, which owns the tree, the
-    pools and the table of jobs: the first one that calls (``owner`` can hand it over).
-    Another thread, or a forked child, gets ``WrongThread``; only ``snapshot``, ``explain`` and
-    plain properties are for all. Nothing here waits for storage but ``wait``, ``flush`` and
-    ``close``.
+    pools and the table of jobs: the first one that calls (``owner`` can hand it over). Another one,
+    or a forked child, gets ``WrongThread``; only ``snapshot``, ``explain`` and plain properties are
+    for all. Nothing here waits for storage but ``wait``, ``flush`` and ``close``.
 
     Ranks: with several, every rank makes the same calls in the same order; ``poll``, ``allocate``,
     ``evict``, ``flush`` and ``close`` may enter a collective. All but ``close`` raise ``RankLost``
@@ -359,8 +358,8 @@ class Controller(StorageControl):
         """Drains writes for at most ``timeout_s``, then releases everything; may be called twice.
 
         With a storage backend that does not answer, what it still holds is abandoned after the time
-        is over, and the log says what. With a lost rank nothing is drained. In a forked child,
-        which has nothing of it, nothing is done.
+        is over, and the log says what. With a lost rank nothing is drained; in a forked child,
+        nothing is done.
         """
         if self._closed or self.owner.is_forked:
             return
@@ -412,12 +411,5 @@ class Controller(StorageControl):
         return self._parts.page_size
 
     def check_integrity(self) -> None:
-        """Checks every invariant, in time proportional to the cache; for tests.
-
-        Raises:
-            IntegrityError: with what does not add up.
-        """
-        n_orphaned = self._write_path.n_orphaned_pages
-        if self._prefetch_path is not None:
-            n_orphaned += self._prefetch_path.n_orphaned_pages
+        """Raises IntegrityError where an invariant fails; in time proportional to the cache."""
         check_owners(self._parts, n_orphaned)
