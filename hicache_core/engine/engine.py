@@ -117,10 +117,10 @@ class Engine:
         """
         model = self._model.model
         self._rules = LogitsRules.of(model)
-        check_model(model)
+        probe = check_model(model)
         self.identity = ModelIdentity(model)
         spec = kv_spec_of(model, self.identity.fingerprint)
-        check_batches(model, spec)
+        check_batches(model, spec, probe)
         page_size = self._cache_config.page_size
         if self._ranks is not None:
             spec = shard(model, spec, self._ranks)

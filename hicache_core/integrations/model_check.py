@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from hicache_core.integrations.length_rule import length_rule_of
 from hicache_core.kv_spec import KVSpec
 
 __all__ = [
+    "Probe",
     "check_layers",
     "check_model",
     "check_same",
@@ -30,7 +32,7 @@ __all__ = [
     "vocabulary_of",
 ]
 
-_N_PROBE = 48
+_N_PROBE = 32
 """Tokens of the prompt that a model is tried with; two thirds of them are its prefix."""
 
 # How far logits of the same tokens may be apart, as a part of their own spread (root mean squares,
@@ -52,11 +54,27 @@ _MODEL_ERRORS = (
 )
 
 
-def check_model(model: Any) -> None:
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A prompt that a model was tried with.
+
+    Attributes:
+        tokens: of the prompt.
+        logits: of the whole prompt, (n_tokens, vocabulary), float32.
+    """
+
+    tokens: list[int]
+    logits: torch.Tensor
+
+
+def check_model(model: Any) -> Probe:
     """Makes sure that what a model computes over a cached prefix is what it computes without one.
 
-    A prompt of 48 tokens is computed whole, and in two parts over a cache; both must give the same
+    A prompt of 32 tokens is computed whole, and in two parts over a cache; both must give the same
     logits. Nothing is kept, and neither mode nor random state of the model is changed.
+
+    Returns:
+        The prompt, and what the model gave for it whole.
 
     Raises:
         SpecError: the model cannot be cached; says why.
@@ -71,8 +89,8 @@ def check_model(model: Any) -> None:
         )
     ids = probe_tokens(model)
     n_first = len(ids) * 2 // 3
-    if not 0 < n_first < len(ids):
-        return  # a context so short has no prefix
+    if not n_first:
+        return Probe([], torch.empty(0, 0))  # a context so short has no prefix
     with undisturbed(model), failing_as_spec_error(model, "cached", "over a cached prefix"):
         past = _new_cache(model)
         whole = forward(model, ids, past)
@@ -82,6 +100,7 @@ def check_model(model: Any) -> None:
         second = forward(model, ids[n_first:], past)
     for got, want in ((first, whole[:n_first]), (second, whole[n_first:])):
         check_same(model, "cached", "over a cached prefix", got, want)
+    return Probe(ids, whole)
 
 
 def check_layers(config: Any) -> None:
@@ -135,7 +154,7 @@ def kv_spec_of(model: Any, fingerprint: str) -> KVSpec:
 def probe_tokens(model: Any) -> list[int]:
     """A prompt to try a model with: the same each time, as far as possible without special tokens.
 
-    It has 48 tokens, or as many as the model's context.
+    It has 32 tokens, or as many as the model's context.
     """
     context = getattr(_text_config(model.config), "max_position_embeddings", None) or 0
     context = context if context > 0 else _N_PROBE  # XLNet has -1
