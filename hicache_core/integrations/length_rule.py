@@ -55,6 +55,14 @@ class LengthRule:
             return n_tokens < self.context
         return kind is Kind.LONG and n_tokens > self.context
 
+    def notice(self) -> str:
+        """What is said of the first prompt that is not cached."""
+        which = "at this limit and one beyond" if self.has_long_kind else "from there on"
+        return (
+            f"the KV of this model is other beyond {self.context} tokens ({self.cause}): prompts "
+            f"{which} are computed without the cache"
+        )
+
     def namespace(self, kind: Kind, own: Namespace) -> Namespace:
         """Where prompts of a kind are kept: those beyond the limit apart from the others."""
         if kind is not Kind.LONG:

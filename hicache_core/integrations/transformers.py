@@ -37,6 +37,7 @@ from hicache_core.integrations.model_check import (
 from hicache_core.integrations.overrides import Overrides
 from hicache_core.integrations.tokens import Tokens, token_list
 from hicache_core.integrations.turn import Turn
+from hicache_core.logs import log_once
 from hicache_core.page_keys import pack_tokens
 from hicache_core.pools.device import DevicePool
 from hicache_core.types import CachedTokens, Namespace
@@ -262,7 +263,7 @@ class CachedModel:
         turn = self._open_turn = Turn(self.cache, self.device_pool, self._identity, self._overrides)
         try:
             if kind is Kind.NONE:
-                log.info("%d tokens are computed without the cache: %s", len(ids), rule)
+                log_once(log, logging.WARNING, rule.notice())
                 restart(self.model)
                 from_nothing = True
             turn.begin(tokens, rule.namespace(kind, namespace), inputs, from_nothing=from_nothing)
