@@ -19,9 +19,11 @@ from typing import Any, TypeVar
 from hicache_core.build import HiCache
 from hicache_core.config import HiCacheConfig
 from hicache_core.engine import orders
+from hicache_core.engine.batch_check import check_batches
 from hicache_core.engine.config import EngineConfig, EngineStatus
 from hicache_core.engine.detokenize import TextStream
 from hicache_core.engine.limits import Limits
+from hicache_core.engine.logits_rules import LogitsRules
 from hicache_core.engine.model import LoadedModel
 from hicache_core.engine.page_table import PageTable
 from hicache_core.engine.relay import Listener
@@ -34,7 +36,7 @@ from hicache_core.engine.task import Task
 from hicache_core.engine.tensor_ranks import TensorRanks
 from hicache_core.errors import ConfigError, QueueFull, RankLost, UseAfterClose
 from hicache_core.integrations.identity import ModelIdentity
-from hicache_core.integrations.transformers import check_layers, kv_spec_of
+from hicache_core.integrations.model_check import check_model, kv_spec_of
 from hicache_core.pools.device import DevicePool
 
 __all__ = ["Engine", "EngineConfig", "EngineStatus"]
@@ -107,14 +109,18 @@ class Engine:
         """Builds pools and cache, and starts the thread.
 
         Raises:
-            SpecError, NotEnoughMemory, ConfigError, PluginError, BackendError: as ``HiCache``.
-            ConfigError: the model cannot be split over the ranks.
+            SpecError: the model cannot be cached, or not be batched; says why.
+            NotEnoughMemory, ConfigError, PluginError, BackendError: as ``HiCache``.
+            ConfigError: the model cannot be split over the ranks, its generation config asks for
+                what the engine does not do, or ``context_length`` is beyond what it may be.
             RankLost: another rank could not open its engine.
         """
         model = self._model.model
-        check_layers(model.config)
+        self._rules = LogitsRules.of(model)
+        probe = check_model(model)
         self.identity = ModelIdentity(model)
         spec = kv_spec_of(model, self.identity.fingerprint)
+        check_batches(model, spec, probe)
         page_size = self._cache_config.page_size
         if self._ranks is not None:
             spec = shard(model, spec, self._ranks)
@@ -303,7 +309,7 @@ class Engine:
             order.number,
             partial(self._told, on_output),
             PageTable(self._cache, request.namespace, request.priority),
-            Sampler(params, order.seed, self._limits.eos_token_ids),
+            Sampler(params, order.seed, self._limits.eos_token_ids, self._rules),
             TextStream(self._model.tokenizer, params.stop),
         )
         task.n_new_max = order.n_new_max

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,9 +12,13 @@ import torch
 from hicache_core.engine.config import EngineConfig
 from hicache_core.engine.model import LoadedModel
 from hicache_core.engine.request import Request
-from hicache_core.errors import InvalidTokens, NotEnoughMemory
+from hicache_core.errors import ConfigError, InvalidTokens, NotEnoughMemory
+from hicache_core.integrations.length_rule import length_rule_of
+from hicache_core.integrations.model_check import vocabulary_of
 from hicache_core.kv_spec import KVSpec
 from hicache_core.ranks import RankGroup, agree_all
+
+log = logging.getLogger(__name__)
 
 CPU_DEVICE_TOKENS = 16384
 """Room of the device tier on a CPU, unless the context is longer or it is set."""
@@ -41,13 +46,13 @@ class Limits:
 
         Raises:
             NotEnoughMemory: ``mem_fraction_static`` leaves no page.
+            ConfigError: the context is longer than the one up to which KV is the same.
         """
         model = loaded.model
-        own = int(getattr(model.config, "max_position_embeddings", 0) or 2048)
-        context_length = config.context_length or own
+        context_length = _context_length(model, config)
         n_tokens = config.device_tokens or _device_tokens(model, spec, config, context_length)
         n_pages = max(1, n_tokens // page_size)
-        return cls(n_pages * page_size, context_length, model.config.vocab_size, _ends(loaded))
+        return cls(n_pages * page_size, context_length, vocabulary_of(model), _ends(loaded))
 
     def agreed(self, ranks: RankGroup, page_size: int) -> Limits:
         """The same, with the room of the rank that has least; a collective."""
@@ -82,6 +87,29 @@ class Limits:
         """Raises InvalidTokens: a request of this id has not ended."""
         if request_id in under_way:
             raise InvalidTokens(f"request {request_id!r} is under way already; use another id")
+
+
+def _context_length(model: Any, config: EngineConfig) -> int:
+    """What is asked for, or what the model was made for and all its requests can share."""
+    text = model.config.get_text_config(decoder=True)
+    own = int(getattr(text, "max_position_embeddings", 0) or 0)
+    own = own if own > 0 else 2048
+    rule = length_rule_of(model)
+    if (config.context_length or 0) > rule.context:
+        raise ConfigError(
+            f"context_length is {config.context_length}; it must be at most {rule.context}, since "
+            f"the KV of this model is other beyond that length ({rule.cause}) and requests could "
+            "not be batched"
+        )
+    if config.context_length is None and own > rule.context:
+        log.warning(
+            "the context is %s tokens and not the model's %d: its KV is other beyond that length "
+            "(%s) and requests could not be batched",
+            rule.context,
+            own,
+            rule.cause,
+        )
+    return config.context_length or int(min(own, rule.context))
 
 
 def _ends(loaded: LoadedModel) -> frozenset[int]:

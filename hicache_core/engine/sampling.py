@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Collection
 
 import torch
 
+from hicache_core.engine.logits_rules import LogitsRules
 from hicache_core.engine.request import SamplingParams
 from hicache_core.errors import ConfigError
 
@@ -32,26 +34,40 @@ def check_sampling(params: SamplingParams) -> None:
 class Sampler:
     """Chooses the tokens of one request.
 
-    The choice depends on the logits, the seed and the position in the answer, and on nothing else:
-    neither on what runs beside, nor on how often the request had to wait.
+    The choice depends on the logits, the seed and the position in the answer, where the model has
+    rules also on the tokens before it, and on nothing else: neither on what runs beside, nor on how
+    often the request had to wait.
     """
 
-    def __init__(self, params: SamplingParams, seed: int, eos_token_ids: Collection[int]) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        seed: int,
+        eos_token_ids: Collection[int],
+        rules: LogitsRules | None = None,
+    ) -> None:
         """Keeps its arguments.
 
         Args:
             params: of the request.
             seed: what chance comes from; ``params.seed``, or any number where that is None.
             eos_token_ids: tokens that end any answer, unless ``params.ignore_eos``.
+            rules: of the model; none by default.
         """
+        self._rules = rules or LogitsRules()
         self._params = params
         self._seed = seed
         own = () if params.ignore_eos else eos_token_ids
         self._ends = frozenset(own).union(params.stop_token_ids)
 
-    def choose(self, logits: torch.Tensor, position: int) -> int:
-        """The token at ``position`` of the answer, by its logits (vocabulary,), float32."""
+    def choose(self, logits: torch.Tensor, position: int, tokens: array[int] | None = None) -> int:
+        """The token at ``position`` of the answer, by its logits (vocabulary,), float32.
+
+        ``tokens``, an array of type I, are prompt and answer so far: the model's rules need them.
+        """
         params = self._params
+        if tokens is not None:
+            logits = self._rules.applied(logits, tokens, position)
         if position < params.min_new_tokens and self._ends:
             logits = logits.clone()
             known = [token for token in self._ends if 0 <= token < len(logits)]

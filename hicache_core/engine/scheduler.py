@@ -334,7 +334,8 @@ class Scheduler:
     def _choose(self, tasks: Sequence[Task], rows: Iterable[torch.Tensor]) -> list[int]:
         """The next token of each answer: with several ranks, what rank 0 chooses."""
         tokens = [
-            task.sampler.choose(row, task.n_new) for task, row in zip(tasks, rows, strict=True)
+            task.sampler.choose(row, task.n_new, task.tokens)
+            for task, row in zip(tasks, rows, strict=True)
         ]
         return tokens if self._ranks is None else self._ranks.first_numbers(tokens)
 

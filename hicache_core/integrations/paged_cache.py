@@ -11,6 +11,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from hicache_core.errors import ConfigError, SpecError, UseAfterClose
+from hicache_core.integrations.length_rule import PureRows
 from hicache_core.pools.device import DevicePool
 
 WaitLayer = Callable[[int], None]
@@ -194,10 +195,12 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """
         page_size = self._pool.page_size
         start, stop = first_page * page_size, (first_page + len(pages)) * page_size
-        if stop > self._n_tokens or not self._rows:
+        if stop > self._n_tokens or (len(pages) and not self._rows):
             raise SpecError(
                 f"layer {self._layer} holds {self._n_tokens} tokens; {stop} are to be stored"
             )
+        if not len(pages):
+            return  # maybe of a model that has left this cache: it has no rows of its own
         for rows, buffers in zip(self._rows, self._pool.buffers, strict=True):
             buffer = buffers[self._layer]
             buffer.index_copy_(0, pages, rows.tokens(start, stop).view(-1, *buffer.shape[1:]))
@@ -211,6 +214,9 @@ class PagedCache(Cache):
     update, into memory that grows with the sequence; ``write_pages`` copies whole pages back.
 
     The caller owns the pages and keeps them locked while the cache reads; owner thread only.
+
+    Attributes:
+        pure: which rows other prompts may use, of models whose KV depends on the length.
     """
 
     def __init__(
@@ -228,7 +234,25 @@ class PagedCache(Cache):
             PagedLayer(pool, layer, pages, wait_layer) for layer in range(pool.spec.num_layers)
         ]
         super().__init__(layers=list(self._paged))
+        self.pure = PureRows(n_rows=self.get_seq_length())
         self._pool = pool
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As of the layer ``layer_idx``; notes which forwards the rows came from."""
+        if layer_idx == 0:
+            start = self.get_seq_length()
+            self.pure.note(start, start + key_states.shape[2])
+        rows: tuple[torch.Tensor, torch.Tensor] = super().update(
+            key_states, value_states, layer_idx, *args, **kwargs
+        )
+        return rows
 
     @property
     def n_shared_pages(self) -> int:

@@ -19,19 +19,25 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from hicache_core.build import HiCache
 from hicache_core.config import HiCacheConfig
 from hicache_core.controller.controller import Controller
-from hicache_core.errors import LoadFailed, SpecError
+from hicache_core.errors import LoadFailed
 from hicache_core.integrations.arguments import Arguments
 from hicache_core.integrations.identity import ModelIdentity, fingerprint_of_model
+from hicache_core.integrations.length_rule import Kind, PureRows, length_rule_of
+from hicache_core.integrations.model_check import (
+    check_layers,
+    check_model,
+    fill,
+    kv_spec_of,
+    restart,
+)
 from hicache_core.integrations.overrides import Overrides
 from hicache_core.integrations.tokens import Tokens, token_list
 from hicache_core.integrations.turn import Turn
-from hicache_core.kv_spec import KVSpec
+from hicache_core.logs import log_once
 from hicache_core.page_keys import pack_tokens
 from hicache_core.pools.device import DevicePool
 from hicache_core.types import CachedTokens, Namespace
@@ -103,6 +109,7 @@ class CachedModel:
         self.device_pool = device_pool
         self._identity = identity or ModelIdentity(model, device_pool.spec.model_fingerprint)
         self._overrides = Overrides(model)
+        self._length_rule = length_rule_of(model)
         self._open_turn: Turn | None = None
 
     @classmethod
@@ -125,13 +132,14 @@ class CachedModel:
                 ``fingerprint_of_model`` by default.
 
         Raises:
-            SpecError: the model has layers that do not keep the KV of every token, or adapters
-                with virtual tokens.
+            SpecError: the model cannot be cached: its layers do not keep the KV of every token,
+                what it computes over a cached prefix differs from what it computes without, or its
+                adapters have virtual tokens.
             ConfigError: the model has a forward hook, and no ``fingerprint`` names what it does.
             NotEnoughMemory: the pools are larger than what is left.
             BackendError: the storage backend cannot be opened.
         """
-        check_layers(model.config)
+        check_model(model)
         identity = ModelIdentity(model, fingerprint)
         spec = kv_spec_of(model, identity.fingerprint)
         n_pages = max(1, device_tokens // config.page_size)
@@ -207,6 +215,10 @@ class CachedModel:
         return Answer(sequence[len(ids) :], turn.cached)
 
     def _run(self, ids: list[int], turn: Turn, asked: Arguments) -> list[int]:
+        n_past, pure = turn.past.get_seq_length(), turn.past.pure
+        is_plain = asked.inputs is None and not asked.from_nothing
+        if pure.kind is Kind.LONG and n_past <= pure.rule.context and is_plain:
+            fill(self.model, ids[n_past:-1], turn.past)  # generate would leave a cache so short
         prompt = torch.tensor([ids], dtype=torch.int64, device=self.model.device)
         output = self.model.generate(
             input_ids=prompt,
@@ -244,11 +256,18 @@ class CachedModel:
         self, ids: list[int], namespace: Namespace, inputs: str | None, *, from_nothing: bool
     ) -> Iterator[Turn]:
         tokens = pack_tokens(ids)
+        rule = self._length_rule
+        kind = rule.kind_of(len(ids))
         self.cache.owner.check()
         self._end_turn("this turn has ended: another one began")
         turn = self._open_turn = Turn(self.cache, self.device_pool, self._identity, self._overrides)
         try:
-            turn.begin(tokens, namespace, inputs, from_nothing=from_nothing)
+            if kind is Kind.NONE:
+                log_once(log, logging.WARNING, rule.notice())
+                restart(self.model)
+                from_nothing = True
+            turn.begin(tokens, rule.namespace(kind, namespace), inputs, from_nothing=from_nothing)
+            turn.past.pure = PureRows(rule, kind, turn.past.get_seq_length())
             yield turn
         finally:
             turn.end("this turn has ended: its pages may be others' by now")
@@ -260,44 +279,3 @@ class CachedModel:
         if self._open_turn is not None:
             self._open_turn.end(reason)
             self._open_turn = None
-
-
-def check_layers(config: Any) -> None:
-    """Raises SpecError for a model whose layers do not all keep the KV of every token."""
-    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
-    if others := sorted(kind.__name__ for kind in kinds - {DynamicLayer}):
-        raise SpecError(
-            f"{type(config).__name__} has layers of the kind {', '.join(others)}; pages hold full "
-            "attention only (a sliding window that the context never fills may be switched off: "
-            "config.sliding_window = None)"
-        )
-
-
-def kv_spec_of(model: Any, fingerprint: str) -> KVSpec:
-    """The spec of what ``model`` really hands to its cache, found by computing one token.
-
-    A config does not always tell: of an MLA model, transformers caches the latent as keys and the
-    rotary key as values, and a model's cache may have another dtype than its weights.
-
-    Raises:
-        SpecError: the layers differ in shape or dtype.
-    """
-    past = DynamicCache(config=model.config)
-    with torch.no_grad():
-        model(torch.zeros((1, 1), dtype=torch.int64, device=model.device), past_key_values=past)
-    layers: list[Any] = list(past.layers)
-    rows = {
-        (layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3], layer.keys.dtype)
-        for layer in layers
-    }
-    if len(rows) != 1:
-        raise SpecError(f"the layers have several shapes of KV, pages need one: {sorted(rows)}")
-    num_heads, k_dim, v_dim, dtype = rows.pop()
-    return KVSpec.mha(
-        num_layers=len(layers),
-        num_heads=num_heads,
-        head_dim=k_dim,
-        v_head_dim=v_dim,
-        dtype=str(dtype).removeprefix("torch."),
-        fingerprint=fingerprint,
-    )

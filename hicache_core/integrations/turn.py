@@ -131,6 +131,7 @@ class Turn:
                 f"the model has seen {n_seen} tokens; only {len(ids)} were given (a generate of "
                 "your own with use_cache=False shows it all of them again at each step)"
             )
+        n_seen = min(n_seen, self.past.pure.n_rows)
         page_size = self._cache.page_size
         n_pages, n_shared = n_seen // page_size, self.past.n_shared_pages
         if self._identity.namespace(*self._asked_for) != self._namespace:

@@ -17,6 +17,7 @@ from hicache_core.disaggregation.roles import Role
 from hicache_core.engine.engine import Engine
 from hicache_core.engine.model import LoadedModel
 from hicache_core.errors import ConfigError, RankLost
+from hicache_core.integrations.model_check import vocabulary_of
 from hicache_core.server.app import make_app
 from hicache_core.server.connections import bounded
 from hicache_core.server.crew import Crew
@@ -69,7 +70,7 @@ def make_service(
     settings: ServerSettings, model: LoadedModel, engine: Engine, role: Role | None = None
 ) -> Service:
     """The service over an open engine."""
-    limits = Limits(engine.status().context_length, int(model.model.config.vocab_size))
+    limits = Limits(engine.status().context_length, vocabulary_of(model.model))
     name = settings.served_model_name or model.name
     return Service(settings, ServedModel(name, model.tokenizer, limits), engine, role)
 

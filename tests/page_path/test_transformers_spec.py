@@ -31,7 +31,7 @@ def test_a_model_with_sliding_windows_is_refused_before_anything_is_allocated() 
         sliding_window=8,
         layer_types=["full_attention", "sliding_attention", "full_attention"],
     )
-    with pytest.raises(SpecError, match=r"sliding_window = None"):
+    with pytest.raises(SpecError, match=r"of the kind DynamicSlidingWindowLayer"):
         check_layers(mixed)
 
 

@@ -1,0 +1,358 @@
+"""Checks of a model before it is cached: what its layers keep, and whether its KV may be reused."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from hicache_core.errors import SpecError
+from hicache_core.integrations.length_rule import length_rule_of
+from hicache_core.kv_spec import KVSpec
+
+__all__ = [
+    "Probe",
+    "check_layers",
+    "check_model",
+    "check_same",
+    "failing_as_spec_error",
+    "fill",
+    "forward",
+    "kv_spec_of",
+    "probe_tokens",
+    "restart",
+    "undisturbed",
+    "vocabulary_of",
+]
+
+_N_PROBE = 32
+"""Tokens of the prompt that a model is tried with; two thirds of them are its prefix."""
+
+# How far logits of the same tokens may be apart, as a part of their own spread (root mean squares,
+# the median over positions). Other shapes round otherwise: by less than 1e-5 in float32, with TF32
+# by less than 1e-2. SmolLM2 has 4 % in bfloat16, and a model of more layers has more. Wrong KV
+# moves the logits of a trained model by much more than that.
+_TOLERANCE = 0.01
+_COARSE_TOLERANCE = 0.2
+
+# What a model raises that does not know what to do with a cache.
+_MODEL_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A prompt that a model was tried with.
+
+    Attributes:
+        tokens: of the prompt.
+        logits: of the whole prompt, (n_tokens, vocabulary), float32.
+    """
+
+    tokens: list[int]
+    logits: torch.Tensor
+
+
+def check_model(model: Any) -> Probe:
+    """Makes sure that what a model computes over a cached prefix is what it computes without one.
+
+    A prompt of 32 tokens is computed whole, and in two parts over a cache; both must give the same
+    logits. Nothing is kept, and neither mode nor random state of the model is changed.
+
+    Returns:
+        The prompt, and what the model gave for it whole.
+
+    Raises:
+        SpecError: the model cannot be cached; says why.
+    """
+    check_layers(model.config)
+    text = _text_config(model.config)
+    if text.model_type == "big_bird" and text.attention_type != "original_full":
+        raise SpecError(
+            f"{_name(model)} with attention_type {text.attention_type!r} attends to random blocks "
+            "that depend on the length of the prompt, so its KV cannot be reused: set "
+            "config.attention_type = 'original_full' before the model is made"
+        )
+    ids = probe_tokens(model)
+    n_first = len(ids) * 2 // 3
+    if not n_first:
+        return Probe([], torch.empty(0, 0))  # a context so short has no prefix
+    with undisturbed(model), failing_as_spec_error(model, "cached", "over a cached prefix"):
+        past = _new_cache(model)
+        whole = forward(model, ids, past)
+        _check_rows(model, past, len(ids))
+        past = _new_cache(model)
+        first = forward(model, ids[:n_first], past)
+        second = forward(model, ids[n_first:], past)
+    for got, want in ((first, whole[:n_first]), (second, whole[n_first:])):
+        check_same(model, "cached", "over a cached prefix", got, want)
+    return Probe(ids, whole)
+
+
+def check_layers(config: Any) -> None:
+    """Raises SpecError for a model whose layers do not all keep the KV of every token."""
+    name = type(config).__name__
+    try:
+        layers = DynamicCache(config=config).layers
+    except _MODEL_ERRORS as error:
+        raise SpecError(
+            f"transformers can make no cache for {name}: {type(error).__name__}: {error}"
+        ) from error
+    kinds = {type(layer) for layer in layers}
+    if others := sorted(kind.__name__ for kind in kinds - {DynamicLayer}):
+        raise SpecError(
+            f"{name} has layers of the kind {', '.join(others)}; pages hold full attention "
+            f"only{_advice(config)}"
+        )
+
+
+def kv_spec_of(model: Any, fingerprint: str) -> KVSpec:
+    """The spec of what ``model`` really hands to its cache, found by computing one token.
+
+    A config does not always tell: of an MLA model, transformers caches the latent as keys and the
+    rotary key as values, and a model's cache may have another dtype than its weights.
+
+    Raises:
+        SpecError: the layers differ in shape or dtype, or keep nothing.
+    """
+    past = _new_cache(model)
+    with torch.no_grad(), failing_as_spec_error(model, "cached", "over an empty cache"):
+        model(torch.zeros((1, 1), dtype=torch.int64, device=model.device), past_key_values=past)
+    layers = _filled_layers(model, past)
+    rows = {
+        (layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3], layer.keys.dtype)
+        for layer in layers
+    }
+    if len(rows) != 1:
+        shapes = sorted(map(str, rows))
+        raise SpecError(f"the layers have several shapes of KV, pages need one: {shapes}")
+    num_heads, k_dim, v_dim, dtype = rows.pop()
+    return KVSpec.mha(
+        num_layers=len(layers),
+        num_heads=num_heads,
+        head_dim=k_dim,
+        v_head_dim=v_dim,
+        dtype=str(dtype).removeprefix("torch."),
+        fingerprint=fingerprint,
+    )
+
+
+def probe_tokens(model: Any) -> list[int]:
+    """A prompt to try a model with: the same each time, as far as possible without special tokens.
+
+    It has 32 tokens, or as many as the model's context.
+    """
+    context = getattr(_text_config(model.config), "max_position_embeddings", None) or 0
+    context = context if context > 0 else _N_PROBE  # XLNet has -1
+    n_tokens = int(min(_N_PROBE, context, length_rule_of(model).context - 1))
+    special = set(_special_tokens(model.config.to_dict()))
+    ordinary = [token for token in range(vocabulary_of(model)) if token not in special] or [0]
+    generator = torch.Generator().manual_seed(1)
+    chosen = torch.randint(len(ordinary), (max(0, n_tokens),), generator=generator)
+    return [ordinary[at] for at in chosen.tolist()]
+
+
+def vocabulary_of(model: Any) -> int:
+    """Tokens that a model knows; those of its language model, where it has other parts as well.
+
+    Raises:
+        SpecError: its config does not say.
+    """
+    size = getattr(_text_config(model.config), "vocab_size", None)
+    if not size:
+        raise SpecError(f"{_name(model)} cannot be cached: its config has no vocab_size")
+    return int(size)
+
+
+def forward(model: Any, ids: Sequence[int], past: Cache) -> torch.Tensor:
+    """Logits of ``ids`` behind what ``past`` holds, (n_tokens, vocabulary), float32.
+
+    Positions are given as ``generate`` gives them: some models count wrongly without.
+    """
+    logits: torch.Tensor = _call(model, ids, past, {}).logits[0]
+    return logits.float()
+
+
+def fill(model: Any, ids: Sequence[int], past: Cache) -> None:
+    """Computes ``ids`` behind what ``past`` holds, for their KV alone."""
+    with torch.no_grad():
+        _call(model, ids, past, {"logits_to_keep": 1})
+
+
+def restart(model: Any) -> None:
+    """Has a model forget the longest sequence it has seen, as dynamic rope remembers it."""
+    with torch.no_grad():
+        _call(model, [0], _new_cache(model), {"logits_to_keep": 1})
+
+
+def _call(model: Any, ids: Sequence[int], past: Cache, options: dict[str, Any]) -> Any:
+    """A forward; of ``options``, what the model knows."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of an adapter
+    known = inspect.signature(inner.forward).parameters
+    start = past.get_seq_length()
+    positions = torch.arange(start, start + len(ids), device=model.device)[None]
+    options = {"position_ids": positions, **options}
+    options = {key: value for key, value in options.items() if key in known}
+    tokens = torch.tensor([list(ids)], dtype=torch.int64, device=model.device)
+    return model(input_ids=tokens, past_key_values=past, use_cache=True, **options)
+
+
+def check_same(model: Any, refused: str, how: str, got: torch.Tensor, want: torch.Tensor) -> None:
+    """Makes sure that logits are equal up to rounding.
+
+    Args:
+        model: whose they are.
+        refused: "cached" or "batched", what it cannot be if they differ.
+        how: they were computed.
+        got: logits, (n_tokens, vocabulary), float32.
+        want: what they should be, of the same shape.
+
+    Raises:
+        SpecError: they are not.
+    """
+    if got.shape != want.shape:
+        found = f"of shape {tuple(got.shape)} instead of {tuple(want.shape)}"
+        raise SpecError(f"{_name(model)} cannot be {refused}: its logits {how} are {found}")
+    apart = _apart(got, want)
+    exact = model.dtype in (torch.float32, torch.float64)
+    if apart <= (_TOLERANCE if exact else _COARSE_TOLERANCE):
+        return
+    cause = "what it computes for a token depends on more than the tokens before it"
+    if getattr(_text_config(model.config), "is_decoder", None) is False:
+        cause += ": a decoder is made with config.is_decoder = True"
+    raise SpecError(
+        f"{_name(model)} cannot be {refused}: its logits {how} differ by {apart:.0%} of their "
+        f"spread from those of the whole prompt alone; {cause}"
+    )
+
+
+@contextmanager
+def failing_as_spec_error(model: Any, refused: str, how: str) -> Iterator[None]:
+    """Has what ``model`` raises, except for lack of memory, become a SpecError that says so.
+
+    ``refused`` and ``how`` are as of ``check_same``.
+    """
+    try:
+        yield
+    except (SpecError, torch.OutOfMemoryError):
+        raise
+    except _MODEL_ERRORS as error:
+        text = " ".join(str(error).split())[:200]
+        raise SpecError(
+            f"{_name(model)} cannot be {refused}: it cannot compute tokens {how}: "
+            f"{type(error).__name__}: {text}"
+        ) from error
+
+
+@contextmanager
+def undisturbed(model: Any) -> Iterator[None]:
+    """Computes without dropout and gradients; afterwards modes and random state are as before."""
+    training = [module for module in model.modules() if module.training]
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+def _new_cache(model: Any) -> DynamicCache:
+    return DynamicCache(config=model.config)
+
+
+def _filled_layers(model: Any, past: Cache) -> list[Any]:
+    """The layers of ``past``.
+
+    Raises:
+        SpecError: one of them holds nothing.
+    """
+    layers: list[Any] = list(past.layers)
+    filled = [layer for layer in layers if layer.get_seq_length() > 0]
+    if not filled:
+        raise SpecError(
+            f"{_name(model)} cannot be cached: it keeps no KV in the cache that it is given"
+        )
+    if empty := [at for at, layer in enumerate(layers) if layer not in filled]:
+        raise SpecError(
+            f"{_name(model)} cannot be cached: of the {len(layers)} layers of its config, those "
+            f"numbered {', '.join(map(str, empty))} keep no KV, and pages hold that of each"
+        )
+    return filled
+
+
+def _check_rows(model: Any, past: Cache, n_tokens: int) -> None:
+    """Makes sure that every layer holds one row for each of ``n_tokens`` tokens."""
+    n_rows = {layer.get_seq_length() for layer in _filled_layers(model, past)}
+    if n_rows != {n_tokens}:
+        raise SpecError(
+            f"{_name(model)} cannot be cached: it keeps {', '.join(map(str, sorted(n_rows)))} rows "
+            f"of KV for {n_tokens} tokens, so it puts something of its own before the prompt"
+        )
+
+
+def _apart(got: torch.Tensor, want: torch.Tensor) -> float:
+    """The median over positions of the difference, as a part of the spread of ``want``.
+
+    The median, since a close choice of experts may fall the other way at single positions.
+    """
+    known = want.isfinite().all(0)  # a model may rule out tokens with -inf
+    want = want[:, known]
+    got = got[:, known].nan_to_num(posinf=0.0, neginf=0.0)
+    spread = want.std(-1, correction=0)
+    apart = (got - want).square().mean(-1).sqrt() / spread
+    apart = apart[spread > 0]
+    return float(apart.median()) if len(apart) else 0.0
+
+
+def _special_tokens(config: dict[str, Any]) -> Iterator[int]:
+    """All numbers of a config that name tokens."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _special_tokens(value)
+        elif "token" in str(key):  # labels have numbers for keys
+            numbers = value if isinstance(value, list) else [value]
+            yield from (number for number in numbers if isinstance(number, int))
+
+
+def _advice(config: Any) -> str:
+    """What makes a model with windows acceptable, if that works: most have types of layers."""
+    without = copy.deepcopy(config)
+    try:
+        _text_config(without).sliding_window = None
+        layers = DynamicCache(config=without).layers
+    except Exception:  # whatever a config says against it, the advice would not help
+        return ""
+    if {type(layer) for layer in layers} != {DynamicLayer}:
+        return ""
+    return (
+        " (a sliding window that the context never fills may be switched off: "
+        "config.sliding_window = None)"
+    )
+
+
+def _text_config(config: Any) -> Any:
+    """The part of a config that describes the language model."""
+    return config.get_text_config(decoder=True)
+
+
+def _name(model: Any) -> str:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kind = type(inner).__name__
+    return kind if inner is model else f"{type(model).__name__} of {kind}"
