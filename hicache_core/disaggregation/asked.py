@@ -48,15 +48,12 @@ class Asked:
             ValueError: no JSON object; NaN is no JSON, nor is what nests too deeply.
         """
         try:
-            body = json.loads(raw.decode(), parse_constant=_refuse)
-            if not isinstance(body, dict):
-                raise ValueError("no object")
-            body = _without_rooms(body)
+            body = _without_rooms(_parsed(raw))
             encoded(body)  # what can be read here can be sent on
             tenant = json.dumps([body.get("cache_salt"), body.get("extra_key")])
             return cls(path, body, passed_on(headers), prompt_of(body), tenant)
         except RecursionError as error:
-            raise ValueError("nested too deeply") from error
+            raise ValueError("it nests too deeply") from error
 
     @property
     def is_stream(self) -> bool:
@@ -92,6 +89,20 @@ def passed_on(headers: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in headers.items() if name.lower() in _PASSED_ON}
 
 
+def _parsed(raw: bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(raw.decode(), parse_constant=_refuse)
+    except UnicodeDecodeError as error:
+        raise ValueError("it is not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(str(error)) from error
+    except ValueError as error:
+        raise ValueError("a number in it is none, or too long") from error
+    if not isinstance(body, dict):
+        raise ValueError("it is another value")
+    return body
+
+
 def _without_rooms(body: Mapping[str, Any]) -> dict[str, Any]:
     """What a client says of rooms counts for nothing, beside the prompt or among its parameters."""
     own = _clients_own(body)
@@ -110,4 +121,4 @@ def _clients_own(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(constant)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from array import array
+from collections.abc import Callable
+from functools import partial
 from typing import Self
 
 from hicache_core.disaggregation.figures import Figures
 from hicache_core.disaggregation.first_token import FirstToken
 from hicache_core.disaggregation.transfer import KvTransferBackend, TransferState
-from hicache_core.engine.request import Request
+from hicache_core.engine.request import Output, Request
 from hicache_core.engine.scheduler import Scheduler
-from hicache_core.engine.task import Task
+from hicache_core.engine.task import OnOutput, Task
 from hicache_core.errors import HiCacheError
 
 log = logging.getLogger(__name__)
@@ -68,6 +70,11 @@ class Outbox:
         # docstring inherited
         return request_id in self._rooms
 
+    def leave(self, request_id: str) -> None:
+        """Nobody wants the rows of a request any more; its notice follows."""
+        if (room := self._rooms.get(request_id)) is not None:
+            self._transfer.cancel(room, "the client has left")
+
     def step(self) -> None:
         # docstring inherited
         for notice in self._transfer.poll():
@@ -98,7 +105,8 @@ class Outbox:
 class PrefillScheduler(Scheduler):
     """A scheduler whose requests with a room end at their first token.
 
-    Their pages are held until the transfer has said its last word: a sender reads from them.
+    Their pages are held until the transfer has said its last word: a sender reads from them. Their
+    clients are told then, too: whoever has not heard may still leave, and the pages go with him.
     Requests without a room are answered here, as by any server.
     """
 
@@ -106,14 +114,47 @@ class PrefillScheduler(Scheduler):
         """Sends by ``transfer``, which is open and is closed with the scheduler."""
         self._transfer = transfer
         self._outbox = Outbox(transfer, timeout_s, figures)
+        self._last_words: dict[str, Callable[[], None]] = {}  # of requests that wait to be fetched
         self.relay.listener = self._outbox
         return self
+
+    @property
+    def is_busy(self) -> bool:
+        # docstring inherited
+        return super().is_busy or bool(self._last_words)
 
     def add(self, task: Task) -> None:
         # docstring inherited
         if task.request.bootstrap is not None:
             task.n_new_max = 1
+            task.tell_by(self._hold)
         super().add(task)
+
+    def step(self) -> bool:
+        # docstring inherited
+        did_any = super().step()
+        for request_id in [key for key in self._last_words if not self._outbox.holds(key)]:
+            self._last_words.pop(request_id)()
+        return did_any
+
+    def abort(self, request_id: str) -> None:
+        # docstring inherited
+        if (tell := self._last_words.pop(request_id, None)) is None:
+            super().abort(request_id)
+            return
+        self._outbox.leave(request_id)
+        tell()
+
+    def abort_all(self) -> None:
+        # docstring inherited
+        for request_id in list(self._last_words):
+            self.abort(request_id)
+        super().abort_all()
+
+    def give_up(self) -> None:
+        # docstring inherited
+        super().give_up()
+        self._last_words.clear()
 
     def close(self) -> None:
         # docstring inherited
@@ -123,3 +164,10 @@ class PrefillScheduler(Scheduler):
         super()._end(task, tokens, text, finish_reason)
         first = FirstToken(tokens[0], task.cached) if len(tokens) == 1 else None
         self._outbox.finish(task.request, first)
+
+    def _hold(self, tell: OnOutput, output: Output) -> None:
+        """The one output of a request whose rows are to be fetched waits until that has ended."""
+        if output.finish_reason in ("abort", "error"):
+            tell(output)
+        else:
+            self._last_words[output.request_id] = partial(tell, output)

@@ -10,6 +10,7 @@ import secrets
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import httpx
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 MAX_ATTEMPTS = 4
 MAX_STRICKEN = 2
 """A request that so many nodes failed at is not given to another: perhaps it is the cause."""
+GRACE_S = 0.5
+"""A prefill node says so long after the rows were fetched that they were."""
 _KEPT = ("content-type", "retry-after", "x-request-id", "cache-control")
 
 
@@ -122,7 +125,7 @@ class Relay:
             if prefill is not None and prefill.bootstrap is not None:
                 room = self._room_at(*prefill.bootstrap)
                 computing = asyncio.create_task(self._compute(asked, prefill, room))
-                stack.push_async_callback(_end, computing)
+                stack.push_async_exit(partial(_end_soon, computing))
             decoding = asyncio.create_task(self._decode(asked, decode, room, stack))
             try:
                 if computing is not None:
@@ -222,6 +225,15 @@ def _check(node: Node, response: httpx.Response) -> None:
     if status >= 500:
         text = f"status {status}: {response.text[:200]}"
         raise _NodeFailed(node, text, status, struck=status != 503)
+
+
+async def _end_soon(
+    computing: asyncio.Task[Answer | None], kind: type[BaseException] | None, *_: object
+) -> None:
+    """Ends the prefill half. If all went well it ends by itself, a moment after the decode half."""
+    if kind is None:
+        await asyncio.wait([computing], timeout=GRACE_S)
+    await _end(computing)
 
 
 async def _end(task: asyncio.Task[Any]) -> None:

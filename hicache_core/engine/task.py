@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from hicache_core.engine.detokenize import TextStream
 from hicache_core.engine.page_table import PageTable
@@ -127,6 +128,10 @@ class Task:
                 times=self.times,
             )
         )
+
+    def tell_by(self, through: Callable[[OnOutput, Output], None]) -> None:
+        """Has ``through`` decide when the client is told; it gets who tells, and the output."""
+        self._on_output = partial(through, self._on_output)
 
     def note(self, **times: float) -> None:
         """Sets the times that have not been set before."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from hicache_core.engine.engine import Engine, EngineConfig
 from hicache_core.engine.request import Bootstrap, Request
 from hicache_core.errors import ConfigError
 from hicache_core.types import CachedTokens
-from tests.engine.test_engine import Client
+from tests.engine.test_engine import PATIENCE_S, Client
 from tests.engine.world import PAGE_SIZE, cache_config, greedy, model_of, plain, prompt_of
 
 ROOMS = itertools.count(1)
@@ -44,7 +45,12 @@ class Half:
 
 @contextmanager
 def half(
-    mode: str, cache: dict[str, Any] | None = None, secret: str | None = None, **config: Any
+    mode: str,
+    cache: dict[str, Any] | None = None,
+    secret: str | None = None,
+    *,
+    close_s: float = 20.0,
+    **config: Any,
 ) -> Iterator[Half]:
     """An open engine; at the end, nothing is held by anybody but the tree."""
     role = Role(RoleSettings(mode, "tcp", {**SETTINGS, "secret": secret}, timeout_s=20.0))
@@ -59,7 +65,7 @@ def half(
         yield Half(role, engine)
         engine.call(lambda opened: opened.check_integrity(), 30.0)
     finally:
-        engine.close(20.0)
+        engine.close(close_s)
     status = engine.status()
     assert (status.waiting, status.running, status.error) == (0, 0, "")
 
@@ -150,7 +156,60 @@ def test_a_client_that_leaves_the_decode_half_leaves_nothing_behind(when: str) -
         decode.engine.abort(request_id)
         assert answering.wait().finish_reason == "abort"
         if when == "before":
-            prefill.ask(prompt, room)[1].wait()
+            leave(prefill, *prefill.ask(prompt, room))
+
+
+def leave(half: Half, request_id: str, client: Client) -> None:
+    """Ends a request as a server does whose client closes the connection."""
+    half.engine.abort(request_id)
+    client.wait()
+
+
+def test_who_asks_a_prefill_half_is_answered_when_the_rows_were_fetched() -> None:
+    """So whoever leaves before is noticed."""
+    prompt = prompt_of(40)
+    with pair() as (prefill, decode):
+        room = room_at(prefill)
+        _, computing = prefill.ask(prompt, room)
+        wait_until(lambda: prefill.engine.status().finished == 1)
+        prefill.engine.call(lambda _: None, 10.0)  # a step further
+        assert computing.outputs == []
+        decode.ask(prompt, room)[1].wait()
+        assert computing.wait().completion_tokens == 1
+        assert prefill.role.figures.sent == 1
+
+
+def test_a_client_that_leaves_while_the_decode_half_has_no_slot_frees_the_prefill_half() -> None:
+    prompt, device_only = prompt_of(40), {"enable_hierarchical_cache": False}
+    with ExitStack() as stack:
+        prefill = stack.enter_context(half("prefill", device_only))
+        decode = stack.enter_context(half("decode", device_only, max_running=1))
+        busy_id, busy = decode.ask(prompt_of(8), None, n_new=400)
+        busy.wait(1)
+        room = room_at(prefill)
+        computing, answering = prefill.ask(prompt, room), decode.ask(prompt, room)
+        wait_until(lambda: prefill.engine.status().finished == 1)
+        assert prefill.engine.status().used_slots == 40
+        leave(prefill, *computing)
+        leave(decode, *answering)
+        wait_until(lambda: prefill.engine.status().used_slots == 0)
+        assert prefill.role.figures.last_error == "the client has left"
+        leave(decode, busy_id, busy)
+
+
+def test_a_prefill_half_that_closes_answers_who_waits_for_a_fetch() -> None:
+    with half("prefill", close_s=0.1) as prefill:
+        _, computing = prefill.ask(prompt_of(40), room_at(prefill))
+        wait_until(lambda: prefill.engine.status().finished == 1)
+    assert computing.wait().completion_tokens == 1
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Looks until ``condition`` holds."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def test_a_request_that_the_prefill_half_gives_up_is_computed_by_the_decode_half() -> None:
@@ -198,9 +257,10 @@ def test_a_half_with_another_secret_is_refused_and_the_decode_half_computes() ->
     prompt = prompt_of(40)
     with half("prefill", secret="a" * 16) as prefill, half("decode", secret="b" * 16) as decode:
         room = room_at(prefill)
-        prefill.ask(prompt, room)[1].wait()
+        computing = prefill.ask(prompt, room)
         _, answering = decode.ask(prompt, room)
         answering.wait()
+        leave(prefill, *computing)
         assert answering.tokens == plain(model_of(), prompt, 12)
         assert decode.role.figures.recomputed == 1
         assert "different shared secrets" in decode.role.figures.last_error
@@ -292,8 +352,9 @@ def test_the_decode_half_writes_only_what_the_prefill_half_did_not(tmp_path: Pat
         decode = stack.enter_context(half("decode", offloading, offload_stride=1))
         prefill = stack.enter_context(half("prefill", storage))
         room = room_at(prefill)
-        prefill.ask(prompt, room)[1].wait()
+        prefill.ask(prompt, None, n_new=1)[1].wait()
         assert prefill.engine.call(lambda cache: cache.flush(20.0), 30.0)
+        prefill.ask(prompt, room)
         _, answer = decode.ask(prompt, room, n_new=20)
         answer.wait()
         assert decode.engine.call(lambda cache: cache.flush(20.0), 30.0)
