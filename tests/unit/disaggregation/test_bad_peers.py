@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import resource
 import socket
 import threading
 import time
@@ -20,6 +18,7 @@ from hicache_core.disaggregation.transfer import TransferContext, TransferState
 from hicache_core.disaggregation.wire import Connection, Frame, Kind, Patience, checksum_of
 from hicache_core.errors import TransferError
 from hicache_core.testing.transfer_kit import ROOM, WAIT_S, Node, memory_of, spec_of
+from tests.scarce import no_file_descriptors
 
 DEEP = b"[" * 200_000
 Script = Callable[[Connection, threading.Event], None]
@@ -196,19 +195,6 @@ def test_a_hello_of_deep_json_is_one_sentence(caplog: pytest.LogCaptureFixture) 
     (record,) = caplog.records
     assert "sent no JSON in HELLO" in record.message
     assert record.exc_info is None
-
-
-@contextlib.contextmanager
-def no_file_descriptors() -> Iterator[None]:
-    """As many are open as this process may have."""
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    lowest = os.dup(0)
-    os.close(lowest)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def wait_for(what: Callable[[], object]) -> None:
