@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from hicache_core.disaggregation.affinity import Affinity
+from hicache_core.hosts import is_loopback
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class Node:
         number: among the nodes of its role, from 1.
         is_up: whether it answered when it was asked last.
         transfer_address: where its KV is fetched, of a prefill node that has said so.
+        faced_from: the router's own address on the way to it, as far as it is known.
         tokens: under way at it, estimated.
         requests: under way at it.
         served: requests that it ended well.
@@ -76,6 +78,7 @@ class Node:
     number: int
     is_up: bool = False
     transfer_address: str = ""
+    faced_from: str = ""
     tokens: int = 0
     requests: int = 0
     served: int = 0
@@ -89,11 +92,15 @@ class Node:
         """For clients, to whom addresses of nodes are not told."""
         return f"{self.role} node {self.number}"
 
-    @property
-    def bootstrap(self) -> tuple[str, int] | None:
-        """Where a decode node finds it: its own host by the URL, the port that it told."""
+    def bootstrap_for(self, decode: Node) -> tuple[str, int] | None:
+        """Where ``decode`` finds it: its own host by the URL, the port that it told.
+
+        By a loopback URL it is on the router's machine; elsewhere that machine has another address.
+        """
         _, _, port = self.transfer_address.rpartition(":")
         host = urlsplit(self.url).hostname
+        if host and is_loopback(host) and not is_loopback(urlsplit(decode.url).hostname or ""):
+            host = decode.faced_from or host
         return (host, int(port)) if host and port.isdecimal() else None
 
     @contextmanager
@@ -228,4 +235,16 @@ class Nodes:
     async def _get(self, node: Node, path: str) -> httpx.Response:
         async with asyncio.timeout(self._settings.silent_s):
             answer = await self._client.get(node.url + path, headers=self._headers)
+        node.faced_from = _own_end(answer) or node.faced_from
         return answer.raise_for_status()
+
+
+def _own_end(answer: httpx.Response) -> str:
+    """The address of this machine from which the question was sent; empty if that is over."""
+    stream = answer.extensions.get("network_stream")
+    if stream is None:
+        return ""
+    try:
+        return str(stream.get_extra_info("client_addr")[0])
+    except (OSError, TypeError):  # closed meanwhile, or no address at all
+        return ""

@@ -122,8 +122,9 @@ class Relay:
         async with AsyncExitStack() as stack:
             computing: asyncio.Task[Answer | None] | None = None
             room: dict[str, Any] = {}
-            if prefill is not None and prefill.bootstrap is not None:
-                room = self._room_at(*prefill.bootstrap)
+            place = None if prefill is None else prefill.bootstrap_for(decode)
+            if prefill is not None and place is not None:
+                room = self._room_at(*place)
                 computing = asyncio.create_task(self._compute(asked, prefill, room))
                 stack.push_async_exit(partial(_end_soon, computing))
             decoding = asyncio.create_task(self._decode(asked, decode, room, stack))

@@ -8,6 +8,7 @@ import logging
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_PORT = 9477
 REQUEST_TIMEOUT_S = 5.0
+ACCEPT_PAUSE_S = 0.1
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -103,20 +105,51 @@ class StatusServer:
 
 
 class _Server(ThreadingHTTPServer):
-    daemon_threads = False  # so that server_close() joins them
-
     def __init__(self, address: tuple[str, int], pages: StatusPages) -> None:
         self.pages = pages
         self._connections: set[socket.socket] = set()
         self._connections_lock = threading.Lock()
+        self._threads_of_requests: list[threading.Thread] = []
+        self._is_short = False  # of file descriptors or threads, when it accepted last
         super().__init__(address, _Handler)
 
     def get_request(self) -> tuple[socket.socket, object]:
         # docstring inherited
-        connection, address = super().get_request()
+        try:
+            connection, address = super().get_request()
+        except OSError as error:
+            self._stumble(error)
+            raise
+        self._is_short = False
         with self._connections_lock:
             self._connections.add(connection)
         return connection, address
+
+    def process_request(self, request: object, client_address: object) -> None:
+        # docstring inherited; a thread that does not start costs its request alone
+        answer = self.process_request_thread
+        thread = threading.Thread(target=answer, args=(request, client_address))
+        try:
+            thread.start()
+        except (RuntimeError, MemoryError) as error:
+            self.shutdown_request(request)
+            self._stumble(error)
+            return
+        alive = [one for one in self._threads_of_requests if one.is_alive()]
+        self._threads_of_requests = [*alive, thread]
+
+    def server_close(self) -> None:
+        # docstring inherited
+        super().server_close()
+        for thread in self._threads_of_requests:
+            thread.join()
+
+    def _stumble(self, error: Exception) -> None:
+        """Nobody can be served now: goes on after a pause, and says so once."""
+        if not self._is_short:
+            log.warning("the status server cannot serve anybody now, and goes on: %s", error)
+        self._is_short = True
+        time.sleep(ACCEPT_PAUSE_S)
 
     def shutdown_request(self, request: object) -> None:
         # docstring inherited

@@ -9,7 +9,12 @@ from typing import Any
 
 import pytest
 
+from hicache_core.disaggregation.peers import PeerConfig
+from hicache_core.disaggregation.roles import Role, RoleSettings
+from hicache_core.disaggregation.tcp import TcpTransfer
+from hicache_core.disaggregation.transfer import TransferContext
 from hicache_core.server.access import Keys
+from hicache_core.testing.transfer_kit import memory_of, spec_of
 from tests.server.world import Server, server
 
 pytestmark = pytest.mark.anyio
@@ -205,3 +210,21 @@ async def test_health_generates_without_a_trace_in_others_caches() -> None:
         s.engine.close()
         assert (await s.client.get("/health")).status_code == 503
         assert (await s.client.post("/generate", json={"input_ids": [3]})).status_code == 503
+
+
+async def test_health_tells_that_nobody_can_fetch_kv(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TcpTransfer, "_accept", lambda _: None)  # the listener's thread ends
+    transfer = TcpTransfer(PeerConfig(), TransferContext(memory_of(spec_of(), None)))
+    role = Role(RoleSettings("prefill"))
+    async with server() as s:
+        s.service.role = role
+        assert (await s.client.get("/health")).status_code == 200, "it is not open yet"
+        transfer.open()
+        role._transfer = transfer
+        while not transfer.fault:
+            await asyncio.sleep(0.01)
+        answer = await s.client.get("/health")
+        assert answer.status_code == 503
+        assert "KV transfers: the listener has ended" in answer.text
+        transfer.close()
+        assert (await s.client.get("/health")).status_code == 200

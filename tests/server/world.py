@@ -38,6 +38,7 @@ class Server:
     engine: EchoEngine
     client: httpx.AsyncClient
     app: Any
+    service: Service
 
     def calling_from(self, address: tuple[str, int], **headers: str) -> httpx.AsyncClient:
         transport = httpx.ASGITransport(self.app, client=address)
@@ -67,6 +68,6 @@ async def server(
             app.router.lifespan_context(app),
             httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client,
         ):
-            yield Server(engine, client, app)
+            yield Server(engine, client, app, service)
     finally:
         engine.close(0.1)

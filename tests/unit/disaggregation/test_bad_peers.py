@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import resource
 import socket
 import threading
 import time
@@ -20,6 +18,7 @@ from hicache_core.disaggregation.transfer import TransferContext, TransferState
 from hicache_core.disaggregation.wire import Connection, Frame, Kind, Patience, checksum_of
 from hicache_core.errors import TransferError
 from hicache_core.testing.transfer_kit import ROOM, WAIT_S, Node, memory_of, spec_of
+from tests.scarce import no_file_descriptors
 
 DEEP = b"[" * 200_000
 Script = Callable[[Connection, threading.Event], None]
@@ -198,19 +197,6 @@ def test_a_hello_of_deep_json_is_one_sentence(caplog: pytest.LogCaptureFixture) 
     assert record.exc_info is None
 
 
-@contextlib.contextmanager
-def no_file_descriptors() -> Iterator[None]:
-    """As many are open as this process may have."""
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    lowest = os.dup(0)
-    os.close(lowest)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-
-
 def wait_for(what: Callable[[], object]) -> None:
     deadline = time.monotonic() + WAIT_S
     while not what():
@@ -271,3 +257,28 @@ def test_a_listener_that_is_dead_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(PeerTransfer, "_accept", lambda _: None)
     with node() as prefill:
         wait_for(lambda: prefill.backend.fault == "the listener has ended")
+
+
+def test_close_waits_for_a_receiver_that_was_let_in_at_the_last_moment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The thread of a caller starts while the backend closes; when that is done, it has ended."""
+    start, serve, is_let_in = PeerTransfer._start, PeerTransfer._serve, threading.Event()
+
+    def slowly(self: PeerTransfer, work: Callable[[], None], name: str) -> threading.Thread:
+        if name.startswith("kv-send"):
+            is_let_in.set()
+            assert self._closing.wait(WAIT_S)
+            time.sleep(0.1)
+        return start(self, work, name)
+
+    def lately(self: PeerTransfer, caller: Connection) -> None:
+        time.sleep(0.1)
+        serve(self, caller)
+
+    monkeypatch.setattr(PeerTransfer, "_start", slowly)
+    monkeypatch.setattr(PeerTransfer, "_serve", lately)
+    with node() as prefill, socket.create_connection(address_of(prefill)):
+        assert is_let_in.wait(WAIT_S)
+        prefill.backend.close()
+        assert not [t.name for t in threading.enumerate() if t.name.startswith("kv-")]

@@ -6,6 +6,7 @@ import http.client
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from urllib.parse import quote, urlsplit
 
@@ -18,6 +19,7 @@ from hicache_core.observe.http import StatusPages, StatusServer
 from hicache_core.observe.metrics import CacheCollector, exposition
 from hicache_core.observe.snapshot import CacheSnapshot, EventsStatus, PoolStatus
 from hicache_core.observe.windows import Watch, WriteOnlyAlarm
+from tests.scarce import no_file_descriptors
 from tests.unit.observe.worlds import full_snapshot
 
 RECORDS = {"r/1 ä": {"runs": [{"tier": "storage", "why": "evicted"}]}}
@@ -55,6 +57,39 @@ def status(*arguments: str) -> Result:
 
 
 # The server.
+
+
+def test_it_goes_on_after_a_moment_without_file_descriptors(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = serve()
+    address = urlsplit(url)
+    clients = [socket.socket() for _ in range(2)]
+    with no_file_descriptors():
+        for client in clients:
+            client.connect((address.hostname, address.port))
+        time.sleep(0.5)
+    for client in clients:
+        client.close()
+    assert get(url, "/health")[0] == 200
+    assert [record.message for record in caplog.records].count(caplog.messages[0]) == 1
+    assert "cannot serve anybody now, and goes on" in caplog.messages[0]
+
+
+def test_a_thread_that_does_not_start_costs_its_request_alone(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``Thread.start`` fails as it does without threads; the limit does not bind the superuser."""
+
+    def cannot(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    url = serve()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", cannot)
+        with pytest.raises((http.client.HTTPException, ConnectionError)):
+            get(url, "/health")
+    assert get(url, "/health")[0] == 200
 
 
 def test_it_answers_the_status_as_json(serve: Serve) -> None:
