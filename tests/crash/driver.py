@@ -171,7 +171,7 @@ class Examination:
         """Nothing is left but the store itself: no temp file, no journal, nobody's lock."""
         assert list((self._path / "owners").iterdir()) == []
         found = {entry.name for entry in self._path.iterdir()}
-        assert found == {"index.sqlite", "open.lock", "owners", "segments"}, found
+        assert found == {"index.sqlite", "open.lock", "owners", "reserve", "segments"}, found
 
 
 def _data_outside(path: Path, extents: Sequence[tuple[int, int]]) -> int | None:

@@ -25,7 +25,7 @@ from hicache_core.storage.base import Finding
 from hicache_core.storage.file.extents import drop, remove_empty
 from hicache_core.storage.file.index import FileIndex, move
 from hicache_core.storage.file.records import BLOCK_NBYTES, Record, RecordStore
-from hicache_core.storage.file.room import give_room
+from hicache_core.storage.file.room import give_reserve, give_room, take_reserve
 from hicache_core.storage.sqlite import ROOM_NBYTES
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,7 @@ class FileDirectory:
         path/segments/*.seg       the objects
         path/owners/*.lock        one for each open backend, locked for as long as it lives
         path/open.lock            held by whoever opens the directory
+        path/reserve              room for opening the index on a disk that got full
 
     Files of other names are left alone, and so are segment files of others, unless they are empty.
     """
@@ -108,10 +109,7 @@ class FileDirectory:
                 try:
                     self._enter()
                 except BackendFull:
-                    if not self._is_alone():
-                        raise  # others may be reading what would have to go
-                    self._give_room()
-                    self._enter()
+                    self._enter_with_room()
 
     def trouble(self) -> str:
         """Why these files are no longer the store; empty if they are."""
@@ -177,9 +175,21 @@ class FileDirectory:
                 self._clean_up(connection)
             if self.store.free_nbytes() > 4 * ROOM_NBYTES:
                 self.index.take_room()
+            take_reserve(self.path, self.store)
         except BaseException:
             self._leave()
             raise
+
+    def _enter_with_room(self) -> None:
+        """As ``_enter`` on a full disk: gives up the reserve for it, then objects."""
+        if give_reserve(self.path):
+            with contextlib.suppress(BackendFull):
+                self._enter()
+                return
+        if not self._is_alone():
+            raise BackendFull(f"{self.path}: its disk is full; free some space")
+        self._give_room()  # nobody is reading what has to go
+        self._enter()
 
     def _leave(self) -> None:
         """Closes everything, the lock last: as long as it is held nobody makes another index."""

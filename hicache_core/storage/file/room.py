@@ -11,7 +11,27 @@ from hicache_core.storage.file.extents import PINNED, Place, select
 from hicache_core.storage.file.records import RecordStore
 from hicache_core.storage.sqlite import ROOM_NBYTES
 
+RESERVE = "reserve"
+"""A file of the store's directory that goes when the disk is full and the index is to be opened."""
+
+_RESERVE_NBYTES = 256 << 10
 _MOST_PLACES = 1024
+
+
+def take_reserve(directory: Path, store: RecordStore) -> None:
+    """Makes the reserve, unless it is there or the disk is short of room."""
+    path = directory / RESERVE
+    if not path.exists() and store.free_nbytes() > 4 * ROOM_NBYTES:
+        path.write_bytes(bytes(_RESERVE_NBYTES))
+
+
+def give_reserve(directory: Path) -> bool:
+    """Gives the reserve back to the disk; whether there was one."""
+    try:
+        (directory / RESERVE).unlink()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def give_room(index: Path, store: RecordStore) -> list[Place]:

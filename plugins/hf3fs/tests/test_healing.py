@@ -139,6 +139,21 @@ def test_objects_of_ranks_that_run_no_more_survive_a_rebuild(opened: Open, tmp_p
     assert hits(opened(), range(5)) == 5
 
 
+def test_what_lay_in_a_slab_that_is_gone_can_be_stored_again(opened: Open, tmp_path: Path) -> None:
+    other = new_backend(tmp_path / "kv", rank=1)
+    other.open()
+    put(other, range(3))
+    other.close()
+    backend = opened()
+    for path in tmp_path.glob("kv.r1.*.slab"):
+        path.unlink()
+    for n in range(3):
+        assert hits(backend, [n]) == 0
+    assert put(backend, range(3)) == 3
+    assert hits(backend, range(3)) == 3
+    backend.check_integrity()
+
+
 def test_who_only_looks_makes_no_slab_and_reads_any_size_of_slot(
     opened: Open, tmp_path: Path
 ) -> None:

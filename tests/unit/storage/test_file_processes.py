@@ -214,6 +214,22 @@ def test_on_a_disk_that_others_filled_it_reads_and_stores_in_the_room_that_it_ha
     backend.check_integrity()
 
 
+def test_a_small_store_keeps_its_objects_when_it_is_opened_on_a_full_disk(
+    mounted: Callable[[str], Path], open_file: OpenFile
+) -> None:
+    disk = mounted("size=12m")
+    backend = open_file(path=disk / "store", max_nbytes="4MiB")
+    for n in range(3):
+        backend.set(f"k{n}", bytes([n]) * 5000)
+    backend.close()
+    fill_disk(disk)
+    backend = open_file(path=disk / "store", max_nbytes="4MiB")
+    assert [backend.get(f"k{n}") for n in range(3)] == [bytes([n]) * 5000 for n in range(3)]
+    backend.check_integrity()
+    backend.set("new", bytes(5000))
+    assert backend.get("new") == bytes(5000)
+
+
 def test_a_read_only_mount_is_an_error_at_open(
     mounted: Callable[[str], Path], open_file: OpenFile
 ) -> None:

@@ -13,7 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 from hicache_core.errors import BackendError, BackendFull, BackendTimeout
 from hicache_core.storage.base import BackendConfig, Buffer, Finding, StorageBackend
@@ -22,15 +22,13 @@ from hicache_core.storage.segments import nbytes_of
 from hicache_core.types import BackendContext, Page
 from hicache_hf3fs.config import Hf3fsConfig
 from hicache_hf3fs.diagnose import findings
-from hicache_hf3fs.metadata import Binding, SlabUnknown, Slot, Wanted, Written
+from hicache_hf3fs.metadata import Binding, SlabUnknown, Wanted, Written
+from hicache_hf3fs.moving import SlotRead, SlotWrite, slot_content, transfer_of
 from hicache_hf3fs.page_io import Transfer
 from hicache_hf3fs.slab import (
     FOOTER_NBYTES,
     HEADER_NBYTES,
     MAX_KEY_NBYTES,
-    Slab,
-    pack_footer,
-    pack_header,
     translated,
 )
 from hicache_hf3fs.store import Store, open_store
@@ -50,30 +48,6 @@ _COUNTS = (
 _WIPE_LEASE_S = 1.0
 _GONE = (-errno.EIO, -errno.ENODATA)
 _FULL = (-errno.ENOSPC, -errno.EDQUOT)
-
-
-class _Read(NamedTuple):
-    """A slot that is being read, with the memory for its header and footer."""
-
-    transfer: Transfer
-    header: bytearray
-    footer: bytearray
-    binding: Binding
-
-    def holds(self, key: str) -> bool:
-        """Whether what was read is the object of ``key`` that the metadata speaks of."""
-        generation = self.binding.slot.generation
-        return self.footer == pack_footer(generation) and self.header == pack_header(
-            key, self.binding.nbytes, generation
-        )
-
-
-class _Write(NamedTuple):
-    """A page of the call that goes to a reserved slot."""
-
-    position: int
-    written: Written
-    buffers: list[memoryview]
 
 
 class Hf3fsBackend(StorageBackend):
@@ -278,12 +252,14 @@ class Hf3fsBackend(StorageBackend):
             elif result not in (-errno.ETIME, -errno.EBADMSG):
                 path = store.slab_path(reads[n_read].binding)
                 logger.warning("reading %s: %s", path, os.strerror(-result))
+        elif n_read < len(found) and store.is_lost(lost := found[n_read]):
+            self._drop_damaged(store, keys[n_read], lost)
         return n_valid
 
     @staticmethod
     def _readable(
         store: Store, found: Sequence[Binding | None], pages: Sequence[Page]
-    ) -> list[_Read]:
+    ) -> list[SlotRead]:
         """The leading slots that are bound, reachable, and hold as much as their pages."""
         reads = []
         for binding, page in zip(found, pages, strict=True):
@@ -294,8 +270,8 @@ class Hf3fsBackend(StorageBackend):
                 break
             header, footer = bytearray(HEADER_NBYTES), bytearray(FOOTER_NBYTES)
             buffers = [memoryview(header), *page, memoryview(footer)]
-            transfer = _transfer(slab, binding.slot.number, binding.nbytes, buffers)
-            reads.append(_Read(transfer, header, footer, binding))
+            transfer = transfer_of(slab, binding.slot.number, binding.nbytes, buffers)
+            reads.append(SlotRead(transfer, header, footer, binding))
         return reads
 
     def _drop_damaged(self, store: Store, key: str, binding: Binding) -> None:
@@ -344,7 +320,7 @@ class Hf3fsBackend(StorageBackend):
             deadline = time.monotonic() + self._settings.write_lease_s
             slots = store.metadata.reserve(store.own.name, wanted)
         writes = [
-            _Write(n, Written(*wanted[n], slot), _slot_content(wanted[n], slot, pages[n]))
+            SlotWrite(n, Written(*wanted[n], slot), slot_content(wanted[n], slot, pages[n]))
             for n, slot in enumerate(slots)
             if slot is not None
         ]
@@ -357,14 +333,14 @@ class Hf3fsBackend(StorageBackend):
     def _write(
         self,
         store: Store,
-        writes: Sequence[_Write],
+        writes: Sequence[SlotWrite],
         deadline: float,
         leaving: Callable[[int], None],
     ) -> list[bool]:
         """Writes reserved slots; which of them are published afterwards."""
         written = [write.written for write in writes]
         transfers = [
-            _transfer(store.own, one.slot.number, one.nbytes, write.buffers)
+            transfer_of(store.own, one.slot.number, one.nbytes, write.buffers)
             for one, write in zip(written, writes, strict=True)
         ]
         try:
@@ -411,17 +387,6 @@ def _checked(key: str) -> str:
     if not key or len(key) > MAX_KEY_NBYTES or not key.isascii():
         raise ValueError(f"{key!r} is no key; a key is 1 to {MAX_KEY_NBYTES} ASCII characters")
     return key
-
-
-def _slot_content(want: Wanted, slot: Slot, page: Page) -> list[memoryview]:
-    """What stands in the slot: header, object, footer."""
-    header = pack_header(want.key, want.nbytes, slot.generation)
-    return [memoryview(header), *page, memoryview(pack_footer(slot.generation))]
-
-
-def _transfer(slab: Slab, number: int, nbytes: int, buffers: list[memoryview]) -> Transfer:
-    total = HEADER_NBYTES + nbytes + FOOTER_NBYTES
-    return Transfer(slab.fd, number * slab.slot_nbytes, total, buffers)
 
 
 def _raise_unless_full(store: Store, results: Sequence[int], transfers: Sequence[Transfer]) -> None:

@@ -262,7 +262,10 @@ class SqliteMetadata(MetadataStore):
             ).rowcount
 
     def usage(self) -> Mapping[str, int]:
-        with self._reading() as db:
+        with self._reading():
+            pass  # it is open
+        # By a connection of its own: it looks at every slot, and no lookup has to wait for that.
+        with self._file.translated(), contextlib.closing(self._file.connection()) as db:
             rows = db.execute(
                 "SELECT namespace, sum(nbytes) FROM slots "
                 "WHERE key IS NOT NULL AND generation >= ? GROUP BY namespace",

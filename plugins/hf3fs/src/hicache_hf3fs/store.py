@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeGuard
 
 from hicache_core.errors import BackendDenied, BackendFull, BackendUnavailable, ConfigError
 from hicache_core.logs import log_once
@@ -102,6 +103,12 @@ class Store:
                     raise
                 self._slabs[name] = slab
             return self._slabs[name]
+
+    def is_lost(self, binding: Binding | None) -> TypeGuard[Binding]:
+        """Whether its slab was removed, though the directory is there."""
+        if binding is None or self.slab(binding.slot.slab) is not None:
+            return False
+        return self._own is not None and self._own.path.exists()
 
     def slab_path(self, binding: Binding) -> Path:
         """The file that a binding speaks of."""
