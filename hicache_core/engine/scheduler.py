@@ -18,6 +18,7 @@ from hicache_core.engine.runner import Past, Runner, nothing
 from hicache_core.engine.task import Task
 from hicache_core.engine.tensor_ranks import TensorRanks
 from hicache_core.errors import LoadFailed, PoolExhausted
+from hicache_core.page_keys import TOKEN_NBYTES
 from hicache_core.radix.results import Match
 
 log = logging.getLogger(__name__)
@@ -249,7 +250,12 @@ class Scheduler:
         first_time = not task.times.first_scheduled
         request_id = request.request_id if first_time else None
         task.n_failed_loads = self._cache.n_failed_loads
-        match = self._cache.match_prefix(usable, request.namespace, request_id=request_id)
+        match = self._cache.match_prefix(
+            usable,
+            request.namespace,
+            request_id=request_id,
+            n_behind=len(task.tokens) - len(usable) // TOKEN_NBYTES,
+        )
         return match, from_storage
 
     def _compute(self, task: Task, n_tokens: int, *, is_first: bool = False) -> None:

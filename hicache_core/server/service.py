@@ -96,9 +96,10 @@ class Service:
     def collectors(self, *, is_admin: bool) -> tuple[CacheCollector, ServerCollector]:
         """For ``/metrics``."""
         prefix = self.settings.cache.metrics_prefix
+        labels = {"model_name": self.served.name}  # dashboards of SGLang choose by it
         return (
-            CacheCollector(self._watches[is_admin], prefix=prefix),
-            ServerCollector(self.bridge.figures, self.engine.status, prefix),
+            CacheCollector(self._watches[is_admin], prefix=prefix, labels=labels),
+            ServerCollector(self.bridge.figures, self.engine.status, prefix, labels),
         )
 
     def explanation(
