@@ -18,6 +18,7 @@ from hicache_core.engine.runner import Past, Runner, nothing
 from hicache_core.engine.task import Task
 from hicache_core.engine.tensor_ranks import TensorRanks
 from hicache_core.errors import LoadFailed, PoolExhausted
+from hicache_core.observe.tracing import on_behalf_of
 from hicache_core.page_keys import TOKEN_NBYTES
 from hicache_core.radix.results import Match
 
@@ -189,9 +190,10 @@ class Scheduler:
     def _ask_storage(self, task: Task) -> None:
         """Has what other tiers lack brought from storage meanwhile."""
         request = task.request
-        task.asked_storage = self._cache.prefetch(
-            request.request_id, task.packed(0, len(task.tokens)), request.namespace
-        )
+        with on_behalf_of(request.origin):
+            task.asked_storage = self._cache.prefetch(
+                request.request_id, task.packed(0, len(task.tokens)), request.namespace
+            )
 
     def _asks_again(self, task: Task) -> bool:
         """Whether storage is asked now, as at its arrival, for what a preempted request has lost.
@@ -213,7 +215,8 @@ class Scheduler:
         except PoolExhausted:
             self._cache.unlock(match.node)
             return False
-        loaded = self._cache.load_back(match)
+        with on_behalf_of(task.request.origin):
+            loaded = self._cache.load_back(match)
         task.table.begin(match.node, loaded.device_pages, pages)
         try:
             task.table.extend(len(task.tokens))
@@ -379,7 +382,8 @@ class Scheduler:
 
     def _store(self, task: Task) -> None:
         """Gives the whole pages that are computed to the cache."""
-        task.table.store(task.tokens[: task.n_computed])
+        with on_behalf_of(task.request.origin):
+            task.table.store(task.tokens[: task.n_computed])
 
     def _let_wait(self, task: Task) -> None:
         """Takes the pages away from a running request."""

@@ -68,7 +68,9 @@ class Service:
         self.engine = engine
         self.started_s = time.time()
         self.ledger = Ledger()
-        self.bridge = Bridge(engine, self.ledger, Figures())
+        self.bridge = Bridge(
+            engine, self.ledger, Figures(), is_traced=settings.cache.hicache_tracing
+        )
         is_half = settings.disaggregation.mode != "null"
         rooms = Rooms(settings.keys.transfer) if is_half else None
         self.prompts = Prompts(served.tokenizer, served.limits, self.ledger, rooms)
