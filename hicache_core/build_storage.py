@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -14,6 +15,7 @@ from hicache_core.config_errors import config_error
 from hicache_core.controller.admission import Admission, AlwaysAdmit, CostAware
 from hicache_core.controller.attachment import Attachment
 from hicache_core.observe.stores import backend_statuses, rejected_pages
+from hicache_core.observe.usage import UsageWatch
 from hicache_core.page_keys import describe_namespace
 from hicache_core.pools.host import HostPool
 from hicache_core.ranks import RankGroup
@@ -213,6 +215,7 @@ class StorageOpener:
         except BaseException:
             backend.close()
             raise
+        usage = UsageWatch(made.guards, time.monotonic)
         return Attachment(
             name,
             backend,
@@ -221,7 +224,8 @@ class StorageOpener:
             is_writer=self._is_writer,
             admission=ADMISSIONS[self._config.prefetch_admission](),
             verdict=verdict,
-            statuses=lambda: backend_statuses(made.guards),
+            statuses=lambda: backend_statuses(made.guards, usage.nbytes()),
+            before_close=usage.close,
             rejected=lambda: rejected_pages(made.seals),
             # A manifest among pages that are cut by heads would be cut too, and say nothing.
             manifest=None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+import socket
+from collections.abc import Callable
+from typing import Any, TypeVar
 from urllib.error import HTTPError, URLError
 from urllib.request import ProxyHandler, Request, build_opener
 
@@ -12,9 +14,37 @@ import click
 
 from hicache_core.redact import masked_text
 
-DEFAULT_URL = "http://127.0.0.1:9477"
+DEFAULT_URLS = ("http://127.0.0.1:30000", "http://127.0.0.1:9477")
+"""Where ``hicache serve`` listens by default, and a status server."""
+F = TypeVar("F", bound=Callable[..., object])
 _TIMEOUT_S = 10.0
 _SUFFIXES = ("/hicache/status", "/hicache")
+
+
+def asks(command: F) -> F:
+    """The argument and the option of a command that asks a cache: ``url``, ``api_key``."""
+    key = click.option(
+        "--api-key",
+        envvar="HICACHE_API_KEY",
+        help="The key that the server asks for; best by the environment, HICACHE_API_KEY.",
+    )
+    return key(click.argument("url", required=False, callback=_found)(command))
+
+
+def _found(_ctx: click.Context, _parameter: click.Parameter, url: str | None) -> str:
+    """The cache that is meant: without a URL the first of the usual places where one listens."""
+    if url is not None:
+        return url
+    for usual in DEFAULT_URLS:
+        host, _, port = usual.removeprefix("http://").partition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=1.0).close()
+        except OSError:
+            continue
+        return usual
+    raise click.ClickException(
+        f"nobody listens at {' or '.join(DEFAULT_URLS)}; give the URL of a running cache"
+    )
 
 
 def base_of(url: str) -> str:
@@ -42,7 +72,7 @@ def ask(url: str, path: str, *, key: str | None = None) -> Any:
     except HTTPError as error:
         with error:
             reason = (
-                "it wants --api-key"
+                ("it does not take that key" if key else "it wants --api-key")
                 if error.code in (401, 403)
                 else "that is no status server of a cache"
             )

@@ -16,10 +16,17 @@ _BREAKERS = {"closed": "green", "half_open": "yellow", "open": "bold red"}
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
-def console() -> Console:
-    """Standard output; wide where it is no terminal, so that nothing is cut off in a file."""
+def console(*, least_width: int = 0) -> Console:
+    """Standard output; wide where it is no terminal, so that nothing is cut off in a file.
+
+    Args:
+        least_width: a narrower terminal breaks lines, and no number is cut.
+    """
     made = Console(markup=False, highlight=False)
-    return made if made.is_terminal else Console(markup=False, highlight=False, width=160)
+    if made.is_terminal and made.width >= least_width:
+        return made
+    width = least_width if made.is_terminal else 160
+    return Console(markup=False, highlight=False, width=width)
 
 
 def view(seen: Observation) -> RenderableType:

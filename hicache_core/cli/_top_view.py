@@ -17,7 +17,7 @@ from hicache_core.observe.windows import Observation
 
 STYLES = {"device": "blue", "host": "green", "storage": "yellow", "computed": "bright_black"}
 BREAKERS = {"closed": "green", "half_open": "yellow", "open": "bold red"}
-BAR_CELLS = 40
+BAR_CELLS = 20  # so that a line has room in 80 columns
 MAX_REQUESTS = 10
 
 
@@ -189,7 +189,14 @@ def _requests(requests: Sequence[Mapping[str, Any]]) -> RenderableType:
 
 
 def _table(*headers: str) -> Table:
-    table = Table(box=box.SIMPLE, pad_edge=False)
+    """A table whose first and last column give way in a narrow window, and no number does."""
+    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for n, header in enumerate(headers):
-        table.add_column(header, justify="left" if n == 0 else "right", no_wrap=True)
+        gives_way = n == 0 or header == "WHY"
+        table.add_column(
+            header,
+            justify="left" if n == 0 else "right",
+            no_wrap=not gives_way,
+            overflow="ellipsis" if gives_way else "fold",
+        )
     return table

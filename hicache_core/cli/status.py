@@ -9,20 +9,23 @@ from typing import Any
 import click
 from pydantic import TypeAdapter, ValidationError
 
-from hicache_core.cli._ask import DEFAULT_URL, ask
+from hicache_core.cli._ask import ask, asks
 from hicache_core.cli._status_view import console, view
 from hicache_core.observe.windows import Observation
 from hicache_core.redact import masked_text
 
 
 @click.command("status")
-@click.argument("url", default=DEFAULT_URL)
+@asks
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--watch", "watch_s", type=click.FloatRange(min=0.1), help="Repeat every … seconds.")
-def command(*, url: str, as_json: bool, watch_s: float | None) -> None:
-    """Ask the status server of a cache at URL (http://127.0.0.1:9477 by default)."""
+def command(*, url: str, api_key: str | None, as_json: bool, watch_s: float | None) -> None:
+    """Ask the cache at URL how it is.
+
+    Without a URL that is the server on this machine, at port 30000, or a status server at 9477.
+    """
     while True:
-        _show(_answer(url), as_json=as_json, url=url)
+        _show(ask(url, "/hicache/status", key=api_key), as_json=as_json, url=url)
         if watch_s is None:
             return
         time.sleep(watch_s)
@@ -41,9 +44,4 @@ def _show(answer: Any, *, as_json: bool, url: str) -> None:
             f"{masked_text(url)} answers no status that this version knows "
             f"({error.error_count()} fields differ); is the cache of another version?"
         ) from error
-    console().print(view(seen))
-
-
-def _answer(url: str) -> Any:
-    """What ``/hicache/status`` answers, as JSON values."""
-    return ask(url, "/hicache/status")
+    console(least_width=110).print(view(seen))

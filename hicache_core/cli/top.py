@@ -12,7 +12,7 @@ from rich.console import RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from hicache_core.cli._ask import DEFAULT_URL, ask, ask_if_there, base_of
+from hicache_core.cli._ask import ask, ask_if_there, asks, base_of
 from hicache_core.cli._status_view import console
 from hicache_core.cli._top_view import Moment, Rates, rates_of, top_view
 from hicache_core.observe.windows import Observation
@@ -20,7 +20,7 @@ from hicache_core.redact import masked_text
 
 
 @click.command("top")
-@click.argument("url", default=DEFAULT_URL)
+@asks
 @click.option("--once", is_flag=True, help="Print one view and end; so does an output to a pipe.")
 @click.option(
     "--interval",
@@ -30,9 +30,11 @@ from hicache_core.redact import masked_text
     show_default=True,
     help="Seconds between two looks.",
 )
-@click.option("--api-key", envvar="HICACHE_API_KEY", help="The key that the server asks for.")
 def command(*, url: str, once: bool, interval_s: float, api_key: str | None) -> None:
-    """Watch the cache at URL (http://127.0.0.1:9477 by default); Ctrl-C ends it."""
+    """Watch the cache at URL; Ctrl-C ends it.
+
+    Without a URL that is the server on this machine, at port 30000, or a status server at 9477.
+    """
     out = console()
     if once or not sys.stdout.isatty():
         out.print(top_view(_look(url, api_key, None)))

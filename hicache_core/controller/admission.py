@@ -44,6 +44,9 @@ class Offer:
     batch_pages: int
 
 
+OUTCOMES = ("all", "part", "none", "probe")
+
+
 class Admission(ABC):
     """Decides how many of the offered pages are loaded, and learns from what came of it.
 
@@ -57,7 +60,7 @@ class Admission(ABC):
     has_patience: ClassVar[bool] = False
 
     def __init__(self) -> None:
-        self.decisions: Counter[str] = Counter()
+        self.decisions = Counter(dict.fromkeys(OUTCOMES, 0))  # a rate sees the first one, too
 
     def is_worth_asking(self, offer: Offer) -> bool:  # noqa: ARG002 - some always ask
         """Whether to ask storage at all, were it to have all of ``offer.n_found``."""

@@ -28,6 +28,7 @@ class Attachment:
         statuses: what is known of each store, the nearest first; no store is asked.
         rejected: objects that were refused when read, by kind.
         manifest: key and page of an object that says what the namespace stands for; None for none.
+        before_close: ends what else looks at the backend.
         epoch: number of this attachment, from 1: what ``Node.stored_in`` names.
     """
 
@@ -41,6 +42,7 @@ class Attachment:
     statuses: Callable[[], Sequence[BackendStatus]] = tuple
     rejected: Callable[[], Mapping[str, int]] = dict
     manifest: tuple[str, Page] | None = None
+    before_close: Callable[[], None] = lambda: None
     epoch: int = 0
     _flushable: Flushable | None = field(init=False)
 
@@ -53,6 +55,7 @@ class Attachment:
 
     def close(self, timeout_s: float) -> list[Job]:
         """Ends the worker and the backend; the jobs that hang in it, and then it stays open."""
+        self.before_close()
         abandoned = self.worker.close(timeout_s)
         if not abandoned:
             self.backend.close()

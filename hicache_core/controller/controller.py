@@ -18,7 +18,7 @@ from hicache_core.controller.explain import Explanation
 from hicache_core.controller.load_back import LoadBackPath
 from hicache_core.controller.parts import Counters, Parts
 from hicache_core.controller.prefetch import PrefetchPath
-from hicache_core.controller.recording import record_match
+from hicache_core.controller.recording import Asked, record_match
 from hicache_core.controller.settling import Settling
 from hicache_core.controller.snapshot import take_snapshot
 from hicache_core.controller.storage_control import StorageControl
@@ -101,6 +101,7 @@ class Controller(StorageControl):
         *,
         touch: bool = True,
         request_id: str | None = None,
+        n_behind: int = 0,
     ) -> Match:
         """The longest cached prefix, in whole pages: first what the device has, then the host.
 
@@ -109,6 +110,7 @@ class Controller(StorageControl):
             namespace: tenant salt, LoRA adapter: what separates equal tokens.
             touch: False only looks: recency, hit counts and counters stay as they are.
             request_id: whose prompt it is, if ``explain`` is to know of it.
+            n_behind: tokens of the prompt behind ``tokens``, which are computed in any case.
 
         Raises:
             InvalidTokens: negative, too large or no integers.
@@ -120,9 +122,11 @@ class Controller(StorageControl):
             counters = self._parts.counters
             counters.device_hit_tokens += match.n_device_tokens
             counters.host_hit_tokens += match.n_host_tokens
-            counters.missed_tokens += len(packed) // TOKEN_NBYTES - match.n_tokens
+            n_prompt = len(packed) // TOKEN_NBYTES + n_behind
+            counters.missed_tokens += n_prompt - match.n_tokens
             if request_id is not None:
-                record_match(self._parts, request_id, packed, match, namespace)
+                asked = Asked(request_id, n_prompt, namespace)
+                record_match(self._parts, asked, packed, match)
         return match
 
     def explain(self, request_id: str) -> Explanation | None:

@@ -131,7 +131,7 @@ class Explainer(Journal):
     hears_gains = False
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        self.missed_tokens: Counter[str] = Counter()
+        self.missed_tokens = Counter({reason.value: 0 for reason in Reason})
         self._clock = clock
         self._requests: OrderedDict[str, Explanation] = OrderedDict()
         self._answers: OrderedDict[str, Shortfall] = OrderedDict()
@@ -180,7 +180,7 @@ class Explainer(Journal):
         request_id: str,
         hits: Hits,
         missed_page: Callable[[], bytes] | None,
-        first_page: bytes,
+        first_page: bytes | None,
         namespace: Namespace,
     ) -> None:
         """A request was matched: decides why its first missed page was missed.
@@ -190,16 +190,16 @@ class Explainer(Journal):
             hits: where its tokens were found.
             missed_page: digest of the first missed page; None if no whole page was missed.
             first_page: digest of the prompt's first page as the default namespace has it; empty
-                for a prompt shorter than a page.
+                for a prompt shorter than a page; None if nothing was looked up.
             namespace: the request's.
         """
         answer = self._answers.pop(request_id, None)
         loaded = min(self._loaded.pop(request_id, 0), hits.host)
         reason, detail = Reason.NONE, ""
         n_hit = hits.device + hits.host
-        if not first_page:
+        if first_page == b"":
             reason, detail = Reason.TOO_SHORT, "it has no whole page to look for"
-        elif missed_page is not None:
+        elif first_page and missed_page is not None:
             others = () if n_hit else self._others(first_page, namespace)
             missed_first = _Missed(missed_page(), n_hit, others, self._n_left)
             ghost = self._newest.get(missed_first.page)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from hicache_core.controller.explain import Hits
 from hicache_core.controller.parts import Parts
 from hicache_core.page_keys import TOKEN_NBYTES, page_digests
@@ -9,9 +11,21 @@ from hicache_core.radix.results import Match
 from hicache_core.types import Namespace
 
 
-def record_match(
-    parts: Parts, request_id: str, tokens: bytes, match: Match, namespace: Namespace
-) -> None:
+class Asked(NamedTuple):
+    """Whose prompt was matched.
+
+    Attributes:
+        request_id: whose.
+        n_tokens: of the whole prompt.
+        namespace: the request's.
+    """
+
+    request_id: str
+    n_tokens: int
+    namespace: Namespace
+
+
+def record_match(parts: Parts, asked: Asked, tokens: bytes, match: Match) -> None:
     """Lets the explainer know where a request's packed ``tokens`` were found. Owner thread only."""
     if parts.explainer is None:
         return
@@ -19,13 +33,15 @@ def record_match(
     start = match.n_tokens * TOKEN_NBYTES
     page = tokens[start : start + page_nbytes]
 
+    is_not_asked = not tokens and asked.n_tokens > parts.page_size
+
     def missed_page() -> bytes:
         return page_digests(page, parts.page_size, parts.tree.last_digest(match.node))
 
     parts.explainer.matched(
-        request_id,
-        Hits(match.n_device_tokens, match.n_host_tokens, len(tokens) // TOKEN_NBYTES),
+        asked.request_id,
+        Hits(match.n_device_tokens, match.n_host_tokens, asked.n_tokens),
         missed_page if len(page) == page_nbytes else None,
-        page_digests(tokens[:page_nbytes], parts.page_size),
-        namespace,
+        None if is_not_asked else page_digests(tokens[:page_nbytes], parts.page_size),
+        asked.namespace,
     )

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from hicache_core.controller.controller import Controller
 from hicache_core.engine.request import Bootstrap, Request, SamplingParams
 from hicache_core.errors import ConfigError, HiCacheError
+from hicache_core.observe.tracing import Origin
 from hicache_core.types import Namespace
 
 log = logging.getLogger(__name__)
@@ -140,4 +141,5 @@ def _request(fields: dict[str, Any]) -> Request:
         Namespace(**fields["namespace"]),
         fields["priority"],
         fields["bootstrap"] and Bootstrap(**fields["bootstrap"]),
+        fields["origin"] and Origin(**fields["origin"]),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from hicache_core.observe.tracing import Origin
 from hicache_core.types import CachedTokens, Namespace
 
 __all__ = ["Bootstrap", "CachedTokens", "Output", "Request", "SamplingParams", "Times"]
@@ -62,6 +63,7 @@ class Request:
         namespace: tenant and adapter; prefixes are shared inside a namespace only.
         priority: higher is scheduled first, and stays longer under the eviction policy `priority`.
         bootstrap: of a disaggregated request; the engine hands it on and does nothing with it.
+        origin: whose it is in traces; None for nobody's.
     """
 
     request_id: str
@@ -70,6 +72,7 @@ class Request:
     namespace: Namespace = field(default_factory=Namespace)
     priority: int = 0
     bootstrap: Bootstrap | None = None
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True, slots=True)

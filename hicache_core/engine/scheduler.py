@@ -18,6 +18,8 @@ from hicache_core.engine.runner import Past, Runner, nothing
 from hicache_core.engine.task import Task
 from hicache_core.engine.tensor_ranks import TensorRanks
 from hicache_core.errors import LoadFailed, PoolExhausted
+from hicache_core.observe.tracing import on_behalf_of
+from hicache_core.page_keys import TOKEN_NBYTES
 from hicache_core.radix.results import Match
 
 log = logging.getLogger(__name__)
@@ -188,9 +190,10 @@ class Scheduler:
     def _ask_storage(self, task: Task) -> None:
         """Has what other tiers lack brought from storage meanwhile."""
         request = task.request
-        task.asked_storage = self._cache.prefetch(
-            request.request_id, task.packed(0, len(task.tokens)), request.namespace
-        )
+        with on_behalf_of(request.origin):
+            task.asked_storage = self._cache.prefetch(
+                request.request_id, task.packed(0, len(task.tokens)), request.namespace
+            )
 
     def _asks_again(self, task: Task) -> bool:
         """Whether storage is asked now, as at its arrival, for what a preempted request has lost.
@@ -212,7 +215,8 @@ class Scheduler:
         except PoolExhausted:
             self._cache.unlock(match.node)
             return False
-        loaded = self._cache.load_back(match)
+        with on_behalf_of(task.request.origin):
+            loaded = self._cache.load_back(match)
         task.table.begin(match.node, loaded.device_pages, pages)
         try:
             task.table.extend(len(task.tokens))
@@ -249,7 +253,12 @@ class Scheduler:
         first_time = not task.times.first_scheduled
         request_id = request.request_id if first_time else None
         task.n_failed_loads = self._cache.n_failed_loads
-        match = self._cache.match_prefix(usable, request.namespace, request_id=request_id)
+        match = self._cache.match_prefix(
+            usable,
+            request.namespace,
+            request_id=request_id,
+            n_behind=len(task.tokens) - len(usable) // TOKEN_NBYTES,
+        )
         return match, from_storage
 
     def _compute(self, task: Task, n_tokens: int, *, is_first: bool = False) -> None:
@@ -374,7 +383,8 @@ class Scheduler:
 
     def _store(self, task: Task) -> None:
         """Gives the whole pages that are computed to the cache."""
-        task.table.store(task.tokens[: task.n_computed])
+        with on_behalf_of(task.request.origin):
+            task.table.store(task.tokens[: task.n_computed])
 
     def _let_wait(self, task: Task) -> None:
         """Takes the pages away from a running request."""

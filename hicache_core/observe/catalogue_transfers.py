@@ -26,6 +26,7 @@ def _connections(seen: Observation) -> Iterator[Sample]:
             yield (transfers.backend,), transfers.connections
 
 
+_OUTCOMES = ("sent", "arrived", "failed")
 BACKEND = {"transfer_backend": "name of the transfer backend"}
 DIRECTION = {**BACKEND, "direction": "`sent`, `received`"}
 
@@ -51,7 +52,7 @@ TRANSFERS = (
         "counter",
         "requests",
         "Requests whose KV was to be moved, by how that ended on this side.",
-        _by(lambda transfers: transfers.outcomes),
+        _by(lambda transfers: {**dict.fromkeys(_OUTCOMES, 0), **transfers.outcomes}),
         {**BACKEND, "outcome": "`sent`, `arrived`, `failed`"},
     ),
     Series(

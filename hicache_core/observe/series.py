@@ -139,10 +139,22 @@ def pool_pages(seen: Observation) -> Iterator[Sample]:
                     yield (tier, state), n_pages
 
 
+_EVICTED = (
+    ("device", "evicted"),
+    ("device", "flushed"),
+    ("host", "evicted"),
+    ("host", "flushed"),
+    ("host", "stored"),
+)
+
+
 def evicted(seen: Observation) -> Iterator[Sample]:
     """Pages that left a tier, by cause."""
+    tiers = ("device",) if seen.snapshot.host is None else ("device", "host")
+    counts = {(tier, cause): 0 for tier, cause in _EVICTED if tier in tiers}
     for item in seen.snapshot.evicted_pages[: 3 * MAX_WORDS]:
-        yield (item.tier, item.cause), item.n_pages
+        counts[item.tier, item.cause] = item.n_pages
+    yield from counts.items()
 
 
 def unfulfilled(seen: Observation) -> Iterator[Sample]:
@@ -161,11 +173,22 @@ def operation_seconds(seen: Observation) -> Iterator[Sample]:
             yield (backend.name, operation.op), operation.latency_s
 
 
+_ERROR_KINDS = (
+    "BackendCorrupt",
+    "BackendDenied",
+    "BackendFull",
+    "BackendTimeout",
+    "BackendUnavailable",
+)
+"""What a store may raise; a series that is there from the start has a rate at its first event."""
+
+
 def errors(seen: Observation) -> Iterator[Sample]:
     """Failed calls by backend, operation and kind."""
     for backend in seen.snapshot.backends[:MAX_BACKENDS]:
         for operation in backend.operations[:MAX_OPERATIONS]:
-            for kind, n in bounded(operation.errors, MAX_ERROR_KINDS).items():
+            known = dict.fromkeys(_ERROR_KINDS, 0)
+            for kind, n in bounded({**known, **operation.errors}, MAX_ERROR_KINDS).items():
                 yield (backend.name, operation.op, kind), n
 
 
@@ -181,8 +204,8 @@ def breaker_changes(seen: Observation) -> Iterator[Sample]:
     """How often each breaker came into each state."""
     for backend in seen.snapshot.backends[:MAX_BACKENDS]:
         for state in BREAKER_STATES:
-            if state in backend.breaker_changes:
-                yield (backend.name, state), backend.breaker_changes[state]
+            if backend.breaker:
+                yield (backend.name, state), backend.breaker_changes.get(state, 0)
 
 
 def usage(seen: Observation) -> Iterator[Sample]:

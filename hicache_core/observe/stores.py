@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from hicache_core.observe.snapshot import BackendStatus, OperationStatus
 from hicache_core.storage.guard.backend import GuardedBackend, GuardStatus
 from hicache_core.storage.sealed import SealedBackend
 
+REJECTIONS = ("corrupt", "foreign", "wrong_length", "wrong_version")
 
-def backend_statuses(guards: Iterable[GuardedBackend]) -> Sequence[BackendStatus]:
+
+def backend_statuses(
+    guards: Sequence[GuardedBackend], usages: Sequence[Mapping[str, int]] = ()
+) -> Sequence[BackendStatus]:
     """The stores behind ``guards``, in order; any thread.
 
     A second store of the same name is called ``name-2``, and so on.
+
+    Args:
+        guards: one a store.
+        usages: bytes by namespace of each, if that is known.
     """
     found, seen = [], Counter[str]()
-    for status in (guard.status() for guard in guards):
+    for guard, usage in zip(guards, usages or [{}] * len(guards), strict=True):
+        status = guard.status()
         seen[status.backend] += 1
         n = seen[status.backend]
         name = status.backend if n == 1 else f"{status.backend}-{n}"
-        found.append(_backend_status(name, status))
+        found.append(_backend_status(name, status, usage))
     return found
 
 
-def _backend_status(name: str, status: GuardStatus) -> BackendStatus:
+def _backend_status(name: str, status: GuardStatus, usage: Mapping[str, int]) -> BackendStatus:
     operations = []
     for op, calls in status.operations.items():
         errors = {kind: n for (of, kind), n in status.errors.items() if of == op}
@@ -43,12 +52,13 @@ def _backend_status(name: str, status: GuardStatus) -> BackendStatus:
         negative_hits=status.negative_hits,
         stored_nbytes=moved.get("set", 0),
         loaded_nbytes=moved.get("get", 0),
+        usage_nbytes=usage,
     )
 
 
 def rejected_pages(seals: Iterable[SealedBackend]) -> dict[str, int]:
     """Objects that ``seals`` refused, by kind; any thread."""
-    counts = Counter[str]()
+    counts = Counter[str](dict.fromkeys(REJECTIONS, 0))
     for seal in seals:
         counts.update(seal.rejections())
     return dict(counts)

@@ -5,14 +5,17 @@ An operation begins in one ``poll()`` and ends in another, so spans are begun an
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import importlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from opentelemetry.context import Context
     from opentelemetry.trace import Span, Tracer, TracerProvider
 
 PREFETCH = "hicache.prefetch"
@@ -20,6 +23,49 @@ LOAD_BACK = "hicache.load_back"
 BACKUP = "hicache.backup"
 
 Attribute = str | bool | int | float
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The request for which something is done, as its client and its trace know it.
+
+    Attributes:
+        request: the id that the client knows; empty for none.
+        traceparent: of the span above, as W3C Trace Context writes it; empty for none.
+    """
+
+    request: str = ""
+    traceparent: str = ""
+
+
+_origin: ContextVar[Origin | None] = ContextVar("hicache_origin", default=None)
+
+
+@contextlib.contextmanager
+def on_behalf_of(origin: Origin | None) -> Iterator[None]:
+    """Spans that begin inside, on this thread, are the request's; None changes nothing."""
+    if origin is None:
+        yield
+        return
+    token = _origin.set(origin)
+    try:
+        yield
+    finally:
+        _origin.reset(token)
+
+
+def traceparent(given: str = "") -> str:
+    """Of the span that is current here, or else ``given``: what a caller's header says.
+
+    Empty where OpenTelemetry's API is not installed: nobody would read it.
+    """
+    try:
+        module = importlib.import_module("opentelemetry.trace.propagation.tracecontext")
+    except ImportError:
+        return ""
+    carrier: dict[str, str] = {}
+    module.TraceContextTextMapPropagator().inject(carrier)
+    return carrier.get("traceparent", given)
 
 
 class SpanHandle(ABC):
@@ -40,11 +86,13 @@ class Spans(ABC):
 
     @abstractmethod
     def begin(self, name: str, *, request_id: str = "", **attributes: Attribute) -> SpanHandle:
-        """Begins a span now, below the one that is current on this thread.
+        """Begins a span now, below that of the request for which it is done.
+
+        That is what ``on_behalf_of`` says, or else the span that is current on this thread.
 
         Args:
             name: ``PREFETCH``, ``LOAD_BACK`` or ``BACKUP``.
-            request_id: shown as a hash, since ids may name users; empty for no request.
+            request_id: shown where ``on_behalf_of`` names no request; empty for none.
             attributes: such as ``tokens=4096, tier="storage"``; shown as ``hicache.tokens``, ….
         """
 
@@ -98,9 +146,15 @@ class _OpenTelemetrySpans(Spans):
     def begin(self, name: str, *, request_id: str = "", **attributes: Attribute) -> SpanHandle:
         # docstring inherited
         named = _named(attributes)
-        if request_id:
-            named["hicache.request"] = request_hash(request_id)
-        span = self._tracer.start_span(name, attributes=named, start_time=self._now_ns())
+        origin = _origin.get() or Origin()
+        if shown := origin.request or request_id:
+            named["hicache.request"] = shown
+        span = self._tracer.start_span(
+            name,
+            context=_context(origin.traceparent),
+            attributes=named,
+            start_time=self._now_ns(),
+        )
         return _OpenTelemetrySpan(span, self._now_ns)
 
 
@@ -126,9 +180,13 @@ def spans(
     return _OpenTelemetrySpans(trace.get_tracer("hicache", tracer_provider=provider), now_ns)
 
 
-def request_hash(request_id: str) -> str:
-    """A request id as spans show it: 16 hex digits that tell requests apart and nothing more."""
-    return hashlib.sha256(request_id.encode()).hexdigest()[:16]
+def _context(traceparent: str) -> Context | None:
+    """What a span stands below; None for what is current. A header that is none counts as none."""
+    if not traceparent:
+        return None
+    module = importlib.import_module("opentelemetry.trace.propagation.tracecontext")
+    found: Context = module.TraceContextTextMapPropagator().extract({"traceparent": traceparent})
+    return found
 
 
 def _named(attributes: Mapping[str, Attribute]) -> dict[str, Attribute]:

@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
 from hicache_core.engine.request import Output, Request
+from hicache_core.observe.tracing import Origin, traceparent
 from hicache_core.server.figures import Figures
 from hicache_core.server.ledger import Ledger
 from hicache_core.server.problems import Problem
@@ -101,8 +102,11 @@ class Pending:
 class Bridge:
     """Submits requests and sees to it that each ends: by its last output, or by an abort."""
 
-    def __init__(self, engine: EngineFront, ledger: Ledger, figures: Figures) -> None:
-        """Starts nothing."""
+    def __init__(
+        self, engine: EngineFront, ledger: Ledger, figures: Figures, *, is_traced: bool = False
+    ) -> None:
+        """Starts nothing; ``is_traced``: spans of the cache stand below those of the calls."""
+        self._is_traced = is_traced
         self.engine = engine
         self.ledger = ledger
         self.figures = figures
@@ -121,7 +125,7 @@ class Bridge:
         try:
             for one in asked:
                 waiting = Pending(one)
-                self.engine.submit(one.request, self._counted(waiting))
+                self.engine.submit(self._of(one, http), self._counted(waiting))
                 pending.append(waiting)
             if http is not None:
                 gone = asyncio.create_task(self._follow(http, pending))
@@ -132,6 +136,13 @@ class Bridge:
             for one in asked:
                 self.ledger.close(one.name, one.request.namespace)
             self._abort(pending)
+
+    def _of(self, asked: Asked, http: HttpRequest | None) -> Request:
+        """The request, with what its client calls it and the span that it belongs to."""
+        if not self._is_traced:
+            return asked.request
+        header = "" if http is None else http.headers.get("traceparent", "")
+        return replace(asked.request, origin=Origin(asked.name, traceparent(header)))
 
     def _counted(self, waiting: Pending) -> Callable[[Output], None]:
         def on_output(output: Output) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _BOUNDS_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 300.0)
 _MAX_TIMES = 1024
+FINISH_REASONS = ("stop", "length", "abort", "error")
 
 
 class Figures:
@@ -36,7 +37,7 @@ class Figures:
         """Nothing has happened."""
         self.prompt_tokens = 0
         self.new_tokens = 0
-        self.finished: Counter[str] = Counter()
+        self.finished = Counter(dict.fromkeys(FINISH_REASONS, 0))
         self.ttft_s = Distribution(_BOUNDS_S)
         self.total_s = Distribution(_BOUNDS_S)
         self.times: OrderedDict[str, dict[str, float]] = OrderedDict()
@@ -63,11 +64,26 @@ class Figures:
 class ServerCollector(Collector):
     """The server's own series, beside those of the cache; named as SGLang names them."""
 
-    def __init__(self, figures: Figures, status: Callable[[], EngineStatus], prefix: str) -> None:
-        """Reads nothing yet; ``prefix`` stands before every name."""
+    def __init__(
+        self,
+        figures: Figures,
+        status: Callable[[], EngineStatus],
+        prefix: str,
+        labels: Mapping[str, str] | None = None,
+    ) -> None:
+        """Reads nothing yet.
+
+        Args:
+            figures: what is counted.
+            status: what the engine does now.
+            prefix: before every name.
+            labels: on every series, such as ``model_name``.
+        """
         self._figures = figures
         self._status = status
         self._prefix = prefix
+        self._names = tuple(labels or {})
+        self._values = tuple((labels or {}).values())
 
     def collect(self) -> Iterator[Metric]:
         """All of them."""
@@ -78,20 +94,24 @@ class ServerCollector(Collector):
             "gen_throughput": ("New tokens a second, of late.", status.tokens_per_s),
         }
         for name, (meaning, value) in gauges.items():
-            yield GaugeMetricFamily(self._prefix + name, meaning, value=value)
+            gauge = GaugeMetricFamily(self._prefix + name, meaning, labels=self._names)
+            gauge.add_metric(self._values, value)
+            yield gauge
         counters = {
             "prompt_tokens": ("Prompt tokens of ended requests.", figures.prompt_tokens),
             "generation_tokens": ("New tokens.", figures.new_tokens),
         }
         for name, (meaning, count) in counters.items():
-            yield CounterMetricFamily(self._prefix + name, meaning, value=count)
+            counter = CounterMetricFamily(self._prefix + name, meaning, labels=self._names)
+            counter.add_metric(self._values, count)
+            yield counter
         requests = CounterMetricFamily(
             self._prefix + "num_requests",
             "Requests that ended, by how.",
-            labels=["finish_reason"],
+            labels=[*self._names, "finish_reason"],
         )
         for reason, n in sorted(figures.finished.items()):
-            requests.add_metric([reason], n)
+            requests.add_metric([*self._values, reason], n)
         yield requests
         yield self._times("time_to_first_token_seconds", "Until the first token.", figures.ttft_s)
         yield self._times("e2e_request_latency_seconds", "Until the last token.", figures.total_s)
@@ -100,6 +120,6 @@ class ServerCollector(Collector):
         histogram = times.histogram()
         bounds = [*map(str, histogram.bounds), "+Inf"]
         buckets = list(zip(bounds, accumulate(histogram.counts), strict=True))
-        return HistogramMetricFamily(
-            self._prefix + name, meaning, buckets=buckets, sum_value=histogram.total
-        )
+        family = HistogramMetricFamily(self._prefix + name, meaning, labels=self._names)
+        family.add_metric(self._values, buckets, histogram.total)
+        return family

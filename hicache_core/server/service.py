@@ -68,7 +68,9 @@ class Service:
         self.engine = engine
         self.started_s = time.time()
         self.ledger = Ledger()
-        self.bridge = Bridge(engine, self.ledger, Figures())
+        self.bridge = Bridge(
+            engine, self.ledger, Figures(), is_traced=settings.cache.hicache_tracing
+        )
         is_half = settings.disaggregation.mode != "null"
         rooms = Rooms(settings.keys.transfer) if is_half else None
         self.prompts = Prompts(served.tokenizer, served.limits, self.ledger, rooms)
@@ -96,9 +98,10 @@ class Service:
     def collectors(self, *, is_admin: bool) -> tuple[CacheCollector, ServerCollector]:
         """For ``/metrics``."""
         prefix = self.settings.cache.metrics_prefix
+        labels = {"model_name": self.served.name}  # dashboards of SGLang choose by it
         return (
-            CacheCollector(self._watches[is_admin], prefix=prefix),
-            ServerCollector(self.bridge.figures, self.engine.status, prefix),
+            CacheCollector(self._watches[is_admin], prefix=prefix, labels=labels),
+            ServerCollector(self.bridge.figures, self.engine.status, prefix, labels),
         )
 
     def explanation(

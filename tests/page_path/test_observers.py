@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 import uuid
 from typing import Any
 from urllib.error import HTTPError
@@ -17,6 +18,8 @@ from hicache_core.build import HiCache
 from hicache_core.cli.status import command
 from hicache_core.config import HiCacheConfig
 from hicache_core.errors import ConfigError
+from hicache_core.observe import usage
+from hicache_core.page_keys import pack_tokens
 from hicache_core.pools.device import DevicePool
 from tests.page_path.world import PAGE_SIZE, SPEC, World, ids, make_world
 
@@ -116,3 +119,28 @@ def test_events_are_published_by_the_cache_itself(worlds: list[World]) -> None:
     made.cache.flush(10.0)
     sent = fetched(made, "/hicache/status")["snapshot"]["events"]
     assert sent["sent_batches"] + sent["queued_runs"] > 0
+
+
+def test_what_storage_holds_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(usage, "EVERY_S", 0.1)
+    made = make_world(storage={"share": uuid.uuid4().hex}, hicache_status_port=0)
+    made.request(ids(33))
+    made.cache.flush(10.0)
+    end = time.monotonic() + 20
+    shown: list[float] = []
+    while not shown:
+        assert time.monotonic() < end
+        shown = [n for key, n in series(made).items() if "storage_usage_bytes" in key[0]]
+    assert shown[0] >= 8 * 64
+    made.close()
+
+
+def test_the_last_token_of_a_prompt_counts_as_computed(worlds: list[World]) -> None:
+    """An engine looks up all tokens but the last: cached and missed are the prompt all the same."""
+    made = make_world()
+    worlds.append(made)
+    made.cache.match_prefix(pack_tokens(ids(16)), request_id="one", n_behind=1)
+    assert made.cache.counters.missed_tokens == 17
+    explanation = made.cache.explain("one")
+    assert explanation is not None
+    assert (explanation.n_tokens, explanation.missed_tokens) == (17, 17)

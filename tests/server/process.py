@@ -16,6 +16,8 @@ from pathlib import Path
 
 import httpx
 
+from tests.server.tiny import unlabelled
+
 PATIENCE_S = 90.0
 _READY = re.compile(r"serves (\S+) at (http://\S+)")
 
@@ -35,10 +37,10 @@ class ServerProcess:
     lines: list[str] = field(default_factory=list)
 
     def metrics(self) -> dict[str, float]:
-        """Every sample without labels of its own, or with them as they stand."""
+        """Every sample by its name and its labels, without that of the model."""
         text = httpx.get(f"{self.url}/metrics").raise_for_status().text
         samples = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
-        return {name.removeprefix("hicache:"): float(value) for name, value in samples}
+        return {unlabelled(name): float(value) for name, value in samples}
 
     def stop(self) -> int:
         """Ends it as an operator does; its exit status."""

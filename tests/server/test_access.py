@@ -106,10 +106,14 @@ async def test_metrics_are_there_only_if_asked_for() -> None:
     async with server(enable_metrics=True) as s:
         await s.client.post("/generate", json={"input_ids": IDS, "sampling_params": {}})
         text = (await s.client.get("/metrics")).text
-    assert 'hicache:num_requests_total{finish_reason="length"} 1.0' in text
-    assert "hicache:generation_tokens_total 128.0" in text
-    assert "hicache:missed_tokens_total 12.0" in text
-    assert "hicache:time_to_first_token_seconds_count 1.0" in text
+    assert 'hicache:num_requests_total{finish_reason="length",model_name="echo"} 1.0' in text
+    assert 'hicache:num_requests_total{finish_reason="error",model_name="echo"} 0.0' in text
+    own = [line for line in text.splitlines() if line.startswith("hicache:")]
+    assert [line for line in own if 'model_name="echo"' not in line] == []
+    plain = text.replace('{model_name="echo"}', "")
+    assert "hicache:generation_tokens_total 128.0" in plain
+    assert "hicache:missed_tokens_total 12.0" in plain
+    assert "hicache:time_to_first_token_seconds_count 1.0" in plain
 
 
 class Tenant:

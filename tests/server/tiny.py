@@ -72,10 +72,10 @@ class TinyServer:
         assert await asyncio.to_thread(self.engine.call, lambda cache: cache.flush(20.0), 30.0)
 
     async def metrics(self) -> dict[str, float]:
-        """Every sample, its labels as they stand."""
+        """Every sample by its name and its labels, without that of the model."""
         text = (await self.client.get("/metrics")).raise_for_status().text
         samples = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
-        return {name.removeprefix("hicache:"): float(value) for name, value in samples}
+        return {unlabelled(name): float(value) for name, value in samples}
 
     async def info(self) -> dict[str, Any]:
         """What is in force."""
@@ -99,3 +99,8 @@ async def tiny_server(model: LoadedModel, flags: Sequence[str]) -> AsyncIterator
             yield TinyServer(client, engine, "\n".join(notices(settings, "cpu")))
     finally:
         engine.close(1.0)
+
+
+def unlabelled(name: str) -> str:
+    """A sample's name without prefix and without the label of the model."""
+    return re.sub(r',?model_name="[^"]*"', "", name.removeprefix("hicache:")).replace("{}", "")

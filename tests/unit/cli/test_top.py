@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import select
@@ -11,15 +12,23 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import fields
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
+from hicache_core.cli import _ask
+from hicache_core.cli._top_view import Moment, top_view
+from hicache_core.cli.status import command as status_command
 from hicache_core.cli.top import command
+from hicache_core.observe import http
 from hicache_core.observe.history import History
-from hicache_core.observe.http import StatusPages, StatusServer
+from hicache_core.observe.http import DEFAULT_PORT, StatusPages, StatusServer
+from hicache_core.observe.snapshot import PoolStatus
 from hicache_core.observe.windows import Watch, WriteOnlyAlarm
-from tests.unit.observe.worlds import full_snapshot
+from hicache_core.server.settings import ServerSettings
+from tests.unit.observe.worlds import backend, full_snapshot
 
 RECORDS = [
     {
@@ -115,3 +124,85 @@ def _read_until(terminal: int, is_done: object) -> str:
             except OSError:  # the other side is closed
                 return text
     return text
+
+
+def test_no_number_is_cut_in_a_window_of_80_columns() -> None:
+    large = PoolStatus(1_000_000, 123_456, 1, 1, 1)
+    snapshot = full_snapshot(
+        device=large,
+        host=large,
+        hit_tokens=dict.fromkeys(("device", "host", "storage"), 123_456_789),
+        backends=(backend("a-store-with-a-long-name", stored_nbytes=1 << 43, retries=10**6),),
+        transfers=(),
+    )
+    counts = dict.fromkeys(("n", "device", "host", "storage", "missed"), 128_000)
+    request = {
+        **{f"{name}_tokens": n for name, n in counts.items()},
+        "request_id": "chatcmpl-0123456789abcdef0123456789abcdef",
+        "reason": "other_namespace",
+        "ttft_s": 12.345,
+    }
+    seen = Watch(lambda: snapshot).observe()
+    moment = Moment("http://127.0.0.1:30000", seen, None, [request], {}, 0)
+    out = Console(width=80, markup=False, highlight=False, file=io.StringIO(), color_system=None)
+    out.print(top_view(moment))
+    assert isinstance(out.file, io.StringIO)
+    text = out.file.getvalue()
+    lines = [line.split() for line in text.splitlines()]
+    (row,) = [line for line in lines if line[:1] and line[0].startswith("chat")]
+    assert row.count("128,000") == 5
+    assert "12,345" in row
+    assert "TiB" in text
+    for tier in ("device", "host", "storage"):
+        (line,) = [line for line in text.splitlines() if line.startswith(tier)]
+        assert "123,456,789 hit tokens" in line
+    assert "88% of 16,000,000 tokens" in text
+
+
+def test_without_a_url_the_usual_places_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = StatusServer(StatusPages(Watch(full_snapshot)), port=0)
+    made.open()
+    with closing(made):
+        monkeypatch.setattr(_ask, "DEFAULT_URLS", ("http://127.0.0.1:1", made.url))
+        for one in (command, status_command):
+            shown = CliRunner().invoke(one, [])
+            assert shown.exit_code == 0, shown.output
+    monkeypatch.setattr(_ask, "DEFAULT_URLS", ("http://127.0.0.1:1",))
+    shown = CliRunner().invoke(status_command, [])
+    assert shown.exit_code == 1
+    assert "nobody listens at http://127.0.0.1:1; give the URL" in shown.output
+
+
+def test_the_first_usual_place_is_that_of_the_server() -> None:
+    (port,) = [field.default for field in fields(ServerSettings) if field.name == "port"]
+    usual = (f"http://127.0.0.1:{port}", f"http://127.0.0.1:{DEFAULT_PORT}")
+    assert usual == _ask.DEFAULT_URLS
+
+
+@pytest.mark.parametrize("by_environment", [False, True])
+def test_a_key_is_given_to_the_server_that_asks_for_it(
+    monkeypatch: pytest.MonkeyPatch, by_environment: bool
+) -> None:
+    asked: list[str | None] = []
+    answered = http._Handler.do_GET
+
+    def guarded(handler: http._Handler) -> None:
+        asked.append(handler.headers.get("Authorization"))
+        if asked[-1] == "Bearer right":
+            answered(handler)
+        else:
+            handler.send_error(401)
+
+    monkeypatch.setattr(http._Handler, "do_GET", guarded)
+    made = StatusServer(StatusPages(Watch(full_snapshot)), port=0)
+    made.open()
+    environment = {"HICACHE_API_KEY": "right"} if by_environment else {}
+    given = [] if by_environment else ["--api-key", "right"]
+    with closing(made):
+        for one in (command, status_command):
+            shown = CliRunner().invoke(one, [made.url, *given], env=environment)
+            assert shown.exit_code == 0, shown.output
+            assert "it wants --api-key" in CliRunner().invoke(one, [made.url]).output
+            wrong = CliRunner().invoke(one, [made.url, "--api-key", "wrong"])
+            assert "it does not take that key" in wrong.output
+            assert "wrong" not in wrong.output

@@ -277,7 +277,7 @@ def test_a_server_of_something_else_is_told_apart(serve: Serve) -> None:
 def test_a_status_of_another_version_is_a_clear_error(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(status_command, "_answer", lambda url: {"snapshot": {}})
+    monkeypatch.setattr(status_command, "ask", lambda *_, **__: {"snapshot": {}})
     shown = status("http://127.0.0.1:1")
     assert shown.exit_code == 1
     assert "another version" in shown.output

@@ -126,13 +126,34 @@ def test_values_are_those_of_the_snapshot_in_the_unit_of_the_series() -> None:
     assert found["hicache:token_usage"] == {"": 0.3}
     assert found["hicache:hicache_host_used_tokens"] == {"": 600 * 16}
     assert found["hicache:pool_pages"]["evictable,host"] == 300
-    assert found["hicache:storage_errors_total"] == {
+    errors = found["hicache:storage_errors_total"]
+    assert {labels: n for labels, n in errors.items() if n} == {
         "redis,BackendTimeout,get": 3,
         "redis,BackendFull,set": 1,
         "s3,BackendTimeout,get": 3,
         "s3,BackendFull,set": 1,
     }
-    assert found["hicache:evicted_pages_total"] == {"evicted,device": 11, "corrupt,host": 1}
+    evicted = found["hicache:evicted_pages_total"]
+    assert {labels: n for labels, n in evicted.items() if n} == {
+        "evicted,device": 11,
+        "corrupt,host": 1,
+    }
+
+
+def test_a_counter_is_there_before_its_first_event() -> None:
+    """Or a rate would not see that event: a series of one sample has none."""
+    calm = backend(breaker_changes={}, operations=(OperationStatus("get", histogram()),))
+    found = samples(full_snapshot(backends=(calm,), evicted_pages=()))
+    errors = found["hicache:storage_errors_total"]
+    assert errors["redis,BackendTimeout,get"] == errors["redis,BackendFull,get"] == 0
+    assert set(found["hicache:storage_breaker_changes_total"].values()) == {0}
+    assert found["hicache:evicted_pages_total"] == {
+        "evicted,device": 0,
+        "flushed,device": 0,
+        "evicted,host": 0,
+        "flushed,host": 0,
+        "stored,host": 0,
+    }
 
 
 def test_a_breaker_is_in_one_state() -> None:

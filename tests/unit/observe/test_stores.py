@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable, Mapping
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from hicache_core.errors import BackendUnavailable
 from hicache_core.observe.metrics import CacheCollector, exposition
 from hicache_core.observe.stores import backend_statuses, rejected_pages
+from hicache_core.observe.usage import UsageWatch
 from hicache_core.observe.windows import Watch
 from hicache_core.storage.base import Buffer
 from hicache_core.storage.guard.backend import GuardedBackend
@@ -97,3 +102,97 @@ def test_two_stores_of_one_name_are_two_labels() -> None:
     assert names == {"memory", "memory-2", "memory-3"}
     for guard in guards:
         guard.close()
+
+
+class Asked(MemoryBackend):
+    """Counts how often it is asked what it holds, and may be stuck meanwhile."""
+
+    n_asked = 0
+    gate: threading.Event | None = None
+
+    def usage(self) -> Mapping[str, int]:
+        self.n_asked += 1
+        if self.gate is not None:
+            assert self.gate.wait(20)
+        return super().usage()
+
+
+def until(is_done: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not is_done():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_what_a_store_holds_is_found_out_beside_and_seldom() -> None:
+    now = [0.0]
+    backend, _, guard = stacked(Asked)
+    assert isinstance(backend, Asked)
+    assert guard.batch_set([KEY], [page(1000)]) == 1
+    watch = UsageWatch([guard], lambda: now[0])
+    watch.nbytes()
+    until(lambda: watch.nbytes() != [{}])
+    (status,) = backend_statuses([guard], watch.nbytes())
+    assert status.usage_nbytes == {"ab" * 8: backend.usage()["ab" * 8]}
+    n_asked = backend.n_asked
+    now[0] = 29.0
+    assert watch.nbytes()[0]
+    watch.close()
+    assert backend.n_asked == n_asked
+    guard.close()
+
+
+def test_a_store_that_does_not_answer_keeps_nobody_and_is_asked_once() -> None:
+    backend, _, guard = stacked(Asked)
+    assert isinstance(backend, Asked)
+    backend.gate = threading.Event()
+    watch = UsageWatch([guard], lambda: 0.0)
+    for _ in range(5):
+        assert watch.nbytes() == [{}]
+    until(lambda: backend.n_asked == 1)
+    backend.gate.set()
+    watch.close(20.0)
+    assert backend.n_asked == 1
+    guard.close()
+
+
+def test_a_store_that_takes_long_to_count_is_asked_less_often() -> None:
+    now = [0.0]
+    _, _, guard = stacked(Asked)
+
+    class Slow(Asked):
+        def usage(self) -> Mapping[str, int]:
+            now[0] += 10.0
+            return super().usage()
+
+    slow = Slow(MemoryConfig(), BackendContext("ab" * 8))
+    slow.open()
+    watch = UsageWatch([slow], lambda: now[0])
+    watch.nbytes()
+    until(lambda: watch._next_s is not None)
+    assert watch._next_s == 10.0 + 1000.0
+    watch.close()
+    slow.close()
+    guard.close()
+
+
+@pytest.mark.parametrize("error", [BackendUnavailable("gone"), OSError("gone")])
+def test_a_store_that_cannot_say_shows_no_usage(error: Exception) -> None:
+    class Failed(MemoryBackend):
+        def usage(self) -> Mapping[str, int]:
+            raise error
+
+    store = Failed(MemoryConfig(), BackendContext("ab" * 8))
+    watch = UsageWatch([store], lambda: 0.0)
+    watch.nbytes()
+    until(lambda: watch._next_s is not None)
+    assert watch.nbytes() == [{}]
+    watch.close()
+
+
+def test_kinds_of_refused_objects_are_there_before_the_first() -> None:
+    _, seal, guard = stacked(MemoryBackend)
+    assert rejected_pages([seal]) == dict.fromkeys(
+        ("corrupt", "foreign", "wrong_length", "wrong_version"), 0
+    )
+    guard.close()

@@ -17,8 +17,10 @@ from hicache_core.observe.tracing import (
     LOAD_BACK,
     PREFETCH,
     NoSpans,
-    request_hash,
+    Origin,
+    on_behalf_of,
     spans,
+    traceparent,
 )
 
 
@@ -49,7 +51,7 @@ def test_a_span_has_the_times_at_which_it_was_begun_and_ended(
     assert (span.name, span.start_time, span.end_time) == ("hicache.prefetch", 100, 350)
     assert dict(span.attributes or {}) == {
         "hicache.tokens": 4096,
-        "hicache.request": request_hash("r1"),
+        "hicache.request": "r1",
         "hicache.pages": 12,
         "hicache.tier": "storage",
     }
@@ -90,10 +92,42 @@ def test_a_failure_is_told(provider: TracerProvider, exported: InMemorySpanExpor
     assert not span.attributes, "a second end does nothing"
 
 
-def test_request_ids_do_not_leave_the_process() -> None:
-    assert request_hash("user-42") == request_hash("user-42")
-    assert request_hash("user-42") != request_hash("user-43")
-    assert "42" not in request_hash("user-42")
+def test_what_is_done_for_a_request_stands_below_its_span_and_names_it(
+    provider: TracerProvider, exported: InMemorySpanExporter
+) -> None:
+    """On the thread of an engine, which serves many requests and is inside no span of theirs."""
+    making = spans(provider=provider)
+    for n in (1, 2):
+        with on_behalf_of(Origin(f"client-{n}", f"00-{n:032x}-{n:016x}-01")):
+            prefetch = making.begin(PREFETCH, request_id="internal")
+            backup = making.begin(BACKUP)
+        prefetch.end()
+        backup.end()
+    making.begin(BACKUP).end()
+    ended = exported.get_finished_spans()
+    parents = [span.parent and (span.parent.trace_id, span.parent.span_id) for span in ended]
+    assert parents == [(1, 1), (1, 1), (2, 2), (2, 2), None]
+    named = [dict(span.attributes or {}).get("hicache.request") for span in ended]
+    assert named == ["client-1", "client-1", "client-2", "client-2", None]
+
+
+@pytest.mark.parametrize("header", ["", "nonsense", "00-0-0-00", "00-" + "f" * 500])
+def test_a_header_that_is_none_makes_a_span_without_parent(
+    provider: TracerProvider, exported: InMemorySpanExporter, header: str
+) -> None:
+    with on_behalf_of(Origin("r", header)):
+        spans(provider=provider).begin(PREFETCH).end()
+    (span,) = exported.get_finished_spans()
+    assert span.parent is None
+
+
+def test_the_span_that_is_current_goes_before_the_callers_header(provider: TracerProvider) -> None:
+    given = f"00-{1:032x}-{2:016x}-01"
+    assert traceparent(given) == given
+    assert traceparent() == ""
+    span = provider.get_tracer("server").start_span("POST /generate")
+    with use_span(span):
+        assert f"{span.get_span_context().span_id:016x}" in traceparent(given)
 
 
 def test_disabled_spans_are_nothing() -> None:

@@ -1,0 +1,76 @@
+"""What the stores hold, asked now and then on a thread of its own, so that a look never waits."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+
+from hicache_core.errors import HiCacheError
+from hicache_core.storage.base import ReportsUsage, StorageBackend
+
+EVERY_S = 30.0
+"""Between two questions at least."""
+MAX_SHARE = 0.01
+"""Of the time at most: a store that has to look at all its objects is asked less often."""
+
+
+class UsageWatch:
+    """The bytes by namespace of each of some open stores, as they were a while ago.
+
+    Threads: ``nbytes`` is called from any, and returns at once. A question runs on a thread that
+    ends with it; a store that does not answer keeps that thread, and is not asked again meanwhile.
+    """
+
+    def __init__(
+        self,
+        stores: Sequence[StorageBackend],
+        clock: Callable[[], float],
+    ) -> None:
+        """Asks nothing yet.
+
+        Args:
+            stores: open; those that cannot tell are never asked.
+            clock: seconds.
+        """
+        self._stores = stores
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._found: Sequence[Mapping[str, int]] = [{} for _ in stores]
+        self._next_s: float | None = None  # None: at once
+        self._thread: threading.Thread | None = None
+        self._can_tell = any(isinstance(store, ReportsUsage) for store in stores)
+
+    def nbytes(self) -> Sequence[Mapping[str, int]]:
+        """What was last found of each store; empty where it is not known."""
+        with self._lock:
+            is_due = self._next_s is None or self._clock() >= self._next_s
+            if self._can_tell and is_due and self._thread is None:
+                self._thread = threading.Thread(target=self._ask, name="hicache-usage", daemon=True)
+                self._thread.start()
+            return self._found
+
+    def close(self, timeout_s: float = 1.0) -> None:
+        """Asks no more, and waits for a question under way; may be called twice."""
+        with self._lock:
+            self._can_tell = False
+            thread = self._thread
+        if thread is not None:
+            thread.join(timeout_s)
+
+    def _ask(self) -> None:
+        started_s = self._clock()
+        found = [_usage(store) for store in self._stores]
+        with self._lock:
+            now_s = self._clock()
+            self._next_s = now_s + max(EVERY_S, (now_s - started_s) / MAX_SHARE)
+            self._found = found
+            self._thread = None
+
+
+def _usage(store: StorageBackend) -> Mapping[str, int]:
+    if not isinstance(store, ReportsUsage):
+        return {}
+    try:
+        return dict(store.usage())
+    except (HiCacheError, OSError):  # the guard has counted it, and the breaker may know
+        return {}
