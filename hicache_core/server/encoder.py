@@ -25,9 +25,10 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Any, context_length: int) -> None:
-        """``tokenizer`` is transformers'; ``close`` ends the threads."""
+        """``tokenizer`` is transformers', or None to encode nothing; ``close`` ends the threads."""
         self._context_length = context_length
-        longest = max((len(token.encode()) for token in tokenizer.get_vocab()), default=0)
+        words = () if tokenizer is None else tokenizer.get_vocab()
+        longest = max((len(word.encode()) for word in words), default=0)
         self.max_nbytes = context_length * max(longest, _LEAST_TOKEN_NBYTES)
         self._short, self._long = _Lane("short", tokenizer), _Lane("long", copy.deepcopy(tokenizer))
 
