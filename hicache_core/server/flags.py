@@ -159,7 +159,6 @@ _CHOICES = (
     "--decode-log-interval",
     "--sampling-backend",
     "--schedule-conservativeness",
-    "--watchdog-timeout",
 )
 
 
