@@ -298,7 +298,7 @@ def _parts(
 
 def _log_progress(done_nbytes: int, all_nbytes: int) -> None:
     """Says how far a large host pool has been faulted in."""
-    log.info("host pool: %.0f of %.1f GB are ready", done_nbytes / GB, all_nbytes / GB)
+    log.info("host pool: %.1f of %.1f GB are ready", done_nbytes / GB, all_nbytes / GB)
 
 
 def _with_storage(

@@ -325,10 +325,11 @@ class HiCacheConfig(BaseModel):
         in_force = type(self)(**values)
         in_force._sources.update(self.sources)
         in_force._sources.update({change.key: _RULE for change in adjustments})
+        resolved = ResolvedConfig(asked=self, in_force=in_force, adjustments=adjustments)
         for change in adjustments:
-            asked_for = self.sources[change.key] != DEFAULT
-            log_once(_logger, logging.WARNING if asked_for else logging.INFO, str(change))
-        return ResolvedConfig(asked=self, in_force=in_force, adjustments=adjustments)
+            level = logging.WARNING if change in resolved.refused else logging.DEBUG
+            log_once(_logger, level, str(change))
+        return resolved
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, HiCacheConfig) and self.model_dump() == other.model_dump()
@@ -359,7 +360,13 @@ class Adjustment:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.asked} was asked, {self.in_force} is in force: {self.reason}"
+        asked, in_force = _as_written(self.asked), _as_written(self.in_force)
+        return f"{self.key}: {asked} was asked, {in_force} is in force: {self.reason}"
+
+
+def _as_written(value: object) -> str:
+    """A value as one writes it in a configuration: ``none``, ``true``, ``64``."""
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,6 +382,12 @@ class ResolvedConfig:
     asked: HiCacheConfig
     in_force: HiCacheConfig
     adjustments: tuple[Adjustment, ...]
+
+    @property
+    def refused(self) -> tuple[Adjustment, ...]:
+        """Of the adjustments, those of values that somebody asked for."""
+        sources = self.asked.sources
+        return tuple(change for change in self.adjustments if sources[change.key] != DEFAULT)
 
 
 def _apply_rules(values: dict[str, Any]) -> Iterator[Adjustment]:

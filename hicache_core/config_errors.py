@@ -12,6 +12,13 @@ from hicache_core.config_sources import ARGUMENT, EXTRA, nearest
 from hicache_core.errors import ConfigError
 from hicache_core.redact import masked
 
+# Settings of SGLang's stores that have no counterpart of their own, and what is done here instead.
+_OF_SGLANG = {
+    "extra_backend_tag": "a store is separated by a path, prefix or tenant of its own",
+    "min_free_space": "a store has a size of its own: set max_nbytes",
+    "check_server": "a server is always tried when the store is opened: leave it out",
+}
+
 
 def allowed_values(model: type[BaseModel], key: str) -> str:
     """In words, what the setting ``key`` of ``model`` admits; empty if nothing more is known."""
@@ -53,12 +60,14 @@ def _explain(
     path = prefix + ".".join(str(part) for part in detail["loc"])
     source = sources.get(prefix.rstrip(".") or key, "")
     where = f" (from {source})" if source and source != ARGUMENT else ""
+    if key in _OF_SGLANG and detail["type"] == "extra_forbidden":
+        return f"{path}{where}: this is SGLang's; here {_OF_SGLANG[key]}"
     if detail["type"] == "extra_forbidden":
         hint = nearest(key, model.model_fields)
         names = "" if hint else f"; there are: {', '.join(model.model_fields) or 'none'}"
         return f"{path}{where}: there is no such setting{hint}{names}"
     if detail["type"] == "missing":
-        return f"{path}{where}: this setting is required"
+        return f"{path}{where}: this setting is required{_meaning(model, key)}"
     if key == EXTRA:  # the value may be text that holds passwords, and is not quoted
         return f"{path}{where}: {_message(detail)}"
     shown = repr(masked(detail["input"], key))
@@ -68,6 +77,11 @@ def _explain(
     return f"{path} = {shown}{where}: " + (
         f"allowed: {allowed}{hint}" if allowed else _message(detail)
     )
+
+
+def _meaning(model: type[BaseModel], key: str) -> str:
+    info = model.model_fields.get(key)
+    return f" ({info.description})" if info is not None and info.description else ""
 
 
 def _message(detail: ErrorDetails) -> str:

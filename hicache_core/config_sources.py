@@ -19,6 +19,7 @@ DEFAULT = "default"
 ARGUMENT = "argument"
 EXTRA = "hicache_storage_backend_extra_config"
 _ENV_PREFIX = "HICACHE_"
+_OTHER_VARIABLES = ("HICACHE_API_KEY", "HICACHE_ADMIN_API_KEY", "HICACHE_DISAGGREGATION_SECRET")
 _logger = logging.getLogger(__name__)
 
 
@@ -64,12 +65,20 @@ def read_environ(keys: Iterable[str], environ: Mapping[str, str]) -> dict[str, s
     that is nearly the name of a setting is logged as a warning.
     """
     by_env = {env_name(key): key for key in keys}
-    for name in environ:
-        if name.startswith(_ENV_PREFIX) and name not in by_env:
-            close = difflib.get_close_matches(name, by_env, n=1, cutoff=0.9)
-            if close:
-                _logger.warning("%s is ignored; did you mean %s?", name, close[0])
+    for name, meant in mistyped(by_env.values(), environ):
+        _logger.warning("%s is ignored; did you mean %s?", name, meant)
     return {key: environ[name] for name, key in by_env.items() if environ.get(name)}
+
+
+def mistyped(keys: Iterable[str], environ: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Variables that are nearly one of ours, each with the name that was meant."""
+    known = [*map(env_name, keys), *_OTHER_VARIABLES]
+    found = []
+    for name in environ:
+        if name.startswith(_ENV_PREFIX) and name not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
+            found += [(name, meant) for meant in close]
+    return found
 
 
 def read_file(path: str | os.PathLike[str], what: str = "configuration file") -> dict[str, object]:

@@ -20,6 +20,8 @@ _HARMLESS = frozenset(["prefetch_timeout_per_ki_token"])
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 # Up to the last @: a password with an unescaped / or @ must not show its tail.
 _USERINFO = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]*://)[^\s'\"]*@")
+# ``host=db password='a b'``, as libpq and its like take it in one text.
+_PAIR = re.compile(r"(\b([A-Za-z0-9_.-]+)\s*=\s*)('(?:[^'\\]|\\.)*'|\"[^\"]*\"|[^\s&;'\"]+)")
 _QUERY = re.compile(r"([?&;]([A-Za-z0-9_.-]+)=)[^&;\s'\"]*")
 
 
@@ -33,12 +35,12 @@ def looks_secret(key: str) -> bool:
 
 
 def masked_text(text: str) -> str:
-    """``text`` without the userinfo of its URLs and without the secrets in their queries."""
+    """``text`` without the userinfo of its URLs and the secrets in its ``name=value`` pairs."""
 
-    def query(match: re.Match[str]) -> str:
+    def pair(match: re.Match[str]) -> str:
         return match[1] + MASK if looks_secret(match[2]) else match[0]
 
-    return _QUERY.sub(query, _USERINFO.sub(rf"\1{MASK}@", text))
+    return _PAIR.sub(pair, _QUERY.sub(pair, _USERINFO.sub(rf"\1{MASK}@", text)))
 
 
 def masked(value: object, key: str = "") -> object:

@@ -10,26 +10,31 @@ from hicache_core.cli._columns import columns
 from hicache_core.config import HiCacheConfig, ResolvedConfig
 from hicache_core.config_flags import config_flags, default_text, load_config
 from hicache_core.redact import masked
+from hicache_core.settings_check import check_settings
 
 
 @click.command("config")
 @config_flags
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(*, as_json: bool, **options: object) -> None:
-    """Print each setting: asked, source and in force. Secrets are masked."""
+    """Print each setting: asked, source and in force. Secrets are masked.
+
+    Ends with status 2 if the storage backend is not installed, or does not take its settings.
+    """
     resolved = load_config(options).resolve()
     report = _report(resolved)
     if as_json:
         reasons = [str(change) for change in resolved.adjustments]
         click.echo(json.dumps({"settings": report, "adjustments": reasons}, indent=2, default=str))
-        return
-    rows = [
-        (key, _cell(row["asked"]), str(row["source"]), _cell(row["in_force"]))
-        for key, row in report.items()
-    ]
-    click.echo(columns([("SETTING", "ASKED", "SOURCE", "IN FORCE"), *rows]))
-    for change in resolved.adjustments:
-        click.echo(str(change))
+    else:
+        rows = [
+            (key, _cell(row["asked"]), str(row["source"]), _cell(row["in_force"]))
+            for key, row in report.items()
+        ]
+        click.echo(columns([("SETTING", "ASKED", "SOURCE", "IN FORCE"), *rows]))
+        for change in resolved.refused:
+            click.echo(str(change))
+    check_settings(resolved.in_force)
 
 
 def _report(resolved: ResolvedConfig) -> dict[str, dict[str, object]]:

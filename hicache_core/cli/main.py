@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import click
 
-from hicache_core.config_sources import nearest
+from hicache_core.config import HiCacheConfig
+from hicache_core.config_sources import mistyped, nearest
 from hicache_core.errors import HiCacheError
 from hicache_core.redact import masked_text
 
@@ -70,8 +72,10 @@ def _version() -> str:
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.version_option(_version(), message="%(version)s")
-def cli(*, debug: bool) -> None:
+def cli(*, debug: bool) -> None:  # noqa: ARG001 - main() looks for it by itself
     """HiCache: a prefix cache for LLM servers in three tiers."""
+    for name, meant in mistyped(HiCacheConfig.model_fields, os.environ):
+        click.echo(f"hicache: {name} is ignored; did you mean {meant}?", err=True)
 
 
 def main(args: list[str] | None = None) -> None:

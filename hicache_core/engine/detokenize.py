@@ -11,18 +11,21 @@ class TextStream:
     """Turns tokens into text that never has to be taken back.
 
     Held back are tokens that end inside a character, and text that may be the beginning of a stop
-    text. The pieces together are what the tokenizer makes of all tokens, special ones left out, up
-    to the first stop text.
+    text. The pieces together are what the tokenizer makes of all tokens up to the first stop text.
     """
 
-    def __init__(self, tokenizer: Any, stops: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, stops: tuple[str, ...] = (), *, skip_special: bool = True
+    ) -> None:
         """Starts empty.
 
         Args:
             tokenizer: with ``decode`` as in transformers; None for an engine without text.
             stops: the stop texts.
+            skip_special: whether special tokens are left out.
         """
         self._tokenizer = tokenizer
+        self._skip_special = skip_special
         self._stops = stops
         self._ids: list[int] = []
         self._context_at = 0  # tokens from here on are decoded: what a token says depends on others
@@ -65,7 +68,9 @@ class TextStream:
 
     def _text(self, start: int, stop: int) -> str:
         text: str = self._tokenizer.decode(
-            self._ids[start:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            self._ids[start:stop],
+            skip_special_tokens=self._skip_special,
+            clean_up_tokenization_spaces=False,
         )
         return text
 

@@ -310,7 +310,7 @@ class Engine:
             partial(self._told, on_output),
             PageTable(self._cache, request.namespace, request.priority),
             Sampler(params, order.seed, self._limits.eos_token_ids, self._rules),
-            TextStream(self._model.tokenizer, params.stop),
+            TextStream(self._model.tokenizer, params.stop, skip_special=params.skip_special_tokens),
         )
         task.n_new_max = order.n_new_max
         return task

@@ -24,6 +24,7 @@ class SamplingParams:
         seed: equal seeds give equal answers, whatever runs beside; None for one by chance.
         ignore_eos: the model's own end-of-sequence tokens do not end the answer.
         min_new_tokens: before so many tokens, nothing ends the answer but ``max_new_tokens``.
+        skip_special_tokens: special tokens are no part of the text.
     """
 
     max_new_tokens: int = 128
@@ -35,6 +36,7 @@ class SamplingParams:
     seed: int | None = None
     ignore_eos: bool = False
     min_new_tokens: int = 0
+    skip_special_tokens: bool = True
 
 
 @dataclass(frozen=True, slots=True)

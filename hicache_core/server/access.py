@@ -10,11 +10,14 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hicache_core.hosts import is_loopback
+from hicache_core.observe.page.answers import page_names
 from hicache_core.server.problems import Problem, json_answer
 
 ADMIN = "hicache_is_admin"
-_OPEN = frozenset(["/health", "/hicache", "/hicache/"])
-_PAGE_FILES = (".html", ".js", ".css", ".svg")
+HAS_ADMIN_KEY = "hicache_has_admin_key"
+_OPEN = frozenset(
+    ["/health", "/hicache", "/hicache/", *(f"/hicache/{name}" for name in page_names())]
+)
 _ADMIN_PATHS = ("/flush_cache", "/hicache/storage-backend")
 _BY_PROXY = ("forwarded", "x-forwarded-for", "x-real-ip")
 
@@ -39,12 +42,17 @@ class Door:
 
     Without an admin key, the operator is who calls from this very machine: over loopback, not
     through a proxy, and not from a page in a browser.
+
+    A server for this machine alone, without keys, answers no page of another site: what a browser
+    here shows could otherwise send prompts, or read the answers by bending a name of its own to
+    this machine.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys) -> None:
-        """Stands before ``app``."""
+    def __init__(self, app: ASGIApp, keys: Keys, *, is_private: bool) -> None:
+        """Stands before ``app``; ``is_private``: the server listens on loopback."""
         self._app = app
         self._keys = keys
+        self._is_private = is_private
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lets a request through, saying in its scope whether it is the operator's."""
@@ -58,10 +66,17 @@ class Door:
 
     def _check(self, scope: Scope) -> Problem | None:
         headers = Headers(scope=scope)
+        if self._is_private and self._keys.api is None and not _is_of_this_site(headers):
+            return Problem(
+                403,
+                "this server is for this machine alone and has no keys, so it answers no page of "
+                "another site; start it with --api-key",
+            )
         shown = _bearer(headers)
         is_admin = _same(shown, self._keys.admin)
+        scope[HAS_ADMIN_KEY] = is_admin
         path = str(scope["path"])
-        needs_key = self._keys.api is not None and not _is_open(path)
+        needs_key = self._keys.api is not None and path not in _OPEN
         if needs_key and not is_admin and not _same(shown, self._keys.api):
             return Problem(
                 401,
@@ -84,9 +99,21 @@ class Door:
         return Problem(403, "this call needs the admin key; another one was sent")
 
 
-def _is_open(path: str) -> bool:
-    """Whether anybody may have what stands there: the page's own files tell nothing."""
-    return path in _OPEN or (path.startswith("/hicache/") and path.endswith(_PAGE_FILES))
+def check_priority(priority: int, most: int, scope: Scope) -> None:
+    """Raises Problem for a priority that is not for clients to ask for.
+
+    Args:
+        priority: what a request asks for.
+        most: what every client may ask for.
+        scope: of the request, behind the door.
+    """
+    if priority > most and not scope.get(HAS_ADMIN_KEY):
+        raise Problem(
+            400,
+            f"priority {priority}: clients may ask for at most {most} here, since it delays all "
+            "others; more needs the admin key, or --max-client-priority",
+            param="priority",
+        )
 
 
 def _bearer(headers: Headers) -> str:
@@ -112,9 +139,13 @@ def _is_local(scope: Scope, headers: Headers) -> bool:
     client = scope.get("client")
     if client is None or not is_loopback(str(client[0])):
         return False
-    if any(name in headers for name in _BY_PROXY):
-        return False
-    if not is_loopback(_host_of("//" + headers.get("host", ""))):  # a name that was bent to us
+    return not any(name in headers for name in _BY_PROXY) and _is_of_this_site(headers)
+
+
+def _is_of_this_site(headers: Headers) -> bool:
+    """Whether a call comes from no page in a browser, or from one of this very machine."""
+    host = headers.get("host")  # browsers always send it
+    if host is not None and not is_loopback(_host_of("//" + host)):  # a name that was bent to us
         return False
     if headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
         return False

@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from hicache_core.errors import HiCacheError
+from hicache_core.hosts import is_loopback
 from hicache_core.server import routes_admin, routes_generate, routes_info, routes_page
 from hicache_core.server.access import Door
 from hicache_core.server.problems import Problem, answer_problem
@@ -45,5 +46,6 @@ def make_app(service: Service) -> FastAPI:
         app.include_router(module.make_router(service))
     for error in ERRORS:
         app.add_exception_handler(error, answer_problem)
-    app.add_middleware(Door, keys=service.settings.keys)
+    settings = service.settings
+    app.add_middleware(Door, keys=settings.keys, is_private=is_loopback(settings.host))
     return app

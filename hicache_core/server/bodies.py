@@ -2,94 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
+from pydantic_core import from_json
 from starlette.requests import Request
 
+from hicache_core.config_sources import EXTRA
 from hicache_core.engine.request import Bootstrap
+from hicache_core.redact import MASK
 from hicache_core.server.connections import body_taken
+from hicache_core.server.fields import refusal
+from hicache_core.server.forms import (
+    LONGEST,
+    MAX_CHOICES,
+    MAX_PROMPTS,
+    MAX_TOKENS,
+    AnyPrompt,
+    Count,
+    Name,
+    OneOrManyIds,
+    OneOrManyNames,
+    OneOrManyStops,
+    OneOrManyTexts,
+    Priority,
+    Seed,
+    StopIds,
+    Temperature,
+    TopK,
+    TopP,
+    one_or_many,
+)
 from hicache_core.server.problems import Problem
 
-MAX_PROMPTS = 64
-MAX_CHOICES = 16
-MAX_STOPS = 32
-MAX_TOKENS = 1 << 24
-
-Name = Annotated[str, Field(min_length=1, max_length=1024)]
-Text = Annotated[str, Field(min_length=1)]
-TokenIds = Annotated[list[int], Field(min_length=1)]
-Count = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
-Stop = Annotated[str, Field(min_length=1, max_length=1024)]
-Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
-StopIds = Annotated[list[int], Field(max_length=1024)]
-Temperature = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
-TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-TopK = Annotated[int, Field(ge=-1, le=1 << 30)]
-Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
-Priority = Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)]
-
-# What this server cannot do, and the values by which a client does not ask for it; None, False
-# and empty values never do.
-_NOT_SUPPORTED: Mapping[str, tuple[object, ...]] = MappingProxyType(
-    {
-        "audio_data": (),
-        "beam_width": (1,),
-        "best_of": (1,),
-        "custom_logit_processor": (),
-        "ebnf": (),
-        "echo": (),
-        "frequency_penalty": (0,),
-        "functions": (),
-        "image_data": (),
-        "input_embeds": (),
-        "json_schema": (),
-        "logit_bias": (),
-        "logprobs": (),
-        "lora_path": (),
-        "min_p": (0,),
-        "no_stop_trim": (),
-        "presence_penalty": (0,),
-        "regex": (),
-        "repetition_penalty": (1,),
-        "response_format": ({"type": "text"},),
-        "return_hidden_states": (),
-        "return_logprob": (),
-        "return_routed_experts": (),
-        "stop_regex": (),
-        "structural_tag": (),
-        "suffix": (),
-        "token_ids_logprob": (),
-        "tools": (),
-        "top_logprobs": (0,),
-        "top_logprobs_num": (0,),
-        "video_data": (),
-    }
-)
-
-B = TypeVar("B", bound="Body")
+B = TypeVar("B", bound=BaseModel)
 
 
 class Body(BaseModel):
-    """A body, or a part of one. Unknown fields are ignored; what we cannot do is refused."""
+    """A body, or a part of one. A field that would change the answer and cannot is refused."""
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
-    NOT_SUPPORTED: ClassVar[Mapping[str, tuple[object, ...]]] = _NOT_SUPPORTED
 
     @model_validator(mode="after")
     def _refuse(self) -> Self:
         for name, value in (self.model_extra or {}).items():
-            if name in self.NOT_SUPPORTED and not _is_harmless(value, self.NOT_SUPPORTED[name]):
-                raise ValueError(f"{name} is not supported by this server; leave it out")
+            if reason := refusal(name, value, type(self).model_fields):
+                raise ValueError(reason)
         return self
-
-
-def _is_harmless(value: Any, allowed: tuple[object, ...]) -> bool:
-    if isinstance(value, list):
-        return all(_is_harmless(item, allowed) for item in value)
-    return not value or value in allowed
 
 
 class Tenant(Body):
@@ -107,10 +73,11 @@ class SamplingBody(Body):
     temperature: Temperature | None = None
     top_p: TopP | None = None
     top_k: TopK | None = None
-    stop: Stop | Stops | None = None
+    stop: OneOrManyStops | None = None
     stop_token_ids: StopIds | None = None
     sampling_seed: Seed | None = None
     ignore_eos: bool | None = False
+    skip_special_tokens: bool | None = True
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = 1
 
 
@@ -137,15 +104,18 @@ class Shared(Tenant):
 class GenerateBody(Shared):
     """``/generate``: one of ``text`` and ``input_ids``, alone or as a batch."""
 
-    text: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
-    input_ids: (
-        TokenIds | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)] | None
-    ) = None
+    text: OneOrManyTexts | None = None
+    input_ids: OneOrManyIds | None = None
     sampling_params: (
-        SamplingBody | Annotated[list[SamplingBody], Field(max_length=MAX_PROMPTS)] | None
+        Annotated[
+            Annotated[SamplingBody, Tag("~one")]
+            | Annotated[list[SamplingBody], Field(max_length=MAX_PROMPTS), Tag("~many")],
+            Discriminator(one_or_many),
+        ]
+        | None
     ) = None
     stream: bool | None = False
-    rid: Name | Annotated[list[Name], Field(max_length=MAX_PROMPTS)] | None = None
+    rid: OneOrManyNames | None = None
     priority: Priority | None = 0
 
     @model_validator(mode="after")
@@ -173,6 +143,7 @@ class StreamOptions(Body):
     """What a stream ends with."""
 
     include_usage: bool | None = False
+    continuous_usage_stats: bool | None = False
 
 
 class OpenAIBody(Shared):
@@ -186,30 +157,22 @@ class OpenAIBody(Shared):
     top_p: TopP | None = None
     top_k: TopK | None = None
     seed: Seed | None = None
-    stop: Stop | Stops | None = None
+    stop: OneOrManyStops | None = None
     stop_token_ids: StopIds | None = None
     ignore_eos: bool | None = False
+    skip_special_tokens: bool | None = True
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = 0
     priority: Priority | None = 0
     rid: Name | None = None
     return_cached_tokens_details: bool | None = False
 
-    @property
-    def wants_usage(self) -> bool:
-        """Whether a stream ends with usage."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
-
 
 class CompletionBody(OpenAIBody):
     """``/v1/completions``."""
 
-    prompt: (
-        Text
-        | TokenIds
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
-    )
+    prompt: AnyPrompt
     max_tokens: Count | None = 16
+    add_special_tokens: bool | None = True
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -220,8 +183,10 @@ class CompletionBody(OpenAIBody):
         return given if isinstance(given[0], str | list) else [given]
 
 
-class Part(Body):
+class Part(BaseModel):
     """A piece of a message; text is all that we read."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
     type: str
     text: str | None = None
@@ -233,19 +198,37 @@ class Part(Body):
         return self
 
 
-class Message(Body):
-    """One message of a chat."""
+class Message(BaseModel):
+    """One message of a chat; what clients keep in a history beside it is ignored."""
 
-    role: Annotated[str, Field(pattern="^(system|developer|user|assistant|tool)$")]
-    content: str | Annotated[list[Part], Field(max_length=1024)]
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: (
+        Annotated[
+            Annotated[str, Tag("~one")]
+            | Annotated[list[Part], Field(max_length=1024), Tag("~many")],
+            Discriminator(one_or_many),
+        ]
+        | None
+    ) = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    tool_call_id: str | None = None
+    tool_calls: Annotated[list[dict[str, Any]], Field(max_length=1024)] | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise ValueError("content is required, as text or a list of parts")
+        return self
 
     @property
-    def as_template_takes_it(self) -> dict[str, str]:
-        """Role and text; ``developer`` is OpenAI's newer word for ``system``."""
-        content = self.content
-        if not isinstance(content, str):
-            content = "".join(part.text or "" for part in content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+    def text(self) -> str:
+        """All text of it; empty where there is none."""
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
+        return "".join(part.text or "" for part in self.content)
 
 
 class ChatBody(OpenAIBody):
@@ -254,6 +237,32 @@ class ChatBody(OpenAIBody):
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = False
+    add_special_tokens: bool | None = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    tool_choice: Any = None
+    tools: Any = None
+
+    @model_validator(mode="after")
+    def _no_tools(self) -> Self:
+        # With tool_choice none no tool may be called, so that the answer is right without them.
+        if self.tools and self.tool_choice != "none":
+            raise ValueError(
+                "tools is not supported by this server; leave it out, or set tool_choice to none"
+            )
+        if reason := refusal("tool_choice", self.tool_choice, ()):
+            raise ValueError(reason)
+        return self
+
+    @model_validator(mode="after")
+    def _one_ending(self) -> Self:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError(
+                "continue_final_message and add_generation_prompt contradict each other; set one"
+            )
+        return self
 
     @property
     def limit(self) -> int | None:
@@ -261,21 +270,61 @@ class ChatBody(OpenAIBody):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
-class AttachBody(Body):
-    """``PUT /hicache/storage-backend``, in SGLang's shape."""
+class AttachBody(BaseModel):
+    """``PUT /hicache/storage-backend``, in SGLang's shape and in that of the GET.
+
+    What the GET says of the backends' state may be sent back, and is ignored.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     hicache_storage_backend: Name
+    hicache_storage_backend_extra_config: dict[str, Any] | None = None
     hicache_storage_backend_extra_config_json: str | None = None
     hicache_storage_prefetch_policy: str | None = None
     hicache_write_policy: str | None = None
+    backends: Any = None
+
+    @model_validator(mode="after")
+    def _once(self) -> Self:
+        if self.hicache_storage_backend_extra_config is not None and (
+            self.hicache_storage_backend_extra_config_json is not None
+        ):
+            raise ValueError(f"give {EXTRA} or {EXTRA}_json, not both")
+        if is_masked(self.hicache_storage_backend_extra_config):
+            raise ValueError(f"{EXTRA} has a value {MASK}, which stands for a secret; write it out")
+        return self
+
+    @property
+    def extra_config(self) -> dict[str, Any] | str:
+        """The backend's settings, as a mapping or JSON text."""
+        given = self.hicache_storage_backend_extra_config
+        return given or self.hicache_storage_backend_extra_config_json or {}
 
 
-async def read_body(request: Request, body_class: type[B], max_nbytes: int) -> B:
+def is_masked(value: object) -> bool:
+    """Whether a setting, at any depth, is what a secret is shown as."""
+    if isinstance(value, dict):
+        return any(map(is_masked, value.values()))
+    if isinstance(value, list):
+        return any(map(is_masked, value))
+    return value == MASK
+
+
+async def read_body(
+    request: Request, body_class: type[B], max_nbytes: int, longest: int | None = None
+) -> B:
     """The body of a request.
 
+    Args:
+        request: whose body has not been read.
+        body_class: what it should be.
+        max_nbytes: of the body.
+        longest: tokens of a prompt; None for any number.
+
     Raises:
-        Problem: 413 for one that is too large.
-        ValidationError: it is no JSON, no UTF-8, or not what ``body_class`` says.
+        Problem: 413 for one that is too large, 400 for one that is no JSON or no UTF-8.
+        ValidationError: it is not what ``body_class`` says.
     """
     too_large = Problem(413, f"the body is larger than {max_nbytes} bytes")
     announced = request.headers.get("content-length", "")
@@ -287,6 +336,11 @@ async def read_body(request: Request, body_class: type[B], max_nbytes: int) -> B
         if len(raw) > max_nbytes:
             raise too_large
     try:
-        return body_class.model_validate_json(raw)
+        # Two steps: a long list is refused by its length, not by what is wrong with each item.
+        value = from_json(raw)
+    except ValueError as error:
+        raise Problem(400, f"the body is no valid JSON: {error}") from None
     finally:
+        del raw
         body_taken(request.scope)
+    return body_class.model_validate(value, context={LONGEST: longest})

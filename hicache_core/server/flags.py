@@ -17,6 +17,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 TRANSFER_BACKENDS = ("mooncake", "tcp")
 
+MAX_PRIORITY = (1 << 31) - 1
+
 _COUNT = click.IntRange(min=1)
 _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option(
@@ -80,6 +82,16 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         show_default=True,
         help="Prompt tokens computed in one step.",
     ),
+    click.option(
+        "--max-client-priority",
+        type=click.IntRange(0, MAX_PRIORITY),
+        help="The highest priority that a request without the admin key may ask for. Default: 0.",
+    ),
+    click.option(
+        "--enable-priority-scheduling",
+        is_flag=True,
+        help="As in SGLang: clients may ask for any priority.",
+    ),
     click.option("--enable-metrics", is_flag=True, help="Answer /metrics."),
     click.option("--enable-cache-report", is_flag=True, help="Say in usage what was cached."),
     click.option(
@@ -134,11 +146,31 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
 )
 
 
+# Of SGLang's server: they choose how it computes, and change nothing of an answer or of the cache.
+_SWITCHES = (
+    "--trust-remote-code",
+    "--disable-cuda-graph",
+    "--skip-server-warmup",
+    "--log-requests",
+)
+_CHOICES = (
+    "--attention-backend",
+    "--cuda-graph-max-bs",
+    "--decode-log-interval",
+    "--sampling-backend",
+    "--schedule-conservativeness",
+)
+
+
 def server_flags(command: Command) -> Command:
     """Decorates a click command with the flags of the server and of the cache."""
     command = config_flags(command)
     for option in reversed(_OPTIONS):
         command = option(command)
+    for name in _SWITCHES:
+        command = click.option(name, is_flag=True, hidden=True)(command)
+    for name in _CHOICES:
+        command = click.option(name, hidden=True)(command)
     return command
 
 
@@ -181,4 +213,17 @@ def settings_of(options: Mapping[str, Any]) -> ServerSettings:
         enable_cache_report=options["enable_cache_report"],
         shutdown_timeout_s=options["shutdown_timeout"],
         disaggregation=disaggregation,
+        max_client_priority=_max_client_priority(options),
+        without_effect=tuple(
+            name
+            for name in (*_SWITCHES, *_CHOICES)
+            if options[name.removeprefix("--").replace("-", "_")]
+        ),
     )
+
+
+def _max_client_priority(options: Mapping[str, Any]) -> int:
+    asked: int | None = options["max_client_priority"]
+    if asked is not None:
+        return asked
+    return MAX_PRIORITY if options["enable_priority_scheduling"] else 0

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -16,6 +17,33 @@ from hicache_core.redact import masked_text
 RETRY_AFTER_S = 1
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 _MAX_CLAUSES = 3
+
+# What pydantic finds, in words that name none of its types.
+_WORDS = {
+    "missing": "this field is required",
+    "extra_forbidden": "there is no such field",
+    "int_type": "must be an integer",
+    "int_from_float": "must be an integer",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "string_type": "must be text",
+    "string_unicode": "must be text",
+    "bool_type": "must be true or false",
+    "list_type": "must be a list",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "model_attributes_type": "must be an object",
+    "too_short": "must not be empty",
+    "string_too_short": "must not be empty",
+    "too_long": "at most {max_length} entries are allowed; here are {actual_length}",
+    "string_too_long": "at most {max_length} characters are allowed",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "literal_error": "must be {expected}",
+}
+_OWN_TAG = "~"
 
 
 class Problem(Exception):
@@ -88,11 +116,23 @@ def answer_problem(_request: Request, error: Exception) -> Response:
 
 def _invalid(error: ValidationError) -> Problem:
     """A body that does not validate: the first clauses, without what was sent."""
-    details = error.errors(include_url=False, include_context=False, include_input=False)
+    details = error.errors(include_url=False, include_input=False)
     clauses = []
     for detail in details[:_MAX_CLAUSES]:
-        where = ".".join(str(part) for part in detail["loc"])
-        message = detail["msg"].removeprefix("Value error, ")
+        where = ".".join(_path(detail))
+        message = _in_words(detail)
         clauses.append(f"{where}: {message}" if where else message)
-    first = details[0]["loc"]
-    return Problem(400, "; ".join(clauses), param=str(first[0]) if first else None)
+    first = next(iter(_path(details[0])), None)
+    return Problem(400, "; ".join(clauses), param=first)
+
+
+def _path(detail: ErrorDetails) -> list[str]:
+    """Where it is, without the marks by which bodies tell the forms of a value apart."""
+    return [str(part) for part in detail["loc"] if not str(part).startswith(_OWN_TAG)]
+
+
+def _in_words(detail: ErrorDetails) -> str:
+    words = _WORDS.get(detail["type"])
+    if words is None:
+        return detail["msg"].removeprefix("Value error, ")
+    return words.format(**detail.get("ctx", {}))

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
-
-from jinja2 import TemplateError
+from typing import Any
 
 from hicache_core.engine.request import Request, SamplingParams
 from hicache_core.server.bodies import (
@@ -20,12 +16,12 @@ from hicache_core.server.bodies import (
     Shared,
 )
 from hicache_core.server.bridge import Asked
+from hicache_core.server.chat import rendered
+from hicache_core.server.encoder import Encoder
 from hicache_core.server.ledger import Ledger
 from hicache_core.server.problems import Problem
 from hicache_core.server.rooms import Rooms
 from hicache_core.types import Namespace
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,21 +40,20 @@ class Limits:
 
 
 class Prompts:
-    """Makes the engine's requests. Texts are encoded on a thread of its own, one at a time."""
+    """Makes the engine's requests."""
 
     def __init__(
         self, tokenizer: Any, limits: Limits, ledger: Ledger, rooms: Rooms | None = None
     ) -> None:
-        """``tokenizer`` is transformers'; no ``rooms``: none taken. ``close`` ends the thread."""
+        """``tokenizer`` is transformers'; no ``rooms``: none taken. ``close`` ends the encoder."""
         self.limits = limits
         self._rooms = rooms
-        self._tokenizer = tokenizer
+        self._encoder = Encoder(tokenizer, limits.context_length)
         self._ledger = ledger
-        self._thread = ThreadPoolExecutor(1, "hicache-encode")
 
     def close(self) -> None:
-        """Joins the thread."""
-        self._thread.shutdown()
+        """Ends the encoder."""
+        self._encoder.close()
 
     async def of_generate(self, body: GenerateBody) -> list[Asked]:
         """One for each prompt and choice, in order."""
@@ -80,7 +75,9 @@ class Prompts:
         asked = []
         prompts = body.prompts
         names = _names(body.rid, len(prompts))
-        for tokens, name in zip(await self._encode(prompts), names, strict=True):
+        special = body.add_special_tokens is not False
+        encoded = await self._encode(prompts, special=special)
+        for tokens, name in zip(encoded, names, strict=True):
             explicit = "max_tokens" in body.model_fields_set
             params = self._fitted(len(tokens), body.max_tokens, _of_openai(body), explicit)
             asked += _choices(tokens, params, name, body.n or 1)
@@ -88,8 +85,9 @@ class Prompts:
 
     async def of_chat(self, body: ChatBody) -> list[Asked]:
         """One for each choice."""
-        messages = [message.as_template_takes_it for message in body.messages]
-        tokens = await self._aside(lambda: self._encoded_chat(messages))
+        nbytes = sum(len(message.text) for message in body.messages)
+        text = await self._encoder.aside(lambda tokenizer: rendered(tokenizer, body), nbytes)
+        tokens = await self._encoder.encode(text, special=bool(body.add_special_tokens))
         params = self._fitted(len(tokens), body.limit, _of_openai(body), explicit=True)
         return self._opened(
             _choices(tokens, params, body.rid, body.n or 1), body, body.priority or 0
@@ -126,13 +124,7 @@ class Prompts:
         Raises:
             Problem: the context is too short for it.
         """
-        room = self.limits.context_length - n_prompt
-        if room < 1:
-            raise Problem(
-                400,
-                f"the prompt has {n_prompt} tokens; with an answer, this server's context holds "
-                f"{self.limits.context_length}",
-            )
+        room = self._room(n_prompt)
         if max_new is None or (max_new > room and not explicit):
             max_new = room
         if max_new > room:
@@ -149,40 +141,37 @@ class Prompts:
             )
         return replace(sampling, max_new_tokens=max_new)
 
-    async def _encode(self, prompts: Sequence[str | list[int]]) -> list[tuple[int, ...]]:
-        def work() -> list[tuple[int, ...]]:
-            return [self._encoded(p) if isinstance(p, str) else self._checked(p) for p in prompts]
+    def _room(self, n_prompt: int) -> int:
+        room = self.limits.context_length - n_prompt
+        if room < 1:
+            raise Problem(
+                400,
+                f"the prompt has {n_prompt} tokens; with an answer, this server's context holds "
+                f"{self.limits.context_length}",
+            )
+        return room
 
-        return await self._aside(work)
+    async def _encode(
+        self, prompts: Sequence[str | list[int]], *, special: bool = True
+    ) -> list[tuple[int, ...]]:
+        """Tokens of each, one after the other: between two, the prompts of others have a turn."""
+        encoded = []
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                encoded.append(await self._encoder.encode(prompt, special=special))
+            else:
+                encoded.append(self._checked(prompt))
+            self._room(len(encoded[-1]))
+        return encoded
 
     def _checked(self, ids: list[int]) -> tuple[int, ...]:
         size = self.limits.vocab_size
-        for token in ids:
-            if not 0 <= token < size:
-                raise Problem(
-                    400, f"{token} is no token id of this model; they are from 0 to {size - 1}"
-                )
-        return tuple(ids)
-
-    def _encoded(self, text: str, *, special: bool = True) -> tuple[int, ...]:
-        ids = self._tokenizer(text, add_special_tokens=special)["input_ids"]
-        if not ids:
-            raise Problem(400, "the prompt has no token")
-        return tuple(ids)
-
-    def _encoded_chat(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
-        if not self._tokenizer.chat_template:
-            raise Problem(400, "this model has no chat template; use /v1/completions")
-        try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
+        if min(ids) < 0 or max(ids) >= size:
+            wrong = next(token for token in ids if not 0 <= token < size)
+            raise Problem(
+                400, f"{wrong} is no token id of this model; they are from 0 to {size - 1}"
             )
-        except TemplateError as error:
-            raise Problem(400, f"the model's chat template refuses the messages: {error}") from None
-        return self._encoded(text, special=False)
-
-    async def _aside(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        return tuple(ids)
 
 
 def namespace_of(cache_salt: str | None, extra_key: str | None) -> Namespace:
@@ -211,6 +200,7 @@ def _params(
         seed=seed,
         ignore_eos=bool(body.ignore_eos),
         min_new_tokens=min_new_tokens or 0,
+        skip_special_tokens=body.skip_special_tokens is not False,
     )
 
 

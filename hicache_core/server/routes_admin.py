@@ -164,7 +164,7 @@ class StorageDesk:
         """
         wanted = self._changed(
             hicache_storage_backend=body.hicache_storage_backend,
-            extra=body.hicache_storage_backend_extra_config_json or {},
+            extra=body.extra_config,
             **{key: value for key in POLICIES if (value := getattr(body, key)) is not None},
         )
         if wanted.hicache_storage_backend is None:

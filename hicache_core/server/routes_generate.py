@@ -11,6 +11,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from hicache_core.server.access import check_priority
 from hicache_core.server.answers import OpenAIForm, generated
 from hicache_core.server.bodies import (
     ChatBody,
@@ -28,11 +29,14 @@ from hicache_core.server.stream import EventStream, GeneratePieces, OpenAIPieces
 def make_router(service: Service) -> APIRouter:
     """The routes, over ``service``."""
     router = APIRouter()
-    max_nbytes = service.served.limits.max_body_nbytes
+    limits = service.served.limits
+    max_nbytes, longest = limits.max_body_nbytes, limits.context_length
+    most = service.settings.max_client_priority
 
     @router.api_route("/generate", methods=["POST", "PUT"])
     async def generate(http: Request) -> Response:
-        body = await read_body(http, GenerateBody, max_nbytes)
+        body = await read_body(http, GenerateBody, max_nbytes, longest)
+        check_priority(body.priority or 0, most, http.scope)
         asked = await service.prompts.of_generate(body)
         single = not body.is_batch and len(asked) == 1
         if body.stream:
@@ -42,12 +46,14 @@ def make_router(service: Service) -> APIRouter:
 
     @router.post("/v1/completions")
     async def completions(http: Request) -> Response:
-        body = await read_body(http, CompletionBody, max_nbytes)
+        body = await read_body(http, CompletionBody, max_nbytes, longest)
+        check_priority(body.priority or 0, most, http.scope)
         return await _openai(service, body, await service.prompts.of_completion(body), http)
 
     @router.post("/v1/chat/completions")
     async def chat(http: Request) -> Response:
-        body = await read_body(http, ChatBody, max_nbytes)
+        body = await read_body(http, ChatBody, max_nbytes, longest)
+        check_priority(body.priority or 0, most, http.scope)
         return await _openai(service, body, await service.prompts.of_chat(body), http)
 
     return router
@@ -69,7 +75,7 @@ async def _openai(
         details=bool(body.return_cached_tokens_details),
     )
     if body.stream:
-        return EventStream(service.bridge, asked, http, OpenAIPieces(form, usage=body.wants_usage))
+        return EventStream(service.bridge, asked, http, OpenAIPieces(form, body.stream_options))
     return json_answer(form.whole(await _all(service, asked, http)))
 
 

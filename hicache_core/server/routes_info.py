@@ -38,7 +38,7 @@ def make_router(service: Service) -> APIRouter:
 
 
 def _add_health(router: APIRouter, service: Service) -> None:
-    @router.get("/health")
+    @router.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         if error := service.engine.status().error:
             raise Problem(503, f"the engine has stopped: {error}")

@@ -18,6 +18,7 @@ from hicache_core.engine.engine import Engine
 from hicache_core.engine.model import LoadedModel
 from hicache_core.errors import ConfigError, RankLost
 from hicache_core.integrations.model_check import vocabulary_of
+from hicache_core.observe.event_settings import events_config
 from hicache_core.server.app import make_app
 from hicache_core.server.connections import bounded
 from hicache_core.server.crew import Crew
@@ -26,6 +27,7 @@ from hicache_core.server.prompts import Limits
 from hicache_core.server.role import make_engine, role_of
 from hicache_core.server.service import ServedModel, Service
 from hicache_core.server.settings import ServerSettings, notices, with_secret
+from hicache_core.settings_check import check_settings
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +44,9 @@ def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
     """
     asked, settings = settings, with_secret(settings)
     role = role_of(settings)
+    in_force = settings.cache.resolve().in_force
+    check_settings(in_force)  # before a model is loaded, which may take minutes
+    events_config(in_force.kv_events_config)
     with _listening(settings.host, settings.port) as listener:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         for line in notices(asked, device):

@@ -72,6 +72,8 @@ class ServerSettings:
         enable_cache_report: whether usage says what was cached.
         shutdown_timeout_s: for requests under way, and then for backups.
         disaggregation: prefill and decode apart.
+        max_client_priority: the highest that a client without the admin key may ask for.
+        without_effect: flags that were given and mean nothing to this server.
     """
 
     model_path: str
@@ -87,6 +89,8 @@ class ServerSettings:
     enable_cache_report: bool = False
     shutdown_timeout_s: float = 20.0
     disaggregation: Disaggregation = field(default_factory=Disaggregation)
+    max_client_priority: int = 0
+    without_effect: tuple[str, ...] = ()
 
 
 def goes_over_rdma(disaggregation: Disaggregation, devices: Path = DEVICES) -> bool:
@@ -117,9 +121,9 @@ def notices(settings: ServerSettings, device: str) -> Iterator[str]:
         settings: as given.
         device: ``cpu`` or ``cuda``.
     """
-    resolved = settings.cache.resolve()
-    for change in resolved.adjustments:
-        yield str(change)
+    # What of the cache is in force otherwise than asked is in the log, said by resolve().
+    for flag in settings.without_effect:
+        yield f"{flag} is taken for SGLang's sake and changes nothing here"
     if device == "cpu" and settings.engine.mem_fraction_static != DEFAULTS.mem_fraction_static:
         yield (
             f"--mem-fraction-static {settings.engine.mem_fraction_static} has no effect on a CPU; "

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from hicache_core.server.answers import DONE, OpenAIForm, event, generated
+from hicache_core.server.bodies import StreamOptions
 from hicache_core.server.bridge import Asked, Bridge, Pending, Whole, growing
 from hicache_core.server.problems import Problem
 
@@ -60,10 +61,13 @@ class GeneratePieces:
 class OpenAIPieces:
     """OpenAI's form: each piece has what is new."""
 
-    def __init__(self, form: OpenAIForm, *, usage: bool) -> None:
-        """``usage``: whether the last piece has it."""
+    def __init__(self, form: OpenAIForm, options: StreamOptions | None) -> None:
+        """``options``: whether the last piece has usage, and whether each piece has its own."""
         self._form = form
-        self._usage = usage
+        self._usage = options is not None and bool(options.include_usage)
+        self._all_along = (
+            self._usage and options is not None and bool(options.continuous_usage_stats)
+        )
 
     def start(self, index: int) -> Iterator[object]:
         # docstring inherited
@@ -74,7 +78,8 @@ class OpenAIPieces:
         # docstring inherited
         last = whole.last
         if last.text or last.finish_reason is not None:
-            yield self._form.piece(index, last.text, last.finish_reason)
+            piece = self._form.piece(index, last.text, last.finish_reason)
+            yield {**piece, "usage": self._form.usage([whole])} if self._all_along else piece
 
     def end(self, answers: Sequence[Whole]) -> Iterator[object]:
         # docstring inherited

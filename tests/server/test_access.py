@@ -81,10 +81,70 @@ async def test_without_an_admin_key_the_operator_is_on_this_machine(
     address: tuple[str, int], headers: dict[str, str]
 ) -> None:
     async with server() as s, s.calling_from(address, **headers) as stranger:
-        assert (await stranger.get("/v1/models")).status_code == 200
         for method, path in ADMIN_CALLS:
             assert (await stranger.request(method, path)).status_code == 403
             assert (await s.client.request(method, path)).status_code in (200, 400)
+
+
+PAGES = [
+    {"origin": "https://example.org"},
+    {"origin": "null"},
+    {"sec-fetch-site": "cross-site"},
+    {"host": "example.org"},
+]
+
+
+@pytest.mark.parametrize("headers", PAGES)
+async def test_without_keys_a_page_of_another_site_reads_and_sends_nothing(
+    headers: dict[str, str],
+) -> None:
+    async with server() as s, s.calling_from(LOCAL, **headers) as page:
+        for method, path in CALLS:
+            raw = {"content-type": "text/plain"}
+            refused = await page.request(method, path, headers=raw, content=b'{"input_ids": [3]}')
+            assert refused.status_code == 403
+            assert "--api-key" in refused.json()["error"]["message"]
+        assert s.engine.received == []
+    async with server(keys=Keys(api="the-api-key")) as s, s.calling_from(LOCAL, **headers) as page:
+        assert (await page.get("/v1/models", headers=bearer("the-api-key"))).status_code == 200
+    async with server(host="0.0.0.0") as s, s.calling_from(LOCAL, **headers) as page:
+        assert (await page.get("/v1/models")).status_code == 200
+
+
+async def test_without_a_key_the_page_has_its_own_files_and_nothing_else_that_reads_alike() -> None:
+    async with server(keys=BOTH) as s:
+        body = {"input_ids": IDS, "rid": "abc.js", "sampling_params": {"max_new_tokens": 1}}
+        await s.client.post("/generate", json=body, headers=bearer(BOTH.api or ""))
+        for path in ("/hicache/", "/hicache/app.js", "/hicache/page.css", "/hicache/icon.svg"):
+            assert (await s.client.get(path)).status_code == 200
+        for path in ("/hicache/explain/abc.js", "/hicache/status.js", "/hicache/tree/x.css"):
+            assert (await s.client.get(path)).status_code == 401
+
+
+async def test_a_priority_beyond_what_clients_may_ask_for_needs_the_admin_key() -> None:
+    """Without a bound, whoever asks for more is served before all others, for ever."""
+    body = {"input_ids": IDS, "sampling_params": {"max_new_tokens": 1}}
+    async with server(keys=BOTH, max_client_priority=5) as s:
+        for path in ("/generate", "/v1/completions"):
+            own = {"prompt": IDS, "max_tokens": 1} if path == "/v1/completions" else body
+            for key, priority, status in [
+                (BOTH.api, -9, 200),
+                (BOTH.api, 5, 200),
+                (BOTH.api, 6, 400),
+                (BOTH.admin, 6, 200),
+            ]:
+                asked = {**own, "priority": priority}
+                answer = await s.client.post(path, json=asked, headers=bearer(key or ""))
+                assert answer.status_code == status
+                if status == 400:
+                    assert answer.json()["error"]["param"] == "priority"
+    async with server() as s:  # the operator by place, not by key, is a client like all others
+        assert (await s.client.post("/generate", json={**body, "priority": 1})).status_code == 400
+
+
+async def test_health_answers_head() -> None:
+    async with server(keys=BOTH) as s:
+        assert (await s.client.head("/health")).status_code == 200
 
 
 async def test_keys_are_never_shown(caplog: pytest.LogCaptureFixture) -> None:

@@ -228,3 +228,24 @@ async def test_health_tells_that_nobody_can_fetch_kv(monkeypatch: pytest.MonkeyP
         assert "KV transfers: the listener has ended" in answer.text
         transfer.close()
         assert (await s.client.get("/health")).status_code == 200
+
+
+async def test_what_the_get_shows_the_put_takes_and_nothing_unknown(tmp_path: Path) -> None:
+    async with server() as s:
+        path = "/hicache/storage-backend"
+        body = {
+            "hicache_storage_backend": "file",
+            "hicache_storage_backend_extra_config": {"path": str(tmp_path / "kv")},
+        }
+        assert (await s.client.put(path, json=body)).status_code == 200
+        shown = (await s.client.get(path)).json()
+        assert shown["hicache_storage_backend_extra_config"]["path"] == str(tmp_path / "kv")
+        assert (await s.client.put(path, json=shown)).status_code == 200
+        for wrong, said in (
+            ({"extra_config": {}}, "extra_config: there is no such field"),
+            ({"hicache_storage_backend_extra_config_json": "{}"}, "not both"),
+            ({"hicache_storage_backend_extra_config": {"password": "***"}}, "write it out"),
+        ):
+            refused = await s.client.put(path, json={**body, **wrong})
+            assert refused.status_code == 400
+            assert said in refused.json()["error"]["message"]

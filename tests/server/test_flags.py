@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Sequence
 
@@ -10,10 +11,12 @@ from click.testing import CliRunner
 
 from hicache_core.cli.main import cli, main
 from hicache_core.errors import ConfigError
+from hicache_core.logs import forget_logged
 from hicache_core.server.settings import notices
 from tests.server.tiny import parsed
 
 MODEL = ["--model-path", "tiny"]
+EXTRA_FLAG = "--hicache-storage-backend-extra-config"
 OFFLOAD = ["--disaggregation-mode", "decode", "--disaggregation-decode-enable-offload-kvcache"]
 
 
@@ -67,9 +70,69 @@ def test_the_secret_of_transfers_comes_from_the_environment_and_is_not_shown(
     assert "horse" not in repr(settings)
 
 
-def test_storage_without_the_hierarchical_cache_is_left_out_and_said() -> None:
-    said = "\n".join(notices(parsed([*MODEL, "--hicache-storage-backend", "file"]), "cpu"))
-    assert "storage needs enable_hierarchical_cache" in said
+def test_storage_without_the_hierarchical_cache_is_left_out_and_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    forget_logged()
+    settings = parsed([*MODEL, "--hicache-storage-backend", "file"])
+    said = list(notices(settings, "cpu"))
+    for _ in range(2):
+        settings.cache.resolve()
+    said += [record.getMessage() for record in caplog.records]
+    words = "file was asked, none is in force: storage needs enable_hierarchical_cache: true"
+    assert [words in line for line in said] == [True]
+
+
+def test_who_gives_a_size_is_told_nothing_of_the_ratio_that_nobody_asked_for(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    forget_logged()
+    with caplog.at_level(logging.INFO, "hicache_core"):
+        cache = parsed([*MODEL, "--enable-hierarchical-cache", "--hicache-size", "1"]).cache
+        assert cache.resolve().in_force.hicache_ratio == 0
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--hicache-storage-backend", "reddis"], "did you mean 'redis'"),
+        (["--hicache-storage-backend", "file"], "file.path: this setting is required"),
+        (
+            [
+                "--hicache-storage-backend",
+                "memory",
+                "--hicache-storage-backend-extra-config",
+                '{"extra_backend_tag": "a"}',
+            ],
+            "extra_backend_tag: this is SGLang's; here a store is separated by a path",
+        ),
+        (["--kv-events-config", '{"publisher": "kafka"}'], "allowed: zmq, null"),
+        (["--kv-events-config", '{"endpont": "x"}'], "endpont"),
+    ],
+)
+def test_settings_are_checked_before_the_model_is_loaded(
+    capsys: pytest.CaptureFixture[str], flags: list[str], said: str
+) -> None:
+    asked = ["serve", "--model-path", "/nowhere", "--port", "0", "--enable-hierarchical-cache"]
+    with pytest.raises(SystemExit):
+        main([*asked, *flags])
+    error = capsys.readouterr().err
+    assert said in error
+    assert "/nowhere" not in error
+
+
+def test_flags_of_sglang_that_change_nothing_are_taken_and_said() -> None:
+    settings = parsed([*MODEL, "--trust-remote-code", "--attention-backend", "triton"])
+    said = "\n".join(notices(settings, "cpu"))
+    assert "--trust-remote-code is taken" in said
+    assert "--attention-backend is taken" in said
+
+
+def test_what_clients_may_ask_for_of_priority_is_set_by_the_operator() -> None:
+    assert parsed(MODEL).max_client_priority == 0
+    assert parsed([*MODEL, "--max-client-priority", "7"]).max_client_priority == 7
+    assert parsed([*MODEL, "--enable-priority-scheduling"]).max_client_priority == (1 << 31) - 1
 
 
 def test_a_decode_server_that_offloads_has_host_and_storage() -> None:

@@ -52,7 +52,7 @@ class TinyServer:
     Attributes:
         client: calls it from this machine.
         engine: the real one.
-        said: what it says at start.
+        said: what it says at start, the adjustments of its log included.
     """
 
     client: httpx.AsyncClient
@@ -96,7 +96,8 @@ async def tiny_server(model: LoadedModel, flags: Sequence[str]) -> AsyncIterator
             app.router.lifespan_context(app),
             httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client,
         ):
-            yield TinyServer(client, engine, "\n".join(notices(settings, "cpu")))
+            said = [*map(str, settings.cache.resolve().adjustments), *notices(settings, "cpu")]
+            yield TinyServer(client, engine, "\n".join(said))
     finally:
         engine.close(1.0)
 

@@ -71,3 +71,14 @@ def test_secrets_in_a_query_are_masked_and_the_rest_is_not() -> None:
 def test_bytes_and_nested_lists_are_walked() -> None:
     value = {"hosts": [b"redis://u:p@a", ("redis://u:p@b",)], "n": 3}
     assert masked(value) == {"hosts": [f"redis://{MASK}@a", [f"redis://{MASK}@b"]], "n": 3}
+
+
+@pytest.mark.parametrize(
+    "dsn",
+    ["host=db password=geheim", "password = 'geheim und mehr' host=db", 'dbname=x passwd="geheim"'],
+)
+def test_a_password_in_a_text_of_pairs_is_masked(dsn: str) -> None:
+    shown = masked({"dsn": dsn})
+    assert "geheim" not in str(shown)
+    assert "mehr" not in str(shown)
+    assert MASK in str(shown)

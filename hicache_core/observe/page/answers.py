@@ -94,6 +94,15 @@ def page_answer(data: PageData, path: str, query: str = "") -> Answer | None:
     return not_found(f"nothing at {path} here") if value is None else as_json(value)
 
 
+def page_names() -> frozenset[str]:
+    """The names of the page's own files, which tell nothing of a cache."""
+    return frozenset(
+        file.name
+        for file in files("hicache_core.observe.page").joinpath("files").iterdir()
+        if "." + file.name.rpartition(".")[2] in TYPES
+    )
+
+
 def page_file(name: str) -> Answer | None:
     """A file of the page; None if there is none of that name."""
     folder = files("hicache_core.observe.page").joinpath("files")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hicache_core.storage.base import BackendConfig
 from hicache_core.storage.lanes import default_lanes
 from hicache_core.storage.settings import Nbytes, Seconds
+
+_DIRECTORY = "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR"
+_OF_SGLANG = {"file_path": "path", "max_size": "max_nbytes"}
 
 
 class FileConfig(BackendConfig):
@@ -38,3 +43,17 @@ class FileConfig(BackendConfig):
     lock_timeout_s: Seconds = Field(
         default=5.0, description="how long to wait for another process's transaction"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_sglang_says(cls, values: object) -> object:
+        """SGLang's names for the same, and its variable for the directory."""
+        if not isinstance(values, Mapping):
+            return values
+        taken = dict(values)
+        for name, own in _OF_SGLANG.items():
+            if name in taken and own not in taken:
+                taken[own] = taken.pop(name)
+        if "path" not in taken and (directory := os.environ.get(_DIRECTORY)):
+            taken["path"] = directory
+        return taken

@@ -16,6 +16,8 @@ from hicache_core.cli.main import cli, main
 from hicache_core.config import HiCacheConfig
 from hicache_core.config_sources import EXTRA, env_name, flag_name
 
+EXTRA_FLAG = "--hicache-storage-backend-extra-config"
+
 
 def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     clean = {key: value for key, value in os.environ.items() if not key.startswith("HICACHE_")}
@@ -101,11 +103,65 @@ def test_config_shows_asked_source_and_in_force(tmp_path: Path) -> None:
 
 
 def test_config_as_text_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = in_process(capsys, "config", "--hicache-size", "10")
+    status, out, _ = in_process(capsys, "config", "--hicache-size", "10", "--hicache-ratio", "2")
     assert status == 0
     for key in HiCacheConfig.model_fields:
         assert any(line.startswith(key) for line in out.splitlines())
     assert "hicache_ratio: 2.0 was asked, 0.0 is in force" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--hicache-storage-backend", "reddis"], "did you mean 'redis'"),
+        (["--hicache-storage-backend", "file"], "file.path: this setting is required"),
+        (
+            [
+                "--hicache-storage-backend",
+                "file",
+                "--hicache-storage-backend-extra-config",
+                '{"path": "kv", "sise": 1}',
+            ],
+            "file.sise: there is no such setting",
+        ),
+        (
+            [
+                "--hicache-storage-backend",
+                "chain",
+                "--hicache-storage-backend-extra-config",
+                '{"links": [{"backend": "file"}]}',
+            ],
+            "file.path: this setting is required",
+        ),
+    ],
+)
+def test_config_of_a_store_that_cannot_be_opened_fails(
+    capsys: pytest.CaptureFixture[str], flags: list[str], said: str
+) -> None:
+    status, _, error = in_process(capsys, "config", *flags)
+    assert status == 2
+    assert said in error
+
+
+def test_config_takes_the_names_that_sglang_has_for_the_same(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = '{"file_path": "kv", "max_size": "20G", "prefetch_threshold": 1}'
+    file = ["config", "--hicache-storage-backend", "file"]
+    assert in_process(capsys, *file, EXTRA_FLAG, given)[0] == 0
+    monkeypatch.setenv("SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR", "kv")
+    assert in_process(capsys, *file)[0] == 0
+
+
+def test_a_mistyped_variable_is_reported_by_every_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HICACHE_PAGE_SIZ", "3")
+    monkeypatch.setenv("HICACHE_OF_A_PLUGIN", "3")
+    for command in ("config", "version"):
+        _, _, error = in_process(capsys, command)
+        words = "hicache: HICACHE_PAGE_SIZ is ignored; did you mean HICACHE_PAGE_SIZE?"
+        assert error.splitlines() == [words]
 
 
 def test_every_setting_has_its_flag(capsys: pytest.CaptureFixture[str]) -> None:
