@@ -416,4 +416,7 @@ class Controller(StorageControl):
 
     def check_integrity(self) -> None:
         """Raises IntegrityError where an invariant fails; in time proportional to the cache."""
+        n_orphaned = self._write_path.n_orphaned_pages
+        if self._prefetch_path is not None:
+            n_orphaned += self._prefetch_path.n_orphaned_pages
         check_owners(self._parts, n_orphaned)
