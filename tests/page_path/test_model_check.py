@@ -107,7 +107,7 @@ def test_a_model_with_tokens_of_its_own_before_the_prompt_is_refused() -> None:
         check_model(model)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*deprecated")
 def test_weights_whose_scales_follow_the_whole_prompt_are_refused() -> None:
     """As torch's dynamic int8 has them: a prefix is rounded otherwise before other tokens."""
     model = torch.ao.quantization.quantize_dynamic(
