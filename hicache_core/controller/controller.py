@@ -342,10 +342,7 @@ class Controller(StorageControl):
         self._settling.settle()
 
     def wait(self, timeout_s: float) -> None:
-        """Waits until storage or a copy has news for ``poll``, or for ``timeout_s``.
-
-        For an engine that has nothing else to do, between two ``poll()``.
-        """
+        """Waits, between two ``poll()``, until storage or a copy has news, or for ``timeout_s``."""
         self.owner.check()
         self._settling.wait(timeout_s)
 

@@ -77,7 +77,12 @@ class Turn:
         if not from_nothing:
             self._fetch(tokens)
         with shield:
-            match = self._cache.match_prefix(usable, self._namespace, request_id=self._request_id)
+            match = self._cache.match_prefix(
+                usable,
+                self._namespace,
+                request_id=self._request_id,
+                n_behind=(len(tokens) - len(usable)) // TOKEN_NBYTES,
+            )
             self._cache.lock(match.node)
             self._node = match.node
             self._match = self._cache.load_back(match)
