@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -139,14 +139,20 @@ class Database(NamedTuple):
         return status.st_dev, status.st_ino
 
     @contextlib.contextmanager
-    def translated(self) -> Iterator[None]:
-        """Raises the ``BackendError`` that fits what SQLite raises."""
+    def translated(self, damaged: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Raises the ``BackendError`` that fits what SQLite raises; ``damaged`` hears of damage."""
         try:
             yield
+        except BackendCorrupt:
+            damaged()
+            raise
         except UnicodeDecodeError as exc:  # of a text in the file, or of SQLite's words about it
+            damaged()
             raise BackendCorrupt(f"{self.what} {self.path}: {exc.reason}: {_REBUILT}") from exc
         except sqlite3.Error as exc:
             kind, advice = self._meaning(exc)
+            if kind is BackendCorrupt:
+                damaged()
             raise kind(f"{self.what} {self.path}: {exc}: {advice}") from exc
 
     def _meaning(self, exc: sqlite3.Error) -> tuple[type[BackendError], str]:

@@ -210,7 +210,6 @@ class FileBackend(StorageBackend):
         """Writes and publishes what is not stored yet; how many leading pages are stored then."""
         rows = store.lookup([want.key for want in wanted])[1]
         if self._all_stored(rows, wanted):
-            store.index.check_current()
             store.space.used([row.extent for row in rows if row is not None])
             return len(wanted)
         wanted = [

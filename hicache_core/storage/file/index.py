@@ -128,6 +128,9 @@ class FileIndex:
             return f"index {self.path} was removed or replaced while in use"
         return ""
 
+    def _damaged(self) -> None:
+        self._is_damaged = True
+
     def check_current(self) -> None:
         """Raises ``BackendUnavailable`` if it is of no use any more."""
         if trouble := self.trouble():
@@ -156,16 +159,6 @@ class FileIndex:
         """Writes the log (SQLite's WAL) into the database, so that its room is used again."""
         with self._database.translated(), self._write_lock:
             self._writer.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
-
-    @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
-        """Raises a ``BackendError``, and remembers that the index is damaged if it is that."""
-        try:
-            with self._database.translated():
-                yield
-        except BackendCorrupt:
-            self._is_damaged = True
-            raise
 
     def _connection(self) -> sqlite3.Connection:
         return self._database.connect(self._timeout_s, durable=self._durable)
@@ -200,7 +193,7 @@ class FileIndex:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """The writing connection, in a transaction that ends with the block."""
-        with self._translated(), self._write_lock:
+        with self._database.translated(self._damaged), self._write_lock:
             connection = self._writer
             self.check_current()  # what is written into a file without a name is lost
             connection.execute("BEGIN IMMEDIATE")
@@ -257,7 +250,7 @@ class FileIndex:
 
     def totals(self) -> tuple[int, int, int]:
         """Number of objects, their bytes, and the bytes of all extents."""
-        with self._read_lock, self._translated():
+        with self._read_lock, self._database.translated(self._damaged):
             self._follow()
             (held,) = self._reader.execute(
                 "SELECT value FROM counters WHERE name = 'held'"
@@ -310,7 +303,7 @@ class FileIndex:
 
     def _follow(self) -> None:
         """Takes over what any connection committed since the last call. Holds the read lock."""
-        with self._translated():
+        with self._database.translated(self._damaged):
             connection = self._reader
             (data_version,) = connection.execute("PRAGMA data_version").fetchone()
             if data_version == self._seen[0]:

@@ -214,7 +214,7 @@ def test_a_directory_that_is_removed_while_in_use_is_noticed_and_made_anew(
     if remade:
         fill(open_file(), KEYS[:3])
     with pytest.raises(BackendUnavailable, match="removed or replaced while in use"):
-        backend.set(KEYS[5], value(KEYS[5]))
+        backend.set("new", b"x")
     backend.set(KEYS[5], value(KEYS[5]))
     other = open_file()
     assert other.get(KEYS[5]) == value(KEYS[5]), "others find what is stored from now on"
@@ -242,7 +242,7 @@ def test_where_the_directory_cannot_be_made_anew_each_call_says_so(
     shutil.rmtree(tmp_path / "disk")
     for _ in range(3):
         with pytest.raises(BackendUnavailable):
-            backend.set(KEYS[5], value(KEYS[5]))
+            backend.set("new", b"x")
     (tmp_path / "disk").mkdir()
     expect_whole(backend)
 

@@ -12,7 +12,6 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from hicache_core.errors import BackendCorrupt, BackendDenied, BackendUnavailable
@@ -172,15 +171,12 @@ class SqliteFile:
         """One more connection. What a power cut may take, a scan of the slabs gives back."""
         return self._database.connect(self._timeout_s)
 
-    @contextlib.contextmanager
-    def translated(self) -> Iterator[None]:
+    def translated(self) -> contextlib.AbstractContextManager[None]:
         """Raises the ``BackendError`` that fits what SQLite raises."""
-        try:
-            with self._database.translated():
-                yield
-        except BackendCorrupt:
-            self._is_damaged = True
-            raise
+        return self._database.translated(self._damaged)
+
+    def _damaged(self) -> None:
+        self._is_damaged = True
 
     def trouble(self) -> str:
         """Why it is of no use any more, though it is open; empty if it is well."""
