@@ -388,7 +388,11 @@ class Engine:
         if output.finish_reason is not None:
             with self._changed:
                 self._tasks.pop(output.request_id, None)
-        on_output(output)
+        try:
+            on_output(output)
+        except Exception:  # of who listens; on other ranks nobody does
+            log.exception("nobody hears of request %s any more", output.request_id)
+            self.abort(output.request_id)
 
     def _work(self, work: Callable[[HiCache], T], future: Future[T]) -> None:
         with self._changed:
