@@ -33,9 +33,9 @@ class Blame:
         runner: Runner,
         ranks: TensorRanks | None,
         tally: Tally,
-        end: Callable[[Task, str], None],
+        end: Callable[[Task, tuple[int, ...], str, str, str], None],
     ) -> None:
-        """``end`` ends a request with an error, in words, and gives its pages back."""
+        """``end`` is the scheduler's: tokens, text, reason, and the error in words."""
         self._cache = cache
         self._runner = runner
         self._ranks = ranks
@@ -61,7 +61,8 @@ class Blame:
         log.error("request %s failed", task.request.request_id, exc_info=error)
         self._tally.failed += 1
         settle_loads(self._cache)  # that of its prefix may be under way
-        self._end(task, f"this request failed in the engine: {type(error).__name__}: {error}")
+        what = f"this request failed in the engine: {type(error).__name__}: {error}"
+        self._end(task, (), "", "error", what)
         self._cache.check_integrity()
 
     def check(self, error: Exception) -> None:

@@ -68,6 +68,7 @@ class Scheduler:
         self.relay = Relay()
         self.decoded = Rate(clock)
         self.prefilled = Rate(clock)
+        self.progressed_s = 0.0  # when any request made progress, the last time
         self._cache = cache
         self._runner = runner
         self._config = config
@@ -76,7 +77,7 @@ class Scheduler:
         self._ranks = ranks
         self._waiting: dict[str, Task] = {}
         self._running: dict[str, Task] = {}
-        self._blame = Blame(cache, runner, ranks, self.tally, self._end_failed)
+        self._blame = Blame(cache, runner, ranks, self.tally, self._end)
 
     # What others ask.
 
@@ -225,6 +226,7 @@ class Scheduler:
             return False
         if task.n_new == 0:
             task.cached = cached_of(match, loaded, from_storage)
+        self._progress(task)
         task.note(first_scheduled=self._clock())
         task.n_computed = loaded.n_tokens
         self._running[task.request.request_id] = self._waiting.pop(task.request.request_id)
@@ -287,6 +289,7 @@ class Scheduler:
         if not (is_first and task.cached.total):  # else it waited for pages as well
             self._cache.prefilled(n_tokens, self._clock() - started_s)
         self.prefilled.add(n_tokens)
+        self._progress(task)
         task.n_computed += n_tokens
         if task.n_missing == 0:
             self._store(task)
@@ -324,8 +327,7 @@ class Scheduler:
 
     def _decode(self, tasks: list[Task]) -> int:
         """One more token for each of ``tasks`` that still runs and gets room; how many."""
-        batch = [task for task in tasks if self._gets_room(task)]
-        if not batch:
+        if not (batch := [task for task in tasks if self._gets_room(task)]):
             return 0
         pasts = [Past(task.tokens[-1], task.n_computed, task.table.pages) for task in batch]
         try:
@@ -366,6 +368,7 @@ class Scheduler:
         """Adds a token to an answer and tells the client."""
         text, finish_reason = task.answer(token)
         self.decoded.add(1)
+        self._progress(task)
         task.note(first_token=self._clock())
         if finish_reason is not None:
             self._end(task, (token,), text, finish_reason)
@@ -407,8 +410,6 @@ class Scheduler:
         task.n_computed = 0
         self._waiting[task.request.request_id] = self._running.pop(task.request.request_id)
 
-    # Ends.
-
     def _end(
         self, task: Task, tokens: tuple[int, ...], text: str, finish_reason: str, error: str = ""
     ) -> None:
@@ -422,8 +423,9 @@ class Scheduler:
             self._store(task)
         self.relay.release(task)
         self.tally.finished += 1
+        self._progress(task)
         task.note(finished=self._clock())
         task.emit(tokens, text, finish_reason, error)
 
-    def _end_failed(self, task: Task, error: str) -> None:
-        self._end(task, (), "", "error", error)
+    def _progress(self, task: Task) -> None:
+        task.progressed_s = self.progressed_s = self._clock()

@@ -37,6 +37,7 @@ class Task:
         n_failed_loads: of the cache, when the request was matched.
         asked_storage: a prefetch is to be finished.
         was_preempted: its pages may have left the device since.
+        progressed_s: when it came, got pages, or some of its tokens were computed, the last time.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Task:
         self.n_failed_loads = 0
         self.asked_storage = False
         self.was_preempted = False
+        self.progressed_s = 0.0
         self._number = number
         self._on_output = on_output
         self._sampler = sampler

@@ -251,7 +251,13 @@ def test_an_engine_that_breaks_leaves_nobody_waiting() -> None:
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("max_running", 0), ("chunk_tokens", 0), ("mem_fraction_static", 1.0), ("offload_stride", -1)],
+    [
+        ("max_running", 0),
+        ("chunk_tokens", 0),
+        ("mem_fraction_static", 1.0),
+        ("offload_stride", -1),
+        ("stall_timeout_s", 0.0),
+    ],
 )
 def test_settings_out_of_range_are_named(setting: str, value: float) -> None:
     with pytest.raises(ConfigError, match=setting):
