@@ -174,7 +174,7 @@ class DecodeScheduler(Scheduler):
         except TransferError as error:
             self._compute_here(task, str(error))
             return
-        if not self._has_arrived(task):
+        if not self._loads.have_arrived(task):
             task.may_load = False
             self._compute_here(task, "what was on this device already did not get there")
             return

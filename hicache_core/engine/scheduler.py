@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from array import array
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +11,7 @@ import torch
 from hicache_core.controller.controller import Controller
 from hicache_core.engine.blame import Blame
 from hicache_core.engine.config import EngineConfig
-from hicache_core.engine.loads import settle_loads
+from hicache_core.engine.loads import Loads
 from hicache_core.engine.rate import Rate
 from hicache_core.engine.relay import Relay
 from hicache_core.engine.request import CachedTokens
@@ -77,6 +76,7 @@ class Scheduler:
         self._ranks = ranks
         self._waiting: dict[str, Task] = {}
         self._running: dict[str, Task] = {}
+        self._loads = Loads(cache, is_alone=ranks is None)
         self._blame = Blame(cache, runner, ranks, self.tally, self._end)
 
     # What others ask.
@@ -271,7 +271,7 @@ class Scheduler:
         """
         started_s = self._clock()
         start = task.n_computed
-        before_layer = self._wait_layer if is_first else nothing
+        before_layer = self._loads.wait_layer if is_first else nothing
         logits = None
         try:
             logits = self._runner.prefill(
@@ -283,7 +283,7 @@ class Scheduler:
             )
         except LoadFailed as error:
             log.warning("request %s starts over: %s", task.request.request_id, error)
-        if (is_first and not self._has_arrived(task)) or logits is None:
+        if (is_first and not self._loads.have_arrived(task)) or logits is None:
             self._start_over(task)
             return
         if not (is_first and task.cached.total):  # else it waited for pages as well
@@ -294,26 +294,6 @@ class Scheduler:
         if task.n_missing == 0:
             self._store(task)
             self._answer(task, *self._choose([task], [logits]))
-
-    def _wait_layer(self, layer: int) -> None:
-        """Returns when a layer's pages are there, or with several ranks, will never be.
-
-        A rank that left a forward would leave the others in it; all start over after it.
-        """
-        try:
-            self._cache.wait_layer(layer)
-        except LoadFailed:
-            if self._ranks is None:
-                raise
-
-    def _has_arrived(self, task: Task) -> bool:
-        """Whether the request's prefix is there; from then on something may be stored below it."""
-        settle_loads(self._cache)
-        if self._cache.n_failed_loads == task.n_failed_loads:
-            return True
-        with contextlib.suppress(LoadFailed):
-            self._cache.wait_layer(0)  # tells a failure once more, for requests that do not count
-        return False
 
     def _start_over(self, task: Task) -> None:
         """Its prefix did not arrive: the next time, it computes everything."""
