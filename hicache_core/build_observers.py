@@ -65,7 +65,7 @@ class Observers:
         )
 
     def open(self, cache: Controller) -> None:
-        """Starts publishing and answering.
+        """Starts publishing, and takes the address of the status server.
 
         Raises:
             ConfigError: an address is taken.
@@ -89,11 +89,13 @@ class Observers:
         server = StatusServer(
             pages, host=self._config.hicache_status_host, port=port and port + self._rank
         )
-        server.open()
+        server.bind()
         self._server, self._history = server, history
 
     def begin(self) -> None:
-        """Starts to look at the cache by itself, now that it is there."""
+        """Starts to answer, and to look at the cache by itself, now that it is there."""
+        if self._server is not None:
+            self._server.open()
         if self._history is not None:
             self._history.open()
 

@@ -94,3 +94,7 @@ class Attaching:
             self.error = str(error)
         finally:
             self._ended = True
+
+    def fail(self, error: RuntimeError) -> None:
+        """It could not even be tried."""
+        self.error, self._ended = str(error), True

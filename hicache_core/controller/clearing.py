@@ -55,6 +55,10 @@ class Clearing:
         finally:
             self._ended = True
 
+    def fail(self, error: RuntimeError) -> None:
+        """It could not even be tried."""
+        self.error, self._ended = str(error), True
+
     def settle(self, reported: int) -> None:
         """Takes what one rank reported."""
         self.n_ranks_left -= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,11 @@ Judge = Callable[[JobResult], int]
 """Pages that this rank reports for a result; called at most once for a job, on the owner thread."""
 
 RunAside = Callable[[Callable[[], object]], None]
-"""Runs something that may block elsewhere, and returns at once."""
+"""Runs something that may block elsewhere, and returns at once.
+
+Raises:
+    RuntimeError: there is no thread for it, and it will not run.
+"""
 
 
 def on_a_thread(work: Callable[[], object]) -> None:
@@ -70,7 +75,10 @@ class StorageTier:
         attaching = Attaching(name)
         job_id = self._jobs.add(partial(self._opened, attaching))
         self._opening[job_id] = attaching
-        self._run_aside(partial(attaching.open, self._open_storage, settings))
+        try:
+            self._run_aside(partial(attaching.open, self._open_storage, settings))
+        except RuntimeError as error:  # no thread is to be had
+            attaching.fail(error)
         return attaching
 
     def detach(self) -> None:
@@ -100,7 +108,10 @@ class StorageTier:
                 self._clearing[job_id] = clearing
             else:
                 self._jobs.report(job_id, ANY_COUNT)
-        self._run_aside(clearing.run)
+        try:
+            self._run_aside(clearing.run)
+        except RuntimeError as error:  # no thread is to be had
+            clearing.fail(error)
         return clearing
 
     def submit(self, attachment: Attachment, job: Job, judge: Judge | None = None) -> None:
@@ -143,8 +154,9 @@ class StorageTier:
             if attachment.worker.n_in_flight == 0 and attachment not in in_use:
                 for result in attachment.worker.drain():
                     self._take(result)
-                self._draining.remove(attachment)
-                self._run_aside(partial(attachment.close, 0.0))
+                with contextlib.suppress(RuntimeError):  # no thread is to be had: it stays for now
+                    self._run_aside(partial(attachment.close, 0.0))
+                    self._draining.remove(attachment)
 
     @property
     def attachments(self) -> list[Attachment]:
@@ -192,7 +204,12 @@ class StorageTier:
                 abandoned.extend(attachment.close(timeout_s))
                 closed.set()
 
-            self._run_aside(work)
+            try:
+                self._run_aside(work)
+            except RuntimeError as error:  # no thread is to be had, and the backend may hang
+                log.warning("backend %s is not closed: %s", attachment.name, error)
+                abandoned.extend(attachment.worker.close(timeout_s))
+                continue
             if not closed.wait(2 * timeout_s + 1.0):
                 log.warning("backend %s does not close; it is abandoned", attachment.name)
         self.current = None
@@ -224,7 +241,7 @@ class StorageTier:
             log.info("storage backend %s is attached", attaching.name)
             return
         if mine is not None:
-            self._run_aside(partial(mine.close, 0.0))
+            self._draining.append(mine)
             attaching.error = f"another rank could not open backend {attaching.name!r}"
         log.warning("storage backend %s is not attached: %s", attaching.name, attaching.error)
 

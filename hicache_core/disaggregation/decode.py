@@ -10,7 +10,6 @@ from hicache_core.disaggregation.figures import Figures
 from hicache_core.disaggregation.first_token import FirstToken
 from hicache_core.disaggregation.transfer import KvTransferBackend, Notice, TransferState
 from hicache_core.engine.page_table import PageTable
-from hicache_core.engine.request import Bootstrap
 from hicache_core.engine.scheduler import Scheduler
 from hicache_core.engine.task import Task
 from hicache_core.errors import PoolExhausted, TransferError
@@ -111,41 +110,49 @@ class DecodeScheduler(Scheduler):
     def _fetch_expected(self) -> None:
         for task in sorted(self._expected.values(), key=lambda task: task.order):
             n_busy = len(self._running) + len(self._fetching)
-            if n_busy >= self._config.max_running or not self._has_room_for(task):
+            if n_busy >= self._config.max_running:
                 return
-            bootstrap = task.request.bootstrap
-            if bootstrap is None or not self._fetch(task, bootstrap):
+            is_full = False
+            with self._blame.on(task):
+                is_full = not self._has_room_for(task) or not self._takes_pages(task)
+            if is_full:
                 return
+            if task.request.request_id in self._expected:
+                self._fetch(task)
 
-    def _fetch(self, task: Task, bootstrap: Bootstrap) -> bool:
-        """Takes pages for the whole prompt and asks for the rows that are not here; False if full.
+    def _takes_pages(self, task: Task) -> bool:
+        """Gives a request pages for its whole prompt; False if there are too few.
 
         ::
 
-            prompt   | on this device already | fetched .......... tail |
+            prompt   | on this device already | to be fetched .... tail |
         """
         look = self._cache.match_prefix(task.packed(0, task.n_prompt - 1), task.request.namespace)
         match = look.device_part()
         task.n_failed_loads = self._cache.n_failed_loads
         self._cache.lock(match.node)
-        n_pages = -(-task.n_prompt // self._cache.page_size) - len(match.device_pages)
+        task.table.begin(match.node, match.device_pages, array("i"))
         try:
-            pages: array[int] = self._cache.allocate(n_pages)
+            task.table.extend(task.n_prompt)
         except PoolExhausted:
-            self._cache.unlock(match.node)
+            task.table.release()
             return False
-        task.table.begin(match.node, match.device_pages, pages)
+        return True
+
+    def _fetch(self, task: Task) -> None:
+        """Asks for the rows that are not here."""
+        bootstrap = task.request.bootstrap
+        assert bootstrap is not None
         del self._expected[task.request.request_id]
         address = f"{bootstrap.host}:{bootstrap.port}"
-        span = (match.n_tokens, task.n_prompt)
+        span = (task.table.n_stored * self._cache.page_size, task.n_prompt)
+        room = bootstrap.room
         try:
-            room = bootstrap.room
             self._transfer.receive(room, [address], task.table.pages, span, self._timeout_s)
         except TransferError as error:
             self._compute_here(task, str(error))
-            return True
-        self._fetching[bootstrap.room] = task
-        return True
+        else:
+            self._fetching[room] = task
 
     def _settle(self, notice: Notice) -> None:
         abandoned = self._abandoned.pop(notice.room, None)
@@ -153,8 +160,12 @@ class DecodeScheduler(Scheduler):
             abandoned.release()
             return
         task = self._fetching.pop(notice.room, None)
-        if task is None:
-            return
+        if task is not None:
+            with self._blame.on(task):
+                self._take(task, notice)
+
+    def _take(self, task: Task, notice: Notice) -> None:
+        """Nobody writes into the pages of a request any more: it goes on, however that ended."""
         if notice.state is not TransferState.ARRIVED:
             self._compute_here(task, notice.error)
             return
@@ -163,7 +174,7 @@ class DecodeScheduler(Scheduler):
         except TransferError as error:
             self._compute_here(task, str(error))
             return
-        if not self._has_arrived(task):
+        if not self._loads.have_arrived(task):
             task.may_load = False
             self._compute_here(task, "what was on this device already did not get there")
             return
@@ -179,6 +190,12 @@ class DecodeScheduler(Scheduler):
         self._running[task.request.request_id] = task
         task.table.receive(task.tokens[: task.n_computed])
         self._answer(task, first.token)
+
+    def _end(
+        self, task: Task, tokens: tuple[int, ...], text: str, finish_reason: str, error: str = ""
+    ) -> None:
+        self._expected.pop(task.request.request_id, None)
+        super()._end(task, tokens, text, finish_reason, error)
 
     def _compute_here(self, task: Task, error: str) -> None:
         """The rows did not come, and nobody writes into the pages any more: starts like others."""

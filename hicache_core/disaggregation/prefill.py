@@ -160,8 +160,10 @@ class PrefillScheduler(Scheduler):
         # docstring inherited
         self._transfer.close()
 
-    def _end(self, task: Task, tokens: tuple[int, ...], text: str, finish_reason: str) -> None:
-        super()._end(task, tokens, text, finish_reason)
+    def _end(
+        self, task: Task, tokens: tuple[int, ...], text: str, finish_reason: str, error: str = ""
+    ) -> None:
+        super()._end(task, tokens, text, finish_reason, error)
         first = FirstToken(tokens[0], task.cached) if len(tokens) == 1 else None
         self._outbox.finish(task.request, first)
 

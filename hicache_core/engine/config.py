@@ -21,6 +21,8 @@ class EngineConfig:
         mem_fraction_static: part of a GPU's memory for weights and device tier together.
         offload_stride: while decoding, every so many whole pages of a sequence go to the cache, and
             so to host and storage; 0 for only at the end.
+        stall_timeout_s: a request without progress for so long is a sign that the engine is stuck;
+            longer than any step takes.
     """
 
     max_running: int = 8
@@ -30,6 +32,7 @@ class EngineConfig:
     context_length: int | None = None
     mem_fraction_static: float = 0.85
     offload_stride: int = 0
+    stall_timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a value that is out of range."""
@@ -40,6 +43,7 @@ class EngineConfig:
             self._check(name, value is None or value >= 1, "at least 1")
         in_range = 0 < self.mem_fraction_static < 1
         self._check("mem_fraction_static", in_range, "between 0 and 1")
+        self._check("stall_timeout_s", self.stall_timeout_s > 0, "above 0")
         self._check("offload_stride", self.offload_stride >= 0, "at least 0")
 
     def _check(self, name: str, is_well: bool, allowed: str) -> None:
@@ -64,6 +68,7 @@ class EngineStatus:
         preempted: how often a running request had to wait again for lack of room.
         context_length: prompt and answer together, at most.
         error: why the engine stopped; empty while it runs.
+        stalled: which request makes no progress, for how long; empty while all of them do.
     """
 
     waiting: int
@@ -78,3 +83,4 @@ class EngineStatus:
     preempted: int
     context_length: int
     error: str
+    stalled: str = ""

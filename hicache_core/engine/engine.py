@@ -32,11 +32,14 @@ from hicache_core.engine.runner import Runner
 from hicache_core.engine.sampling import Sampler, check_sampling
 from hicache_core.engine.scheduler import Scheduler
 from hicache_core.engine.shard import shard
+from hicache_core.engine.status import status_of
 from hicache_core.engine.task import Task
 from hicache_core.engine.tensor_ranks import TensorRanks
+from hicache_core.engine.watchdog import Watchdog
 from hicache_core.errors import ConfigError, QueueFull, RankLost, UseAfterClose
 from hicache_core.integrations.identity import ModelIdentity
 from hicache_core.integrations.model_check import check_model, kv_spec_of
+from hicache_core.main_thread import main_has_ended
 from hicache_core.pools.device import DevicePool
 
 __all__ = ["Engine", "EngineConfig", "EngineStatus"]
@@ -70,6 +73,9 @@ class Engine:
     that of rank 0, which tells the others once a step; of theirs, only ``open`` and ``join`` are
     called. Once a rank is gone, all of them stop, and every request ends with ``error``.
     ``identity`` is the model's, from ``open`` on: tell it of weights that change unseen.
+
+    When the main thread ends before ``close`` was called, the engine ends too: what runs is
+    aborted, and what is not written yet is lost.
     """
 
     def __init__(
@@ -141,6 +147,7 @@ class Engine:
             clock=self._clock,
             ranks=self._ranks,
         )
+        self._watchdog = Watchdog(self._config.stall_timeout_s, self._clock)
         self._thread = threading.Thread(target=self._run, name="hicache-engine")
         self._thread.start()
 
@@ -195,7 +202,8 @@ class Engine:
             seed = secrets.randbits(63) if seed is None else seed
             order = orders.Add(request, self._n_arrived, seed, n_new_max)
             task = self._task(order, on_output)
-            task.note(arrived=self._clock())
+            task.progressed_s = self._clock()
+            task.note(arrived=task.progressed_s)
             self._tasks[request.request_id] = task
             self._n_queued += 1
             self._orders.append((order, partial(self._add, task)))
@@ -261,21 +269,10 @@ class Engine:
     def status(self) -> EngineStatus:
         """What the engine does now."""
         with self._changed:
-            n_queued, error = self._n_queued, self._error
-        scheduler, tally = self._scheduler, self._scheduler.tally
-        return EngineStatus(
-            waiting=n_queued + scheduler.n_waiting,
-            running=scheduler.n_running,
-            n_slots=self._limits.n_slots,
-            used_slots=scheduler.n_used_pages * self._pool.page_size,
-            tokens_per_s=scheduler.decoded.per_s(),
-            prefill_tokens_per_s=scheduler.prefilled.per_s(),
-            finished=tally.finished,
-            aborted=tally.aborted,
-            failed=tally.failed,
-            preempted=tally.preempted,
-            context_length=self._limits.context_length,
-            error=error,
+            n_queued, error, tasks = self._n_queued, self._error, list(self._tasks.values())
+        stalled = "" if error else self._watchdog.look(tasks, self._scheduler.progressed_s)
+        return status_of(
+            self._scheduler, self._limits, self._pool.page_size, n_queued, error, stalled
         )
 
     def _check_open(self) -> None:
@@ -346,11 +343,17 @@ class Engine:
     def _next_turn(self) -> tuple[orders.Turn, Sequence[Act]]:
         """What was ordered since the last step; with several ranks one collective, or two."""
         if self._ranks is not None and not self._leads:
+            if main_has_ended():
+                raise RankLost(
+                    f"the main thread of rank {self._ranks.rank} ended before the engine"
+                )
             turn = orders.decode(self._ranks.first_text(""))
             return turn, [self._act_of(order) for order in turn.orders]
         with self._changed:
             ordered = list(self._orders)
             self._orders.clear()
+            if main_has_ended():  # nobody is left to call close
+                self._closing, self._drain_s = True, 0.0
             closing, drain_s = self._closing, self._drain_s
         if closing and self._deadline_s == inf:
             self._deadline_s = self._clock() + drain_s
@@ -388,7 +391,11 @@ class Engine:
         if output.finish_reason is not None:
             with self._changed:
                 self._tasks.pop(output.request_id, None)
-        on_output(output)
+        try:
+            on_output(output)
+        except Exception:  # of who listens; on other ranks nobody does
+            log.exception("nobody hears of request %s any more", output.request_id)
+            self.abort(output.request_id)
 
     def _work(self, work: Callable[[HiCache], T], future: Future[T]) -> None:
         with self._changed:

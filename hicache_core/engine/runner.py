@@ -181,6 +181,11 @@ class Runner:
         mask = self._mask(lengths) if len(set(lengths)) > 1 else None
         return self._forward(ids, positions, PoolCache(self.pool, rows, nothing, nothing), mask)
 
+    def check_device(self) -> None:
+        """Raises RuntimeError: the device has failed for good, as a GPU does after a bad access."""
+        if self.pool.device.type == "cuda":
+            torch.cuda.synchronize(self.pool.device)
+
     def _forward(
         self, ids: torch.Tensor, positions: torch.Tensor, past: Cache, mask: torch.Tensor | None
     ) -> torch.Tensor:

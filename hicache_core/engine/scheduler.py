@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
+from array import array
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from hicache_core.controller.controller import Controller
+from hicache_core.engine.blame import Blame
 from hicache_core.engine.config import EngineConfig
+from hicache_core.engine.loads import Loads
 from hicache_core.engine.rate import Rate
 from hicache_core.engine.relay import Relay
 from hicache_core.engine.request import CachedTokens
 from hicache_core.engine.runner import Past, Runner, nothing
-from hicache_core.engine.task import Task
+from hicache_core.engine.tally import Tally
+from hicache_core.engine.task import Task, cached_of
 from hicache_core.engine.tensor_ranks import TensorRanks
 from hicache_core.errors import LoadFailed, PoolExhausted
 from hicache_core.observe.tracing import on_behalf_of
@@ -25,20 +27,6 @@ from hicache_core.radix.results import Match
 log = logging.getLogger(__name__)
 
 Clock = Callable[[], float]
-
-_SETTLE_S = 0.001
-"""So long a look for the end of a copy may take."""
-
-
-@dataclass(slots=True)
-class Tally:
-    """What happened since the start; ``EngineStatus`` says what each number means."""
-
-    finished: int = 0
-    aborted: int = 0
-    failed: int = 0
-    preempted: int = 0
-    restarted: int = 0
 
 
 class Scheduler:
@@ -51,6 +39,8 @@ class Scheduler:
     Where there is none, the request that is last in order gives up its pages (whole ones stay in
     the cache) and waits again. The first in order never gives up: it ends, since it alone fits into
     the pool, and so in turn does every other.
+
+    Errors: what fails for one request ends that one. A batch that fails is computed one by one.
     """
 
     def __init__(
@@ -77,6 +67,7 @@ class Scheduler:
         self.relay = Relay()
         self.decoded = Rate(clock)
         self.prefilled = Rate(clock)
+        self.progressed_s = 0.0  # when any request made progress, the last time
         self._cache = cache
         self._runner = runner
         self._config = config
@@ -85,6 +76,8 @@ class Scheduler:
         self._ranks = ranks
         self._waiting: dict[str, Task] = {}
         self._running: dict[str, Task] = {}
+        self._loads = Loads(cache, is_alone=ranks is None)
+        self._blame = Blame(cache, runner, ranks, self.tally, self._end)
 
     # What others ask.
 
@@ -112,14 +105,16 @@ class Scheduler:
         """Queues a request, and asks storage for what the other tiers lack of its prompt."""
         task.note(arrived=self._clock())
         self._waiting[task.request.request_id] = task
-        self._ask_storage(task)
+        with self._blame.on(task):
+            self._ask_storage(task)
 
     def abort(self, request_id: str) -> None:
         """Ends a request, whatever its state; what was computed of it stays in the cache."""
         task = self._waiting.get(request_id) or self._running.get(request_id)
         if task is not None:
             self.tally.aborted += 1
-            self._end(task, (), "", "abort")
+            with self._blame.on(task):
+                self._end(task, (), "", "abort")
 
     def abort_all(self) -> None:
         """Ends every request with ``abort``."""
@@ -165,18 +160,22 @@ class Scheduler:
         n_left = budget
         for task in self._in_order():
             if n_left and not task.decodes:
-                n_tokens = min(n_left, task.n_missing)
-                n_left -= n_tokens
-                self._compute(task, n_tokens)
+                with self._blame.on(task):
+                    n_tokens = min(n_left, task.n_missing)
+                    n_left -= n_tokens
+                    self._compute(task, n_tokens)
         while n_left and len(self._running) < self._config.max_running:
             ready = self._first_ready()
-            if ready is None or not self._has_room_for(ready) or self._asks_again(ready):
+            if ready is None:
                 break
-            if not self._admit(ready):
-                break
-            n_tokens = min(n_left, ready.n_missing)
-            n_left -= n_tokens
-            self._compute(ready, n_tokens, is_first=True)
+            with self._blame.on(ready):
+                if not self._has_room_for(ready) or self._asks_again(ready):
+                    break
+                if not self._admit(ready):
+                    break
+                n_tokens = min(n_left, ready.n_missing)
+                n_left -= n_tokens
+                self._compute(ready, n_tokens, is_first=True)
         return budget - n_left
 
     def _first_ready(self) -> Task | None:
@@ -209,12 +208,14 @@ class Scheduler:
         """Gives a waiting request the pages of its prompt; False if there are too few."""
         match, from_storage = self._find(task)
         self._cache.lock(match.node)
+        task.table.begin(match.node, array("i"), array("i"))  # it keeps the lock, whatever fails
         n_missing = -(-(len(task.tokens) - match.n_tokens) // self._cache.page_size)
         try:
             pages = self._cache.allocate(n_missing)
         except PoolExhausted:
-            self._cache.unlock(match.node)
+            task.table.release()
             return False
+        task.table.begin(match.node, array("i"), pages)
         with on_behalf_of(task.request.origin):
             loaded = self._cache.load_back(match)
         task.table.begin(match.node, loaded.device_pages, pages)
@@ -224,7 +225,8 @@ class Scheduler:
             task.table.release()
             return False
         if task.n_new == 0:
-            task.cached = _cached(match, loaded, from_storage)
+            task.cached = cached_of(match, loaded, from_storage)
+        self._progress(task)
         task.note(first_scheduled=self._clock())
         task.n_computed = loaded.n_tokens
         self._running[task.request.request_id] = self._waiting.pop(task.request.request_id)
@@ -269,7 +271,7 @@ class Scheduler:
         """
         started_s = self._clock()
         start = task.n_computed
-        before_layer = self._wait_layer if is_first else nothing
+        before_layer = self._loads.wait_layer if is_first else nothing
         logits = None
         try:
             logits = self._runner.prefill(
@@ -281,38 +283,17 @@ class Scheduler:
             )
         except LoadFailed as error:
             log.warning("request %s starts over: %s", task.request.request_id, error)
-        if (is_first and not self._has_arrived(task)) or logits is None:
+        if (is_first and not self._loads.have_arrived(task)) or logits is None:
             self._start_over(task)
             return
         if not (is_first and task.cached.total):  # else it waited for pages as well
             self._cache.prefilled(n_tokens, self._clock() - started_s)
         self.prefilled.add(n_tokens)
+        self._progress(task)
         task.n_computed += n_tokens
         if task.n_missing == 0:
             self._store(task)
             self._answer(task, *self._choose([task], [logits]))
-
-    def _wait_layer(self, layer: int) -> None:
-        """Returns when a layer's pages are there, or with several ranks, will never be.
-
-        A rank that left a forward would leave the others in it; they start over together, after it.
-        """
-        try:
-            self._cache.wait_layer(layer)
-        except LoadFailed:
-            if self._ranks is None:
-                raise
-
-    def _has_arrived(self, task: Task) -> bool:
-        """Whether the request's prefix is there; from then on something may be stored below it."""
-        while not self._cache.loads_settled:
-            self._cache.wait(_SETTLE_S)
-            self._cache.poll()
-        if self._cache.n_failed_loads == task.n_failed_loads:
-            return True
-        with contextlib.suppress(LoadFailed):
-            self._cache.wait_layer(0)  # tells a failure once more, for requests that do not count
-        return False
 
     def _start_over(self, task: Task) -> None:
         """Its prefix did not arrive: the next time, it computes everything."""
@@ -326,19 +307,34 @@ class Scheduler:
 
     def _decode(self, tasks: list[Task]) -> int:
         """One more token for each of ``tasks`` that still runs and gets room; how many."""
-        batch = [
-            task
-            for task in tasks
-            if task.request.request_id in self._running and self._make_room(task, len(task.tokens))
-        ]
-        if not batch:
+        if not (batch := [task for task in tasks if self._gets_room(task)]):
             return 0
         pasts = [Past(task.tokens[-1], task.n_computed, task.table.pages) for task in batch]
-        tokens = self._choose(batch, self._runner.decode(pasts))
+        try:
+            tokens = self._choose(batch, self._runner.decode(pasts))
+        except Exception as error:  # of one request, or of their company
+            return self._find_out(batch, error)
         for task, token in zip(batch, tokens, strict=True):
-            task.n_computed += 1
-            self._answer(task, token)
+            with self._blame.on(task):
+                task.n_computed += 1
+                self._answer(task, token)
         return len(batch)
+
+    def _find_out(self, batch: Sequence[Task], error: Exception) -> int:
+        """Computes a batch that failed one by one; of one alone it is clear whose error it was."""
+        if len(batch) == 1:
+            self._blame.fail(batch[0], error)
+            return 1
+        self._blame.check(error)
+        log.warning("a batch of %d is computed one by one: %r", len(batch), error)
+        return sum(self._decode([task]) for task in batch)
+
+    def _gets_room(self, task: Task) -> bool:
+        """Whether a running request has room for its next token."""
+        has_room = task.request.request_id in self._running
+        with self._blame.on(task):
+            has_room = has_room and self._make_room(task, len(task.tokens))
+        return has_room and task.request.request_id in self._running
 
     def _choose(self, tasks: Sequence[Task], rows: Iterable[torch.Tensor]) -> list[int]:
         """The next token of each answer: with several ranks, what rank 0 chooses."""
@@ -352,6 +348,7 @@ class Scheduler:
         """Adds a token to an answer and tells the client."""
         text, finish_reason = task.answer(token)
         self.decoded.add(1)
+        self._progress(task)
         task.note(first_token=self._clock())
         if finish_reason is not None:
             self._end(task, (token,), text, finish_reason)
@@ -373,9 +370,10 @@ class Scheduler:
                 if last is task and len(self._running) == 1 and not task.table.has_spares:
                     return False  # what storage or a transfer still holds comes back by itself
                 self.tally.preempted += 1
-                self._store(last)
-                self._let_wait(last)
-                last.was_preempted = True
+                with self._blame.on(last):
+                    self._store(last)
+                    self._let_wait(last)
+                    last.was_preempted = True
                 if last is task:
                     return False
             else:
@@ -392,21 +390,22 @@ class Scheduler:
         task.n_computed = 0
         self._waiting[task.request.request_id] = self._running.pop(task.request.request_id)
 
-    def _end(self, task: Task, tokens: tuple[int, ...], text: str, finish_reason: str) -> None:
+    def _end(
+        self, task: Task, tokens: tuple[int, ...], text: str, finish_reason: str, error: str = ""
+    ) -> None:
+        """Ends a request, whatever its state; what an error left in its pages is not stored."""
         request_id = task.request.request_id
-        if self._running.pop(request_id, None) is not None:
-            self._store(task)
-            self.relay.release(task)
-        elif self._waiting.pop(request_id).asked_storage:
+        self._waiting.pop(request_id, None)
+        if task.asked_storage:
+            task.asked_storage = False
             self._cache.finish_prefetch(request_id)
+        if self._running.pop(request_id, None) is not None and not error:
+            self._store(task)
+        self.relay.release(task)
         self.tally.finished += 1
+        self._progress(task)
         task.note(finished=self._clock())
-        task.emit(tokens, text, finish_reason)
+        task.emit(tokens, text, finish_reason, error)
 
-
-def _cached(match: Match, loaded: Match, from_storage: int) -> CachedTokens:
-    """Where the tokens were that need not be computed."""
-    if loaded.n_tokens < match.n_tokens:  # no room on the device for what the host has
-        return CachedTokens(device=loaded.n_tokens)
-    storage = min(from_storage, match.n_host_tokens)
-    return CachedTokens(match.n_device_tokens, match.n_host_tokens - storage, storage)
+    def _progress(self, task: Task) -> None:
+        task.progressed_s = self.progressed_s = self._clock()

@@ -12,6 +12,7 @@ from hicache_core.engine.page_table import PageTable
 from hicache_core.engine.request import CachedTokens, Output, Request, Times
 from hicache_core.engine.sampling import Sampler
 from hicache_core.page_keys import pack_tokens
+from hicache_core.radix.results import Match
 
 OnOutput = Callable[[Output], None]
 
@@ -36,6 +37,7 @@ class Task:
         n_failed_loads: of the cache, when the request was matched.
         asked_storage: a prefetch is to be finished.
         was_preempted: its pages may have left the device since.
+        progressed_s: when it came, got pages, or some of its tokens were computed, the last time.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Task:
         self.n_failed_loads = 0
         self.asked_storage = False
         self.was_preempted = False
+        self.progressed_s = 0.0
         self._number = number
         self._on_output = on_output
         self._sampler = sampler
@@ -137,3 +140,11 @@ class Task:
         """Sets the times that have not been set before."""
         new = {name: at for name, at in times.items() if not getattr(self.times, name)}
         self.times = replace(self.times, **new)
+
+
+def cached_of(match: Match, loaded: Match, from_storage: int) -> CachedTokens:
+    """Where the tokens were that need not be computed."""
+    if loaded.n_tokens < match.n_tokens:  # no room on the device for what the host has
+        return CachedTokens(device=loaded.n_tokens)
+    storage = min(from_storage, match.n_host_tokens)
+    return CachedTokens(match.n_device_tokens, match.n_host_tokens - storage, storage)

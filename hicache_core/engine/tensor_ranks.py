@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
-from torch._C._distributed_c10d import AllreduceOptions, BroadcastOptions
+from torch._C._distributed_c10d import AllreduceOptions, BarrierOptions, BroadcastOptions
 
 from hicache_core.ranks_torch import TorchRankGroup
 
 __all__ = ["TensorRanks"]
+
+MEET_S = 10.0
 
 
 class TensorRanks(TorchRankGroup):
@@ -18,9 +20,14 @@ class TensorRanks(TorchRankGroup):
 
     One thread of each rank enters everything, the cache's agreements among it, in the same order.
 
+    Attributes:
+        meet_s: so much later may an error come on one rank than on another.
+
     Raises:
         RankLost: from every method, as the base's.
     """
+
+    meet_s = MEET_S
 
     def summed(self, part: torch.Tensor) -> torch.Tensor:
         """The sum of all ranks' parts, with the same bits on all of them.
@@ -52,6 +59,16 @@ class TensorRanks(TorchRankGroup):
             told = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         self._broadcast(told)
         return told.numpy().tobytes().decode()
+
+    def meet(self) -> None:
+        """Returns when all ranks are here, having entered as many collectives as this one.
+
+        For a rank that met an error: did all of them? It does not wait long, so that the others,
+        who may be inside another collective, soon hear that it is gone.
+        """
+        options = BarrierOptions()
+        options.timeout = timedelta(seconds=min(self._timeout_s, self.meet_s))
+        self._enter(lambda group: group.barrier(options))
 
     def _broadcast(self, told: torch.Tensor) -> None:
         options = BroadcastOptions()

@@ -15,6 +15,7 @@ import zmq
 
 from hicache_core.controller.journal import Journal, PageRun
 from hicache_core.errors import ConfigError
+from hicache_core.main_thread import main_has_ended
 from hicache_core.observe import event_format
 from hicache_core.observe.event_format import CLEARED, END_OF_REPLAY, Event
 from hicache_core.observe.event_settings import EventsConfig
@@ -26,6 +27,9 @@ from hicache_core.types import Namespace, Tier
 __all__ = ["EventsConfig", "KvEvents"]
 
 log = logging.getLogger(__name__)
+
+_LOOK_MS = 1000
+"""So often the thread looks whether the main thread has ended."""
 
 MAX_TURN_RUNS = 64
 """Runs that are sent before the thread looks after replays and ``close`` again."""
@@ -182,13 +186,17 @@ class KvEvents(Journal):
 
     def _run(self, link: _Link) -> None:
         try:
-            while not self._closing or (self._queue and time.monotonic() < link.deadline):
-                for request in link.wait(0 if self._queue else None):
+            while not main_has_ended() and (
+                not self._closing or (self._queue and time.monotonic() < link.deadline)
+            ):
+                for request in link.wait(0 if self._queue else _LOOK_MS):
                     self._answer(link, *request)
                 self._publish(link)
         finally:
             with self._lock:
                 self._closing = True
+            if main_has_ended():
+                link.deadline = 0.0  # nobody said how long to wait for slow subscribers
             link.close()
 
     def _publish(self, link: _Link) -> None:
@@ -254,7 +262,7 @@ class _Link:
         with contextlib.suppress(BlockingIOError):  # full of bytes that will wake it
             self._wake_in.send(b"\0")
 
-    def wait(self, timeout_ms: int | None) -> list[tuple[bytes, int]]:
+    def wait(self, timeout_ms: int) -> list[tuple[bytes, int]]:
         """Waits until somebody wakes it or asks; the replays asked for: client and first number."""
         ready = dict(self._poller.poll(timeout_ms))
         if self._wake_out.fileno() in ready:

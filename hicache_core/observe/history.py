@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from hicache_core.histogram import Histogram
+from hicache_core.main_thread import main_has_ended
 from hicache_core.observe.snapshot import CacheSnapshot, PoolStatus
 from hicache_core.observe.windows import Observation, Watch
 
@@ -146,7 +147,7 @@ class History:
             return [sample for sample in self._samples if sample.n > n]
 
     def _run(self) -> None:
-        while not self._stop.is_set():
+        while not self._stop.is_set() and not main_has_ended():
             self.sample()
             self._stop.wait(self.interval_s)
 

@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 from hicache_core.errors import ConfigError
+from hicache_core.main_thread import main_has_ended
 from hicache_core.observe.page.answers import (
     HEADERS,
     Answer,
@@ -66,8 +67,8 @@ class StatusServer:
         self._server: _Server | None = None
         self._thread: threading.Thread | None = None
 
-    def open(self) -> None:
-        """Binds the address and starts the thread.
+    def bind(self) -> None:
+        """Takes the address; who connects from now on waits for ``open``.
 
         Raises:
             ConfigError: the address is taken, or not one of this machine.
@@ -79,6 +80,12 @@ class StatusServer:
                 f"the status server cannot listen on {self._host}:{self._port}: {error}; "
                 "choose another port, or 0 for any"
             ) from error
+
+    def open(self) -> None:
+        """Starts to answer; raises as ``bind``, unless that was called before."""
+        if self._server is None:
+            self.bind()
+        assert self._server is not None
         self._thread = threading.Thread(
             target=self._server.serve_forever,
             kwargs={"poll_interval": 0.1},
@@ -89,10 +96,11 @@ class StatusServer:
     def close(self) -> None:
         """Cuts open connections, ends all threads; may be called twice."""
         server, self._server = self._server, None
-        if server is None or self._thread is None:
+        if server is None:
             return
-        server.shutdown()
-        self._thread.join()
+        if self._thread is not None:
+            server.shutdown()
+            self._thread.join()
         server.cut_connections()
         server.server_close()  # joins the threads of requests
 
@@ -112,6 +120,11 @@ class _Server(ThreadingHTTPServer):
         self._threads_of_requests: list[threading.Thread] = []
         self._is_short = False  # of file descriptors or threads, when it accepted last
         super().__init__(address, _Handler)
+
+    def service_actions(self) -> None:
+        # docstring inherited; called between requests, at least each tenth of a second
+        if main_has_ended():
+            raise SystemExit  # ends this thread
 
     def get_request(self) -> tuple[socket.socket, object]:
         # docstring inherited

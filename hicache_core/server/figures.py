@@ -91,6 +91,7 @@ class ServerCollector(Collector):
         gauges = {
             "num_running_reqs": ("Requests being computed.", status.running),
             "num_queue_reqs": ("Requests that wait.", status.waiting),
+            "engine_stalled": ("1 while a request makes no progress.", bool(status.stalled)),
             "gen_throughput": ("New tokens a second, of late.", status.tokens_per_s),
         }
         for name, (meaning, value) in gauges.items():

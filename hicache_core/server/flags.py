@@ -92,6 +92,13 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         is_flag=True,
         help="As in SGLang: clients may ask for any priority.",
     ),
+    click.option(
+        "--watchdog-timeout",
+        type=click.FloatRange(0, min_open=True),
+        default=DEFAULTS.stall_timeout_s,
+        show_default=True,
+        help="Seconds without progress of a request after which /health answers 503.",
+    ),
     click.option("--enable-metrics", is_flag=True, help="Answer /metrics."),
     click.option("--enable-cache-report", is_flag=True, help="Say in usage what was cached."),
     click.option(
@@ -198,6 +205,7 @@ def settings_of(options: Mapping[str, Any]) -> ServerSettings:
             context_length=options["context_length"],
             mem_fraction_static=options["mem_fraction_static"],
             offload_stride=1 if disaggregation.offload else 0,
+            stall_timeout_s=options["watchdog_timeout"],
         ),
         keys=Keys(
             options["api_key"] or None,

@@ -40,8 +40,11 @@ def make_router(service: Service) -> APIRouter:
 def _add_health(router: APIRouter, service: Service) -> None:
     @router.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
-        if error := service.engine.status().error:
-            raise Problem(503, f"the engine has stopped: {error}")
+        status = service.engine.status()
+        if status.error:
+            raise Problem(503, f"the engine has stopped: {status.error}")
+        if status.stalled:
+            raise Problem(503, status.stalled)
         if service.role is not None and (fault := service.role.fault):
             raise Problem(503, f"KV transfers: {fault}")
         return json_answer({"status": "ok"})

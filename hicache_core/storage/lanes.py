@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -42,15 +44,18 @@ class Lanes:
         pool = self._pool
         if pool is None or len(parts) < 2:
             return [work(part) for part in parts]
-        futures = [pool.submit(work, part) for part in parts[1:]]
+        shares = [_Share(work, part) for part in parts[1:]]
+        with contextlib.suppress(RuntimeError):  # no thread is to be had
+            for share in shares:
+                pool.submit(share.run)
         try:
             results = [work(parts[0])]
         finally:
             # What no thread has begun is done here: the pool may be busy for another caller.
-            left = [future.cancel() for future in futures]
-            wait(futures)
-        for part, future, is_left in zip(parts[1:], futures, left, strict=True):
-            results.append(work(part) if is_left else future.result())
+            left = [share.take() for share in shares]
+            wait([share.future for share, mine in zip(shares, left, strict=True) if not mine])
+        for share, mine in zip(shares, left, strict=True):
+            results.append(work(share.part) if mine else share.future.result())
         return results
 
     def close(self) -> None:
@@ -58,3 +63,30 @@ class Lanes:
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.shutdown()
+
+
+class _Share(Generic[T]):
+    """A part of the work, done by whoever takes it first.
+
+    A pool that cannot start a thread keeps what it was given and may come to it much later: the
+    pages may belong to others by then.
+    """
+
+    def __init__(self, work: Callable[[range], T], part: range) -> None:
+        self.part = part
+        self.future: Future[T] = Future()
+        self._work = work
+        self._claim = threading.Lock()
+
+    def take(self) -> bool:
+        """Whether the caller is the first, and does it."""
+        return self._claim.acquire(blocking=False)
+
+    def run(self) -> None:
+        """Does it, unless somebody has taken it; on a thread of the pool."""
+        if not self.take():
+            return
+        try:
+            self.future.set_result(self._work(self.part))
+        except BaseException as error:  # goes to the caller whole
+            self.future.set_exception(error)

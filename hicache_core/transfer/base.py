@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Callable
 from typing import TypeAlias
 
-from hicache_core.errors import IntegrityError, SpecError
+from hicache_core.errors import IntegrityError, LoadFailed, SpecError, UseAfterClose
 from hicache_core.pools.allocator import check_page_ids
 from hicache_core.pools.device import DevicePool
 from hicache_core.pools.host import HostPool
@@ -49,6 +49,31 @@ class Ticket(ABC):
     @abstractmethod
     def error(self) -> BaseException | None:
         """Why the copy failed; None while it is under way and when it went well."""
+
+
+class FailedTicket(Ticket):
+    """A copy that could not begin."""
+
+    def __init__(self, error: Exception) -> None:
+        """``error`` says why."""
+        self._error = error
+
+    def done(self) -> bool:
+        # docstring inherited
+        return True
+
+    def wait(self, timeout_s: float | None = None) -> bool:  # noqa: ARG002 - it has ended
+        # docstring inherited
+        return True
+
+    def wait_layer(self, layer: int) -> None:
+        # docstring inherited
+        raise LoadFailed(f"the copy of layer {layer} failed: {self._error!r}") from self._error
+
+    @property
+    def error(self) -> BaseException | None:
+        # docstring inherited
+        return self._error
 
 
 CopyLayers: TypeAlias = Callable[[range], None]
@@ -127,8 +152,8 @@ class Transfer(ABC):
             UseAfterClose: after ``close``.
         """
         self._check(device_pages, host_pages)
-        copy = self._prepare(Direction.TO_HOST, device_pages, host_pages)
-        return self._stores.submit([range(self._num_layers)], copy)
+        steps = [range(self._num_layers)]
+        return self._begin(Direction.TO_HOST, steps, device_pages, host_pages)
 
     def to_device(self, host_pages: PageIds, device_pages: PageIds) -> Ticket:
         """Copies ``host_pages[i]`` to ``device_pages[i]``, layer by layer, layer 0 first.
@@ -138,9 +163,8 @@ class Transfer(ABC):
             UseAfterClose: after ``close``.
         """
         self._check(device_pages, host_pages)
-        copy = self._prepare(Direction.TO_DEVICE, device_pages, host_pages)
         steps = [range(layer, layer + 1) for layer in range(self._num_layers)]
-        return self._loads.submit(steps, copy)
+        return self._begin(Direction.TO_DEVICE, steps, device_pages, host_pages)
 
     def close(self) -> None:
         """Lets copies that were submitted end, and stops; a second call does nothing."""
@@ -152,6 +176,18 @@ class Transfer(ABC):
         self, direction: Direction, device_pages: PageIds, host_pages: PageIds
     ) -> CopyLayers:
         """What copies the rows of these pages; called on the owner thread, must not block."""
+
+    def _begin(
+        self, direction: Direction, steps: list[range], device_pages: PageIds, host_pages: PageIds
+    ) -> Ticket:
+        """A copy that cannot begin is one that has failed: its owner knows what to do then."""
+        queue = self._stores if direction is Direction.TO_HOST else self._loads
+        try:
+            return queue.submit(steps, self._prepare(direction, device_pages, host_pages))
+        except UseAfterClose:
+            raise
+        except (RuntimeError, MemoryError, OSError) as error:  # of torch, CUDA and threads
+            return FailedTicket(error)
 
     def _check(self, device_pages: PageIds, host_pages: PageIds) -> None:
         if len(device_pages) != len(host_pages):

@@ -70,7 +70,13 @@ class ThreadQueue(CopyQueue):
 
     def open(self) -> None:
         # docstring inherited
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hicache-copy")
+        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hicache-copy")
+        try:
+            pool.submit(int).result()  # starts the thread now: later there may be none to be had
+        except RuntimeError:
+            pool.shutdown()
+            raise
+        self._pool = pool
 
     def submit(self, steps: list[range], copy: CopyLayers) -> Ticket:
         # docstring inherited

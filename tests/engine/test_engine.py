@@ -235,10 +235,10 @@ def test_an_engine_that_breaks_leaves_nobody_waiting() -> None:
     client = Client()
     with engine_of(broken) as engine:
 
-        def forward(*_: object, **__: object) -> None:
+        def poll(*_: object, **__: object) -> None:
             raise ZeroDivisionError("no such luck")
 
-        engine._scheduler._runner._forward = forward  # type: ignore[method-assign,assignment]
+        engine._cache.poll = poll  # type: ignore[method-assign,assignment]
         engine.submit(request("r", prompt_of(9)), client)
         last = client.wait()
         assert last.finish_reason == "error"
@@ -251,7 +251,13 @@ def test_an_engine_that_breaks_leaves_nobody_waiting() -> None:
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("max_running", 0), ("chunk_tokens", 0), ("mem_fraction_static", 1.0), ("offload_stride", -1)],
+    [
+        ("max_running", 0),
+        ("chunk_tokens", 0),
+        ("mem_fraction_static", 1.0),
+        ("offload_stride", -1),
+        ("stall_timeout_s", 0.0),
+    ],
 )
 def test_settings_out_of_range_are_named(setting: str, value: float) -> None:
     with pytest.raises(ConfigError, match=setting):

@@ -185,6 +185,35 @@ def test_a_load_that_fails_on_one_rank_starts_over_on_all(tmp_path: Path) -> Non
         assert it.engine._scheduler.tally.restarted == 1
 
 
+POISON = PROMPT[10]
+
+
+def test_an_error_on_all_ranks_ends_the_request_on_all_of_them(tmp_path: Path) -> None:
+    bad, client = Client(), Client()
+    other = [token for token in prompt_of(30, seed=1) if token != POISON][:13]
+    with engine_of_ranks(2, tmp_path, poison=(POISON, "all")) as it:
+        it.engine.submit(request("r", other), client)
+        it.engine.submit(request("bad", PROMPT), bad)
+        assert "NoLuckError" in bad.wait().error
+        client.wait()
+        assert client.tokens == plain(WHOLE, other, 8)
+        assert asked(it.engine, other).tokens == plain(WHOLE, other, 8)
+        assert it.engine.status().used_slots == 0
+
+
+@pytest.mark.parametrize("where", ["first", "other"])
+def test_an_error_on_one_rank_ends_all_of_them_soon(tmp_path: Path, where: str) -> None:
+    """The others may wait for its part of the forward: they cannot go on together."""
+    with engine_of_ranks(2, tmp_path, poison=(POISON, where)) as it:
+        last = asked(it.engine, PROMPT).outputs[-1]
+        assert last.finish_reason == "error"
+        assert "RankLost" in last.error
+        it.engine.join()
+        for process in it.processes:
+            process.join(PATIENCE_S / 2)
+            assert process.exitcode == 1
+
+
 def test_a_client_that_leaves_ends_its_request_on_all_ranks(tmp_path: Path) -> None:
     with engine_of_ranks(2, tmp_path) as it:
         left = Client()

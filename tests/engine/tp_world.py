@@ -31,6 +31,13 @@ CONTEXT.set_forkserver_preload(["tests.engine.tp_world"])
 
 _meetings = itertools.count()
 
+Poison = tuple[int, str]
+"""A token, and the ranks on which it fails: ``all``, ``first``, ``other``."""
+
+
+class NoLuckError(Exception):
+    """What a poisoned forward raises."""
+
 
 def split_model(architecture: str = "llama") -> Any:
     """A tiny model of four KV heads; a new one each time, since ranks cut theirs."""
@@ -51,6 +58,7 @@ def engine_of_ranks(
     directory: Path,
     *,
     n_broken_loads: int = 0,
+    poison: Poison | None = None,
     cache: dict[str, Any] | None = None,
     **config: Any,
 ) -> Iterator[Ranks]:
@@ -60,13 +68,15 @@ def engine_of_ranks(
         n_ranks: how many; all but the first are processes.
         directory: where they meet.
         n_broken_loads: so many copies to the device fail on rank 1.
+        poison: a token whose forward fails behind its first layer.
         cache, config: changes of the cache's and the engine's settings.
     """
     store = f"file://{directory / f'meeting-{next(_meetings)}'}"
     settings = EngineConfig(**{"device_tokens": 512, **config})
     processes = [
         CONTEXT.Process(
-            target=follow, args=(rank, n_ranks, store, cache or {}, settings, n_broken_loads)
+            target=follow,
+            args=(rank, n_ranks, store, cache or {}, settings, n_broken_loads, poison),
         )
         for rank in range(1, n_ranks)
     ]
@@ -77,6 +87,7 @@ def engine_of_ranks(
             loaded = LoadedModel("llama", split_model(), None)
             engine = Engine(loaded, cache_config(**(cache or {})), settings, ranks=ranks)
             engine.open()
+            _poison(engine, 0, poison)
             try:
                 yield Ranks(engine, processes)
             finally:
@@ -98,6 +109,7 @@ def follow(
     cache: dict[str, Any],
     settings: EngineConfig,
     n_broken_loads: int,
+    poison: Poison | None,
 ) -> None:
     """A rank's whole life."""
     torch.set_num_threads(1)
@@ -107,8 +119,34 @@ def follow(
         engine.open()
         if rank == 1 and n_broken_loads:
             _break_loads(engine, n_broken_loads)
+        _poison(engine, rank, poison)
         engine.join()
     sys.exit(1 if engine.status().error else 0)
+
+
+def _poison(engine: Engine, rank: int, poison: Poison | None) -> None:
+    """Lets the forward of a prompt fail in its second layer, on all ranks or on one."""
+    if poison is None or poison[1] == ("other" if rank == 0 else "first"):
+        return
+    assert engine._ranks is not None
+    engine._ranks.meet_s = 1.0 if poison[1] != "all" else PATIENCE_S
+    runner: Any = engine._scheduler._runner
+    prefill, layer, tokens = runner.prefill, runner._model.model.layers[1], []
+    forward = layer.forward
+
+    def remembering(ids: Any, *args: Any, **kwargs: Any) -> Any:
+        tokens[:] = ids
+        try:
+            return prefill(ids, *args, **kwargs)
+        finally:
+            tokens.clear()
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if poison[0] in tokens:
+            raise NoLuckError("no such luck")
+        return forward(*args, **kwargs)
+
+    runner.prefill, layer.forward = remembering, failing
 
 
 def _break_loads(engine: Engine, n_broken: int) -> None:

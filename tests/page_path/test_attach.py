@@ -9,6 +9,7 @@ import pytest
 
 from hicache_core.controller.attachment import Attaching
 from hicache_core.errors import ConfigError
+from tests.no_threads import no_threads
 from tests.page_path import backends
 from tests.page_path.world import Outcome, World, ids, make_world, opened
 
@@ -169,3 +170,31 @@ def test_a_cache_without_a_store_has_nothing_to_clear(worlds: list[World]) -> No
     worlds.append(make_world())
     with pytest.raises(ConfigError, match="no storage backend is attached"):
         worlds[0].cache.clear_storage()
+
+
+def test_without_threads_storage_is_not_attached_nor_cleared_and_requests_go_on(
+    worlds: list[World],
+) -> None:
+    world = opened(worlds, storage=shared())
+    world.request(ids(33))
+    assert world.cache.flush(10.0)
+    with no_threads("hicache-"):
+        attaching = settled(world, world.cache.attach_storage("memory", shared()))
+        assert "can't start new thread" in attaching.error
+        clearing = world.cache.clear_storage()
+        while not clearing.done:
+            world.cache.poll()
+        assert "can't start new thread" in clearing.error
+        world.cache.detach_storage()
+        world.request(ids(33, start=500))
+        assert world.cache._parts.storage.is_draining
+    drained(world)
+    attaching = settled(world, world.cache.attach_storage("memory", shared()))
+    assert attaching.error == ""
+
+
+def test_a_cache_without_threads_closes(worlds: list[World]) -> None:
+    world = make_world(storage=shared())
+    world.request(ids(33))
+    with no_threads("hicache-aside"):
+        world.cache.close(1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 import uuid
 from typing import Any
@@ -17,6 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from hicache_core.build import HiCache
 from hicache_core.cli.status import command
 from hicache_core.config import HiCacheConfig
+from hicache_core.controller.controller import Controller
+from hicache_core.controller.parts import Parts
 from hicache_core.errors import ConfigError
 from hicache_core.observe import usage
 from hicache_core.page_keys import pack_tokens
@@ -144,3 +147,29 @@ def test_the_last_token_of_a_prompt_counts_as_computed(worlds: list[World]) -> N
     explanation = made.cache.explain("one")
     assert explanation is not None
     assert (explanation.n_tokens, explanation.missed_tokens) == (17, 17)
+
+
+def test_who_asks_while_a_cache_is_being_built_is_answered_when_it_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    answers: list[int] = []
+
+    def ask() -> None:
+        with urlopen(f"http://127.0.0.1:{port}/hicache/status", timeout=20) as response:
+            answers.append(response.status)
+
+    asking = threading.Thread(target=ask)
+    make = Controller.__init__
+
+    def slow(cache: Controller, parts: Parts) -> None:
+        asking.start()
+        asking.join(0.3)  # it waits
+        make(cache, parts)
+
+    monkeypatch.setattr(Controller, "__init__", slow)
+    world = make_world(hicache_status_port=port)
+    asking.join()
+    world.close()
+    assert answers == [200]

@@ -295,6 +295,36 @@ def test_too_little_room_on_either_side_is_no_loss() -> None:
             assert answer.tokens == plain(model_of(), prompt, 12)
 
 
+@pytest.mark.parametrize("where", ["_go_on", "prefill"])
+def test_an_error_of_one_request_ends_neither_half(where: str) -> None:
+    prompts = [prompt_of(40, seed=n) for n in range(2)]
+    with half("prefill") as prefill, half("decode") as decode:
+        owner: Any = decode.engine._scheduler
+        if where == "prefill":
+            owner = prefill.engine._scheduler._runner
+        works = getattr(owner, where)
+
+        def fails(*_: object, **__: object) -> None:
+            raise ZeroDivisionError("no such luck")
+
+        setattr(owner, where, fails)
+        room = room_at(prefill)
+        _, computing = prefill.ask(prompts[0], room)
+        _, answering = decode.ask(prompts[0], room)
+        answering.wait()
+        if where == "prefill":
+            assert "no such luck" in computing.wait().error
+            assert answering.tokens == plain(model_of(), prompts[0], 12)
+        else:
+            assert "no such luck" in answering.wait().error
+        setattr(owner, where, works)
+        room = room_at(prefill)
+        prefill.ask(prompts[1], room)
+        _, answering = decode.ask(prompts[1], room)
+        answering.wait()
+        assert answering.tokens == plain(model_of(), prompts[1], 12)
+
+
 @pytest.mark.parametrize("offload_stride", [0, 1, 2])
 def test_equal_prompts_in_flight_at_once_end_in_a_pool_that_one_of_them_nearly_fills(
     offload_stride: int,

@@ -44,6 +44,7 @@ class EchoEngine:
         self._work: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._waiting = 0
         self._finished = 0
+        self.stalled = ""
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="hicache-echo")
         self._thread.start()
@@ -95,6 +96,7 @@ class EchoEngine:
             preempted=0,
             context_length=CONTEXT,
             error="" if not self._closed else "closed",
+            stalled=self.stalled,
         )
 
     def close(self, timeout_s: float = 10.0) -> None:

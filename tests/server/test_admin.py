@@ -201,6 +201,16 @@ async def test_info_tells_what_clients_of_sglang_look_for() -> None:
         assert (await s.client.get("/v1/models/echo")).json() == models["data"][0]
 
 
+async def test_health_names_a_request_that_makes_no_progress() -> None:
+    async with server() as s:
+        s.engine.stalled = "request r has made no progress for 301 s"
+        answer = await s.client.get("/health")
+        assert answer.status_code == 503
+        assert answer.json()["error"]["message"] == s.engine.stalled
+        s.engine.stalled = ""
+        assert (await s.client.get("/health")).status_code == 200
+
+
 async def test_health_generates_without_a_trace_in_others_caches() -> None:
     async with server() as s:
         assert (await s.client.get("/health")).json() == {"status": "ok"}

@@ -39,7 +39,7 @@ def test_every_flag_reaches_its_setting() -> None:
     flags += " --max-total-tokens 99 --context-length 88 --max-running-requests 7"
     flags += " --max-queued-requests 6 --chunked-prefill-size 5 --enable-metrics"
     flags += " --enable-cache-report --api-key a --admin-api-key b --shutdown-timeout 3"
-    flags += " --page-size 16 --enable-hierarchical-cache --hicache-ratio 3"
+    flags += " --watchdog-timeout 9.5 --page-size 16 --enable-hierarchical-cache --hicache-ratio 3"
     settings = parsed([*MODEL, *flags.split()])
     assert (settings.served_model_name, settings.port, settings.tp) == ("x", 0, 2)
     assert (settings.log_level, settings.shutdown_timeout_s) == ("info", 3)
@@ -48,6 +48,7 @@ def test_every_flag_reaches_its_setting() -> None:
     engine = settings.engine
     assert (engine.device_tokens, engine.context_length, engine.max_running) == (99, 88, 7)
     assert (engine.max_waiting, engine.chunk_tokens, engine.mem_fraction_static) == (6, 5, 0.5)
+    assert engine.stall_timeout_s == 9.5
     cache = settings.cache
     assert (cache.page_size, cache.hicache_ratio) == (16, 3)
     assert cache.enable_hierarchical_cache is True

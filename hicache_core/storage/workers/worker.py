@@ -53,6 +53,8 @@ class StorageWorker(Worker):
     With ``max_overdue`` such threads no more are replaced: then jobs wait, and questions and reads
     that wait too long are cancelled.
 
+    Where the system has no more threads, those that run go on alone; with none, jobs fail at once.
+
     Worker threads start with the jobs that need them and end in ``close``. They are daemons: a
     thread that hangs in a backend cannot be stopped, and must not keep the interpreter from
     exiting.
@@ -276,9 +278,25 @@ class StorageWorker(Worker):
             self._threads = [thread for thread in self._threads if thread.is_alive()]
             name = f"hicache-storage-{self._n_alive}"
             thread = threading.Thread(target=self._run, name=name, daemon=True)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError as error:  # the system has none left
+                self._go_on_without(error)
+                return
             self._threads.append(thread)
             self._n_alive += 1
+
+    def _go_on_without(self, error: RuntimeError) -> None:
+        """No more threads can be had: with none that will look for a job, what waits has failed."""
+        if self._n_alive > self._n_overdue:
+            return
+        for job in [self._waiting.remove(job_id) for job_id in list(self._waiting)]:
+            self._wait_until.pop(job.job_id, None)
+            if isinstance(job, WriteJob):
+                self._write_nbytes -= job.nbytes
+            result = JobResult(job, JobState.FAILED, 0, f"no thread: {error}", 0.0, "NoThread")
+            self._failures.warn(result)
+            self._settle(result)
 
     def _run(self) -> None:
         """What a thread does until ``close``, or until there is one thread too many."""

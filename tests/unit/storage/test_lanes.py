@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hicache_core.storage.lanes import SPLIT_NBYTES, Lanes
+from tests.no_threads import no_threads
 
 
 @given(st.integers(1, 5), st.integers(0, 40), st.integers(0, 20 * SPLIT_NBYTES))
@@ -53,3 +54,18 @@ def test_close_ends_the_threads() -> None:
     lanes.run(sum, [range(1)] * 4)
     lanes.close()
     assert threading.active_count() == before
+
+
+def test_without_a_thread_the_caller_does_it_all_and_nobody_does_it_again_later() -> None:
+    lanes = Lanes(2, "test-lanes")
+    done: list[int] = []
+
+    def work(part: range) -> int:
+        done.append(part.start)
+        return part.start
+
+    with no_threads("test-lanes"):
+        assert lanes.run(work, [range(1), range(1, 2)]) == [0, 1]
+    assert lanes.run(work, [range(2, 3), range(3, 4)]) == [2, 3]
+    lanes.close()
+    assert sorted(done) == [0, 1, 2, 3]

@@ -29,6 +29,7 @@ from hicache_core.types import (
     ReadJob,
     WriteJob,
 )
+from tests.no_threads import no_threads
 from tests.unit.storage.threads import storage_threads
 
 CONTEXT = BackendContext(namespace="0" * 16)
@@ -477,3 +478,28 @@ class WorkerMachine(RuleBasedStateMachine):
 
 TestWorkerMachine = WorkerMachine.TestCase
 TestWorkerMachine.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+
+
+def test_without_any_thread_jobs_fail_at_once_and_later_ones_run(gated: Gated) -> None:
+    worker = make(gated)
+    gated.let_through()
+    with no_threads("hicache-storage"):
+        assert worker.submit_all([exists(0), read(1), write(2)]) == []
+        results = drained(worker, 3)
+    assert {result.state for result in results} == {JobState.FAILED}
+    assert all("can't start new thread" in result.error for result in results)
+    assert gated.started == []
+    worker.submit(read(3))
+    assert drained(worker, 1)[0].state is JobState.DONE
+    assert worker.close(5) == []
+
+
+def test_the_threads_that_run_do_the_work_of_those_that_cannot_start(gated: Gated) -> None:
+    worker = make(gated, n_threads=3)
+    worker.submit(read(0))
+    until(lambda: gated.started == ["r0"])
+    with no_threads("hicache-storage"):
+        worker.submit_all([read(1), write(2)])
+    gated.let_through()
+    assert {result.state for result in drained(worker, 3)} == {JobState.DONE}
+    assert worker.close(5) == []

@@ -41,7 +41,8 @@ class Pins:
         self._ends: dict[bytes, float] = {}
         self._changed = threading.Condition()
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="hicache-redis-pins")
+        # A daemon, since it waits without end: a script that ends before close must exit.
+        self._thread = threading.Thread(target=self._run, name="hicache-redis-pins", daemon=True)
         self._thread.start()
 
     def __len__(self) -> int:
