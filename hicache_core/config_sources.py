@@ -18,7 +18,7 @@ from hicache_core.errors import ConfigError
 DEFAULT = "default"
 ARGUMENT = "argument"
 EXTRA = "hicache_storage_backend_extra_config"
-_ENV_PREFIX = "HICACHE_"
+ENV_PREFIX = "HICACHE_"
 _OTHER_VARIABLES = ("HICACHE_API_KEY", "HICACHE_ADMIN_API_KEY", "HICACHE_DISAGGREGATION_SECRET")
 _logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def flag_name(key: str) -> str:
 
 def env_name(key: str) -> str:
     """``page_size`` -> ``HICACHE_PAGE_SIZE``; ``hicache_ratio`` -> ``HICACHE_RATIO``."""
-    return _ENV_PREFIX + key.removeprefix("hicache_").upper()
+    return ENV_PREFIX + key.removeprefix("hicache_").upper()
 
 
 def read_environ(keys: Iterable[str], environ: Mapping[str, str]) -> dict[str, str]:
@@ -75,7 +75,7 @@ def mistyped(keys: Iterable[str], environ: Mapping[str, str]) -> list[tuple[str,
     known = [*map(env_name, keys), *_OTHER_VARIABLES]
     found = []
     for name in environ:
-        if name.startswith(_ENV_PREFIX) and name not in known:
+        if name.startswith(ENV_PREFIX) and name not in known:
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
             found += [(name, meant) for meant in close]
     return found

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import click
 
-from hicache_core.config import HiCacheConfig
-from hicache_core.config_sources import mistyped, nearest
+from hicache_core.config_sources import ENV_PREFIX, mistyped, nearest
 from hicache_core.errors import HiCacheError
 from hicache_core.redact import masked_text
 
@@ -74,8 +73,10 @@ def _version() -> str:
 @click.version_option(_version(), message="%(version)s")
 def cli(*, debug: bool) -> None:  # noqa: ARG001 - main() looks for it by itself
     """HiCache: a prefix cache for LLM servers in three tiers."""
-    for name, meant in mistyped(HiCacheConfig.model_fields, os.environ):
-        click.echo(f"hicache: {name} is ignored; did you mean {meant}?", err=True)
+    if any(name.startswith(ENV_PREFIX) for name in os.environ):
+        config = importlib.import_module("hicache_core.config")  # only then: help stays quick
+        for name, meant in mistyped(config.HiCacheConfig.model_fields, os.environ):
+            click.echo(f"hicache: {name} is ignored; did you mean {meant}?", err=True)
 
 
 def main(args: list[str] | None = None) -> None:

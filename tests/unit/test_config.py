@@ -180,7 +180,8 @@ def test_each_switch_is_logged_once(
         config.resolve()
     lines = [record for record in caplog.records if key in record.getMessage()]
     assert [record.levelno for record in lines] == [logging.WARNING]
-    assert f"{in_force} is in force" in lines[0].getMessage()
+    words = "none" if in_force is None else in_force
+    assert f"{words} is in force" in lines[0].getMessage()
 
 
 def test_a_switch_of_a_mere_default_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
