@@ -104,4 +104,5 @@ async def tiny_server(model: LoadedModel, flags: Sequence[str]) -> AsyncIterator
 
 def unlabelled(name: str) -> str:
     """A sample's name without prefix and without the label of the model."""
-    return re.sub(r',?model_name="[^"]*"', "", name.removeprefix("hicache:")).replace("{}", "")
+    plain = re.sub(r',?model_name="[^"]*"', "", name.removeprefix("hicache:"))
+    return plain.replace("{,", "{").replace("{}", "")
