@@ -42,7 +42,7 @@ class FirstToken:
                 f"the prefill node sent no first token: {type(error).__name__}"
             ) from error
         if not all(type(n) is int and n >= 0 for n in (token, device, host, storage)):
-            raise TransferError("the prefill node sent a first token without sense")
+            raise TransferError("the prefill node sent a first token that is no number")
         if token >= vocabulary:
             raise TransferError(
                 f"the prefill node sent a first token that is none of this model's {vocabulary}"

@@ -107,7 +107,7 @@ def welcomed_of(value: dict[str, Any], address: str) -> Welcome:
         if len(others) >= MAX_RANKS or not all(port.isdigit() for _, _, port in others):
             raise ValueError(f"other ranks at {value['others']}")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise TransferError(f"{address} sent a welcome without sense: {error}") from error
+        raise TransferError(f"{address} sent a malformed welcome: {error}") from error
     return Welcome(
         (start, stop),
         carrier,
@@ -132,7 +132,7 @@ def wanted_of(value: dict[str, Any], hello: dict[str, Any], memory: PageMemory) 
     numbers += heads if isinstance(heads, list) else []
     is_plain = all(type(number) is int and number >= 0 for number in numbers)
     if not (is_plain and isinstance(heads, list | None)):
-        raise TransferError("a want without sense")
+        raise TransferError("a malformed want")
     if heads is None:
         chosen = None
     else:

@@ -115,5 +115,5 @@ def _word(value: dict[str, object], name: str) -> str:
     word = value.get(name)
     digits = set("0123456789abcdef")
     if not isinstance(word, str) or len(word) != 2 * _NONCE_NBYTES or not digits.issuperset(word):
-        raise TransferError(f"a {name} without sense was sent")
+        raise TransferError(f"a malformed {name} was sent")
     return word

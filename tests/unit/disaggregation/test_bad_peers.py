@@ -115,7 +115,7 @@ def error_of(script: Script) -> str:
         (says(Kind.FAILED, b"\xff\xfe bad"), "gave up: \ufffd\ufffd bad"),
         (says(Kind.REFUSED, b"\xff\xfe bad"), "refused: \ufffd\ufffd bad"),
         (says(Kind.WELCOME, DEEP), "sent no JSON in WELCOME"),
-        (says(Kind.WELCOME, b'{"heads": [0, 1e999], "carrier": {}}'), "a welcome without sense"),
+        (says(Kind.WELCOME, b'{"heads": [0, 1e999], "carrier": {}}'), "a malformed welcome"),
         (only_pings, "made no progress for 0.5 s"),
         (drips_rows, "made no progress for 0.5 s"),
     ],

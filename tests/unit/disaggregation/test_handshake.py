@@ -114,7 +114,7 @@ def test_ranks_on_one_machine_may_name_each_other_by_loopback() -> None:
 )
 def test_a_welcome_without_sense_is_an_error(change: dict[str, object]) -> None:
     value = welcome_of(memory_of(spec_of(), None), {}, []) | change
-    with pytest.raises(TransferError, match="node:1 sent a welcome without sense"):
+    with pytest.raises(TransferError, match="node:1 sent a malformed welcome"):
         welcomed_of(value, "node:1")
 
 

@@ -123,7 +123,7 @@ def test_words_without_sense_are_refused(word: object) -> None:
         stranger.send_json(Kind.CHALLENGE, 0, {"nonce": word})
         with pytest.raises(TransferError, match="closed"):
             stranger.receive()
-        assert "a nonce without sense" in str(errors[0])
+        assert "a malformed nonce was sent" in str(errors[0])
 
 
 def test_two_proofs_of_one_secret_differ() -> None:
