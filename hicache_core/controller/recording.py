@@ -32,7 +32,6 @@ def record_match(parts: Parts, asked: Asked, tokens: bytes, match: Match) -> Non
     page_nbytes = parts.page_size * TOKEN_NBYTES
     start = match.n_tokens * TOKEN_NBYTES
     page = tokens[start : start + page_nbytes]
-
     is_not_asked = not tokens and asked.n_tokens > parts.page_size
 
     def missed_page() -> bytes:
