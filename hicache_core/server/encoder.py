@@ -81,3 +81,5 @@ class _Lane:
     def __init__(self, name: str, tokenizer: Any) -> None:
         self.thread = ThreadPoolExecutor(1, f"hicache-encode-{name}")
         self.tokenizer = tokenizer
+        if tokenizer is not None:  # it starts now: later there may be no thread to be had
+            self.thread.submit(int)

@@ -9,6 +9,7 @@ import pytest
 
 from hicache_core.server.encoder import SHORT_NBYTES, Encoder
 from hicache_core.server.fields import NOT_SUPPORTED, WITHOUT_EFFECT
+from tests.no_threads import no_threads
 from tests.server.echo import CONTEXT
 from tests.server.world import TOKENIZER, server
 
@@ -199,4 +200,14 @@ async def test_a_short_text_does_not_wait_for_a_long_one() -> None:
         await long
     finally:
         done.set()
+        encoder.close()
+
+
+async def test_texts_are_encoded_while_no_thread_can_be_started() -> None:
+    encoder = Encoder(TOKENIZER, 100_000)
+    try:
+        with no_threads("hicache-encode"):
+            assert await encoder.encode("the library", special=True)
+            assert await encoder.encode("the library " * SHORT_NBYTES, special=True)
+    finally:
         encoder.close()
