@@ -159,8 +159,8 @@ class ModelIdentity:
                 called = getattr(hook, "__qualname__", type(hook).__name__)
                 raise ConfigError(
                     f"module {name or 'model'!r} has a forward hook, {called}: what it does to the "
-                    "KV is in no fingerprint; remove it, or open with it in place and give a "
-                    "fingerprint= that names what it does"
+                    "KV is in no fingerprint; remove it, or give CachedModel.open, with it in "
+                    "place, a fingerprint= that names what it does (an Engine takes no hook)"
                 )
 
 
