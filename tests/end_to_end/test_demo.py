@@ -131,7 +131,6 @@ def test_smollm2_answers_the_same_from_every_tier(tmp_path: Path) -> None:
         (["--backend-config", "{"], ConfigError, "JSON"),
         (["--backend-config", '{"pth": "/x"}'], ConfigError, "pth"),
         (["--backend", "memory", "--keep", "kept"], ConfigError, "--keep is for the file backend"),
-        (["--json", "no/such/folder/x.json"], ConfigError, "there is no folder"),
         (["--page-size", "0"], ConfigError, "page_size"),
         (["--hicache-mem-layout", "pages_last"], ConfigError, "hicache_mem_layout"),
     ],
@@ -142,6 +141,15 @@ def test_a_mistake_is_told_before_a_model_is_loaded(
     result = CliRunner().invoke(command, arguments)
     assert isinstance(result.exception, error), result.output
     assert message in str(result.exception)
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_file_that_cannot_be_written_is_told_before_a_model_is_loaded(
+    option: str, tmp_path: Path
+) -> None:
+    result = CliRunner().invoke(command, [option, str(tmp_path / "missing" / "x")])
+    assert result.exit_code == 2
+    assert "there is no folder" in result.output
 
 
 def test_a_process_that_cannot_load_the_model_says_why(tmp_path: Path) -> None:

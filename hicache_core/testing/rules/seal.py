@@ -93,21 +93,22 @@ def _sealed(h: Harness, key: str) -> Page:
     requires=Feature.DELETE,
 )
 def bad_link_removes_nothing(h: Harness) -> None:
+    backend = h.backend  # first, since it says where pages may lie
     good, damaged = h.keys(2)
     spoilt = _sealed(h, damaged)
     spoilt[1][0] ^= 1
-    n_stored = h.backend.batch_set([good, damaged], [_sealed(h, good), spoilt])
+    n_stored = backend.batch_set([good, damaged], [_sealed(h, good), spoilt])
     expect(n_stored == 2, f"batch_set stored {n_stored} of 2 pages")
-    reader = _behind_bad_link(h.backend, 0)
+    reader = _behind_bad_link(backend, 0)
     expect(reader.batch_get([good], [_page(h)]) == 0, "batch_get counts a page that was spoilt")
     expect(reader.get(good) is None, "get gives an object that was spoilt on its way")
-    expect(h.backend.exists(good), "a good object went since it was spoilt on its way to a reader")
+    expect(backend.exists(good), "a good object went since it was spoilt on its way to a reader")
     page = _page(h)
-    n_filled = _behind_bad_link(h.backend, 1).batch_get([good], [page])
+    n_filled = _behind_bad_link(backend, 1).batch_get([good], [page])
     expect(n_filled == 1, "a page that is good at the second read is no hit")
     expect(page[1] == content(good, _NBYTES), "a page is wrong that was good at the second read")
-    reader = SealedBackend(h.backend)
+    reader = SealedBackend(backend)
     expect(reader.batch_get([damaged], [_page(h)]) == 0, "batch_get counts a damaged page")
-    expect(not h.backend.exists(damaged), "a damaged object stays where each read refuses it")
+    expect(not backend.exists(damaged), "a damaged object stays where each read refuses it")
     n_stored = reader.batch_set([damaged], [_page(h)])
     expect(n_stored == 1, "a good page cannot take the place of a damaged one")

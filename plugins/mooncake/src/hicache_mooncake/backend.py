@@ -299,12 +299,20 @@ class MooncakeBackend(StorageBackend):
         return self._staging.write(store, keys, pages, self.client.replication)
 
     def _after_others(self, write: Write[T]) -> Write[T]:
-        """``write``, for the leading keys that no other process is still writing."""
+        """``write``, for the leading keys that no other process is still writing.
+
+        The key behind them is written too: only who begins to write the key of a dead process has
+        the master give it back, once its time is over. Whether that was so is asked afterwards.
+        """
 
         def write_settled(store: Store, keys: Sequence[str], pages: Sequence[T]) -> list[int]:
             n = n_settled(store, keys, self.settings.ready_wait_s)
-            codes = write(store, keys[:n], pages[:n]) if n else []
-            return codes + [NOT_READY] * (len(keys) - n)
+            if n == len(keys):
+                return write(store, keys, pages)
+            codes = write(store, keys[: n + 1], pages[: n + 1])
+            if not n_settled(store, [keys[n]], 0.0):
+                codes[n] = NOT_READY
+            return codes + [NOT_READY] * (len(keys) - n - 1)
 
         return write_settled
 
