@@ -337,7 +337,7 @@ class PeerTransfer(KvTransferBackend):
         def run() -> None:
             try:
                 work()
-            except Exception:
+            except Exception:  # nobody waits for this thread: it is told here or nowhere
                 log.exception("%s broke", name)
             finally:
                 with self._lock:

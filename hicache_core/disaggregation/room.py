@@ -93,7 +93,7 @@ class Room:
         except HiCacheError as error:
             self.fail(error)
             raise
-        except Exception as error:
+        except Exception as error:  # whatever it is: the other side must not wait for this room
             log.exception("the transfer of room %d broke", self.number)
             broken = TransferError(f"the transfer broke: {type(error).__name__}: {error}")
             self.fail(broken)

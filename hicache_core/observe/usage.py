@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
@@ -45,8 +46,10 @@ class UsageWatch:
         with self._lock:
             is_due = self._next_s is None or self._clock() >= self._next_s
             if self._can_tell and is_due and self._thread is None:
-                self._thread = threading.Thread(target=self._ask, name="hicache-usage", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._ask, name="hicache-usage", daemon=True)
+                with contextlib.suppress(RuntimeError):  # no thread is to be had: asked later
+                    thread.start()
+                    self._thread = thread
             return self._found
 
     def close(self, timeout_s: float = 1.0) -> None:

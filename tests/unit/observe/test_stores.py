@@ -20,6 +20,7 @@ from hicache_core.storage.guard.config import GuardConfig
 from hicache_core.storage.memory import MemoryBackend, MemoryConfig
 from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
 from hicache_core.types import BackendContext, Page
+from tests.no_threads import no_threads
 from tests.unit.observe.worlds import full_snapshot
 
 KEY = f"{'ab' * 8}/{'cd' * 32}"
@@ -153,6 +154,17 @@ def test_a_store_that_does_not_answer_keeps_nobody_and_is_asked_once() -> None:
     backend.gate.set()
     watch.close(20.0)
     assert backend.n_asked == 1
+    guard.close()
+
+
+def test_a_look_while_no_thread_can_be_started_tells_nothing_and_the_next_one_asks() -> None:
+    _, _, guard = stacked(Asked)
+    assert guard.batch_set([KEY], [page(1000)]) == 1
+    watch = UsageWatch([guard], lambda: 0.0)
+    with no_threads("hicache-usage"):
+        assert watch.nbytes() == [{}]
+    until(lambda: watch.nbytes() != [{}])
+    watch.close()
     guard.close()
 
 
