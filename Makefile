@@ -29,7 +29,7 @@ help:
 
 setup: $(READY) $(TESTS_READY)
 
-$(READY): pyproject.toml setup.py constraints.txt requirements.txt $(wildcard hicache_core/native/*.c)
+$(READY): pyproject.toml setup.py constraints.txt requirements.txt $(wildcard hicache_core/*/*.c)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "HiCache needs Python 3.11 or later; say which with: make PYTHON=python3.12 …"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
@@ -65,7 +65,7 @@ lint: $(TESTS_READY)
 	$(BIN)/ruff check .
 
 types: $(TESTS_READY)
-	$(BIN)/mypy hicache_core benchmarks $(wildcard plugins/*/src)
+	$(BIN)/mypy hicache_core benchmarks tests/simulation $(wildcard plugins/*/src)
 
 layers: $(TESTS_READY)
 	$(BIN)/lint-imports
@@ -74,7 +74,7 @@ bench: $(TESTS_READY)
 	$(BIN)/python -m benchmarks --json benchmarks/results/latest.json $(BENCH)
 
 soak: $(TESTS_READY)
-	$(BIN)/python -m hicache_core.testing.simulation --schedules $(SOAK_SCHEDULES)
+	$(BIN)/python -m tests.simulation --schedules $(SOAK_SCHEDULES)
 	$(BIN)/python -m tests.soak --seconds $(SOAK_SECONDS) --docs docs/reliability.md
 	$(BIN)/python -m tests.pd --turns 5 --store redis --store s3 --store mooncake --store hf3fs
 	$(BIN)/python -m tests.pd --turns 5 --store redis --fault kill --fault pause

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from benchmarks.harness import Row
-from hicache_core.build import HiCache
-from hicache_core.config import HiCacheConfig
-from hicache_core.kv_spec import KVSpec
-from hicache_core.page_keys import pack_tokens
+from hicache_core.build.cache import HiCache
+from hicache_core.config.settings import HiCacheConfig
+from hicache_core.kv.keys import pack_tokens
+from hicache_core.kv.spec import KVSpec
 from hicache_core.pools.device import DevicePool
 
 N_TOKENS = 100_000

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks.bookkeeping import PAGE_SIZE, SPEC, thread_cpu_us
 from benchmarks.harness import Row
-from hicache_core.build import HiCache
-from hicache_core.config import HiCacheConfig
-from hicache_core.page_keys import pack_tokens
+from hicache_core.build.cache import HiCache
+from hicache_core.config.settings import HiCacheConfig
+from hicache_core.kv.keys import pack_tokens
 from hicache_core.pools.device import DevicePool
 from hicache_core.storage.memory import MemoryBackend
 from hicache_core.types import Page

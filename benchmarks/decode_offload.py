@@ -21,8 +21,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import Row
-from hicache_core.build import HiCache
-from hicache_core.config import HiCacheConfig
+from hicache_core.build.cache import HiCache
+from hicache_core.config.settings import HiCacheConfig
 from hicache_core.engine.engine import Engine, EngineConfig
 from hicache_core.engine.model import LoadedModel, find_smollm2, load_gguf
 from hicache_core.engine.request import Output, Request, SamplingParams

@@ -23,7 +23,7 @@ from pathlib import Path
 import click
 
 from benchmarks.harness import Row
-from hicache_core.page_keys import pack_tokens
+from hicache_core.kv.keys import pack_tokens
 from hicache_core.radix import POLICY_NAMES, RadixTree, eviction_policy
 
 EXCERPT = Path(__file__).parent / "traces" / "mooncake_1000.jsonl"

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from functools import partial
 
 from benchmarks.harness import Row, measure
-from hicache_core.kv_spec import KVSpec
-from hicache_core.page_keys import object_keys, page_digests, storage_namespace
+from hicache_core.kv.keys import object_keys, page_digests, storage_namespace
+from hicache_core.kv.spec import KVSpec
 from hicache_core.pools.host import HostPool
 from hicache_core.pools.layout import LAYOUTS
 from hicache_core.storage.base import StorageBackend

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from hashlib import sha256
 
 from benchmarks.harness import Row, measure
-from hicache_core import _page_keys_py, page_keys
+from hicache_core.kv import _page_keys_py
+from hicache_core.kv import keys as page_keys
 
 TABLE = "page keys"
 PAGE_SIZES = (1, 16, 64)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeAlias
 
 from benchmarks.harness import Row
-from hicache_core.page_keys import pack_tokens
+from hicache_core.kv.keys import pack_tokens
 from hicache_core.radix import Node, RadixTree, eviction_policy
 
 Call: TypeAlias = Callable[[], object]

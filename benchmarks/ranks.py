@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import Row
-from hicache_core.ranks import SingleRank
-from hicache_core.ranks_torch import TorchRankGroup
+from hicache_core.ranks.base import SingleRank
+from hicache_core.ranks.gloo import TorchRankGroup
 
 WINDOW = 256
 TABLE = "Ranks, one agreement of {n} processes on one machine"

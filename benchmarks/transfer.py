@@ -9,17 +9,17 @@ from collections.abc import Callable, Iterator
 import torch
 
 from benchmarks.harness import Row, measure
-from hicache_core.kv_spec import KVSpec
+from hicache_core.copies import native
+from hicache_core.copies.base import Transfer
+from hicache_core.copies.direct import DirectTransfer
+from hicache_core.copies.kernel import KernelTransfer
+from hicache_core.copies.native import NativeTransfer
+from hicache_core.copies.queues import ThreadQueue
+from hicache_core.kv.spec import KVSpec
 from hicache_core.pools.device import DevicePool
 from hicache_core.pools.host import HostPool
 from hicache_core.pools.layout import LAYOUTS
 from hicache_core.pools.mapping import map_memory
-from hicache_core.transfer import native
-from hicache_core.transfer.base import Transfer
-from hicache_core.transfer.direct import DirectTransfer
-from hicache_core.transfer.kernel import KernelTransfer
-from hicache_core.transfer.native import NativeTransfer
-from hicache_core.transfer.queues import ThreadQueue
 
 PAGE_SIZE = 64
 SPEC = KVSpec.mha(

@@ -10,10 +10,10 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hicache_core.build import HiCache
-    from hicache_core.config import HiCacheConfig
+    from hicache_core.build.cache import HiCache
+    from hicache_core.config.settings import HiCacheConfig
     from hicache_core.errors import HiCacheError
-    from hicache_core.kv_spec import KVSpec
+    from hicache_core.kv.spec import KVSpec
     from hicache_core.pools.device import DevicePool
     from hicache_core.storage.base import BackendConfig, StorageBackend
     from hicache_core.types import BackendContext, Namespace
@@ -22,10 +22,10 @@ _MODULES = {
     "BackendConfig": "hicache_core.storage.base",
     "BackendContext": "hicache_core.types",
     "DevicePool": "hicache_core.pools.device",
-    "HiCache": "hicache_core.build",
-    "HiCacheConfig": "hicache_core.config",
+    "HiCache": "hicache_core.build.cache",
+    "HiCacheConfig": "hicache_core.config.settings",
     "HiCacheError": "hicache_core.errors",
-    "KVSpec": "hicache_core.kv_spec",
+    "KVSpec": "hicache_core.kv.spec",
     "Namespace": "hicache_core.types",
     "StorageBackend": "hicache_core.storage.base",
 }

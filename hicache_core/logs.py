@@ -1,24 +1,6 @@
-"""Logging without surprises: the standard library's, under ``hicache_core``, quiet by default."""
+"""The old path of ``hicache_core.process.logs``."""
 
-from __future__ import annotations
+from hicache_core._moved import warn_moved
+from hicache_core.process.logs import *  # noqa: F403
 
-import logging
-
-ROOT = "hicache_core"
-# Without a handler the standard library prints warnings to stderr; a library should not.
-logging.getLogger(ROOT).addHandler(logging.NullHandler())
-
-_said: set[tuple[str, str]] = set()
-
-
-def log_once(logger: logging.Logger, level: int, message: str) -> None:
-    """Logs ``message`` the first time this process asks for it; from any thread."""
-    if not logger.isEnabledFor(level) or (logger.name, message) in _said:
-        return
-    _said.add((logger.name, message))
-    logger.log(level, "%s", message)
-
-
-def forget_logged() -> None:
-    """Lets every message be logged once more; for tests and for a re-configured process."""
-    _said.clear()
+warn_moved(__name__, "hicache_core.process.logs")

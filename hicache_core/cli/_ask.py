@@ -12,7 +12,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 import click
 
-from hicache_core.redact import masked_text
+from hicache_core.config.redact import masked_text
 
 DEFAULT_URLS = ("http://127.0.0.1:30000", "http://127.0.0.1:9477")
 """Where ``hicache serve`` listens by default, and a status server."""

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from hicache_core.errors import ConfigError
-from hicache_core.page_keys import pack_tokens
+from hicache_core.kv.keys import pack_tokens
 
 _IDS = re.compile(r"\s*\d+(\s*,\s*\d+)*\s*,?\s*")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from hicache_core.errors import ConfigError
-from hicache_core.kv_spec import KVSpec
-from hicache_core.page_keys import describe_namespace
+from hicache_core.kv.keys import describe_namespace
+from hicache_core.kv.spec import KVSpec
 from hicache_core.storage.manifest import Manifest
 
 DEFAULT_PAGE_SIZE, DEFAULT_LAYOUT = 64, "page_first"

@@ -8,8 +8,8 @@ from dataclasses import asdict
 import click
 
 from hicache_core.cli._columns import columns
-from hicache_core.plugin_check import check_backends
-from hicache_core.plugin_manager import list_backends, list_transfer_backends
+from hicache_core.plugin.check import check_backends
+from hicache_core.plugin.manager import list_backends, list_transfer_backends
 
 
 @click.command("backends")

@@ -6,11 +6,11 @@ import json
 
 import click
 
+from hicache_core.build.settings_check import check_settings
 from hicache_core.cli._columns import columns
-from hicache_core.config import HiCacheConfig, ResolvedConfig
-from hicache_core.config_flags import config_flags, default_text, load_config
-from hicache_core.redact import masked
-from hicache_core.settings_check import check_settings
+from hicache_core.config.flags import config_flags, default_text, load_config
+from hicache_core.config.redact import masked
+from hicache_core.config.settings import HiCacheConfig, ResolvedConfig
 
 
 @click.command("config")

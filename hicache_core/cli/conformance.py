@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from hicache_core.cli._out_file import OutFile
-from hicache_core.config_sources import read_inline
+from hicache_core.config.sources import read_inline
 from hicache_core.testing.features import Target
 from hicache_core.testing.recipe import Recipe, Scope
 from hicache_core.testing.report import RuleResult

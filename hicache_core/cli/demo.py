@@ -18,15 +18,15 @@ import click
 from rich.console import Console
 
 from hicache_core.cli._out_file import OutFile
-from hicache_core.config import HiCacheConfig
-from hicache_core.config_sources import read_inline
+from hicache_core.config.settings import HiCacheConfig
+from hicache_core.config.sources import read_inline
 from hicache_core.demo.records import DemoSettings, Outcome
 from hicache_core.demo.run import run_demo
 from hicache_core.demo.table import print_outcome, shown
-from hicache_core.dynamic import load_class, split_settings
 from hicache_core.errors import ConfigError
-from hicache_core.plugin_manager import backend_class as backend_class_of
-from hicache_core.plugin_manager import backend_settings
+from hicache_core.plugin.dynamic import load_class, split_settings
+from hicache_core.plugin.manager import backend_class as backend_class_of
+from hicache_core.plugin.manager import backend_settings
 
 _NEEDED = ("torch", "transformers", "gguf")
 

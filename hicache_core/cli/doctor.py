@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from hicache_core.config_sources import read_inline
+from hicache_core.config.sources import read_inline
 from hicache_core.testing.examination import examine
 from hicache_core.testing.features import Target
 from hicache_core.testing.recipe import Recipe

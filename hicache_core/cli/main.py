@@ -10,9 +10,9 @@ from pathlib import Path
 
 import click
 
-from hicache_core.config_sources import ENV_PREFIX, mistyped, nearest
+from hicache_core.config.redact import masked_text
+from hicache_core.config.sources import ENV_PREFIX, mistyped, nearest
 from hicache_core.errors import HiCacheError
-from hicache_core.redact import masked_text
 
 _SUMMARIES = Path(__file__).parent
 _NOT_COMMANDS = frozenset(["__init__", "main"])
@@ -74,7 +74,8 @@ def _version() -> str:
 def cli(*, debug: bool) -> None:  # noqa: ARG001 - main() looks for it by itself
     """HiCache: a prefix cache for LLM servers in three tiers."""
     if any(name.startswith(ENV_PREFIX) for name in os.environ):
-        config = importlib.import_module("hicache_core.config")  # only then: help stays quick
+        # Only then: help stays quick.
+        config = importlib.import_module("hicache_core.config.settings")
         for name, meant in mistyped(config.HiCacheConfig.model_fields, os.environ):
             click.echo(f"hicache: {name} is ignored; did you mean {meant}?", err=True)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from hicache_core.errors import ConfigError
-from hicache_core.plugin_manager import list_backends
+from hicache_core.plugin.manager import list_backends
 
 _NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 _SUFFIX = ".template"

@@ -20,10 +20,10 @@ if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is Non
 
 import uvicorn  # noqa: E402 - only if installed
 
-from hicache_core.disaggregation.nodes import RouterSettings  # noqa: E402 - likewise
-from hicache_core.disaggregation.router import make_app  # noqa: E402 - likewise
-from hicache_core.disaggregation.secret import MIN_LENGTH  # noqa: E402 - likewise
-from hicache_core.hosts import is_loopback  # noqa: E402 - likewise
+from hicache_core.config.hosts import is_loopback  # noqa: E402 - likewise
+from hicache_core.kv_transfer.secret import MIN_LENGTH  # noqa: E402 - likewise
+from hicache_core.router.app import make_app  # noqa: E402 - likewise
+from hicache_core.router.nodes import RouterSettings  # noqa: E402 - likewise
 from hicache_core.server.access import Keys, is_operator  # noqa: E402 - likewise
 from hicache_core.server.connections import bounded  # noqa: E402 - likewise
 

@@ -12,7 +12,7 @@ from rich.filesize import decimal
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from hicache_core.cli._columns import columns
-from hicache_core.config_sources import read_inline
+from hicache_core.config.sources import read_inline
 from hicache_core.storage.scrub import GOOD, REMOVED, UNKNOWN, VANISHED, Checked, Tally, scrub
 from hicache_core.testing.recipe import Recipe
 

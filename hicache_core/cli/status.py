@@ -11,8 +11,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from hicache_core.cli._ask import ask, asks
 from hicache_core.cli._status_view import console, view
+from hicache_core.config.redact import masked_text
 from hicache_core.observe.windows import Observation
-from hicache_core.redact import masked_text
 
 
 @click.command("status")

@@ -15,8 +15,8 @@ from rich.text import Text
 from hicache_core.cli._ask import ask, ask_if_there, asks, base_of
 from hicache_core.cli._status_view import console
 from hicache_core.cli._top_view import Moment, Rates, rates_of, top_view
+from hicache_core.config.redact import masked_text
 from hicache_core.observe.windows import Observation
-from hicache_core.redact import masked_text
 
 
 @click.command("top")

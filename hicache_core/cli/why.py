@@ -13,13 +13,13 @@ import click
 
 from hicache_core.cli._prompt import packed_prompt
 from hicache_core.cli._whose import Named, Whose, choose, summary
-from hicache_core.config_sources import read_inline
-from hicache_core.plugin_manager import backend_settings
+from hicache_core.config.sources import read_inline
+from hicache_core.plugin.manager import backend_settings
 from hicache_core.storage.base import StorageBackend
 from hicache_core.storage.manifest import Manifest, read_manifest, read_manifests
+from hicache_core.storage.why import Answer, Cause, Miss, Question, why
 from hicache_core.testing.recipe import Recipe
 from hicache_core.types import BackendContext, Namespace
-from hicache_core.why import Answer, Cause, Miss, Question, why
 
 _UNNAMED = "0" * 16
 _Folder = click.Path(exists=True, file_okay=False, path_type=Path)

@@ -24,9 +24,9 @@ from hicache_core.controller.snapshot import take_snapshot
 from hicache_core.controller.storage_control import StorageControl
 from hicache_core.controller.write_path import WritePath
 from hicache_core.errors import IntegrityError, PoolExhausted, RankLost, UseAfterClose
+from hicache_core.kv.keys import TOKEN_NBYTES, chain_seed, pack_tokens
 from hicache_core.observe.snapshot import CacheSnapshot
-from hicache_core.owner import Owner
-from hicache_core.page_keys import TOKEN_NBYTES, chain_seed, pack_tokens
+from hicache_core.process.owner import Owner
 from hicache_core.radix.node import Node
 from hicache_core.radix.results import InsertResult, Match
 from hicache_core.types import Namespace, Tier

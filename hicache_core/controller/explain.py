@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
-from hicache_core.controller.journal import Journal, PageRun
 from hicache_core.controller.prefetch_record import Shortfall
-from hicache_core.page_keys import DIGEST_NBYTES
+from hicache_core.kv.keys import DIGEST_NBYTES
+from hicache_core.observe.journal import Journal, PageRun
 from hicache_core.types import Namespace, Tier
 
 MAX_REQUESTS = 1024

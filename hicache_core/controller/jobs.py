@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
 
+from hicache_core.copies.base import Ticket
 from hicache_core.errors import IntegrityError
-from hicache_core.ranks import RankGroup
-from hicache_core.transfer.base import Ticket
+from hicache_core.ranks.base import RankGroup
 
 Settle = Callable[[int], None]
 """Called once, with the number of leading pages that all ranks agree on."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from hicache_core.controller.parts import Parts
+from hicache_core.copies.base import Ticket
 from hicache_core.errors import LoadFailed
 from hicache_core.observe.tracing import LOAD_BACK, SpanHandle
 from hicache_core.radix.node import Node
 from hicache_core.radix.results import Match
-from hicache_core.transfer.base import Ticket
 from hicache_core.types import Tier
 
 

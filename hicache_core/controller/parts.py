@@ -9,18 +9,18 @@ from dataclasses import dataclass, field
 
 from hicache_core.controller.explain import Explainer
 from hicache_core.controller.jobs import JobTable
-from hicache_core.controller.journal import Journal, PageRun
 from hicache_core.controller.policies import Policies
 from hicache_core.controller.removals import RemovalCounts
 from hicache_core.controller.retention import NOWHERE, HostRetention, KeepOnHost
 from hicache_core.controller.storage_tier import StorageTier
+from hicache_core.copies.base import Transfer
 from hicache_core.histogram import Distribution
+from hicache_core.observe.journal import Journal, PageRun
 from hicache_core.observe.tracing import NoSpans, Spans
 from hicache_core.pools.device import DevicePool
 from hicache_core.pools.host import HostPool
 from hicache_core.radix.node import Node, descendants, path_to_root
 from hicache_core.radix.tree import RadixTree
-from hicache_core.transfer.base import Transfer
 from hicache_core.types import Namespace, Tier
 
 Clock = Callable[[], float]

@@ -10,8 +10,8 @@ from hicache_core.controller.admission import Offer
 from hicache_core.controller.parts import Parts
 from hicache_core.controller.prefetch_record import Batch, Prefetch, Shortfall, shortfall_of
 from hicache_core.controller.storage_tier import StorageTier
+from hicache_core.kv.keys import TOKEN_NBYTES, PageKeys
 from hicache_core.observe.tracing import PREFETCH
-from hicache_core.page_keys import TOKEN_NBYTES, PageKeys
 from hicache_core.pools.host import HostPool
 from hicache_core.types import ExistsJob, JobResult, ReadJob, Tier
 

@@ -7,7 +7,7 @@ from functools import partial
 
 from hicache_core.controller.attachment import Attachment
 from hicache_core.controller.parts import Parts
-from hicache_core.page_keys import TOKEN_NBYTES, PageKeys
+from hicache_core.kv.keys import TOKEN_NBYTES, PageKeys
 from hicache_core.radix.node import ASKED, RECEIVED, Node
 from hicache_core.types import ExistsJob, JobResult, Tier
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from hicache_core.controller.explain import Hits
 from hicache_core.controller.parts import Parts
-from hicache_core.page_keys import TOKEN_NBYTES, page_digests
+from hicache_core.kv.keys import TOKEN_NBYTES, page_digests
 from hicache_core.radix.results import Match
 from hicache_core.types import Namespace
 

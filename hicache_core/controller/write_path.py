@@ -7,11 +7,11 @@ from array import array
 from functools import partial
 
 from hicache_core.controller.attachment import Attachment
-from hicache_core.controller.journal import PageRun
 from hicache_core.controller.parts import Parts
 from hicache_core.controller.received import ReceivedPages
+from hicache_core.kv.keys import DIGEST_NBYTES, TOKEN_NBYTES, PageKeys
+from hicache_core.observe.journal import PageRun
 from hicache_core.observe.tracing import BACKUP, SpanHandle
-from hicache_core.page_keys import DIGEST_NBYTES, TOKEN_NBYTES, PageKeys
 from hicache_core.radix.node import ASKED, RECEIVED, Node, path_to_root
 from hicache_core.types import Tier, WriteJob
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hicache_core.config import HiCacheConfig
+from hicache_core.config.settings import HiCacheConfig
 from hicache_core.demo.chat import Chat
 from hicache_core.demo.plan import CORRUPTED_TURN
 from hicache_core.demo.records import DemoSettings, Event, Facts, Note, Step, TurnPlan, TurnRecord

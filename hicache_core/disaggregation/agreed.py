@@ -6,10 +6,10 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hicache_core.disaggregation.transfer import KvTransferBackend, Notice, TransferState
 from hicache_core.disaggregation.wrapper import TransferWrapper
 from hicache_core.errors import HiCacheError, TransferError
-from hicache_core.ranks import RankGroup, agree_all
+from hicache_core.kv_transfer.base import KvTransferBackend, Notice, TransferState
+from hicache_core.ranks.base import RankGroup, agree_all
 
 _ELSEWHERE = "the transfer failed on another rank"
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from hicache_core.disaggregation.transfer import (
+from hicache_core.disaggregation.wrapper import TransferWrapper
+from hicache_core.histogram import Distribution
+from hicache_core.kv_transfer.base import (
     KvTransferBackend,
     Notice,
     TransferState,
 )
-from hicache_core.disaggregation.wrapper import TransferWrapper
-from hicache_core.histogram import Distribution
 from hicache_core.observe.snapshot import TransferStatus
 
 SENT, RECEIVED = "sent", "received"

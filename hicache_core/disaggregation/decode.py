@@ -8,11 +8,11 @@ from typing import Self
 
 from hicache_core.disaggregation.figures import Figures
 from hicache_core.disaggregation.first_token import FirstToken
-from hicache_core.disaggregation.transfer import KvTransferBackend, Notice, TransferState
 from hicache_core.engine.page_table import PageTable
 from hicache_core.engine.scheduler import Scheduler
 from hicache_core.engine.task import Task
 from hicache_core.errors import PoolExhausted, TransferError
+from hicache_core.kv_transfer.base import KvTransferBackend, Notice, TransferState
 
 log = logging.getLogger(__name__)
 

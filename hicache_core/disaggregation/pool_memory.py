@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from hicache_core.disaggregation.page_memory import PageMemory
 from hicache_core.errors import SpecError
+from hicache_core.kv_transfer.page_memory import PageMemory
 from hicache_core.pools.device import DevicePool
 
 

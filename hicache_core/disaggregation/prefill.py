@@ -10,11 +10,11 @@ from typing import Self
 
 from hicache_core.disaggregation.figures import Figures
 from hicache_core.disaggregation.first_token import FirstToken
-from hicache_core.disaggregation.transfer import KvTransferBackend, TransferState
 from hicache_core.engine.request import Output, Request
 from hicache_core.engine.scheduler import Scheduler
 from hicache_core.engine.task import OnOutput, Task
 from hicache_core.errors import HiCacheError
+from hicache_core.kv_transfer.base import KvTransferBackend, TransferState
 
 log = logging.getLogger(__name__)
 

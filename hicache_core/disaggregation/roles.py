@@ -13,13 +13,13 @@ from hicache_core.disaggregation.decode import DecodeScheduler
 from hicache_core.disaggregation.figures import Figures
 from hicache_core.disaggregation.pool_memory import memory_of_pool
 from hicache_core.disaggregation.prefill import PrefillScheduler
-from hicache_core.disaggregation.transfer import KvTransferBackend, TransferContext
 from hicache_core.engine.config import EngineConfig
 from hicache_core.engine.runner import Runner
 from hicache_core.engine.scheduler import Scheduler
 from hicache_core.errors import ConfigError
+from hicache_core.kv_transfer.base import KvTransferBackend, TransferContext
 from hicache_core.observe.snapshot import TransferStatus
-from hicache_core.plugin_manager import transfer_backend_class, transfer_settings
+from hicache_core.plugin.manager import transfer_backend_class, transfer_settings
 
 SCHEDULERS: dict[str, type[PrefillScheduler] | type[DecodeScheduler]] = {
     "prefill": PrefillScheduler,

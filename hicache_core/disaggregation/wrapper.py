@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hicache_core.disaggregation.transfer import KvTransferBackend, Notice
+from hicache_core.kv_transfer.base import KvTransferBackend, Notice
 
 
 class TransferWrapper(KvTransferBackend):

@@ -15,7 +15,7 @@ from hicache_core.integrations.model_check import (
     failing_as_spec_error,
     undisturbed,
 )
-from hicache_core.kv_spec import KVSpec
+from hicache_core.kv.spec import KVSpec
 from hicache_core.pools.device import DevicePool
 
 _PAGE_SIZE = 16

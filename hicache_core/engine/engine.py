@@ -16,8 +16,8 @@ from functools import partial
 from math import inf
 from typing import Any, TypeVar
 
-from hicache_core.build import HiCache
-from hicache_core.config import HiCacheConfig
+from hicache_core.build.cache import HiCache
+from hicache_core.config.settings import HiCacheConfig
 from hicache_core.engine import orders
 from hicache_core.engine.batch_check import check_batches
 from hicache_core.engine.config import EngineConfig, EngineStatus
@@ -39,8 +39,8 @@ from hicache_core.engine.watchdog import Watchdog
 from hicache_core.errors import ConfigError, QueueFull, RankLost, UseAfterClose
 from hicache_core.integrations.identity import ModelIdentity
 from hicache_core.integrations.model_check import check_model, kv_spec_of
-from hicache_core.main_thread import main_has_ended
 from hicache_core.pools.device import DevicePool
+from hicache_core.process.main_thread import main_has_ended
 
 __all__ = ["Engine", "EngineConfig", "EngineStatus"]
 

@@ -15,8 +15,8 @@ from hicache_core.engine.request import Request
 from hicache_core.errors import ConfigError, InvalidTokens, NotEnoughMemory
 from hicache_core.integrations.length_rule import length_rule_of
 from hicache_core.integrations.model_check import vocabulary_of
-from hicache_core.kv_spec import KVSpec
-from hicache_core.ranks import RankGroup, agree_all
+from hicache_core.kv.spec import KVSpec
+from hicache_core.ranks.base import RankGroup, agree_all
 
 log = logging.getLogger(__name__)
 

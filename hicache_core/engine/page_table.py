@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Callable, Sequence
 
 from hicache_core.controller.controller import Controller
-from hicache_core.page_keys import pack_tokens
+from hicache_core.kv.keys import pack_tokens
 from hicache_core.radix.node import Node
 from hicache_core.radix.results import InsertResult
 from hicache_core.types import Namespace

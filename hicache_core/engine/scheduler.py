@@ -20,8 +20,8 @@ from hicache_core.engine.tally import Tally
 from hicache_core.engine.task import Task, cached_of
 from hicache_core.engine.tensor_ranks import TensorRanks
 from hicache_core.errors import LoadFailed, PoolExhausted
+from hicache_core.kv.keys import TOKEN_NBYTES
 from hicache_core.observe.tracing import on_behalf_of
-from hicache_core.page_keys import TOKEN_NBYTES
 from hicache_core.radix.results import Match
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from torch import nn
 
 from hicache_core.engine.tensor_ranks import TensorRanks
 from hicache_core.errors import ConfigError
-from hicache_core.kv_spec import KVSpec
+from hicache_core.kv.spec import KVSpec
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """Architectures that can be split: separate projections, and no norm over all heads together."""

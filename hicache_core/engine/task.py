@@ -11,7 +11,7 @@ from hicache_core.engine.detokenize import TextStream
 from hicache_core.engine.page_table import PageTable
 from hicache_core.engine.request import CachedTokens, Output, Request, Times
 from hicache_core.engine.sampling import Sampler
-from hicache_core.page_keys import pack_tokens
+from hicache_core.kv.keys import pack_tokens
 from hicache_core.radix.results import Match
 
 OnOutput = Callable[[Output], None]

@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 from torch._C._distributed_c10d import AllreduceOptions, BarrierOptions, BroadcastOptions
 
-from hicache_core.ranks_torch import TorchRankGroup
+from hicache_core.ranks.gloo import TorchRankGroup
 
 __all__ = ["TensorRanks"]
 

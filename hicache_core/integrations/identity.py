@@ -50,7 +50,7 @@ def fingerprint_of_model(model: Any) -> str:
     It covers the config, every weight and buffer in memory (those that are not saved too), and the
     plain settings of the modules: attention scaling, LoRA scaling, which adapters are on. It reads
     all weights: a tenth of a second for each GB on a CPU. For large models on a device,
-    ``hicache_core.fingerprint.fingerprint_of_files`` is quicker.
+    ``hicache_core.kv.fingerprint.fingerprint_of_files`` is quicker.
 
     Raises:
         SpecError: the weights cannot be read: quantized by torch itself, or not in memory.

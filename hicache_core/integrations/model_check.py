@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 
 from hicache_core.errors import SpecError
 from hicache_core.integrations.length_rule import length_rule_of
-from hicache_core.kv_spec import KVSpec
+from hicache_core.kv.spec import KVSpec
 
 __all__ = [
     "Probe",

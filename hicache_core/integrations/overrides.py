@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from hicache_core.logs import log_once
+from hicache_core.process.logs import log_once
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,7 @@
 """Runs classes written for SGLang's ``dynamic`` storage as a ``StorageBackend``.
 
-Imported by name from ``hicache_core.dynamic`` when such a class is met; needs torch, not sglang.
+``hicache_core.plugin.dynamic`` imports it by name when it meets such a class; needs torch, not
+sglang.
 
 Two paths, as in SGLang: the generic one (``batch_get``/``batch_set`` with flat uint8 tensors), and
 with ``interface_v1: 1`` the one over registered host memory (``batch_get_v1``/``batch_set_v1``).
@@ -22,7 +23,6 @@ from typing import Any, ClassVar
 import torch
 from pydantic import ConfigDict
 
-from hicache_core.dynamic import DynamicSettings
 from hicache_core.errors import (
     BackendFull,
     BackendUnavailable,
@@ -30,7 +30,8 @@ from hicache_core.errors import (
     UseAfterClose,
 )
 from hicache_core.integrations.sglang_stand_ins import ExtraInfo, StagingPool, StorageConfig
-from hicache_core.logs import log_once
+from hicache_core.plugin.dynamic import DynamicSettings
+from hicache_core.process.logs import log_once
 from hicache_core.storage.base import BackendConfig, Buffer, StorageBackend
 from hicache_core.storage.segments import nbytes_of, scatter
 from hicache_core.types import BackendContext, Page

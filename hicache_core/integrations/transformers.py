@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from hicache_core.build import HiCache
-from hicache_core.config import HiCacheConfig
+from hicache_core.build.cache import HiCache
+from hicache_core.config.settings import HiCacheConfig
 from hicache_core.controller.controller import Controller
 from hicache_core.errors import LoadFailed
 from hicache_core.integrations.arguments import Arguments
@@ -37,9 +37,9 @@ from hicache_core.integrations.model_check import (
 from hicache_core.integrations.overrides import Overrides
 from hicache_core.integrations.tokens import Tokens, token_list
 from hicache_core.integrations.turn import Turn
-from hicache_core.logs import log_once
-from hicache_core.page_keys import pack_tokens
+from hicache_core.kv.keys import pack_tokens
 from hicache_core.pools.device import DevicePool
+from hicache_core.process.logs import log_once
 from hicache_core.types import CachedTokens, Namespace
 
 __all__ = [

@@ -13,10 +13,10 @@ from hicache_core.integrations.identity import ModelIdentity
 from hicache_core.integrations.overrides import Overrides
 from hicache_core.integrations.paged_cache import PagedCache, TurnCache
 from hicache_core.integrations.tokens import Tokens, token_list
-from hicache_core.page_keys import TOKEN_NBYTES, pack_tokens
+from hicache_core.kv.keys import TOKEN_NBYTES, pack_tokens
 from hicache_core.pools.device import DevicePool
+from hicache_core.process.shield import shield
 from hicache_core.radix.node import Node
-from hicache_core.shield import shield
 from hicache_core.types import CachedTokens, Namespace
 
 log = logging.getLogger(__name__)

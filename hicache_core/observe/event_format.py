@@ -29,8 +29,8 @@ from typing import TypeAlias
 
 import msgpack
 
-from hicache_core.controller.journal import PageRun
-from hicache_core.page_keys import DIGEST_NBYTES, TOKEN_NBYTES
+from hicache_core.kv.keys import DIGEST_NBYTES, TOKEN_NBYTES
+from hicache_core.observe.journal import PageRun
 from hicache_core.types import Namespace, Tier
 
 MEDIUM = {Tier.DEVICE: "GPU", Tier.HOST: "CPU_PINNED", Tier.STORAGE: "EXTERNAL"}

@@ -13,15 +13,15 @@ from typing import NamedTuple
 
 import zmq
 
-from hicache_core.controller.journal import Journal, PageRun
 from hicache_core.errors import ConfigError
-from hicache_core.main_thread import main_has_ended
+from hicache_core.kv.keys import TOKEN_NBYTES
 from hicache_core.observe import event_format
 from hicache_core.observe.event_format import CLEARED, END_OF_REPLAY, Event
 from hicache_core.observe.event_settings import EventsConfig
+from hicache_core.observe.journal import Journal, PageRun
 from hicache_core.observe.replay import ReplayBuffer
 from hicache_core.observe.snapshot import EventsStatus
-from hicache_core.page_keys import TOKEN_NBYTES
+from hicache_core.process.main_thread import main_has_ended
 from hicache_core.types import Namespace, Tier
 
 __all__ = ["EventsConfig", "KvEvents"]

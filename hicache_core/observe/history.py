@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from hicache_core.histogram import Histogram
-from hicache_core.main_thread import main_has_ended
 from hicache_core.observe.snapshot import CacheSnapshot, PoolStatus
 from hicache_core.observe.windows import Observation, Watch
+from hicache_core.process.main_thread import main_has_ended
 
 MAX_SAMPLES = 900
 INTERVAL_S = 1.0

@@ -15,7 +15,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 from hicache_core.errors import ConfigError
-from hicache_core.main_thread import main_has_ended
 from hicache_core.observe.page.answers import (
     HEADERS,
     Answer,
@@ -24,6 +23,7 @@ from hicache_core.observe.page.answers import (
     not_found,
     page_answer,
 )
+from hicache_core.process.main_thread import main_has_ended
 
 log = logging.getLogger(__name__)
 

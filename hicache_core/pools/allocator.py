@@ -12,9 +12,9 @@ from hicache_core.errors import IntegrityError, PoolExhausted, SpecError
 try:
     if os.environ.get("HICACHE_PURE_PYTHON") == "1":
         raise ImportError("HICACHE_PURE_PYTHON=1")
-    from hicache_core._page_marks import are_pages, flip
+    from hicache_core.pools._page_marks import are_pages, flip
 except ImportError:  # also where there was no C compiler: the twin answers the same, more slowly
-    from hicache_core._page_marks_py import are_pages, flip
+    from hicache_core.pools._page_marks_py import are_pages, flip
 
 
 class PageAllocator:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from hicache_core.errors import SpecError
-from hicache_core.kv_spec import Component, KVSpec
+from hicache_core.kv.spec import Component, KVSpec
 from hicache_core.pools.allocator import PageAllocator
 from hicache_core.pools.limits import check_memory
 from hicache_core.pools.mapping import map_memory

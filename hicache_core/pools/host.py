@@ -9,7 +9,7 @@ from typing import overload
 import torch
 
 from hicache_core.errors import SpecError, UseAfterClose
-from hicache_core.kv_spec import KVSpec
+from hicache_core.kv.spec import KVSpec
 from hicache_core.pools.allocator import PageAllocator, check_page_ids
 from hicache_core.pools.layout import HostLayout, PoolShape
 from hicache_core.pools.limits import check_memory

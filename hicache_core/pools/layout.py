@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import ClassVar
 
 from hicache_core.errors import SpecError
-from hicache_core.kv_spec import KVSpec
+from hicache_core.kv.spec import KVSpec
 
 REGION_ALIGNMENT = 4096
 

@@ -10,7 +10,7 @@ from array import array
 from operator import attrgetter
 
 from hicache_core.errors import IntegrityError, SpecError
-from hicache_core.page_keys import TOKEN_NBYTES
+from hicache_core.kv.keys import TOKEN_NBYTES
 from hicache_core.radix.node import Node, descendants, path_to_root, require_in_tree, split_node
 from hicache_core.radix.order import EvictionPolicy, TierView
 

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from sys import getsizeof
 
-from hicache_core.page_keys import DIGEST_NBYTES
+from hicache_core.kv.keys import DIGEST_NBYTES
 from hicache_core.radix.node import Node, node_digests
 
 _WORDS_A_DIGEST = DIGEST_NBYTES // 8

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Iterator
 
 from hicache_core.errors import IntegrityError
-from hicache_core.page_keys import DIGEST_NBYTES, page_digests
+from hicache_core.kv.keys import DIGEST_NBYTES, page_digests
 
 # Up to here one comparison of the whole node pays, though a bisection may have to follow.
 _ONE_COMPARE_NBYTES = 32768

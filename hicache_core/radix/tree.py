@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Callable
 
 from hicache_core.errors import IntegrityError, InvalidTokens
-from hicache_core.page_keys import DIGEST_NBYTES, TOKEN_NBYTES
+from hicache_core.kv.keys import DIGEST_NBYTES, TOKEN_NBYTES
 from hicache_core.radix.audit import check_tree, tree_nbytes
 from hicache_core.radix.inflight import InFlight
 from hicache_core.radix.node import (
@@ -30,7 +30,7 @@ class RadixTree(InFlight):
 
     Example:
         >>> from array import array
-        >>> from hicache_core.page_keys import pack_tokens
+        >>> from hicache_core.kv.keys import pack_tokens
         >>> from hicache_core.radix.eviction import LRU
         >>> tree = RadixTree(page_size=4, device_policy=LRU(), host_policy=LRU())
         >>> _ = tree.insert(pack_tokens(range(8)), array("i", [5, 3]))

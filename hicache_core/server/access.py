@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hicache_core.hosts import is_loopback
+from hicache_core.config.hosts import is_loopback
 from hicache_core.observe.page.answers import page_names
 from hicache_core.server.problems import Problem, json_answer
 

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from hicache_core.config.hosts import is_loopback
 from hicache_core.errors import HiCacheError
-from hicache_core.hosts import is_loopback
 from hicache_core.server import routes_admin, routes_generate, routes_info, routes_page
 from hicache_core.server.access import Door
 from hicache_core.server.problems import Problem, answer_problem

@@ -15,9 +15,9 @@ from pydantic import (
 from pydantic_core import from_json
 from starlette.requests import Request
 
-from hicache_core.config_sources import EXTRA
+from hicache_core.config.redact import MASK
+from hicache_core.config.sources import EXTRA
 from hicache_core.engine.request import Bootstrap
-from hicache_core.redact import MASK
 from hicache_core.server.connections import body_taken
 from hicache_core.server.fields import refusal
 from hicache_core.server.forms import (

@@ -18,7 +18,7 @@ from hicache_core.server.ledger import Ledger
 from hicache_core.server.problems import Problem
 
 if TYPE_CHECKING:
-    from hicache_core.build import HiCache
+    from hicache_core.build.cache import HiCache
     from hicache_core.engine.config import EngineStatus
 
 T = TypeVar("T")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from hicache_core.config_sources import nearest
+from hicache_core.config.sources import nearest
 
 # What this server cannot do, and the values by which a client does not ask for it; None, False
 # and empty values never do. The names are those of OpenAI, SGLang and vLLM.

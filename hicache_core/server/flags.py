@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from hicache_core.config_flags import config_flags, load_config
+from hicache_core.config.flags import config_flags, load_config
 from hicache_core.engine.config import EngineConfig
 from hicache_core.server.access import Keys
 from hicache_core.server.settings import DEFAULTS, Disaggregation, ServerSettings, as_sglang_means

@@ -11,8 +11,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from hicache_core.config.redact import masked_text
 from hicache_core.errors import HiCacheError, QueueFull, RankLost, UseAfterClose
-from hicache_core.redact import masked_text
 
 RETRY_AFTER_S = 1
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}

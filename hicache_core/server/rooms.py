@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hmac
 
-from hicache_core.disaggregation.secret import room_proof
+from hicache_core.config.hosts import is_loopback
 from hicache_core.engine.request import Bootstrap
-from hicache_core.hosts import is_loopback
+from hicache_core.kv_transfer.secret import room_proof
 from hicache_core.server.bodies import Shared
 from hicache_core.server.problems import Problem
 

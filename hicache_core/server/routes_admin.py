@@ -11,10 +11,10 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from hicache_core.build_storage import CHAIN, DYNAMIC
-from hicache_core.config import HiCacheConfig
-from hicache_core.config_sources import EXTRA
-from hicache_core.redact import masked
+from hicache_core.build.storage import CHAIN, DYNAMIC
+from hicache_core.config.redact import masked
+from hicache_core.config.settings import HiCacheConfig
+from hicache_core.config.sources import EXTRA
 from hicache_core.server.bodies import AttachBody, read_body
 from hicache_core.server.problems import Problem, json_answer
 from hicache_core.server.service import Service

@@ -10,10 +10,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 from starlette.requests import Request
 from starlette.responses import Response
 
+from hicache_core.config.redact import masked
 from hicache_core.engine.request import Request as EngineRequest
 from hicache_core.engine.request import SamplingParams
 from hicache_core.observe.http import PROMETHEUS_TEXT
-from hicache_core.redact import masked
 from hicache_core.server.access import ADMIN
 from hicache_core.server.bridge import Asked, finished
 from hicache_core.server.problems import Problem, json_answer

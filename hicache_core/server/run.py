@@ -13,6 +13,7 @@ from functools import partial
 import torch
 import uvicorn
 
+from hicache_core.build.settings_check import check_settings
 from hicache_core.disaggregation.roles import Role
 from hicache_core.engine.engine import Engine
 from hicache_core.engine.model import LoadedModel
@@ -27,7 +28,6 @@ from hicache_core.server.prompts import Limits
 from hicache_core.server.role import make_engine, role_of
 from hicache_core.server.service import ServedModel, Service
 from hicache_core.server.settings import ServerSettings, notices, with_secret
-from hicache_core.settings_check import check_settings
 
 log = logging.getLogger(__name__)
 

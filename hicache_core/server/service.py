@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from hicache_core.config.redact import masked
 from hicache_core.disaggregation.roles import Role
 from hicache_core.observe.history import History
 from hicache_core.observe.metrics import CacheCollector
 from hicache_core.observe.snapshot import CacheSnapshot
 from hicache_core.observe.windows import Watch
-from hicache_core.redact import masked
 from hicache_core.server.bridge import Bridge, EngineFront
 from hicache_core.server.figures import Figures, ServerCollector
 from hicache_core.server.ledger import Ledger

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from hicache_core.config import HiCacheConfig
-from hicache_core.config_sources import DEFAULT
+from hicache_core.config.hosts import is_loopback
+from hicache_core.config.settings import HiCacheConfig
+from hicache_core.config.sources import DEFAULT
 from hicache_core.engine.config import EngineConfig
 from hicache_core.errors import ConfigError
-from hicache_core.hosts import is_loopback
 from hicache_core.server.access import Keys
 
 DEFAULTS = EngineConfig()

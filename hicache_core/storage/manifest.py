@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-from hicache_core.kv_spec import DTYPE_NBYTES
-from hicache_core.page_keys import namespace_digest
+from hicache_core.kv.keys import namespace_digest
+from hicache_core.kv.spec import DTYPE_NBYTES
 from hicache_core.storage.base import Listable, ReportsUsage, StorageBackend
 from hicache_core.storage.sealed import HEADER_NBYTES, mismatch
 from hicache_core.types import Page

@@ -13,7 +13,6 @@ from weakref import WeakValueDictionary
 from pydantic import Field
 
 from hicache_core.errors import BackendFull, UseAfterClose
-from hicache_core.hookspecs import hookimpl
 from hicache_core.storage.base import BackendConfig, Buffer, StorageBackend, namespace_of
 from hicache_core.storage.settings import Nbytes, Seconds
 from hicache_core.types import BackendContext
@@ -220,9 +219,3 @@ class MemoryBackend(StorageBackend):
     def _evict(self, store: _Store, order: OrderedDict[str, None]) -> None:
         store.remove(store.victim(order, self._clock()))
         self._counts["evicted_objects"] += 1
-
-
-@hookimpl
-def hicache_backends() -> list[type[StorageBackend]]:
-    """The backend of this module."""
-    return [MemoryBackend]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from hicache_core.redact import MASK, masked_text
+from hicache_core.config.redact import MASK, masked_text
 from hicache_core.storage.base import Diagnosable, Finding
 from hicache_core.testing.features import Target
 from hicache_core.testing.figures import measure

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from hicache_core.redact import looks_secret
+from hicache_core.config.redact import looks_secret
 
 _PASSWORD_IN_URL = re.compile(r"\b[A-Za-z][A-Za-z0-9+.-]*://[^\s/@:]*:([^\s'\"]+)@")
 _MIN_LENGTH = 4  # a shorter one would be found in unrelated text

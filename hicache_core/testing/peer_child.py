@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TextIO
 
-from hicache_core.redact import masked_text
+from hicache_core.config.redact import masked_text
 from hicache_core.storage.base import StorageBackend
 from hicache_core.testing.content import content, difference
 from hicache_core.testing.recipe import Recipe

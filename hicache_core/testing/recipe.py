@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
-from hicache_core import dynamic, plugin_manager
+from hicache_core.plugin import dynamic
+from hicache_core.plugin import manager as plugin_manager
 from hicache_core.storage.base import StorageBackend
 from hicache_core.types import BackendContext
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from hicache_core.redact import MASK, masked_text
+from hicache_core.config.redact import MASK, masked_text
 from hicache_core.testing.bounded import bounded
 from hicache_core.testing.features import CAPABILITIES, Feature, Target, detect
 from hicache_core.testing.figures import measure

@@ -19,15 +19,15 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from hicache_core.disaggregation.page_memory import PageMemory
-from hicache_core.disaggregation.transfer import (
+from hicache_core.errors import TransferError
+from hicache_core.kv.spec import KVSpec
+from hicache_core.kv_transfer.base import (
     KvTransferBackend,
     Notice,
     TransferContext,
     TransferState,
 )
-from hicache_core.errors import TransferError
-from hicache_core.kv_spec import KVSpec
+from hicache_core.kv_transfer.page_memory import PageMemory
 
 PAGE_SIZE = 4
 N_PAGES = 16

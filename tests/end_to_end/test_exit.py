@@ -8,9 +8,9 @@ import sys
 import pytest
 
 CACHE = """
-from hicache_core.build import HiCache
-from hicache_core.config import HiCacheConfig
-from hicache_core.kv_spec import KVSpec
+from hicache_core.build.cache import HiCache
+from hicache_core.config.settings import HiCacheConfig
+from hicache_core.kv.spec import KVSpec
 from hicache_core.pools.device import DevicePool
 
 spec = KVSpec.mha(num_layers=2, num_heads=1, head_dim=2, dtype="float32", fingerprint="x")
@@ -25,7 +25,7 @@ cache.match_prefix(range(8))
 """
 
 ENGINE = """
-from hicache_core.config import HiCacheConfig
+from hicache_core.config.settings import HiCacheConfig
 from hicache_core.engine.engine import Engine, EngineConfig
 from hicache_core.engine.request import Request, SamplingParams
 from tests.engine.world import cache_config, model_of

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hicache_core.config import HiCacheConfig
+from hicache_core.config.settings import HiCacheConfig
 from hicache_core.engine.engine import Engine, EngineConfig
 from hicache_core.engine.model import LoadedModel
 from hicache_core.engine.request import Output, Request, SamplingParams

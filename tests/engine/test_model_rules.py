@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from hicache_core.config import HiCacheConfig
+from hicache_core.config.settings import HiCacheConfig
 from hicache_core.engine.engine import Engine, EngineConfig
 from hicache_core.engine.logits_rules import LogitsRules
 from hicache_core.engine.model import LoadedModel

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hicache_core.copies.base import Direction
 from hicache_core.errors import LoadFailed
-from hicache_core.transfer.base import Direction
 from hicache_core.types import CachedTokens
 from tests.engine.world import PAGE_SIZE, Desk, cache_config, desk, greedy, plain, prompt_of
 

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hicache_core.config import HiCacheConfig
+from hicache_core.config.settings import HiCacheConfig
 from hicache_core.engine.model import LoadedModel
 from hicache_core.engine.orders import Abort, Add, Call, Turn, decode, encode
 from hicache_core.engine.request import Bootstrap, Request, SamplingParams
 from hicache_core.engine.shard import check_split
 from hicache_core.errors import ConfigError, UseAfterClose
 from hicache_core.integrations.transformers import fingerprint_of_model, kv_spec_of
-from hicache_core.page_keys import storage_namespace
+from hicache_core.kv.keys import storage_namespace
 from hicache_core.types import CachedTokens, Namespace
 from tests.engine.test_engine import Client, request
 from tests.engine.tp_world import CONTEXT, PATIENCE_S, engine_of_ranks, sharded_logits, split_model

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
+from hicache_core.copies.base import Direction
 from hicache_core.engine.config import EngineConfig
 from hicache_core.engine.engine import Engine
 from hicache_core.engine.model import LoadedModel
 from hicache_core.engine.shard import shard
 from hicache_core.engine.tensor_ranks import TensorRanks
 from hicache_core.integrations.transformers import kv_spec_of
-from hicache_core.transfer.base import Direction
 from tests.engine.world import cache_config
 from tests.page_path.tiny_models import tiny_model
 

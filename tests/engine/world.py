@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from hicache_core.build import HiCache
-from hicache_core.config import HiCacheConfig
+from hicache_core.build.cache import HiCache
+from hicache_core.config.settings import HiCacheConfig
 from hicache_core.engine.config import EngineConfig
 from hicache_core.engine.detokenize import TextStream
 from hicache_core.engine.model import LoadedModel

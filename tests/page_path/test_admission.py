@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from hicache_core.build import HiCache
-from hicache_core.config import HiCacheConfig
-from hicache_core.page_keys import pack_tokens
+from hicache_core.build.cache import HiCache
+from hicache_core.config.settings import HiCacheConfig
+from hicache_core.kv.keys import pack_tokens
 from hicache_core.pools.device import DevicePool
 from hicache_core.storage.base import StorageBackend
 from hicache_core.storage.workers.executor import run_job

@@ -10,7 +10,7 @@ import pytest
 
 from hicache_core.controller import explain
 from hicache_core.controller.explain import Explanation, Reason
-from hicache_core.page_keys import pack_tokens
+from hicache_core.kv.keys import pack_tokens
 from hicache_core.types import Namespace
 from tests.page_path import backends
 from tests.page_path.world import PAGE_SIZE, World, ids, opened

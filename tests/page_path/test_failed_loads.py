@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from hicache_core.errors import LoadFailed
-from hicache_core.ranks import SingleRank
+from hicache_core.ranks.base import SingleRank
 from tests.page_path.world import SPEC, World, ids, make_world
 
 

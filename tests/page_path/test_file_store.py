@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from hicache_core.build import HiCache
-from hicache_core.config import HiCacheConfig
+from hicache_core.build.cache import HiCache
+from hicache_core.config.settings import HiCacheConfig
 from hicache_core.errors import BackendError, BrokenBackend, ConfigError, SpecError, UnknownBackend
 from hicache_core.pools.device import DevicePool
 from tests.page_path.world import PAGE_SIZE, SPEC, Outcome, World, ids, make_world

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hicache_core.controller.journal import Journal, Journals, PageRun
+from hicache_core.kv.keys import pack_tokens, page_digests
 from hicache_core.observe.event_format import block_hashes
 from hicache_core.observe.events import EventsConfig, KvEvents
-from hicache_core.page_keys import pack_tokens, page_digests
+from hicache_core.observe.journal import Journal, Journals, PageRun
 from hicache_core.radix.node import descendants
 from hicache_core.storage.memory import MemoryBackend, MemoryConfig
 from hicache_core.types import BackendContext, Namespace, Tier

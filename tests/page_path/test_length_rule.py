@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import HunYuanDenseV1Config, HunYuanDenseV1ForCausalLM
 
-from hicache_core.config import HiCacheConfig
+from hicache_core.config.settings import HiCacheConfig
 from hicache_core.integrations.length_rule import NO_LIMIT, length_rule_of
 from hicache_core.integrations.transformers import Answer, CachedModel
 from hicache_core.types import Namespace

@@ -9,7 +9,7 @@ import torch
 from transformers import Gemma2Config, MistralConfig
 from transformers.utils import logging as hf_logging
 
-from hicache_core.config import HiCacheConfig
+from hicache_core.config.settings import HiCacheConfig
 from hicache_core.errors import SpecError
 from hicache_core.integrations.model_check import check_layers, check_model, kv_spec_of
 from hicache_core.integrations.transformers import CachedModel

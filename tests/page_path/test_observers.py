@@ -15,14 +15,14 @@ import pytest
 from click.testing import CliRunner
 from prometheus_client.parser import text_string_to_metric_families
 
-from hicache_core.build import HiCache
+from hicache_core.build.cache import HiCache
 from hicache_core.cli.status import command
-from hicache_core.config import HiCacheConfig
+from hicache_core.config.settings import HiCacheConfig
 from hicache_core.controller.controller import Controller
 from hicache_core.controller.parts import Parts
 from hicache_core.errors import ConfigError
+from hicache_core.kv.keys import pack_tokens
 from hicache_core.observe import usage
-from hicache_core.page_keys import pack_tokens
 from hicache_core.pools.device import DevicePool
 from tests.page_path.world import PAGE_SIZE, SPEC, World, ids, make_world
 

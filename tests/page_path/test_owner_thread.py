@@ -8,11 +8,11 @@ from functools import partial
 import pytest
 import torch
 
-from hicache_core.build import HiCache
-from hicache_core.config import HiCacheConfig
+from hicache_core.build.cache import HiCache
+from hicache_core.config.settings import HiCacheConfig
 from hicache_core.errors import WrongThread
 from hicache_core.integrations.transformers import CachedModel
-from hicache_core.kv_spec import KVSpec
+from hicache_core.kv.spec import KVSpec
 from hicache_core.pools.device import DevicePool
 from tests.unit.test_owner import elsewhere, in_a_child, raised_by
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hicache_core.page_keys import pack_tokens
+from hicache_core.kv.keys import pack_tokens
 from tests.page_path import backends
 from tests.page_path.test_storage_faults import on, stored
 from tests.page_path.world import PAGE_SIZE, SPEC, World, ids

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from hicache_core.errors import ConfigError, SpecError
 from hicache_core.integrations.paged_cache import PagedCache
-from hicache_core.kv_spec import KVSpec
+from hicache_core.kv.spec import KVSpec
 from hicache_core.pools.device import DevicePool
 
 from .tiny_models import ARCHITECTURES, prompt_of, tiny_model

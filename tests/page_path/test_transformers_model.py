@@ -13,7 +13,10 @@ import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
-from hicache_core.config import HiCacheConfig
+from hicache_core.config.settings import HiCacheConfig
+from hicache_core.copies.base import CopyLayers, Ticket
+from hicache_core.copies.kernel import KernelTransfer
+from hicache_core.copies.queues import ThreadQueue
 from hicache_core.errors import InvalidTokens
 from hicache_core.integrations.transformers import (
     Answer,
@@ -21,9 +24,6 @@ from hicache_core.integrations.transformers import (
     CachedTokens,
     kv_spec_of,
 )
-from hicache_core.transfer.base import CopyLayers, Ticket
-from hicache_core.transfer.kernel import KernelTransfer
-from hicache_core.transfer.queues import ThreadQueue
 from hicache_core.types import Namespace
 
 from .tiny_models import ARCHITECTURES, COMMON, prompt_of, tiny_model

@@ -11,7 +11,7 @@ from transformers import MistralConfig, Qwen3Config
 
 from hicache_core.errors import SpecError
 from hicache_core.integrations.transformers import check_layers, fingerprint_of_model, kv_spec_of
-from hicache_core.kv_spec import KVSpec
+from hicache_core.kv.spec import KVSpec
 
 from .tiny_models import ARCHITECTURES, COMMON, tiny_model
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from hicache_core.config import HiCacheConfig
+from hicache_core.config.settings import HiCacheConfig
 from hicache_core.errors import ConfigError, UseAfterClose
 from hicache_core.integrations.transformers import CachedModel
 from hicache_core.types import CachedTokens

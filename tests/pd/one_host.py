@@ -12,9 +12,9 @@ import os
 import sys
 import threading
 
-from hicache_core.config import HiCacheConfig
-from hicache_core.disaggregation.transfer import TransferContext
-from hicache_core.plugin_manager import transfer_backend_class, transfer_settings
+from hicache_core.config.settings import HiCacheConfig
+from hicache_core.kv_transfer.base import TransferContext
+from hicache_core.plugin.manager import transfer_backend_class, transfer_settings
 from hicache_core.server.role import role_of
 from hicache_core.server.settings import ServerSettings
 from hicache_core.testing.transfer_kit import ROOM, WAIT_S, Node, memory_of, spec_of

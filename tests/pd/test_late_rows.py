@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from hicache_core.disaggregation.carrier import InlineCarrier
-from hicache_core.disaggregation.wire import Connection, Frame
+from hicache_core.kv_transfer.carrier import InlineCarrier
+from hicache_core.kv_transfer.wire import Connection, Frame
 from tests.engine.world import PAGE_SIZE, model_of, plain, prompt_of
 from tests.pd.test_roles import half, pair, room_at
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from hicache_core.dynamic import load_class, split_settings
 from hicache_core.errors import BrokenBackend, ConfigError, IncompatibleBackend
-from hicache_core.plugin_manager import backend_settings
+from hicache_core.plugin.dynamic import load_class, split_settings
+from hicache_core.plugin.manager import backend_settings
 from hicache_core.storage.base import StorageBackend
 
 OURS = """
@@ -156,7 +156,7 @@ def test_a_class_that_is_no_backend_says_what_is_missing(site: Any, cls: str, pr
 def test_loading_a_class_of_ours_imports_no_torch(site: Any) -> None:
     site.write(mine=OURS)
     code = (
-        "import sys; from hicache_core.dynamic import load_class;"
+        "import sys; from hicache_core.plugin.dynamic import load_class;"
         f"load_class({settings('mine')!r}); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], env=site.environ(), check=True, timeout=60)

@@ -10,9 +10,9 @@ from typing import Any
 
 LIGHT = """
 import json, sys
-from hicache_core.plugin_manager import backend_class, backend_settings, list_backends
+from hicache_core.plugin.manager import backend_class, backend_settings, list_backends
 from hicache_core.types import BackendContext
-import hicache_core.dynamic
+import hicache_core.plugin.dynamic
 listed = [(i.name, i.distribution, i.version, i.status) for i in list_backends()]
 imported = "hicache_example" in sys.modules
 cls = backend_class("example")

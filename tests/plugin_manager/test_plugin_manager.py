@@ -16,8 +16,8 @@ from hicache_core.errors import (
     IncompatibleBackend,
     UnknownBackend,
 )
-from hicache_core.plugin_check import check_backends
-from hicache_core.plugin_manager import (
+from hicache_core.plugin.check import check_backends
+from hicache_core.plugin.manager import (
     BackendInfo,
     backend_class,
     backend_settings,
@@ -25,7 +25,7 @@ from hicache_core.plugin_manager import (
 )
 
 BACKEND = """
-from hicache_core.hookspecs import hookimpl
+from hicache_core.plugin import hookimpl
 from hicache_core.storage.base import StorageBackend
 
 class Backend(StorageBackend):
@@ -112,7 +112,7 @@ def test_the_cores_own_backends_come_through_the_same_entry_points() -> None:
     infos = {info.name: info for info in list_backends()}
     for name in ("file", "memory"):
         assert infos[name].distribution == "hicache-core"
-        assert infos[name].module.startswith(f"hicache_core.storage.{name}")
+        assert infos[name].module == "hicache_core.plugin.builtin"
     assert backend_class("memory").name == "memory"
 
 

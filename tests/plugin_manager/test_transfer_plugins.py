@@ -6,18 +6,18 @@ from dataclasses import replace
 
 import pytest
 
-from hicache_core.disaggregation.tcp import TcpTransfer
 from hicache_core.errors import BrokenBackend, ConfigError, IncompatibleBackend, UnknownBackend
-from hicache_core.plugin_check import check_backends
-from hicache_core.plugin_manager import (
+from hicache_core.kv_transfer.tcp import TcpTransfer
+from hicache_core.plugin.check import check_backends
+from hicache_core.plugin.manager import (
     list_transfer_backends,
     transfer_backend_class,
     transfer_settings,
 )
 
 GOOD = """
-    from hicache_core.disaggregation.tcp import TcpTransfer
-    from hicache_core.hookspecs import hookimpl
+    from hicache_core.kv_transfer.tcp import TcpTransfer
+    from hicache_core.plugin import hookimpl
 
     class Pigeon(TcpTransfer):
         name = "pigeon"

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from hicache_core.build import HiCache
-from hicache_core.config import HiCacheConfig
+from hicache_core.build.cache import HiCache
+from hicache_core.config.settings import HiCacheConfig
 from hicache_core.errors import RankLost
-from hicache_core.kv_spec import KVSpec
-from hicache_core.page_keys import pack_tokens
+from hicache_core.kv.keys import pack_tokens
+from hicache_core.kv.spec import KVSpec
 from hicache_core.pools.device import DevicePool
-from hicache_core.ranks_torch import TorchRankGroup
+from hicache_core.ranks.gloo import TorchRankGroup
 from tests.ranks.stores import Store
 
 PAGE_SIZE = 4

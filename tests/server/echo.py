@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from hicache_core.build import HiCache
-from hicache_core.config import HiCacheConfig
+from hicache_core.build.cache import HiCache
+from hicache_core.config.settings import HiCacheConfig
 from hicache_core.engine.config import EngineStatus
 from hicache_core.engine.request import CachedTokens, Output, Request, Times
 from hicache_core.errors import QueueFull, UseAfterClose
-from hicache_core.kv_spec import KVSpec
-from hicache_core.page_keys import pack_tokens
+from hicache_core.kv.keys import pack_tokens
+from hicache_core.kv.spec import KVSpec
 from hicache_core.pools.device import DevicePool
 
 SPEC = KVSpec.mha(num_layers=1, num_heads=1, head_dim=2, dtype="float32", fingerprint="echo")

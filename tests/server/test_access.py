@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
+from hicache_core.kv.keys import chain_seed, pack_tokens, page_digests
 from hicache_core.observe.event_format import block_hashes
-from hicache_core.page_keys import chain_seed, pack_tokens, page_digests
 from hicache_core.server.access import Keys
 from hicache_core.types import Namespace
 from tests.server.world import LOCAL, PAGE, REMOTE, Server, server

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from hicache_core.disaggregation.peers import PeerConfig
 from hicache_core.disaggregation.roles import Role, RoleSettings
-from hicache_core.disaggregation.tcp import TcpTransfer
-from hicache_core.disaggregation.transfer import TransferContext
+from hicache_core.kv_transfer.base import TransferContext
+from hicache_core.kv_transfer.peers import PeerConfig
+from hicache_core.kv_transfer.tcp import TcpTransfer
 from hicache_core.server.access import Keys
 from hicache_core.testing.transfer_kit import memory_of, spec_of
 from tests.server.world import Server, server

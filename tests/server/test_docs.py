@@ -8,7 +8,7 @@ import click
 from prometheus_client import CollectorRegistry, generate_latest
 
 from hicache_core.cli.serve import command
-from hicache_core.config import HiCacheConfig
+from hicache_core.config.settings import HiCacheConfig
 from hicache_core.engine.config import EngineStatus
 from hicache_core.observe.catalogue import SERIES
 from hicache_core.server import routes_admin, routes_generate, routes_info

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from hicache_core.cli.main import cli, main
 from hicache_core.errors import ConfigError
-from hicache_core.logs import forget_logged
+from hicache_core.process.logs import forget_logged
 from hicache_core.server.settings import notices
 from tests.server.tiny import parsed
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from hicache_core.config import HiCacheConfig
-from hicache_core.disaggregation.secret import MIN_LENGTH, room_proof
+from hicache_core.config.settings import HiCacheConfig
 from hicache_core.engine.request import Bootstrap
+from hicache_core.kv_transfer.secret import MIN_LENGTH, room_proof
 from hicache_core.server.access import Keys
 from hicache_core.server.settings import Disaggregation, ServerSettings, with_secret
 from tests.server.world import server

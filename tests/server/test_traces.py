@@ -10,7 +10,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from hicache_core import build_observers
+from hicache_core.build import observers as build_observers
 from hicache_core.engine.model import load_folder
 from hicache_core.observe import tracing
 from tests.server.tiny import ROOM, TinyServer, tiny_server

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from hicache_core.config import HiCacheConfig
+from hicache_core.config.settings import HiCacheConfig
 from hicache_core.server.access import Keys
 from hicache_core.server.app import make_app
 from hicache_core.server.prompts import Limits

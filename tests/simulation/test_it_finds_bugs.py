@@ -27,10 +27,10 @@ from hicache_core.radix.node import Node
 from hicache_core.radix.results import Match
 from hicache_core.radix.tree import RadixTree
 from hicache_core.storage.sealed import SealedBackend
-from hicache_core.testing.simulation.__main__ import report
-from hicache_core.testing.simulation.schedule import N_STEPS, run_schedule
-from hicache_core.testing.simulation.trace import ScheduleFailed
 from hicache_core.types import Tier
+from tests.simulation.__main__ import report
+from tests.simulation.schedule import N_STEPS, run_schedule
+from tests.simulation.trace import ScheduleFailed
 
 Patch = pytest.MonkeyPatch
 

@@ -10,10 +10,10 @@ from random import Random
 import pytest
 from click.testing import CliRunner
 
-from hicache_core.testing.simulation.__main__ import main, report
-from hicache_core.testing.simulation.link import damaged
-from hicache_core.testing.simulation.runner import run_many
-from hicache_core.testing.simulation.schedule import N_STEPS, run_schedule
+from tests.simulation.__main__ import main, report
+from tests.simulation.link import damaged
+from tests.simulation.runner import run_many
+from tests.simulation.schedule import N_STEPS, run_schedule
 
 N_SCHEDULES = 10_000
 
@@ -66,7 +66,7 @@ def test_a_schedule_is_a_function_of_its_seed() -> None:
 
 
 def test_a_schedule_does_not_depend_on_the_process() -> None:
-    command = [sys.executable, "-m", "hicache_core.testing.simulation", "--seed", "5"]
+    command = [sys.executable, "-m", "tests.simulation", "--seed", "5"]
     command += ["--schedules", "2", "--verbose"]
     said = {
         subprocess.run(

@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as property_settings
 from hypothesis import strategies as st
 
-from hicache_core.config import ControllerKeys, HiCacheConfig
-from hicache_core.config_sources import EXTRA, env_name, flag_name, read_environ
+from hicache_core.config.settings import ControllerKeys, HiCacheConfig
+from hicache_core.config.sources import EXTRA, env_name, flag_name, read_environ
 from hicache_core.errors import ConfigError
-from hicache_core.logs import forget_logged
+from hicache_core.process.logs import forget_logged
 
 NAMES = list(HiCacheConfig.model_fields)
 VALUES: dict[str, st.SearchStrategy[Any]] = {

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from hicache_core.config import ControllerKeys, HiCacheConfig
-from hicache_core.config_errors import allowed_values
-from hicache_core.config_flags import default_text
-from hicache_core.config_sources import env_name, flag_name
+from hicache_core.config.flags import default_text
+from hicache_core.config.messages import allowed_values
+from hicache_core.config.settings import ControllerKeys, HiCacheConfig
+from hicache_core.config.sources import env_name, flag_name
 
 PAGE = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
 ROWS = [(model, key) for model in (HiCacheConfig, ControllerKeys) for key in model.model_fields]

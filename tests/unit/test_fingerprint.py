@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hicache_core.errors import SpecError
-from hicache_core.fingerprint import EDGE_NBYTES, WHOLE_FILE_NBYTES, fingerprint_of_files
+from hicache_core.kv.fingerprint import EDGE_NBYTES, WHOLE_FILE_NBYTES, fingerprint_of_files
 
 
 def write(directory: Path, **files: bytes) -> list[Path]:

@@ -70,10 +70,10 @@ def test_links_between_the_documents_lead_somewhere() -> None:
         "hicache_core.storage.base",
         "hicache_core.storage.file.backend",
         "hicache_core.radix.tree",
-        "hicache_core.plugin_manager",
-        "hicache_core.dynamic",
+        "hicache_core.plugin.manager",
+        "hicache_core.plugin.dynamic",
         "hicache_core.cli.main",
-        "hicache_core.config",
+        "hicache_core.config.settings",
     ],
 )
 def test_what_authors_of_backends_import_needs_no_torch(module: str) -> None:

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from hicache_core.errors import SpecError
-from hicache_core.kv_spec import DTYPE_NBYTES, Component, KVSpec
+from hicache_core.kv.spec import DTYPE_NBYTES, Component, KVSpec
 
 
 def config(**fields: Any) -> SimpleNamespace:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from hicache_core.logs import forget_logged, log_once
+from hicache_core.process.logs import forget_logged, log_once
 
 
 def test_a_message_is_logged_once_and_again_after_forgetting(
@@ -40,7 +40,7 @@ def test_a_message_below_the_level_does_not_count_as_said(
 
 def test_without_handlers_nothing_is_printed() -> None:
     code = (
-        "from hicache_core.config import HiCacheConfig;"
+        "from hicache_core.config.settings import HiCacheConfig;"
         "HiCacheConfig(hicache_io_backend='direct', hicache_mem_layout='page_first').resolve()"
     )
     child = subprocess.run(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from hicache_core.errors import WrongThread
-from hicache_core.owner import Owner
+from hicache_core.process.owner import Owner
 
 
 def elsewhere(work: Callable[[], object]) -> BaseException | None:

@@ -18,9 +18,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hicache_core import _page_keys_py, page_keys
 from hicache_core.errors import InvalidTokens, SpecError
-from hicache_core.page_keys import (
+from hicache_core.kv import _page_keys_py
+from hicache_core.kv import keys as page_keys
+from hicache_core.kv.keys import (
     chain_seed,
     object_keys,
     pack_tokens,
@@ -30,7 +31,7 @@ from hicache_core.page_keys import (
 from hicache_core.types import Namespace
 
 try:
-    from hicache_core import _page_keys
+    from hicache_core.kv import _page_keys
 except ImportError:
     _page_keys = None  # type: ignore[assignment]
 
@@ -266,7 +267,7 @@ def test_the_storage_namespace_follows_every_fact() -> None:
 def test_the_storage_namespace_is_stable_across_processes() -> None:
     """The vector of docs/key-spec.md, computed under another hash seed."""
     code = (
-        "from hicache_core.page_keys import storage_namespace as s;"
+        "from hicache_core.kv.keys import storage_namespace as s;"
         "print(s({'dtype': 'bfloat16', 'layers': [0, 2]}, 64, 'page_first'))"
     )
     env = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -288,7 +289,7 @@ def test_the_twin_can_be_forced() -> None:
 
 def test_the_published_specification_holds() -> None:
     """Every vector of docs/key-spec.md is what the code computes."""
-    page = Path(page_keys.__file__).parents[1] / "docs" / "key-spec.md"
+    page = Path(page_keys.__file__).parents[2] / "docs" / "key-spec.md"
     results = doctest.testfile(str(page), module_relative=False)
     assert results.attempted > 8
     assert results.failed == 0

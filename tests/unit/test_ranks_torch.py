@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from hicache_core.errors import ConfigError, RankLost
-from hicache_core.process_state import Process
-from hicache_core.ranks_torch import TorchRankGroup
+from hicache_core.ranks.gloo import TorchRankGroup
+from hicache_core.ranks.process_state import Process
 
 
 def alone(tmp_path: Path, **arguments: float) -> TorchRankGroup:
@@ -66,7 +66,7 @@ def test_arguments_that_cannot_be_are_refused(arguments: dict[str, float]) -> No
 
 def test_a_process_is_seen_to_run_to_stop_and_to_go() -> None:
     script = (
-        "import dataclasses, json; from hicache_core.process_state import Process;"
+        "import dataclasses, json; from hicache_core.ranks.process_state import Process;"
         "print(json.dumps(dataclasses.asdict(Process.this())), flush=True); input()"
     )
     child = subprocess.Popen(

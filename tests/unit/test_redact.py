@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hicache_core.redact import MASK, looks_secret, masked, masked_text
+from hicache_core.config.redact import MASK, looks_secret, masked, masked_text
 
 
 @pytest.mark.parametrize(

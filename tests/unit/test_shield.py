@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from hicache_core.shield import shield
+from hicache_core.process.shield import shield
 
 
 class Stopped(Exception):

@@ -11,21 +11,21 @@ from pathlib import Path
 import pytest
 from hicache_redis import RedisBackend, RedisConfig
 
-from hicache_core.kv_spec import KVSpec
-from hicache_core.page_keys import (
+from hicache_core.kv.keys import (
     chain_seed,
     describe_namespace,
     object_keys,
     pack_tokens,
     page_digests,
 )
+from hicache_core.kv.spec import KVSpec
 from hicache_core.storage.base import StorageBackend
 from hicache_core.storage.file.backend import FileBackend, FileConfig
 from hicache_core.storage.manifest import Manifest, read_manifests
 from hicache_core.storage.memory import MemoryBackend, MemoryConfig
 from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
+from hicache_core.storage.why import Answer, Cause, Difference, Question, why
 from hicache_core.types import BackendContext, Namespace
-from hicache_core.why import Answer, Cause, Difference, Question, why
 from plugins.redis.tests.servers import Server, running
 from tests.unit.manifests import write_manifest
 

@@ -10,11 +10,11 @@ from importlib.resources import files
 from typing import NamedTuple
 from urllib.parse import parse_qs, unquote
 
+from hicache_core.config.redact import masked
 from hicache_core.observe.desk import Made
 from hicache_core.observe.history import History
 from hicache_core.observe.windows import Watch
 from hicache_core.radix.picture import TreePicture
-from hicache_core.redact import masked
 
 PREFIX = "/hicache"
 EXPLAIN = "/hicache/explain/"

@@ -15,7 +15,6 @@ from contextlib import suppress
 from typing import ClassVar, NamedTuple
 
 from hicache_core.errors import BackendError, BackendFull
-from hicache_core.hookspecs import hookimpl
 from hicache_core.storage.base import BackendConfig, Buffer, Finding, StorageBackend
 from hicache_core.storage.calls import Calls
 from hicache_core.storage.file.config import FileConfig
@@ -30,7 +29,7 @@ from hicache_core.types import BackendContext, Page
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["FileBackend", "FileConfig", "hicache_backends"]
+__all__ = ["FileBackend", "FileConfig"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -329,9 +328,3 @@ def _checked(key: str) -> str:
     if not 0 < len(key.encode()) <= MAX_KEY_NBYTES:
         raise ValueError(f"a key has 1 to {MAX_KEY_NBYTES} characters; found {len(key)}: {key!r}")
     return key
-
-
-@hookimpl
-def hicache_backends() -> list[type[StorageBackend]]:
-    """The backend of this module."""
-    return [FileBackend]

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hicache_core.errors import SpecError
-from hicache_core.kv_spec import DTYPE_NBYTES, KVSpec
-from hicache_core.page_keys import storage_namespace
+from hicache_core.kv.keys import storage_namespace
+from hicache_core.kv.spec import DTYPE_NBYTES, KVSpec
 from hicache_core.pools.layout import HostLayout, PoolShape
 from hicache_core.types import Page
 

@@ -17,8 +17,8 @@ from typing import ClassVar, cast
 import numpy as np
 
 from hicache_core.errors import BackendTimeout, UseAfterClose
-from hicache_core.kv_spec import KVSpec
-from hicache_core.page_keys import storage_namespace
+from hicache_core.kv.keys import storage_namespace
+from hicache_core.kv.spec import KVSpec
 from hicache_core.pools.layout import layout_named
 from hicache_core.storage.base import (
     Buffer,

@@ -8,8 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 
+from hicache_core.config.redact import MASK
 from hicache_core.errors import BackendError, BackendFull, BackendTimeout, BackendUnavailable
-from hicache_core.redact import MASK
 from hicache_core.storage.base import Diagnosable, HasStats, StorageBackend
 from hicache_core.storage.segments import join
 from hicache_core.testing.bounded import Call, bounded

@@ -12,7 +12,7 @@ import pytest
 from hicache_hf3fs import Hf3fsBackend
 from hicache_hf3fs.config import ENVIRONMENT
 
-from hicache_core.logs import forget_logged
+from hicache_core.process.logs import forget_logged
 from plugins.hf3fs.tests.helpers import EMULATION, Peer, Valkey, new_backend
 
 Open = Callable[..., Hf3fsBackend]

@@ -9,7 +9,7 @@ import sys
 
 from hicache_mooncake.transfer import EngineCarrier, MooncakeTransfer, MooncakeTransferConfig
 
-from hicache_core.disaggregation.transfer import TransferContext
+from hicache_core.kv_transfer.base import TransferContext
 from hicache_core.testing.transfer_kit import N_LAYERS, ROOM, WAIT_S, memory_of, spec_of
 
 _send_rows = EngineCarrier.send_rows

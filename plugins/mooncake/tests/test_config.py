@@ -9,7 +9,7 @@ from hicache_mooncake import MooncakeBackend, MooncakeConfig, hicache_backends
 from hicache_mooncake.config import split_address
 from pydantic import ValidationError
 
-from hicache_core.hookspecs import ENTRY_POINT_GROUP
+from hicache_core.plugin.hookspecs import ENTRY_POINT_GROUP
 
 PLUGIN = Path(__file__).parents[1]
 

@@ -15,7 +15,7 @@ from hicache_mooncake import MooncakeBackend
 from hicache_mooncake.staging import EMPTY
 
 from hicache_core.errors import BackendError, BackendFull, IntegrityError
-from hicache_core.kv_spec import KVSpec
+from hicache_core.kv.spec import KVSpec
 from hicache_core.pools.host import HostPool
 from hicache_core.pools.layout import layout_named
 from hicache_core.storage.sealed import SealedBackend

@@ -21,8 +21,8 @@ from hicache_mooncake.transfer import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hicache_core.disaggregation.transfer import KvTransferBackend, TransferContext, TransferState
 from hicache_core.errors import TransferError
+from hicache_core.kv_transfer.base import KvTransferBackend, TransferContext, TransferState
 from hicache_core.testing.transfer_kit import ROOM, WAIT_S, TransferKit, memory_of, spec_of
 
 if importlib.util.find_spec("mooncake") is None and not os.environ.get("CI"):

@@ -12,8 +12,8 @@ import pytest
 from hicache_redis import RedisBackend, RedisConfig
 from pydantic import ValidationError
 
-from hicache_core import plugin_manager
 from hicache_core.errors import BackendDenied, BackendUnavailable, ConfigError, HiCacheError
+from hicache_core.plugin import manager as plugin_manager
 from plugins.redis.tests.pages import blank, filled, holds, keys_of
 from plugins.redis.tests.servers import REDIS, Server, certificate, emulated, running
 

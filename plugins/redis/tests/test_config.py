@@ -12,7 +12,7 @@ from hicache_redis.config import split_address
 from hicache_redis.errors import REPLIES
 from pydantic import ValidationError
 
-from hicache_core import plugin_manager
+from hicache_core.plugin import manager as plugin_manager
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

@@ -15,7 +15,7 @@ from hicache_s3.endpoint import Endpoint
 from pydantic import ValidationError
 
 from hicache_core.errors import BackendDenied, BackendError
-from hicache_core.hookspecs import ENTRY_POINT_GROUP
+from hicache_core.plugin.hookspecs import ENTRY_POINT_GROUP
 from hicache_core.types import BackendContext
 from plugins.s3.tests.conftest import MakeBackend, settings
 from plugins.s3.tests.weed import SECRET, Weed

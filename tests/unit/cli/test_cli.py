@@ -13,8 +13,8 @@ import click
 import pytest
 
 from hicache_core.cli.main import cli, main
-from hicache_core.config import HiCacheConfig
-from hicache_core.config_sources import EXTRA, env_name, flag_name
+from hicache_core.config.settings import HiCacheConfig
+from hicache_core.config.sources import EXTRA, env_name, flag_name
 
 EXTRA_FLAG = "--hicache-storage-backend-extra-config"
 

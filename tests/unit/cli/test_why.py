@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from hicache_core.cli.main import cli
 from hicache_core.errors import HiCacheError
-from hicache_core.kv_spec import KVSpec
+from hicache_core.kv.spec import KVSpec
 from hicache_core.storage.file.backend import FileBackend, FileConfig
 from hicache_core.storage.manifest import Manifest
 from hicache_core.types import Namespace

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from hicache_core.controller.jobs import NOT_REPORTED, JobTable
 from hicache_core.controller.quarantine import Quarantine
+from hicache_core.copies.base import Ticket
 from hicache_core.errors import IntegrityError
 from hicache_core.pools.allocator import PageAllocator
-from hicache_core.ranks import RankGroup, SingleRank
-from hicache_core.transfer.base import Ticket
+from hicache_core.ranks.base import RankGroup, SingleRank
 
 
 class Others(RankGroup):

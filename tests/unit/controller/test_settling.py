@@ -10,8 +10,8 @@ from hicache_core.controller.parts import Parts
 from hicache_core.controller.settling import RETRY_S, Settling
 from hicache_core.controller.storage_tier import StorageTier
 from hicache_core.controller.write_path import WritePath
-from hicache_core.ranks import SingleRank
-from hicache_core.transfer.base import Ticket
+from hicache_core.copies.base import Ticket
+from hicache_core.ranks.base import SingleRank
 
 
 class Waits(Ticket):

@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hicache_core.disaggregation.agreed import AgreedTransfer
-from hicache_core.disaggregation.transfer import (
+from hicache_core.errors import TransferError
+from hicache_core.kv_transfer.base import (
     KvTransferBackend,
     Notice,
     TransferConfig,
     TransferContext,
     TransferState,
 )
-from hicache_core.errors import TransferError
-from hicache_core.ranks import RankGroup
+from hicache_core.ranks.base import RankGroup
 
 N_POLLS = 16
 WAIT_S = 30.0

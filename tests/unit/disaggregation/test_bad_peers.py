@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from hicache_core.disaggregation.carrier import InlineCarrier
-from hicache_core.disaggregation.handshake import welcome_of
-from hicache_core.disaggregation.peers import PeerConfig, PeerTransfer
-from hicache_core.disaggregation.transfer import TransferContext, TransferState
-from hicache_core.disaggregation.wire import Connection, Frame, Kind, Patience, checksum_of
 from hicache_core.errors import TransferError
+from hicache_core.kv_transfer.base import TransferContext, TransferState
+from hicache_core.kv_transfer.carrier import InlineCarrier
+from hicache_core.kv_transfer.handshake import welcome_of
+from hicache_core.kv_transfer.peers import PeerConfig, PeerTransfer
+from hicache_core.kv_transfer.wire import Connection, Frame, Kind, Patience, checksum_of
 from hicache_core.testing.transfer_kit import ROOM, WAIT_S, Node, memory_of, spec_of
 from tests.scarce import no_file_descriptors
 

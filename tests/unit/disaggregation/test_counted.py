@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from hicache_core.disaggregation.counted import CountedTransfer
-from hicache_core.disaggregation.peers import PeerConfig
-from hicache_core.disaggregation.tcp import TcpTransfer
-from hicache_core.disaggregation.transfer import KvTransferBackend, TransferContext, TransferState
+from hicache_core.kv_transfer.base import KvTransferBackend, TransferContext, TransferState
+from hicache_core.kv_transfer.peers import PeerConfig
+from hicache_core.kv_transfer.tcp import TcpTransfer
 from hicache_core.observe.snapshot import TransferStatus
 from hicache_core.testing.transfer_kit import N_LAYERS, ROOM, WAIT_S, Node, TransferKit
 

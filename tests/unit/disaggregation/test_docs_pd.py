@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from hicache_core.cli.router import command
-from hicache_core.disaggregation.peers import PeerConfig
 from hicache_core.disaggregation.roles import TIMEOUT_S
-from hicache_core.disaggregation.router import PATHS
-from hicache_core.hookspecs import TRANSFER_GROUP
+from hicache_core.kv_transfer.peers import PeerConfig
+from hicache_core.plugin.hookspecs import TRANSFER_GROUP
+from hicache_core.router.app import PATHS
 
 PAGE = (Path(__file__).parents[3] / "docs" / "pd.md").read_text(encoding="utf-8")
 

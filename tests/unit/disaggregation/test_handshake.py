@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hicache_core.disaggregation.handshake import (
+from hicache_core.errors import SpecError, TransferError
+from hicache_core.kv.spec import KVSpec
+from hicache_core.kv_transfer.handshake import (
     check_hello,
     divide,
     hello_of,
@@ -15,9 +17,7 @@ from hicache_core.disaggregation.handshake import (
     welcome_of,
     welcomed_of,
 )
-from hicache_core.disaggregation.page_memory import PageMemory
-from hicache_core.errors import SpecError, TransferError
-from hicache_core.kv_spec import KVSpec
+from hicache_core.kv_transfer.page_memory import PageMemory
 from hicache_core.testing.transfer_kit import N_HEADS, PAGE_SIZE, memory_of, spec_of
 
 RANGES = st.tuples(st.integers(0, 11), st.integers(1, 12)).filter(lambda r: r[0] < r[1])

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpx
 import pytest
 
-from hicache_core.disaggregation.nodes import DECODE, PREFILL, Node, Nodes, RouterSettings
+from hicache_core.router.nodes import DECODE, PREFILL, Node, Nodes, RouterSettings
 
 
 @pytest.mark.parametrize(

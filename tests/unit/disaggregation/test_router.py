@@ -14,11 +14,11 @@ import pytest
 from starlette.testclient import TestClient
 from starlette.types import Scope
 
-from hicache_core.disaggregation.affinity import BLOCK_CHARS, Affinity
-from hicache_core.disaggregation.nodes import DECODE, LATE_S, Nodes, RouterSettings
-from hicache_core.disaggregation.relay import Answer
-from hicache_core.disaggregation.router import MAX_BODY_NBYTES, Relayed, make_app
-from hicache_core.disaggregation.secret import room_proof
+from hicache_core.kv_transfer.secret import room_proof
+from hicache_core.router.affinity import BLOCK_CHARS, Affinity
+from hicache_core.router.app import MAX_BODY_NBYTES, Relayed, make_app
+from hicache_core.router.nodes import DECODE, LATE_S, Nodes, RouterSettings
+from hicache_core.router.relay import Answer
 
 P1, P2, D1, D2 = "http://p1", "http://p2", "http://d1", "http://d2"
 PROMPT = "once upon a time " * 40

@@ -9,14 +9,14 @@ from contextlib import contextmanager
 
 import pytest
 
-from hicache_core.disaggregation.peers import PeerConfig
 from hicache_core.disaggregation.roles import RoleSettings
-from hicache_core.disaggregation.secret import SharedSecret
-from hicache_core.disaggregation.tcp import TcpTransfer
-from hicache_core.disaggregation.transfer import Notice, TransferContext, TransferState
-from hicache_core.disaggregation.wire import Connection, Kind, Patience
 from hicache_core.errors import ConfigError, PeerRefused, TransferError
-from hicache_core.plugin_manager import transfer_settings
+from hicache_core.kv_transfer.base import Notice, TransferContext, TransferState
+from hicache_core.kv_transfer.peers import PeerConfig
+from hicache_core.kv_transfer.secret import SharedSecret
+from hicache_core.kv_transfer.tcp import TcpTransfer
+from hicache_core.kv_transfer.wire import Connection, Kind, Patience
+from hicache_core.plugin.manager import transfer_settings
 from hicache_core.testing.transfer_kit import ROOM, WAIT_S, Node, memory_of, spec_of
 
 SECRET = "correct horse battery staple"

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 import httpx
 
-from hicache_core.disaggregation.single_use import SingleUse
+from hicache_core.router.single_use import SingleUse
 
 Session = Callable[[httpx.AsyncClient, str], Awaitable[None]]
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\n"

@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 import pytest
 
-from hicache_core.disaggregation.handshake import hello_of, want_of
-from hicache_core.disaggregation.peers import PeerConfig
-from hicache_core.disaggregation.tcp import TcpTransfer
-from hicache_core.disaggregation.transfer import KvTransferBackend, TransferContext, TransferState
-from hicache_core.disaggregation.wire import Connection, Kind, Patience
+from hicache_core.kv_transfer.base import KvTransferBackend, TransferContext, TransferState
+from hicache_core.kv_transfer.handshake import hello_of, want_of
+from hicache_core.kv_transfer.peers import PeerConfig
+from hicache_core.kv_transfer.tcp import TcpTransfer
+from hicache_core.kv_transfer.wire import Connection, Kind, Patience
 from hicache_core.testing.transfer_kit import ROOM, WAIT_S, TransferKit
 
 

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from hicache_core.disaggregation.wire import Connection, Frame, Kind, Patience, checksum_of
 from hicache_core.errors import PeerRefused, TransferError
+from hicache_core.kv_transfer.wire import Connection, Frame, Kind, Patience, checksum_of
 
 WAIT_S = 30.0
 DEEP = b"[" * 200_000

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from hicache_core.dynamic import load_class, split_settings
 from hicache_core.errors import (
     BackendFull,
     BackendUnavailable,
@@ -21,7 +20,8 @@ from hicache_core.errors import (
     UseAfterClose,
 )
 from hicache_core.integrations import sglang_dynamic
-from hicache_core.plugin_manager import backend_settings
+from hicache_core.plugin.dynamic import load_class, split_settings
+from hicache_core.plugin.manager import backend_settings
 from hicache_core.storage.base import StorageBackend
 from hicache_core.storage.sealed import SealedBackend
 from hicache_core.types import BackendContext, Page

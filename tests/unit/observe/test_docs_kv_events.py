@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from hicache_core.controller.journal import PageRun
+from hicache_core.kv.keys import pack_tokens, page_digests
 from hicache_core.observe.event_format import CLEARED, MEDIUM, block_hashes, removed, stored
 from hicache_core.observe.events import EventsConfig
-from hicache_core.page_keys import pack_tokens, page_digests
+from hicache_core.observe.journal import PageRun
 from hicache_core.types import Namespace, Tier
 
 PAGE = (Path(__file__).parents[3] / "docs" / "kv-events.md").read_text(encoding="utf-8")

@@ -14,8 +14,8 @@ import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hicache_core.controller.journal import PageRun
 from hicache_core.errors import ConfigError
+from hicache_core.kv.keys import chain_seed, pack_tokens, page_digests
 from hicache_core.observe import events as events_module
 from hicache_core.observe.event_format import (
     CLEARED,
@@ -26,8 +26,8 @@ from hicache_core.observe.event_format import (
     stored,
 )
 from hicache_core.observe.events import EventsConfig, KvEvents, for_rank
+from hicache_core.observe.journal import PageRun
 from hicache_core.observe.replay import ReplayBuffer
-from hicache_core.page_keys import chain_seed, pack_tokens, page_digests
 from hicache_core.types import Namespace, Tier
 from tests.unit.observe.subscriber import MEDIA, Subscriber
 

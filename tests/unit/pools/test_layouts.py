@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hicache_core.errors import SpecError
-from hicache_core.kv_spec import KVSpec
+from hicache_core.kv.spec import KVSpec
 from hicache_core.pools.host import HostPool
 from hicache_core.pools.layout import LAYOUTS, layout_named
 from hicache_core.storage.segments import join

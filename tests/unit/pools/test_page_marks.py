@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hicache_core import _page_marks_py
+from hicache_core.pools import _page_marks_py
 
 try:
-    from hicache_core import _page_marks
+    from hicache_core.pools import _page_marks
 except ImportError:
     _page_marks = None  # type: ignore[assignment]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hicache_core.errors import IntegrityError, NotEnoughMemory, SpecError, UseAfterClose
-from hicache_core.kv_spec import Component, KVSpec
+from hicache_core.kv.spec import Component, KVSpec
 from hicache_core.pools.device import DevicePool, paged
 from hicache_core.pools.host import HEADER_NBYTES, HostPool
 from hicache_core.pools.layout import LAYOUTS

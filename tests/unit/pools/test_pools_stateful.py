@@ -17,18 +17,18 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from hicache_core.copies import native
+from hicache_core.copies.base import Transfer
+from hicache_core.copies.direct import DirectTransfer
+from hicache_core.copies.kernel import KernelTransfer
+from hicache_core.copies.native import NativeTransfer
+from hicache_core.copies.queues import InlineQueue
 from hicache_core.errors import IntegrityError, PoolExhausted
-from hicache_core.kv_spec import KVSpec
+from hicache_core.kv.spec import KVSpec
 from hicache_core.pools.device import DevicePool
 from hicache_core.pools.host import HostPool
 from hicache_core.pools.layout import LAYOUTS
 from hicache_core.storage.segments import join, scatter
-from hicache_core.transfer import native
-from hicache_core.transfer.base import Transfer
-from hicache_core.transfer.direct import DirectTransfer
-from hicache_core.transfer.kernel import KernelTransfer
-from hicache_core.transfer.native import NativeTransfer
-from hicache_core.transfer.queues import InlineQueue
 
 PAGE_SIZE = 2
 DEVICE_PAGES = 5

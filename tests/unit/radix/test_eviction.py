@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hicache_core.page_keys import pack_tokens
+from hicache_core.kv.keys import pack_tokens
 from hicache_core.radix import POLICY_NAMES, RadixTree, eviction_policy
 from tests.unit.radix.model import ids
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hicache_core.page_keys import pack_tokens
+from hicache_core.kv.keys import pack_tokens
 from hicache_core.radix import POLICY_NAMES, Node, RadixTree, eviction_policy
 from hicache_core.radix.queues import NEW, PROVEN, QueueOrder
 from tests.unit.radix.model import all_nodes, ids

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hicache_core.page_keys import pack_tokens
+from hicache_core.kv.keys import pack_tokens
 from hicache_core.radix.eviction import LRU
 from hicache_core.radix.node import descendants
 from hicache_core.radix.picture import TreePicture, take_picture

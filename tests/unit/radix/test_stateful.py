@@ -16,7 +16,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from hicache_core.page_keys import page_digests
+from hicache_core.kv.keys import page_digests
 from hicache_core.radix import POLICY_NAMES, Node, RadixTree, eviction_policy
 from tests.unit.radix.model import (
     PageModel,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from hicache_core.errors import ConfigError, IntegrityError, InvalidTokens, SpecError
-from hicache_core.page_keys import chain_seed, pack_tokens
+from hicache_core.kv.keys import chain_seed, pack_tokens
 from hicache_core.radix import Match, Node, RadixTree, eviction_policy
 from hicache_core.types import Namespace
 from tests.unit.radix.model import all_nodes, ids

@@ -25,7 +25,7 @@ from hicache_core.errors import (
     UseAfterClose,
 )
 from hicache_core.storage.base import Clearable, Diagnosable, HasStats, Listable
-from hicache_core.storage.file.backend import FileBackend, FileConfig, hicache_backends
+from hicache_core.storage.file.backend import FileBackend, FileConfig
 from hicache_core.storage.file.records import (
     BLOCK_NBYTES,
     SEGMENT_NBYTES,
@@ -546,7 +546,6 @@ def test_it_can_do_what_it_says(open_file: OpenFile, caplog: pytest.LogCaptureFi
             assert isinstance(backend, capability)
         assert {finding.level for finding in backend.diagnose()} == {"ok"}
     assert caplog.text == "", "an ordinary start is quiet"
-    assert hicache_backends() == [FileBackend]
     too_much = open_file(max_nbytes="900TB")
     assert "warning" in {finding.level for finding in too_much.diagnose()}
 

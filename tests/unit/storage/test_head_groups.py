@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from hicache_core.errors import BackendTimeout, SpecError, UseAfterClose
-from hicache_core.kv_spec import KVSpec
-from hicache_core.page_keys import storage_namespace
+from hicache_core.kv.keys import storage_namespace
+from hicache_core.kv.spec import KVSpec
 from hicache_core.pools.host import HostPool
 from hicache_core.pools.layout import LAYOUTS
 from hicache_core.storage.base import Clearable, Listable, Pins, RegistersMemory

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hicache_core.cli.main import main
-from hicache_core.plugin_manager import backend_class
+from hicache_core.plugin.manager import backend_class
 from hicache_core.storage.base import Pins, ReportsUsage
 from hicache_core.storage.scrub import KINDS, REMOVED
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from hicache_core.kv_spec import KVSpec
-from hicache_core.page_keys import describe_namespace, storage_namespace
+from hicache_core.kv.keys import describe_namespace, storage_namespace
+from hicache_core.kv.spec import KVSpec
 from hicache_core.storage.base import Buffer, StorageBackend
 from hicache_core.storage.manifest import (
     Manifest,

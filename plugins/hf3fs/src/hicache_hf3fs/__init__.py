@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hicache_core.hookspecs import hookimpl
+from hicache_core.plugin import hookimpl
 from hicache_core.storage.base import StorageBackend
 from hicache_hf3fs.backend import Hf3fsBackend
 from hicache_hf3fs.config import Hf3fsConfig

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, SecretStr, model_validator
 
-from hicache_core.logs import log_once
+from hicache_core.process.logs import log_once
 from hicache_core.storage.base import BackendConfig
 from hicache_core.storage.lanes import default_lanes
 from hicache_core.storage.settings import Nbytes, Seconds

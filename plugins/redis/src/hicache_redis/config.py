@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, ConfigDict, Field, SecretStr, field_validator, model_validator
 from redis.connection import parse_url
 
-from hicache_core.redact import masked_text
+from hicache_core.config.redact import masked_text
 from hicache_core.storage.base import BackendConfig
 from hicache_core.storage.settings import Nbytes, Seconds
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hicache_core.hookspecs import hookimpl
+from hicache_core.plugin import hookimpl
 from hicache_core.storage.base import StorageBackend
 from hicache_s3.backend import S3Backend
 from hicache_s3.config import S3Config

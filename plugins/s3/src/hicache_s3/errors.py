@@ -10,6 +10,7 @@ import ssl
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from hicache_core.config.redact import MASK, masked_text
 from hicache_core.errors import (
     BackendDenied,
     BackendError,
@@ -17,7 +18,6 @@ from hicache_core.errors import (
     BackendTimeout,
     BackendUnavailable,
 )
-from hicache_core.redact import MASK, masked_text
 
 ABSENT = frozenset(["NoSuchKey", "NotFound"])
 """Codes that mean "no such object": a miss."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from hicache_core.hookspecs import hookimpl
+from hicache_core.plugin import hookimpl
 from hicache_core.storage.base import BackendConfig, Buffer, StorageBackend
 from hicache_core.types import BackendContext
 

@@ -1,0 +1,1 @@
+"""Where concrete classes are chosen: the cache, its storage and what observes it."""

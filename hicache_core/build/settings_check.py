@@ -1,0 +1,50 @@
+"""The check of a configuration that needs no model: does each store take its settings?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from hicache_core.config.messages import config_error
+from hicache_core.config.settings import HiCacheConfig
+from hicache_core.plugin import dynamic
+from hicache_core.plugin import manager as plugin_manager
+from hicache_core.storage.chain.config import ChainConfig
+from hicache_core.storage.guard.config import GuardConfig
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def check_settings(config: HiCacheConfig) -> None:
+    """Raises what building the cache would raise for its storage backend; opens nothing.
+
+    Raises:
+        PluginError: a backend is not installed, does not load, or is no backend.
+        ConfigError: a setting is unknown, missing or wrong.
+    """
+    if config.hicache_storage_backend is not None:
+        _check_store(config.hicache_storage_backend, config.backend_config)
+
+
+def _check_store(name: str, settings: Mapping[str, object]) -> None:
+    if name == "chain":
+        for link in _checked(ChainConfig, settings, "chain.").links:
+            _check_store(link.backend, link.config)
+        return
+    own = dict(settings)
+    _checked(GuardConfig, own.pop("guard", {}), "guard.")
+    if name == "dynamic":
+        backend_class = dynamic.load_class(own)
+        _, own = dynamic.split_settings(own)
+    else:
+        backend_class = plugin_manager.backend_class(name)
+    plugin_manager.backend_settings(backend_class, own)
+
+
+def _checked(model: type[M], settings: object, prefix: str) -> M:
+    try:
+        return model.model_validate(settings)
+    except ValidationError as error:
+        raise config_error(error, model, prefix=prefix) from None

@@ -1,0 +1,251 @@
+"""The part of ``build`` that makes storage backends and what stands around them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from hicache_core.config.messages import config_error
+from hicache_core.config.settings import HiCacheConfig
+from hicache_core.controller.admission import Admission, AlwaysAdmit, CostAware
+from hicache_core.controller.attachment import Attachment
+from hicache_core.kv.keys import describe_namespace
+from hicache_core.observe.stores import backend_statuses, rejected_pages
+from hicache_core.observe.usage import UsageWatch
+from hicache_core.plugin import dynamic
+from hicache_core.plugin import manager as plugin_manager
+from hicache_core.pools.host import HostPool
+from hicache_core.ranks.base import RankGroup
+from hicache_core.storage.base import RegistersMemory, StorageBackend
+from hicache_core.storage.chain.backend import ChainBackend
+from hicache_core.storage.chain.capabilities import Link
+from hicache_core.storage.chain.config import ChainConfig
+from hicache_core.storage.guard.backend import GuardedBackend
+from hicache_core.storage.guard.config import GuardConfig
+from hicache_core.storage.heads.cut import head_group_specs
+from hicache_core.storage.heads.groups import HeadGroupBackend
+from hicache_core.storage.manifest import manifest_page
+from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
+from hicache_core.storage.workers.executor import Deadlines, Worker
+from hicache_core.storage.workers.worker import StorageWorker
+from hicache_core.types import BackendContext
+
+DYNAMIC = "dynamic"
+CHAIN = "chain"
+
+Clock = Callable[[], float]
+M = TypeVar("M", bound=BaseModel)
+
+ADMISSIONS: dict[str, type[Admission]] = {"always": AlwaysAdmit, "cost_aware": CostAware}
+
+
+def backend_from(
+    name: str, settings: Mapping[str, object], context: BackendContext
+) -> StorageBackend:
+    """The named backend, made of its settings and not yet opened.
+
+    Args:
+        name: an installed plugin, or ``dynamic`` for a class that ``settings`` names.
+        settings: the backend's own settings; an unknown key is an error.
+        context: what it may know of the cache.
+
+    Raises:
+        PluginError: it is not installed, does not load, or is no backend.
+        ConfigError: a setting is wrong.
+    """
+    if name == DYNAMIC:
+        backend_class = dynamic.load_class(settings)
+        _, settings = dynamic.split_settings(settings)
+    else:
+        backend_class = plugin_manager.backend_class(name)
+    return backend_class(plugin_manager.backend_settings(backend_class, settings), context)
+
+
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """A backend with all that stands around it, not yet opened.
+
+    Attributes:
+        backend: the outermost.
+        guards: of each store, the nearest first.
+        seals: likewise.
+        deadlines: what a job on it may take.
+    """
+
+    backend: StorageBackend
+    guards: tuple[GuardedBackend, ...]
+    seals: tuple[SealedBackend, ...]
+    deadlines: Deadlines
+
+    def verdict(self, key: str) -> str | None:
+        """Why any store's object under ``key`` was refused; None if none was."""
+        return next(filter(None, (seal.verdict(key) for seal in self.seals)), None)
+
+
+def composed(
+    name: str, settings: Mapping[str, object], context: BackendContext, clock: Clock
+) -> Composed:
+    """The named backend, sealed and guarded; for ``chain``, that for each of its links.
+
+    Args:
+        name: an installed plugin, ``dynamic`` or ``chain``.
+        settings: the backend's own settings, and those of its guard under ``guard``.
+        context: what it may know of the cache.
+        clock: seconds.
+
+    Raises:
+        PluginError: a backend is not installed, does not load, or is no backend.
+        ConfigError: a setting is wrong.
+    """
+    if name != CHAIN:
+        own = dict(settings)
+        guard = _checked(GuardConfig, own.pop("guard", {}), "guard.")
+        return _guarded(name, own, guard, context, clock)
+    config = _checked(ChainConfig, settings, "chain.")
+    parts = [_guarded(c.backend, c.config, c.guard, context, clock) for c in config.links]
+    links = [Link(c.label, part.backend) for c, part in zip(config.links, parts, strict=True)]
+    deadlines = Deadlines(
+        sum(part.deadlines.base_s for part in parts),
+        sum(part.deadlines.per_gib_s for part in parts),
+    )
+
+    limits = {id(part.backend): part.deadlines for part in parts}
+
+    def make_worker(backend: StorageBackend, max_nbytes: int) -> Worker:
+        return StorageWorker(
+            backend,
+            n_threads=1,
+            max_read_nbytes=1,
+            max_write_nbytes=max_nbytes,
+            clock=clock,
+            deadline=limits[id(backend)],
+        )
+
+    return Composed(
+        ChainBackend(config, context, links, make_worker, clock),
+        tuple(guard for part in parts for guard in part.guards),
+        tuple(seal for part in parts for seal in part.seals),
+        deadlines,
+    )
+
+
+def _guarded(
+    name: str,
+    settings: Mapping[str, object],
+    config: GuardConfig,
+    context: BackendContext,
+    clock: Clock,
+) -> Composed:
+    seal = SealedBackend(backend_from(name, settings, context))
+    guard = GuardedBackend(seal, config, clock)
+    return Composed(guard, (guard,), (seal,), config.deadlines)
+
+
+def _checked(model: type[M], settings: object, prefix: str) -> M:
+    try:
+        return model.model_validate(settings)
+    except ValidationError as error:
+        raise config_error(error, model, prefix=prefix) from None
+
+
+class StorageOpener:
+    """Makes attachments for one cache: backend, seal, guard, chain, worker.
+
+    ``open`` may be called on any thread; it touches nothing of the owner's but the host pool's
+    buffers, which do not change.
+    """
+
+    def __init__(
+        self,
+        config: HiCacheConfig,
+        host: HostPool,
+        ranks: RankGroup,
+        holders: Sequence[str],
+        clock: Clock,
+    ) -> None:
+        """Opens nothing yet.
+
+        Args:
+            config: in force.
+            host: the pool whose pages are stored.
+            ranks: for what a backend may know of this rank.
+            holders: the storage namespace of each rank; of those that hold the same, the first
+                writes.
+            clock: seconds.
+        """
+        self._config = config
+        self._host = host
+        self._clock = clock
+        self._namespace = holders[ranks.rank]
+        self._described = describe_namespace(
+            host.spec.identity(), config.page_size, config.hicache_mem_layout
+        )
+        held = host.spec.heads[1] - host.spec.heads[0]
+        self._head_group = config.storage_head_group or held
+        self._n_groups = 1
+        if self._head_group != held:
+            self._n_groups = len(head_group_specs(host.spec, self._head_group))
+        self._is_writer = holders.index(self._namespace) == ranks.rank
+        self._context = BackendContext(
+            self._namespace,
+            HEADER_NBYTES + host.shape.page_nbytes // self._n_groups,
+            ranks.rank,
+            ranks.world_size,
+        )
+
+    def open(self, name: str, settings: Mapping[str, object]) -> Attachment:
+        """See ``controller.storage_tier.OpenStorage``."""
+        made = composed(name, settings, self._context, self._clock)
+        backend, verdict = self._with_head_groups(made)
+        backend.open()
+        try:
+            if isinstance(backend, RegistersMemory):
+                backend.register_memory(self._host.buffers)
+            worker = StorageWorker(
+                backend,
+                n_threads=self._config.hicache_storage_threads,
+                max_read_nbytes=self._config.hicache_storage_max_read_nbytes,
+                max_write_nbytes=self._config.hicache_storage_max_write_nbytes,
+                clock=self._clock,
+                deadline=made.deadlines,
+            )
+        except BaseException:
+            backend.close()
+            raise
+        usage = UsageWatch(made.guards, time.monotonic)
+        return Attachment(
+            name,
+            backend,
+            worker,
+            self._namespace,
+            is_writer=self._is_writer,
+            admission=ADMISSIONS[self._config.prefetch_admission](),
+            verdict=verdict,
+            statuses=lambda: backend_statuses(made.guards, usage.nbytes()),
+            before_close=usage.close,
+            rejected=lambda: rejected_pages(made.seals),
+            # A manifest among pages that are cut by heads would be cut too, and say nothing.
+            manifest=None
+            if self._n_groups > 1
+            else manifest_page(self._described, self._host.object_nbytes),
+        )
+
+    def _with_head_groups(
+        self, made: Composed
+    ) -> tuple[StorageBackend, Callable[[str], str | None]]:
+        """What cuts pages by heads, where an object has fewer than a page; and its verdicts."""
+        if self._n_groups == 1:
+            return made.backend, made.verdict
+        grouped = HeadGroupBackend(
+            made.backend,
+            self._host.spec,
+            self._config.page_size,
+            self._config.hicache_mem_layout,
+            group=self._head_group,
+            n_slots=2 * self._config.hicache_storage_threads,  # some may be with calls that hang
+        )
+        return grouped, lambda key: grouped.verdict(key, made.verdict)

@@ -1,0 +1,88 @@
+"""Validation errors as sentences: which key, which value, from where, and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from hicache_core.config.redact import masked
+from hicache_core.config.sources import ARGUMENT, EXTRA, nearest
+from hicache_core.errors import ConfigError
+
+# Settings of SGLang's stores that have no counterpart of their own, and what is done here instead.
+_OF_SGLANG = {
+    "extra_backend_tag": "a store is separated by a path, prefix or tenant of its own",
+    "min_free_space": "a store has a size of its own: set max_nbytes",
+    "check_server": "a server is always tried when the store is opened: leave it out",
+}
+
+
+def allowed_values(model: type[BaseModel], key: str) -> str:
+    """In words, what the setting ``key`` of ``model`` admits; empty if nothing more is known."""
+    info = model.model_fields[key]
+    if isinstance(info.json_schema_extra, dict) and "allowed" in info.json_schema_extra:
+        return str(info.json_schema_extra["allowed"])
+    if info.annotation is bool:
+        return "true or false"
+    if get_origin(info.annotation) is Literal:
+        return ", ".join(str(choice) for choice in get_args(info.annotation))
+    return ""
+
+
+def config_error(
+    error: ValidationError,
+    model: type[BaseModel],
+    sources: Mapping[str, str] | None = None,
+    prefix: str = "",
+) -> ConfigError:
+    """``error`` in our words, one clause for each setting, without secrets.
+
+    Args:
+        error: what pydantic raised when ``model`` was validated.
+        model: the settings, for the names and values that they allow.
+        sources: where each value came from, if it is known.
+        prefix: what the settings stand under, ``backend_config.`` for instance.
+    """
+    details = error.errors(include_url=False, include_context=False)
+    clauses = [_explain(detail, model, sources or {}, prefix) for detail in details]
+    return ConfigError("; ".join(clauses))
+
+
+def _explain(
+    detail: ErrorDetails, model: type[BaseModel], sources: Mapping[str, str], prefix: str
+) -> str:
+    if not detail["loc"]:  # a rule over several settings: its message names them
+        return f"{prefix.rstrip('.')} {_message(detail)}".strip()
+    key = str(detail["loc"][0])
+    path = prefix + ".".join(str(part) for part in detail["loc"])
+    source = sources.get(prefix.rstrip(".") or key, "")
+    where = f" (from {source})" if source and source != ARGUMENT else ""
+    if key in _OF_SGLANG and detail["type"] == "extra_forbidden":
+        return f"{path}{where}: this is SGLang's; here {_OF_SGLANG[key]}"
+    if detail["type"] == "extra_forbidden":
+        hint = nearest(key, model.model_fields)
+        names = "" if hint else f"; there are: {', '.join(model.model_fields) or 'none'}"
+        return f"{path}{where}: there is no such setting{hint}{names}"
+    if detail["type"] == "missing":
+        return f"{path}{where}: this setting is required{_meaning(model, key)}"
+    if key == EXTRA:  # the value may be text that holds passwords, and is not quoted
+        return f"{path}{where}: {_message(detail)}"
+    shown = repr(masked(detail["input"], key))
+    shown = shown if len(shown) <= 100 else shown[:97] + "..."
+    allowed = allowed_values(model, key) if key in model.model_fields else ""
+    hint = nearest(str(detail["input"]), allowed.split(", "))
+    return f"{path} = {shown}{where}: " + (
+        f"allowed: {allowed}{hint}" if allowed else _message(detail)
+    )
+
+
+def _meaning(model: type[BaseModel], key: str) -> str:
+    info = model.model_fields.get(key)
+    return f" ({info.description})" if info is not None and info.description else ""
+
+
+def _message(detail: ErrorDetails) -> str:
+    return detail["msg"].removeprefix("Value error, ")

@@ -1,0 +1,96 @@
+"""Both io backends on a CPU, by the native module: row copies without Python's lock."""
+
+from __future__ import annotations
+
+import os
+import struct
+from array import array
+
+import torch
+
+from hicache_core.copies.base import CopyLayers, CopyQueue, Direction, PageIds, Transfer
+from hicache_core.copies.words import device_rows
+from hicache_core.errors import SpecError
+from hicache_core.pools.device import DevicePool
+from hicache_core.pools.host import HostPool
+
+try:
+    if os.environ.get("HICACHE_PURE_PYTHON") == "1":
+        raise ImportError("HICACHE_PURE_PYTHON asks for the twin")
+    from hicache_core.copies import _transfer
+except ImportError:
+    IS_BUILT = False
+else:
+    IS_BUILT = True
+
+PLAN = struct.Struct("=8q")  # as plan_t in _transfer.c
+"""Device base, page stride, token stride; host base, page stride, token stride; row, tokens."""
+
+
+class NativeTransfer(Transfer):
+    """Copies each row from where one pool has it to where the other wants it.
+
+    Copies of 4 MiB and more store past the cache, four rows at a time. Which layout the host has
+    makes no difference in kind, so ``direct`` and ``kernel`` are the same here.
+    """
+
+    def __init__(
+        self,
+        device_pool: DevicePool,
+        host_pool: HostPool,
+        queue: CopyQueue,
+        store_queue: CopyQueue | None = None,
+    ) -> None:
+        """Works out where rows lie, once.
+
+        Raises:
+            SpecError: the pools do not fit each other or are not on a CPU, or the native module is
+                not there.
+        """
+        super().__init__(device_pool, host_pool, queue, store_queue)
+        if not IS_BUILT or device_pool.device.type != "cpu":
+            raise SpecError(
+                f"NativeTransfer needs hicache_core.copies._transfer (built: {IS_BUILT}) "
+                f"and a device pool on the CPU (it is on {device_pool.device})"
+            )
+        # Plans hold bare addresses: these views keep the memory behind them.
+        self._device = [[device_rows(t) for t in layers] for layers in device_pool.buffers]
+        self._host = [host_pool.rows(c) for c in range(len(host_pool.spec.components))]
+        self._plans = b"".join(
+            _plan(buffers[layer], host_rows[:, layer])
+            for layer in range(self._num_layers)
+            for buffers, host_rows in zip(self._device, self._host, strict=True)
+        )
+
+    def _prepare(
+        self, direction: Direction, device_pages: PageIds, host_pages: PageIds
+    ) -> CopyLayers:
+        device_ids, host_ids = array("i", device_pages), array("i", host_pages)
+        n_device, n_host = self.device_pool.n_pages, self.host_pool.n_pages
+        plans, layer_nbytes = memoryview(self._plans), len(self._plans) // self._num_layers
+        to_host = direction is Direction.TO_HOST
+
+        def copy(layers: range) -> None:
+            part = plans[layers.start * layer_nbytes : layers.stop * layer_nbytes]
+            _transfer.copy_rows(part, device_ids, n_device, host_ids, n_host, to_host)
+
+        return copy
+
+
+def _plan(on_device: torch.Tensor, on_host: torch.Tensor) -> bytes:
+    """Where the rows (n_pages, page_size, row_nbytes) of one component and layer lie."""
+    _, n_tokens, row_nbytes = on_device.shape
+    device_page, device_token, _ = on_device.stride()
+    host_page, host_token, _ = on_host.stride()
+    if device_token == host_token == row_nbytes:  # the tokens of a page are one run on both sides
+        row_nbytes, n_tokens = row_nbytes * n_tokens, 1
+    return PLAN.pack(
+        on_device.data_ptr(),
+        device_page,
+        device_token,
+        on_host.data_ptr(),
+        host_page,
+        host_token,
+        row_nbytes,
+        n_tokens,
+    )

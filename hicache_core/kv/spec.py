@@ -1,0 +1,304 @@
+"""What the KV of one token is: components, layers, dtype, shard."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+from hicache_core.errors import SpecError
+
+DTYPE_NBYTES: dict[str, int] = {
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e4m3fnuz": 1,
+    "float8_e5m2": 1,
+    "float8_e5m2fnuz": 1,
+    "int8": 1,
+    "uint8": 1,
+}
+"""Bytes of one element, by torch's name of the dtype."""
+
+LayerRange: TypeAlias = tuple[int, int]
+"""(start, stop) of the model's layers."""
+HeadRange: TypeAlias = tuple[int, int, int]
+"""(start, stop, total) of the model's KV heads."""
+
+# Layers of these kinds keep every token's K and V; others (linear attention, Mamba) keep a state.
+ATTENTION_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """One tensor of the cache, as one token's row of it in one layer.
+
+    Attributes:
+        name: for instance ``k``, ``v``, ``latent``, ``k_scale``.
+        shape: the row's shape, for instance (heads, head_dim).
+        dtype: torch's name of the dtype, one of ``DTYPE_NBYTES``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __post_init__(self) -> None:
+        """Raises SpecError for a dtype that is not known or a dimension that is not positive."""
+        if self.dtype not in DTYPE_NBYTES:
+            known = ", ".join(DTYPE_NBYTES)
+            raise SpecError(f"component {self.name!r}: dtype {self.dtype!r} is not one of {known}")
+        if not self.shape:
+            raise SpecError(f"component {self.name!r}: the shape of a row is empty")
+        for size in self.shape:
+            _positive(f"component {self.name!r}: shape {self.shape}, dimension", size)
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of one token's row in one layer."""
+        return math.prod(self.shape) * DTYPE_NBYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class KVSpec:
+    """The KV of one token, as this process holds it.
+
+    Attributes:
+        components: the tensors that every layer has, in the order in which they are stored.
+        num_layers: layers held here.
+        model_fingerprint: what config and weights made these bytes (see ``fingerprint``).
+        layers: (start, stop) of the model's layers that are held.
+        heads: (start, stop, total) of the model's KV heads that are held; (0, 1, 1) for MLA,
+            whose latent belongs to all heads.
+    """
+
+    components: tuple[Component, ...]
+    num_layers: int
+    model_fingerprint: str
+    layers: LayerRange
+    heads: HeadRange
+
+    def __post_init__(self) -> None:
+        """Raises SpecError for fields that contradict each other."""
+        names = [component.name for component in self.components]
+        if not names or len(set(names)) != len(names):
+            raise SpecError(f"components need distinct names, and there must be one; got {names}")
+        _positive("num_layers", self.num_layers)
+        start, stop = self.layers
+        if start < 0 or stop - start != self.num_layers:
+            raise SpecError(f"layers {self.layers} are not {self.num_layers} layers of a model")
+        start, stop, total = self.heads
+        if not 0 <= start < stop <= total:
+            raise SpecError(f"heads {self.heads}: need 0 <= start < stop <= total")
+        if not self.model_fingerprint:
+            raise SpecError("model_fingerprint is empty; see hicache_core.kv.fingerprint")
+
+    @classmethod
+    def mha(
+        cls,
+        *,
+        num_layers: int,
+        num_heads: int,
+        head_dim: int,
+        dtype: str,
+        fingerprint: str,
+        v_head_dim: int | None = None,
+        scale_dtype: str | None = None,
+    ) -> KVSpec:
+        """Keys and values for each KV head (MHA, GQA, MQA).
+
+        Args:
+            num_layers: layers of the model.
+            num_heads: KV heads of the model, not its query heads.
+            head_dim: width of a key.
+            dtype: of keys and values.
+            fingerprint: identity of config and weights.
+            v_head_dim: width of a value, where it is not that of a key.
+            scale_dtype: of the scale that each token and head has for k and for v, where the
+                cache is quantised; adds the components ``k_scale`` and ``v_scale``.
+
+        Raises:
+            SpecError: a size is not positive or a dtype is not known.
+        """
+        _positive("num_heads", num_heads)
+        v_dim = head_dim if v_head_dim is None else v_head_dim
+        components = [
+            Component("k", (num_heads, head_dim), dtype),
+            Component("v", (num_heads, v_dim), dtype),
+        ]
+        if scale_dtype is not None:
+            components.append(Component("k_scale", (num_heads, 1), scale_dtype))
+            components.append(Component("v_scale", (num_heads, 1), scale_dtype))
+        layers, heads = (0, num_layers), (0, num_heads, num_heads)
+        return cls(tuple(components), num_layers, fingerprint, layers, heads)
+
+    @classmethod
+    def mla(
+        cls,
+        *,
+        num_layers: int,
+        kv_lora_rank: int,
+        rope_dim: int,
+        dtype: str,
+        fingerprint: str,
+    ) -> KVSpec:
+        """One latent for all heads (DeepSeek's multi-head latent attention).
+
+        The row is the compressed KV (``kv_lora_rank``) followed by the rotary key (``rope_dim``).
+
+        Raises:
+            SpecError: a size is not positive or the dtype is not known.
+        """
+        _positive("kv_lora_rank", kv_lora_rank)
+        _positive("rope_dim", rope_dim)
+        latent = Component("latent", (kv_lora_rank + rope_dim,), dtype)
+        return cls((latent,), num_layers, fingerprint, (0, num_layers), (0, 1, 1))
+
+    @classmethod
+    def from_model_config(
+        cls, config: object, *, fingerprint: str, dtype: str | None = None
+    ) -> KVSpec:
+        """The spec of a transformers model configuration.
+
+        A config with ``kv_lora_rank`` is MLA. ``num_key_value_heads`` defaults to
+        ``num_attention_heads``, ``head_dim`` to ``hidden_size / num_attention_heads``,
+        ``v_head_dim`` to ``head_dim``. Of a multimodal config, its ``text_config`` counts.
+
+        Args:
+            config: a ``transformers.PretrainedConfig``, or anything with its attributes.
+            fingerprint: identity of config and weights.
+            dtype: of the cache; by default the dtype of the weights.
+
+        Raises:
+            SpecError: names the field that is missing, or whose value cannot be.
+        """
+        text = getattr(config, "text_config", None) or config
+        num_layers = _field(text, "num_hidden_layers")
+        _refuse_state_layers(text)
+        kv_dtype = dtype or _dtype_of(text, config)
+        if getattr(text, "kv_lora_rank", None) is not None:
+            return cls.mla(
+                num_layers=num_layers,
+                kv_lora_rank=_field(text, "kv_lora_rank"),
+                rope_dim=_field(text, "qk_rope_head_dim"),
+                dtype=kv_dtype,
+                fingerprint=fingerprint,
+            )
+        query_heads = _field(text, "num_attention_heads")
+        kv_heads = query_heads
+        if getattr(text, "num_key_value_heads", None) is not None:
+            kv_heads = _field(text, "num_key_value_heads")
+        if query_heads % kv_heads:
+            raise SpecError(
+                f"num_key_value_heads {kv_heads} does not divide num_attention_heads {query_heads}"
+            )
+        v_head_dim = getattr(text, "v_head_dim", None)
+        return cls.mha(
+            num_layers=num_layers,
+            num_heads=kv_heads,
+            head_dim=_head_dim(text, query_heads),
+            dtype=kv_dtype,
+            fingerprint=fingerprint,
+            v_head_dim=None if v_head_dim is None else _field(text, "v_head_dim"),
+        )
+
+    def shard(
+        self, *, layers: LayerRange | None = None, heads: tuple[int, int] | None = None
+    ) -> KVSpec:
+        """The part of this spec that one rank holds.
+
+        Args:
+            layers: (start, stop) of the model's layers; all that this spec has by default.
+            heads: (start, stop) of the model's KV heads; all that this spec has by default. The
+                first dimension of every component is its heads.
+
+        Raises:
+            SpecError: the range is empty or not held here, or a latent is to be split by heads.
+        """
+        result = self
+        if layers is not None:
+            _check_inside("layers", layers, self.layers)
+            result = replace(result, num_layers=layers[1] - layers[0], layers=layers)
+        if heads is not None and heads != self.heads[:2]:
+            _check_inside("heads", heads, self.heads[:2])
+            n_heads = heads[1] - heads[0]
+            components = tuple(replace(c, shape=(n_heads, *c.shape[1:])) for c in self.components)
+            result = replace(result, components=components, heads=(*heads, self.heads[2]))
+        return result
+
+    @property
+    def layer_nbytes(self) -> int:
+        """Bytes of one token in one layer, all components."""
+        return sum(component.row_nbytes for component in self.components)
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes of one token, all layers and components."""
+        return self.layer_nbytes * self.num_layers
+
+    def page_nbytes(self, page_size: int) -> int:
+        """Bytes of a page of ``page_size`` tokens, all layers and components."""
+        return self.token_nbytes * page_size
+
+    def identity(self) -> dict[str, Any]:
+        """All that must match for the bytes of two caches to be interchangeable; JSON types only.
+
+        It goes into the namespace of the storage keys, together with page size and layout.
+        """
+        return {
+            "model_fingerprint": self.model_fingerprint,
+            "components": [[c.name, list(c.shape), c.dtype] for c in self.components],
+            "layers": list(self.layers),
+            "heads": list(self.heads),
+        }
+
+
+def _positive(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise SpecError(f"{name}: need a positive integer, found {value!r}")
+    return value
+
+
+def _check_inside(name: str, part: Sequence[int], whole: Sequence[int]) -> None:
+    if not whole[0] <= part[0] < part[1] <= whole[1]:
+        raise SpecError(f"{name} {tuple(part)} are not a part of the {tuple(whole)} held here")
+
+
+def _field(config: object, name: str) -> int:
+    value = getattr(config, name, None)
+    if value is None:
+        raise SpecError(f"the model's config ({type(config).__name__}) has no {name!r}")
+    return _positive(f"{name!r} of the model's config", value)
+
+
+def _head_dim(config: object, query_heads: int) -> int:
+    if getattr(config, "head_dim", None) is not None:
+        return _field(config, "head_dim")
+    hidden_size = _field(config, "hidden_size")
+    if hidden_size % query_heads:
+        raise SpecError(
+            f"the model's config has no 'head_dim', and num_attention_heads {query_heads} "
+            f"does not divide hidden_size {hidden_size}"
+        )
+    return hidden_size // query_heads
+
+
+def _dtype_of(*configs: object) -> str:
+    """The weights' dtype as a name; transformers has ``dtype``, older versions ``torch_dtype``."""
+    for config in configs:
+        for name in ("dtype", "torch_dtype"):
+            value = getattr(config, name, None)
+            if value is not None:
+                return str(value).removeprefix("torch.")
+    raise SpecError("the model's config has no 'dtype'; pass the dtype of the KV cache")
+
+
+def _refuse_state_layers(config: object) -> None:
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if unknown := sorted(kinds - ATTENTION_LAYER_TYPES):
+        raise SpecError(
+            f"'layer_types' of the model's config has {', '.join(unknown)}: such layers keep a "
+            "state, not the K and V of every token, and cannot be cached by pages"
+        )

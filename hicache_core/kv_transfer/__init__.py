@@ -1,0 +1,1 @@
+"""The wire between prefill and decode nodes: transfer backends and the built-in ``tcp``."""

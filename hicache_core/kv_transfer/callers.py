@@ -1,0 +1,62 @@
+"""Callers: the receivers that are connected to a sender, and how many there may be."""
+
+from __future__ import annotations
+
+import threading
+
+from hicache_core.errors import TransferError
+from hicache_core.kv_transfer.wire import Connection
+
+
+class Callers:
+    """Strangers until hands are shaken, guests afterwards; any thread.
+
+    There may be ``limit`` of each. Whoever comes when strangers are too many pushes out the one
+    that has been a stranger for longest, so nobody keeps others away by saying nothing.
+    """
+
+    def __init__(self, limit: int) -> None:
+        """Nobody is here."""
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._strangers: dict[Connection, None] = {}  # in the order in which they came
+        self._guests: set[Connection] = set()
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._strangers) + len(self._guests)
+
+    def enter(self, stranger: Connection) -> None:
+        """Somebody has connected."""
+        with self._lock:
+            if len(self._strangers) >= self._limit:
+                oldest = next(iter(self._strangers))
+                del self._strangers[oldest]
+                oldest.shutdown()
+            self._strangers[stranger] = None
+
+    def admit(self, stranger: Connection) -> None:
+        """It has shaken hands.
+
+        Raises:
+            TransferError: there is no place.
+        """
+        with self._lock:
+            if stranger not in self._strangers:
+                raise TransferError(f"{stranger.peer} was too slow, and others came")
+            if len(self._guests) >= self._limit:
+                raise TransferError(f"{len(self._guests)} receivers are served; no more may come")
+            del self._strangers[stranger]
+            self._guests.add(stranger)
+
+    def leave(self, caller: Connection) -> None:
+        """Its conversation is over."""
+        with self._lock:
+            self._strangers.pop(caller, None)
+            self._guests.discard(caller)
+
+    def shutdown(self) -> None:
+        """Cuts everybody off."""
+        with self._lock:
+            for caller in [*self._strangers, *self._guests]:
+                caller.shutdown()

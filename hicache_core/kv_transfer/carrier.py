@@ -1,0 +1,87 @@
+"""Carrier: how the rows of one layer get from one memory into the other; the rest is shared."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from hicache_core.errors import TransferError
+from hicache_core.kv_transfer.page_memory import PageMemory
+from hicache_core.kv_transfer.wire import Connection, Frame
+
+
+class Carrier(ABC):
+    """The part in which transports of frames differ. Called from the threads of many rooms.
+
+    Only the receiver's side writes into the receiver's pages: a sender that hangs and wakes up
+    later can do no harm to pages that have another owner by then.
+    """
+
+    @abstractmethod
+    def open(self, memory: PageMemory) -> None:
+        """Registers ``memory``."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Takes it back; no room is under way."""
+
+    @abstractmethod
+    def greeting(self, reached_at: str) -> dict[str, Any]:
+        """What a receiver must know of this sender; JSON types.
+
+        ``reached_at`` is the address of this machine under which the receiver came.
+        """
+
+    @abstractmethod
+    def send_rows(self, peer: Connection, frame: Frame, segments: Sequence[memoryview]) -> None:
+        """Sends ``frame`` (a LAYER whose nbytes is not set yet) and its rows, or where they are."""
+
+    @abstractmethod
+    def receive_rows(
+        self,
+        peer: Connection,
+        frame: Frame,
+        segments: Sequence[memoryview],
+        greeting: dict[str, Any],
+    ) -> None:
+        """Fills ``segments`` with the rows that ``frame`` announces.
+
+        Raises:
+            TransferError: they did not come, or do not have that size.
+        """
+
+
+class InlineCarrier(Carrier):
+    """Rows follow the frame in the same stream, from memory and into memory."""
+
+    def open(self, memory: PageMemory) -> None:
+        # docstring inherited; sockets need no registration
+        pass
+
+    def close(self) -> None:
+        # docstring inherited
+        pass
+
+    def greeting(self, reached_at: str) -> dict[str, Any]:  # noqa: ARG002 - it is there already
+        # docstring inherited
+        return {}
+
+    def send_rows(self, peer: Connection, frame: Frame, segments: Sequence[memoryview]) -> None:
+        # docstring inherited
+        nbytes = sum(segment.nbytes for segment in segments)
+        peer.send(replace(frame, nbytes=nbytes), segments)
+
+    def receive_rows(
+        self,
+        peer: Connection,
+        frame: Frame,
+        segments: Sequence[memoryview],
+        greeting: dict[str, Any],  # noqa: ARG002 - the rows are in the stream
+    ) -> None:
+        # docstring inherited
+        wanted = sum(segment.nbytes for segment in segments)
+        if frame.nbytes != wanted:
+            raise TransferError(f"{peer.peer} sent {frame.nbytes} bytes for rows of {wanted}")
+        peer.receive_into(segments)

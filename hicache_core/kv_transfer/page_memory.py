@@ -1,0 +1,125 @@
+"""PageMemory: where in memory the rows of pages lie, for transports; knows no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from hicache_core.errors import SpecError
+from hicache_core.kv.spec import KVSpec
+
+Heads = tuple[int, int]
+"""(start, stop) of the model's KV heads."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageMemory:
+    """The pages of one rank, as bytes.
+
+    Attributes:
+        spec: what a token's row is, and which heads of the model are held.
+        page_size: tokens of a page.
+        n_pages: pages.
+        regions: ``regions[component][layer]``, a writable memoryview of bytes in which page p
+            starts at ``p * page_size * row_nbytes`` of the component.
+    """
+
+    spec: KVSpec
+    page_size: int
+    n_pages: int
+    regions: Sequence[Sequence[memoryview]]
+
+    def __post_init__(self) -> None:
+        """Raises SpecError for regions that do not hold the pages of the spec."""
+        if len(self.regions) != len(self.spec.components):
+            raise SpecError(
+                f"need regions of {len(self.spec.components)} components, got {len(self.regions)}"
+            )
+        for component, layers in zip(self.spec.components, self.regions, strict=True):
+            nbytes = component.row_nbytes * self.page_size * self.n_pages
+            found = [region.nbytes for region in layers]
+            if found != [nbytes] * self.spec.num_layers:
+                raise SpecError(
+                    f"component {component.name}: need {self.spec.num_layers} layers of {nbytes} "
+                    f"bytes, found {found}"
+                )
+
+    def identity(self) -> dict[str, object]:
+        """What must be equal on both sides, whichever heads they hold; JSON types only."""
+        start, stop, total = self.spec.heads
+        return {
+            "model_fingerprint": self.spec.model_fingerprint,
+            "page_size": self.page_size,
+            "layers": list(self.spec.layers),
+            "total_heads": total,
+            "components": [
+                [c.name, c.dtype, c.row_nbytes // (stop - start)] for c in self.spec.components
+            ],
+        }
+
+    @property
+    def heads(self) -> Heads:
+        """The model's KV heads that are held here."""
+        return self.spec.heads[:2]
+
+    def segments(
+        self, layer: int, pages: Sequence[int], start: int, stop: int, heads: Heads
+    ) -> list[memoryview]:
+        """The bytes of ``heads`` of tokens [start, stop) in one layer, in order.
+
+        Component by component, token by token, head by head: the same order on both sides, however
+        the heads are divided there. With all heads that are held, adjacent pages are one segment.
+
+        Args:
+            layer: index among the layers that are held.
+            pages: of the sequence, from its token 0 on.
+            start: first token of the sequence.
+            stop: behind the last.
+            heads: part of those held here.
+        """
+        first, last = self.heads
+        if not first <= heads[0] < heads[1] <= last:
+            raise SpecError(f"heads {heads} are not a part of the {(first, last)} held here")
+        result: list[memoryview] = []
+        for component, layers in zip(self.spec.components, self.regions, strict=True):
+            row, memory = component.row_nbytes, layers[layer]
+            head = row // (last - first)
+            offset, nbytes = (heads[0] - first) * head, (heads[1] - heads[0]) * head
+            for slot, n_rows in self._runs(pages, start, stop):
+                if nbytes == row:
+                    result.append(memory[slot * row : (slot + n_rows) * row])
+                    continue
+                begin = slot * row + offset
+                result += (
+                    memory[at : at + nbytes] for at in range(begin, begin + n_rows * row, row)
+                )
+        return result
+
+    def nbytes(self, n_tokens: int, heads: Heads) -> int:
+        """Bytes of ``heads`` of so many tokens in one layer."""
+        first, last = self.heads
+        return self.spec.layer_nbytes // (last - first) * (heads[1] - heads[0]) * n_tokens
+
+    def _runs(self, pages: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """(slot, n_rows) of what lies together.
+
+        ::
+
+            tokens   start                         stop
+            pages      [ 7 .  .  . ][ 8 .  .  . ][ 3 .  .  . ]
+            runs       |------ one run ---------||-- another -|
+        """
+        size = self.page_size
+        slot, n_rows = -1, 0
+        for index in range(start // size, -(-stop // size)):
+            low = max(start - index * size, 0)
+            high = min(stop - index * size, size)
+            begin = pages[index] * size + low
+            if n_rows and begin == slot + n_rows:
+                n_rows += high - low
+                continue
+            if n_rows:
+                yield slot, n_rows
+            slot, n_rows = begin, high - low
+        if n_rows:
+            yield slot, n_rows

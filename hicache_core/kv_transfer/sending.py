@@ -1,0 +1,219 @@
+"""Sending: the prefill side, one thread for each receiver of a room."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from hicache_core.errors import HiCacheError, PeerRefused, TransferError
+from hicache_core.kv_transfer.base import Notice, TransferState
+from hicache_core.kv_transfer.carrier import Carrier
+from hicache_core.kv_transfer.handshake import Want, check_hello, wanted_of, welcome_of
+from hicache_core.kv_transfer.page_memory import PageMemory
+from hicache_core.kv_transfer.room import PastRooms, Room
+from hicache_core.kv_transfer.wire import Connection, Frame, Kind, checksum_of
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows [start, stop) of a layer that are final."""
+
+    pages: Sequence[int]
+    layer: int
+    start: int
+    stop: int
+
+
+class Offer(Room):
+    """A room of the prefill side: which rows are final so far."""
+
+    def __init__(
+        self,
+        number: int,
+        n_tokens: int,
+        timeout_s: float,
+        clock: Callable[[], float],
+        settled: Callable[[Notice], None],
+    ) -> None:
+        """Nothing is final yet."""
+        super().__init__(number, timeout_s, clock, settled)
+        self.n_tokens = n_tokens
+        self._log: list[_Rows] = []
+        self._last_words: bytes = b""
+        self._finished = False
+        self._confirmed: set[int] = set()
+
+    def add(self, pages: Sequence[int], layer: int, start: int, stop: int) -> None:
+        """Rows of a layer are final."""
+        with self.changed:
+            self._log.append(_Rows(pages, layer, start, stop))
+            self.changed.notify_all()
+
+    def finish(self, note: bytes) -> None:
+        """All rows are."""
+        with self.changed:
+            self._last_words, self._finished = note, True
+            self.changed.notify_all()
+
+    def next(self, index: int, timeout_s: float) -> _Rows | bytes | None:
+        """Entry ``index`` of what is final, the note behind the last, or None if time is over.
+
+        Raises:
+            TransferError: the room has failed.
+        """
+        with self.changed:
+            self.changed.wait_for(
+                lambda: self.decided or self._finished or index < len(self._log), timeout_s
+            )
+            if self.decided:
+                raise TransferError("the prefill node gave the request up")
+            if index < len(self._log):
+                return self._log[index]
+            return self._last_words if self._finished else None
+
+    def confirm(self, rank: int, n_receivers: int) -> None:
+        """The receiver ``rank`` of ``n_receivers`` has everything."""
+        with self.changed:
+            self._confirmed.add(rank)
+            complete = len(self._confirmed) >= n_receivers
+        if complete:
+            self.succeed(TransferState.SENT)
+
+
+class Sender:
+    """Answers receivers that connect: shakes hands, waits for the offer, sends its layers."""
+
+    def __init__(
+        self,
+        memory: PageMemory,
+        carrier: Carrier,
+        find: Callable[[int], Offer | None],
+        ping_s: float,
+    ) -> None:
+        """``find`` looks an offer up by its room, and raises TransferError for one that has ended.
+
+        ``arrived`` is to be notified when its answer changes.
+        """
+        self._memory = memory
+        self._carrier = carrier
+        self._find = find
+        self._ping_s = ping_s
+        self.n_computed = 0  # ranges of rows, of all rooms: that this node gets on
+        self.arrived = threading.Condition()
+        self.closing = False
+        self.others: Sequence[str] = ()  # where the other ranks of this node are
+        self.deserted = PastRooms()  # those that nobody waits for, and why
+
+    def serve(self, peer: Connection, admit: Callable[[], None]) -> None:
+        """The whole conversation with one receiver; returns when it is over.
+
+        ``admit`` is called once hands are shaken; raises TransferError if there is no place.
+        """
+        room = -1
+        try:
+            room, hello = peer.receive_json(Kind.HELLO)
+            try:
+                check_hello(hello, self._memory)
+            except PeerRefused as error:
+                log.error("refused %s: %s", peer.peer, error)
+                self._desert(room, error)
+                peer.send_text(Kind.REFUSED, room, str(error).encode())
+                return
+            welcome = welcome_of(self._memory, self._carrier.greeting(peer.reached_at), self.others)
+            peer.send_json(Kind.WELCOME, room, welcome)
+            want = wanted_of(peer.receive_json(Kind.WANT)[1], hello, self._memory)
+            admit()
+            self._send_offer(peer, room, want)
+        except HiCacheError as error:
+            log.warning("KV of room %d did not reach %s: %s", room, peer.peer, error)
+            if room >= 0:
+                self._desert(room, error)
+                with contextlib.suppress(TransferError):  # it may be gone, or cut off
+                    peer.send_text(Kind.FAILED, room, str(error).encode())
+
+    def _desert(self, room: int, error: HiCacheError) -> None:
+        """Who wanted the room is lost to it: its offer fails, also one that comes later."""
+        with self.arrived, contextlib.suppress(TransferError):  # it has ended already
+            offer = self._find(room)
+            if offer is not None:
+                offer.fail(error)
+                return
+            self.deserted.remember(room, str(error))
+            self.arrived.notify_all()
+
+    def _send_offer(self, peer: Connection, room: int, want: Want) -> None:
+        offer = self._wait_for_offer(peer, room)
+        if not offer.enter():
+            peer.send_text(Kind.FAILED, room, b"the room has ended")
+            return
+        peer.deadline = offer.deadline
+        try:
+            with offer.failing():
+                offer.watch(peer)
+                self._check_range(offer, want)
+                self._send_layers(peer, offer, want)
+                if peer.receive().kind is not Kind.ACK:
+                    raise TransferError(f"{peer.peer} did not confirm what it got")
+                offer.confirm(want.rank, want.n_receivers)
+        finally:
+            offer.unwatch(peer)
+            offer.leave()
+
+    def _wait_for_offer(self, peer: Connection, room: int) -> Offer:
+        """Pings while the request still waits for its turn on this node."""
+        while True:
+            with self.arrived:
+                self.arrived.wait_for(
+                    lambda: self.closing or self._find(room) is not None, self._ping_s
+                )
+                offer, closing = self._find(room), self.closing
+            if closing:
+                raise TransferError("the prefill node is closing")
+            if offer is not None:
+                return offer
+            self._ping(peer, room)
+
+    def _ping(self, peer: Connection, room: int) -> None:
+        if peer.is_gone():
+            raise TransferError(f"{peer.peer} left before everything was sent")
+        peer.renew()
+        peer.send_json(Kind.PING, room, {"computed": self.n_computed})
+
+    def _check_range(self, offer: Offer, want: Want) -> None:
+        if want.stop != offer.n_tokens:
+            raise TransferError(
+                f"asked for tokens up to {want.stop} of a prompt of {offer.n_tokens}: the two "
+                "nodes did not get the same request"
+            )
+
+    def _send_layers(self, peer: Connection, offer: Offer, want: Want) -> None:
+        index = 0
+        while True:
+            item = offer.next(index, self._ping_s)
+            if item is None:
+                self._ping(peer, offer.number)
+                continue
+            peer.renew()  # what was waited for was the engine
+            if isinstance(item, bytes):
+                peer.send_text(Kind.END, offer.number, item)
+                return
+            index += 1
+            start = max(item.start, want.start)
+            if want.heads is None or start >= item.stop:
+                continue
+            segments = self._memory.segments(item.layer, item.pages, start, item.stop, want.heads)
+            frame = Frame(
+                Kind.LAYER,
+                offer.number,
+                item.layer,
+                start,
+                item.stop,
+                checksum=checksum_of(segments),
+            )
+            self._carrier.send_rows(peer, frame, segments)
+            offer.count(self._memory.nbytes(item.stop - start, want.heads))

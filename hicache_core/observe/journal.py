@@ -1,0 +1,93 @@
+"""Who is told what each tier holds: events for routers, the memory of the miss explainer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hicache_core.types import Namespace, Tier
+
+
+@dataclass(frozen=True, slots=True)
+class PageRun:
+    """Consecutive pages of one prefix.
+
+    Attributes:
+        parent: digest of the page before the first: 32 bytes, a chain's seed, or empty.
+        digests: 32 bytes a page, packed.
+        tokens: packed token ids of these pages.
+        seed: seed of the chain, which tells namespaces apart; empty for the default one.
+        stored: storage has these pages, or is being given them.
+    """
+
+    parent: bytes
+    digests: bytes
+    tokens: bytes | memoryview
+    seed: bytes
+    stored: bool = False
+
+
+class Journal(ABC):
+    """Told of every page that a tier gains or loses. Owner thread; must not block or raise.
+
+    Attributes:
+        hears_gains: whether ``stored`` wants to be called: that costs the digests of all that is
+            inserted, computed on the owner thread.
+    """
+
+    hears_gains: bool = True
+
+    def named(self, seed: bytes, namespace: Namespace) -> None:  # noqa: B027 - few want the names
+        """``seed``, of runs that may follow, stands for ``namespace``; not told of the default one.
+
+        Only told to those that hear gains.
+        """
+
+    @abstractmethod
+    def stored(self, tier: Tier, run: PageRun) -> None:
+        """``tier`` holds the pages of ``run`` from now on, readable."""
+
+    @abstractmethod
+    def removed(self, tier: Tier, run: PageRun, cause: str) -> None:
+        """``tier`` does not hold them any more.
+
+        Args:
+            tier: which tier.
+            run: the pages.
+            cause: ``evicted``; ``stored``: given up since storage has them; or ``flushed``.
+        """
+
+    @abstractmethod
+    def cleared(self) -> None:
+        """Nothing that was told holds any more, of no tier; what follows is all there is."""
+
+
+class Journals(Journal):
+    """Tells several, in order."""
+
+    def __init__(self, journals: Sequence[Journal]) -> None:
+        self._journals = tuple(journals)
+        self.hears_gains = any(journal.hears_gains for journal in journals)
+
+    def named(self, seed: bytes, namespace: Namespace) -> None:
+        # docstring inherited
+        for journal in self._journals:
+            if journal.hears_gains:
+                journal.named(seed, namespace)
+
+    def stored(self, tier: Tier, run: PageRun) -> None:
+        # docstring inherited
+        for journal in self._journals:
+            if journal.hears_gains:
+                journal.stored(tier, run)
+
+    def removed(self, tier: Tier, run: PageRun, cause: str) -> None:
+        # docstring inherited
+        for journal in self._journals:
+            journal.removed(tier, run, cause)
+
+    def cleared(self) -> None:
+        # docstring inherited
+        for journal in self._journals:
+            journal.cleared()

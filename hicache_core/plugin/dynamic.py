@@ -1,0 +1,155 @@
+"""Backends named by module and class instead of an entry point: ``dynamic`` in the configuration.
+
+Takes our ``StorageBackend`` subclasses and classes written for SGLang's ``dynamic``. The latter run
+behind an adapter that needs torch; its module is imported by name, and only when such a class is
+met, so that this module stays free of torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hicache_core.config.messages import config_error
+from hicache_core.config.sources import nearest, read_inline
+from hicache_core.errors import BrokenBackend, IncompatibleBackend
+from hicache_core.plugin.manager import check_backend_class, module_is_there
+from hicache_core.storage.base import StorageBackend
+
+ADAPTER_MODULE = "hicache_core.integrations.sglang_dynamic"
+_SGLANG_BASE = "HiCacheStorage"
+_SGLANG_METHODS = ("get", "exists", "set")
+
+
+class DynamicSettings(BaseModel):
+    """Which class to load; further keys are the backend's own."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    backend_name: str = Field(min_length=1, json_schema_extra={"allowed": "a name for the backend"})
+    module_path: str = Field(
+        min_length=1, json_schema_extra={"allowed": "a dotted module, or the path of a .py file"}
+    )
+    class_name: str = Field(
+        min_length=1, json_schema_extra={"allowed": "the name of a class in it"}
+    )
+
+
+def split_settings(
+    settings: Mapping[str, object] | str,
+) -> tuple[DynamicSettings, dict[str, object]]:
+    """What names the class, and the remaining keys: those of the backend's ``Config``.
+
+    Args:
+        settings: a mapping, JSON text, or ``@file``.
+
+    Raises:
+        ConfigError: the text is malformed, or one of the three keys is missing or wrong.
+    """
+    values = read_inline(settings, what="dynamic: ")
+    try:
+        chosen = DynamicSettings(**values)  # type: ignore[arg-type]  # this is the check
+    except ValidationError as error:
+        raise config_error(error, DynamicSettings, prefix="dynamic.") from None
+    return chosen, dict(chosen.model_extra or {})
+
+
+def load_class(settings: Mapping[str, object] | str) -> type[StorageBackend]:
+    """The class that ``settings`` name, or an adapter around it if it is one for SGLang.
+
+    Args:
+        settings: ``backend_name``, ``module_path`` (a dotted module or the path of a .py file),
+            ``class_name``, and the backend's own keys, which its ``Config`` validates later
+            (``split_settings`` gives them).
+
+    Raises:
+        ConfigError: the settings are malformed.
+        BrokenBackend: there is no such module or class, or the module does not load.
+        IncompatibleBackend: the class is no backend; the message says what is missing.
+    """
+    chosen, _ = split_settings(settings)
+    cls = _find_class(_import(chosen.module_path), chosen)
+    offer = f"dynamic backend {chosen.backend_name!r}"
+    if isinstance(cls, type) and not issubclass(cls, StorageBackend) and _is_for_sglang(cls):
+        adapter: type[StorageBackend] = importlib.import_module(ADAPTER_MODULE).adapt(cls, chosen)
+        cls = adapter
+    elif isinstance(cls, type) and not issubclass(cls, StorageBackend):
+        raise IncompatibleBackend(f"{offer}: {chosen.class_name} is no backend: {_why_not(cls)}")
+    check_backend_class(cls, offer)
+    assert isinstance(cls, type)
+    return cls
+
+
+def _import(module_path: str) -> ModuleType:
+    is_file = module_path.endswith(".py") or "/" in module_path
+    if not is_file and not module_is_there(module_path):  # or its own imports fail, see below
+        asked = ", ".join(entry or "(working directory)" for entry in sys.path)
+        raise BrokenBackend(
+            f"module_path {module_path!r}: there is no such module; asked in sys.path: {asked};"
+            " set PYTHONPATH, or give the path of a .py file"
+        )
+    try:
+        return _import_file(module_path) if is_file else importlib.import_module(module_path)
+    except BrokenBackend:
+        raise
+    except (Exception, SystemExit) as error:  # a stranger's code may raise anything: translated
+        raise BrokenBackend(
+            f"module_path {module_path!r} does not load: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _import_file(path: str) -> ModuleType:
+    file = Path(path).expanduser().resolve()
+    if not file.is_file():
+        raise BrokenBackend(f"module_path {path!r}: there is no file {file}")
+    digest = hashlib.sha256(str(file).encode()).hexdigest()[:8]
+    name = f"hicache_dynamic_{file.stem}_{digest}"  # two files of one name stay two modules
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise BrokenBackend(f"module_path {path!r}: {file} is no Python source; it must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look a class's module up by name
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _find_class(module: ModuleType, chosen: DynamicSettings) -> object:
+    if hasattr(module, chosen.class_name):
+        return getattr(module, chosen.class_name)
+    classes = [name for name, _ in inspect.getmembers(module, inspect.isclass)]
+    raise BrokenBackend(
+        f"module_path {chosen.module_path!r} has no class {chosen.class_name!r};"
+        f" its classes are: {', '.join(classes) or 'none'}{nearest(chosen.class_name, classes)}"
+    )
+
+
+def _is_for_sglang(cls: type) -> bool:
+    """By its base class's name, or by what only SGLang's interface has."""
+    if any(base.__name__ == _SGLANG_BASE for base in cls.__mro__[1:]):
+        return True
+    if not all(callable(getattr(cls, method, None)) for method in _SGLANG_METHODS):
+        return False
+    if callable(getattr(cls, "batch_get_v1", None)):
+        return True
+    return "target_location" in inspect.signature(getattr(cls, "get")).parameters  # noqa: B009
+
+
+def _why_not(cls: type) -> str:
+    base = f"{StorageBackend.__module__}.{StorageBackend.__qualname__}"
+    missing = [name for name in _SGLANG_METHODS if not callable(getattr(cls, name, None))]
+    lacks = f"lacks {', '.join(missing)}" if missing else "has no target_location in get()"
+    return f"it is no subclass of {base}, nor of SGLang's {_SGLANG_BASE} or like it (it {lacks})"

@@ -1,0 +1,6 @@
+"""The native module of ``pools.allocator``; its source is _page_marks.c."""
+
+from array import array
+
+def flip(marks: bytearray, page_ids: array[int], value: bool, /) -> bool: ...
+def are_pages(page_ids: array[int], n_pages: int, /) -> bool: ...

@@ -1,0 +1,210 @@
+"""The router: one OpenAI-compatible address before prefill and decode nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import httpx
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from hicache_core.router.asked import Asked, passed_on
+from hicache_core.router.nodes import DECODE, Nodes, RouterSettings
+from hicache_core.router.relay import Answer, Relay
+from hicache_core.router.single_use import SingleUse
+
+PATHS = ("/v1/chat/completions", "/v1/completions", "/generate")
+MAX_BODY_NBYTES = 32 << 20
+"""As much as the nodes take."""
+
+
+def nobody(_scope: Scope) -> bool:
+    """No client is the operator."""
+    return False
+
+
+def make_app(
+    settings: RouterSettings,
+    *,
+    is_operator: Callable[[Scope], bool] = nobody,
+    transport: httpx.AsyncBaseTransport | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> FastAPI:
+    """An ASGI application.
+
+    Args:
+        settings: the nodes, and how to treat them.
+        is_operator: whether a client, by its ASGI scope, may see where the nodes are.
+        transport: instead of the network, for tests.
+        clock: seconds.
+    """
+    client = httpx.AsyncClient(
+        transport=transport or SingleUse(),
+        timeout=httpx.Timeout(None, connect=5.0),
+        trust_env=False,
+    )
+    nodes = Nodes(client, settings, clock)
+    relay = Relay(client, nodes, settings.secret)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        await nodes.check_all()
+        watching = asyncio.create_task(nodes.watch())
+        try:
+            yield
+        finally:
+            watching.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watching
+            await client.aclose()
+
+    app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+    for path in PATHS:
+        route = _route(relay, path, is_operator)
+        app.add_api_route(path, route, methods=["POST"], response_model=None)
+    _add_looks(app, nodes, relay, is_operator)
+    _add_models(app, client, nodes)
+    app.add_exception_handler(Exception, _broken)
+    return app
+
+
+def _route(
+    relay: Relay, path: str, is_operator: Callable[[Scope], bool]
+) -> Callable[[Request], Awaitable[Response]]:
+    async def route(http: Request) -> Response:
+        try:
+            raw = await _body(http)
+            if raw is None:
+                return _problem(413, f"the body is larger than {MAX_BODY_NBYTES} bytes")
+            asked = Asked.of(path, raw, dict(http.headers))
+        except ClientDisconnect:
+            return Response(status_code=499)
+        except ValueError as error:
+            return _problem(400, f"the body must be a JSON object: {str(error)[:200]}")
+        answer = await _while_connected(http, relay.ask(asked))
+        if answer is None:
+            return Response(status_code=499)
+        if is_operator(http.scope):
+            answer.headers |= answer.served_by
+        if answer.rest is None:
+            await answer.stack.aclose()
+            return _plain(answer)
+        return Relayed(answer)
+
+    return route
+
+
+async def _body(http: Request) -> bytes | None:
+    """The body; None as soon as it is too large.
+
+    Raises:
+        ClientDisconnect: the client has left.
+    """
+    announced = http.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced[:20]) > MAX_BODY_NBYTES:
+        return None
+    raw = bytearray()
+    async for piece in http.stream():
+        raw += piece
+        if len(raw) > MAX_BODY_NBYTES:
+            return None
+    return bytes(raw)
+
+
+async def _while_connected(http: Request, work: Awaitable[Answer]) -> Answer | None:
+    """The answer; None, and the work is given up, if the client leaves before."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.create_task(_left(http))
+    try:
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        return None
+    finally:
+        for task in (working, leaving):
+            if not task.done():
+                task.cancel()
+        if not working.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                late = await working
+                await late.stack.aclose()
+
+
+async def _left(http: Request) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+class Relayed(StreamingResponse):
+    """An answer in pieces. At its end, or when the client has left, what was held is released."""
+
+    def __init__(self, answer: Answer) -> None:
+        """Of an answer with a ``rest``."""
+        super().__init__(_pieces(answer), answer.status, answer.headers)
+        self._stack = answer.stack
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends it."""
+        # Not in the pieces: nobody may ever ask for the first one.
+        async with self._stack:
+            await super().__call__(scope, receive, send)
+
+
+async def _pieces(answer: Answer) -> AsyncIterator[bytes]:
+    yield answer.first
+    assert answer.rest is not None
+    async for piece in answer.rest:
+        yield piece
+
+
+def _plain(answer: Answer) -> Response:
+    return Response(answer.first, answer.status, answer.headers)
+
+
+def _problem(status: int, message: str) -> Response:
+    return _plain(Answer.problem(status, message))
+
+
+def _broken(_http: Request, _error: Exception) -> Response:
+    """What nobody thought of; uvicorn's log has it."""
+    return _problem(500, "an error of the router; its log says more")
+
+
+def _add_looks(
+    app: FastAPI, nodes: Nodes, relay: Relay, is_operator: Callable[[Scope], bool]
+) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        up = any(node.is_up for node in nodes.all if node.role == DECODE)
+        return JSONResponse({"status": "ok" if up else "no decode node is up"}, 200 if up else 503)
+
+    @app.get("/router/status")
+    async def status(http: Request) -> Response:
+        if not is_operator(http.scope):
+            return _problem(
+                403, "this is for the admin key; without one, for clients on this very machine"
+            )
+        told = {"retried": relay.retried, "without_prefill": relay.without_prefill}
+        return JSONResponse({"nodes": nodes.status(), **told})
+
+
+def _add_models(app: FastAPI, client: httpx.AsyncClient, nodes: Nodes) -> None:
+    @app.get("/v1/models")
+    async def models(http: Request) -> Response:
+        node = nodes.pick(DECODE, "", "")
+        if node is None:
+            return _problem(503, "no decode node is up")
+        headers = passed_on(http.headers)
+        try:
+            async with node.awaited():
+                answer = await client.get(f"{node.url}/v1/models", headers=headers)
+        except (httpx.HTTPError, TimeoutError) as error:
+            nodes.failed(node, f"{type(error).__name__} {error}".strip())
+            return _problem(503, f"{node.name} does not answer")
+        return Response(answer.content, answer.status_code, media_type="application/json")

@@ -1,0 +1,211 @@
+"""Why a prompt is not in a store: which leading pages are there, and what is wrong with the next.
+
+Only reads: a damaged object is reported, and left where it is.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+
+from hicache_core.kv.keys import (
+    DIGEST_NBYTES,
+    TOKEN_NBYTES,
+    chain_seed,
+    object_keys,
+    page_digests,
+)
+from hicache_core.storage.base import StorageBackend
+from hicache_core.storage.manifest import Manifest
+from hicache_core.storage.sealed import HEADER_NBYTES, mismatch
+from hicache_core.types import Namespace
+
+
+class Cause(enum.StrEnum):
+    """Why a page is a miss."""
+
+    CORRUPT = "corrupt"  # there, but damaged
+    WRONG_VERSION = "wrong_version"  # sealed by another version of HiCache
+    WRONG_LENGTH = "wrong_length"  # cut, or of another length than its header says
+    FOREIGN = "foreign"  # sealed for another key
+    OTHER_REQUEST_NAMESPACE = "other_request_namespace"  # stored with another salt, key or adapter
+    OTHER_STORAGE_NAMESPACE = "other_storage_namespace"  # stored by a cache that differs
+    GONE = "gone"  # pages behind it are stored: it was removed, or its write failed
+    NEVER_STORED = "never_stored"  # nothing of it is there: not stored, or removed since
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked about.
+
+    Attributes:
+        tokens: packed token ids of the prompt.
+        page_size: tokens in a page.
+        storage_namespace: of the cache that missed.
+        request: salt, key and adapter of the request that missed.
+        manifest: what ``storage_namespace`` stands for, if that is known.
+        others: further storage namespaces in the store, with their manifests where known.
+    """
+
+    tokens: bytes
+    page_size: int
+    storage_namespace: str
+    request: Namespace = field(default_factory=Namespace)
+    manifest: Manifest | None = None
+    others: Mapping[str, Manifest | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One field in which the cache that stored a page differs from the one that asks."""
+
+    name: str
+    asked: object
+    stored: object
+
+
+@dataclass(frozen=True, slots=True)
+class Miss:
+    """The first page that is not there.
+
+    Attributes:
+        page: its number, from 0.
+        key: where it should lie.
+        cause: why it does not.
+        found_at: the key under which it, or what stands in its place, was found; empty if nowhere.
+        request: under which request namespace it was found, if that is the cause.
+        differences: in which fields the other storage namespace differs; empty if that is not the
+            cause, or if one of the two has no manifest.
+    """
+
+    page: int
+    key: str
+    cause: Cause
+    found_at: str = ""
+    request: Namespace | None = None
+    differences: tuple[Difference, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a store has of a prompt.
+
+    Attributes:
+        question: what was asked.
+        n_pages: whole pages of the prompt.
+        n_stored: leading pages that are there and whole.
+        n_present: pages that are there at all, wherever in the prompt.
+        miss: the first that is not a hit; None if all are.
+    """
+
+    question: Question
+    n_pages: int
+    n_stored: int
+    n_present: int
+    miss: Miss | None
+
+
+def why(backend: StorageBackend, question: Question) -> Answer:
+    """Looks a prompt up and finds the cause of its first miss.
+
+    Reads every leading page whole, to check its seal.
+
+    Args:
+        backend: an open backend, without seals around it.
+        question: the prompt, and who missed it.
+
+    Raises:
+        InvalidTokens, SpecError: the tokens or the page size cannot be.
+        BackendError: the store cannot answer.
+    """
+    keys = _keys(question, question.storage_namespace, question.request, question.page_size)
+    n_stored, wrong = 0, None
+    for key in keys:
+        value = backend.get(key)
+        wrong = None if value is None else _wrong_with(key, value)
+        if value is None or wrong is not None:
+            break
+        n_stored += 1
+    n_present = n_stored + sum(backend.exists(key) for key in keys[n_stored:])
+    miss = None
+    if n_stored < len(keys):
+        key = keys[n_stored]
+        if wrong is not None:
+            cause, found_at = wrong
+            miss = Miss(n_stored, key, cause, found_at)
+        else:
+            miss = _elsewhere(backend, question, n_stored, key, behind=n_present > n_stored)
+    return Answer(question, len(keys), n_stored, n_present, miss)
+
+
+def _keys(question: Question, namespace: str, request: Namespace, page_size: int) -> list[str]:
+    n_pages = len(question.tokens) // (page_size * TOKEN_NBYTES)
+    tokens = question.tokens[: n_pages * page_size * TOKEN_NBYTES]
+    return object_keys(namespace, page_digests(tokens, page_size, chain_seed(request)))
+
+
+def _wrong_with(key: str, value: bytes | bytearray | memoryview) -> tuple[Cause, str] | None:
+    """What is wrong with the object under ``key``, and the key that its header names."""
+    data = memoryview(value).cast("B")
+    if data.nbytes < HEADER_NBYTES:
+        return Cause.WRONG_LENGTH, ""
+    header = data[:HEADER_NBYTES]
+    kind = mismatch(key, (header, data[HEADER_NBYTES:]))
+    if kind is None:
+        return None
+    # | magic … checksum, 24 or 32 bytes | namespace, 8 bytes | page hash, 32 bytes |
+    names = bytes(header[-DIGEST_NBYTES - 8 :])
+    found_at = f"{names[:8].hex()}/{names[8:].hex()}" if kind == Cause.FOREIGN else ""
+    return Cause(kind), found_at
+
+
+def _elsewhere(
+    backend: StorageBackend, question: Question, page: int, key: str, *, behind: bool
+) -> Miss:
+    """The cause of a page that is not under its key: where else it may be."""
+    if behind:
+        return Miss(page, key, Cause.GONE)
+    at = page * question.page_size
+    own = {question.storage_namespace: question.manifest}
+    for namespace, manifest in {**own, **question.others}.items():
+        for request in _requests(question.request):
+            if namespace == question.storage_namespace and request == question.request:
+                continue
+            found_at = _key_at(question, namespace, manifest, request, at)
+            if found_at is None or not backend.exists(found_at):
+                continue
+            other = None if request == question.request else request
+            if namespace == question.storage_namespace:
+                return Miss(page, key, Cause.OTHER_REQUEST_NAMESPACE, found_at, other)
+            cause = Cause.OTHER_STORAGE_NAMESPACE
+            differences = tuple(_differences(question.manifest, manifest))
+            return Miss(page, key, cause, found_at, other, differences)
+    return Miss(page, key, Cause.NEVER_STORED)
+
+
+def _key_at(
+    question: Question, namespace: str, manifest: Manifest | None, request: Namespace, at: int
+) -> str | None:
+    """Where a cache of that namespace keeps the page with token ``at``; None if in no whole one."""
+    page_size = question.page_size if manifest is None else manifest.page_size
+    keys = _keys(question, namespace, request, page_size)
+    return keys[at // page_size] if at // page_size < len(keys) else None
+
+
+def _requests(given: Namespace) -> Iterator[Namespace]:
+    """The request namespace as it was given, and then with one or more of its fields left out."""
+    names = [name for name in ("extra_key", "cache_salt", "lora_id") if getattr(given, name)]
+    for n in range(len(names) + 1):
+        for left_out in combinations(names, n):
+            yield replace(given, **dict.fromkeys(left_out))
+
+
+def _differences(asked: Manifest | None, stored: Manifest | None) -> Iterator[Difference]:
+    if asked is None or stored is None:
+        return
+    left, right = asked.fields, stored.fields
+    for name in sorted(left.keys() | right.keys()):
+        if left.get(name) != right.get(name):
+            yield Difference(name, left.get(name), right.get(name))

@@ -1,0 +1,73 @@
+"""A listener to the journal that rebuilds from it what each tier holds."""
+
+from __future__ import annotations
+
+from hicache_core.controller.controller import Controller
+from hicache_core.kv.keys import DIGEST_NBYTES
+from hicache_core.observe.journal import Journal, PageRun
+from hicache_core.radix.node import Node
+from hicache_core.types import Tier
+from tests.simulation.clock import InvariantBroken
+
+
+class Ledger(Journal):
+    """The pages of each tier by digest, from what was told alone."""
+
+    def __init__(self) -> None:
+        """Empty tiers."""
+        self._pages: dict[Tier, set[bytes]] = {tier: set() for tier in Tier}
+
+    def stored(self, tier: Tier, run: PageRun) -> None:
+        # docstring inherited
+        self._pages[tier].update(_cut(run.digests))
+
+    def removed(self, tier: Tier, run: PageRun, cause: str) -> None:
+        # docstring inherited
+        gone = _cut(run.digests)
+        if not self._pages[tier].issuperset(gone):
+            raise InvariantBroken(f"journal: the {tier.value} loses ({cause}) what it never had")
+        self._pages[tier].difference_update(gone)
+
+    def cleared(self) -> None:
+        # docstring inherited
+        for pages in self._pages.values():
+            pages.clear()
+
+    def check(self, cache: Controller, nodes: list[Node]) -> None:
+        """Holds against the tree: exact for device and host; of what storage is believed to have,
+        everything was told."""
+        tree, storage = cache._parts.tree, cache._parts.storage
+        device: list[bytes] = []
+        host: list[bytes] = []
+        stored: list[bytes] = []
+        attached = None if storage is None else storage.current
+        being_stored = _being_stored(cache)
+        for node in nodes:
+            pages = _cut(tree.digests(node))
+            if node.on_device and not node.device_pending:
+                device += pages
+            if node.on_host:
+                host += pages
+            if attached is not None and node.stored_in == attached.epoch:
+                stored += () if node in being_stored else pages
+        for tier, held in ((Tier.DEVICE, device), (Tier.HOST, host)):
+            if self._pages[tier] != set(held):
+                raise InvariantBroken(
+                    f"journal: of the {tier.value}, {len(self._pages[tier])} pages were told, and "
+                    f"it holds {len(held)}"
+                )
+        if not self._pages[Tier.STORAGE].issuperset(stored):
+            raise InvariantBroken("journal: storage has pages that were never told")
+
+
+def _being_stored(cache: Controller) -> set[Node]:
+    """Nodes whose last word from storage has not come."""
+    tree = cache._parts.tree
+    stores = [store for store in cache._write_path._stores if store.orphans is None]
+    return {node for store in stores for node in tree.run(store.node, store.n_pages)}
+
+
+def _cut(digests: bytes) -> list[bytes]:
+    return [
+        digests[start : start + DIGEST_NBYTES] for start in range(0, len(digests), DIGEST_NBYTES)
+    ]

@@ -1,0 +1,138 @@
+"""What one schedule is like from its start: sizes, policies, faults; a function of its seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+from typing import Literal
+
+from hicache_core.kv.spec import KVSpec
+from hicache_core.radix.eviction import POLICY_NAMES
+from hicache_core.types import Namespace
+
+NAMESPACES = (Namespace(), Namespace(cache_salt="tenant"), Namespace(lora_id="adapter"))
+
+LAYOUTS = ("page_first", "layer_first", "page_first_direct")
+WRITE_POLICIES = ("write_through", "write_through", "write_through_selective", "write_back")
+
+FINGERPRINT = "simulated-model"
+
+PrefetchName = Literal["best_effort", "wait_complete", "timeout"]
+PREFETCH_POLICIES: tuple[PrefetchName, ...] = (
+    "best_effort",
+    "wait_complete",
+    "wait_complete",
+    "timeout",
+)
+
+
+HOST_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 36, 48, 72)
+"""Host pools come in few sizes, since schedules use those of earlier ones again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """One small world.
+
+    Attributes:
+        ranks: controllers in lockstep.
+        is_mla: every rank holds the same bytes, which one of them stores; else each its own head.
+        window: numbers of one collective.
+        page_size: tokens a page.
+        device_pages: pages of each device pool.
+        host_pages: pages of each host pool.
+        layout: of the host pool.
+        write_policy: when pages go down.
+        retention: whether the host keeps what storage has.
+        device_eviction: policy of the device.
+        host_eviction: policy of the host.
+        prefetch_policy: how long requests wait for storage.
+        prefetch_threshold: tokens that must be missing before storage is asked.
+        admission: how much of what storage has is loaded.
+        batch_pages: pages of one storage job at most.
+        store_objects: cap of the store in objects of one page; none if None.
+        n_threads: of each storage worker.
+        max_pages_in_flight: bound on reads and on writes, in pages.
+        deadline_s: when a storage job is overdue; never, and without a guard, if None.
+        two_queues: copies to the host have a queue of their own.
+        copy_failure_rate: share of the copy steps that fail.
+        starts_with_storage: a store is attached from the start.
+    """
+
+    ranks: int
+    is_mla: bool
+    window: int | None
+    page_size: int
+    device_pages: int
+    host_pages: int
+    layout: str
+    write_policy: str
+    retention: str
+    device_eviction: str
+    host_eviction: str
+    prefetch_policy: PrefetchName
+    prefetch_threshold: int
+    admission: str
+    batch_pages: int
+    store_objects: int | None
+    n_threads: int
+    max_pages_in_flight: int
+    deadline_s: float | None
+    two_queues: bool
+    copy_failure_rate: float
+    starts_with_storage: bool
+
+    @classmethod
+    def drawn(cls, draw: Random, ranks: int | None) -> Setup:
+        """A world for ``draw``; with ``ranks`` of them, or any of 1, 2 and 4."""
+        n_ranks = ranks or draw.choices((1, 2, 4), (80, 15, 5))[0]
+        page_size = draw.choice((2, 4))
+        device_pages = draw.randint(4, 24)
+        return cls(
+            ranks=n_ranks,
+            is_mla=draw.random() < 0.3,
+            window=draw.choice((8, 8, 16, 16, 64) if n_ranks > 1 else (None, None, 8, 16)),
+            page_size=page_size,
+            device_pages=device_pages,
+            host_pages=_rounded(device_pages * draw.choice((0.3, 0.5, 1.0, 2.0, 3.0))),
+            layout=draw.choice(LAYOUTS),
+            write_policy=draw.choice(WRITE_POLICIES),
+            retention=draw.choice(("keep", "free_once_stored")),
+            device_eviction=draw.choice(POLICY_NAMES),
+            host_eviction=draw.choice(POLICY_NAMES),
+            prefetch_policy=draw.choice(PREFETCH_POLICIES),
+            prefetch_threshold=page_size * draw.choice((1, 1, 1, 2)),
+            admission=draw.choice(("always", "always", "cost_aware")),
+            batch_pages=draw.randint(1, 4),
+            store_objects=draw.choice((None, None, 4, 12)),
+            n_threads=draw.randint(1, 3),
+            max_pages_in_flight=draw.choice((1, 3, 100)),
+            deadline_s=draw.choice((None, 0.05, 1.0, 5.0)),
+            two_queues=draw.random() < 0.5,
+            copy_failure_rate=draw.choice((0.0, 0.0, 0.1, 0.2)),
+            starts_with_storage=draw.random() < 0.9,
+        )
+
+    def shard(self, rank: int) -> int:
+        """Which part of the KV ``rank`` holds; equal numbers mean equal bytes."""
+        return 0 if self.is_mla else rank
+
+    def spec(self, rank: int) -> KVSpec:
+        """The KV that ``rank`` holds: latents, or one head of each layer."""
+        if self.is_mla:
+            return KVSpec.mla(
+                num_layers=2, kv_lora_rank=3, rope_dim=2, dtype="float16", fingerprint=FINGERPRINT
+            )
+        whole = KVSpec.mha(
+            num_layers=2,
+            num_heads=self.ranks,
+            head_dim=2,
+            dtype="float16",
+            fingerprint=FINGERPRINT,
+        )
+        return whole.shard(heads=(rank, rank + 1))
+
+
+def _rounded(n_pages: float) -> int:
+    """The largest of ``HOST_SIZES`` that is no larger."""
+    return max(size for size in HOST_SIZES if size <= max(n_pages, 1))

@@ -1,0 +1,82 @@
+"""Which transfer is opened for an io backend and a device."""
+
+from __future__ import annotations
+
+from array import array
+
+import pytest
+
+from hicache_core.copies import native
+from hicache_core.copies.direct import DirectTransfer
+from hicache_core.copies.kernel import KernelTransfer
+from hicache_core.copies.open import open_transfer
+from hicache_core.copies.queues import InlineQueue
+from hicache_core.errors import SpecError, UseAfterClose
+from hicache_core.kv.spec import KVSpec
+from hicache_core.pools.device import DevicePool
+from hicache_core.pools.host import HostPool
+from hicache_core.pools.layout import LAYOUTS
+
+SPEC = KVSpec.mha(num_layers=3, num_heads=2, head_dim=8, dtype="bfloat16", fingerprint="f")
+TWINS = {"direct": DirectTransfer, "kernel": KernelTransfer}
+
+
+def pools(device: str = "cpu", host_page_size: int = 4) -> tuple[DevicePool, HostPool]:
+    host = HostPool(SPEC, host_page_size, 2, LAYOUTS["page_first"])
+    return DevicePool(SPEC, 4, 2, device), host
+
+
+@pytest.mark.parametrize("io_backend", TWINS)
+def test_a_cpu_without_the_native_module_gets_its_twin(
+    io_backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "IS_BUILT", False)
+    transfer = open_transfer(io_backend, *pools())
+    assert type(transfer) is TWINS[io_backend]
+    transfer.close()
+
+
+@pytest.mark.skipif(not native.IS_BUILT, reason="the native module is not built, or switched off")
+@pytest.mark.parametrize("io_backend", TWINS)
+def test_a_cpu_with_the_native_module_gets_it_for_both_io_backends(io_backend: str) -> None:
+    transfer = open_transfer(io_backend, *pools())
+    assert type(transfer) is native.NativeTransfer
+    transfer.close()
+
+
+def test_the_native_module_is_refused_where_it_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SpecError, match="it is on meta"):
+        native.NativeTransfer(*pools("meta"), InlineQueue())
+    monkeypatch.setattr(native, "IS_BUILT", False)
+    with pytest.raises(SpecError, match="built: False"):
+        native.NativeTransfer(*pools(), InlineQueue())
+
+
+def test_another_device_gets_plain_copies_for_direct_and_must_pin_for_kernel() -> None:
+    """torch's device ``meta`` stands in for a GPU."""
+    transfer = open_transfer("direct", *pools("meta"), InlineQueue())
+    assert type(transfer) is DirectTransfer
+    transfer.close()
+    with pytest.raises(SpecError, match="pin=True"):
+        open_transfer("kernel", *pools("meta"), InlineQueue())
+
+
+def test_pools_of_different_pages_are_refused() -> None:
+    with pytest.raises(SpecError, match="page"):
+        open_transfer("direct", *pools(host_page_size=8))
+
+
+def test_an_unknown_io_backend_is_named_with_those_that_exist() -> None:
+    with pytest.raises(SpecError, match="'dircet'; there are: direct, kernel"):
+        open_transfer("dircet", *pools())
+
+
+@pytest.mark.parametrize("io_backend", TWINS)
+def test_after_close_a_transfer_takes_nothing(io_backend: str) -> None:
+    transfer = open_transfer(io_backend, *pools())
+    ticket = transfer.to_host(array("i", [0]), array("i", [1]))
+    transfer.close()
+    transfer.close()
+    assert ticket.done()
+    with pytest.raises(UseAfterClose):
+        transfer.to_host(array("i", [0]), array("i", [1]))
