@@ -1,4 +1,4 @@
-"""What the controller is made of; chosen in ``build.py``, handed to its paths."""
+"""What the controller is made of; chosen in ``build``, handed to its paths."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Manifest:
 
     Attributes:
         namespace: 16 hex digits.
-        described: the text that was hashed (``page_keys.describe_namespace``).
+        described: the text that was hashed (``kv.keys.describe_namespace``).
     """
 
     namespace: str
@@ -98,7 +98,7 @@ def manifest_page(described: str, object_nbytes: int) -> tuple[str, Page] | None
     """The manifest as a cache stores it among its pages; None where pages are too small.
 
     Args:
-        described: of ``page_keys.describe_namespace``.
+        described: of ``kv.keys.describe_namespace``.
         object_nbytes: length of every object, header included.
 
     Returns:
