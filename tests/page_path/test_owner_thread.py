@@ -14,7 +14,7 @@ from hicache_core.errors import WrongThread
 from hicache_core.integrations.transformers import CachedModel
 from hicache_core.kv.spec import KVSpec
 from hicache_core.pools.device import DevicePool
-from tests.unit.test_owner import elsewhere, in_a_child, raised_by
+from tests.unit.process.test_owner import elsewhere, in_a_child, raised_by
 
 from .tiny_models import prompt_of, tiny_model
 

@@ -19,7 +19,7 @@ from hicache_core.storage.file.backend import FileBackend, FileConfig
 from hicache_core.storage.manifest import Manifest
 from hicache_core.types import Namespace
 from tests.unit.engine.tiny_chat_model import save_tiny_chat_model
-from tests.unit.test_why import CONTEXT, MANIFEST, SALTED, keys_of, manifest_of, put
+from tests.unit.storage.test_why import CONTEXT, MANIFEST, SALTED, keys_of, manifest_of, put
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "why-a-miss.md"
 IDS = ",".join(map(str, range(1, 31)))

@@ -16,7 +16,7 @@ from hicache_core.config.messages import allowed_values
 from hicache_core.config.settings import ControllerKeys, HiCacheConfig
 from hicache_core.config.sources import env_name, flag_name
 
-PAGE = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[3] / "docs" / "configuration.md").read_text(encoding="utf-8")
 ROWS = [(model, key) for model in (HiCacheConfig, ControllerKeys) for key in model.model_fields]
 
 

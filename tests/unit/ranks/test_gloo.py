@@ -73,7 +73,7 @@ def test_a_process_is_seen_to_run_to_stop_and_to_go() -> None:
         [sys.executable, "-c", script],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
     )
     with child:
         assert child.stdout is not None
