@@ -9,8 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from hicache_core.config.messages import config_error
 from hicache_core.config.settings import HiCacheConfig
-from hicache_core.plugin import dynamic
-from hicache_core.plugin import manager as plugin_manager
+from hicache_core.plugin import dynamic, manager
 from hicache_core.storage.chain.config import ChainConfig
 from hicache_core.storage.guard.config import GuardConfig
 
@@ -39,8 +38,8 @@ def _check_store(name: str, settings: Mapping[str, object]) -> None:
         backend_class = dynamic.load_class(own)
         _, own = dynamic.split_settings(own)
     else:
-        backend_class = plugin_manager.backend_class(name)
-    plugin_manager.backend_settings(backend_class, own)
+        backend_class = manager.backend_class(name)
+    manager.backend_settings(backend_class, own)
 
 
 def _checked(model: type[M], settings: object, prefix: str) -> M:

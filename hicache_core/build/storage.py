@@ -16,8 +16,7 @@ from hicache_core.controller.attachment import Attachment
 from hicache_core.kv.keys import describe_namespace
 from hicache_core.observe.stores import backend_statuses, rejected_pages
 from hicache_core.observe.usage import UsageWatch
-from hicache_core.plugin import dynamic
-from hicache_core.plugin import manager as plugin_manager
+from hicache_core.plugin import dynamic, manager
 from hicache_core.pools.host import HostPool
 from hicache_core.ranks.base import RankGroup
 from hicache_core.storage.base import RegistersMemory, StorageBackend
@@ -61,8 +60,8 @@ def backend_from(
         backend_class = dynamic.load_class(settings)
         _, settings = dynamic.split_settings(settings)
     else:
-        backend_class = plugin_manager.backend_class(name)
-    return backend_class(plugin_manager.backend_settings(backend_class, settings), context)
+        backend_class = manager.backend_class(name)
+    return backend_class(manager.backend_settings(backend_class, settings), context)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
-from hicache_core.plugin import dynamic
-from hicache_core.plugin import manager as plugin_manager
+from hicache_core.plugin import dynamic, manager
 from hicache_core.storage.base import StorageBackend
 from hicache_core.types import BackendContext
 
@@ -61,7 +60,7 @@ class Recipe:
         """
         asked = {"name": name, "settings": dict(settings)}
         if name != DYNAMIC:
-            found = plugin_manager.backend_class(name)
+            found = manager.backend_class(name)
             return cls(found, settings, scope, max_object_nbytes, asked)
         found = dynamic.load_class(settings)
         _, own = dynamic.split_settings(settings)
@@ -96,7 +95,7 @@ class Recipe:
         Raises:
             ConfigError: a setting is wrong.
         """
-        config = plugin_manager.backend_settings(self.backend_class, self.settings)
+        config = manager.backend_settings(self.backend_class, self.settings)
         context = BackendContext(NAMESPACE, object_nbytes=self.max_object_nbytes, creates=creates)
         return self.backend_class(config, context)
 
