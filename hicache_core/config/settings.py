@@ -268,6 +268,23 @@ class HiCacheConfig(BaseModel):
         config._fill(layered.values, layered.sources)
         return config
 
+    def changed(self, values: Mapping[str, object], source: str) -> HiCacheConfig:
+        """A copy with ``values`` in it; every other setting keeps its value and its source.
+
+        Args:
+            values: settings by name.
+            source: where they come from, in words.
+
+        Raises:
+            ConfigError: a name or a value is wrong.
+        """
+        sources = {key: known for key, known in self.sources.items() if known != DEFAULT}
+        layered = Layered({key: getattr(self, key) for key in sources}, sources)
+        layered.add(values, lambda _: source)
+        config = type(self).__new__(type(self))
+        config._fill(layered.values, layered.sources)
+        return config
+
     def _fill(self, values: Mapping[str, object], sources: Mapping[str, str]) -> None:
         """Validates ``values`` into this new instance."""
         try:
@@ -320,11 +337,8 @@ class HiCacheConfig(BaseModel):
 
     def resolve(self) -> ResolvedConfig:
         """What is in force: the compatibility rules applied, each switch logged once."""
-        values = self.model_dump()
-        adjustments = tuple(_apply_rules(values))
-        in_force = type(self)(**values)
-        in_force._sources.update(self.sources)
-        in_force._sources.update({change.key: _RULE for change in adjustments})
+        adjustments = tuple(_apply_rules(self.model_dump()))
+        in_force = self.changed({change.key: change.in_force for change in adjustments}, _RULE)
         resolved = ResolvedConfig(asked=self, in_force=in_force, adjustments=adjustments)
         for change in adjustments:
             level = logging.WARNING if change in resolved.refused else logging.DEBUG

@@ -10,7 +10,13 @@ import click
 from hicache_core.config.flags import config_flags, load_config
 from hicache_core.engine.config import EngineConfig
 from hicache_core.server.access import Keys
-from hicache_core.server.settings import DEFAULTS, Disaggregation, ServerSettings, as_sglang_means
+from hicache_core.server.settings import (
+    DEFAULTS,
+    OFFLOAD_FLAG,
+    Disaggregation,
+    ServerSettings,
+    as_sglang_means,
+)
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -146,7 +152,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option("--disaggregation-ib-device", default="", help="RDMA devices: mlx5_0,mlx5_1."),
     click.option(
-        "--disaggregation-decode-enable-offload-kvcache",
+        OFFLOAD_FLAG,
         is_flag=True,
         help="A decode server gives what it generates to host and storage.",
     ),

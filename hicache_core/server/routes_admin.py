@@ -27,6 +27,8 @@ CALL_TIMEOUT_S = 10.0
 STORAGE_TIMEOUT_S = 60.0
 MAX_FLUSH_TIMEOUT_S = 600.0
 POLICIES = ("hicache_storage_prefetch_policy", "hicache_write_policy")
+PUT = "PUT /hicache/storage-backend"
+DELETE = "DELETE /hicache/storage-backend"
 _PAUSE_S = 0.01
 
 
@@ -140,7 +142,7 @@ class StorageDesk:
     async def detach(self) -> None:
         """Goes on without storage."""
         await self._call_all("detach_storage")
-        self._config = self._changed(hicache_storage_backend=None, extra={})
+        self._config = self._changed(DELETE, hicache_storage_backend=None, extra={})
 
     async def clear(self) -> int:
         """Removes from the store what servers of this kind put there; how many objects.
@@ -163,6 +165,7 @@ class StorageDesk:
             Problem: no backend is named.
         """
         wanted = self._changed(
+            PUT,
             hicache_storage_backend=body.hicache_storage_backend,
             extra=body.extra_config,
             **{key: value for key in POLICIES if (value := getattr(body, key)) is not None},
@@ -172,11 +175,10 @@ class StorageDesk:
         return wanted
 
     def _changed(
-        self, *, hicache_storage_backend: str | None, extra: object, **policies: str
+        self, source: str, *, hicache_storage_backend: str | None, extra: object, **policies: str
     ) -> HiCacheConfig:
-        values = self._config.model_dump() | policies
-        values |= {"hicache_storage_backend": hicache_storage_backend, EXTRA: extra}
-        config = HiCacheConfig.load(arguments=values)
+        values = {"hicache_storage_backend": hicache_storage_backend, EXTRA: extra, **policies}
+        config = self._config.changed(values, source)
         present = self._config.controller_keys
         kept = {key: getattr(present, key) for key in present.model_fields_set}
         extra_config = kept | config.hicache_storage_backend_extra_config

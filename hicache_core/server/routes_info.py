@@ -105,11 +105,13 @@ def _add_models(router: APIRouter, service: Service) -> None:
         status = service.engine.status()
         shown = asdict(replace(settings, cache=None, keys=None))  # type: ignore[arg-type]
         del shown["cache"], shown["keys"]
+        in_force = settings.cache.resolve().in_force
         state = {**asdict(status), "last_gen_throughput": status.tokens_per_s}
         return json_answer(
             {
                 **shown,
-                **settings.cache.resolve().in_force.model_dump(),
+                **in_force.model_dump(),
+                "setting_sources": dict(in_force.sources),
                 "tokenizer_path": settings.model_path,
                 "served_model_name": served.name,
                 "max_total_num_tokens": status.n_slots,

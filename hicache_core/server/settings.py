@@ -19,6 +19,7 @@ DEFAULTS = EngineConfig()
 _IB_DEVICE = re.compile(r"[A-Za-z0-9_.:-]+(,[A-Za-z0-9_.:-]+)*")
 HIERARCHICAL = "enable_hierarchical_cache"
 RETENTION = "hicache_host_retention"
+OFFLOAD_FLAG = "--disaggregation-decode-enable-offload-kvcache"
 DEVICES = Path("/sys/class/infiniband")
 
 
@@ -49,8 +50,7 @@ class Disaggregation:
             )
         if self.offload and self.mode != "decode":
             raise ConfigError(
-                "--disaggregation-decode-enable-offload-kvcache is for a decode server; "
-                f"--disaggregation-mode is {self.mode}"
+                f"{OFFLOAD_FLAG} is for a decode server; --disaggregation-mode is {self.mode}"
             )
 
 
@@ -107,11 +107,13 @@ def as_sglang_means(config: HiCacheConfig, *, offload: bool) -> HiCacheConfig:
     SGLang's server has the device tier alone unless ``--enable-hierarchical-cache`` is given; a
     decode server that offloads has them too, and frees host pages as they are stored.
     """
-    meant: dict[str, object] = {HIERARCHICAL: offload}
     if offload:
-        meant[RETENTION] = "free_once_stored"
-    given = {key: getattr(config, key) for key in config.sources if config.sources[key] != DEFAULT}
-    return config if meant.keys() <= given.keys() else HiCacheConfig.load(arguments=meant | given)
+        meant = {HIERARCHICAL: True, RETENTION: "free_once_stored"}
+        source = f"flag {OFFLOAD_FLAG}"
+    else:
+        meant, source = {HIERARCHICAL: False}, "default of hicache serve"
+    unset = {key: value for key, value in meant.items() if config.sources[key] == DEFAULT}
+    return config.changed(unset, source) if unset else config
 
 
 def notices(settings: ServerSettings, device: str) -> Iterator[str]:

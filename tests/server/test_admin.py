@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
+from hicache_core.config.settings import HiCacheConfig
 from hicache_core.disaggregation.roles import Role, RoleSettings
 from hicache_core.kv_transfer.base import TransferContext
 from hicache_core.kv_transfer.peers import PeerConfig
 from hicache_core.kv_transfer.tcp import TcpTransfer
 from hicache_core.server.access import Keys
 from hicache_core.testing.transfer_kit import memory_of, spec_of
+from tests.server.tiny import parsed
 from tests.server.world import Server, server
 
 pytestmark = pytest.mark.anyio
@@ -199,6 +201,21 @@ async def test_info_tells_what_clients_of_sglang_look_for() -> None:
         models = (await s.client.get("/v1/models")).json()
         assert models["data"][0]["id"] == "echo"
         assert (await s.client.get("/v1/models/echo")).json() == models["data"][0]
+
+
+async def test_info_tells_where_each_setting_came_from(tmp_path: Path) -> None:
+    flags = ["--page-size", "4", "--hicache-size", "1", "--enable-hierarchical-cache"]
+    cache = parsed(["--model-path", "tiny", *flags]).cache
+    async with server(cache=cache) as s:
+        sources = (await s.client.get("/get_server_info")).json()["setting_sources"]
+        assert set(sources) == set(HiCacheConfig.model_fields)
+        assert sources["page_size"] == "flag --page-size"
+        assert sources["hicache_ratio"] == "compatibility rule"
+        assert sources["hicache_io_backend"] == "default"
+        refused = await s.client.put(
+            BACKEND, json=attach(tmp_path) | {"hicache_write_policy": "never"}
+        )
+        assert "(from PUT /hicache/storage-backend)" in refused.json()["error"]["message"]
 
 
 async def test_health_names_a_request_that_makes_no_progress() -> None:

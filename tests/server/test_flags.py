@@ -147,6 +147,20 @@ def test_a_decode_server_that_offloads_has_host_and_storage() -> None:
     assert (kept.hicache_host_retention, kept.enable_hierarchical_cache) == ("keep", True)
 
 
+def test_a_setting_keeps_its_source_where_the_server_adds_its_own_defaults(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HICACHE_RATIO", "3")
+    sources = parsed([*MODEL, "--page-size", "16"]).cache.sources
+    assert sources["page_size"] == "flag --page-size"
+    assert sources["hicache_ratio"] == "environment HICACHE_RATIO"
+    assert sources["enable_hierarchical_cache"] == "default of hicache serve"
+    assert sources["hicache_io_backend"] == "default"
+    offloads = parsed([*MODEL, *OFFLOAD, "--page-size", "16"]).cache.sources
+    assert offloads["page_size"] == "flag --page-size"
+    assert offloads["hicache_host_retention"] == f"flag {OFFLOAD[-1]}"
+
+
 def test_size_zero_means_the_ratio() -> None:
     flags = [*MODEL, "--enable-hierarchical-cache", "--hicache-size", "0", "--hicache-ratio", "2"]
     in_force = parsed(flags).cache.resolve().in_force

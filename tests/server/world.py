@@ -51,11 +51,12 @@ async def server(
     keys: Keys | None = None,
     max_waiting: int = 8,
     max_body_nbytes: int = 1 << 20,
-    cache: dict[str, Any] | None = None,
+    cache: dict[str, Any] | HiCacheConfig | None = None,
     **settings: Any,
 ) -> AsyncIterator[Server]:
     """A server on a cache of 4-token pages; closed at the end."""
-    config = HiCacheConfig(page_size=PAGE, **(cache or {}))
+    is_whole = isinstance(cache, HiCacheConfig)
+    config = cache if is_whole else HiCacheConfig(page_size=PAGE, **(cache or {}))
     engine = EchoEngine(config, TOKENIZER, max_waiting=max_waiting)
     served = ServedModel("echo", TOKENIZER, Limits(CONTEXT, VOCAB, max_body_nbytes))
     service = Service(

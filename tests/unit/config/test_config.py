@@ -129,6 +129,26 @@ def test_arguments_beat_flags_beat_environment_beats_file_beats_defaults(
 
 
 @patient
+@given(flags=SETTINGS, values=SETTINGS)
+def test_a_change_keeps_value_and_source_of_every_other_setting(
+    flags: dict[str, Any], values: dict[str, Any]
+) -> None:
+    config = HiCacheConfig.load(flags=flags)
+    changed = config.changed(values, "somebody")
+    for key in NAMES:
+        expected = (values[key], "somebody") if key in values else None
+        assert (getattr(changed, key), changed.sources[key]) == (
+            expected or (getattr(config, key), config.sources[key])
+        )
+    assert config.sources == HiCacheConfig.load(flags=flags).sources
+
+
+def test_a_change_names_the_source_of_a_bad_value() -> None:
+    with pytest.raises(ConfigError, match=r"page_size = 0 \(from the operator\)"):
+        HiCacheConfig().changed({"page_size": 0}, "the operator")
+
+
+@patient
 @given(settings=SETTINGS)
 def test_what_is_in_force_keeps_every_rule_and_resolves_to_itself(settings: dict[str, Any]) -> None:
     asked = HiCacheConfig(**settings)
