@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import pytest
@@ -72,10 +73,15 @@ class StorageBackendTests:
         """All of it together."""
         return Target(recipe, store_control, small_store, quota_store, expiring_store)
 
+    @classmethod
+    def rules(cls) -> Sequence[Rule]:
+        """The rules that apply, in the order of the kit."""
+        return [rule for rule in RULES if cls.features.issuperset(rule.requires)]
+
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """One test for each rule that applies."""
         if "conformance_rule" in metafunc.fixturenames:
-            rules = [rule for rule in RULES if self.features.issuperset(rule.requires)]
+            rules = self.rules()
             metafunc.parametrize("conformance_rule", rules, ids=[rule.id for rule in rules])
 
     def test_rule(self, conformance_rule: Rule, conformance_target: Target) -> None:

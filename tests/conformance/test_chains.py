@@ -24,6 +24,13 @@ from hicache_core.testing.features import Feature
 from hicache_core.testing.recipe import Recipe, Scope
 from hicache_core.testing.suite import StorageBackendTests
 from hicache_core.types import BackendContext
+from tests.conformance.variants import (
+    GUARDED,
+    TWO_OF_A_KIND,
+    WRITTEN_THROUGH,
+    Selection,
+    VariantTests,
+)
 
 BACKENDS: dict[str, tuple[type[StorageBackend], type[BackendConfig]]] = {
     "memory": (MemoryBackend, MemoryConfig),
@@ -89,15 +96,17 @@ class ChainTests(StorageBackendTests):
         return Recipe.of(KitChain, json.loads(json.dumps(settings)), Scope.PROCESS)
 
 
-class TestMemoryThrough(ChainTests):
+class TestMemoryThrough(VariantTests, ChainTests):
     """Two stores of this process, written through."""
 
+    selection: ClassVar[Selection] = TWO_OF_A_KIND
     write = "through"
 
 
-class TestMemoryBehind(ChainTests):
+class TestMemoryBehind(VariantTests, ChainTests):
     """Two stores of this process, written behind."""
 
+    selection: ClassVar[Selection] = TWO_OF_A_KIND
     write = "behind"
 
 
@@ -111,21 +120,23 @@ class FileChainTests(ChainTests):
         return [near, {"backend": "file", "config": {"path": str(directory / "far")}}]
 
 
-class TestFileThrough(FileChainTests):
+class TestFileThrough(VariantTests, FileChainTests):
     """Memory and files, written through."""
 
+    selection: ClassVar[Selection] = WRITTEN_THROUGH
     write = "through"
 
 
 class TestFileBehind(FileChainTests):
-    """Memory and files, written behind."""
+    """Memory and files, written behind: runs every rule."""
 
     write = "behind"
 
 
-class TestGuarded(StorageBackendTests):
+class TestGuarded(VariantTests):
     """A guard around the memory backend."""
 
+    selection: ClassVar[Selection] = GUARDED
     features: ClassVar[frozenset[Feature]] = ChainTests.features
 
     @pytest.fixture

@@ -17,6 +17,7 @@ import pytest
 from hicache_core.testing.features import Feature
 from hicache_core.testing.recipe import Recipe, Scope
 from hicache_core.testing.suite import StorageBackendTests
+from tests.conformance.variants import GENERIC, GENERIC_BATCH, Selection, VariantTests
 
 ALONE = StorageBackendTests.features - {
     Feature.DELETE,
@@ -36,9 +37,10 @@ def named(
     }
 
 
-class TestGenericPath(StorageBackendTests):
+class TestGenericPath(VariantTests):
     """A class with get, set and exists."""
 
+    selection: ClassVar[Selection] = GENERIC
     features: ClassVar[frozenset[Feature]] = ALONE | {Feature.STATS}
 
     @pytest.fixture
@@ -46,9 +48,10 @@ class TestGenericPath(StorageBackendTests):
         return Recipe.named("dynamic", named("DuckStore"), Scope.INSTANCE)
 
 
-class TestGenericBatchPath(StorageBackendTests):
+class TestGenericBatchPath(VariantTests):
     """A class with SGLang's batch methods, filling the targets in place."""
 
+    selection: ClassVar[Selection] = GENERIC_BATCH
     features: ClassVar[frozenset[Feature]] = ALONE | {Feature.STATS}
 
     @pytest.fixture
@@ -57,7 +60,7 @@ class TestGenericBatchPath(StorageBackendTests):
 
 
 class TestInterfaceV1(StorageBackendTests):
-    """A class on registered memory: ``interface_v1`` and ``get_page_buffer_meta``."""
+    """A class on registered memory, ``interface_v1``, ``get_page_buffer_meta``: every rule."""
 
     features: ClassVar[frozenset[Feature]] = ALONE | {Feature.STATS}
 

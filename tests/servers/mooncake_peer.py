@@ -1,4 +1,7 @@
-"""The second client process of the tests: ``python peer.py CONFIG``, then a JSON command a line."""
+"""A client in a process of its own: ``python mooncake_peer.py CONFIG``, then a command a line.
+
+Commands and answers are JSON.
+"""
 
 import json
 import os
