@@ -297,7 +297,6 @@ def rows(quick: bool) -> Iterator[Row]:
         memory[::64] = bytes(n % 251 for n in range(len(memory[::64])))
         with tempfile.TemporaryDirectory(prefix="hicache-s3-") as directory:
             server = Weed(Path(directory) / "weed")
-            server.start()
             try:
                 world = World(server.url, memory, n_pages, nbytes)
                 with contextlib.closing(world):
@@ -306,4 +305,4 @@ def rows(quick: bool) -> Iterator[Row]:
                     yield from single_hit(world, size, 5 if quick else 20)
                     yield from presence(world, size, 3 if quick else 10)
             finally:
-                server.kill()
+                server.close()
