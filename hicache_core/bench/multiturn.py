@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hicache_core.bench.client import Client
+from hicache_core.bench.prompts import Words
 from hicache_core.bench.result import Record
-from hicache_core.bench.words import Words
 
 
 @dataclass(frozen=True, slots=True)

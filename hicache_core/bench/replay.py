@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hicache_core.bench.client import Client
+from hicache_core.bench.prompts import WORDS, Words
 from hicache_core.bench.result import Record
 from hicache_core.bench.traces import TraceRequest, scaled
-from hicache_core.bench.words import WORDS, Words
 from hicache_core.errors import ConfigError
 
 

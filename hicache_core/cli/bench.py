@@ -16,10 +16,10 @@ import click
 
 from hicache_core.bench.client import PATHS, Client
 from hicache_core.bench.multiturn import MultiTurn, run_multiturn
+from hicache_core.bench.prompts import Words, words_of_file
 from hicache_core.bench.replay import Replay, run_replay
 from hicache_core.bench.result import Record, as_json, summary
 from hicache_core.bench.traces import read_trace
-from hicache_core.bench.words import Words, words_of_file
 from hicache_core.cli._bench_view import results
 from hicache_core.cli._out_file import OutFile
 from hicache_core.cli._status_view import console

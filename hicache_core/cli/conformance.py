@@ -15,11 +15,11 @@ import click
 from hicache_core.cli._out_file import OutFile
 from hicache_core.config.sources import read_inline
 from hicache_core.testing.features import Target
+from hicache_core.testing.kit_settings import FULL, QUICK, KitSettings
 from hicache_core.testing.recipe import Recipe, Scope
 from hicache_core.testing.report import RuleResult
 from hicache_core.testing.rules import RULES
 from hicache_core.testing.runner import run
-from hicache_core.testing.settings import FULL, QUICK, KitSettings
 
 _GRACE_S = 30.0
 _STDERR = 2

@@ -5,10 +5,10 @@ from __future__ import annotations
 import click
 
 from hicache_core.config.sources import read_inline
-from hicache_core.testing.examination import examine
+from hicache_core.testing.doctor import examine
 from hicache_core.testing.features import Target
+from hicache_core.testing.kit_settings import QUICK
 from hicache_core.testing.recipe import Recipe
-from hicache_core.testing.settings import QUICK
 
 _STATUS = {"ok": 0, "warning": 1, "error": 2}
 

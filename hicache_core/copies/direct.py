@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hicache_core.copies.base import CopyLayers, CopyQueue, Direction, PageIds, Transfer
-from hicache_core.copies.words import row_words
+from hicache_core.copies.rows import row_words
 from hicache_core.pools.device import DevicePool
 from hicache_core.pools.host import HostPool
 

@@ -9,7 +9,7 @@ from array import array
 import torch
 
 from hicache_core.copies.base import CopyLayers, CopyQueue, Direction, PageIds, Transfer
-from hicache_core.copies.words import device_rows
+from hicache_core.copies.rows import device_rows
 from hicache_core.errors import SpecError
 from hicache_core.pools.device import DevicePool
 from hicache_core.pools.host import HostPool

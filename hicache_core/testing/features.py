@@ -17,8 +17,8 @@ from hicache_core.storage.base import (
     StorageBackend,
 )
 from hicache_core.testing.control import StoreControl
-from hicache_core.testing.hidden import secrets_in
 from hicache_core.testing.recipe import Recipe, Scope
+from hicache_core.testing.secret_settings import secrets_in
 
 
 class Feature(enum.StrEnum):

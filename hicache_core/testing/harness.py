@@ -18,9 +18,9 @@ from hicache_core.testing.bounded import Call
 from hicache_core.testing.content import GuardedPage, content, difference, page_difference
 from hicache_core.testing.control import StoreControl
 from hicache_core.testing.features import Target
+from hicache_core.testing.kit_settings import KitSettings
 from hicache_core.testing.peer import Peer
 from hicache_core.testing.recipe import Recipe
-from hicache_core.testing.settings import KitSettings
 from hicache_core.types import Page
 
 _SWITCH_INTERVAL_S = 1e-5

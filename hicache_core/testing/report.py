@@ -43,8 +43,8 @@ class RuleResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
-    """One measured figure: no verdict follows from it."""
+class Measurement:
+    """One measurement: no verdict follows from it."""
 
     what: str
     value: float
@@ -63,7 +63,7 @@ class Report:
 
     backend: str
     results: Sequence[RuleResult]
-    figures: Sequence[Figure] = ()
+    figures: Sequence[Measurement] = ()
 
     @property
     def passed(self) -> bool:
@@ -83,10 +83,10 @@ class Report:
                     yield from _result_lines(result)
             yield ""
         if self.figures:
-            yield "Performance: figures, no verdict"
-            width = max(len(figure.what) for figure in self.figures)
-            for figure in self.figures:
-                yield f"  {figure.what:{width}}  {figure.value:10,.4g} {figure.unit}"
+            yield "Performance: measured, no verdict"
+            width = max(len(m.what) for m in self.figures)
+            for m in self.figures:
+                yield f"  {m.what:{width}}  {m.value:10,.4g} {m.unit}"
             yield ""
         yield self.summary()
 

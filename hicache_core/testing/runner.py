@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from hicache_core.config.redact import MASK, masked_text
 from hicache_core.testing.bounded import bounded
 from hicache_core.testing.features import CAPABILITIES, Feature, Target, detect
-from hicache_core.testing.figures import measure
 from hicache_core.testing.harness import Harness
-from hicache_core.testing.hidden import secrets_in
-from hicache_core.testing.report import Figure, Report, RuleResult
+from hicache_core.testing.kit_settings import FULL, KitSettings
+from hicache_core.testing.measurements import measure
+from hicache_core.testing.report import Measurement, Report, RuleResult
 from hicache_core.testing.rules import RULES
 from hicache_core.testing.rules.rule import Rule
-from hicache_core.testing.settings import FULL, KitSettings
+from hicache_core.testing.secret_settings import secrets_in
 
 
 def detect_features(target: Target, settings: KitSettings = FULL) -> frozenset[Feature]:
@@ -107,6 +107,6 @@ def _told(error: BaseException, target: Target) -> str:
     return masked_text(text)
 
 
-def _measured(target: Target, settings: KitSettings) -> list[Figure]:
+def _measured(target: Target, settings: KitSettings) -> list[Measurement]:
     with Harness(target, settings) as harness:
         return bounded(lambda: measure(harness), 5 * settings.rule_s, "the measurement")

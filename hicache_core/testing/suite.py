@@ -9,11 +9,11 @@ import pytest
 
 from hicache_core.testing.control import StoreControl
 from hicache_core.testing.features import Feature, Target
+from hicache_core.testing.kit_settings import QUICK, KitSettings
 from hicache_core.testing.recipe import Recipe
 from hicache_core.testing.rules import RULES
 from hicache_core.testing.rules.rule import Rule
 from hicache_core.testing.runner import detect_features, run_rule
-from hicache_core.testing.settings import QUICK, KitSettings
 
 
 class StorageBackendTests:

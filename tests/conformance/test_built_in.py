@@ -8,8 +8,8 @@ from typing import ClassVar
 import pytest
 
 from hicache_core.testing.features import Feature
+from hicache_core.testing.kit_settings import QUICK
 from hicache_core.testing.recipe import Recipe, Scope
-from hicache_core.testing.settings import QUICK
 from hicache_core.testing.suite import StorageBackendTests
 
 RETENTION = frozenset([Feature.PIN, Feature.USAGE, Feature.QUOTA, Feature.TTL])

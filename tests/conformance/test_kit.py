@@ -11,12 +11,12 @@ import pytest
 from hicache_core.errors import UseAfterClose
 from hicache_core.testing.features import Feature, Target
 from hicache_core.testing.harness import Harness, RuleBroken
+from hicache_core.testing.kit_settings import KitSettings
 from hicache_core.testing.recipe import Recipe, Scope
 from hicache_core.testing.report import Report
 from hicache_core.testing.rules import RULES
 from hicache_core.testing.rules.rule import Rule
 from hicache_core.testing.runner import run, run_rule
-from hicache_core.testing.settings import KitSettings
 from tests.conformance import defects, defects_data, defects_retention, defects_server
 from tests.conformance.right import PINNED, STORES, WRITTEN, RichBackend, RightBackend
 

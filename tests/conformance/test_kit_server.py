@@ -9,10 +9,10 @@ import pytest
 
 from hicache_core.testing.control import ServerProcess
 from hicache_core.testing.features import Feature, Target
+from hicache_core.testing.kit_settings import KitSettings
 from hicache_core.testing.recipe import Recipe
 from hicache_core.testing.rules import RULES
 from hicache_core.testing.runner import run
-from hicache_core.testing.settings import KitSettings
 from tests.conformance.defects_server import DEFECTS, TcpBackend
 from tests.conformance.tcp_store import start
 from tests.servers.process import free_port

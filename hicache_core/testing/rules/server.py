@@ -16,8 +16,8 @@ from hicache_core.testing.bounded import Call, bounded
 from hicache_core.testing.content import content, scribble
 from hicache_core.testing.features import Feature
 from hicache_core.testing.harness import Harness, RuleBroken, expect, is_hit, put_each
-from hicache_core.testing.hidden import secrets_in
 from hicache_core.testing.rules.rule import RuleBook
+from hicache_core.testing.secret_settings import secrets_in
 
 _book = RuleBook("get_counts_leading", "re_put", "set_only_reads")
 rule = _book.rule

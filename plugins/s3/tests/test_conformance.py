@@ -10,8 +10,8 @@ import pytest
 from hicache_s3 import S3Backend
 
 from hicache_core.testing.features import Feature
+from hicache_core.testing.kit_settings import QUICK, KitSettings
 from hicache_core.testing.recipe import Recipe
-from hicache_core.testing.settings import QUICK, KitSettings
 from hicache_core.testing.suite import StorageBackendTests
 from tests.servers.weed import Weed, settings
 

@@ -1,4 +1,4 @@
-"""Figures of a backend: latency and bandwidth as they are here and now, without a verdict."""
+"""Measurements of a backend: latency and bandwidth as they are here and now, without a verdict."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from hicache_core.testing.harness import Harness
-from hicache_core.testing.report import Figure
+from hicache_core.testing.report import Measurement
 
 _BATCH = 32
 _SIZES = (4 << 10, 64 << 10, 1 << 20)
@@ -15,16 +15,16 @@ _SINGLES = 100
 _REPEATS = 3
 
 
-def measure(h: Harness) -> list[Figure]:
+def measure(h: Harness) -> list[Measurement]:
     """Latency of single calls on 4 KiB, and bandwidth of batches of 32 at several sizes."""
-    figures = [*_latencies(h)]
+    measurements = [*_latencies(h)]
     for nbytes in _SIZES:
         if nbytes == h.nbytes(nbytes):
-            figures += _bandwidths(h, nbytes)
-    return figures
+            measurements += _bandwidths(h, nbytes)
+    return measurements
 
 
-def _latencies(h: Harness) -> list[Figure]:
+def _latencies(h: Harness) -> list[Measurement]:
     backend, (key, absent) = h.backend, h.keys(2, "latency")
     page = h.filled(key, (4096,))
     calls: dict[str, Callable[[], object]] = {
@@ -33,16 +33,16 @@ def _latencies(h: Harness) -> list[Figure]:
         "exists": lambda: backend.exists(key),
         "exists, absent": lambda: backend.exists(absent),
     }
-    figures = []
+    measurements = []
     for what, call in calls.items():
         samples = sorted(_timed(call) for _ in range(_SINGLES))
         p99 = samples[int(len(samples) * 0.99) - 1]
-        figures.append(Figure(f"{what}, median", statistics.median(samples) * 1e6, "us"))
-        figures.append(Figure(f"{what}, 99 %", p99 * 1e6, "us"))
-    return figures
+        measurements.append(Measurement(f"{what}, median", statistics.median(samples) * 1e6, "us"))
+        measurements.append(Measurement(f"{what}, 99 %", p99 * 1e6, "us"))
+    return measurements
 
 
-def _bandwidths(h: Harness, nbytes: int) -> list[Figure]:
+def _bandwidths(h: Harness, nbytes: int) -> list[Measurement]:
     """MB/s of what the backend says that it stored and filled: a dropped page moved no byte."""
     backend = h.backend
     rates: dict[str, list[float]] = {"set": [], "get": []}
@@ -54,7 +54,9 @@ def _bandwidths(h: Harness, nbytes: int) -> list[Figure]:
             n_pages = call(keys, pages)
             rates[what].append(n_pages * nbytes / 1e6 / (time.perf_counter() - started))
     return [
-        Figure(f"{what}, batches of {_BATCH} x {nbytes >> 10} KiB", statistics.median(rate), "MB/s")
+        Measurement(
+            f"{what}, batches of {_BATCH} x {nbytes >> 10} KiB", statistics.median(rate), "MB/s"
+        )
         for what, rate in rates.items()
     ]
 

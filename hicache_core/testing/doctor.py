@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from hicache_core.config.redact import MASK, masked_text
 from hicache_core.storage.base import Diagnosable, Finding
 from hicache_core.testing.features import Target
-from hicache_core.testing.figures import measure
 from hicache_core.testing.harness import Harness, expect
-from hicache_core.testing.hidden import secrets_in
-from hicache_core.testing.report import Figure
+from hicache_core.testing.kit_settings import KitSettings
+from hicache_core.testing.measurements import measure
+from hicache_core.testing.report import Measurement
 from hicache_core.testing.rules.rule import Rule
 from hicache_core.testing.runner import run_rule
-from hicache_core.testing.settings import KitSettings
+from hicache_core.testing.secret_settings import secrets_in
 
 _SHAPE = (64, 65472)
 _SLOW_GET_US = 50_000.0  # a page that takes longer to come is hardly worth waiting for
@@ -39,7 +39,7 @@ def _examine(target: Target, settings: KitSettings) -> Iterator[Finding]:
     findings: list[Finding] = []
 
     def speed(h: Harness) -> None:
-        findings.extend(_judged(figure) for figure in measure(h))
+        findings.extend(_judged(measurement) for measurement in measure(h))
 
     steps: dict[str, tuple[str, Callable[[Harness], None]]] = {
         "open": ("the store is there and takes the credentials", _open),
@@ -76,9 +76,9 @@ def _round_trip(h: Harness) -> None:
     h.expect_pages(h.backend, keys, _SHAPE)
 
 
-def _judged(figure: Figure) -> Finding:
-    told = f"{figure.what}: {figure.value:,.4g} {figure.unit}"
-    if figure.what.startswith("get of") and figure.value > _SLOW_GET_US:
+def _judged(measurement: Measurement) -> Finding:
+    told = f"{measurement.what}: {measurement.value:,.4g} {measurement.unit}"
+    if measurement.what.startswith("get of") and measurement.value > _SLOW_GET_US:
         told += "; that is slow for a cache: put the store nearer, or raise prefetch_threshold"
         return Finding("warning", "speed", told)
     return Finding("ok", "speed", told)
