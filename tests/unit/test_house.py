@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,33 @@ def test_no_source_file_grows_beyond_its_limit() -> None:
         if (n := len(path.read_text().splitlines())) > 600  # no class is cut in two for it
     }
     assert long == {}
+
+
+def test_no_function_grows_beyond_its_limit() -> None:
+    long = {
+        f"{path.relative_to(ROOT)}:{node.lineno}": node.end_lineno - node.lineno + 1
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and node.end_lineno is not None
+        and node.end_lineno - node.lineno + 1 > 60
+    }
+    assert long == {}
+
+
+def test_layers_are_packages_and_the_contracts_have_hardly_an_exception() -> None:
+    """What the contracts say is checked by import-linter, that they stay strict is checked here."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    contracts = {contract["type"]: contract for contract in settings["contracts"]}
+    rows = [re.split(r" [|:] ", row) for row in contracts["layers"]["layers"]]
+    assert len(rows) <= 12
+    named = {name for row in rows for name in row}
+    packages = {
+        f"hicache_core.{path.parent.name}" for path in (ROOT / "hicache_core").glob("*/__init__.py")
+    }
+    assert named == packages
+    assert contracts["acyclic_siblings"]["ancestors"] == ["hicache_core", "hicache_core.**"]
+    assert all(len(contract.get("ignore_imports", [])) <= 5 for contract in contracts.values())
 
 
 def test_every_module_says_what_it_is() -> None:
