@@ -20,7 +20,7 @@ from benchmarks.harness import Row, measure
 from hicache_core.storage.base import StorageBackend
 from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
 from hicache_core.types import BackendContext, Page
-from plugins.redis.tests.servers import Server, running
+from tests.servers.valkey import Valkey, running
 
 SIZES = (256 << 10, 1 << 20, 4 << 20, 8 << 20)
 N_PAGES = 128
@@ -104,7 +104,7 @@ class StockClient:
 class Bench:
     """The pages of one size, and every client that moves them."""
 
-    def __init__(self, server: Server, nbytes: int, n_pages: int, stack: ExitStack) -> None:
+    def __init__(self, server: Valkey, nbytes: int, n_pages: int, stack: ExitStack) -> None:
         """Connects everything; ``stack`` disconnects it."""
         self.keys = [f"{NAMESPACE}/{n:064x}" for n in range(n_pages)]
         whole = [memoryview(bytearray(nbytes)) for _ in range(n_pages)]

@@ -32,7 +32,7 @@ try:
     from hicache_s3.writing import pages_per_pack
     from obstore.store import S3Store
 
-    from plugins.s3.tests.weed import BUCKET, KEY, SECRET, Weed
+    from tests.servers.weed import BUCKET, KEY, SECRET, Weed
 
     MISSING = "" if shutil.which("weed", path=str(Path(sys.executable).parent)) else "weed"
 except ImportError as error:

@@ -14,7 +14,8 @@ from hicache_core.testing.rules import RULES
 from hicache_core.testing.runner import run
 from hicache_core.testing.settings import KitSettings
 from tests.conformance.defects_server import DEFECTS, TcpBackend
-from tests.conformance.tcp_store import free_port, start
+from tests.conformance.tcp_store import start
+from tests.servers.process import free_port
 
 SETTINGS = KitSettings(
     batch_page_nbytes=1024,

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from plugins.mooncake.tests.servers import running_mooncake
-from plugins.redis.tests.servers import running
-from plugins.s3.tests.conftest import settings as s3_settings
-from plugins.s3.tests.weed import Weed
 from tests.end_to_end.test_demo import check_document, run
+from tests.servers.mooncake import running_mooncake
+from tests.servers.valkey import running
+from tests.servers.weed import Weed, settings
 from tests.unit.engine.tiny_chat_model import save_tiny_chat_model
 
 
@@ -26,12 +25,8 @@ def redis_server(_: Path) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def s3_server(directory: Path) -> Iterator[dict[str, Any]]:
-    weed = Weed(directory / "weed")
-    weed.start()
-    try:
-        yield s3_settings(weed.url, read_timeout_s=10.0)
-    finally:
-        weed.kill()
+    with closing(Weed(directory / "weed")) as weed:
+        yield settings(weed.url, read_timeout_s=10.0)
 
 
 @contextmanager

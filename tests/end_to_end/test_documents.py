@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conformance.tcp_store import free_port
 from tests.end_to_end.wheels import ROOT, Installed
+from tests.servers.process import free_port
 
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

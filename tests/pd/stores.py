@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from plugins.mooncake.tests.servers import running_mooncake
-from plugins.redis.tests.servers import Server, running
-from plugins.s3.tests.weed import BUCKET, KEY, SECRET, Weed
+from tests.servers.mooncake import running_mooncake
+from tests.servers.valkey import Valkey, running
+from tests.servers.weed import BUCKET, KEY, SECRET, Weed
 
 LENT_NBYTES = 1 << 30
 
 
 @contextmanager
-def store(name: str, directory: Path) -> Iterator[tuple[dict[str, Any], Server | None]]:
+def store(name: str, directory: Path) -> Iterator[tuple[dict[str, Any], Valkey | None]]:
     """Starts the store ``name``.
 
     Yields:
@@ -26,9 +26,7 @@ def store(name: str, directory: Path) -> Iterator[tuple[dict[str, Any], Server |
         with running() as server:
             yield {"url": server.url}, server
     elif name == "s3":
-        weed = Weed(directory / "weed")
-        weed.start()
-        try:
+        with closing(Weed(directory / "weed")) as weed:
             yield (
                 {
                     "endpoint_url": weed.url,
@@ -38,8 +36,6 @@ def store(name: str, directory: Path) -> Iterator[tuple[dict[str, Any], Server |
                 },
                 None,
             )
-        finally:
-            weed.kill()
     elif name == "mooncake":
         with running_mooncake(directory, LENT_NBYTES) as master:
             yield {"master_server_address": master.address, "global_segment_size": 0}, None

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from hicache_core.engine.model import LoadedModel, load_folder
-from plugins.redis.tests.servers import Server, running
 from tests.pd.cluster import Cluster
 from tests.pd.reference import plain_answer
 from tests.pd.scene import Shape, check_hits, check_tokens, ids_of, play
+from tests.servers.valkey import Valkey, running
 from tests.unit.engine.tiny_chat_model import save_tiny_chat_model
 
 PAGE_SIZE = 8
@@ -31,13 +31,13 @@ def plain(folder: Path) -> LoadedModel:
 
 
 @pytest.fixture(scope="module")
-def valkey() -> Iterator[Server]:
+def valkey() -> Iterator[Valkey]:
     with running() as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def cluster(folder: Path, valkey: Server) -> Iterator[Cluster]:
+def cluster(folder: Path, valkey: Valkey) -> Iterator[Cluster]:
     made = Cluster(
         str(folder),
         "redis",

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from hicache_core.engine.model import LoadedModel, load_folder
-from plugins.mooncake.tests.servers import running_mooncake
 from tests.server.process import ServerProcess, server_process
 from tests.server.tiny import ROOM, commands, tiny_server
+from tests.servers.mooncake import running_mooncake
 from tests.unit.engine.tiny_chat_model import save_tiny_chat_model
 
 COMMANDS = commands()

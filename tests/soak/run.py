@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hicache_core.controller.attachment import Attaching
-from plugins.redis.tests.servers import Server, running
+from tests.servers.valkey import Valkey, running
 from tests.soak.engine import PREFETCH_S, Engine, open_world
 from tests.soak.samples import Growth, Sample, growth
 from tests.soak.weather import SKY, Seasons
@@ -72,7 +72,7 @@ class Report:
 class _Soak:
     """The engine, and what is done to its storage tier between two requests."""
 
-    def __init__(self, plan: Plan, directory: Path, server: Server) -> None:
+    def __init__(self, plan: Plan, directory: Path, server: Valkey) -> None:
         self._plan = plan
         self._rng = random.Random(f"soak {plan.seed}")
         file = _dynamic("StormyFile", path=str(directory / "store"), max_nbytes=FILE_NBYTES)

@@ -26,7 +26,7 @@ from hicache_core.storage.memory import MemoryBackend, MemoryConfig
 from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
 from hicache_core.storage.why import Answer, Cause, Difference, Question, why
 from hicache_core.types import BackendContext, Namespace
-from plugins.redis.tests.servers import Server, running
+from tests.servers.valkey import Valkey, running
 from tests.unit.manifests import write_manifest
 
 PAGE_SIZE = 4
@@ -47,14 +47,14 @@ MANIFEST = manifest_of()
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def server() -> Iterator[Valkey]:
     with running() as server:
         yield server
 
 
 @pytest.fixture(params=["memory", "file", "redis"])
 def store(
-    request: pytest.FixtureRequest, tmp_path: Path, server: Server
+    request: pytest.FixtureRequest, tmp_path: Path, server: Valkey
 ) -> Iterator[StorageBackend]:
     """An open store without seals; each kind that can list its keys."""
     backend: StorageBackend

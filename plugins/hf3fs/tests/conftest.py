@@ -13,7 +13,8 @@ from hicache_hf3fs import Hf3fsBackend
 from hicache_hf3fs.config import ENVIRONMENT
 
 from hicache_core.process.logs import forget_logged
-from plugins.hf3fs.tests.helpers import EMULATION, Peer, Valkey, new_backend
+from plugins.hf3fs.tests.helpers import EMULATION, Peer, new_backend
+from tests.servers.valkey import Valkey
 
 Open = Callable[..., Hf3fsBackend]
 
@@ -34,7 +35,7 @@ def valkey() -> Iterator[Valkey]:
     """A server for all tests that leave it as it is; each has a prefix, so a store, of its own."""
     server = Valkey()
     yield server
-    server.kill()
+    server.close()
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def own_valkey() -> Iterator[Valkey]:
     """A server of the test alone, which it may break."""
     server = Valkey()
     yield server
-    server.kill()
+    server.close()
 
 
 @pytest.fixture

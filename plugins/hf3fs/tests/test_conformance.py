@@ -16,7 +16,8 @@ from hicache_core.testing.control import StoreControl
 from hicache_core.testing.features import Feature
 from hicache_core.testing.recipe import Recipe
 from hicache_core.testing.suite import StorageBackendTests
-from plugins.hf3fs.tests.helpers import EMULATION, Valkey
+from plugins.hf3fs.tests.helpers import EMULATION
+from tests.servers.valkey import Valkey
 
 LARGEST = 32 << 20
 FILE_NBYTES = 64 << 30

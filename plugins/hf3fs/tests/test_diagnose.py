@@ -10,7 +10,8 @@ from hicache_hf3fs.diagnose import filesystem_of
 
 from hicache_core.storage.base import Clearable, Diagnosable, HasStats, Listable
 from plugins.hf3fs.tests.conftest import Open
-from plugins.hf3fs.tests.helpers import Valkey, hits, put
+from plugins.hf3fs.tests.helpers import hits, put
+from tests.servers.valkey import Valkey
 
 
 def texts(backend: Hf3fsBackend, level: str) -> str:

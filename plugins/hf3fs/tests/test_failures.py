@@ -21,7 +21,8 @@ from hicache_core.errors import (
 )
 from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
 from plugins.hf3fs.tests.conftest import Open
-from plugins.hf3fs.tests.helpers import Valkey, blank, hits, key_of, new_backend, page_of, put
+from plugins.hf3fs.tests.helpers import blank, hits, key_of, new_backend, page_of, put
+from tests.servers.valkey import Valkey
 
 
 @pytest.fixture
@@ -160,7 +161,7 @@ def test_dead_metadata_is_unavailable_at_once(opened: Open, own_valkey: Valkey) 
         with pytest.raises(BackendUnavailable, match="check that it runs"):
             call()
     assert time.monotonic() - start < 2
-    own_valkey.start()
+    own_valkey.restart()
     assert put(backend, ["b"]) == 1
     assert hits(backend, ["a", "b"]) == 2, "rebuilt from the slab"
 
@@ -199,7 +200,7 @@ def test_metadata_errors_name_the_cause_and_hide_the_password(tmp_path: Path) ->
                 new_backend(tmp_path / "kv", metadata_url=url).open()
             assert "staple" not in str(caught.value)
     finally:
-        server.kill()
+        server.close()
     with pytest.raises(BackendError) as gone:
         new_backend(tmp_path / "kv", metadata_url=f"redis://:staple@127.0.0.1:{server.port}").open()
     assert "staple" not in str(gone.value)

@@ -20,7 +20,8 @@ from hicache_hf3fs.metadata import (
 from hicache_hf3fs.metadata_redis import RedisMetadata
 from hicache_hf3fs.metadata_sqlite import SqliteMetadata
 
-from plugins.hf3fs.tests.helpers import Valkey, key_of
+from plugins.hf3fs.tests.helpers import key_of
+from tests.servers.valkey import Valkey
 
 SLAB = "r0.4096"
 LEASE_S = 0.15

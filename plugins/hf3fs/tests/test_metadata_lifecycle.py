@@ -24,7 +24,8 @@ from hicache_hf3fs.metadata_sqlite import SqliteMetadata
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plugins.hf3fs.tests.helpers import Valkey, key_of
+from plugins.hf3fs.tests.helpers import key_of
+from tests.servers.valkey import Valkey
 
 SLAB, N_SLOTS = "r0.4096", 4
 TTL_S = 0.3

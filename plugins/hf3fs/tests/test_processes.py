@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from plugins.hf3fs.tests.conftest import Open
-from plugins.hf3fs.tests.helpers import Peer, Valkey, hits, new_backend, put
+from plugins.hf3fs.tests.helpers import Peer, hits, new_backend, put
+from tests.servers.valkey import Valkey
 
 Start = Callable[..., Peer]
 

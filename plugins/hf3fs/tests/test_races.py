@@ -13,7 +13,8 @@ from hicache_hf3fs.page_io import PageIO, Transfer
 from hicache_hf3fs.posix import PosixIO
 
 from plugins.hf3fs.tests.conftest import Open
-from plugins.hf3fs.tests.helpers import Valkey, hits, key_of, put
+from plugins.hf3fs.tests.helpers import hits, key_of, put
+from tests.servers.valkey import Valkey
 
 
 class InterruptedIO(PosixIO):

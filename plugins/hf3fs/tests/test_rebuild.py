@@ -11,7 +11,8 @@ from hicache_hf3fs.metadata import Wanted, Written
 
 from hicache_core.errors import BackendCorrupt, BackendUnavailable
 from plugins.hf3fs.tests.conftest import Open
-from plugins.hf3fs.tests.helpers import Valkey, content, hits, key_of, put
+from plugins.hf3fs.tests.helpers import content, hits, key_of, put
+from tests.servers.valkey import Valkey
 
 
 def lose(directory: Path) -> None:

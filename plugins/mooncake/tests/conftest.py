@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 from hicache_mooncake import MooncakeBackend, MooncakeConfig
 
 from hicache_core.types import BackendContext
-from plugins.mooncake.tests.servers import Master, Peer, running_mooncake
+from tests.servers.mooncake import Master, Peer
 
 NAMESPACE = "0123456789abcdef"
 SEGMENT_NBYTES = 64 * 2**20
@@ -25,13 +24,6 @@ VARIABLES = (
 )
 
 
-@pytest.fixture(scope="session")
-def start_world() -> Callable[[Path, int], AbstractContextManager[Master]]:
-    """Starts a master and a peer that lends it so many bytes."""
-
-    return running_mooncake
-
-
 @pytest.fixture(autouse=True)
 def _no_mooncake_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in VARIABLES:
@@ -42,9 +34,8 @@ def _no_mooncake_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def master(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Master]:
     """One master for every test that leaves it alone."""
     server = Master(tmp_path_factory.mktemp("mooncake"))
-    server.start()
     yield server
-    server.kill()
+    server.close()
 
 
 @pytest.fixture
@@ -54,12 +45,11 @@ def make_master(tmp_path: Path) -> Iterator[Callable[..., Master]]:
 
     def make(**options: Any) -> Master:
         masters.append(Master(tmp_path, **options))
-        masters[-1].start()
         return masters[-1]
 
     yield make
     for server in masters:
-        server.kill()
+        server.close()
 
 
 def new_backend(address: str, *, object_nbytes: int = 0, **options: Any) -> MooncakeBackend:

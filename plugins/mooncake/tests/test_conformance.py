@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 from hicache_mooncake import MooncakeBackend
@@ -11,6 +11,7 @@ from hicache_mooncake import MooncakeBackend
 from hicache_core.testing.features import Feature
 from hicache_core.testing.recipe import Recipe
 from hicache_core.testing.suite import StorageBackendTests
+from tests.servers.mooncake import Master, running_mooncake
 
 SETTINGS = {"global_segment_size": 0, "rpc_timeout_s": 1.0, "retry_interval_s": 0.2}
 
@@ -18,7 +19,7 @@ SETTINGS = {"global_segment_size": 0, "rpc_timeout_s": 1.0, "retry_interval_s": 
 class MasterControl:
     """Power over a master."""
 
-    def __init__(self, master: Any) -> None:
+    def __init__(self, master: Master) -> None:
         self._master = master
         self.kill = master.kill
         self.freeze = master.freeze
@@ -26,25 +27,25 @@ class MasterControl:
 
     def restart(self) -> None:
         """Starts the master and waits for the process that lends the memory."""
-        self._master.start()
+        self._master.restart()
         self._master.wait_for_memory()
 
 
 @pytest.fixture(scope="module")
-def world(start_world: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Master]:
     """A master and a process that lends it a gibibyte."""
-    with start_world(tmp_path_factory.mktemp("world"), 1 << 30) as master:
+    with running_mooncake(tmp_path_factory.mktemp("world"), 1 << 30) as master:
         yield master
 
 
 @pytest.fixture(scope="module")
-def small_world(start_world: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def small_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Master]:
     """A master and a process that lends it little."""
-    with start_world(tmp_path_factory.mktemp("small"), 32 << 20) as master:
+    with running_mooncake(tmp_path_factory.mktemp("small"), 32 << 20) as master:
         yield master
 
 
-def recipe_for(master: Any) -> Recipe:
+def recipe_for(master: Master) -> Recipe:
     """Backends that lend nothing themselves, so that one that is killed takes no page with it."""
     where = {"master_server_address": master.address, "master_metrics_port": master.metrics_port}
     return Recipe.of(MooncakeBackend, {**where, **SETTINGS})
@@ -66,16 +67,16 @@ class TestMooncake(StorageBackendTests):
     }
 
     @pytest.fixture
-    def recipe(self, world: Any) -> Recipe:
+    def recipe(self, world: Master) -> Recipe:
         # docstring inherited
         return recipe_for(world)
 
     @pytest.fixture
-    def store_control(self, world: Any) -> MasterControl:
+    def store_control(self, world: Master) -> MasterControl:
         # docstring inherited
         return MasterControl(world)
 
     @pytest.fixture
-    def small_store(self, small_world: Any) -> Recipe:
+    def small_store(self, small_world: Master) -> Recipe:
         # docstring inherited
         return recipe_for(small_world)

@@ -78,4 +78,4 @@ def test_a_short_lease_no_room_and_a_lost_master_are_found(
     lender.close()
     server.kill()
     assert findings(backend)["master"][0] == "error"
-    server.start()
+    server.restart()

@@ -182,7 +182,7 @@ def test_a_killed_master_fails_calls_at_once_and_a_restarted_one_serves_again(
     with pytest.raises(BackendUnavailable, match="no mooncake_master"):
         backend.exists(key(0))
 
-    server.start()
+    server.restart()
     wait_until_stored(backend, key(1))
     assert backend.get(key(1)) == b"value"
     assert backend.get(key(0)) is None
@@ -209,7 +209,7 @@ def test_a_master_killed_in_mid_batch_is_an_error_or_a_smaller_count(
     killer.join()
     assert isinstance(outcome, BackendUnavailable)
     assert timed.elapsed_s < 10
-    server.start()
+    server.restart()
     wait_until_stored(backend, key(1000))
 
 

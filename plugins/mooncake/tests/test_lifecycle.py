@@ -13,8 +13,9 @@ from hicache_mooncake.admin import Admin
 from hicache_core.errors import BackendCorrupt, BackendError, BackendUnavailable
 from hicache_core.storage.base import Listable, Pins, ReportsUsage
 from plugins.mooncake.tests.conftest import NAMESPACE
-from plugins.mooncake.tests.servers import Master, Peer, free_port
 from tests.scrubbing import check_scrub
+from tests.servers.mooncake import Master, Peer
+from tests.servers.process import free_port
 
 NBYTES = 256 << 10
 OTHER = NAMESPACE[::-1]
@@ -25,13 +26,12 @@ Make = Callable[..., MooncakeBackend]
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Master]:
     """A master with short leases and a process that lends it 32 MiB, room for 128 objects."""
     master = Master(tmp_path_factory.mktemp("lifecycle"), lease_ms=300)
-    master.start()
     try:
         peer = Peer({"master_server_address": master.address, "global_segment_size": 32 << 20})
         yield master
         peer.stop()
     finally:
-        master.kill()
+        master.close()
 
 
 @pytest.fixture

@@ -8,29 +8,29 @@ import pytest
 from hicache_redis import RedisBackend, RedisConfig
 
 from hicache_core.types import BackendContext
-from plugins.redis.tests.servers import ClusterOfServers, Server, running
+from tests.servers.valkey import Cluster, Valkey, running
 
 NAMESPACE = "0123456789abcdef"
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
+def server() -> Iterator[Valkey]:
     """A Valkey server as it should be for a cache, shared by many tests."""
     with running("--maxmemory", "512mb", "--maxmemory-policy", "allkeys-lru") as server:
         yield server
 
 
 @pytest.fixture
-def own_server() -> Iterator[Server]:
+def own_server() -> Iterator[Valkey]:
     """A server of the test alone, which it may break."""
     with running() as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[ClusterOfServers]:
+def cluster() -> Iterator[Cluster]:
     """A cluster of three shards; a test that breaks it mends it."""
-    cluster = ClusterOfServers()
+    cluster = Cluster()
     yield cluster
     cluster.close()
 

@@ -14,15 +14,17 @@ from pydantic import ValidationError
 
 from hicache_core.errors import BackendDenied, BackendUnavailable, ConfigError, HiCacheError
 from hicache_core.plugin import manager as plugin_manager
+from plugins.redis.tests.emulation import emulated
 from plugins.redis.tests.pages import blank, filled, holds, keys_of
-from plugins.redis.tests.servers import REDIS, Server, certificate, emulated, running
+from tests.servers.process import certificate
+from tests.servers.valkey import REDIS, Valkey, running
 
 Open = Callable[..., RedisBackend]
 SECRET = "hunter2-Tr0ub4dor"
 
 
 @pytest.fixture(scope="module")
-def guarded() -> Iterator[Server]:
+def guarded() -> Iterator[Valkey]:
     """A server with a password and with users of few rights; the README's ACL line among them."""
     with running("--requirepass", SECRET, password=SECRET) as server:
         server.call(*readme_acl())
@@ -38,7 +40,7 @@ def readme_acl() -> list[str]:
     return line.replace("PASSWORD", SECRET).split()
 
 
-def test_the_rights_of_the_readme_are_enough_for_everything(guarded: Server, opened: Open) -> None:
+def test_the_rights_of_the_readme_are_enough_for_everything(guarded: Valkey, opened: Open) -> None:
     backend = opened(url=guarded.url, username="hicache", password=SECRET)
     keys = keys_of(4, "acl")
     assert backend.batch_set(keys, [filled(key, (64, 100)) for key in keys]) == 4
@@ -54,7 +56,7 @@ def test_the_rights_of_the_readme_are_enough_for_everything(guarded: Server, ope
     assert backend.clear("") == 3
 
 
-def test_the_password_may_stand_in_the_url(guarded: Server, opened: Open) -> None:
+def test_the_password_may_stand_in_the_url(guarded: Valkey, opened: Open) -> None:
     port = guarded.port
     assert not opened(url=f"redis://:{SECRET}@127.0.0.1:{port}").exists("k")
     assert not opened(url=f"redis://hicache:{SECRET}@127.0.0.1:{port}", protocol=3).exists("k")
@@ -74,7 +76,7 @@ def test_the_password_may_stand_in_the_url(guarded: Server, opened: Open) -> Non
     ],
 )
 def test_wrong_credentials_and_missing_rights_fail_at_open_and_show_no_secret(
-    guarded: Server,
+    guarded: Valkey,
     opened: Open,
     caplog: pytest.LogCaptureFixture,
     user: str | None,
@@ -88,7 +90,7 @@ def test_wrong_credentials_and_missing_rights_fail_at_open_and_show_no_secret(
     assert SECRET not in "".join(traceback.format_exception(caught.value)) + caplog.text
 
 
-def test_a_password_for_a_server_without_one_is_refused(own_server: Server, opened: Open) -> None:
+def test_a_password_for_a_server_without_one_is_refused(own_server: Valkey, opened: Open) -> None:
     with pytest.raises(BackendDenied) as caught:
         opened(url=own_server.url, username="hicache", password=SECRET)
     assert SECRET not in "".join(traceback.format_exception(caught.value))
@@ -109,7 +111,7 @@ def test_a_server_that_quotes_the_password_back_is_not_repeated(
     assert SECRET not in "".join(traceback.format_exception(caught.value))
 
 
-def test_rights_taken_away_later_are_an_error_not_a_miss(guarded: Server, opened: Open) -> None:
+def test_rights_taken_away_later_are_an_error_not_a_miss(guarded: Valkey, opened: Open) -> None:
     user = f"ACL SETUSER later on >{SECRET} ~hicache:* +@all".split()
     guarded.call(*user)
     backend = opened(url=guarded.url, username="later", password=SECRET, batch_connections=1)
@@ -165,7 +167,7 @@ def test_an_unreachable_server_is_told_without_the_secrets_of_its_url(opened: Op
 
 
 @pytest.fixture(scope="module")
-def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
+def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Valkey, Path]]:
     """A TLS server and the certificate that it shows."""
     if REDIS is None:
         pytest.skip("no redis-server with TLS here; apt-get install redis-server")
@@ -181,7 +183,7 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 @pytest.mark.parametrize("shape", [(64, 100), (64, *[1000] * 200), (64, 3_000_000)])
 def test_pages_come_back_over_tls(
-    tls: tuple[Server, Path], opened: Open, shape: tuple[int, ...], host: str
+    tls: tuple[Valkey, Path], opened: Open, shape: tuple[int, ...], host: str
 ) -> None:
     server, cert = tls
     backend = opened(url=f"rediss://{host}:{server.port}", tls_ca_file=cert)
@@ -195,7 +197,7 @@ def test_pages_come_back_over_tls(
     assert backend.stats()["connections_opened"] <= 2  # late session tickets close none
 
 
-def test_tls_checks_the_server_unless_told_not_to(tls: tuple[Server, Path], opened: Open) -> None:
+def test_tls_checks_the_server_unless_told_not_to(tls: tuple[Valkey, Path], opened: Open) -> None:
     server, cert = tls
     url = f"rediss://127.0.0.1:{server.port}"
     with pytest.raises(BackendUnavailable, match="certificate verify failed"):
@@ -207,7 +209,7 @@ def test_tls_checks_the_server_unless_told_not_to(tls: tuple[Server, Path], open
         opened(url=f"redis://127.0.0.1:{server.port}", socket_timeout_s=0.5)
 
 
-def test_a_frozen_server_is_a_timeout_over_tls_too(tls: tuple[Server, Path], opened: Open) -> None:
+def test_a_frozen_server_is_a_timeout_over_tls_too(tls: tuple[Valkey, Path], opened: Open) -> None:
     server, cert = tls
     url = f"rediss://127.0.0.1:{server.port}"
     backend = opened(url=url, tls_ca_file=cert, socket_timeout_s=0.2)

@@ -11,14 +11,15 @@ from redis.crc import key_slot
 
 from hicache_core.errors import BackendTimeout, BackendUnavailable
 from plugins.redis.tests.pages import blank, filled, holds, keys_of
-from plugins.redis.tests.servers import ClusterOfServers, Server, free_port
+from tests.servers.process import free_port
+from tests.servers.valkey import Cluster, Valkey
 
 Open = Callable[..., RedisBackend]
 SHAPE = (64, 100_000)
 
 
 @pytest.fixture(autouse=True)
-def _emptied(cluster: ClusterOfServers) -> None:
+def _emptied(cluster: Cluster) -> None:
     for node in cluster.nodes:
         node.call("FLUSHALL")
 
@@ -39,13 +40,11 @@ def slot_of(key: str) -> int:
     return key_slot(f"hicache:{key}".encode())
 
 
-def owner_of(cluster: ClusterOfServers, key: str) -> Server:
+def owner_of(cluster: Cluster, key: str) -> Valkey:
     return cluster.owner(slot_of(key))
 
 
-def test_pages_spread_over_all_shards_and_come_back(
-    cluster: ClusterOfServers, opened: Open
-) -> None:
+def test_pages_spread_over_all_shards_and_come_back(cluster: Cluster, opened: Open) -> None:
     backend = opened(url=cluster.url, cluster=True)
     keys = keys_of(90, "spread")
     assert put(backend, keys) == 90
@@ -63,7 +62,7 @@ def test_pages_spread_over_all_shards_and_come_back(
     assert backend.stats()["redirects"] == 0
 
 
-def migrate(cluster: ClusterOfServers, slot: int, target: Server) -> Callable[[], None]:
+def migrate(cluster: Cluster, slot: int, target: Valkey) -> Callable[[], None]:
     """Begins to move a slot to ``target``; what comes back ends it."""
     source = cluster.owner(slot)
     ids = {node.port: bytes_of(node.call("CLUSTER", "MYID")) for node in (source, target)}
@@ -83,7 +82,7 @@ def bytes_of(reply: object) -> str:
 
 def test_a_slot_that_moves_is_followed_while_it_does_and_after(opened: Open) -> None:
     """ASK while the slot is on its way, MOVED when it has gone; then the map is read again."""
-    cluster = ClusterOfServers()
+    cluster = Cluster()
     try:
         backend = opened(url=cluster.url, cluster=True)
         keys = keys_of(30, "moving")
@@ -114,7 +113,7 @@ def test_a_slot_that_moves_is_followed_while_it_does_and_after(opened: Open) -> 
 
 
 def test_a_dead_shard_makes_its_keys_misses_and_the_others_go_on(
-    cluster: ClusterOfServers, opened: Open
+    cluster: Cluster, opened: Open
 ) -> None:
     backend = opened(url=cluster.url, cluster=True)
     keys = keys_of(30, "dead shard")
@@ -144,7 +143,7 @@ def test_a_dead_shard_makes_its_keys_misses_and_the_others_go_on(
 
 
 def test_a_frozen_shard_costs_its_timeout_once_and_is_then_left_alone(
-    cluster: ClusterOfServers, opened: Open
+    cluster: Cluster, opened: Open
 ) -> None:
     settings = {"socket_timeout_s": 0.3, "node_retry_interval_s": 1.2}
     backend = opened(url=cluster.url, cluster=True, **settings)
@@ -166,9 +165,7 @@ def test_a_frozen_shard_costs_its_timeout_once_and_is_then_left_alone(
     assert leading(backend, keys) == 30
 
 
-def test_a_cluster_of_which_nothing_answers_is_an_error(
-    cluster: ClusterOfServers, opened: Open
-) -> None:
+def test_a_cluster_of_which_nothing_answers_is_an_error(cluster: Cluster, opened: Open) -> None:
     backend = opened(url=cluster.url, cluster=True, socket_timeout_s=0.3)
     keys = keys_of(30, "all dead")
     assert put(backend, keys) == 30
@@ -190,7 +187,7 @@ def test_a_cluster_of_which_nothing_answers_is_an_error(
     assert put(backend, keys) == 30
 
 
-def test_open_fails_where_no_node_is_and_where_no_cluster_is(server: Server, opened: Open) -> None:
+def test_open_fails_where_no_node_is_and_where_no_cluster_is(server: Valkey, opened: Open) -> None:
     with pytest.raises(BackendUnavailable):
         opened(url=f"redis://127.0.0.1:{free_port()}", cluster=True)
     with pytest.raises(OSError, match="cluster support disabled"):

@@ -19,8 +19,10 @@ from hicache_core.errors import (
     BackendUnavailable,
 )
 from hicache_core.types import Page
+from plugins.redis.tests.emulation import emulated
 from plugins.redis.tests.pages import blank, filled, holds, keys_of
-from plugins.redis.tests.servers import ClusterOfServers, Server, emulated, free_port, running
+from tests.servers.process import free_port
+from tests.servers.valkey import Cluster, Valkey, running
 
 Open = Callable[..., RedisBackend]
 SHAPE = (64, 1 << 20)
@@ -72,7 +74,7 @@ def test_a_host_that_does_not_answer_is_a_timeout(opened: Open) -> None:
 
 @pytest.mark.parametrize("call", ["get", "set", "batch_get", "batch_set", "batch_exists", "delete"])
 def test_a_frozen_server_costs_each_call_its_timeout_and_then_works_again(
-    own_server: Server, opened: Open, call: str
+    own_server: Valkey, opened: Open, call: str
 ) -> None:
     backend = opened(url=own_server.url, socket_timeout_s=0.2)
     keys = keys_of(16, "frozen")
@@ -101,7 +103,7 @@ def test_a_frozen_server_costs_each_call_its_timeout_and_then_works_again(
 
 
 def test_the_answer_that_a_timeout_gave_up_on_is_not_the_next_ones(
-    own_server: Server, opened: Open
+    own_server: Valkey, opened: Open
 ) -> None:
     """The server is still frozen when the second question is asked, so nothing is late yet."""
     backend = opened(url=own_server.url, socket_timeout_s=1.0, max_connections=1)
@@ -122,7 +124,7 @@ def test_the_answer_that_a_timeout_gave_up_on_is_not_the_next_ones(
 
 @pytest.mark.parametrize("n_connections", [1, 2])
 def test_a_server_killed_in_mid_read_is_lost_and_its_successor_is_found(
-    own_server: Server, opened: Open, n_connections: int
+    own_server: Valkey, opened: Open, n_connections: int
 ) -> None:
     backend = opened(url=own_server.url, batch_connections=n_connections)
     keys = keys_of(64, "killed")
@@ -143,7 +145,7 @@ def test_a_server_killed_in_mid_read_is_lost_and_its_successor_is_found(
 
 
 def test_a_server_killed_in_mid_write_is_lost_and_its_successor_is_found(
-    own_server: Server, opened: Open
+    own_server: Valkey, opened: Open
 ) -> None:
     backend = opened(url=own_server.url)
     keys = keys_of(64, "killed")
@@ -155,7 +157,7 @@ def test_a_server_killed_in_mid_write_is_lost_and_its_successor_is_found(
     assert backend.batch_set(keys, pages) == 64
 
 
-def test_a_restart_between_two_calls_is_not_noticed(own_server: Server, opened: Open) -> None:
+def test_a_restart_between_two_calls_is_not_noticed(own_server: Valkey, opened: Open) -> None:
     """The idle connections of the pool are dead then; none of them may fail a call."""
     backend = opened(url=own_server.url, max_connections=4)
     with ThreadPoolExecutor(4) as threads:
@@ -168,7 +170,7 @@ def test_a_restart_between_two_calls_is_not_noticed(own_server: Server, opened: 
 
 
 def test_one_of_two_connections_lost_is_an_error_not_a_short_count(
-    own_server: Server, opened: Open
+    own_server: Valkey, opened: Open
 ) -> None:
     backend = opened(url=own_server.url, batch_connections=2)
     keys = keys_of(16, "half")
@@ -188,7 +190,7 @@ def test_one_of_two_connections_lost_is_an_error_not_a_short_count(
     assert backend.batch_exists(keys) == 16
 
 
-def test_a_lost_connection_is_tried_again_only_if_asked(own_server: Server, opened: Open) -> None:
+def test_a_lost_connection_is_tried_again_only_if_asked(own_server: Valkey, opened: Open) -> None:
     def strike(retries: int) -> tuple[RedisBackend, int]:
         backend = opened(url=own_server.url, retries=retries, batch_connections=1)
         keys = keys_of(16, "retries")
@@ -205,7 +207,7 @@ def test_a_lost_connection_is_tried_again_only_if_asked(own_server: Server, open
 
 
 def test_calls_wait_for_a_free_connection_but_not_for_ever(
-    own_server: Server, opened: Open
+    own_server: Valkey, opened: Open
 ) -> None:
     backend = opened(url=own_server.url, max_connections=1, socket_timeout_s=0.3)
     held = threading.Event()
@@ -232,7 +234,7 @@ def test_calls_wait_for_a_free_connection_but_not_for_ever(
     assert backend.stats()["connections"] == 1
 
 
-def test_a_replica_refuses_at_open_and_says_what_to_do(own_server: Server, opened: Open) -> None:
+def test_a_replica_refuses_at_open_and_says_what_to_do(own_server: Valkey, opened: Open) -> None:
     with (
         running("--replicaof", f"127.0.0.1 {own_server.port}") as replica,
         pytest.raises(BackendDenied, match="primary"),
@@ -241,7 +243,7 @@ def test_a_replica_refuses_at_open_and_says_what_to_do(own_server: Server, opene
 
 
 def test_a_primary_that_becomes_a_replica_refuses_writes_but_answers_reads(
-    own_server: Server, opened: Open
+    own_server: Valkey, opened: Open
 ) -> None:
     backend = opened(url=own_server.url)
     backend.set("k", b"x")
@@ -255,7 +257,7 @@ def test_a_primary_that_becomes_a_replica_refuses_writes_but_answers_reads(
 
 
 def test_a_cluster_node_asked_as_a_single_server_says_how_to_configure_it(
-    cluster: ClusterOfServers, opened: Open
+    cluster: Cluster, opened: Open
 ) -> None:
     def look_up() -> None:
         backend = opened(url=cluster.url)
@@ -266,7 +268,7 @@ def test_a_cluster_node_asked_as_a_single_server_says_how_to_configure_it(
         look_up()
 
 
-def test_too_many_clients_is_an_outage_with_advice(own_server: Server, opened: Open) -> None:
+def test_too_many_clients_is_an_outage_with_advice(own_server: Valkey, opened: Open) -> None:
     own_server.call("CONFIG", "SET", "maxclients", "2")
     with own_server.client() as one, own_server.client() as two:
         one.ping()

@@ -11,7 +11,7 @@ from hicache_core.testing.control import StoreControl
 from hicache_core.testing.features import Feature
 from hicache_core.testing.recipe import Recipe
 from hicache_core.testing.suite import StorageBackendTests
-from plugins.redis.tests.servers import ClusterOfServers, Server, running
+from tests.servers.valkey import Cluster, Valkey, running
 
 PASSWORD = "a-secret-of-the-kit"
 FEATURES = frozenset(Feature) - {
@@ -25,14 +25,14 @@ LIMITS = ("--maxmemory", "1gb", "--maxmemory-policy", "allkeys-lru")
 
 
 @pytest.fixture(scope="module")
-def kit_server() -> Iterator[Server]:
+def kit_server() -> Iterator[Valkey]:
     """A server with a password, which the kit kills, freezes and restarts."""
     with running(*LIMITS, "--requirepass", PASSWORD, password=PASSWORD) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def full_server() -> Iterator[Server]:
+def full_server() -> Iterator[Valkey]:
     """A server that refuses writes when it is full, sooner than the kit gives up."""
     with running("--maxmemory", "24mb", "--maxmemory-policy", "noeviction") as server:
         yield server
@@ -48,16 +48,16 @@ class TestStandalone(StorageBackendTests):
     }
 
     @pytest.fixture
-    def recipe(self, kit_server: Server) -> Recipe:
+    def recipe(self, kit_server: Valkey) -> Recipe:
         settings = {"url": kit_server.url, "password": PASSWORD, "socket_timeout_s": 0.5}
         return Recipe.named("redis", settings)
 
     @pytest.fixture
-    def store_control(self, kit_server: Server) -> StoreControl:
+    def store_control(self, kit_server: Valkey) -> StoreControl:
         return kit_server
 
     @pytest.fixture
-    def small_store(self, full_server: Server) -> Recipe:
+    def small_store(self, full_server: Valkey) -> Recipe:
         return Recipe.named("redis", {"url": full_server.url})
 
     @pytest.fixture
@@ -74,7 +74,7 @@ class TestUnixSocket(StorageBackendTests):
     features: ClassVar[frozenset[Feature]] = (FEATURES | {Feature.SECRETS}) - {Feature.CONTROL}
 
     @pytest.fixture
-    def recipe(self, kit_server: Server) -> Recipe:
+    def recipe(self, kit_server: Valkey) -> Recipe:
         url = f"unix://:{PASSWORD}@{kit_server.socket_path}"
         return Recipe.named("redis", {"url": url, "protocol": 3})
 
@@ -85,7 +85,7 @@ class TestCluster(StorageBackendTests):
     features: ClassVar[frozenset[Feature]] = FEATURES
 
     @pytest.fixture
-    def recipe(self, cluster: ClusterOfServers) -> Recipe:
+    def recipe(self, cluster: Cluster) -> Recipe:
         settings = {
             "url": cluster.url,
             "cluster": True,
@@ -95,5 +95,5 @@ class TestCluster(StorageBackendTests):
         return Recipe.named("redis", settings)
 
     @pytest.fixture
-    def store_control(self, cluster: ClusterOfServers) -> StoreControl:
+    def store_control(self, cluster: Cluster) -> StoreControl:
         return cluster

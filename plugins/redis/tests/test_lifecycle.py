@@ -14,8 +14,8 @@ from hicache_redis.pins import Pins
 from hicache_core.errors import BackendDenied, BackendUnavailable, UseAfterClose
 from hicache_core.storage import base
 from plugins.redis.tests.pages import NAMESPACE, filled, keys_of
-from plugins.redis.tests.servers import ClusterOfServers, Server, running
 from tests.scrubbing import check_scrub
+from tests.servers.valkey import Cluster, Valkey, running
 
 Open = Callable[..., RedisBackend]
 SHAPE = (64, 65_472)
@@ -55,7 +55,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def test_the_backend_has_both_capabilities(server: Server, opened: Open) -> None:
+def test_the_backend_has_both_capabilities(server: Valkey, opened: Open) -> None:
     backend = opened(url=server.url)
     assert isinstance(backend, base.Pins)
     assert isinstance(backend, base.ReportsUsage)
@@ -100,7 +100,7 @@ def test_a_server_that_is_away_ends_no_pin(pins: Callable[..., Pins]) -> None:
     assert len(pinned) == 1
 
 
-def test_closing_ends_the_thread_and_pinning_is_an_error_then(server: Server, opened: Open) -> None:
+def test_closing_ends_the_thread_and_pinning_is_an_error_then(server: Valkey, opened: Open) -> None:
     backend = opened(url=server.url)
     keys = keys_of(2, "closing")
     put(backend, keys)
@@ -132,7 +132,7 @@ def test_pinned_keys_outlive_others_of_their_age(opened: Open, policy: str) -> N
         assert n_old < len(old) * 0.8, f"{n_old} of {len(old)} that were not pinned stay"
 
 
-def test_a_pin_does_not_lengthen_the_life_of_an_object(server: Server, opened: Open) -> None:
+def test_a_pin_does_not_lengthen_the_life_of_an_object(server: Valkey, opened: Open) -> None:
     backend = opened(url=server.url, ttl_s=0.2)
     keys = keys_of(3, "short life")
     put(backend, keys)
@@ -141,7 +141,7 @@ def test_a_pin_does_not_lengthen_the_life_of_an_object(server: Server, opened: O
     assert backend.pin(keys, 60) == 0
 
 
-def test_usage_is_exact_by_namespace_and_knows_its_prefix(own_server: Server, opened: Open) -> None:
+def test_usage_is_exact_by_namespace_and_knows_its_prefix(own_server: Valkey, opened: Open) -> None:
     backend, foreign = opened(url=own_server.url), opened(url=own_server.url, key_prefix="other:")
     keys = keys_of(2500, "usage")  # more than one answer of SCAN
     assert backend.batch_set(keys, [filled(key, (0, 3)) for key in keys]) == len(keys)
@@ -152,7 +152,7 @@ def test_usage_is_exact_by_namespace_and_knows_its_prefix(own_server: Server, op
     assert dict(foreign.usage()) == {OTHER: 7}
 
 
-def test_usage_in_a_cluster_adds_up_all_shards(cluster: ClusterOfServers, opened: Open) -> None:
+def test_usage_in_a_cluster_adds_up_all_shards(cluster: Cluster, opened: Open) -> None:
     backend = opened(url=cluster.url, cluster=True, key_prefix="usage:")
     keys = keys_of(60, "usage")
     assert backend.batch_set(keys, [filled(key, (64, 100)) for key in keys]) == len(keys)
@@ -161,7 +161,7 @@ def test_usage_in_a_cluster_adds_up_all_shards(cluster: ClusterOfServers, opened
     backend.clear("")
 
 
-def test_usage_leaves_the_order_of_use_as_it_is(own_server: Server, opened: Open) -> None:
+def test_usage_leaves_the_order_of_use_as_it_is(own_server: Valkey, opened: Open) -> None:
     """Otherwise the first look at it would make the whole cache equally fresh."""
     backend = opened(url=own_server.url, max_connections=1)
     backend.set("ns/key", b"x")
@@ -176,7 +176,7 @@ def test_usage_leaves_the_order_of_use_as_it_is(own_server: Server, opened: Open
     assert idle_s() == 0, "the connection touches again"
 
 
-def test_missing_rights_are_an_error_not_a_wrong_figure(own_server: Server, opened: Open) -> None:
+def test_missing_rights_are_an_error_not_a_wrong_figure(own_server: Valkey, opened: Open) -> None:
     own_server.call("ACL", "SETUSER", "few", "on", ">pass", "~*", "+@all", "-strlen")
     rights = ["+@all", "-client|no-touch", "-touch"]
     own_server.call("ACL", "SETUSER", "fewer", "on", ">pass", "~*", *rights)
@@ -189,5 +189,5 @@ def test_missing_rights_are_an_error_not_a_wrong_figure(own_server: Server, open
         backend.pin(["ns/key"], 60)
 
 
-def test_scrubbing_removes_corrupt_and_foreign_pages(own_server: Server, opened: Open) -> None:
+def test_scrubbing_removes_corrupt_and_foreign_pages(own_server: Valkey, opened: Open) -> None:
     check_scrub(opened(url=own_server.url), *keys_of(3, "scrub"))

@@ -14,7 +14,7 @@ from hicache_redis.resp import Wire
 from hicache_core.errors import BackendFull, UseAfterClose
 from hicache_core.storage.base import Clearable, Diagnosable, HasStats, Listable
 from plugins.redis.tests.pages import blank, content, filled, holds, keys_of
-from plugins.redis.tests.servers import Server, running
+from tests.servers.valkey import Valkey, running
 
 Open = Callable[..., RedisBackend]
 SHAPE = (64, 4032)
@@ -35,7 +35,7 @@ def leading(backend: RedisBackend, keys: list[str], shape: tuple[int, ...] = SHA
 @pytest.mark.parametrize("protocol", [2, 3])
 @pytest.mark.parametrize("shape", [(0,), (1,), SHAPE, (64, *[100] * 2000), (64, 3_000_000)])
 def test_pages_come_back_over_tcp_and_unix_socket_in_both_protocols(
-    server: Server, opened: Open, protocol: int, shape: tuple[int, ...]
+    server: Valkey, opened: Open, protocol: int, shape: tuple[int, ...]
 ) -> None:
     keys = keys_of(5, f"shapes {protocol} {len(shape)} {sum(shape)}")
     tcp = opened(url=server.url, protocol=protocol)
@@ -47,7 +47,7 @@ def test_pages_come_back_over_tcp_and_unix_socket_in_both_protocols(
 
 
 def test_what_is_stored_is_a_plain_string_under_the_prefixed_key(
-    server: Server, opened: Open
+    server: Valkey, opened: Open
 ) -> None:
     backend = opened(url=server.url, key_prefix="team-a:")
     (key,) = keys_of(1, "plain")
@@ -58,7 +58,7 @@ def test_what_is_stored_is_a_plain_string_under_the_prefixed_key(
 @pytest.mark.parametrize("position", range(6))
 @pytest.mark.parametrize("nbytes", [0, 1, 4095, 4097, 700_000])
 def test_an_object_of_another_length_ends_the_count_and_moves_no_other(
-    server: Server, opened: Open, position: int, nbytes: int
+    server: Valkey, opened: Open, position: int, nbytes: int
 ) -> None:
     backend = opened(url=server.url, max_connections=1)
     keys = keys_of(6, "wrong size")
@@ -71,7 +71,7 @@ def test_an_object_of_another_length_ends_the_count_and_moves_no_other(
 
 
 def test_a_key_that_another_program_uses_for_something_else_is_a_miss(
-    server: Server, opened: Open
+    server: Valkey, opened: Open
 ) -> None:
     backend = opened(url=server.url, max_connections=1)
     keys = keys_of(3, "wrong type")
@@ -85,7 +85,7 @@ def test_a_key_that_another_program_uses_for_something_else_is_a_miss(
     assert leading(backend, keys) == 3
 
 
-def test_a_large_batch_goes_over_several_connections(server: Server, opened: Open) -> None:
+def test_a_large_batch_goes_over_several_connections(server: Valkey, opened: Open) -> None:
     backend = opened(url=server.url, batch_connections=3)
     keys, shape = keys_of(24, "parallel"), (64, 1 << 20)
     put(backend, keys, shape)
@@ -97,7 +97,7 @@ def test_a_large_batch_goes_over_several_connections(server: Server, opened: Ope
         put(backend, [keys[hole]], shape)
 
 
-def test_objects_are_gone_after_their_ttl(server: Server, opened: Open) -> None:
+def test_objects_are_gone_after_their_ttl(server: Valkey, opened: Open) -> None:
     backend = opened(url=server.url, ttl_s=30.5)
     page_key, single = keys_of(2, "ttl")
     put(backend, [page_key])
@@ -107,7 +107,7 @@ def test_objects_are_gone_after_their_ttl(server: Server, opened: Open) -> None:
             assert 29_000 < client.pttl(f"hicache:{key}") <= 30_500
 
 
-def test_list_and_clear_take_their_prefix_literally(server: Server, opened: Open) -> None:
+def test_list_and_clear_take_their_prefix_literally(server: Valkey, opened: Open) -> None:
     backend = opened(url=server.url, key_prefix="glob*[a]?\\:")
     other = opened(url=server.url, key_prefix="globxa?\\:")
     keys = keys_of(1500, "list")
@@ -150,13 +150,13 @@ def test_a_read_never_has_more_in_flight_than_its_window(window_nbytes: int, n_p
         assert theirs.recv(1 << 16).count(b"GET") == n_pages
 
 
-def test_the_optional_capabilities_are_there(server: Server, opened: Open) -> None:
+def test_the_optional_capabilities_are_there(server: Valkey, opened: Open) -> None:
     backend = opened(url=server.url)
     for capability in (Listable, Clearable, HasStats, Diagnosable):
         assert isinstance(backend, capability)
 
 
-def test_open_twice_is_once_and_after_close_nothing_works(server: Server, opened: Open) -> None:
+def test_open_twice_is_once_and_after_close_nothing_works(server: Valkey, opened: Open) -> None:
     backend = opened(url=server.url)
     backend.open()
     assert backend.stats()["connections_opened"] == 1
@@ -172,7 +172,7 @@ def test_open_twice_is_once_and_after_close_nothing_works(server: Server, opened
             call()
 
 
-def test_diagnose_says_what_to_change(server: Server, opened: Open) -> None:
+def test_diagnose_says_what_to_change(server: Valkey, opened: Open) -> None:
     good = {f.topic: f for f in opened(url=server.url).diagnose()}
     assert {f.level for f in good.values()} == {"ok"}
     assert f"{server.port}: valkey 9" in good["server"].message

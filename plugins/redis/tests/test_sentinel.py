@@ -11,7 +11,8 @@ from hicache_redis import RedisBackend
 
 from hicache_core.errors import BackendError, BackendUnavailable
 from plugins.redis.tests.pages import blank, filled, holds, keys_of
-from plugins.redis.tests.servers import SentinelServer, Server, free_port, running
+from tests.servers.process import free_port
+from tests.servers.valkey import Sentinel, Valkey, running
 
 Open = Callable[..., RedisBackend]
 BOUND_S = 30.0
@@ -26,20 +27,20 @@ def until(condition: Callable[[], object]) -> None:
 
 
 @pytest.fixture(scope="module")
-def watched() -> Iterator[tuple[Server, Server, SentinelServer]]:
+def watched() -> Iterator[tuple[Valkey, Valkey, Sentinel]]:
     """A primary, its replica in step, and a Sentinel that knows both."""
     with contextlib.ExitStack() as stack:
         primary = stack.enter_context(running("--repl-diskless-sync-delay", "0"))
         replica = stack.enter_context(running("--replicaof", f"127.0.0.1 {primary.port}"))
         until(lambda: replica.client().info("replication")["master_link_status"] == "up")
-        sentinel = SentinelServer("pages", str(primary.port))
+        sentinel = Sentinel("pages", str(primary.port))
         stack.callback(sentinel.close)
         until(lambda: sentinel.client().info()["master0"]["slaves"] == 1)
         yield primary, replica, sentinel
 
 
 def test_sentinels_that_are_not_there_or_do_not_know_the_name_are_an_outage(
-    watched: tuple[Server, Server, SentinelServer], opened: Open
+    watched: tuple[Valkey, Valkey, Sentinel], opened: Open
 ) -> None:
     _, _, sentinel = watched
     address = f"127.0.0.1:{sentinel.port}"
@@ -50,7 +51,7 @@ def test_sentinels_that_are_not_there_or_do_not_know_the_name_are_an_outage(
 
 
 def test_after_a_fail_over_the_next_calls_go_to_the_new_primary(
-    watched: tuple[Server, Server, SentinelServer], opened: Open
+    watched: tuple[Valkey, Valkey, Sentinel], opened: Open
 ) -> None:
     primary, replica, sentinel = watched
     nowhere = f"127.0.0.1:{free_port()}"

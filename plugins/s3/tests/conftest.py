@@ -12,8 +12,8 @@ import pytest
 from hicache_s3 import S3Backend, S3Config
 
 from hicache_core.types import BackendContext
-from plugins.s3.tests.weed import BUCKET, KEY, SECRET, Weed
 from plugins.s3.tests.world import NAMESPACE
+from tests.servers.weed import Weed, settings
 
 
 @pytest.fixture(autouse=True)
@@ -29,32 +29,16 @@ def _no_aws_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Weed]:
     """One server for every test that leaves it alone."""
     server = Weed(tmp_path_factory.mktemp("weed"))
-    server.start()
     yield server
-    server.kill()
+    server.close()
 
 
 @pytest.fixture
 def own_weed(tmp_path: Path) -> Iterator[Weed]:
     """A server that a test may kill."""
     server = Weed(tmp_path / "weed")
-    server.start()
     yield server
-    server.kill()
-
-
-def settings(url: str, **options: Any) -> dict[str, Any]:
-    """Settings for a server of these tests, with short limits."""
-    return {
-        "bucket": BUCKET,
-        "endpoint_url": url,
-        "access_key_id": KEY,
-        "secret_access_key": SECRET,
-        "read_timeout_s": 2.0,
-        "connect_timeout_s": 1.0,
-        "retry_s": 0.5,
-        **options,
-    }
+    server.close()
 
 
 MakeBackend = Callable[..., S3Backend]

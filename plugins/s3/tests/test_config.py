@@ -17,9 +17,9 @@ from pydantic import ValidationError
 from hicache_core.errors import BackendDenied, BackendError
 from hicache_core.plugin.hookspecs import ENTRY_POINT_GROUP
 from hicache_core.types import BackendContext
-from plugins.s3.tests.conftest import MakeBackend, settings
-from plugins.s3.tests.weed import SECRET, Weed
+from plugins.s3.tests.conftest import MakeBackend
 from plugins.s3.tests.world import NAMESPACE, keys_of, put
+from tests.servers.weed import SECRET, Weed, settings
 
 PLUGIN = Path(__file__).parents[1]
 SECRETS = ("AK-very-private", "SK-very-private", "TOKEN-very-private")

@@ -13,17 +13,15 @@ from hicache_core.testing.features import Feature
 from hicache_core.testing.recipe import Recipe
 from hicache_core.testing.settings import QUICK, KitSettings
 from hicache_core.testing.suite import StorageBackendTests
-from plugins.s3.tests.conftest import settings
-from plugins.s3.tests.weed import Weed
+from tests.servers.weed import Weed, settings
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Weed]:
     """The server of all rules; each rule leaves it running and empty."""
     weed = Weed(tmp_path_factory.mktemp("conformance") / "weed")
-    weed.start()
     yield weed
-    weed.kill()
+    weed.close()
 
 
 _CAN = [

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from hicache_core.storage.base import Pins, ReportsUsage
 from hicache_core.storage.scrub import scrub
 from plugins.s3.tests.conftest import MakeBackend
-from plugins.s3.tests.weed import Weed
 from plugins.s3.tests.world import NAMESPACE, NBYTES, content, hits, keys_of, put
 from tests.scrubbing import check_scrub, sealed
+from tests.servers.weed import Weed
 
 EIGHT = {"pack_nbytes": 8 * NBYTES}
 """Packs of eight pages."""

@@ -21,7 +21,6 @@ from hicache_core.storage.scrub import REMOVED, UNKNOWN, scrub
 from hicache_core.storage.sealed import seal
 from hicache_core.types import Page
 from plugins.s3.tests.conftest import MakeBackend
-from plugins.s3.tests.weed import BUCKET, Weed
 from plugins.s3.tests.world import (
     NAMESPACE,
     NBYTES,
@@ -33,6 +32,7 @@ from plugins.s3.tests.world import (
     keys_of,
     put,
 )
+from tests.servers.weed import BUCKET, Weed
 
 EIGHT = {"pack_nbytes": 8 * NBYTES}
 """Packs of eight pages."""

@@ -13,9 +13,9 @@ from hicache_s3.objects import split_page
 
 from hicache_core.errors import UseAfterClose
 from hicache_core.storage.sealed import SealedBackend
-from plugins.s3.tests.conftest import MakeBackend, settings
-from plugins.s3.tests.weed import BUCKET, Weed
+from plugins.s3.tests.conftest import MakeBackend
 from plugins.s3.tests.world import NBYTES, PAGE, blank, content, filled, hits, keys_of, put
+from tests.servers.weed import BUCKET, Weed, settings
 
 PEER = Path(__file__).parent / "peer.py"
 

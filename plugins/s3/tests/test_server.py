@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -12,8 +11,10 @@ import pytest
 
 from hicache_core.errors import BackendDenied, BackendError, BackendTimeout, BackendUnavailable
 from plugins.s3.tests.conftest import MakeBackend
-from plugins.s3.tests.weed import READER_KEY, READER_SECRET, Weed, free_ports
 from plugins.s3.tests.world import PAGE, blank, filled, hits, keys_of, put
+from tests.servers.process import certificate as certificate_in
+from tests.servers.process import free_port
+from tests.servers.weed import READER_KEY, READER_SECRET, Weed
 
 READER = {"access_key_id": READER_KEY, "secret_access_key": READER_SECRET}
 MIB = (64, 1 << 20)
@@ -53,7 +54,7 @@ def test_a_reader_reads_and_is_denied_the_rest(make_backend: MakeBackend) -> Non
 def test_a_refused_connection_is_an_error_at_once(make_backend: MakeBackend) -> None:
     start = time.monotonic()
     with pytest.raises(BackendUnavailable, match=r"refused.*check endpoint_url"):
-        make_backend(f"http://127.0.0.1:{free_ports(1)[0]}")
+        make_backend(f"http://127.0.0.1:{free_port()}")
     assert time.monotonic() - start < 20  # it does not wait for a time-out of minutes
 
 
@@ -130,21 +131,13 @@ def eventually(true: Callable[[], bool], limit_s: float = 20.0) -> bool:
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Files of a certificate for 127.0.0.1 and of its key."""
-    folder = tmp_path_factory.mktemp("certificate")
-    cert, key = folder / "cert.pem", folder / "key.pem"
-    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject]
-    subprocess.run(
-        [*command, "-keyout", str(key), "-out", str(cert)], check=True, capture_output=True
-    )
-    return cert, key
+    return certificate_in(tmp_path_factory.mktemp("certificate"))
 
 
 def test_https_is_verified_and_carries_pages(
     certificate: tuple[Path, Path], tmp_path: Path, make_backend: MakeBackend
 ) -> None:
     server = Weed(tmp_path / "weed", certificate)
-    server.start()
     try:
         with pytest.raises(BackendUnavailable, match=r"set ca_bundle"):
             make_backend(server.https_url)
@@ -154,4 +147,4 @@ def test_https_is_verified_and_carries_pages(
         assert hits(backend, keys, MIB) == 9
         assert sorted(backend.list_keys("")) == sorted(keys)
     finally:
-        server.kill()
+        server.close()

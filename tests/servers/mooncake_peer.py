@@ -1,4 +1,7 @@
-"""The second client process of the tests: ``python peer.py CONFIG``, then a JSON command a line."""
+"""A client in a process of its own; commands and answers are lines of JSON.
+
+python -m tests.servers.mooncake_peer CONFIG
+"""
 
 import json
 import os

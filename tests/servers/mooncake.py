@@ -1,11 +1,10 @@
-"""Real Mooncake servers for tests and benchmarks: on free ports, ended by their own process id."""
+"""Mooncake as child processes: a ``mooncake_master``, and clients that lend it memory."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -21,14 +20,8 @@ import pytest
 from hicache_mooncake.client import load_library
 
 from hicache_core.errors import BrokenBackend
-from hicache_core.testing.control import freeze_process
-
-
-def free_port() -> int:
-    """A port that nobody listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from hicache_core.testing.control import ServerProcess
+from tests.servers.process import START_S, free_port, launch
 
 
 def master_binary() -> str:
@@ -47,71 +40,51 @@ def master_binary() -> str:
     pytest.skip(reason)
 
 
-class Master:
-    """A ``mooncake_master`` process, stopped by its own id."""
+class Master(ServerProcess):
+    """A ``mooncake_master``; satisfies the kit's ``StoreControl``.
+
+    Attributes:
+        address: host and port of its RPC.
+        rpc_port: that port.
+        metrics_port: its HTTP port.
+    """
 
     def __init__(self, directory: Path, lease_ms: int = 5000, flags: Sequence[str] = ()) -> None:
+        """Starts it and returns when it serves.
+
+        Args:
+            directory: where its log is written.
+            lease_ms: how long an object that was read is not evicted.
+            flags: further ones; they go before ours.
+        """
         self.rpc_port = free_port()
         self.metrics_port = free_port()
         self.address = f"127.0.0.1:{self.rpc_port}"
-        self.lease_ms = lease_ms
-        self.flags = flags
         self._log = directory / f"master-{self.rpc_port}.log"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Starts it and returns when it serves."""
-        binary = master_binary()
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [
-                    binary,
-                    "--rpc_address=127.0.0.1",
-                    f"--rpc_port={self.rpc_port}",
-                    "--metrics_host=127.0.0.1",
-                    f"--metrics_port={self.metrics_port}",
-                    "--rpc_thread_num=2",
-                    f"--default_kv_lease_ttl={self.lease_ms}",
-                    "--put_start_discard_timeout_sec=2",  # keys of a killed writer come back
-                    "--logtostderr",
-                    *self.flags,
-                ],
-                stdout=log,
-                stderr=log,
-            )
-        deadline = time.monotonic() + 20
-        while not self._serves():
-            assert self._process.poll() is None, f"mooncake_master ended; see {self._log}"
-            assert time.monotonic() < deadline, f"mooncake_master is not ready; see {self._log}"
-            time.sleep(0.02)
-
-    def kill(self) -> None:
-        """Ends it without warning."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+        self._command = [
+            master_binary(),
+            "--rpc_address=127.0.0.1",
+            f"--rpc_port={self.rpc_port}",
+            "--metrics_host=127.0.0.1",
+            f"--metrics_port={self.metrics_port}",
+            "--rpc_thread_num=2",
+            f"--default_kv_lease_ttl={lease_ms}",
+            "--put_start_discard_timeout_sec=2",  # keys of a killed writer come back
+            "--logtostderr",
+            *flags,
+        ]
+        super().__init__(lambda: launch(self._command, self._log, self._serves))
 
     def wait_for_memory(self) -> None:
         """Returns when some process lends memory; after a restart they join again by themselves."""
         url = f"http://127.0.0.1:{self.metrics_port}/get_all_segments"
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + START_S
         while True:
             with urllib.request.urlopen(url, timeout=2) as answer:
                 if answer.read().strip():
                     return
             assert time.monotonic() < deadline, "no process lends memory to the master"
             time.sleep(0.05)
-
-    def freeze(self) -> None:
-        """Stops it where it stands; its ports stay open."""
-        assert self._process is not None
-        freeze_process(self._process.pid)
-
-    def thaw(self) -> None:
-        """Lets it go on."""
-        assert self._process is not None
-        os.kill(self._process.pid, signal.SIGCONT)
 
     def _serves(self) -> bool:
         try:
@@ -130,7 +103,7 @@ class Peer:
 
     def __init__(self, config: dict[str, Any]) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("peer.py")), json.dumps(config)],
+            [sys.executable, "-P", "-m", "tests.servers.mooncake_peer", json.dumps(config)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -175,17 +148,18 @@ class Peer:
 
 
 @contextmanager
-def running_mooncake(directory: Path, lent_nbytes: int = 0) -> Iterator[Master]:
+def running_mooncake(
+    directory: Path, lent_nbytes: int = 0, flags: Sequence[str] = ()
+) -> Iterator[Master]:
     """A master, and unless ``lent_nbytes`` is 0 a process that lends it so much memory."""
-    server = Master(directory)
-    server.start()
+    master = Master(directory, flags=flags)
     peer = None
     try:
         if lent_nbytes:
-            config = {"master_server_address": server.address, "global_segment_size": lent_nbytes}
+            config = {"master_server_address": master.address, "global_segment_size": lent_nbytes}
             peer = Peer(config)
-        yield server
+        yield master
     finally:
         if peer is not None:
             peer.stop()
-        server.kill()
+        master.close()
