@@ -103,7 +103,7 @@ class Peer:
 
     def __init__(self, config: dict[str, Any]) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("mooncake_peer.py")), json.dumps(config)],
+            [sys.executable, "-P", "-m", "tests.servers.mooncake_peer", json.dumps(config)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -1,6 +1,6 @@
-"""A client in a process of its own: ``python mooncake_peer.py CONFIG``, then a command a line.
+"""A client in a process of its own; commands and answers are lines of JSON.
 
-Commands and answers are JSON.
+python -m tests.servers.mooncake_peer CONFIG
 """
 
 import json
