@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from hicache_core.storage.base import BackendConfig, StorageBackend
     from hicache_core.types import BackendContext, Namespace
 
+    __version__: str
+
 _MODULES = {
     "BackendConfig": "hicache_core.storage.base",
     "BackendContext": "hicache_core.types",
@@ -40,11 +42,14 @@ __all__ = [
     "KVSpec",
     "Namespace",
     "StorageBackend",
+    "__version__",
 ]
 
 
 def __getattr__(name: str) -> object:
     """Imports a public name at its first use."""
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("hicache-core")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULES[name]), name)

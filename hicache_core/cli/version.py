@@ -1,21 +1,51 @@
-"""The versions of hicache-core, Python and what it is built on."""
+"""The versions of HiCache, its plugins, Python and what it is built on."""
 
 from __future__ import annotations
 
+import importlib
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
 import click
 
-_DISTRIBUTIONS = ("hicache-core", "pluggy", "pydantic", "torch", "transformers")
+from hicache_core.plugin.manager import list_backends, list_transfer_backends
+
+_DISTRIBUTIONS = ("pluggy", "pydantic", "torch", "transformers")
+_NATIVE = {
+    "keys": "hicache_core.kv._page_keys",
+    "pools": "hicache_core.pools._page_marks",
+    "copies": "hicache_core.copies._transfer",
+}
 
 
 @click.command("version")
 def command() -> None:
-    """Print the versions that a bug report needs; nothing is imported for it."""
-    for name in _DISTRIBUTIONS:
+    """Print the versions that a bug report needs: HiCache, its plugins, what it is built on.
+
+    No plugin is imported, and no library for a model.
+    """
+    for name in ("hicache-core", *_plugins(), *_DISTRIBUTIONS):
         try:
             click.echo(f"{name} {version(name)}")
         except PackageNotFoundError:
             click.echo(f"{name} is not installed")
     click.echo(f"python {platform.python_version()} on {platform.platform()}")
+    for part, module in _NATIVE.items():
+        click.echo(f"{part}: {_implementation(module)}")
+
+
+def _plugins() -> list[str]:
+    """The distributions that offer backends, by name; without the core."""
+    infos = [*list_backends(), *list_transfer_backends()]
+    return sorted({info.distribution for info in infos} - {"hicache-core", ""})
+
+
+def _implementation(module: str) -> str:
+    if os.environ.get("HICACHE_PURE_PYTHON") == "1":
+        return "pure Python, since HICACHE_PURE_PYTHON is 1"
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return f"pure Python, since the native module is missing ({error})"
+    return "native"

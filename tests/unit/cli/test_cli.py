@@ -7,11 +7,13 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import click
 import pytest
 
+import hicache_core
 from hicache_core.cli.main import cli, main
 from hicache_core.config.settings import HiCacheConfig
 from hicache_core.config.sources import EXTRA, env_name, flag_name
@@ -251,9 +253,54 @@ def test_backends_as_text_has_one_line_a_backend(capsys: pytest.CaptureFixture[s
         assert next(line[4] for line in lines if line[:3] == known) == "ok"
 
 
-def test_version_names_the_core_and_python(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_names_the_core_its_plugins_and_python(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = in_process(capsys, "version")
     assert status == 0
-    assert out.startswith("hicache-core ")
+    lines = out.splitlines()
+    assert lines[0] == f"hicache-core {hicache_core.__version__}"
+    for plugin in ("hf3fs", "mooncake", "redis", "s3"):
+        assert f"hicache-{plugin} {version(f'hicache-{plugin}')}" in lines
     assert f"python {sys.version_info.major}." in out
     assert in_process(capsys, "--version")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [({"HICACHE_PURE_PYTHON": "1"}, "pure Python, since HICACHE_PURE_PYTHON is 1"), ({}, "native")],
+)
+def test_version_says_whether_the_native_parts_are_in_use(
+    environ: dict[str, str], said: str
+) -> None:
+    """These are what the modules themselves decide, each in a process of its own."""
+    child = run("version", **environ)
+    assert child.returncode == 0, child.stderr
+    assert [f"{part}: {said}" for part in ("keys", "pools", "copies")] == child.stdout.splitlines()[
+        -3:
+    ]
+    decide = (
+        "from hicache_core.kv.keys import IMPLEMENTATION\n"
+        "from hicache_core.pools.allocator import flip\n"
+        "from hicache_core.copies.native import IS_BUILT\n"
+        "is_twin = flip.__module__.endswith('_py')\n"
+        "print(IMPLEMENTATION != 'pure-python', not is_twin, IS_BUILT)"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", decide],
+        env=os.environ | environ,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert answer.stdout.split() == [str(said == "native")] * 3
+
+
+def test_python_m_hicache_core_is_the_command() -> None:
+    child = subprocess.run(
+        [sys.executable, "-m", "hicache_core", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert child.stdout.strip() == hicache_core.__version__ == version("hicache-core")

@@ -1,0 +1,6 @@
+"""The old path of ``hicache_core.kv_transfer.wire``."""
+
+from hicache_core._moved import warn_moved
+from hicache_core.kv_transfer.wire import *  # noqa: F403
+
+warn_moved(__name__, "hicache_core.kv_transfer.wire")
