@@ -252,8 +252,10 @@ def _entry_points(group: str) -> list[EntryPoint]:
         if _is_left_behind(distribution):
             continue
         try:
-            name = str(distribution.metadata.json.get("name", "")) or str(distribution)
             own = list(distribution.entry_points.select(group=group))
+            if not own:  # its metadata is not read: that takes a millisecond for each of hundreds
+                continue
+            name = str(distribution.metadata.json.get("name", "")) or str(distribution)
         except Exception as error:  # what a stranger's files hold may fail in any way: skipped
             log.warning(
                 "the entry points of %s cannot be read, reinstall it: %s: %s",
@@ -262,8 +264,7 @@ def _entry_points(group: str) -> list[EntryPoint]:
                 error,
             )
             continue
-        if own:
-            points.setdefault(re.sub(r"[-_.]+", "-", name).lower(), own)
+        points.setdefault(re.sub(r"[-_.]+", "-", name).lower(), own)
     found = [point for own in points.values() for point in own]
     return sorted(found, key=lambda point: (point.name, _origin(point)))
 

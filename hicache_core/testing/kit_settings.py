@@ -61,6 +61,7 @@ FULL = KitSettings()
 
 QUICK = KitSettings(
     batch_page_nbytes=32 << 10,
+    leak_operations=3000,
     reopenings=5,
     race_nbytes=64 << 10,
     race_s=0.2,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
 from hicache_core.testing.features import Feature
-from hicache_core.testing.kit_settings import QUICK
+from hicache_core.testing.kit_settings import FULL, QUICK, KitSettings
 from hicache_core.testing.recipe import Recipe, Scope
 from hicache_core.testing.suite import StorageBackendTests
 
+KIT = replace(QUICK, leak_operations=FULL.leak_operations, ttl_s=0.3)
+"""These two know ages to the millisecond, and calls are cheap."""
 RETENTION = frozenset([Feature.PIN, Feature.USAGE, Feature.QUOTA, Feature.TTL])
 
 
@@ -23,6 +26,7 @@ class TestMemory(StorageBackendTests):
         | {Feature.LIST, Feature.CLEAR, Feature.STATS}
         | RETENTION
     )
+    kit: ClassVar[KitSettings] = KIT
 
     @pytest.fixture
     def recipe(self) -> Recipe:
@@ -34,7 +38,7 @@ class TestMemory(StorageBackendTests):
 
     @pytest.fixture
     def expiring_store(self) -> Recipe:
-        return Recipe.named("memory", {"ttl_s": QUICK.ttl_s}, Scope.INSTANCE)
+        return Recipe.named("memory", {"ttl_s": KIT.ttl_s}, Scope.INSTANCE)
 
 
 class TestFile(StorageBackendTests):
@@ -45,6 +49,7 @@ class TestFile(StorageBackendTests):
         | {Feature.LIST, Feature.CLEAR, Feature.STATS, Feature.DIAGNOSE}
         | RETENTION
     )
+    kit: ClassVar[KitSettings] = KIT
 
     @pytest.fixture
     def recipe(self, tmp_path: Path) -> Recipe:
@@ -57,5 +62,5 @@ class TestFile(StorageBackendTests):
 
     @pytest.fixture
     def expiring_store(self, tmp_path: Path) -> Recipe:
-        settings = {"path": str(tmp_path / "expiring"), "ttl_s": QUICK.ttl_s}
+        settings = {"path": str(tmp_path / "expiring"), "ttl_s": KIT.ttl_s}
         return Recipe.named("file", settings)

@@ -35,6 +35,7 @@ TINY = KitSettings(
     examples=15,
     steps=25,
     rule_s=10.0,
+    answer_s=0.5,
 )
 SECRET = "open-sesame"
 

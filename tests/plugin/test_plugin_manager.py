@@ -210,6 +210,17 @@ def test_entry_points_that_cannot_be_read_hide_no_others(
     assert "the entry points of unrelated-1.0.dist-info cannot be read, reinstall it" in caplog.text
 
 
+def test_metadata_of_distributions_without_a_backend_is_not_read(
+    site: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Hundreds may be installed, and each would take a millisecond."""
+    site.add("unrelated", {})
+    (site.directory / "unrelated-1.0.dist-info" / "METADATA").write_bytes(b"\xff\xfe\x00")
+    site.add("hicache-one", {"one": "mod_one"}, mod_one=good("one"))
+    assert backend_class("one").name == "one"
+    assert caplog.text == ""
+
+
 def test_two_distributions_with_one_name_are_both_named(site: Any) -> None:
     site.add("hicache-a", {"twin": "mod_a"}, mod_a=good("twin"))
     site.add("hicache-b", {"twin": "mod_b"}, version="2.0", mod_b=good("twin"))
