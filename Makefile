@@ -3,8 +3,8 @@
 #   make setup   build .venv with the core, the plugins and what the tests need
 #   make demo    set up .venv and run `hicache demo`
 #   make demo-pd play prefill and decode on different nodes, with SmolLM2 and Valkey, on this machine
-#   make test    set up .venv and run every test
-#   make check   format, lint, types, import layers, tests, examples of the docs
+#   make test    set up .venv and run the tests, JOBS at a time; FULL=1 adds those that take long
+#   make check   format, lint, types, import layers, tests; FULL=1 as above
 #   make bench   print the benchmark tables (BENCH="--quick --only transfer" narrows them)
 #   make soak    simulate SOAK_SCHEDULES lives, then run the cache under faults for SOAK_SECONDS
 #   make docs    write the benchmark tables into docs/benchmarks.md
@@ -19,6 +19,8 @@ TESTS_READY := $(VENV)/.tests-ready
 BENCH ?=
 SOAK_SCHEDULES ?= 200000
 SOAK_SECONDS ?= 600
+JOBS ?= 2
+FULL ?=
 PYTEST ?=
 
 .DEFAULT_GOAL := help
@@ -54,7 +56,7 @@ demo-pd: $(TESTS_READY)
 	$(BIN)/python -m tests.pd
 
 test: $(TESTS_READY)
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) $(if $(FULL),--full) $(PYTEST)
 
 check: $(TESTS_READY) format lint types layers test
 

@@ -1,0 +1,62 @@
+"""How the whole suite runs: two depths, long files first, and workers that share a machine."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent
+
+LONGEST = (
+    "tests/simulation/test_simulation.py",
+    "tests/conformance/test_kit.py",
+    "tests/conformance/test_built_in.py",
+    "plugins/redis/tests/test_kit.py",
+    "plugins/s3/tests/test_conformance.py",
+    "plugins/hf3fs/tests/test_conformance.py",
+    "tests/end_to_end/test_documents.py",
+    "tests/conformance/test_chains.py",
+    "tests/page_path/test_transformers_model.py",
+    "tests/conformance/test_dynamic_classes.py",
+)
+"""Files that take longest, in order: they start first, so that no worker ends with one of them."""
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, here and in child processes
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full", action="store_true", help="also what takes long; see CONTRIBUTING.md"
+    )
+
+
+@pytest.hookimpl(trylast=True)  # what the command line selects is selected by then
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Everyday runs leave out what is marked ``full``; the longest files come first."""
+    if not config.getoption("--full"):
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+    rank = {ROOT / file: n for n, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: many tests look for garbage, and need not look through it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Libraries look for their own objects when Python ends."""
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def full(pytestconfig: pytest.Config) -> bool:
+    """Whether this is a run at full depth."""
+    return bool(pytestconfig.getoption("--full"))
