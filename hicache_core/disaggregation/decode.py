@@ -1,13 +1,15 @@
-"""DecodeScheduler: fetches the KV of prompts from prefill nodes and goes on from there."""
+"""DecodeConnector: fetches the KV of prompts from prefill nodes; their requests go on here."""
 
 from __future__ import annotations
 
 import logging
 from array import array
-from typing import Self
+from collections.abc import Iterable
 
+from hicache_core.controller.controller import Controller
 from hicache_core.disaggregation.figures import Figures
 from hicache_core.disaggregation.first_token import FirstToken
+from hicache_core.engine.connector import Connector
 from hicache_core.engine.page_table import PageTable
 from hicache_core.engine.scheduler import Scheduler
 from hicache_core.engine.task import Task
@@ -17,8 +19,8 @@ from hicache_core.kv_transfer.base import KvTransferBackend, Notice, TransferSta
 log = logging.getLogger(__name__)
 
 
-class DecodeScheduler(Scheduler):
-    """A scheduler whose requests with a room come with the KV of their prompt.
+class DecodeConnector(Connector):
+    """Keeps the requests with a room until the KV of their prompt is here. Owner thread only.
 
     ::
 
@@ -28,62 +30,84 @@ class DecodeScheduler(Scheduler):
     A request whose KV does not come is computed here like any other: later, but right.
     """
 
-    def join(self, transfer: KvTransferBackend, timeout_s: float, figures: Figures) -> Self:
-        """Fetches by ``transfer``, which is open and is closed with the scheduler."""
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        cache: Controller,
+        vocabulary: int,
+        transfer: KvTransferBackend,
+        timeout_s: float,
+        figures: Figures,
+    ) -> None:
+        """Keeps its arguments.
+
+        Args:
+            scheduler: which runs the requests.
+            cache: the scheduler's.
+            vocabulary: token ids are below it.
+            transfer: is open, and is closed with the scheduler.
+            timeout_s: what has not come by then is computed here.
+            figures: counted up.
+        """
+        self._scheduler = scheduler
+        self._cache = cache
+        self._vocabulary = vocabulary
         self._transfer = transfer
         self._timeout_s = timeout_s
         self._figures = figures
         self._expected: dict[str, Task] = {}
         self._fetching: dict[int, Task] = {}
         self._abandoned: dict[int, PageTable] = {}
-        return self
-
-    @property
-    def is_busy(self) -> bool:
-        # docstring inherited
-        return super().is_busy or bool(self._expected or self._fetching or self._abandoned)
 
     @property
     def n_waiting(self) -> int:
         # docstring inherited
-        return super().n_waiting + len(self._expected)
+        return len(self._expected)
 
     @property
     def n_running(self) -> int:
         # docstring inherited; pages into which rows may still come are in use
-        return super().n_running + len(self._fetching) + len(self._abandoned)
+        return len(self._fetching) + len(self._abandoned)
 
-    def add(self, task: Task) -> None:
+    @property
+    def is_busy(self) -> bool:
+        # docstring inherited
+        return bool(self._expected or self._fetching or self._abandoned)
+
+    def pages(self) -> set[int]:
+        # docstring inherited
+        tables = [task.table for task in self._fetching.values()] + [*self._abandoned.values()]
+        return set().union(*(table.pages for table in tables))
+
+    def requests(self) -> Iterable[str]:
+        # docstring inherited
+        return [*self._expected, *(task.request.request_id for task in self._fetching.values())]
+
+    def takes(self, task: Task) -> bool:
         # docstring inherited
         if task.request.bootstrap is None:
-            super().add(task)
-            return
-        task.note(arrived=self._clock())
+            return False
         self._expected[task.request.request_id] = task
+        return True
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: str) -> Task | None:
         # docstring inherited
-        task = self._expected.pop(request_id, None)
-        for room, fetching in list(self._fetching.items()):
-            if fetching.request.request_id == request_id:
-                task = self._fetching.pop(room)
+        for room, task in self._fetching.items():
+            if task.request.request_id == request_id:
+                del self._fetching[room]
                 self._transfer.cancel(room, "the client has left")
                 self._abandoned[room] = task.table
                 task.table = task.table.another()
-        if task is not None:
-            self._waiting[request_id] = task
-        super().abort(request_id)
+                return task
+        return self._expected.pop(request_id, None)
 
-    def abort_all(self) -> None:
+    def ended(self, task: Task, tokens: tuple[int, ...]) -> None:
         # docstring inherited
-        fetching = [task.request.request_id for task in self._fetching.values()]
-        for request_id in [*self._expected, *fetching]:
-            self.abort(request_id)
-        super().abort_all()
+        del tokens
+        self._expected.pop(task.request.request_id, None)
 
     def give_up(self) -> None:
         # docstring inherited
-        super().give_up()
         for task in self._fetching.values():
             task.table.release()
         for table in self._abandoned.values():
@@ -92,29 +116,19 @@ class DecodeScheduler(Scheduler):
         self._fetching.clear()
         self._abandoned.clear()
 
-    def step(self) -> bool:
-        # docstring inherited
-        for notice in self._transfer.poll():
-            self._settle(notice)
-        self._fetch_expected()
-        return super().step()
-
     def close(self) -> None:
         # docstring inherited
         self._transfer.close()
 
-    def _used_pages(self) -> set[int]:
-        tables = [task.table for task in self._fetching.values()] + [*self._abandoned.values()]
-        return super()._used_pages().union(*(table.pages for table in tables))
-
-    def _fetch_expected(self) -> None:
+    def step(self) -> None:
+        # docstring inherited
+        for notice in self._transfer.poll():
+            self._settle(notice)
         for task in sorted(self._expected.values(), key=lambda task: task.order):
-            n_busy = len(self._running) + len(self._fetching)
-            if n_busy >= self._config.max_running:
-                return
             is_full = False
-            with self._blame.on(task):
-                is_full = not self._has_room_for(task) or not self._takes_pages(task)
+            with self._scheduler.blame.on(task):
+                may_start = self._scheduler.may_start(task, len(self._fetching))
+                is_full = not may_start or not self._takes_pages(task)
             if is_full:
                 return
             if task.request.request_id in self._expected:
@@ -161,7 +175,7 @@ class DecodeScheduler(Scheduler):
             return
         task = self._fetching.pop(notice.room, None)
         if task is not None:
-            with self._blame.on(task):
+            with self._scheduler.blame.on(task):
                 self._take(task, notice)
 
     def _take(self, task: Task, notice: Notice) -> None:
@@ -170,32 +184,18 @@ class DecodeScheduler(Scheduler):
             self._compute_here(task, notice.error)
             return
         try:
-            first = FirstToken.unpack(notice.note, task.n_prompt, self._runner.vocabulary)
+            first = FirstToken.unpack(notice.note, task.n_prompt, self._vocabulary)
         except TransferError as error:
             self._compute_here(task, str(error))
             return
-        if not self._loads.have_arrived(task):
+        if not self._scheduler.loads.have_arrived(task):
             task.may_load = False
             self._compute_here(task, "what was on this device already did not get there")
             return
         self._figures.received += 1
         self._figures.nbytes += notice.nbytes
-        self._go_on(task, first)
-
-    def _go_on(self, task: Task, first: FirstToken) -> None:
-        """The prompt's rows are here: the request runs as if they had been computed here."""
-        task.note(first_scheduled=self._clock(), first_token=self._clock())
         task.cached = first.cached
-        task.n_computed = task.n_prompt
-        self._running[task.request.request_id] = task
-        task.table.receive(task.tokens[: task.n_computed])
-        self._answer(task, first.token)
-
-    def _end(
-        self, task: Task, tokens: tuple[int, ...], text: str, finish_reason: str, error: str = ""
-    ) -> None:
-        self._expected.pop(task.request.request_id, None)
-        super()._end(task, tokens, text, finish_reason, error)
+        self._scheduler.go_on(task, first.token)
 
     def _compute_here(self, task: Task, error: str) -> None:
         """The rows did not come, and nobody writes into the pages any more: starts like others."""
@@ -205,4 +205,4 @@ class DecodeScheduler(Scheduler):
         self._figures.recomputed += 1
         self._figures.last_error = error
         task.table.release()
-        super().add(task)
+        self._scheduler.queue(task)

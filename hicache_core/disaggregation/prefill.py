@@ -1,17 +1,16 @@
-"""PrefillScheduler: computes prompts and sends their KV, layer by layer, to decode nodes."""
+"""PrefillConnector: sends the KV of prompts, layer by layer, to decode nodes."""
 
 from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Self
 
 from hicache_core.disaggregation.figures import Figures
 from hicache_core.disaggregation.first_token import FirstToken
+from hicache_core.engine.connector import Connector
 from hicache_core.engine.request import Output, Request
-from hicache_core.engine.scheduler import Scheduler
 from hicache_core.engine.task import OnOutput, Task
 from hicache_core.errors import HiCacheError
 from hicache_core.kv_transfer.base import KvTransferBackend, TransferState
@@ -102,70 +101,60 @@ class Outbox:
         self._complete.discard(request_id)
 
 
-class PrefillScheduler(Scheduler):
-    """A scheduler whose requests with a room end at their first token.
+class PrefillConnector(Connector):
+    """Ends requests with a room at their first token, and keeps them until their KV was fetched.
 
     Their pages are held until the transfer has said its last word: a sender reads from them. Their
     clients are told then, too: whoever has not heard may still leave, and the pages go with him.
     Requests without a room are answered here, as by any server.
     """
 
-    def join(self, transfer: KvTransferBackend, timeout_s: float, figures: Figures) -> Self:
-        """Sends by ``transfer``, which is open and is closed with the scheduler."""
+    def __init__(self, outbox: Outbox, transfer: KvTransferBackend) -> None:
+        """``outbox`` listens to the scheduler and sends by ``transfer``, which ends with it."""
+        self._outbox = outbox
         self._transfer = transfer
-        self._outbox = Outbox(transfer, timeout_s, figures)
         self._last_words: dict[str, Callable[[], None]] = {}  # of requests that wait to be fetched
-        self.relay.listener = self._outbox
-        return self
 
     @property
     def is_busy(self) -> bool:
         # docstring inherited
-        return super().is_busy or bool(self._last_words)
+        return bool(self._last_words)
 
-    def add(self, task: Task) -> None:
+    def requests(self) -> Iterable[str]:
+        # docstring inherited
+        return list(self._last_words)
+
+    def takes(self, task: Task) -> bool:
         # docstring inherited
         if task.request.bootstrap is not None:
             task.n_new_max = 1
             task.tell_by(self._hold)
-        super().add(task)
+        return False
 
-    def step(self) -> bool:
+    def step(self) -> None:
         # docstring inherited
-        did_any = super().step()
         for request_id in [key for key in self._last_words if not self._outbox.holds(key)]:
             self._last_words.pop(request_id)()
-        return did_any
 
-    def abort(self, request_id: str) -> None:
-        # docstring inherited
-        if (tell := self._last_words.pop(request_id, None)) is None:
-            super().abort(request_id)
-            return
-        self._outbox.leave(request_id)
-        tell()
+    def abort(self, request_id: str) -> Task | None:
+        # docstring inherited; for the scheduler such a request has ended already
+        if (tell := self._last_words.pop(request_id, None)) is not None:
+            self._outbox.leave(request_id)
+            tell()
+        return None
 
-    def abort_all(self) -> None:
+    def ended(self, task: Task, tokens: tuple[int, ...]) -> None:
         # docstring inherited
-        for request_id in list(self._last_words):
-            self.abort(request_id)
-        super().abort_all()
+        first = FirstToken(tokens[0], task.cached) if len(tokens) == 1 else None
+        self._outbox.finish(task.request, first)
 
     def give_up(self) -> None:
         # docstring inherited
-        super().give_up()
         self._last_words.clear()
 
     def close(self) -> None:
         # docstring inherited
         self._transfer.close()
-
-    def _end(
-        self, task: Task, tokens: tuple[int, ...], text: str, finish_reason: str, error: str = ""
-    ) -> None:
-        super()._end(task, tokens, text, finish_reason, error)
-        first = FirstToken(tokens[0], task.cached) if len(tokens) == 1 else None
-        self._outbox.finish(task.request, first)
 
     def _hold(self, tell: OnOutput, output: Output) -> None:
         """The one output of a request whose rows are to be fetched waits until that has ended."""

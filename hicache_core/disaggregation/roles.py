@@ -9,22 +9,21 @@ from typing import Any
 from hicache_core.controller.controller import Controller
 from hicache_core.disaggregation.agreed import AgreedTransfer
 from hicache_core.disaggregation.counted import CountedTransfer
-from hicache_core.disaggregation.decode import DecodeScheduler
+from hicache_core.disaggregation.decode import DecodeConnector
 from hicache_core.disaggregation.figures import Figures
 from hicache_core.disaggregation.pool_memory import memory_of_pool
-from hicache_core.disaggregation.prefill import PrefillScheduler
+from hicache_core.disaggregation.prefill import Outbox, PrefillConnector
 from hicache_core.engine.config import EngineConfig
 from hicache_core.engine.runner import Runner
-from hicache_core.engine.scheduler import Scheduler
+from hicache_core.engine.scheduler import Clock, Scheduler
+from hicache_core.engine.tensor_ranks import TensorRanks
 from hicache_core.errors import ConfigError
 from hicache_core.kv_transfer.base import KvTransferBackend, TransferContext
+from hicache_core.kv_transfer.page_memory import PageMemory
 from hicache_core.observe.snapshot import TransferStatus
 from hicache_core.plugin.manager import transfer_backend_class, transfer_settings
 
-SCHEDULERS: dict[str, type[PrefillScheduler] | type[DecodeScheduler]] = {
-    "prefill": PrefillScheduler,
-    "decode": DecodeScheduler,
-}
+MODES = ("prefill", "decode")
 TIMEOUT_S = 120.0
 
 
@@ -55,8 +54,8 @@ class Role:
             ConfigError: an unknown mode, or settings that the backend does not have.
             PluginError: the backend cannot be used.
         """
-        if settings.mode not in SCHEDULERS:
-            raise ConfigError(f"mode {settings.mode!r} is none of: {', '.join(SCHEDULERS)}")
+        if settings.mode not in MODES:
+            raise ConfigError(f"mode {settings.mode!r} is none of: {', '.join(MODES)}")
         self.settings = settings
         self.figures = Figures()
         self._class = transfer_backend_class(settings.transfer_backend)
@@ -65,18 +64,40 @@ class Role:
         self._counted: CountedTransfer | None = None
 
     def make_scheduler(
-        self, cache: Controller, runner: Runner, config: EngineConfig, **parts: Any
+        self,
+        cache: Controller,
+        runner: Runner,
+        config: EngineConfig,
+        *,
+        n_pages: int,
+        clock: Clock,
+        ranks: TensorRanks | None = None,
     ) -> Scheduler:
-        """Opens the transfer backend over the runner's pages; the scheduler that uses it.
+        """A scheduler whose connector is this half; opens the transfer backend over its pages.
 
-        With several ranks (among ``parts``) each has its own role, and all of them enter this.
+        Takes the arguments of ``Scheduler``. With several ranks each has its own role, and all of
+        them enter this.
 
         Raises:
             TransferError, BrokenBackend: the backend does not open.
             SpecError: the pages are not in host memory.
             RankLost: another rank could not do the same.
         """
-        memory, ranks = memory_of_pool(runner.pool), parts.get("ranks")
+        scheduler = Scheduler(cache, runner, config, n_pages=n_pages, clock=clock, ranks=ranks)
+        transfer = self._open(memory_of_pool(runner.pool), ranks)
+        timeout_s = self.settings.timeout_s
+        if self.settings.mode == "prefill":
+            outbox = Outbox(transfer, timeout_s, self.figures)
+            scheduler.relay.listener = outbox
+            scheduler.connector = PrefillConnector(outbox, transfer)
+        else:
+            scheduler.connector = DecodeConnector(
+                scheduler, cache, runner.vocabulary, transfer, timeout_s, self.figures
+            )
+        return scheduler
+
+    def _open(self, memory: PageMemory, ranks: TensorRanks | None) -> KvTransferBackend:
+        """The transfer backend of this rank, with several of them one that ends as theirs do."""
         context = TransferContext(memory)
         if ranks is not None:
             context = TransferContext(memory, ranks.rank, ranks.world_size)
@@ -84,10 +105,7 @@ class Role:
         transfer = counted if ranks is None else AgreedTransfer(counted, ranks)
         transfer.open()
         self._transfer, self._counted = transfer, counted
-        kind = SCHEDULERS[self.settings.mode]
-        return kind(cache, runner, config, **parts).join(
-            transfer, self.settings.timeout_s, self.figures
-        )
+        return transfer
 
     @property
     def address(self) -> str:

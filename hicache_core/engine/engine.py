@@ -30,7 +30,7 @@ from hicache_core.engine.relay import Listener
 from hicache_core.engine.request import Output, Request
 from hicache_core.engine.runner import Runner
 from hicache_core.engine.sampling import Sampler, check_sampling
-from hicache_core.engine.scheduler import Scheduler
+from hicache_core.engine.scheduler import MakeScheduler, Scheduler
 from hicache_core.engine.shard import shard
 from hicache_core.engine.status import status_of
 from hicache_core.engine.task import Task
@@ -86,15 +86,21 @@ class Engine:
         *,
         ranks: TensorRanks | None = None,
         clock: Clock = time.monotonic,
-        make_scheduler: Callable[..., Scheduler] = Scheduler,
+        make_scheduler: MakeScheduler = Scheduler,
     ) -> None:
         """Keeps its arguments; ``open`` starts.
 
-        With ``ranks``, which nobody else may use, ``open`` leaves of ``model`` the rank's part.
+        Args:
+            model: is computed; with ``ranks``, ``open`` leaves the rank's part of it.
+            cache_config: of the cache.
+            config: of the engine.
+            ranks: who computes the model together; nobody else may use them.
+            clock: seconds.
+            make_scheduler: called by ``open``; ``Role.make_scheduler`` for half of a pair.
         """
         self._model = model
         self._cache_config = cache_config
-        self._make_scheduler = make_scheduler  # called with the arguments of Scheduler
+        self._make_scheduler = make_scheduler
         self._config = config
         self._ranks = ranks
         self._clock = clock

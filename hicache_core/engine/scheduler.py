@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import torch
 
 from hicache_core.controller.controller import Controller
 from hicache_core.engine.blame import Blame
 from hicache_core.engine.config import EngineConfig
+from hicache_core.engine.connector import Connector
 from hicache_core.engine.loads import Loads
 from hicache_core.engine.rate import Rate
 from hicache_core.engine.relay import Relay
@@ -27,6 +29,23 @@ from hicache_core.radix.results import Match
 log = logging.getLogger(__name__)
 
 Clock = Callable[[], float]
+
+
+class MakeScheduler(Protocol):
+    """Makes the scheduler of an engine: ``Scheduler`` itself, or what adds something to it."""
+
+    def __call__(
+        self,
+        cache: Controller,
+        runner: Runner,
+        config: EngineConfig,
+        *,
+        n_pages: int,
+        clock: Clock,
+        ranks: TensorRanks | None = None,
+    ) -> Scheduler:
+        """Takes the arguments of ``Scheduler``."""
+        ...
 
 
 class Scheduler:
@@ -53,7 +72,7 @@ class Scheduler:
         clock: Clock,
         ranks: TensorRanks | None = None,
     ) -> None:
-        """Joins its parts.
+        """Joins its parts; ``connector`` and ``relay.listener`` may be set before the first call.
 
         Args:
             cache: the prefixes; its device pool is the runner's.
@@ -65,6 +84,9 @@ class Scheduler:
         """
         self.tally = Tally()
         self.relay = Relay()
+        self.connector = Connector()
+        self.loads = Loads(cache, is_alone=ranks is None)
+        self.blame = Blame(cache, runner, ranks, self.tally, self._end)
         self.decoded = Rate(clock)
         self.prefilled = Rate(clock)
         self.progressed_s = 0.0  # when any request made progress, the last time
@@ -76,49 +98,54 @@ class Scheduler:
         self._ranks = ranks
         self._waiting: dict[str, Task] = {}
         self._running: dict[str, Task] = {}
-        self._loads = Loads(cache, is_alone=ranks is None)
-        self._blame = Blame(cache, runner, ranks, self.tally, self._end)
 
     # What others ask.
 
     @property
     def n_waiting(self) -> int:
         """Requests that wait."""
-        return len(self._waiting)
+        return len(self._waiting) + self.connector.n_waiting
 
     @property
     def n_running(self) -> int:
         """Requests that hold pages."""
-        return len(self._running)
+        return len(self._running) + self.connector.n_running
 
     @property
     def is_busy(self) -> bool:
-        """Whether a request waits or runs, or a listener still reads the pages of one."""
-        return bool(self._waiting or self._running) or self.relay.is_holding
+        """Whether a request waits or runs, or its pages or its client still wait for a transfer."""
+        has_any = bool(self._waiting or self._running)
+        return has_any or self.relay.is_holding or self.connector.is_busy
 
     @property
     def n_used_pages(self) -> int:
-        """Device pages that running requests and a listener hold, shared ones once."""
+        """Device pages that running requests and transfers hold, shared ones once."""
         return len(self._used_pages())
 
     def add(self, task: Task) -> None:
-        """Queues a request, and asks storage for what the other tiers lack of its prompt."""
+        """Takes a new request."""
         task.note(arrived=self._clock())
+        if not self.connector.takes(task):
+            self.queue(task)
+
+    def queue(self, task: Task) -> None:
+        """Queues a request, and asks storage for what the other tiers lack of its prompt."""
         self._waiting[task.request.request_id] = task
-        with self._blame.on(task):
+        with self.blame.on(task):
             self._ask_storage(task)
 
     def abort(self, request_id: str) -> None:
         """Ends a request, whatever its state; what was computed of it stays in the cache."""
         task = self._waiting.get(request_id) or self._running.get(request_id)
+        task = task or self.connector.abort(request_id)
         if task is not None:
             self.tally.aborted += 1
-            with self._blame.on(task):
+            with self.blame.on(task):
                 self._end(task, (), "", "abort")
 
     def abort_all(self) -> None:
         """Ends every request with ``abort``."""
-        for request_id in [*self._waiting, *self._running]:
+        for request_id in [*self.connector.requests(), *self._waiting, *self._running]:
             self.abort(request_id)
 
     def give_up(self) -> None:
@@ -128,9 +155,26 @@ class Scheduler:
         self.relay.give_up()
         self._running.clear()
         self._waiting.clear()
+        self.connector.give_up()
 
     def close(self) -> None:
         """Ends what works beside the scheduler; afterwards nobody touches pages of others."""
+        self.connector.close()
+
+    # What a connector calls, beside ``queue``.
+
+    def may_start(self, task: Task, n_others: int) -> bool:
+        """Whether a request may have its pages now, beside ``n_others`` of the connector's."""
+        n_busy = len(self._running) + n_others
+        return n_busy < self._config.max_running and self._has_room_for(task)
+
+    def go_on(self, task: Task, token: int) -> None:
+        """The KV of a prompt is in the request's pages, and ``token`` the first of its answer."""
+        task.note(first_scheduled=self._clock(), first_token=self._clock())
+        task.n_computed = task.n_prompt
+        self._running[task.request.request_id] = task
+        task.table.receive(task.tokens[: task.n_computed])
+        self._answer(task, token)
 
     # A step.
 
@@ -142,6 +186,7 @@ class Scheduler:
         """
         self._cache.poll()
         self.relay.step()
+        self.connector.step()
         decoding = [task for task in self._in_order() if task.decodes]
         n_prefilled = self._prefill(self._config.chunk_tokens)
         n_decoded = self._decode(decoding)
@@ -151,7 +196,8 @@ class Scheduler:
         return sorted(self._running.values(), key=lambda task: task.order)
 
     def _used_pages(self) -> set[int]:
-        return self.relay.pages().union(*(task.table.pages for task in self._running.values()))
+        beside = self.relay.pages() | self.connector.pages()
+        return beside.union(*(task.table.pages for task in self._running.values()))
 
     # Prompts.
 
@@ -160,7 +206,7 @@ class Scheduler:
         n_left = budget
         for task in self._in_order():
             if n_left and not task.decodes:
-                with self._blame.on(task):
+                with self.blame.on(task):
                     n_tokens = min(n_left, task.n_missing)
                     n_left -= n_tokens
                     self._compute(task, n_tokens)
@@ -168,7 +214,7 @@ class Scheduler:
             ready = self._first_ready()
             if ready is None:
                 break
-            with self._blame.on(ready):
+            with self.blame.on(ready):
                 if not self._has_room_for(ready) or self._asks_again(ready):
                     break
                 if not self._admit(ready):
@@ -271,7 +317,7 @@ class Scheduler:
         """
         started_s = self._clock()
         start = task.n_computed
-        before_layer = self._loads.wait_layer if is_first else nothing
+        before_layer = self.loads.wait_layer if is_first else nothing
         logits = None
         try:
             logits = self._runner.prefill(
@@ -283,7 +329,7 @@ class Scheduler:
             )
         except LoadFailed as error:
             log.warning("request %s starts over: %s", task.request.request_id, error)
-        if (is_first and not self._loads.have_arrived(task)) or logits is None:
+        if (is_first and not self.loads.have_arrived(task)) or logits is None:
             self._start_over(task)
             return
         if not (is_first and task.cached.total):  # else it waited for pages as well
@@ -315,7 +361,7 @@ class Scheduler:
         except Exception as error:  # of one request, or of their company
             return self._find_out(batch, error)
         for task, token in zip(batch, tokens, strict=True):
-            with self._blame.on(task):
+            with self.blame.on(task):
                 task.n_computed += 1
                 self._answer(task, token)
         return len(batch)
@@ -323,16 +369,16 @@ class Scheduler:
     def _find_out(self, batch: Sequence[Task], error: Exception) -> int:
         """Computes a batch that failed one by one; of one alone it is clear whose error it was."""
         if len(batch) == 1:
-            self._blame.fail(batch[0], error)
+            self.blame.fail(batch[0], error)
             return 1
-        self._blame.check(error)
+        self.blame.check(error)
         log.warning("a batch of %d is computed one by one: %r", len(batch), error)
         return sum(self._decode([task]) for task in batch)
 
     def _gets_room(self, task: Task) -> bool:
         """Whether a running request has room for its next token."""
         has_room = task.request.request_id in self._running
-        with self._blame.on(task):
+        with self.blame.on(task):
             has_room = has_room and self._make_room(task, len(task.tokens))
         return has_room and task.request.request_id in self._running
 
@@ -370,7 +416,7 @@ class Scheduler:
                 if last is task and len(self._running) == 1 and not task.table.has_spares:
                     return False  # what storage or a transfer still holds comes back by itself
                 self.tally.preempted += 1
-                with self._blame.on(last):
+                with self.blame.on(last):
                     self._store(last)
                     self._let_wait(last)
                     last.was_preempted = True
@@ -406,6 +452,7 @@ class Scheduler:
         self._progress(task)
         task.note(finished=self._clock())
         task.emit(tokens, text, finish_reason, error)
+        self.connector.ended(task, tokens)
 
     def _progress(self, task: Task) -> None:
         task.progressed_s = self.progressed_s = self._clock()

@@ -295,7 +295,7 @@ def test_too_little_room_on_either_side_is_no_loss() -> None:
             assert answer.tokens == plain(model_of(), prompt, 12)
 
 
-@pytest.mark.parametrize("where", ["_go_on", "prefill"])
+@pytest.mark.parametrize("where", ["go_on", "prefill"])
 def test_an_error_of_one_request_ends_neither_half(where: str) -> None:
     prompts = [prompt_of(40, seed=n) for n in range(2)]
     with half("prefill") as prefill, half("decode") as decode:

@@ -1,0 +1,60 @@
+"""Connector: what a scheduler has beside it where prefill and decode are on different nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from hicache_core.engine.task import Task
+
+
+class Connector:
+    """Keeps requests that the scheduler does not have now. Owner thread only.
+
+    This one is of a node that does both halves: it keeps none. The prefill half keeps requests that
+    are computed and not fetched yet, the decode half those whose KV is on its way here.
+    """
+
+    @property
+    def n_waiting(self) -> int:
+        """Requests that hold no pages here."""
+        return 0
+
+    @property
+    def n_running(self) -> int:
+        """Requests whose pages are in use, by a transfer."""
+        return 0
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the engine has to go on stepping for its sake."""
+        return False
+
+    def pages(self) -> set[int]:
+        """Device pages into which a transfer may still write."""
+        return set()
+
+    def requests(self) -> Iterable[str]:
+        """Ids of the requests that it keeps."""
+        return ()
+
+    def takes(self, task: Task) -> bool:
+        """Asked once for each new request: True if the connector keeps it and queues it later."""
+        del task
+        return False
+
+    def step(self) -> None:
+        """Called once a step, before anything is computed."""
+
+    def abort(self, request_id: str) -> Task | None:
+        """Lets go of a request, if it keeps that one; the scheduler ends what this returns."""
+        del request_id
+        return None
+
+    def ended(self, task: Task, tokens: tuple[int, ...]) -> None:
+        """A request has ended; ``tokens`` are the last ones of its answer."""
+
+    def give_up(self) -> None:
+        """Lets go of all requests and pages; nobody is told: something is broken."""
+
+    def close(self) -> None:
+        """Ends the transfers; afterwards nobody touches pages of others."""
