@@ -1,4 +1,4 @@
-"""The versions of hicache-core, Python and what it is built on."""
+"""Print the versions of hicache-core, Python and the main dependencies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _DISTRIBUTIONS = ("hicache-core", "pluggy", "pydantic", "torch", "transformers")
 
 @click.command("version")
 def command() -> None:
-    """Print the versions that a bug report needs; nothing is imported for it."""
+    """Print the versions that a bug report needs."""
     for name in _DISTRIBUTIONS:
         try:
             click.echo(f"{name} {version(name)}")
