@@ -126,7 +126,13 @@ class Cache:
 
 
 def hit_rate(trace: Trace, policy: str, capacity: int) -> float:
-    """Pages served from the cache, in percent of all pages asked for."""
+    """Pages served from the cache, in percent of all pages asked for.
+
+    Args:
+        trace: the prompts.
+        policy: name of the eviction policy.
+        capacity: pages that the cache holds.
+    """
     cache = Cache(policy, capacity)
     n_hits = sum(cache.serve(prompt) for prompt in trace.prompts)
     return 100 * n_hits / sum(map(len, trace.prompts))

@@ -66,10 +66,17 @@ def measure(
     number: int = 1,
     setup: Callable[[], object] | None = None,
 ) -> tuple[list[float], list[float]]:
-    """Seconds of one call of ``fn``: ``repeat`` samples of wall time and of CPU time.
+    """Measures wall time and CPU time of ``fn``, with the garbage collector off.
 
-    Each sample is the mean of ``number`` calls after one call of ``setup``; the garbage collector
-    is off while the clock runs. CPU time is that of all threads of the process.
+    Args:
+        fn: what to measure.
+        repeat: number of samples.
+        number: calls in one sample; a sample is their mean.
+        setup: called once before each sample, not measured.
+
+    Returns:
+        Seconds for one call: the samples of wall time, and of the CPU time of all threads of the
+        process.
     """
     wall: list[float] = []
     cpu: list[float] = []
@@ -163,7 +170,13 @@ def benchmark_names() -> list[str]:
 
 
 def run(names: Iterable[str], *, quick: bool, console: Console) -> Iterator[Row]:
-    """Runs the named benchmarks; prints each table as soon as it is whole."""
+    """Runs benchmarks and prints each table as soon as it is complete.
+
+    Args:
+        names: modules of this package that have ``rows(quick)``.
+        quick: fewer and shorter samples.
+        console: where tables are printed.
+    """
     for name in names:
         module: Any = importlib.import_module(f"benchmarks.{name}")
         rows: list[Row] = []
