@@ -39,7 +39,7 @@ class Trace:
 
     Attributes:
         name: names the source, or says that it is generated.
-        prompts: block ids; a block stands for a page and is one token in the tree.
+        prompts: block ids; a block is a page, and one token in the tree.
     """
 
     name: str

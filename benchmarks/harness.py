@@ -3,7 +3,7 @@
     python -m benchmarks [--quick] [--only NAME ...] [--json FILE] [--docs FILE]
 
 A benchmark is a module of this package with ``rows(quick: bool) -> Iterator[Row]``. Wall time and
-CPU time stand side by side, since machines are shared and noisy; compare ratios inside one run.
+CPU time are shown side by side, since machines are shared and noisy; compare ratios inside one run.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Row:
     """One measured line.
 
     Attributes:
-        table: the table it stands in.
+        table: the title of its table.
         name: what was measured.
         unit: unit of the samples, for instance ``us``, ``MB/s`` or ``M tokens/s``.
-        samples: one figure a repetition, by wall clock.
+        samples: one value for each repetition, by wall clock.
         cpu_samples: the same by CPU time of the process, or empty.
-        baseline: name of the row of the same table that the ratio is taken against.
+        baseline: name of the row of the same table to compare with.
         target: the target in words, if there is one.
         note: anything the reader must know.
     """
@@ -98,7 +98,7 @@ def measure(
 
 
 def machine() -> dict[str, str]:
-    """What the figures were taken on."""
+    """The machine, kernel, Python and date of a run."""
     model = platform.processor()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -154,7 +154,7 @@ def markdown(rows: list[Row], facts: dict[str, str]) -> str:
 
 
 def with_tables(page: str, tables: str) -> str:
-    """``page`` with what stands between its two markers replaced by ``tables``."""
+    """``page`` with ``tables`` between its two markers."""
     head, _, rest = page.partition(TABLES_BEGIN)
     _, end, tail = rest.partition(TABLES_END)
     if not end:

@@ -2,7 +2,7 @@
 
     python -m tools.server_multiturn [--clients 8] [--rounds 6] [--tiers none device ...]
 
-It is no part of ``make bench``: it takes minutes, and starts a server for each row. A row is a
+``make bench`` does not run it: it takes minutes, and starts a server for each row. A row is a
 fresh server on an empty store; rows with storage are run once more after a restart, on the warm
 store. The load is that of ``hicache bench multiturn``; half of a first question is the same for
 all.

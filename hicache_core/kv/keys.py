@@ -76,7 +76,7 @@ def pack_tokens(ids: TokenIds) -> bytes:
     if hasattr(ids, "detach") and hasattr(ids, "numpy"):
         ids = cast(_Tensor, ids).detach().cpu().numpy()
     try:
-        view = memoryview(ids)  # type: ignore[arg-type]  # raises TypeError where it is no buffer
+        view = memoryview(ids)  # type: ignore[arg-type]  # raises TypeError if it is not a buffer
     except TypeError:
         if isinstance(ids, Sequence):
             return _pack_sequence(list(ids))

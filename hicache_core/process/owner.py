@@ -9,7 +9,7 @@ from threading import get_ident
 
 from hicache_core.errors import WrongThread
 
-_NOBODY = 0  # is no thread's number
+_NOBODY = 0  # no thread has this number
 _taking = threading.Lock()
 
 
