@@ -69,7 +69,13 @@ def request_us(cache: HiCache, tokens: bytes) -> float:
 
 
 def serve(cache: HiCache, tokens: bytes, pause: Callable[[], object]) -> None:
-    """All calls of one request, without a model, until everything has settled."""
+    """Makes all calls of one request, without a model, until every job has settled.
+
+    Args:
+        cache: the cache.
+        tokens: packed token ids of the prompt.
+        pause: called between two polls.
+    """
     if cache.prefetch("request", tokens):
         while not cache.prefetch_ready("request"):
             pause()

@@ -39,7 +39,7 @@ class Trace:
 
     Attributes:
         name: names the source, or says that it is generated.
-        prompts: block ids; a block stands for a page and is one token in the tree.
+        prompts: block ids; a block is a page, and one token in the tree.
     """
 
     name: str
@@ -126,7 +126,13 @@ class Cache:
 
 
 def hit_rate(trace: Trace, policy: str, capacity: int) -> float:
-    """Pages served from the cache, in percent of all pages asked for."""
+    """Pages served from the cache, in percent of all pages asked for.
+
+    Args:
+        trace: the prompts.
+        policy: name of the eviction policy.
+        capacity: pages that the cache holds.
+    """
     cache = Cache(policy, capacity)
     n_hits = sum(cache.serve(prompt) for prompt in trace.prompts)
     return 100 * n_hits / sum(map(len, trace.prompts))

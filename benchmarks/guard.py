@@ -31,7 +31,7 @@ N_IN_FLIGHT = 256
 
 
 class Instant(StorageBackend):
-    """Answers at once: what is measured is what stands around it."""
+    """Answers at once, so that only its wrappers are measured."""
 
     name = "instant"
 

@@ -3,7 +3,7 @@
     python -m benchmarks [--quick] [--only NAME ...] [--json FILE] [--docs FILE]
 
 A benchmark is a module of this package with ``rows(quick: bool) -> Iterator[Row]``. Wall time and
-CPU time stand side by side, since machines are shared and noisy; compare ratios inside one run.
+CPU time are shown side by side, since machines are shared and noisy; compare ratios inside one run.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Row:
     """One measured line.
 
     Attributes:
-        table: the table it stands in.
+        table: the title of its table.
         name: what was measured.
         unit: unit of the samples, for instance ``us``, ``MB/s`` or ``M tokens/s``.
-        samples: one figure a repetition, by wall clock.
+        samples: one value for each repetition, by wall clock.
         cpu_samples: the same by CPU time of the process, or empty.
-        baseline: name of the row of the same table that the ratio is taken against.
+        baseline: name of the row of the same table to compare with.
         target: the target in words, if there is one.
         note: anything the reader must know.
     """
@@ -66,10 +66,17 @@ def measure(
     number: int = 1,
     setup: Callable[[], object] | None = None,
 ) -> tuple[list[float], list[float]]:
-    """Seconds of one call of ``fn``: ``repeat`` samples of wall time and of CPU time.
+    """Measures wall time and CPU time of ``fn``, with the garbage collector off.
 
-    Each sample is the mean of ``number`` calls after one call of ``setup``; the garbage collector
-    is off while the clock runs. CPU time is that of all threads of the process.
+    Args:
+        fn: what to measure.
+        repeat: number of samples.
+        number: calls in one sample; a sample is their mean.
+        setup: called once before each sample, not measured.
+
+    Returns:
+        Seconds for one call: the samples of wall time, and of the CPU time of all threads of the
+        process.
     """
     wall: list[float] = []
     cpu: list[float] = []
@@ -91,7 +98,7 @@ def measure(
 
 
 def machine() -> dict[str, str]:
-    """What the figures were taken on."""
+    """The machine, kernel, Python and date of a run."""
     model = platform.processor()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -147,7 +154,7 @@ def markdown(rows: list[Row], facts: dict[str, str]) -> str:
 
 
 def with_tables(page: str, tables: str) -> str:
-    """``page`` with what stands between its two markers replaced by ``tables``."""
+    """``page`` with ``tables`` between its two markers."""
     head, _, rest = page.partition(TABLES_BEGIN)
     _, end, tail = rest.partition(TABLES_END)
     if not end:
@@ -163,7 +170,13 @@ def benchmark_names() -> list[str]:
 
 
 def run(names: Iterable[str], *, quick: bool, console: Console) -> Iterator[Row]:
-    """Runs the named benchmarks; prints each table as soon as it is whole."""
+    """Runs benchmarks and prints each table as soon as it is complete.
+
+    Args:
+        names: modules of this package that have ``rows(quick)``.
+        quick: fewer and shorter samples.
+        console: where tables are printed.
+    """
     for name in names:
         module: Any = importlib.import_module(f"benchmarks.{name}")
         rows: list[Row] = []

@@ -19,7 +19,15 @@ PAGE_SIZES = (1, 16, 64)
 def rate(
     name: str, n_tokens: int, fn: Callable[[], object], repeat: int, **facts: str | None
 ) -> Row:
-    """A row in tokens a second."""
+    """A row in tokens per second.
+
+    Args:
+        name: of the row.
+        n_tokens: tokens that one call of ``fn`` processes.
+        fn: what to measure.
+        repeat: number of samples.
+        facts: ``baseline``, ``target`` and ``note`` of the row.
+    """
     fn()
     wall, cpu = measure(fn, repeat=repeat, number=3)
     return Row(

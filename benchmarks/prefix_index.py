@@ -39,7 +39,16 @@ def timed(
     target: str | None = None,
     note: str = "",
 ) -> Row:
-    """A row in which every call is a sample; what the iterator does in between is not timed."""
+    """A row in which every call is a sample; the work of the iterator is not timed.
+
+    Args:
+        table: title of the table.
+        name: of the row.
+        calls: what to measure.
+        baseline: name of the row to compare with.
+        target: the target, in words.
+        note: for the last column.
+    """
     wall: list[float] = []
     cpu: list[float] = []
     gc.collect()
@@ -90,7 +99,13 @@ class Scene:
 
 
 def single_rows(n_tokens: int, page_size: int, repeat: int) -> Iterator[Row]:
-    """Match and insert of one long prompt, which was made just before."""
+    """Match and insert of one long prompt, which was made just before.
+
+    Args:
+        n_tokens: length of the prompt.
+        page_size: tokens in a page.
+        repeat: number of samples.
+    """
     size = f"{n_tokens // 1000}k tokens, page {page_size}"
     is_main = page_size == 64
     to_match, to_insert = ("≤ 40", "≤ 80") if is_main else (None, None)
@@ -147,7 +162,13 @@ class Server:
 
 
 def turns(server: Server, n_talks: int, n_turns: int) -> Iterator[Call]:
-    """Conversations over a system prompt of 2,048 tokens; they take turns."""
+    """Conversations over a system prompt of 2,048 tokens, one turn of each after the other.
+
+    Args:
+        server: what serves the turns.
+        n_talks: number of conversations.
+        n_turns: turns of each.
+    """
     rng = random.Random(1)
     system = os.urandom(4 * 2048)
     talks = [system] * n_talks

@@ -6,21 +6,21 @@ HiCacheError
 ├── SpecError (ValueError)              a KV shape, dtype or pool that does not fit the KVSpec
 ├── NotEnoughMemory (MemoryError)       a pool larger than the machine or its cgroup holds
 ├── PoolExhausted (MemoryError)         no free page, and nothing left that may be evicted
-├── QueueFull (RuntimeError)            as many requests wait as may; try again later
+├── QueueFull (RuntimeError)            the queue of requests is full; try again later
 ├── UseAfterClose (RuntimeError)        a call after close()
 ├── WrongThread (RuntimeError)          a call from a thread that does not own the object
 ├── IntegrityError (AssertionError)     our own bug: an invariant does not hold
 ├── LoadFailed (RuntimeError)           a copy into device pages failed
 ├── RankLost (ConnectionError)          another rank died, hangs, or decided otherwise
 ├── TransferError (ConnectionError)     KV did not get from a prefill node to a decode node
-│   └── PeerRefused                     they hold different models, or speak different versions
+│   └── PeerRefused                     they have different models or protocol versions
 ├── PluginError                         a backend that cannot be used
 │   ├── UnknownBackend (LookupError)    no installed distribution has that name
 │   ├── BrokenBackend (ImportError)     it is installed, but its module or class does not load
-│   └── IncompatibleBackend (TypeError) it loads, but is no backend of this api_version
+│   └── IncompatibleBackend (TypeError) it loads, but is not a backend of this api_version
 └── BackendError (OSError)              a storage backend's failure, never just a miss
     ├── BackendUnavailable (ConnectionError)   the store cannot be reached, or was lost
-    │   └── BreakerOpen                        it failed so often that it is not asked for a while
+    │   └── BreakerOpen                        it failed so often that it is not used for a while
     ├── BackendTimeout (TimeoutError)          the store did not answer in time
     ├── BackendDenied (PermissionError)        credentials or rights are wrong
     ├── BackendFull                            the store has no room: the write was dropped
@@ -47,15 +47,15 @@ class SpecError(HiCacheError, ValueError):
 
 
 class NotEnoughMemory(HiCacheError, MemoryError):
-    """A pool was asked for that is larger than what the machine or its cgroup has left."""
+    """A pool is larger than the memory that the machine or its cgroup has left."""
 
 
 class PoolExhausted(HiCacheError, MemoryError):
-    """No page is free and nothing that may be evicted is left."""
+    """No page is free, and no page can be evicted."""
 
 
 class QueueFull(HiCacheError, RuntimeError):
-    """As many requests wait already as may; the client tries again later, or elsewhere."""
+    """The queue of requests is full; the client may try again later, or another server."""
 
 
 class UseAfterClose(HiCacheError, RuntimeError):
@@ -99,11 +99,11 @@ class BrokenBackend(PluginError, ImportError):
 
 
 class IncompatibleBackend(PluginError, TypeError):
-    """The class loads, but is no storage backend of an api_version that this core speaks."""
+    """The class loads, but is not a backend of an api_version that this core supports."""
 
 
 class BackendError(HiCacheError, OSError):
-    """A storage backend failed. A key that is not there is no failure but an answer."""
+    """A storage backend failed. A missing key is an answer, not a failure."""
 
 
 class BackendUnavailable(BackendError, ConnectionError):
@@ -111,7 +111,7 @@ class BackendUnavailable(BackendError, ConnectionError):
 
 
 class BreakerOpen(BackendUnavailable):
-    """The circuit breaker is open: the store was not asked, so that nobody waits for it."""
+    """The circuit breaker is open: the store was not called, so that no request waits for it."""
 
 
 class BackendTimeout(BackendError, TimeoutError):

@@ -28,7 +28,7 @@ class Histogram:
         return sum(self.counts)
 
     def quantile(self, share: float) -> float | None:
-        """The bound below which at least ``share`` of the values lie; None without values.
+        """The smallest bound with at least ``share`` of the values below it; None without values.
 
         Values above all bounds answer the highest one.
         """

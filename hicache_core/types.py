@@ -35,7 +35,7 @@ class Namespace:
 
 @dataclass(frozen=True, slots=True)
 class CachedTokens:
-    """Tokens of a prompt that were not computed, by where they were when the turn began."""
+    """Cached tokens of a prompt, by the tier where they were when the turn began."""
 
     device: int = 0
     host: int = 0
@@ -49,7 +49,7 @@ class CachedTokens:
 
 @dataclass(frozen=True, slots=True)
 class ExistsJob:
-    """A question to storage: how many leading pages of ``keys`` are present?"""
+    """A lookup in storage: how many leading pages of ``keys`` are present?"""
 
     job_id: int
     keys: Sequence[str]
@@ -87,7 +87,7 @@ class Tier(enum.Enum):
 
 
 class JobState(enum.Enum):
-    """How a job ended, or that it should have."""
+    """How a job ended, or that it is overdue."""
 
     DONE = "done"  # the backend answered; n_pages may still be 0
     FAILED = "failed"  # the backend raised; n_pages is 0
@@ -99,8 +99,8 @@ class JobState(enum.Enum):
 class JobResult:
     """What came of a job; every submitted job yields exactly one final result.
 
-    A job that runs beyond its deadline yields one OVERDUE result before it: nobody needs to wait
-    for it any longer, but its pages may be read or written until the final one comes.
+    A job that runs past its deadline yields one OVERDUE result before it: no request needs to wait
+    for it any longer, but its pages may be read or written until the final result comes.
 
     Attributes:
         job: the job itself.
@@ -121,15 +121,15 @@ class JobResult:
 
 @dataclass(frozen=True, slots=True)
 class BackendContext:
-    """What a backend may know of the cache that uses it.
+    """What a backend may know about the cache that uses it.
 
     Attributes:
         namespace: hex digest that prefixes every key (``<namespace>/<page hash>``).
         object_nbytes: size of every stored object, header included; 0 if not fixed.
         rank: this process among those that share the cache.
         world_size: how many processes share the cache.
-        creates: False for a command that only looks at a store: a backend then makes none where
-            there is none, but says so by ``BackendUnavailable``.
+        creates: False for a command that only reads a store. If the store does not exist, the
+            backend then raises ``BackendUnavailable`` instead of creating it.
     """
 
     namespace: str

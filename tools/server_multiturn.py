@@ -2,7 +2,7 @@
 
     python -m tools.server_multiturn [--clients 8] [--rounds 6] [--tiers none device ...]
 
-It is no part of ``make bench``: it takes minutes, and starts a server for each row. A row is a
+``make bench`` does not run it: it takes minutes, and starts a server for each row. A row is a
 fresh server on an empty store; rows with storage are run once more after a restart, on the warm
 store. The load is that of ``hicache bench multiturn``; half of a first question is the same for
 all.
@@ -42,7 +42,13 @@ HEADER = (
 
 @contextmanager
 def serving(page_size: int, device_tokens: int, flags: Sequence[str]) -> Iterator[str]:
-    """A server on any free port; its address. At the end it drains what is not stored yet."""
+    """Starts a server on any free port and yields its address; at the end it drains its writes.
+
+    Args:
+        page_size: tokens in a page.
+        device_tokens: tokens that the device tier holds.
+        flags: further flags.
+    """
     command = ["-m", "hicache_core.launch_server", "--model-path", "smollm2", "--port", "0"]
     command += ["--page-size", str(page_size), "--max-total-tokens", str(device_tokens)]
     child = Child("server", [*command, "--enable-cache-report", *flags])
@@ -78,7 +84,13 @@ def measured(url: str, given: argparse.Namespace) -> dict[str, Any]:
 
 
 def line(tiers: str, run: str, found: dict[str, Any]) -> str:
-    """One row of the table."""
+    """One row of the table.
+
+    Args:
+        tiers: the first cell.
+        run: the second cell.
+        found: the summary of ``hicache bench``.
+    """
     hits, n_prompt = found["hit_tokens"], found["prompt_tokens"]
     n_hits = [hits.get(tier, 0) for tier in ("device", "host", "storage")]
     times = [f"{found['ttft_s'][share]:.2f} s" for share in ("p50", "p99")]
@@ -87,7 +99,13 @@ def line(tiers: str, run: str, found: dict[str, Any]) -> str:
 
 
 def rows(tiers: str, given: argparse.Namespace, directory: Path) -> Iterator[str]:
-    """The runs of one way to cache."""
+    """The rows of one way to cache.
+
+    Args:
+        tiers: ``none``, ``device``, ``small-host``, ``host`` or the name of a storage backend.
+        given: the command line.
+        directory: where a storage backend keeps its files.
+    """
     n_tokens = given.clients * given.rounds * (given.words + given.output) // 2
     device_tokens = -(-n_tokens // PAGE_SIZE) * PAGE_SIZE
     if tiers == "none":

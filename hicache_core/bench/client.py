@@ -28,11 +28,11 @@ class Reply:
 
     Attributes:
         text: the answer.
-        ttft_s: until its first piece of text; None without any.
-        latency_s: until its end.
-        prompt_tokens, output_tokens, cached_tokens: as the server counts; 0 if it does not tell.
-        cached: cached tokens by tier; empty if the server does not tell.
-        error: what went wrong; empty if nothing did.
+        ttft_s: seconds until the first piece of text; None if there was none.
+        latency_s: seconds until the end.
+        prompt_tokens, output_tokens, cached_tokens: as counted by the server; 0 if not reported.
+        cached: cached tokens by tier; empty if not reported.
+        error: the error of a failed request; otherwise empty.
     """
 
     text: str = ""
@@ -68,7 +68,15 @@ class Client:
         timeout_s: float = 600.0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Connects to nothing yet.
+        """Connects on the first request.
+
+        Args:
+            url: address of the server, such as ``http://127.0.0.1:30000``.
+            api: which API to call, a key of ``PATHS``.
+            model: model name in the requests.
+            api_key: API key of the server; None sends none.
+            timeout_s: seconds that a request may take.
+            clock: seconds, increasing; times of replies are measured with it.
 
         Raises:
             ConfigError: httpx is not installed.
@@ -88,7 +96,7 @@ class Client:
             base_url=url,
             headers=headers,
             timeout=timeout_s,
-            trust_env=False,  # a server under test stands on loopback or in the cluster
+            trust_env=False,  # a server under test is on loopback or in the cluster
             limits=self._httpx.Limits(max_connections=None),
         )
 
@@ -126,7 +134,7 @@ class Client:
         return snapshot if isinstance(snapshot, dict) else {}
 
     async def flush_cache(self) -> bool:
-        """Asks the server to empty its cache; whether it said yes."""
+        """Asks the server to empty its cache; returns whether it did."""
         try:
             response = await self._http.post("/flush_cache")
         except self._httpx.HTTPError:

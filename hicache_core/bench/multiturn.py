@@ -1,4 +1,4 @@
-"""The multi-turn load: clients that come back with the whole conversation and a new question."""
+"""The multi-turn load: each request is the whole conversation so far and a new question."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from hicache_core.bench.result import Record
 
 @dataclass(frozen=True, slots=True)
 class MultiTurn:
-    """The load. Lengths are in words, about a token each.
+    """The load. Lengths are in words of about one token each.
 
     Attributes:
-        num_clients: conversations.
-        max_parallel: requests under way at once.
-        request_length: words of each client's first request.
-        sub_question_input_length: words of the later ones; 0 for ``request_length``.
+        num_clients: number of conversations.
+        max_parallel: requests that may run at the same time.
+        request_length: words in the first request of each client.
+        sub_question_input_length: words in each later question; 0 for ``request_length``.
         output_length: tokens of each answer.
         num_rounds: requests of each client.
-        request_rate: requests a second on average; infinite sends as soon as one may.
+        request_rate: requests per second on average; infinite sends without pauses.
         distribution: of the pauses: ``poisson`` or ``uniform``.
         ready_queue_policy: which waiting client is next: ``random`` or ``fifo``.
         shared_prefix_share: part of the first request that is the same for all clients, 0 to 1.
-        seed: of all that is random.
+        seed: of all random choices.
     """
 
     num_clients: int = 8
@@ -71,10 +71,10 @@ async def run_multiturn(
 
     Args:
         load: what to send.
-        client: to whom.
-        words: what prompts are made of.
+        client: sends the requests.
+        words: makes the texts.
         on_record: called with each finished request.
-        clock: seconds.
+        clock: seconds, increasing.
 
     Returns:
         A record for each request, in the order in which they finished.
@@ -128,5 +128,5 @@ def _question(load: MultiTurn, words: Words, chat: _Conversation) -> str:
 
 
 def _chance(load: MultiTurn, client: int, round_: int) -> random.Random:
-    """So that a client's questions are the same in each run, whoever is served first."""
+    """A generator for one client and round, so that its questions are the same in each run."""
     return random.Random(f"{load.seed}/{client}/{round_}")

@@ -14,7 +14,14 @@ COLOURS = {"device": "#2f7de1", "host": "#1a9b78", "storage": "#d9822b", "comput
 
 
 def draw(title: str, records: Sequence[Record], figures: Mapping[str, Any], file: Path) -> None:
-    """Writes the picture, in the format that the file's suffix names."""
+    """Writes the picture of a run.
+
+    Args:
+        title: heading of the picture.
+        records: the requests of the run.
+        figures: the summary that ``result.summary`` made of them.
+        file: the file to write; its suffix decides the format.
+    """
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     figure.suptitle(title, fontsize=11)
     times, tokens = figure.subplots(1, 2, width_ratios=(3, 1))

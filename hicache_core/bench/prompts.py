@@ -1,4 +1,4 @@
-"""Words for prompts: short ones, about a token each, so that lengths in tokens come out near."""
+"""Short words for prompts, of about one token each, so that lengths in tokens are about right."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Words:
     """Makes texts of so many words; each begins with a space, so that texts may be joined."""
 
     def __init__(self, source: list[str] | None = None) -> None:
-        """Takes words from ``source``, in runs as they stand there; random ones without."""
+        """Takes runs of words from ``source``; without it, random words."""
         self._source = source
 
     def text(self, n_words: int, chance: random.Random) -> str:
@@ -45,7 +45,7 @@ def words_of_file(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the dataset {path} cannot be read: {error}") from error
+        raise ConfigError(f"cannot read the dataset {path}: {error}") from error
     if path.suffix == ".json":
         text = _conversations(path, text)
     words = text.split()
@@ -60,6 +60,6 @@ def _conversations(path: Path, text: str) -> str:
         turns = [turn["value"] for chat in chats for turn in chat["conversations"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"the dataset {path} is no list of conversations as ShareGPT has them: {error!r}"
+            f"the dataset {path} is not a list of conversations in ShareGPT's format: {error!r}"
         ) from error
     return " ".join(str(turn) for turn in turns)

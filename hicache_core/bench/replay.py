@@ -21,11 +21,11 @@ class Replay:
     """How a trace is sent.
 
     Attributes:
-        block_tokens: words in place of a block of the trace, and all lengths shrink with it; None
-            for as many as the trace's blocks have tokens.
-        time_scale: seconds here for a second of the trace; 0 sends as fast as may be.
-        max_parallel: requests under way at once.
-        max_output: tokens of an answer at most.
+        block_tokens: words that replace a block of the trace; all lengths are scaled with it. None
+            for as many words as a block has tokens.
+        time_scale: seconds that a second of the trace takes; 0 sends as fast as possible.
+        max_parallel: requests that may run at the same time.
+        max_output: tokens in an answer at most.
     """
 
     block_tokens: int | None = None
@@ -35,10 +35,10 @@ class Replay:
 
 
 class Prompts:
-    """The prompts of a trace: two of them share just the blocks that their requests share.
+    """The prompts of a trace: two prompts share exactly the blocks that their requests share.
 
-    A block begins with its number, written in words, lowest digit first. So blocks of two names
-    differ from their first words on, whatever chance makes of the rest.
+    A block begins with its number, written in words, lowest digit first. So blocks with different
+    names differ from their first words on, whatever the random words after them.
     """
 
     def __init__(self, requests: Sequence[TraceRequest]) -> None:
@@ -84,9 +84,16 @@ async def run_replay(
     on_record: Callable[[Record], None] = lambda _record: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Record]:
-    """Sends each request when it arrives, or as soon as ``max_parallel`` allows.
+    """Sends each request at its time in the trace, or as soon as ``max_parallel`` allows.
 
     A request of a session also waits until the one before it has been answered.
+
+    Args:
+        replay: how to send the trace.
+        requests: the trace, sorted by time.
+        client: sends the requests.
+        on_record: called after each request, with its record.
+        clock: seconds, increasing.
 
     Returns:
         A record for each request, in the order in which they finished.

@@ -16,11 +16,11 @@ class Record:
     """One finished request.
 
     Attributes:
-        client: whose; of a replay, the number of its line.
-        round: which of the client's, from 0.
-        sent_s: when, since the start.
-        prompt_words: words of its prompt.
-        reply: what came back.
+        client: number of the client; for a replay, the number of the request in the trace.
+        round: number of the request of this client, from 0.
+        sent_s: seconds from the start of the run until it was sent.
+        prompt_words: words in its prompt.
+        reply: the answer.
     """
 
     client: int
@@ -31,7 +31,7 @@ class Record:
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
-    """The smallest value that at least ``share`` of all are not above; None without values.
+    """The smallest value such that at least ``share`` of all values are not above it; or None.
 
     Example:
         >>> percentile([4.0, 1.0, 3.0, 2.0], 0.5)
@@ -47,17 +47,17 @@ def summary(
     before: Mapping[str, Any],
     after: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The figures of a run, as JSON values.
+    """The summary of a run, as JSON values.
 
     Args:
-        records: of all requests.
-        elapsed_s: of the whole run.
-        before, after: snapshots of the server's cache around the run; empty without.
+        records: all requests.
+        elapsed_s: seconds of the whole run.
+        before, after: snapshots of the server's cache around the run; empty if there is none.
 
     Returns:
         ``hit_tokens_source`` tells where the hit tokens by tier come from: ``replies``, ``cache``
-        (growth of its counters: others' requests count too, and one that was preempted counts
-        again), or nothing.
+        (growth of its counters, which count other requests too, and a preempted request again),
+        or nothing.
     """
     good = [record.reply for record in records if not record.reply.error]
     hits, source = _hits(good, before, after)
@@ -109,7 +109,7 @@ def _hits(
 
 
 def _rounds(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """The figures of each round: later ones should find more in the cache."""
+    """The summary of each round; later rounds should find more in the cache."""
     rounds: dict[int, list[Reply]] = defaultdict(list)
     for record in records:
         if not record.reply.error:

@@ -1,4 +1,4 @@
-"""Traces: requests that somebody recorded, in the forms in which they are published.
+"""Traces: recorded requests, in the formats in which they are published.
 
 =================  ========================================================================
 Mooncake           a JSON object a line: ``timestamp`` in ms, ``input_length``,
@@ -9,7 +9,7 @@ kv-cache-tester    an object a conversation: ``block_size`` and ``requests``, ea
 ShareGPT           a list of objects with ``conversations``: turns of ``from`` and ``value``
 =================  ========================================================================
 
-The form is told by the fields of the first object. Equal ids are equal blocks.
+The fields of the first object tell the format. Equal ids are equal blocks.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ def read_trace(
 
     Args:
         path: the file.
-        limit: how many; all by default.
-        block_tokens: tokens of a block; by default what the form says.
-        time_unit: of the timestamps; by default what the form says.
+        limit: number of requests; None for all.
+        block_tokens: tokens in a block; by default that of the format.
+        time_unit: of the timestamps; by default that of the format.
 
     Raises:
-        ConfigError: it cannot be read, has a form that is not known, arrivals go backwards, or its
-            lengths do not fit its blocks: the message names the line.
+        ConfigError: it cannot be read, has an unknown format, is not sorted by time, or its
+            lengths do not fit its blocks; the message names the line.
     """
     requests: list[TraceRequest] = []
     for where, item in _objects(path):
@@ -83,19 +83,19 @@ def read_trace(
         requests.sort(key=lambda request: request.at_s)
     for first, second in pairwise(requests):
         if second.at_s < first.at_s:
-            raise ConfigError(f"the trace {path} is not in the order of its timestamps")
+            raise ConfigError(f"the trace {path} is not sorted by its timestamps")
     return requests[:limit]
 
 
 def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a file, which is one JSON value or has one a line, each with its place."""
+    """The objects of a file (one JSON value, or one on each line), each with its location."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the trace {path} cannot be read: {error}") from error
+        raise ConfigError(f"cannot read the trace {path}: {error}") from error
     for where, item in _values(path, text):
         if not isinstance(item, dict):
-            raise ConfigError(f"{where}: no object but {json.dumps(item)[:60]}")
+            raise ConfigError(f"{where}: expected a JSON object, found {json.dumps(item)[:60]}")
         yield where, item
 
 
@@ -116,7 +116,7 @@ def _parsed(where: str, line: str) -> Any:
     try:
         return json.loads(line)
     except ValueError as error:
-        raise ConfigError(f"{where}: no JSON: {error}") from error
+        raise ConfigError(f"{where}: not valid JSON: {error}") from error
 
 
 def _requests(
@@ -131,11 +131,11 @@ def _requests(
         if "hash_ids" in item:
             return [_line(where, item, block_tokens, time_unit)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{where}: no request of a trace: {error!r}") from error
+        raise ConfigError(f"{where}: a field is missing or wrong: {error!r}") from error
     raise ConfigError(
-        f"{where}: no form of trace that is known: it has {', '.join(item) or 'no fields'}; known "
-        "are Mooncake's and Bailian's (hash_ids), kv-cache-tester's (requests) and ShareGPT's "
-        "(conversations)"
+        f"{where}: unknown trace format with the fields {', '.join(item) or 'none'}; the known "
+        "formats are Mooncake's and Bailian's (hash_ids), kv-cache-tester's (requests) and "
+        "ShareGPT's (conversations)"
     )
 
 
@@ -148,8 +148,8 @@ def _line(
     at = float(item["timestamp"])
     if time_unit is None and not is_bailian and not at.is_integer():
         raise ConfigError(
-            f"{where}: timestamp {at} is no whole number of milliseconds; say --time-unit s if "
-            "it is seconds, or --time-unit ms"
+            f"{where}: timestamp {at} is not a whole number of milliseconds; give --time-unit s "
+            "if it is in seconds, otherwise --time-unit ms"
         )
     unit: TimeUnit = time_unit or ("s" if is_bailian else "ms")
     blocks = tuple(map(str, map(int, item["hash_ids"])))
@@ -164,7 +164,7 @@ def _misfit(where: str, n_tokens: int, n_blocks: int, block_tokens: int) -> Conf
     fitting = [
         size for size in _USUAL_BLOCKS if size * (n_blocks - 1) < n_tokens <= size * n_blocks
     ]
-    hint = f"; if its blocks have {fitting[0]}, say --trace-block-tokens {fitting[0]}"
+    hint = f"; if its blocks have {fitting[0]} tokens, give --trace-block-tokens {fitting[0]}"
     return ConfigError(
         f"{where}: {n_tokens} tokens do not fit {n_blocks} blocks of {block_tokens}"
         + (hint if fitting and n_blocks > 1 else "")

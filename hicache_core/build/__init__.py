@@ -1,1 +1,1 @@
-"""Where concrete classes are chosen: the cache, its storage and what observes it."""
+"""Chooses the concrete classes of the cache, its storage and its observers."""

@@ -92,16 +92,16 @@ class HiCache(Controller):
         """Builds the pools, opens the storage backend and starts the threads.
 
         Args:
-            config: what is asked; the compatibility rules are applied here, each logged once.
-            spec: what one token's KV is.
-            device_pool: L1, the engine's own tensors or ours.
-            clock: seconds, for deadlines.
-            ranks: who decides together; alone if None.
-            batch_pages: pages of one storage job at most.
+            config: the settings asked for; the compatibility rules are applied here.
+            spec: the KV of one token.
+            device_pool: L1, over the engine's own tensors or new ones.
+            clock: seconds, increasing, for deadlines.
+            ranks: the ranks of this cache; None for a single process.
+            batch_pages: pages in one storage job at most.
 
         Raises:
-            ConfigError, SpecError, NotEnoughMemory, PluginError, BackendError: whatever is wrong,
-                before anything is left running.
+            ConfigError, SpecError, NotEnoughMemory, PluginError, BackendError: the cache cannot be
+                opened; nothing is left running.
         """
         in_force = config.resolve().in_force
         ranks = ranks or SingleRank()
@@ -135,20 +135,20 @@ class HiCache(Controller):
         return take_picture(self._parts.tree)
 
     def recent(self, limit: int) -> Sequence[Explanation]:
-        """What ``explain`` knows of the newest requests, the newest first; any thread may ask."""
+        """The records of the latest requests, newest first; may be called on any thread."""
         return self._observers.recent(limit)
 
     def set_policies(self, values: Mapping[str, object]) -> None:
-        """Changes what may change while requests run, from the next decision on.
+        """Changes the policies that can change while requests run, from the next decision on.
 
-        Owner thread; every rank calls alike.
+        Owner thread; every rank makes the same call.
 
         Args:
-            values: a configuration; of it ``hicache_write_policy``, the prefetch policy with its
-                times, and ``prefetch_threshold`` count.
+            values: a configuration. Only ``hicache_write_policy``, the prefetch policy with its
+                times, and ``prefetch_threshold`` are used.
 
         Raises:
-            ConfigError: a value is not allowed; nothing has changed then.
+            ConfigError: a value is not allowed; nothing has changed.
         """
         self.owner.check()
         config = HiCacheConfig.load(arguments=values)
@@ -170,7 +170,7 @@ class HiCache(Controller):
 
 @contextlib.contextmanager
 def _together(ranks: RankGroup) -> Iterator[None]:
-    """A step of the start that has to succeed on every rank; enters one collective.
+    """A step of opening that must succeed on every rank; enters one collective.
 
     Raises:
         RankLost: it succeeded here, and failed on another rank.
@@ -181,14 +181,14 @@ def _together(ranks: RankGroup) -> Iterator[None]:
         agree_all(ranks, [0])
         raise
     if agree_all(ranks, [1]) != [1]:
-        raise RankLost("another rank could not open its cache; its own error says why")
+        raise RankLost("another rank could not open its cache; see the error of that rank")
 
 
 def _check_alike(ranks: RankGroup, config: HiCacheConfig, batch_pages: int) -> None:
-    """Makes sure that the ranks will decide alike.
+    """Checks that all ranks have the settings that they need to decide alike.
 
     Raises:
-        ConfigError: names the first setting that another rank has otherwise.
+        ConfigError: another rank has other settings; the message names the first that differs.
     """
     own = config.model_dump(mode="json", exclude={"hicache_size", "hicache_ratio", EXTRA})
     own |= config.controller_keys.model_dump() | {"batch_pages": batch_pages}
@@ -197,19 +197,19 @@ def _check_alike(ranks: RankGroup, config: HiCacheConfig, batch_pages: int) -> N
         for key, value in own.items():
             if other[key] != value:
                 raise ConfigError(
-                    f"{key} is {value} on rank {ranks.rank} and {other[key]} on rank {rank}: the "
-                    "ranks of one cache need equal settings"
+                    f"{key} is {value} on rank {ranks.rank} and {other[key]} on rank {rank}: all "
+                    "ranks of a cache need the same settings"
                 )
 
 
 def _agreed_pages(
     config: HiCacheConfig, spec: KVSpec, device_pool: DevicePool, ranks: RankGroup
 ) -> int:
-    """Pages of the host pool: as many as the rank with the least room has; 0 without a host tier.
+    """Pages of the host pool: as many as fit on the rank with the least room; 0 if there is none.
 
     Raises:
-        ConfigError: the ranks' device pools differ, so that they could not evict alike.
-        SpecError: the device pool does not fit the spec, or a rank has room for no page.
+        ConfigError: the device pools of the ranks differ, so that they could not evict alike.
+        SpecError: the device pool does not fit the spec, or a rank has no room for a page.
     """
     n_device = device_pool.n_pages
     n_host, error = 0, _misfit(config, spec, device_pool)
@@ -229,15 +229,15 @@ def _agreed_pages(
     if error is not None:
         raise error
     if not is_well:
-        raise SpecError("another rank's pools do not fit; its own error says why")
+        raise SpecError("the pools of another rank do not fit; see the error of that rank")
     if least != -minus_most:
         raise ConfigError(
-            f"rank {ranks.rank} has {n_device} device pages, others from {least} to "
-            f"{-minus_most}: the ranks of one cache need equal device pools"
+            f"rank {ranks.rank} has {n_device} device pages, others have {least} to "
+            f"{-minus_most}: all ranks of a cache need device pools of the same size"
         )
     if n_agreed < n_host:
         log.warning(
-            "the host pool has %d pages instead of %d: a rank has no room for more",
+            "the host pool has %d pages instead of %d: another rank has no room for more",
             n_agreed,
             n_host,
         )
@@ -248,8 +248,8 @@ def _misfit(config: HiCacheConfig, spec: KVSpec, device_pool: DevicePool) -> Spe
     if (device_pool.spec, device_pool.page_size) == (spec, config.page_size):
         return None
     return SpecError(
-        f"the device pool holds pages of {device_pool.page_size} tokens of {device_pool.spec}; "
-        f"asked are pages of {config.page_size} tokens of {spec}"
+        f"the device pool has pages of {device_pool.page_size} tokens of {device_pool.spec}, but "
+        f"the cache needs pages of {config.page_size} tokens of {spec}"
     )
 
 
@@ -260,7 +260,7 @@ def _parts(
     ranks: RankGroup,
     undo: contextlib.ExitStack,
 ) -> Parts:
-    """Everything but storage."""
+    """All parts of the cache except storage."""
     tree = RadixTree(
         config.page_size,
         eviction_policy(config.radix_eviction_policy),
@@ -297,14 +297,14 @@ def _parts(
 
 
 def _log_progress(done_nbytes: int, all_nbytes: int) -> None:
-    """Says how far a large host pool has been faulted in."""
+    """Logs how much of a large host pool has been faulted in."""
     log.info("host pool: %.1f of %.1f GB are ready", done_nbytes / GB, all_nbytes / GB)
 
 
 def _with_storage(
     parts: Parts, config: HiCacheConfig, opener: StorageOpener, undo: contextlib.ExitStack
 ) -> Parts:
-    """The parts with the L3 tier, and with the backend that the configuration names attached."""
+    """Adds the L3 tier to the parts, with the backend that the configuration names attached."""
     assert parts.host is not None
     quarantine = Quarantine(parts.jobs, parts.host.allocator)
     storage = StorageTier(parts.jobs, quarantine, opener.open)

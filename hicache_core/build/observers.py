@@ -33,14 +33,19 @@ _TRIES = 10
 
 
 class Observers:
-    """What a cache tells to whom, by its configuration. Made, opened and closed with the cache.
+    """What observes a cache, by its configuration. Made, opened and closed with the cache.
 
-    One rank of a cache publishes events, since all hold the same prefixes; each has a status server
-    of its own, on a port raised by its rank.
+    Only rank 0 publishes events, since all ranks hold the same prefixes. Each rank has a status
+    server of its own; its number is added to the port.
     """
 
     def __init__(self, config: HiCacheConfig, clock: Callable[[], float], rank: int) -> None:
-        """Binds nothing yet.
+        """Binds no address yet.
+
+        Args:
+            config: the settings in force.
+            clock: seconds, increasing, for explanations.
+            rank: number of this rank; only rank 0 publishes KV events.
 
         Raises:
             ConfigError: a setting is wrong, or its package is not installed.
@@ -54,7 +59,7 @@ class Observers:
         self._server: StatusServer | None = None
 
     def watching(self, parts: Parts) -> Parts:
-        """The parts, with everybody told who wants to know."""
+        """The parts, with the observers attached."""
         told = (self._explainer, self._events)
         journals: list[Journal] = [journal for journal in told if journal is not None]
         return replace(
@@ -93,18 +98,18 @@ class Observers:
         self._server, self._history = server, history
 
     def begin(self) -> None:
-        """Starts to answer, and to look at the cache by itself, now that it is there."""
+        """Starts the status server and the sampling of the cache, which is complete now."""
         if self._server is not None:
             self._server.open()
         if self._history is not None:
             self._history.open()
 
     def polled(self, tree: RadixTree) -> None:
-        """Makes what others wait to see of the cache. Owner thread, once a step."""
+        """Makes the picture that readers wait for. Owner thread, once a step."""
         self._picture.serve(lambda: take_picture(tree))
 
     def recent(self, limit: int) -> Sequence[Explanation]:
-        """Explanations of the newest requests, the newest first; any thread."""
+        """Explanations of the latest requests, newest first; any thread."""
         explainer = self._explainer
         if explainer is None:
             return []
@@ -115,16 +120,16 @@ class Observers:
         return []
 
     def complete(self, snapshot: CacheSnapshot) -> CacheSnapshot:
-        """A snapshot with what the cache itself does not know."""
+        """Adds what only the observers know to a snapshot of the cache."""
         return replace(snapshot, events=None if self._events is None else self._events.status())
 
     @property
     def status_url(self) -> str | None:
-        """Where the status server answers; None without one."""
+        """URL of the status server; None if there is none."""
         return None if self._server is None else self._server.url
 
     def close(self) -> None:
-        """Stops all; may be called twice."""
+        """Stops all observers; may be called twice."""
         if self._history is not None:
             self._history.close()
             self._history = None

@@ -1,4 +1,4 @@
-"""The check of a configuration that needs no model: does each store take its settings?"""
+"""Checks without a model that each storage backend accepts its settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_settings(config: HiCacheConfig) -> None:
     """Raises what building the cache would raise for its storage backend; opens nothing.
 
     Raises:
-        PluginError: a backend is not installed, does not load, or is no backend.
+        PluginError: a backend is not installed, does not load, or is not a backend.
         ConfigError: a setting is unknown, missing or wrong.
     """
     if config.hicache_storage_backend is not None:

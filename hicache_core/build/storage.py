@@ -1,4 +1,4 @@
-"""The part of ``build`` that makes storage backends and what stands around them."""
+"""The part of ``build`` that makes storage backends and their wrappers."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ ADMISSIONS: dict[str, type[Admission]] = {"always": AlwaysAdmit, "cost_aware": C
 def backend_from(
     name: str, settings: Mapping[str, object], context: BackendContext
 ) -> StorageBackend:
-    """The named backend, made of its settings and not yet opened.
+    """Makes the named backend; it is not opened yet.
 
     Args:
         name: an installed plugin, or ``dynamic`` for a class that ``settings`` names.
         settings: the backend's own settings; an unknown key is an error.
-        context: what it may know of the cache.
+        context: what the backend may know about the cache.
 
     Raises:
-        PluginError: it is not installed, does not load, or is no backend.
+        PluginError: it is not installed, does not load, or is not a backend.
         ConfigError: a setting is wrong.
     """
     if name == DYNAMIC:
@@ -66,13 +66,13 @@ def backend_from(
 
 @dataclass(frozen=True, slots=True)
 class Composed:
-    """A backend with all that stands around it, not yet opened.
+    """A backend with its wrappers, not opened yet.
 
     Attributes:
-        backend: the outermost.
-        guards: of each store, the nearest first.
-        seals: likewise.
-        deadlines: what a job on it may take.
+        backend: the outermost wrapper.
+        guards: the guard of each store, the nearest store first.
+        seals: the seal of each store, in the same order.
+        deadlines: how long a job on it may take.
     """
 
     backend: StorageBackend
@@ -88,16 +88,16 @@ class Composed:
 def composed(
     name: str, settings: Mapping[str, object], context: BackendContext, clock: Clock
 ) -> Composed:
-    """The named backend, sealed and guarded; for ``chain``, that for each of its links.
+    """Makes the named backend with seal and guard; for ``chain``, each of its links.
 
     Args:
         name: an installed plugin, ``dynamic`` or ``chain``.
         settings: the backend's own settings, and those of its guard under ``guard``.
-        context: what it may know of the cache.
-        clock: seconds.
+        context: what the backend may know about the cache.
+        clock: seconds, increasing.
 
     Raises:
-        PluginError: a backend is not installed, does not load, or is no backend.
+        PluginError: a backend is not installed, does not load, or is not a backend.
         ConfigError: a setting is wrong.
     """
     if name != CHAIN:
@@ -154,8 +154,8 @@ def _checked(model: type[M], settings: object, prefix: str) -> M:
 class StorageOpener:
     """Makes attachments for one cache: backend, seal, guard, chain, worker.
 
-    ``open`` may be called on any thread; it touches nothing of the owner's but the host pool's
-    buffers, which do not change.
+    ``open`` may be called on any thread. Of the owner's state it uses only the buffers of the host
+    pool, which do not change.
     """
 
     def __init__(

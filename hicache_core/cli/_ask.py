@@ -1,4 +1,4 @@
-"""The question to a running cache: JSON from a path of its status server."""
+"""Requests to the status server of a running cache, answered with JSON."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ import click
 from hicache_core.config.redact import masked_text
 
 DEFAULT_URLS = ("http://127.0.0.1:30000", "http://127.0.0.1:9477")
-"""Where ``hicache serve`` listens by default, and a status server."""
+"""The default addresses of ``hicache serve`` and of a status server."""
 F = TypeVar("F", bound=Callable[..., object])
 _TIMEOUT_S = 10.0
 _SUFFIXES = ("/hicache/status", "/hicache")
 
 
 def asks(command: F) -> F:
-    """The argument and the option of a command that asks a cache: ``url``, ``api_key``."""
+    """Gives a command the argument ``url`` and the option ``--api-key``."""
     key = click.option(
         "--api-key",
         envvar="HICACHE_API_KEY",
-        help="The key that the server asks for; best by the environment, HICACHE_API_KEY.",
+        help="API key of the server. Prefer the environment variable HICACHE_API_KEY.",
     )
     return key(click.argument("url", required=False, callback=_found)(command))
 
 
 def _found(_ctx: click.Context, _parameter: click.Parameter, url: str | None) -> str:
-    """The cache that is meant: without a URL the first of the usual places where one listens."""
+    """The given URL; without one, the first of ``DEFAULT_URLS`` that accepts a connection."""
     if url is not None:
         return url
     for usual in DEFAULT_URLS:
@@ -43,7 +43,7 @@ def _found(_ctx: click.Context, _parameter: click.Parameter, url: str | None) ->
             continue
         return usual
     raise click.ClickException(
-        f"nobody listens at {' or '.join(DEFAULT_URLS)}; give the URL of a running cache"
+        f"nothing listens at {' or '.join(DEFAULT_URLS)}; give the URL of a running cache"
     )
 
 
@@ -56,10 +56,15 @@ def base_of(url: str) -> str:
 
 
 def ask(url: str, path: str, *, key: str | None = None) -> Any:
-    """What ``path`` of the server at ``url`` answers, as JSON values.
+    """The answer of a status server, as JSON values.
+
+    Args:
+        url: address of the server, with or without scheme and path of the page.
+        path: path of the request, such as ``/hicache/status``.
+        key: API key, if the server needs one.
 
     Raises:
-        click.ClickException: nobody answers, or something that is no cache.
+        click.ClickException: nothing answers, or what answers is not a cache.
     """
     address = base_of(url) + path
     shown = masked_text(address)
@@ -72,22 +77,22 @@ def ask(url: str, path: str, *, key: str | None = None) -> Any:
     except HTTPError as error:
         with error:
             reason = (
-                ("it does not take that key" if key else "it wants --api-key")
+                ("it refuses this API key" if key else "it needs --api-key")
                 if error.code in (401, 403)
-                else "that is no status server of a cache"
+                else "this is not the status server of a cache"
             )
             raise click.ClickException(f"{shown} answers {error.code}; {reason}") from error
     except (URLError, OSError) as error:
         reason = str(error.reason if isinstance(error, URLError) else error)
         raise click.ClickException(
-            f"nobody answers at {shown} ({reason}); is the cache running with its status server?"
+            f"no answer from {shown} ({reason}); is the cache running with its status server?"
         ) from error
     except ValueError as error:
-        raise click.ClickException(f"{shown} answers no JSON") from error
+        raise click.ClickException(f"the answer from {shown} is not JSON") from error
 
 
 def ask_if_there(url: str, path: str, *, key: str | None = None) -> Any:
-    """As :func:`ask`, but nothing, ``{}``, from a server that answers otherwise or not there."""
+    """As :func:`ask`, but returns ``{}`` where :func:`ask` would raise."""
     try:
         return ask(url, path, key=key)
     except click.ClickException:

@@ -1,4 +1,4 @@
-"""The view of ``hicache bench``: the figures of a run on a terminal."""
+"""The view of ``hicache bench``: the results of a run on a terminal."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-SOURCES = {"cache": "as the cache counted", "replies": "as the replies said"}
+SOURCES = {"cache": "counted by the cache", "replies": "from the replies"}
 
 
 def results(title: str, figures: Mapping[str, Any]) -> RenderableType:
-    """The summary, and a line for each round if there are several."""
+    """The summary, and a table with one row for each round if there are several."""
     lines = Text("\n".join(_lines(title, figures)) + "\n")
     return Group(lines, _rounds(figures)) if len(figures["rounds"]) > 1 else lines
 
@@ -35,7 +35,7 @@ def _lines(title: str, figures: Mapping[str, Any]) -> Iterator[str]:
         hits = ", ".join(f"{tier} {n:,}" for tier, n in figures["hit_tokens"].items())
         yield f"hit tokens    {hits} ({SOURCES[figures['hit_tokens_source']]})"
     else:
-        yield "hit tokens    the server does not tell them by tier"
+        yield "hit tokens    the server does not report them by tier"
 
 
 def _rounds(figures: Mapping[str, Any]) -> Table:

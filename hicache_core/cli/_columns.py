@@ -1,4 +1,4 @@
-"""Plain aligned columns: whole words, one line a row, fit for grep."""
+"""Plain aligned columns, one line for each row, easy to grep."""
 
 from __future__ import annotations
 

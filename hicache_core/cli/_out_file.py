@@ -1,4 +1,4 @@
-"""The type of an option that names a file to write, checked before the work begins."""
+"""The type of an option that names an output file; it is checked before the work begins."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import click
 
 
 class OutFile(click.Path):
-    """A file that can be written: its folder is there, and neither forbids it.
+    """A path that can be written: its folder exists, and folder and file are writable.
 
-    Found out when the command line is read, not when the run is over.
+    This is checked when the command line is parsed, not after the run.
     """
 
     def __init__(self) -> None:
-        """A path that need not exist yet."""
+        """The file itself need not exist yet."""
         super().__init__(dir_okay=False, writable=True, path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """The path; fails with one sentence if it cannot be written."""
+        """Returns the path; a path that cannot be written is a usage error."""
         file = Path(os.fsdecode(super().convert(value, param, ctx)))
         folder = file.absolute().parent
         if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""A prompt on the command line: token ids, or a text and a tokenizer."""
+"""A prompt on the command line: token ids, or a text with a tokenizer."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ def packed_prompt(prompt: str, tokenizer: Path | None) -> bytes:
     """The packed token ids of a prompt.
 
     Args:
-        prompt: ids with commas between them, a JSON list of ids, a text, or ``@file`` with any of
-            them in it.
-        tokenizer: folder of the tokenizer; needed for a text.
+        prompt: ids separated by commas, a JSON list of ids, a text, or ``@file`` with one of
+            these in it.
+        tokenizer: folder of the tokenizer; needed only for a text.
 
     Raises:
-        ConfigError: a file cannot be read, or there is no tokenizer for a text.
-        InvalidTokens: an id is no token id.
+        ConfigError: the file cannot be read, or a text has no tokenizer.
+        InvalidTokens: an id is not a token id.
     """
     if prompt.startswith("@"):
         try:
             prompt = Path(prompt[1:]).expanduser().read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise ConfigError(f"the prompt's file cannot be read: {error}") from None
+            raise ConfigError(f"cannot read the file of the prompt: {error}") from None
     ids = _ids(prompt)
     if ids is None:
         ids = _encoded(prompt, tokenizer)
@@ -51,12 +51,12 @@ def _ids(prompt: str) -> list[int] | None:
 def _encoded(text: str, tokenizer: Path | None) -> list[int]:
     if tokenizer is None:
         raise ConfigError(
-            "the prompt is a text: add --tokenizer FOLDER (or --model with a tokenizer in it), or "
-            "give token ids with commas between them"
+            "the prompt is a text: add --tokenizer FOLDER (or a --model folder that has a "
+            "tokenizer), or give token ids separated by commas"
         )
     if importlib.util.find_spec("transformers") is None:
         raise ConfigError(
-            "a text needs transformers to be tokenized; run: pip install 'hicache-core[engine]'"
+            "tokenizing a text needs transformers: pip install 'hicache-core[engine]'"
         )
     from hicache_core.engine.tokenizer import encode
 

@@ -1,4 +1,4 @@
-"""The view of ``hicache status``: what an observation looks like on a terminal."""
+"""The view of ``hicache status``: one observation on a terminal."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def console(*, least_width: int = 0) -> Console:
-    """Standard output; wide where it is no terminal, so that nothing is cut off in a file.
+    """Standard output; 160 columns if it is not a terminal, so that a file holds whole lines.
 
     Args:
-        least_width: a narrower terminal breaks lines, and no number is cut.
+        least_width: columns; a narrower terminal wraps lines instead of cutting numbers off.
     """
     made = Console(markup=False, highlight=False)
     if made.is_terminal and made.width >= least_width:
@@ -30,7 +30,7 @@ def console(*, least_width: int = 0) -> Console:
 
 
 def view(seen: Observation) -> RenderableType:
-    """Everything, alarms last, where the eye is."""
+    """All tables; alarms come last, next to the prompt of the shell."""
     snapshot = seen.snapshot
     parts: list[RenderableType] = [_tiers(seen), Text(_hits(seen))]
     if snapshot.backends:
@@ -43,10 +43,10 @@ def view(seen: Observation) -> RenderableType:
 
 
 def alarms_of(seen: Observation) -> Iterator[str]:
-    """What somebody should look at, a line each."""
+    """What an operator should look at, one line for each alarm."""
     snapshot = seen.snapshot
     if seen.write_only:
-        yield "storage only takes: much is stored, nothing is loaded (hicache why)"
+        yield "storage is only written to: much is stored, nothing is loaded (see hicache why)"
     for backend in snapshot.backends:
         if backend.breaker in ("open", "half_open"):
             yield _breaker_alarm(backend)
@@ -56,7 +56,7 @@ def alarms_of(seen: Observation) -> Iterator[str]:
     if snapshot.quarantined_pages:
         yield f"{snapshot.quarantined_pages} host pages are held by stuck storage jobs"
     if snapshot.events is not None and snapshot.events.dropped_runs:
-        yield f"{snapshot.events.dropped_runs} KV events were dropped, subscribers started anew"
+        yield f"{snapshot.events.dropped_runs} KV events were dropped; subscribers start over"
 
 
 def _breaker_alarm(backend: BackendStatus) -> str:
@@ -108,7 +108,7 @@ def _hits(seen: Observation) -> str:
     hits = sum(seen.snapshot.hit_tokens.values())
     asked = hits + seen.snapshot.counters.get("missed_tokens", 0)
     since_start = f"{hits / asked:.1%} of {asked:,} tokens" if asked else "no tokens yet"
-    return f"hit rate: {seen.hit_rate:.1%} of the last minute, {since_start} since the start\n"
+    return f"hit rate: {seen.hit_rate:.1%} in the last minute, {since_start} since the start\n"
 
 
 def _storage(snapshot: CacheSnapshot) -> Table:
@@ -145,14 +145,14 @@ def _calls(operation: OperationStatus) -> Iterator[str]:
 
 
 def transfers_table(snapshot: CacheSnapshot) -> Table:
-    """What went between prefill and decode nodes."""
+    """What moved between prefill and decode nodes, one row for each transfer backend."""
     table = _table(
         "transfers",
         "BACKEND",
         "SENT",
         "RECEIVED",
         "ENDED",
-        "UNDER WAY",
+        "IN FLIGHT",
         "CONNECTIONS",
         "P50",
         "P99",

@@ -1,4 +1,4 @@
-"""The view of ``hicache top``: one moment of a cache on a terminal."""
+"""The view of ``hicache top``: a cache at one moment, on a terminal."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ MAX_REQUESTS = 10
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What moved in a second, over the last ``SPAN`` samples at most.
+    """Rates per second, over the last ``SPAN`` samples at most.
 
     Attributes:
-        stored_nbytes, loaded_nbytes: to and from storage.
-        cached_tokens, computed_tokens: of prompts.
+        stored_nbytes, loaded_nbytes: bytes per second to and from storage.
+        cached_tokens, computed_tokens: prompt tokens per second.
     """
 
     SPAN: ClassVar[int] = 10
@@ -39,15 +39,15 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """All that is shown.
+    """All that ``hicache top`` shows.
 
     Attributes:
-        url: of the cache.
+        url: address of the cache, without secrets.
         seen: its status.
-        rates: None until two samples are there.
-        requests: late ones, the newest first.
-        engine: what its engine says; empty if none does.
-        last_sample: number of the newest sample of its history; 0 without.
+        rates: None until there are two samples.
+        requests: the latest requests, newest first.
+        engine: the answer of its engine; empty if there is no engine.
+        last_sample: number of the newest sample of its history; 0 if there is none.
     """
 
     url: str
@@ -59,7 +59,7 @@ class Moment:
 
 
 def rates_of(samples: Sequence[Mapping[str, Any]]) -> Rates | None:
-    """Rates between the newest sample and the one ``Rates.SPAN`` before it."""
+    """The rates between the newest sample and the one ``Rates.SPAN`` samples before it."""
     late = samples[-Rates.SPAN - 1 :]
     if len(late) < 2:
         return None
@@ -79,7 +79,7 @@ def rates_of(samples: Sequence[Mapping[str, Any]]) -> Rates | None:
 
 
 def top_view(moment: Moment) -> RenderableType:
-    """Everything, alarms first: the rest may be cut off by a low window."""
+    """All parts; alarms come first, since a low window cuts off the end."""
     seen = moment.seen
     alarms = [Text(f"ALARM  {alarm}", style="bold red") for alarm in alarms_of(seen)]
     parts: list[RenderableType] = [_head(moment), *alarms, _tiers(seen.snapshot)]
@@ -97,12 +97,12 @@ def _head(moment: Moment) -> Text:
     rate = f"{hits / prompt:.1%} of {prompt:,} tokens" if prompt else "no tokens yet"
     lines = [
         f"HiCache  {moment.url}",
-        f"hit rate  {seen.hit_rate:.1%} of the last minute, {rate} since the start",
+        f"hit rate  {seen.hit_rate:.1%} in the last minute, {rate} since the start",
     ]
     if moment.rates is not None:
         rates = moment.rates
         lines.append(
-            f"a second  {rates.cached_tokens:,.0f} tokens cached, {rates.computed_tokens:,.0f} "
+            f"per second  {rates.cached_tokens:,.0f} tokens cached, {rates.computed_tokens:,.0f} "
             f"computed, {nbytes_text(int(rates.loaded_nbytes))} from storage, "
             f"{nbytes_text(int(rates.stored_nbytes))} to it"
         )
@@ -127,7 +127,7 @@ def _tiers(snapshot: CacheSnapshot) -> Table:
 
 
 def _bar(tier: str, pool: PoolStatus) -> Text:
-    """Used pages; the dim part may be evicted."""
+    """A bar of the used pages; the shaded part can be evicted."""
     used = round(BAR_CELLS * pool.used_pages / max(1, pool.n_pages))
     evictable = round(BAR_CELLS * (pool.evictable_pages or 0) / max(1, pool.n_pages))
     held = max(0, used - evictable)
@@ -167,7 +167,7 @@ def _queue(snapshot: CacheSnapshot) -> str:
 
 
 def _requests(requests: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """The slowest, where somebody timed them; else those with the most computed tokens."""
+    """The slowest requests if they were timed; otherwise those with the most computed tokens."""
     if not requests:
         return Text("no requests yet")
     timed = any(request.get("ttft_s") is not None for request in requests)
@@ -189,7 +189,7 @@ def _requests(requests: Sequence[Mapping[str, Any]]) -> RenderableType:
 
 
 def _table(*headers: str) -> Table:
-    """A table whose first and last column give way in a narrow window, and no number does."""
+    """A table that shortens its first and last column in a narrow window, but never a number."""
     table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for n, header in enumerate(headers):
         gives_way = n == 0 or header == "WHY"

@@ -1,4 +1,4 @@
-"""Which cache a command speaks of: its storage namespace, named or found in the store."""
+"""Which cache a command is about: its storage namespace, given or found in the store."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _NAMESPACE = re.compile(r"[0-9a-f]{16}")
 
 @dataclass(frozen=True, slots=True)
 class Whose:
-    """A cache as far as its keys go.
+    """The cache whose keys a command looks up.
 
     Attributes:
         namespace: the first part of its keys, 16 hex digits.
         page_size: tokens in a page.
-        manifest: what the namespace stands for, if that is known.
+        manifest: what the namespace was made from; None if that is not known.
     """
 
     namespace: str
@@ -35,15 +35,15 @@ class Whose:
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """What the user said of the cache; None or empty for what was left out.
+    """What the user said about the cache; None or empty where nothing was said.
 
     Attributes:
         namespace: its storage namespace.
         model: a folder with the model's ``config.json``.
-        fingerprint: the model's, or how it starts.
-        dtype: of the cache, if not that of the weights.
+        fingerprint: fingerprint of the model, or the beginning of it.
+        dtype: dtype of the KV cache, if it differs from that of the weights.
         page_size: tokens in a page.
-        layout: of the host pool.
+        layout: layout of the host pool.
     """
 
     namespace: str | None = None
@@ -55,15 +55,15 @@ class Named:
 
 
 def choose(named: Named, known: Mapping[str, Manifest | None]) -> Whose:
-    """The one cache that ``named`` means.
+    """The one cache that ``named`` describes.
 
     Args:
         named: what the user said.
-        known: the namespaces in the store, with their manifests where there is one.
+        known: the namespaces in the store, each with its manifest or None.
 
     Raises:
-        ConfigError: it means no cache, or several.
-        SpecError: the model's config has no such KV cache.
+        ConfigError: no cache fits, or several do.
+        SpecError: the model's config does not describe a KV cache that can be stored.
     """
     if named.namespace is not None:
         return _by_digest(named.namespace, named.page_size, known)
@@ -73,11 +73,11 @@ def choose(named: Named, known: Mapping[str, Manifest | None]) -> Whose:
     found = [manifest for manifest in manifests if _fits(named, manifest)]
     if len(found) == 1:
         return Whose(found[0].namespace, found[0].page_size, found[0])
-    said = "several caches" if found else "no cache that you describe"
-    there = "; ".join(map(summary, found or manifests)) or "no manifest of any"
+    said = "several caches fit" if found else "no cache fits"
+    there = "; ".join(map(summary, found or manifests)) or "no manifest"
     raise ConfigError(
-        f"the store knows {said}; there is: {there}. Choose with --namespace, or with "
-        "--model-fingerprint, --page-size and --layout, or describe the cache with --model"
+        f"{said}; the store has: {there}. Choose one with --namespace, or with "
+        "--model-fingerprint, --page-size and --layout, or describe it with --model"
     )
 
 
@@ -108,7 +108,7 @@ def _by_model(named: Named, folder: Path, manifests: list[Manifest]) -> Whose:
     fitting = sorted(text for text in fingerprints if text.startswith(named.fingerprint))
     if len(fitting) != 1 and not named.fingerprint:
         raise ConfigError(
-            "--model says how large a page is, but not of which weights: add --model-fingerprint; "
+            "--model gives the shape of a page, but not the weights: add --model-fingerprint; "
             f"the store has: {', '.join(fitting) or 'no manifest'}"
         )
     fingerprint = fitting[0] if len(fitting) == 1 else named.fingerprint
@@ -122,14 +122,14 @@ def _by_model(named: Named, folder: Path, manifests: list[Manifest]) -> Whose:
 
 
 def _model_config(folder: Path) -> object:
-    """The fields of ``config.json`` as attributes; no library is needed for that."""
+    """The fields of ``config.json`` as attributes, read without transformers."""
     file = folder / "config.json"
     try:
         config = json.loads(
             file.read_text(encoding="utf-8"), object_hook=lambda fields: SimpleNamespace(**fields)
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--model: {file} cannot be read as a model's config: {error}") from None
+        raise ConfigError(f"--model: cannot read {file} as a model's config: {error}") from None
     return config
 
 

@@ -1,4 +1,4 @@
-"""The installed backends, storage and transfer, and whether they load."""
+"""List the installed storage and transfer backends, and check that they load."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from hicache_core.plugin.manager import list_backends, list_transfer_backends
     "--check/--no-check",
     default=True,
     show_default=True,
-    help="Try in a child process whether each one loads; without, only metadata are read.",
+    help="Load each backend in a child process. --no-check only reads package metadata.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(*, check: bool, as_json: bool) -> None:
-    """List name, kind, distribution, version, status; this process imports no plugin.
+    """List the name, kind, distribution, version and status of each installed backend.
 
-    The status is ok, broken (with the error), or with --no-check installed.
+    The status is ok, broken (with the error), or installed (with --no-check). Plugins are never
+    imported into this process.
     """
     infos = [*list_backends(), *list_transfer_backends()]
     if check:
@@ -32,7 +33,7 @@ def command(*, check: bool, as_json: bool) -> None:
         click.echo(json.dumps([asdict(info) for info in infos], indent=2))
         return
     if not infos:
-        click.echo("no backend is installed, not even the core's: pip install hicache-core")
+        click.echo("no backend is installed, not even those of the core: pip install hicache-core")
         return
     header = ("NAME", "KIND", "DISTRIBUTION", "VERSION", "STATUS", "ERROR")
     rows = [(i.name, i.kind, i.distribution, i.version, i.status, i.error) for i in infos]

@@ -1,4 +1,4 @@
-"""Load for a running server: conversations of many turns, or a trace; TTFT and hit tokens."""
+"""Measure a running server with conversations or a trace: TTFT, throughput, hit tokens."""
 
 from __future__ import annotations
 
@@ -38,50 +38,127 @@ def command() -> None:
 
 
 def _for_all(function: Callable[..., None]) -> Callable[..., None]:
-    """The options of every load."""
+    """Adds the options that every kind of load has."""
     options = (
-        click.option("--url", default="http://127.0.0.1:30000", show_default=True),
         click.option(
-            "--api", type=click.Choice(list(PATHS)), default="completions", show_default=True
+            "--url",
+            default="http://127.0.0.1:30000",
+            show_default=True,
+            help="Address of the server.",
         ),
-        click.option("--model", default="default", show_default=True, help="Name to ask for."),
-        click.option("--api-key", envvar="HICACHE_API_KEY", help="The key that the server wants."),
-        click.option("--timeout", "timeout_s", type=float, default=600.0, show_default=True),
-        click.option("--flush-cache", is_flag=True, help="Empty the server's cache before."),
         click.option(
-            "--json", "json_file", type=OUT_FILE, help="Write every request and the summary."
+            "--api",
+            type=click.Choice(list(PATHS)),
+            default="completions",
+            show_default=True,
+            help="Which API of the server to call.",
         ),
-        click.option("--png", "png_file", type=OUT_FILE, help="Draw a picture (needs matplotlib)."),
-        click.option("--tag", default="", help="A name for this run, in JSON and picture."),
+        click.option(
+            "--model", default="default", show_default=True, help="Model name in the requests."
+        ),
+        click.option("--api-key", envvar="HICACHE_API_KEY", help="API key of the server."),
+        click.option(
+            "--timeout",
+            "timeout_s",
+            type=float,
+            default=600.0,
+            show_default=True,
+            help="Seconds that a request may take.",
+        ),
+        click.option(
+            "--flush-cache", is_flag=True, help="Empty the server's cache before the run."
+        ),
+        click.option(
+            "--json", "json_file", type=OUT_FILE, help="Write all requests and the summary here."
+        ),
+        click.option(
+            "--png", "png_file", type=OUT_FILE, help="Draw the results here (needs matplotlib)."
+        ),
+        click.option("--tag", default="", help="Name of this run, for the JSON file and picture."),
     )
     return functools.reduce(lambda made, option: option(made), reversed(options), function)
 
 
 @command.command("multiturn")
 @_for_all
-@click.option("--num-clients", type=POSITIVE, default=8, show_default=True)
-@click.option("--max-parallel", type=POSITIVE, default=8, show_default=True)
-@click.option("--request-length", type=POSITIVE, default=512, show_default=True, help="Words.")
-@click.option("--sub-question-input-length", type=int, default=0, help="Later rounds; 0: the same.")
-@click.option("--output-length", type=POSITIVE, default=64, show_default=True, help="Tokens.")
-@click.option("--num-rounds", type=POSITIVE, default=5, show_default=True)
+@click.option(
+    "--num-clients",
+    type=POSITIVE,
+    default=8,
+    show_default=True,
+    help="Number of clients, each with a conversation of its own.",
+)
+@click.option(
+    "--max-parallel",
+    type=POSITIVE,
+    default=8,
+    show_default=True,
+    help="Requests that may run at the same time.",
+)
+@click.option(
+    "--request-length",
+    type=POSITIVE,
+    default=512,
+    show_default=True,
+    help="Words in the first question of a conversation.",
+)
+@click.option(
+    "--sub-question-input-length",
+    type=int,
+    default=0,
+    help="Words in each later question; 0 for as many as in the first.",
+)
+@click.option(
+    "--output-length",
+    type=POSITIVE,
+    default=64,
+    show_default=True,
+    help="Tokens in each answer.",
+)
+@click.option(
+    "--num-rounds",
+    type=POSITIVE,
+    default=5,
+    show_default=True,
+    help="Questions in each conversation.",
+)
 @click.option(
     "--request-rate",
     type=click.FloatRange(min=0, min_open=True),
     default=float("inf"),
     show_default=True,
-    help="Requests a second.",
+    help="Requests sent per second.",
 )
-@click.option("--distribution", type=click.Choice(["poisson", "uniform"]), default="poisson")
-@click.option("--ready-queue-policy", type=click.Choice(["random", "fifo"]), default="random")
-@click.option("--shared-prefix-share", type=click.FloatRange(0, 1), default=0.0, show_default=True)
-@click.option("--dataset-path", type=FILE, help="Text, or ShareGPT's JSON, to take words from.")
-@click.option("--disable-random-sample", is_flag=True, help="Random words in spite of a dataset.")
-@click.option("--seed", type=int, default=1, show_default=True)
+@click.option(
+    "--distribution",
+    type=click.Choice(["poisson", "uniform"]),
+    default="poisson",
+    show_default=True,
+    help="How the times between two requests are distributed.",
+)
+@click.option(
+    "--ready-queue-policy",
+    type=click.Choice(["random", "fifo"]),
+    default="random",
+    show_default=True,
+    help="Which of the waiting requests is sent next.",
+)
+@click.option(
+    "--shared-prefix-share",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    help="Part of the first question that all clients share.",
+)
+@click.option("--dataset-path", type=FILE, help="Take the words from this text or ShareGPT JSON.")
+@click.option(
+    "--disable-random-sample", is_flag=True, help="Use random words even if a dataset is given."
+)
+@click.option("--seed", type=int, default=1, show_default=True, help="Seed of all random choices.")
 def multiturn(*, dataset_path: Path | None, disable_random_sample: bool, **options: Any) -> None:
-    """Conversations: each client comes back with its whole history and a new question.
+    """Run conversations: each request is the whole history so far and a new question.
 
-    Options are named as in SGLang's bench_multiturn where they mean the same.
+    Options that SGLang's bench_multiturn has too have the same names here.
     """
     rest, load_options = _split(options, MultiTurn.__dataclass_fields__)
     load = MultiTurn(**load_options)
@@ -100,28 +177,40 @@ def multiturn(*, dataset_path: Path | None, disable_random_sample: bool, **optio
 @click.option(
     "--trace-block-tokens",
     type=POSITIVE,
-    help="Tokens of a block of the trace. Default: as its form says (Mooncake 512, Bailian 16).",
+    help="Tokens in a block of the trace. Default: by its format (Mooncake 512, Bailian 16).",
 )
 @click.option(
     "--time-unit",
     type=click.Choice(["ms", "s"]),
-    help="Of its timestamps. Default: as its form says (Mooncake ms, the others s).",
+    help="Unit of its timestamps. Default: by its format (Mooncake ms, the others s).",
 )
 @click.option(
     "--block-tokens",
     type=POSITIVE,
-    help="Words in place of a block; lengths shrink with it. Default: as many as it has tokens.",
+    help="Words sent for a block; a smaller number shortens all prompts. Default: its tokens.",
 )
 @click.option(
     "--time-scale",
     type=click.FloatRange(min=0),
     default=1.0,
     show_default=True,
-    help="Seconds for a second of the trace; 0 as fast as may be.",
+    help="Seconds that a second of the trace takes; 0 sends requests as fast as possible.",
 )
-@click.option("--max-parallel", type=POSITIVE, default=64, show_default=True)
-@click.option("--max-output", type=POSITIVE, default=1024, show_default=True, help="Tokens.")
-@click.option("--limit", type=POSITIVE, help="Only the first … requests.")
+@click.option(
+    "--max-parallel",
+    type=POSITIVE,
+    default=64,
+    show_default=True,
+    help="Requests that may run at the same time.",
+)
+@click.option(
+    "--max-output",
+    type=POSITIVE,
+    default=1024,
+    show_default=True,
+    help="Tokens in an answer at most.",
+)
+@click.option("--limit", type=POSITIVE, help="Send only the first N requests.", metavar="N")
 def replay(
     *,
     trace: Path,
@@ -130,7 +219,7 @@ def replay(
     time_unit: Literal["ms", "s"] | None,
     **options: Any,
 ) -> None:
-    """A trace in the form of Mooncake, Bailian (Qwen), kv-cache-tester or ShareGPT."""
+    """Replay a trace in the format of Mooncake, Bailian (Qwen), kv-cache-tester or ShareGPT."""
     rest, replay_options = _split(options, Replay.__dataclass_fields__)
     requests = read_trace(trace, limit, block_tokens=trace_block_tokens, time_unit=time_unit)
 
@@ -141,13 +230,13 @@ def replay(
 
 
 def _split(options: dict[str, Any], names: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options of every load, and those of this one, which are the fields of its class."""
+    """The common options, and those of this load, which are the fields named by ``names``."""
     own = {name: options.pop(name) for name in list(options) if name in names}
     return options, own
 
 
 def _measure(run: Run, title: str, n_requests: int, options: dict[str, Any]) -> None:
-    """Runs a load and tells, writes and draws what came out."""
+    """Runs a load, then prints, writes and draws its results."""
     png_file: Path | None = options["png_file"]
     if png_file is not None and importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("--png needs matplotlib: pip install 'hicache-core[bench]'")

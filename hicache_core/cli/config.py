@@ -1,4 +1,4 @@
-"""Every setting: asked, its source, and in force."""
+"""Print every setting: the value asked for, its source, and the value in force."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from hicache_core.config.settings import HiCacheConfig, ResolvedConfig
 @config_flags
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(*, as_json: bool, **options: object) -> None:
-    """Print each setting: asked, source and in force. Secrets are masked.
+    """Print each setting: the value asked for, its source, and the value in force.
 
-    Ends with status 2 if the storage backend is not installed, or does not take its settings.
+    Secrets are masked. The exit status is 2 if the storage backend is not installed or refuses
+    its settings.
     """
     resolved = load_config(options).resolve()
     report = _report(resolved)

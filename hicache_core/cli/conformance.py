@@ -1,4 +1,4 @@
-"""Whether a live backend keeps the storage contract: a levelled report."""
+"""Test whether a live backend keeps the storage contract."""
 
 from __future__ import annotations
 
@@ -28,16 +28,18 @@ _STDERR = 2
 @click.command("conformance")
 @click.argument("name")
 @click.option("--config", default="{}", help="The backend's settings: JSON text, or @file.")
-@click.option("--json", "json_file", type=OutFile(), help="Write the report here.")
-@click.option("--quick", is_flag=True, help="Every rule, but fewer rounds and smaller batches.")
+@click.option("--json", "json_file", type=OutFile(), help="Write the report here, as JSON.")
+@click.option("--quick", is_flag=True, help="Run all rules with fewer rounds, smaller batches.")
 @click.option(
     "--scope",
     type=click.Choice([scope.value for scope in Scope]),
     default=Scope.SHARED.value,
     show_default=True,
-    help="Who finds what an instance has stored: any process, its own process, or itself alone.",
+    help="Who sees what an instance has stored: any process, the same process, or only itself.",
 )
-@click.option("--max-object-nbytes", default=0, help="Larger objects are not stored; 0: no limit.")
+@click.option(
+    "--max-object-nbytes", default=0, help="Bytes of the largest object to store; 0: no limit."
+)
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -51,9 +53,9 @@ def command(
 ) -> None:
     """Run the conformance kit on the backend NAME, or on 'dynamic' with a class in --config.
 
-    Its keys lie under random namespaces and are deleted in the end, if the backend can delete. The
-    exit status is 0 if every base rule, and every rule of a capability that it has, passes;
-    otherwise 1, and 2 if the backend does not load.
+    The kit uses random namespaces, and deletes its keys at the end if the backend can delete. The
+    exit status is 0 if all base rules and all rules of the backend's capabilities pass, 1 if one
+    fails, and 2 if the backend does not load.
     """
     recipe = Recipe.named(
         name, read_inline(config, what="--config: "), Scope(scope), max_object_nbytes
@@ -81,7 +83,7 @@ def command(
 
 @contextlib.contextmanager
 def _hypothesis_elsewhere() -> Iterator[None]:
-    """Hypothesis keeps its files in a folder that goes again, not where the command is called."""
+    """Gives Hypothesis a temporary folder for its files instead of the working directory."""
     name = "HYPOTHESIS_STORAGE_DIRECTORY"
     if name in os.environ:
         yield

@@ -1,4 +1,4 @@
-"""A conversation with a real model, its prefixes served by every tier, checked token by token."""
+"""Hold a conversation with a real model over all tiers, checked token by token."""
 
 from __future__ import annotations
 
@@ -32,14 +32,24 @@ _NEEDED = ("torch", "transformers", "gguf")
 
 
 @click.command("demo")
-@click.option("--json", "json_file", type=OutFile(), help="Write turns and summary as JSON.")
-@click.option("--plot", "plot_file", type=OutFile(), help="Draw time to first token by turn.")
+@click.option("--json", "json_file", type=OutFile(), help="Write turns and summary as JSON here.")
+@click.option("--plot", "plot_file", type=OutFile(), help="Draw the time to first token here.")
 @click.option("--backend", default="file", show_default=True, help="Name of the storage backend.")
-@click.option("--backend-config", default="{}", help="Its settings: JSON, or @file.")
-@click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="Store here, keep.")
+@click.option("--backend-config", default="{}", help="The backend's settings: JSON, or @file.")
+@click.option(
+    "--keep",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Store pages in this folder and keep it. Default: a temporary folder.",
+)
 @click.option("--model", help="A local model folder or GGUF file. Default: SmolLM2-135M-Instruct.")
-@click.option("--max-new-tokens", type=click.IntRange(2, 512), default=24, show_default=True)
-@click.option("--threads", type=click.IntRange(1), help="Torch's threads. Default: all cores.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(2, 512),
+    default=24,
+    show_default=True,
+    help="Tokens in each answer at most.",
+)
+@click.option("--threads", type=click.IntRange(1), help="Threads of torch. Default: all cores.")
 @click.option("--page-size", default="64", show_default=True, help="Tokens in a page.")
 @click.option("--hicache-io-backend", help="kernel or direct.")
 @click.option("--hicache-mem-layout", help="page_first, page_first_direct or layer_first.")
@@ -54,10 +64,10 @@ def command(
     keep: Path | None,
     **options: Any,
 ) -> None:
-    """Hold a conversation in two processes and show where each prefix came from.
+    """Hold a conversation in two processes and show which tier served each prefix.
 
-    Every turn is computed again without any cache. Exit status 1 if a token differs, or if a tier
-    that should have served a turn did not.
+    Each turn is computed again without a cache. The exit status is 1 if a token differs, or if
+    the expected tier did not serve a turn.
     """
     plot = _ready_to_draw(plot_file)
     _check_needs()
@@ -75,7 +85,7 @@ def command(
 
 
 def _settings(backend: str, extra: dict[str, Any], options: dict[str, Any]) -> DemoSettings:
-    """What the processes need; the cache's settings are checked here, to tell mistakes at once."""
+    """What the processes need; settings are checked here, before a process starts."""
     cache: dict[str, Any] = {
         "hicache_storage_backend": backend,
         "hicache_storage_prefetch_policy": "wait_complete",
@@ -110,10 +120,10 @@ def _storage_settings(backend: str, given: str, keep: Path | None) -> Iterator[d
     """The backend's settings; for ``file`` without a path, a folder that is removed at the end."""
     extra: Any = read_inline(given)
     if not isinstance(extra, dict):
-        raise ConfigError(f"--backend-config: need a JSON object, found {given!r}")
+        raise ConfigError(f"--backend-config: expected a JSON object, found {given!r}")
     if backend != "file" or "path" in extra:
         if keep is not None:
-            raise ConfigError("--keep is for the file backend without a path of its own")
+            raise ConfigError("--keep works only with the file backend, without a path of its own")
         yield extra
     elif keep is not None:
         keep.mkdir(parents=True, exist_ok=True)

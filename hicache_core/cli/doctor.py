@@ -1,4 +1,4 @@
-"""What is well and what is wrong with a backend's store, and what to change."""
+"""Diagnose a backend's store: what works, what does not, and what to change."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _STATUS = {"ok": 0, "warning": 1, "error": 2}
 @click.option("--config", default="{}", help="The backend's settings: JSON text, or @file.")
 @click.pass_context
 def command(ctx: click.Context, *, name: str, config: str) -> None:
-    """Examine the store of the backend NAME: open, its own checks, round trip, speed.
+    """Examine the store of the backend NAME: open it, run its checks, a round trip, the speed.
 
-    The exit status is that of the worst finding: 0 ok, 1 warning, 2 error.
+    The exit status is the worst finding: 0 ok, 1 warning, 2 error.
     """
     recipe = Recipe.named(name, read_inline(config, what="--config: "))
     recipe.make()

@@ -19,7 +19,7 @@ _NOT_COMMANDS = frozenset(["__init__", "main"])
 
 
 class LazyGroup(click.Group):
-    """Its commands are the modules beside this one; each is imported when it is called.
+    """A group whose commands are the modules beside this one, each imported when it is called.
 
     A module ``new_backend.py`` is the command ``new-backend`` and has a click command named
     ``command``; the first line of its docstring is the summary that ``hicache --help`` shows.
@@ -45,7 +45,7 @@ class LazyGroup(click.Group):
         # docstring inherited
         names = self.list_commands(ctx)
         if args and not args[0].startswith("-") and args[0] not in names:
-            hint = nearest(args[0], names) or f"; there are: {', '.join(names)}"
+            hint = nearest(args[0], names) or f"; the commands are: {', '.join(names)}"
             ctx.fail(f"no such command {args[0]!r}{hint}")
         return super().resolve_command(ctx, args)
 
@@ -72,7 +72,7 @@ def _version() -> str:
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.version_option(_version(), message="%(version)s")
 def cli(*, debug: bool) -> None:  # noqa: ARG001 - main() looks for it by itself
-    """HiCache: a prefix cache for LLM servers in three tiers."""
+    """HiCache: a prefix cache for LLM servers, in three tiers."""
     if any(name.startswith(ENV_PREFIX) for name in os.environ):
         # Only then: help stays quick.
         config = importlib.import_module("hicache_core.config.settings")
@@ -81,7 +81,7 @@ def cli(*, debug: bool) -> None:  # noqa: ARG001 - main() looks for it by itself
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs ``hicache``; an error of our tree is one line on stderr and exit status 2."""
+    """Runs ``hicache``; a ``HiCacheError`` becomes one line on stderr and exit status 2."""
     given = sys.argv[1:] if args is None else args
     try:
         cli.main(args=given, prog_name="hicache")

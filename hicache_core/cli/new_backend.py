@@ -1,4 +1,4 @@
-"""A working plugin distribution for a new storage backend, to start from."""
+"""Write a working plugin for a new storage backend, as a starting point."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _RESERVED = frozenset(["dynamic", "core"])
 
 
 def check_name(name: str) -> None:
-    """Whether ``name`` can be a backend's name.
+    """Checks that ``name`` can be the name of a backend.
 
     Raises:
-        ConfigError: it is malformed, reserved, a word of Python, or taken by an installed backend.
+        ConfigError: it is malformed, reserved, a Python keyword, or an installed backend has it.
     """
     if not _NAME.fullmatch(name) or len(name) > 40:
         raise ConfigError(
-            f"{name!r} cannot name a backend: small letters, digits and single - or _ between them,"
-            " a letter first, at most 40, like 'mystore' or 'my-store'"
+            f"{name!r} cannot name a backend: use at most 40 lower-case letters, digits and single"
+            " - or _ between them, with a letter first, like 'mystore' or 'my-store'"
         )
     if name in _RESERVED or keyword.iskeyword(name):
         raise ConfigError(f"{name!r} cannot name a backend: the word is reserved; choose another")
@@ -36,15 +36,15 @@ def check_name(name: str) -> None:
 
 
 def render(name: str, directory: Path) -> Path:
-    """Writes the distribution ``hicache-<name>`` into ``directory``; where it stands.
+    """Writes the distribution ``hicache-<name>`` into ``directory`` and returns its folder.
 
     Raises:
-        ConfigError: the name cannot be used, or something of that name is there already.
+        ConfigError: the name cannot be used, or the folder exists already.
     """
     check_name(name)
     target = directory / f"hicache-{name}"
     if target.exists():
-        raise ConfigError(f"{target} is there already; move it away, or give another --directory")
+        raise ConfigError(f"{target} exists already; move it away, or give another --directory")
     words = re.split(r"[-_]", name)
     values = {
         "@NAME@": name,
@@ -76,12 +76,12 @@ def _render(source: Traversable, target: Path, values: dict[str, str]) -> None:
     "--directory",
     type=click.Path(path_type=Path, file_okay=False),
     default=Path(),
-    help="Where to write it; the working directory by default.",
+    help="Where to write it. Default: the working directory.",
 )
 def command(*, name: str, directory: Path) -> None:
-    """Write DIRECTORY/hicache-NAME: a distribution that works, with its conformance test."""
+    """Write a working distribution with its conformance test to DIRECTORY/hicache-NAME."""
     target = render(name, directory)
     click.echo(f"{target} is ready. Next:")
     click.echo(f"  pip install -e '{target}[testing]'")
     click.echo(f"  pytest {target}")
-    click.echo(f"Then put your store into {next(target.glob('src/*/backend.py'))}.")
+    click.echo(f"Then implement your store in {next(target.glob('src/*/backend.py'))}.")

@@ -1,4 +1,4 @@
-"""One address before prefill and decode servers."""
+"""Serve one address in front of prefill and decode servers."""
 
 from __future__ import annotations
 
@@ -29,10 +29,22 @@ from hicache_core.server.connections import bounded  # noqa: E402 - likewise
 
 
 @click.command("router")
-@click.option("--prefill", multiple=True, metavar="URL", help="A prefill server; repeat it.")
-@click.option("--decode", multiple=True, required=True, metavar="URL", help="A decode server.")
+@click.option("--prefill", multiple=True, metavar="URL", help="A prefill server. May be repeated.")
+@click.option(
+    "--decode",
+    multiple=True,
+    required=True,
+    metavar="URL",
+    help="A decode server. May be repeated.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port to listen on; 0 for any free port.",
+)
 @click.option(
     "--health-interval",
     "interval_s",
@@ -45,29 +57,37 @@ from hicache_core.server.connections import bounded  # noqa: E402 - likewise
     "--by-prefix/--by-load",
     default=True,
     show_default=True,
-    help="Send a prompt where most of it was computed before, or always to the idlest server.",
+    help="Prefer the server that computed most of the prompt before, or the least loaded one.",
 )
 @click.option(
-    "--api-key", envvar="HICACHE_API_KEY", default="", help="For health checks; HICACHE_API_KEY."
+    "--api-key",
+    envvar="HICACHE_API_KEY",
+    default="",
+    help="API key for health checks. Environment: HICACHE_API_KEY.",
 )
 @click.option(
     "--admin-api-key",
     envvar="HICACHE_ADMIN_API_KEY",
-    help="Opens /router/status and shows which nodes answered; HICACHE_ADMIN_API_KEY. Default: "
-    "for clients on this very machine.",
+    help="Key of operators, who may read /router/status and see which nodes answered. Default: "
+    "clients on this machine are operators. Environment: HICACHE_ADMIN_API_KEY.",
 )
 @click.option(
     "--disaggregation-secret",
     envvar="HICACHE_DISAGGREGATION_SECRET",
-    help="What the nodes know too: they take requests of this router alone. Prefer the "
-    "environment, HICACHE_DISAGGREGATION_SECRET.",
+    help="Secret shared with the nodes, which then accept requests of this router only. Prefer "
+    "the environment variable HICACHE_DISAGGREGATION_SECRET.",
 )
-@click.option("--log-level", default="info", show_default=True)
+@click.option(
+    "--log-level",
+    default="info",
+    show_default=True,
+    help="Level of the log: debug, info, warning or error.",
+)
 def command(prefill: tuple[str, ...], decode: tuple[str, ...], **options: Any) -> None:
     """Route OpenAI-compatible requests to pairs of a prefill and a decode server."""
     for url in (*prefill, *decode):
         if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"{url!r} is no URL of a server; write http://host:port")
+            raise ConfigError(f"{url!r} is not the URL of a server; write http://host:port")
     secret = _checked(options["disaggregation_secret"] or None, (*prefill, *decode))
     level, host, port = options["log_level"], options["host"], options["port"]
     logging.basicConfig(
@@ -88,16 +108,20 @@ def command(prefill: tuple[str, ...], decode: tuple[str, ...], **options: Any) -
 
 
 def _checked(secret: str | None, urls: tuple[str, ...]) -> str | None:
-    """Raises ConfigError: the secret is too short for the nodes."""
+    """Returns ``secret``; warns if nodes on other machines need one.
+
+    Raises:
+        ConfigError: the secret is too short for the nodes.
+    """
     if secret is not None and len(secret) < MIN_LENGTH:
         raise ConfigError(
-            f"--disaggregation-secret has {len(secret)} characters; {MIN_LENGTH} are the least: "
-            "openssl rand -hex 32"
+            f"--disaggregation-secret has {len(secret)} characters and needs at least "
+            f"{MIN_LENGTH}; make one with: openssl rand -hex 32"
         )
     if secret is None and not all(is_loopback(urlsplit(url).hostname or "") for url in urls):
         click.echo(
-            "hicache: nodes on other machines take requests of a router that has their "
-            "--disaggregation-secret, and none is set",
+            "hicache: no --disaggregation-secret is set; nodes on other machines accept requests "
+            "only from a router that has theirs",
             err=True,
         )
     return secret

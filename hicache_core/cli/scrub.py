@@ -1,4 +1,4 @@
-"""Check every stored page of a backend, and remove corrupt and foreign ones."""
+"""Check every stored page of a backend; remove corrupt and foreign ones."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ from hicache_core.testing.recipe import Recipe
 @click.command("scrub")
 @click.argument("name")
 @click.option("--config", default="{}", help="The backend's settings: JSON text, or @file.")
-@click.option("--namespace", default="", help="Only this namespace: the 16 digits before the /.")
-@click.option("--dry-run", is_flag=True, help="Look only; remove nothing.")
 @click.option(
-    "--remove-unknown", is_flag=True, help="Remove also what has no page key or no page's header."
+    "--namespace", default="", help="Check only this namespace: the 16 digits before the /."
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Check at most so many objects.")
+@click.option("--dry-run", is_flag=True, help="Check, but remove nothing.")
+@click.option(
+    "--remove-unknown", is_flag=True, help="Also remove objects without a page key or page header."
+)
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Check at most N objects.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--max-object-nbytes", default=0, help="Size of a stored page, where it is set.")
+@click.option(
+    "--max-object-nbytes", default=0, help="Bytes of a stored page; some backends need it."
+)
 def command(  # noqa: PLR0913 - an argument for each option
     *,
     name: str,
@@ -41,10 +45,10 @@ def command(  # noqa: PLR0913 - an argument for each option
 ) -> None:
     """Check every stored page of the backend NAME; remove corrupt and foreign ones.
 
-    An object is foreign if it was sealed for another key. What has no page key, or does not begin
-    as a page does, is unknown: it may be another tool's, and stays without --remove-unknown. The
-    exit status is 0 if nothing had to be removed, 1 if something was, or would be without
-    --dry-run, and 2 if the store could not be scrubbed.
+    An object is foreign if it was sealed for another key. An object without a page key or a page
+    header is unknown: it may belong to another tool, and is kept unless --remove-unknown is given.
+    The exit status is 0 if nothing had to be removed, 1 if something was removed (or would be,
+    without --dry-run), and 2 if the store could not be scrubbed.
     """
     kinds = REMOVED | {UNKNOWN} if remove_unknown else REMOVED
     recipe = Recipe.named(
@@ -69,7 +73,7 @@ def command(  # noqa: PLR0913 - an argument for each option
 
 
 def _shown(found: Iterable[Checked]) -> Iterator[Checked]:
-    """``found``, with how far it is on a terminal."""
+    """Passes ``found`` on and shows the progress if stderr is a terminal."""
     progress = Progress(
         SpinnerColumn(),
         TextColumn("{task.completed:,.0f} objects, {task.fields[read]}"),

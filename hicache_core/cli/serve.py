@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server whose prefixes come from the cache."""
+"""Serve a model with an OpenAI-compatible API over the cache."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hicache_core.server.flags import server_flags, settings_of  # noqa: E402 - 
 def command(**options: object) -> None:
     """Serve a model over HTTP, with the flags of SGLang's server.
 
-    Ends on SIGTERM or Ctrl-C, once requests and backups are done or their time is over.
+    Ends on SIGTERM or Ctrl-C, once running requests and backups have ended or timed out.
     """
     settings = settings_of(options)
     logging.basicConfig(

@@ -1,4 +1,4 @@
-"""How a running cache is: tiers, hit rates, storage, alarms."""
+"""Print the status of a running cache: tiers, hit rates, storage, alarms."""
 
 from __future__ import annotations
 
@@ -18,11 +18,17 @@ from hicache_core.observe.windows import Observation
 @click.command("status")
 @asks
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--watch", "watch_s", type=click.FloatRange(min=0.1), help="Repeat every … seconds.")
+@click.option(
+    "--watch",
+    "watch_s",
+    type=click.FloatRange(min=0.1),
+    metavar="SECONDS",
+    help="Repeat every so many seconds.",
+)
 def command(*, url: str, api_key: str | None, as_json: bool, watch_s: float | None) -> None:
-    """Ask the cache at URL how it is.
+    """Print the status of the cache at URL.
 
-    Without a URL that is the server on this machine, at port 30000, or a status server at 9477.
+    Without a URL: the server on this machine at port 30000, or a status server at port 9477.
     """
     while True:
         _show(ask(url, "/hicache/status", key=api_key), as_json=as_json, url=url)
@@ -41,7 +47,7 @@ def _show(answer: Any, *, as_json: bool, url: str) -> None:
         seen = TypeAdapter(Observation).validate_python(answer)
     except ValidationError as error:
         raise click.ClickException(
-            f"{masked_text(url)} answers no status that this version knows "
-            f"({error.error_count()} fields differ); is the cache of another version?"
+            f"this version cannot read the status of {masked_text(url)} "
+            f"({error.error_count()} fields differ); does the cache run another version?"
         ) from error
     console(least_width=110).print(view(seen))

@@ -1,4 +1,4 @@
-"""A running cache as a live view: tiers, hit rates, bandwidths, breakers, slowest requests."""
+"""Watch a running cache: tiers, hit rates, bandwidths, breakers, slowest requests."""
 
 from __future__ import annotations
 
@@ -21,19 +21,21 @@ from hicache_core.observe.windows import Observation
 
 @click.command("top")
 @asks
-@click.option("--once", is_flag=True, help="Print one view and end; so does an output to a pipe.")
+@click.option(
+    "--once", is_flag=True, help="Print one view and exit. This is the default in a pipe."
+)
 @click.option(
     "--interval",
     "interval_s",
     type=click.FloatRange(min=0.2),
     default=1.0,
     show_default=True,
-    help="Seconds between two looks.",
+    help="Seconds between two updates.",
 )
 def command(*, url: str, once: bool, interval_s: float, api_key: str | None) -> None:
-    """Watch the cache at URL; Ctrl-C ends it.
+    """Watch the cache at URL until Ctrl-C.
 
-    Without a URL that is the server on this machine, at port 30000, or a status server at 9477.
+    Without a URL: the server on this machine at port 30000, or a status server at port 9477.
     """
     out = console()
     if once or not sys.stdout.isatty():
@@ -48,20 +50,22 @@ def command(*, url: str, once: bool, interval_s: float, api_key: str | None) -> 
             except click.ClickException as error:
                 if moment is None:
                     raise
-                view = Text(f"{error.message}\ntrying again; Ctrl-C ends this", style="bold red")
+                view = Text(
+                    f"{error.message}\ntrying again; press Ctrl-C to exit", style="bold red"
+                )
             live.update(view, refresh=True)
             time.sleep(interval_s)
 
 
 def _look(url: str, key: str | None, before: Moment | None) -> Moment:
-    """One look at everything; rates from the server's history, or since the look before."""
+    """Asks the server once; rates come from its history since the sample before ``before``."""
     answer = ask(url, "/hicache/status", key=key)
     try:
         seen = TypeAdapter(Observation).validate_python(answer)
     except ValidationError as error:
         raise click.ClickException(
-            f"{masked_text(url)} answers no status that this version knows "
-            f"({error.error_count()} fields differ); is the cache of another version?"
+            f"this version cannot read the status of {masked_text(url)} "
+            f"({error.error_count()} fields differ); does the cache run another version?"
         ) from error
     after = 0 if before is None else before.last_sample - Rates.SPAN
     history = ask_if_there(url, f"/hicache/history?after={max(0, after)}", key=key)

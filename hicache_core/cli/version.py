@@ -1,4 +1,4 @@
-"""The versions of HiCache, its plugins, Python and what it is built on."""
+"""Print the versions of HiCache, its plugins, Python and the main dependencies."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _NATIVE = {
 
 @click.command("version")
 def command() -> None:
-    """Print the versions that a bug report needs: HiCache, its plugins, what it is built on.
+    """Print the versions that a bug report needs: HiCache, its plugins and the main dependencies.
 
-    No plugin is imported, and no library for a model.
+    It imports no plugin, and no library for a model.
     """
     for name in ("hicache-core", *_plugins(), *_DISTRIBUTIONS):
         try:

@@ -1,4 +1,4 @@
-"""Why a prompt is a miss: what a live store has of it, and what is wrong with the next page."""
+"""Explain why a prompt is a miss: what a store has of it, and why the next page is missing."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _Folder = click.Path(exists=True, file_okay=False, path_type=Path)
 
 _MEANING = {
     Cause.CORRUPT: "the object is damaged. A cache that reads it removes it and stores it again.",
-    Cause.WRONG_VERSION: "the object was sealed by another version of HiCache.",
-    Cause.WRONG_LENGTH: "the object was cut, or is of another length than its header says.",
+    Cause.WRONG_VERSION: "another version of HiCache sealed the object.",
+    Cause.WRONG_LENGTH: "the object is cut short, or its length differs from its header.",
     Cause.FOREIGN: "the object was sealed for another key: somebody copied or renamed it.",
-    Cause.OTHER_REQUEST_NAMESPACE: "it is stored for requests of another salt, key or adapter.",
+    Cause.OTHER_REQUEST_NAMESPACE: "it is stored for requests with another salt, key or adapter.",
     Cause.OTHER_STORAGE_NAMESPACE: "it is stored by a cache whose pages are not interchangeable.",
     Cause.GONE: "later pages are stored, so it was evicted, expired, deleted, or its write failed.",
-    Cause.NEVER_STORED: "nothing of it is there: it was never stored, or has been removed since.",
+    Cause.NEVER_STORED: "it was never stored, or it and all later pages have been removed since.",
 }
 
 
@@ -44,24 +44,30 @@ _MEANING = {
 @click.option(
     "--model", type=_Folder, help="Folder of the model: its config.json describes the KV."
 )
-@click.option("--model-fingerprint", default="", help="Which model: its fingerprint, or its start.")
-@click.option("--dtype", help="Of the KV cache, if not that of the weights.")
+@click.option("--model-fingerprint", default="", help="Fingerprint of the model, or its beginning.")
+@click.option("--dtype", help="dtype of the KV cache, if it differs from that of the weights.")
 @click.option("--page-size", type=click.IntRange(1), help="Tokens in a page.")
 @click.option("--layout", help="page_first, page_first_direct or layer_first.")
-@click.option("--tokenizer", type=_Folder, help="Folder of the tokenizer; that of --model if none.")
+@click.option(
+    "--tokenizer", type=_Folder, help="Folder of the tokenizer. Default: that of --model."
+)
 @click.option("--extra-key", help="The request's extra_key.")
 @click.option("--cache-salt", help="The request's cache_salt.")
 @click.option("--lora-id", help="The request's lora_id.")
-@click.option("--other-namespace", multiple=True, help="One more storage namespace to look into.")
+@click.option(
+    "--other-namespace",
+    multiple=True,
+    help="Also look into this storage namespace. May be repeated.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def command(ctx: click.Context, /, *, prompt: str, as_json: bool, **options: Any) -> None:
-    """Say which leading pages of PROMPT a store has, and why the first one is missing.
+    """Print how many leading pages of PROMPT a store has, and why the next one is missing.
 
-    PROMPT is a list of token ids (1,2,3 or JSON), a text with --tokenizer, or @file. Which cache is
-    meant is found in the store, if it can list its objects and knows one cache only; else say it.
-    Nothing is changed in the store. Exit status 0 if all pages are there, 1 if not (a prompt
-    shorter than a page has none), 2 on errors.
+    PROMPT is a list of token ids (1,2,3 or JSON), a text with --tokenizer, or @file. If the store
+    can list its objects and holds pages of one cache only, the cache is found there; otherwise name
+    it by options. Nothing is changed in the store. The exit status is 0 if all pages are there, 1
+    if not (a prompt shorter than a page has none), and 2 on errors.
     """
     tokens = packed_prompt(prompt, options["tokenizer"] or options["model"])
     answer = _answer(tokens, options)
@@ -128,12 +134,13 @@ def _lines(answer: Answer) -> Iterator[str]:
         yield f"request     {_shown(question.request)}"
     yield f"stored      {answer.n_stored} leading pages, {answer.n_stored * page_size} tokens"
     if answer.n_present > answer.n_stored:
-        yield f"behind      {answer.n_present - answer.n_stored} more, of no use without the gap"
+        n_behind = answer.n_present - answer.n_stored
+        yield f"behind      {n_behind} more, useless until the gap is filled"
     if answer.n_pages == 0:
-        yield "why         shorter than a page: only whole pages are stored, and it has none"
+        yield "why         the prompt is shorter than a page, and only whole pages are stored"
         return
     if answer.miss is None:
-        yield "why         it is no miss: every whole page is there and verifies"
+        yield "why         it is not a miss: every whole page is stored and verifies"
         return
     yield from _miss_lines(answer.miss, question)
 
@@ -151,7 +158,7 @@ def _miss_lines(miss: Miss, question: Question) -> Iterator[str]:
     if miss.cause is Cause.OTHER_STORAGE_NAMESPACE and not miss.differences:
         yield "differs     unknown: one of the two has no manifest"
     if miss.cause is Cause.NEVER_STORED and not question.others:
-        yield "note        no other cache is known to be in the store; --other-namespace names one"
+        yield "note        the store may hold other caches: name one with --other-namespace"
 
 
 def _shown(request: Namespace) -> str:

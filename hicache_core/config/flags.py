@@ -18,8 +18,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 def config_flags(command: Command) -> Command:
     """Decorates a click command with ``--config FILE`` and a flag for each setting.
 
-    A flag that is not given arrives as None; ``load_config`` takes all of them. The values are
-    checked by HiCacheConfig, not by click, so that all sources have the same messages.
+    A flag that is not given is None; pass all of them to ``load_config``. HiCacheConfig, not click,
+    checks the values, so that all sources give the same messages.
     """
     for key, info in reversed(HiCacheConfig.model_fields.items()):
         text = (info.description or "").replace("`", "")
@@ -33,12 +33,17 @@ def config_flags(command: Command) -> Command:
                 flag_name(key), key, default=None, metavar="VALUE", help=help_text
             )
         command = option(command)
-    file = click.option("--config", "config_file", metavar="FILE", help="JSON, TOML or YAML file.")
+    file = click.option(
+        "--config",
+        "config_file",
+        metavar="FILE",
+        help="Read settings from a JSON, TOML or YAML file.",
+    )
     return file(command)
 
 
 def load_config(options: Mapping[str, object]) -> HiCacheConfig:
-    """The configuration that a command with ``config_flags`` was given, environment included.
+    """The configuration from the options of a command with ``config_flags``, and the environment.
 
     Raises:
         ConfigError: a name or a value is wrong, or a file cannot be read.
@@ -51,7 +56,7 @@ def load_config(options: Mapping[str, object]) -> HiCacheConfig:
 
 
 def default_text(value: object) -> str:
-    """A default as one writes it in a configuration: ``none``, ``true``, ``64``."""
+    """A default as it is written in a configuration: ``none``, ``true``, ``64``."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
     return str(value)

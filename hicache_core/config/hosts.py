@@ -5,11 +5,11 @@ from __future__ import annotations
 import ipaddress
 
 WILDCARDS = ("", "0.0.0.0", "::")
-"""Addresses to listen at that tell nobody where."""
+"""Addresses for listening on all interfaces, which peers cannot connect to."""
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address or name can only be this machine's."""
+    """Whether an address or name is a loopback address of this machine."""
     if host == "localhost":
         return True
     try:
@@ -19,9 +19,10 @@ def is_loopback(host: str) -> bool:
 
 
 def as_reached(told: str, reached: str) -> str:
-    """The host of a peer that names itself ``told`` and was reached at ``reached``.
+    """The host of a peer that calls itself ``told`` and was reached at ``reached``.
 
-    What it says counts, unless that names no host, or its loopback is not ours.
+    This is ``told``, unless that is an address for all interfaces, or the loopback of another
+    machine.
     """
     host = told.strip("[]")
     says_nothing = host in WILDCARDS or (is_loopback(host) and not is_loopback(reached))
@@ -29,5 +30,5 @@ def as_reached(told: str, reached: str) -> str:
 
 
 def joined(host: str, port: int | str) -> str:
-    """``host:port``; an IPv6 address stands in brackets."""
+    """``host:port``, with an IPv6 address in brackets."""
     return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"

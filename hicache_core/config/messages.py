@@ -1,4 +1,4 @@
-"""Validation errors as sentences: which key, which value, from where, and what is allowed."""
+"""Validation errors as sentences: the key, the value, its source, and what is allowed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from hicache_core.errors import ConfigError
 
 # Settings of SGLang's stores that have no counterpart of their own, and what is done here instead.
 _OF_SGLANG = {
-    "extra_backend_tag": "a store is separated by a path, prefix or tenant of its own",
-    "min_free_space": "a store has a size of its own: set max_nbytes",
-    "check_server": "a server is always tried when the store is opened: leave it out",
+    "extra_backend_tag": "give each store a path, prefix or tenant of its own",
+    "min_free_space": "set the size of the store with max_nbytes",
+    "check_server": "leave it out: opening a store always checks the server",
 }
 
 
 def allowed_values(model: type[BaseModel], key: str) -> str:
-    """In words, what the setting ``key`` of ``model`` admits; empty if nothing more is known."""
+    """In words, the values that setting ``key`` of ``model`` allows; empty if that is unknown."""
     info = model.model_fields[key]
     if isinstance(info.json_schema_extra, dict) and "allowed" in info.json_schema_extra:
         return str(info.json_schema_extra["allowed"])
@@ -38,13 +38,13 @@ def config_error(
     sources: Mapping[str, str] | None = None,
     prefix: str = "",
 ) -> ConfigError:
-    """``error`` in our words, one clause for each setting, without secrets.
+    """Rewrites ``error`` with one clause for each setting, and without secrets.
 
     Args:
         error: what pydantic raised when ``model`` was validated.
         model: the settings, for the names and values that they allow.
-        sources: where each value came from, if it is known.
-        prefix: what the settings stand under, ``backend_config.`` for instance.
+        sources: where each value came from, if that is known.
+        prefix: put before each key, such as ``backend_config.``.
     """
     details = error.errors(include_url=False, include_context=False)
     clauses = [_explain(detail, model, sources or {}, prefix) for detail in details]
@@ -61,11 +61,11 @@ def _explain(
     source = sources.get(prefix.rstrip(".") or key, "")
     where = f" (from {source})" if source and source != ARGUMENT else ""
     if key in _OF_SGLANG and detail["type"] == "extra_forbidden":
-        return f"{path}{where}: this is SGLang's; here {_OF_SGLANG[key]}"
+        return f"{path}{where}: this setting exists in SGLang only; {_OF_SGLANG[key]}"
     if detail["type"] == "extra_forbidden":
         hint = nearest(key, model.model_fields)
-        names = "" if hint else f"; there are: {', '.join(model.model_fields) or 'none'}"
-        return f"{path}{where}: there is no such setting{hint}{names}"
+        names = "" if hint else f"; the settings are: {', '.join(model.model_fields) or 'none'}"
+        return f"{path}{where}: unknown setting{hint}{names}"
     if detail["type"] == "missing":
         return f"{path}{where}: this setting is required{_meaning(model, key)}"
     if key == EXTRA:  # the value may be text that holds passwords, and is not quoted

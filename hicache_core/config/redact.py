@@ -47,7 +47,7 @@ def masked(value: object, key: str = "") -> object:
     """A copy of ``value`` that may be shown: secrets are masked, at any depth.
 
     Args:
-        value: what stands under ``key``; mappings and lists are walked.
+        value: the value of ``key``; mappings and lists are walked.
         key: its name; a name that looks secret masks the whole value, unless it is empty.
     """
     if key and looks_secret(key) and value not in (None, "", b""):

@@ -46,12 +46,19 @@ EvictionPolicy = Literal["lru", "lfu", "fifo", "slru", "priority", "s3fifo", "ar
 
 def _no_bool(value: object) -> object:
     if isinstance(value, bool):
-        raise ValueError("a truth value is no number")
+        raise ValueError("expected a number, got a boolean")
     return value
 
 
 def _setting(default: Any, description: str, allowed: str = "", **limits: Any) -> Any:
-    """A field; ``allowed`` says in words what ``limits`` and the type admit."""
+    """A field of a settings model.
+
+    Args:
+        default: the default value; it is validated too.
+        description: the help text, which docs/configuration.md repeats.
+        allowed: in words, the values that ``limits`` and the type allow.
+        limits: pydantic's constraints, such as ``ge=1``.
+    """
     extra: JsonDict | None = {"allowed": allowed} if allowed else None
     return Field(
         default, description=description, json_schema_extra=extra, validate_default=True, **limits
@@ -63,34 +70,37 @@ Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 
 
 class ControllerKeys(BaseModel):
-    """The keys of the extra config that are the controller's own, with SGLang's defaults."""
+    """The keys of the extra config that belong to the controller, with SGLang's defaults."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     prefetch_threshold: Int = _setting(
         256,
-        "A prefix that storage may hold is prefetched if it is at least this many tokens long.",
+        "Storage is asked only if at least this many tokens of a prompt are missing, and read only"
+        " if it has at least this many of them.",
         "an integer of at least 0 (tokens)",
         ge=0,
     )
     prefetch_timeout_base: Float = _setting(
         1.0,
-        "Under the prefetch policy `timeout`: seconds that every prefetch is given.",
+        "With the prefetch policy `timeout`: seconds that each prefetch may take.",
         "a number of at least 0 (seconds)",
         ge=0,
     )
     prefetch_timeout_per_ki_token: Float = _setting(
         0.25,
-        "Under the prefetch policy `timeout`: further seconds for each 1,024 tokens.",
+        "With the prefetch policy `timeout`: additional seconds for each 1,024 tokens.",
         "a number of at least 0 (seconds)",
         ge=0,
     )
     hicache_storage_pass_prefix_keys: bool = _setting(
-        False, "Accepted for SGLang's sake and without effect: a page's key is its whole prefix."
+        False,
+        "Accepted for compatibility with SGLang, without effect: the key of a page covers its"
+        " whole prefix.",
     )
     tp_lcm_size: Int | None = _setting(
         None,
-        "Accepted for SGLang's sake and without effect.",
+        "Accepted for compatibility with SGLang, without effect.",
         "an integer of at least 1, or null",
         ge=1,
     )
@@ -100,7 +110,7 @@ class HiCacheConfig(BaseModel):
     """Every setting of the cache. Frozen; an unknown name or a bad value is a ``ConfigError``.
 
     Build it from arguments, ``HiCacheConfig(page_size=16)``, or from all sources with ``load``.
-    It says what was *asked*; ``resolve`` says what is *in force*.
+    It holds the values *asked for*; ``resolve`` returns those *in force*.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -109,11 +119,11 @@ class HiCacheConfig(BaseModel):
         64, "Tokens in a page, the unit of caching.", "an integer from 1 to 65536", ge=1, le=65536
     )
     enable_hierarchical_cache: bool = _setting(
-        True, "Use host memory and storage; false leaves the device tier alone."
+        True, "Use host memory and storage; if false, the device tier is the only one."
     )
     hicache_ratio: Float = _setting(
         2.0,
-        "Size of the host pool as a multiple of the device pool; 0 leaves it to `hicache_size`.",
+        "Size of the host pool as a multiple of the device pool; if 0, `hicache_size` sets it.",
         "a number from 0 to 1000000",
         ge=0,
         le=1e6,
@@ -127,17 +137,18 @@ class HiCacheConfig(BaseModel):
     )
     hicache_io_backend: Literal["kernel", "direct"] = _setting(
         "kernel",
-        "How pages move between device and host: `kernel` is one fused launch, `direct` a copy"
-        " for each page and layer.",
+        "How pages are copied between device and host: `kernel` copies them in one fused launch,"
+        " `direct` makes one copy for each page and layer.",
     )
     hicache_write_policy: Literal["write_through", "write_through_selective", "write_back"] = (
         _setting(
             "write_through",
-            "When a page goes to the host: at once, at its second use, or when evicted.",
+            "When a page is copied to the host: `write_through` at once, `write_through_selective`"
+            " at its second use, `write_back` when the device evicts it.",
         )
     )
     hicache_mem_layout: Literal["page_first", "page_first_direct", "layer_first"] = _setting(
-        "page_first", "Order of the bytes in the host pool."
+        "page_first", "Layout of the host pool: the order of the bytes of a page."
     )
     hicache_storage_backend: str | None = _setting(
         None,
@@ -147,75 +158,79 @@ class HiCacheConfig(BaseModel):
         pattern=r"^[a-z0-9][a-z0-9_-]*$",
     )
     hicache_storage_prefetch_policy: Literal["best_effort", "wait_complete", "timeout"] = _setting(
-        "best_effort", "How long a request waits for its prefetch: not at all, to the end, a while."
+        "best_effort",
+        "`best_effort` never waits for a prefetch, `wait_complete` waits until it ends, `timeout`"
+        " waits for a limited time.",
     )
     prefetch_admission: Literal["always", "cost_aware"] = _setting(
         "always",
-        "Whether all that storage has is loaded, or only what is expected to bring the first token"
-        " sooner than computing it.",
+        "`always` loads everything that storage has; `cost_aware` loads only what is expected to"
+        " give the first token sooner than computing it.",
     )
     storage_head_group: Int | None = _setting(
         None,
-        "KV heads of one stored object, so that fleets of different tensor-parallel size share;"
-        " none for all heads that a rank holds.",
+        "Number of KV heads in one stored object, so that servers with different tensor-parallel"
+        " sizes share pages; none for all heads of a rank.",
         "an integer of at least 1 that divides the heads of every rank, or none",
         ge=1,
     )
     hicache_storage_backend_extra_config: dict[str, Any] = _setting(
         {},
-        "The storage backend's own settings, and the controller's keys: a mapping, JSON text, or"
+        "Settings of the storage backend, and the controller's keys: a mapping, JSON text, or"
         " `@file` (JSON, TOML, YAML).",
         "a mapping, JSON text of an object, or @file",
     )
-    radix_eviction_policy: EvictionPolicy = _setting(
-        "lru", "Which pages the device gives up first."
-    )
+    radix_eviction_policy: EvictionPolicy = _setting("lru", "Which pages the device evicts first.")
     hicache_host_eviction_policy: EvictionPolicy = _setting(
-        "lru", "Which pages the host gives up first."
+        "lru", "Which pages the host evicts first."
     )
     hicache_host_retention: Literal["keep", "free_once_stored"] = _setting(
         "keep",
-        "What the host does with pages that storage has: it keeps them until it needs the room, or"
-        " lets them go at once.",
+        "What the host does with pages that are stored: `keep` keeps them until it needs the room,"
+        " `free_once_stored` frees them at once.",
     )
     hicache_explain: bool = _setting(
-        True, "Remember for each request why tokens were missed (`cache.explain`)."
+        True, "Record for each request why tokens were missed (`cache.explain`)."
     )
     hicache_tracing: bool = _setting(
-        False, "OpenTelemetry spans around prefetch, load_back and backup."
+        False, "Emit OpenTelemetry spans for prefetch, load_back and backup."
     )
     hicache_status_port: Int | None = _setting(
         None,
-        "Port of the status server (metrics, status, explanations), raised by the rank; 0 for any"
-        " free one, none for no server.",
+        "Port of the status server (metrics, status, explanations); each rank adds its number. 0"
+        " for any free port, none for no server.",
         "an integer from 0 to 65535, or none",
         ge=0,
         le=65535,
     )
     hicache_status_host: str = _setting(
-        "127.0.0.1", "Address that the status server listens on; it asks nobody for a password."
+        "127.0.0.1", "Address that the status server listens on; it has no authentication."
     )
     metrics_prefix: str = _setting(
-        "hicache:", "Before the name of every metric; `sglang:` for SGLang's dashboards."
+        "hicache:", "Prefix of the name of every metric; `sglang:` for SGLang's dashboards."
     )
     kv_events_config: dict[str, Any] = _setting(
         {},
-        "Publishes KV events over ZMQ: the fields of `EventsConfig`, as a mapping or JSON text;"
-        " empty for none.",
+        "Publish KV events over ZMQ: the fields of `EventsConfig`, as a mapping or JSON text; empty"
+        " for no events.",
         "a mapping, or JSON text of an object",
     )
     hicache_storage_threads: Int = _setting(
-        4, "Threads that call the storage backend.", "an integer from 1 to 256", ge=1, le=256
+        4,
+        "Number of threads that call the storage backend.",
+        "an integer from 1 to 256",
+        ge=1,
+        le=256,
     )
     hicache_storage_max_read_nbytes: Int = _setting(
         1 << 30,
-        "Bytes of storage reads that may be queued or under way; further prefetches are skipped.",
+        "Maximum bytes of storage reads, queued and running; further prefetches are skipped.",
         "an integer of at least 1 (bytes)",
         ge=1,
     )
     hicache_storage_max_write_nbytes: Int = _setting(
         1 << 30,
-        "Bytes of storage writes that may be queued or under way; further writes are dropped.",
+        "Maximum bytes of storage writes, queued and running; further writes are dropped.",
         "an integer of at least 1 (bytes)",
         ge=1,
     )
@@ -238,12 +253,13 @@ class HiCacheConfig(BaseModel):
     ) -> HiCacheConfig:
         """The configuration from all sources: arguments > flags > environment > file > defaults.
 
-        A value replaces another as a whole, the extra config too. ``sources`` remembers the winner.
+        A stronger value replaces a weaker one as a whole; the extra config is not merged.
+        ``sources`` tells which source won.
 
         Args:
             arguments: settings by name; None is a value here.
             flags: settings by name, from a command line; None means that the flag was not given.
-            environ: ``os.environ`` or the like (``HICACHE_PAGE_SIZE``); nothing is read if None.
+            environ: ``os.environ`` or the like (``HICACHE_PAGE_SIZE``); None reads no environment.
             file: a .json, .toml, .yaml or .yml file; an ``@file`` in it is relative to it.
 
         Raises:
@@ -316,14 +332,14 @@ class HiCacheConfig(BaseModel):
 
     @property
     def sources(self) -> Mapping[str, str]:
-        """For each setting, where its value came from, in words; not part of equality."""
+        """For each setting, where its value came from, in words; equality ignores it."""
         given = {key: ARGUMENT for key in self.model_fields_set}
         names = type(self).model_fields
         return MappingProxyType(dict.fromkeys(names, DEFAULT) | given | self._sources)
 
     @property
     def controller_keys(self) -> ControllerKeys:
-        """The controller's own keys of the extra config, checked, with their defaults."""
+        """The controller's keys of the extra config, validated, with their defaults."""
         extra = self.hicache_storage_backend_extra_config
         own = ControllerKeys.model_fields
         return ControllerKeys(**{key: value for key, value in extra.items() if key in own})
@@ -336,7 +352,7 @@ class HiCacheConfig(BaseModel):
         return copy.deepcopy({key: value for key, value in extra.items() if key not in own})
 
     def resolve(self) -> ResolvedConfig:
-        """What is in force: the compatibility rules applied, each switch logged once."""
+        """Applies the compatibility rules and logs each change once."""
         adjustments = tuple(_apply_rules(self.model_dump()))
         in_force = self.changed({change.key: change.in_force for change in adjustments}, _RULE)
         resolved = ResolvedConfig(asked=self, in_force=in_force, adjustments=adjustments)
@@ -359,11 +375,11 @@ class HiCacheConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Adjustment:
-    """One setting that is in force otherwise than it was asked.
+    """One setting whose value in force differs from the value asked for.
 
     Attributes:
         key: its name.
-        asked: the value that was asked.
+        asked: the value asked for.
         in_force: the value that is used.
         reason: the rule, in words.
     """
@@ -375,17 +391,17 @@ class Adjustment:
 
     def __str__(self) -> str:
         asked, in_force = _as_written(self.asked), _as_written(self.in_force)
-        return f"{self.key}: {asked} was asked, {in_force} is in force: {self.reason}"
+        return f"{self.key}: asked for {asked}, using {in_force}: {self.reason}"
 
 
 def _as_written(value: object) -> str:
-    """A value as one writes it in a configuration: ``none``, ``true``, ``64``."""
+    """A value as it is written in a configuration: ``none``, ``true``, ``64``."""
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 @dataclass(frozen=True, slots=True)
 class ResolvedConfig:
-    """A configuration twice: as asked, and as the compatibility rules leave it.
+    """A configuration as it was asked for, and after the compatibility rules.
 
     Attributes:
         asked: what the user set.
@@ -399,7 +415,7 @@ class ResolvedConfig:
 
     @property
     def refused(self) -> tuple[Adjustment, ...]:
-        """Of the adjustments, those of values that somebody asked for."""
+        """The adjustments of values that somebody set; those of defaults are left out."""
         sources = self.asked.sources
         return tuple(change for change in self.adjustments if sources[change.key] != DEFAULT)
 

@@ -1,4 +1,4 @@
-"""Where settings come from: files, environment, JSON text; and which of them wins."""
+"""Where settings come from (files, environment, JSON text), and which source wins."""
 
 from __future__ import annotations
 
@@ -36,14 +36,19 @@ class Layered:
     sources: dict[str, str] = field(default_factory=dict)
 
     def add(self, values: Mapping[str, object], source_of: Callable[[str], str]) -> None:
-        """Lays ``values`` over what is there: what is added later wins, key by key."""
+        """Adds ``values``; for each key the value added last wins.
+
+        Args:
+            values: settings by name.
+            source_of: gives the source of a key, in words.
+        """
         for key, value in values.items():
             self.values[key] = value
             self.sources[key] = source_of(key)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` for the name most like ``name``, or nothing."""
+    """``; did you mean 'x'?`` with the name most similar to ``name``, or an empty string."""
     found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
     return f"; did you mean {found[0]!r}?" if found else ""
 
@@ -59,10 +64,10 @@ def env_name(key: str) -> str:
 
 
 def read_environ(keys: Iterable[str], environ: Mapping[str, str]) -> dict[str, str]:
-    """The settings that the environment holds; an empty variable counts as unset.
+    """The settings in the environment; an empty variable counts as unset.
 
-    Other variables that start with ``HICACHE_`` are no errors, since plugins have their own; one
-    that is nearly the name of a setting is logged as a warning.
+    Other variables that start with ``HICACHE_`` are ignored, since plugins have their own. One that
+    is nearly the name of a setting is logged as a warning.
     """
     by_env = {env_name(key): key for key in keys}
     for name, meant in mistyped(by_env.values(), environ):
@@ -71,7 +76,7 @@ def read_environ(keys: Iterable[str], environ: Mapping[str, str]) -> dict[str, s
 
 
 def mistyped(keys: Iterable[str], environ: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Variables that are nearly one of ours, each with the name that was meant."""
+    """The variables whose name is nearly that of a setting, each with the name that was meant."""
     known = [*map(env_name, keys), *_OTHER_VARIABLES]
     found = []
     for name in environ:
@@ -95,7 +100,7 @@ def read_file(path: str | os.PathLike[str], what: str = "configuration file") ->
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{what} {file}: there is no such file (asked in {Path.cwd()})") from None
+        raise ConfigError(f"{what} {file}: no such file (working directory {Path.cwd()})") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{what} {file}: cannot be read: {error}") from error
     return _mapping(parse(text, f"{what} {file}"), f"{what} {file}")
@@ -107,11 +112,11 @@ def read_inline(value: object, base: Path | None = None, what: str = "") -> dict
     Args:
         value: the mapping, or text.
         base: the directory that a relative ``@file`` starts from; the working directory if None.
-        what: the setting's name and a blank, for messages.
+        what: start of the messages: the name of the setting and a space.
 
     Raises:
-        ConfigError: the text is not JSON, or the file cannot be used. The text is never quoted:
-            it may hold passwords.
+        ConfigError: the text is not JSON, or the file cannot be used. The message never quotes
+            the text, which may hold passwords.
     """
     if isinstance(value, str) and value.startswith("@"):
         return read_file((base or Path()) / Path(value[1:]).expanduser(), f"{what}file")
@@ -125,11 +130,11 @@ def _mapping(value: object, what: str) -> dict[str, object]:
         return {}
     if not isinstance(value, Mapping):
         raise ConfigError(
-            f"{what}: must be a mapping of names to values, not {type(value).__name__}"
+            f"{what}: expected a mapping of names to values, got {type(value).__name__}"
         )
     bad = [key for key in value if not isinstance(key, str)]
     if bad:
-        raise ConfigError(f"{what}: names must be text, {bad[0]!r} is {type(bad[0]).__name__}")
+        raise ConfigError(f"{what}: names must be text, but {bad[0]!r} is {type(bad[0]).__name__}")
     return dict(value)
 
 

@@ -24,7 +24,7 @@ class Direction(enum.Enum):
 
 
 class Ticket(ABC):
-    """One copy under way. The owner thread asks; the copy itself runs elsewhere."""
+    """One copy. The owner thread calls these methods; the copy itself runs elsewhere."""
 
     @abstractmethod
     def done(self) -> bool:
@@ -36,10 +36,10 @@ class Ticket(ABC):
 
     @abstractmethod
     def wait_layer(self, layer: int) -> None:
-        """Makes sure that what the caller computes next sees this layer's rows.
+        """Ensures that what the caller computes next sees the rows of this layer.
 
-        On a CPU this blocks until they have arrived; on CUDA it makes the current stream wait, and
-        returns at once. ``layer`` counts from 0 among the layers held here.
+        On a CPU this blocks until they have arrived. On CUDA it makes the current stream wait and
+        returns at once. ``layer`` counts from 0 among the layers of this process.
 
         Raises:
             LoadFailed: the copy failed; the pages hold nothing.
@@ -48,14 +48,14 @@ class Ticket(ABC):
     @property
     @abstractmethod
     def error(self) -> BaseException | None:
-        """Why the copy failed; None while it is under way and when it went well."""
+        """Why the copy failed; None while it runs and if it succeeded."""
 
 
 class FailedTicket(Ticket):
-    """A copy that could not begin."""
+    """A copy that could not be started."""
 
     def __init__(self, error: Exception) -> None:
-        """``error`` says why."""
+        """Takes the error that prevented the copy."""
         self._error = error
 
     def done(self) -> bool:
@@ -89,7 +89,7 @@ class CopyQueue(ABC):
 
     @abstractmethod
     def submit(self, steps: list[range], copy: CopyLayers) -> Ticket:
-        """Has ``copy(step)`` called for each step, in order, behind all that came before.
+        """Queues a copy: calls ``copy(step)`` for each step, in order, after all earlier copies.
 
         Raises:
             UseAfterClose: the queue is closed, or was never opened.
@@ -118,11 +118,11 @@ class Transfer(ABC):
         """Keeps its arguments; ``open`` starts the queues.
 
         Args:
-            device_pool: one end.
-            host_pool: the other end, of the same spec and page size.
+            device_pool: the device pool.
+            host_pool: the host pool, with the same spec and page size.
             queue: where copies run.
-            store_queue: where copies to the host run, if elsewhere: on CUDA a second stream, so
-                that both directions of the bus are used at once.
+            store_queue: where copies to the host run, if not in ``queue``: on CUDA a second
+                stream, so that both directions of the bus are used at the same time.
 
         Raises:
             SpecError: the pools do not hold the same kind of page.
@@ -167,7 +167,7 @@ class Transfer(ABC):
         return self._begin(Direction.TO_DEVICE, steps, device_pages, host_pages)
 
     def close(self) -> None:
-        """Lets copies that were submitted end, and stops; a second call does nothing."""
+        """Waits for submitted copies and stops the queues; a second call does nothing."""
         for queue in {self._loads, self._stores}:
             queue.close()
 
@@ -175,12 +175,12 @@ class Transfer(ABC):
     def _prepare(
         self, direction: Direction, device_pages: PageIds, host_pages: PageIds
     ) -> CopyLayers:
-        """What copies the rows of these pages; called on the owner thread, must not block."""
+        """A function that copies the rows of these pages; owner thread, must not block."""
 
     def _begin(
         self, direction: Direction, steps: list[range], device_pages: PageIds, host_pages: PageIds
     ) -> Ticket:
-        """A copy that cannot begin is one that has failed: its owner knows what to do then."""
+        """Starts a copy; if that fails, returns a ticket that has failed, which callers handle."""
         queue = self._stores if direction is Direction.TO_HOST else self._loads
         try:
             return queue.submit(steps, self._prepare(direction, device_pages, host_pages))

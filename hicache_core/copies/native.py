@@ -28,10 +28,10 @@ PLAN = struct.Struct("=8q")  # as plan_t in _transfer.c
 
 
 class NativeTransfer(Transfer):
-    """Copies each row from where one pool has it to where the other wants it.
+    """Copies each row from its address in one pool to its address in the other.
 
-    Copies of 4 MiB and more store past the cache, four rows at a time. Which layout the host has
-    makes no difference in kind, so ``direct`` and ``kernel`` are the same here.
+    Copies of 4 MiB and more bypass the CPU's cache and write four rows at a time. The code is the
+    same for every host layout, so ``direct`` and ``kernel`` do not differ here.
     """
 
     def __init__(
@@ -41,11 +41,17 @@ class NativeTransfer(Transfer):
         queue: CopyQueue,
         store_queue: CopyQueue | None = None,
     ) -> None:
-        """Works out where rows lie, once.
+        """Computes the addresses of all rows once.
+
+        Args:
+            device_pool: the device pool, on the CPU.
+            host_pool: the host pool of the same spec and page size.
+            queue: where copies run.
+            store_queue: where copies to the host run, if not in ``queue``.
 
         Raises:
-            SpecError: the pools do not fit each other or are not on a CPU, or the native module is
-                not there.
+            SpecError: the pools do not fit each other or are not on a CPU, or the native module
+                was not built.
         """
         super().__init__(device_pool, host_pool, queue, store_queue)
         if not IS_BUILT or device_pool.device.type != "cpu":

@@ -21,7 +21,7 @@ def open_transfer(
     host_pool: HostPool,
     queue: CopyQueue | None = None,
 ) -> Transfer:
-    """An open transfer; the caller closes it.
+    """Makes and opens a transfer; the caller closes it.
 
     ========  ==============================  ==================================  ===============
     backend   CPU                             CPU without the native module       CUDA
@@ -32,17 +32,19 @@ def open_transfer(
 
     Args:
         io_backend: ``direct`` or ``kernel``.
-        device_pool: one end.
-        host_pool: the other end.
-        queue: where copies run. By default a copy thread for a CPU, and on CUDA a stream for each
+        device_pool: the device pool.
+        host_pool: the host pool.
+        queue: where copies run. Default: a copy thread on a CPU, and on CUDA a stream for each
             direction.
 
     Raises:
-        SpecError: there is no such io backend, the pools do not fit each other, or ``kernel`` on
+        SpecError: the io backend is unknown, the pools do not fit each other, or ``kernel`` on
             CUDA has a host pool that is not pinned.
     """
     if io_backend not in IO_BACKENDS:
-        raise SpecError(f"no io backend {io_backend!r}; there are: {', '.join(IO_BACKENDS)}")
+        raise SpecError(
+            f"unknown io backend {io_backend!r}; the io backends are: {', '.join(IO_BACKENDS)}"
+        )
     if device_pool.device.type == "cpu":
         kind = native.NativeTransfer if native.IS_BUILT else _twin(io_backend)
         transfer = kind(device_pool, host_pool, queue or ThreadQueue())
@@ -62,7 +64,7 @@ def _twin(io_backend: str) -> type[Transfer]:
 def _cuda_kernel(host_pool: HostPool) -> type[Transfer]:
     if not host_pool.pinned:
         raise SpecError(
-            "io backend 'kernel' on CUDA reads host memory by its address: open the host pool with "
+            "io backend 'kernel' on CUDA needs pinned host memory: open the host pool with "
             "pin=True, or use io backend 'direct'"
         )
     # Triton comes with torch's CUDA builds only, so its import must not be anybody else's.

@@ -13,7 +13,7 @@ class ThreadTicket(Ticket):
     """A copy on another thread, in steps of some layers."""
 
     def __init__(self, steps: list[range], copy: CopyLayers) -> None:
-        """Keeps its arguments; ``run`` does the work, and ``future`` is to be set before use."""
+        """Keeps its arguments; ``run`` makes the copies. Set ``future`` before any other use."""
         self.future: Future[None] = Future()
         self._steps = steps
         self._copy = copy
@@ -50,7 +50,7 @@ class ThreadTicket(Ticket):
         if self._layers_done <= layer:
             with self._changed:
                 self._changed.wait_for(lambda: self._layers_done > layer or self.future.done())
-        # Also of a copy that failed behind this layer: its pages are given up as a whole.
+        # Also if the copy failed at a later layer: its pages are given up as a whole.
         if (error := self.error) is not None:
             raise LoadFailed(f"the copy of layer {layer} failed: {error!r}") from error
 

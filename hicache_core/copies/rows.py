@@ -20,11 +20,10 @@ def device_rows(buffer: torch.Tensor) -> torch.Tensor:
 def row_words(
     device_pool: DevicePool, host_pool: HostPool
 ) -> tuple[list[list[torch.Tensor]], list[torch.Tensor]]:
-    """Views of all rows in the widest word in which both sides can be addressed.
+    """Views of all rows in the widest integer type in which both sides can be addressed.
 
-    Wide words are fewer elements. A page of a layer is then too few of them for torch to spread one
-    copy over its threads, which from a thread of ours costs more than it gains: 1.7 GB/s against
-    5.6 here.
+    Wider words are fewer elements. Then one layer of a page has too few elements for torch to split
+    a copy over its threads, which is slower from a thread of ours: 1.7 GB/s instead of 5.6 here.
 
     Returns:
         For each component, for each layer: the device's rows (n_pages, page_size, n_words); and

@@ -21,7 +21,13 @@ class StreamTicket(Ticket):
     """Copies that were launched on a stream."""
 
     def __init__(self, cuda: Any, steps: list[range], copy: CopyLayers) -> None:
-        """Nothing is launched yet; ``copy`` is kept, since it holds what the kernels read."""
+        """Launches nothing yet.
+
+        Args:
+            cuda: ``torch.cuda``, or an emulation of it in tests.
+            steps: the layers of each step, in order.
+            copy: copies layers; kept for as long as kernels read the memory that it holds.
+        """
         self._cuda = cuda
         self._steps = steps
         self._copy = copy
@@ -29,7 +35,7 @@ class StreamTicket(Ticket):
         self._error: RuntimeError | None = None
 
     def launch(self, stream: Any) -> None:
-        """Launches all steps, up to the first that fails; an event behind each."""
+        """Launches all steps, up to the first that fails, with an event after each."""
         try:
             for step in self._steps:
                 self._copy(step)
@@ -70,14 +76,14 @@ class StreamTicket(Ticket):
 
 
 class StreamQueue(CopyQueue):
-    """One CUDA stream: copies run beside compute, one after the other."""
+    """One CUDA stream: copies run one after the other, concurrently with compute."""
 
     def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
         """Makes nothing; ``open`` does.
 
         Args:
             device: the GPU.
-            cuda: the module ``torch.cuda``, or what stands in for it in tests.
+            cuda: the module ``torch.cuda``, or an emulation of it in tests.
         """
         self._device = device
         self._cuda = cuda

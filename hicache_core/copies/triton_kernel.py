@@ -59,9 +59,9 @@ WORDS = {torch.int64: tl.int64, torch.int32: tl.int32, torch.int16: tl.int16, to
 
 
 class TritonTransfer(Transfer):
-    """One launch for a layer on the way up, and for all layers on the way down.
+    """One launch for each layer to the device, and one launch for all layers to the host.
 
-    The host pool must be pinned, since the kernel follows its addresses.
+    The host pool must be pinned, since the kernel reads and writes it by address.
     """
 
     def __init__(
@@ -71,7 +71,13 @@ class TritonTransfer(Transfer):
         queue: CopyQueue,
         store_queue: CopyQueue | None = None,
     ) -> None:
-        """Works out where rows lie, once; the plans stay on the device.
+        """Computes the addresses of all rows once and keeps them on the device.
+
+        Args:
+            device_pool: the device pool, on a CUDA device.
+            host_pool: the host pool of the same spec and page size, in pinned memory.
+            queue: where copies run.
+            store_queue: where copies to the host run, if not in ``queue``.
 
         Raises:
             SpecError: the pools do not fit each other.

@@ -17,7 +17,13 @@ class Chat:
     """
 
     def __init__(self, tokenizer: Any, system_prompt: str, tokens: Sequence[int] = ()) -> None:
-        """Starts, or goes on after ``tokens``: the last prompt and its answer."""
+        """Starts a conversation, or continues one.
+
+        Args:
+            tokenizer: of transformers, with a chat template.
+            system_prompt: text of the system message.
+            tokens: the conversation so far: the last prompt and its answer; empty to start.
+        """
         self._tokenizer = tokenizer
         self._system_prompt = system_prompt
         self.tokens = list(tokens)

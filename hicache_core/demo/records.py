@@ -1,4 +1,4 @@
-"""What the demo's processes tell each other: settings, turns and events, as JSON."""
+"""What the demo's processes exchange: settings, turns and events, as JSON."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class DemoSettings:
 
     Attributes:
         model: a folder with a transformers model, or None for SmolLM2-135M-Instruct.
-        max_new_tokens: length of an answer, at most.
-        threads: torch's threads.
+        max_new_tokens: tokens in an answer at most.
+        threads: threads of torch.
         cache: the settings of ``HiCacheConfig`` by name.
-        salt: of this run, so that turn 1 is cold even on a store that others use.
+        salt: cache salt of this run, so that turn 1 is cold even on a shared store.
         corrupt: overwrite a cached page on purpose, to show that the comparison can fail.
     """
 
@@ -63,7 +63,7 @@ class TurnPlan:
 
 @dataclass(frozen=True, slots=True)
 class TurnRecord:
-    """What came of a turn; times in seconds, measured.
+    """The result of a turn, with measured times in seconds.
 
     Attributes:
         turn: its number.
@@ -77,11 +77,11 @@ class TurnRecord:
         new_tokens: tokens of the answer.
         ttft_s: time to the first token; matching, fetching and loading included.
         baseline_ttft_s: the same without any cache.
-        decode_tokens_per_s: speed behind the first token.
+        decode_tokens_per_s: speed after the first token.
         baseline_decode_tokens_per_s: the same without any cache.
         identical: both gave the same tokens.
         logits_difference: largest absolute difference of the first token's logits.
-        logits_margin: by how much the baseline's first token won over the second.
+        logits_margin: difference between the two largest logits of the baseline's first token.
     """
 
     turn: int
@@ -187,7 +187,7 @@ class Outcome:
     elapsed_s: float = 0.0
 
     def problems(self) -> list[str]:
-        """What went wrong, one sentence each; empty if all is well."""
+        """What failed, one sentence each; empty if nothing did."""
         found = [
             f"turn {turn.turn}: the tokens differ from those computed without a cache"
             for turn in self.turns
@@ -205,7 +205,7 @@ class Outcome:
         return {"turns": [turn.public() for turn in self.turns], "summary": self.summary()}
 
     def summary(self) -> dict[str, Any]:
-        """The figures that are about the whole demo."""
+        """The values that concern the whole demo."""
         turns = self.turns
         backend = self.settings.cache.get("hicache_storage_backend")
         return {

@@ -84,7 +84,7 @@ def _print_line(console: Console, event: Event) -> None:
 
 
 def print_outcome(console: Console, outcome: Outcome) -> None:
-    """The table, the conversation and the figures about all of it."""
+    """Prints the table, the conversation and the summary."""
     if console.is_terminal:
         table = _empty_table()
         for turn in outcome.turns:

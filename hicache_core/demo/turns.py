@@ -40,7 +40,12 @@ class TurnRunner:
     """One process of the demo: a model, a cache, and the conversation so far."""
 
     def __init__(self, loaded: LoadedModel, settings: DemoSettings, history: list[int]) -> None:
-        """Opens the cache; ``history`` are the tokens of the conversation so far.
+        """Opens the cache.
+
+        Args:
+            loaded: the model and its tokenizer.
+            settings: of the demo.
+            history: token ids of the conversation so far; empty in the first process.
 
         Raises:
             HiCacheError: pools or storage backend cannot be opened.
@@ -106,7 +111,7 @@ class TurnRunner:
         return self._cached.cache.flush(FLUSH_TIMEOUT_S)
 
     def _empty_device(self) -> int:
-        """Evicts until nothing goes any more; under write_back, a page waits for those below it."""
+        """Evicts until nothing is left; under write_back, a page waits for those below it."""
         cache, n_pages = self._cached.cache, self._cached.device_pool.n_pages
         n_given_up = 0
         while n := cache.evict(n_pages):

@@ -21,7 +21,15 @@ from hicache_core.errors import HiCacheError
 
 
 def main(settings_file: Path, history_file: Path, number: int, out: TextIO) -> None:
-    """Runs the turns of process ``number`` (0 or 1)."""
+    """Runs the turns of one process.
+
+    Args:
+        settings_file: the ``DemoSettings`` as JSON.
+        history_file: token ids of the conversation as JSON; read at the start if it exists, and
+            written at the end.
+        number: 0 for the first process, 1 for the second.
+        out: gets one line for each event.
+    """
 
     def say(event: Event) -> None:
         out.write(to_line(event) + "\n")

@@ -1,4 +1,5 @@
-"""Arguments of ``generate``: which leave the KV alone, which name it, and which are refused."""
+"""Arguments of ``generate``: which do not change the KV, which become part of its keys, and which
+are refused."""
 
 from __future__ import annotations
 
@@ -18,11 +19,11 @@ from hicache_core.errors import ConfigError
 _REFUSED_SETTINGS = {
     "cache_config": "the cache is HiCache's own; leave it out",
     "cache_implementation": "the cache is HiCache's own; leave it out",
-    "continuous_batching_config": "one prompt at a time",
-    "dola_layers": "decoding that is loaded from elsewhere is not known to leave the KV alone",
+    "continuous_batching_config": "a cached generate takes one prompt at a time",
+    "dola_layers": "decoding code from outside transformers may change the KV",
     "max_cache_len": "the cache is HiCache's own; leave it out",
-    "penalty_alpha": "decoding that is loaded from elsewhere is not known to leave the KV alone",
-    "token_healing": "it changes the prompt; heal the tokens before",
+    "penalty_alpha": "decoding code from outside transformers may change the KV",
+    "token_healing": "it changes the prompt; heal the tokens before the call",
 }
 _KNOWN = GenerationConfig().to_dict()  # type: ignore[no-untyped-call]
 _SETTINGS = frozenset(_KNOWN) - set(_REFUSED_SETTINGS)
@@ -54,12 +55,12 @@ _ASSISTED = ("assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp")
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """What a ``generate`` was asked, checked.
+    """The checked arguments of a ``generate``.
 
     Attributes:
-        passed: what goes on to ``model.generate``.
-        inputs: a digest of what takes the place of the token ids; None for the ids alone.
-        from_nothing: it can only start over an empty cache.
+        passed: arguments that are passed on to ``model.generate``.
+        inputs: a digest of the embeddings that replace the token ids; None for token ids only.
+        from_nothing: whether it must start over an empty cache.
     """
 
     passed: dict[str, Any]
@@ -71,12 +72,12 @@ class Arguments:
         """Sorts ``given`` for a prompt of ``n_tokens`` tokens; computes nothing.
 
         Args:
-            given: as the caller wrote them; None is the same as left out.
+            given: the arguments of the caller; None is the same as leaving one out.
             n_tokens: length of the prompt.
             defaults: the model's own GenerationConfig.
 
         Raises:
-            ConfigError: names the first that cannot be taken.
+            ConfigError: an argument cannot be used; the message names the first one.
         """
         passed = {name: value for name, value in given.items() if value is not None}
         _take_if_default(passed, n_tokens)
@@ -87,7 +88,7 @@ class Arguments:
             if name not in _ACCEPTED:
                 raise ConfigError(_refusal(name))
         if passed.get("use_cache") is False:
-            raise ConfigError("use_cache=False: there is nothing to cache then; leave it out")
+            raise ConfigError("use_cache=False would leave nothing to cache; leave it out")
         own = passed.get("generation_config")
         if own is not None:
             passed["generation_config"] = own = copy.deepcopy(own)
@@ -109,14 +110,14 @@ def _effective(name: str, passed: Mapping[str, Any], own: Any, defaults: Any) ->
 def _refusal(name: str) -> str:
     reason = _REFUSED_SETTINGS.get(
         name,
-        "what it makes of the KV is not in the names of pages, which are made from token ids; "
-        "call model.generate itself",
+        "it may change the KV, but the keys of pages are made from token ids only; call "
+        "model.generate itself",
     )
     return f"{name} cannot be given to a cached generate: {reason}"
 
 
 def _take_if_default(passed: dict[str, Any], n_tokens: int) -> None:
-    """Takes out the masks and numbers of tokens that say what is so without them."""
+    """Removes masks, positions and token types that have their default values."""
     mask = passed.pop("attention_mask", None)
     if mask is not None and not _equals(mask, torch.ones(n_tokens)):
         raise ConfigError(
@@ -150,8 +151,8 @@ def _digest_of_embeddings(given: Any, n_tokens: int) -> str:
     shape = tuple(getattr(given, "shape", ()))
     if len(shape) != 3 or shape[:2] != (1, n_tokens):
         raise ConfigError(
-            f"inputs_embeds has the shape {shape}; it has to be (1, {n_tokens}, width), one row "
-            "for each token of the prompt"
+            f"inputs_embeds has the shape {shape}; it must be (1, {n_tokens}, width), one row for "
+            "each token of the prompt"
         )
     raw = given.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     return hashlib.sha256(f"embeddings {shape} {given.dtype} ".encode() + raw.tobytes()).hexdigest()

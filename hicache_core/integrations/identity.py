@@ -1,4 +1,4 @@
-"""Identity: what the KV of a model follows from, as a name; and whether that is still so."""
+"""The identity of a model: a digest of everything that its KV depends on, and its changes."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ _KNOWN_HOOKS = frozenset({"accelerate", "hicache_core", "peft", "torch", "transf
 
 
 def fingerprint_of_model(model: Any) -> str:
-    """A digest of all that the KV follows from, 32 hex digits: equal in every process.
+    """A digest of everything that the KV depends on, 32 hex digits, equal in every process.
 
-    It covers the config, every weight and buffer in memory (those that are not saved too), and the
-    plain settings of the modules: attention scaling, LoRA scaling, which adapters are on. It reads
+    It covers the config, every weight and buffer in memory (also those that are not saved), and the
+    plain settings of the modules: attention scaling, LoRA scaling, the active adapters. It reads
     all weights: a tenth of a second for each GB on a CPU. For large models on a device,
     ``hicache_core.kv.fingerprint.fingerprint_of_files`` is quicker.
 
@@ -59,18 +59,18 @@ def fingerprint_of_model(model: Any) -> str:
 
 
 class ModelIdentity:
-    """A model's fingerprint, and what has to stand beside it once weights or adapters have changed.
+    """A model's fingerprint, and a further name for its state once weights or adapters change.
 
-    The look that every request takes costs some hundred microseconds. It sees weights that are
-    written in place (``load_state_dict``, a training step), replaced or moved, buffers, adapters
-    that are added or switched, plain settings of modules, and hooks. It does not see what goes
-    around torch's version counter (``weight.data += x``, another library writing into the
-    memory): say ``weights_changed`` then.
+    Each request checks the model, which takes some hundred microseconds. The check sees weights
+    that are written in place (``load_state_dict``, a training step), replaced or moved, buffers,
+    adapters that are added or switched, plain settings of modules, and hooks. It does not see
+    writes that bypass torch's version counter (``weight.data += x``, or another library writing
+    into the memory): call ``weights_changed`` after those.
 
-    Any thread may ask; the model must not be changing meanwhile.
+    May be called on any thread; the model must not change meanwhile.
 
     Attributes:
-        fingerprint: of the model as it was when it was opened.
+        fingerprint: of the model when it was opened.
     """
 
     def __init__(self, model: Any, fingerprint: str | None = None) -> None:
@@ -78,12 +78,12 @@ class ModelIdentity:
 
         Args:
             model: a transformers model.
-            fingerprint: the caller's own name of what the model is now, hooks included.
+            fingerprint: the caller's own digest of the model as it is now, hooks included.
 
         Raises:
-            SpecError: virtual tokens (prompt or prefix tuning), which no token id stands for; or
-                weights that cannot be read.
-            ConfigError: a forward hook that only the caller can name.
+            SpecError: an adapter has virtual tokens (prompt or prefix tuning), which have no token
+                ids; or weights cannot be read.
+            ConfigError: the model has a forward hook, and no ``fingerprint`` is given.
         """
         self._model = model
         self._contents = _Contents()
@@ -97,9 +97,9 @@ class ModelIdentity:
             self.settle()
 
     def settle(self) -> None:
-        """Takes the model as it is now for the one that has the fingerprint, without reading it.
+        """Declares that the model as it is now has the fingerprint, without reading it.
 
-        For an engine that cuts the model after it was read.
+        For an engine that splits the model after it was read.
         """
         self._contents = _Contents()
         with self._contents.taken_as_read():
@@ -112,15 +112,16 @@ class ModelIdentity:
         self._variant: str | None = None
 
     def weights_changed(self) -> None:
-        """Reads everything again at the next look: weights were changed in a way nobody can see."""
+        """Makes the next check read everything: for changes of weights that it cannot see."""
         self._contents.forget()
         self._last_look = _NO_LOOK
 
     def variant(self) -> str | None:
-        """What names the model's present state beside the fingerprint; None for the first state.
+        """The name of the model's present state, in addition to the fingerprint.
 
         Returns:
-            None, or 32 hex digits; a state that comes back gets the name that it had.
+            None for the state at the start, otherwise 32 hex digits. A state that comes back gets
+            its earlier name.
 
         Raises:
             SpecError, ConfigError: as at the start.
@@ -135,11 +136,14 @@ class ModelIdentity:
         return self._variant
 
     def namespace(self, namespace: Namespace, inputs: str | None = None) -> Namespace:
-        """``namespace`` as it is while the model is what it was; else one that nobody else has.
+        """The namespace for the keys of a request.
+
+        This is ``namespace`` itself while the model is unchanged and there are no ``inputs``;
+        otherwise one with a ``variant`` of its own.
 
         Args:
-            namespace: the request's.
-            inputs: a digest of what else than token ids goes into the KV.
+            namespace: of the request.
+            inputs: a digest of what the KV depends on besides token ids; None for nothing.
         """
         parts = [part for part in (self.variant(), inputs) if part is not None]
         if not parts:
@@ -151,21 +155,21 @@ class ModelIdentity:
         for name, adapter in adapters.items():
             if getattr(adapter, "is_prompt_learning", False):
                 raise SpecError(
-                    f"adapter {name!r} is of the kind {type(adapter).__name__}: its virtual tokens "
-                    "are in the KV and not among the token ids, so no page can be named by them"
+                    f"adapter {name!r} is a {type(adapter).__name__}: its virtual tokens are in "
+                    "the KV but not among the token ids, so its pages cannot have keys"
                 )
         for name, hook in _hooks(self._model):
             if not _is_known(hook) and not any(hook is known for known in self._named_hooks):
                 called = getattr(hook, "__qualname__", type(hook).__name__)
                 raise ConfigError(
-                    f"module {name or 'model'!r} has a forward hook, {called}: what it does to the "
-                    "KV is in no fingerprint; remove it, or give CachedModel.open, with it in "
-                    "place, a fingerprint= that names what it does (an Engine takes no hook)"
+                    f"module {name or 'model'!r} has a forward hook, {called}, which may change "
+                    "the KV without changing the fingerprint; remove it, or give CachedModel.open "
+                    "a fingerprint= that covers the hook (an Engine accepts no hooks)"
                 )
 
 
 class _Look(NamedTuple):
-    """What one look saw; only good to be compared with another one of this process."""
+    """The result of one check; comparable only with others of this process."""
 
     modules: tuple[int, ...]
     tensors: tuple[object, ...]
@@ -177,7 +181,7 @@ _NO_LOOK = _Look((), (), (), ())
 
 
 class _Watch:
-    """The places in a model where a change shows, found once and then read quickly."""
+    """The places in a model that show a change, found once and then read quickly."""
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
@@ -207,7 +211,7 @@ class _Watch:
         return (tensor for tensor in values if tensor is not None)
 
     def look(self) -> _Look:
-        """What is there now."""
+        """Reads these places now."""
         children = chain.from_iterable(map(dict.values, self._children))
         tensors = list(self._held())
         same = [ref() is tensor for ref, tensor in zip(self._tensors, tensors, strict=False)]
@@ -235,13 +239,13 @@ class _Contents:
 
     @contextmanager
     def taken_as_read(self) -> Iterator[None]:
-        """Meanwhile, what tensors hold has the name of the fingerprint, and is not read."""
+        """In this context tensors count as those of the fingerprint and are not read."""
         self._reads = False
         yield
         self._reads = True
 
     def forget(self) -> None:
-        """Everything is read again."""
+        """Makes the next call read everything again."""
         self._known.clear()
 
     def of(self, name: str, tensor: torch.Tensor) -> str:
@@ -261,7 +265,7 @@ class _Contents:
 
 
 def _state_of(tensor: torch.Tensor) -> tuple[int, int]:
-    """Where its memory is and how often it was written in place; whatever of it can be told."""
+    """Address and version of a tensor, as far as they are known."""
     try:
         version = 0 if tensor.is_inference() else tensor._version
         return tensor.data_ptr(), version
@@ -356,7 +360,7 @@ def _as_json(value: object) -> bytes:
 
 
 def _in_words(value: object) -> object:
-    """What JSON does not know, without an address in memory."""
+    """Text for values that JSON does not have, without memory addresses."""
     if isinstance(value, set | frozenset):
         return sorted(value, key=str)
     return str(value) if isinstance(value, torch.dtype) else type(value).__qualname__

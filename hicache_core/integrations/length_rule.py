@@ -1,4 +1,4 @@
-"""LengthRule: models whose KV depends on how long the sequence is."""
+"""Rules for models whose KV depends on the length of the sequence."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["NO_LIMIT", "Kind", "LengthRule", "PureRows", "length_rule_of"]
 
 
 class Kind(enum.Enum):
-    """What the rows of a prompt are.
+    """The kind of the KV rows of a prompt.
 
     Attributes:
-        SHORT: of forwards that end within the limit.
-        LONG: of forwards that end beyond it; all alike.
+        SHORT: from forward passes that end within the limit.
+        LONG: from forward passes that end beyond it, and are all alike.
         NONE: of no kind that another prompt could use.
     """
 
@@ -30,13 +30,13 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class LengthRule:
-    """The KV of all tokens of a forward depends on whether it ends within a limit.
+    """The KV of all tokens of a forward pass depends on whether it ends within a limit.
 
     Attributes:
-        cause: what makes it so, for messages.
-        context: prompt and answer together stay within the limit up to so many tokens. The last
-            token of an answer is never computed, so their forwards end at ``context - 1``.
-        has_long_kind: whether all forwards beyond the limit give KV of one kind.
+        cause: the property of the model that causes this, for messages.
+        context: tokens of prompt and answer together that stay within the limit. The last token of
+            an answer is never computed, so their forward passes end at ``context - 1``.
+        has_long_kind: whether all forward passes beyond the limit give KV of one kind.
     """
 
     cause: str
@@ -44,19 +44,19 @@ class LengthRule:
     has_long_kind: bool
 
     def kind_of(self, n_prompt: int) -> Kind:
-        """What the rows of a prompt are. At the limit itself, models do not agree."""
+        """The kind of the rows of a prompt. At the limit itself, models differ from each other."""
         if n_prompt < self.context:
             return Kind.SHORT
         return Kind.LONG if self.has_long_kind and n_prompt > self.context + 1 else Kind.NONE
 
     def holds(self, kind: Kind, n_tokens: int) -> bool:
-        """Whether a forward that ends at ``n_tokens`` gives rows of a kind."""
+        """Whether a forward pass that ends at ``n_tokens`` gives rows of a kind."""
         if kind is Kind.SHORT:
             return n_tokens < self.context
         return kind is Kind.LONG and n_tokens > self.context
 
     def notice(self) -> str:
-        """What is said of the first prompt that is not cached."""
+        """The log message for the first prompt that is not cached."""
         which = "at this limit and one beyond" if self.has_long_kind else "from there on"
         return (
             f"the KV of this model is other beyond {self.context} tokens ({self.cause}): prompts "
@@ -64,14 +64,14 @@ class LengthRule:
         )
 
     def namespace(self, kind: Kind, own: Namespace) -> Namespace:
-        """Where prompts of a kind are kept: those beyond the limit apart from the others."""
+        """The namespace for prompts of a kind: those beyond the limit have one of their own."""
         if kind is not Kind.LONG:
             return own
         return replace(own, extra_key=json.dumps([self.cause, self.context, own.extra_key]))
 
 
 NO_LIMIT = LengthRule("", math.inf, has_long_kind=False)
-"""Of models whose KV is the same at every length, which are most."""
+"""The rule of most models: KV does not depend on the length."""
 
 
 class PureRows:
@@ -86,13 +86,19 @@ class PureRows:
     def __init__(
         self, rule: LengthRule = NO_LIMIT, kind: Kind = Kind.SHORT, n_rows: int = 0
     ) -> None:
-        """Begins with a prefix of ``n_rows`` rows, all of that kind."""
+        """Begins with a cached prefix.
+
+        Args:
+            rule: of the model.
+            kind: the kind of all rows of the prefix.
+            n_rows: tokens in the prefix.
+        """
         self.rule = rule
         self.kind = kind
         self.n_rows = n_rows
 
     def note(self, start: int, stop: int) -> None:
-        """A forward adds rows from ``start`` to ``stop``, maybe after others were dropped."""
+        """Records that a forward pass adds rows from ``start`` to ``stop``."""
         if start <= self.n_rows:
             self.n_rows = stop if self.rule.holds(self.kind, stop) else start
 

@@ -1,4 +1,4 @@
-"""Checks of a model before it is cached: what its layers keep, and whether its KV may be reused."""
+"""Checks a model before it is cached: what its layers keep, and whether its KV can be reused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 _N_PROBE = 32
-"""Tokens of the prompt that a model is tried with; two thirds of them are its prefix."""
+"""Tokens of the prompt with which a model is tried; two thirds of them are its prefix."""
 
 # How far logits of the same tokens may be apart, as a part of their own spread (root mean squares,
 # the median over positions). Other shapes round otherwise: by less than 1e-5 in float32, with TF32
@@ -42,7 +42,7 @@ _N_PROBE = 32
 _TOLERANCE = 0.01
 _COARSE_TOLERANCE = 0.2
 
-# What a model raises that does not know what to do with a cache.
+# Errors of a model that cannot use a cache.
 _MODEL_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -68,16 +68,16 @@ class Probe:
 
 
 def check_model(model: Any) -> Probe:
-    """Makes sure that what a model computes over a cached prefix is what it computes without one.
+    """Checks that a model computes the same over a cached prefix as without one.
 
     A prompt of 32 tokens is computed whole, and in two parts over a cache; both must give the same
     logits. Nothing is kept, and neither mode nor random state of the model is changed.
 
     Returns:
-        The prompt, and what the model gave for it whole.
+        The prompt, and the logits of the whole computation.
 
     Raises:
-        SpecError: the model cannot be cached; says why.
+        SpecError: the model cannot be cached; the message says why.
     """
     check_layers(model.config)
     text = _text_config(model.config)
@@ -121,7 +121,7 @@ def check_layers(config: Any) -> None:
 
 
 def kv_spec_of(model: Any, fingerprint: str) -> KVSpec:
-    """The spec of what ``model`` really hands to its cache, found by computing one token.
+    """The spec of what ``model`` passes to its cache, found by computing one token.
 
     A config does not always tell: of an MLA model, transformers caches the latent as keys and the
     rotary key as values, and a model's cache may have another dtype than its weights.
@@ -152,7 +152,7 @@ def kv_spec_of(model: Any, fingerprint: str) -> KVSpec:
 
 
 def probe_tokens(model: Any) -> list[int]:
-    """A prompt to try a model with: the same each time, as far as possible without special tokens.
+    """The prompt with which a model is tried: always the same, if possible without special tokens.
 
     It has 32 tokens, or as many as the model's context.
     """
@@ -167,10 +167,10 @@ def probe_tokens(model: Any) -> list[int]:
 
 
 def vocabulary_of(model: Any) -> int:
-    """Tokens that a model knows; those of its language model, where it has other parts as well.
+    """The size of a model's vocabulary; that of its language model if it has other parts too.
 
     Raises:
-        SpecError: its config does not say.
+        SpecError: its config has no vocabulary size.
     """
     size = getattr(_text_config(model.config), "vocab_size", None)
     if not size:
@@ -179,28 +179,42 @@ def vocabulary_of(model: Any) -> int:
 
 
 def forward(model: Any, ids: Sequence[int], past: Cache) -> torch.Tensor:
-    """Logits of ``ids`` behind what ``past`` holds, (n_tokens, vocabulary), float32.
+    """Computes the logits of tokens after a prefix.
 
-    Positions are given as ``generate`` gives them: some models count wrongly without.
+    Positions are passed as ``generate`` passes them, since some models count wrongly without.
+
+    Args:
+        model: a causal language model of transformers.
+        ids: token ids that follow the prefix, ``(n_tokens,)``.
+        past: the prefix; the KV of ``ids`` is added to it.
+
+    Returns:
+        float32 of shape ``(n_tokens, vocabulary)``.
     """
     logits: torch.Tensor = _call(model, ids, past, {}).logits[0]
     return logits.float()
 
 
 def fill(model: Any, ids: Sequence[int], past: Cache) -> None:
-    """Computes ``ids`` behind what ``past`` holds, for their KV alone."""
+    """Adds the KV of tokens to ``past``; their logits are not used.
+
+    Args:
+        model: a causal language model of transformers.
+        ids: token ids that follow the prefix, ``(n_tokens,)``.
+        past: the prefix; the KV of ``ids`` is added to it.
+    """
     with torch.no_grad():
         _call(model, ids, past, {"logits_to_keep": 1})
 
 
 def restart(model: Any) -> None:
-    """Has a model forget the longest sequence it has seen, as dynamic rope remembers it."""
+    """Makes a model forget the longest sequence that it has seen, which dynamic rope remembers."""
     with torch.no_grad():
         _call(model, [0], _new_cache(model), {"logits_to_keep": 1})
 
 
 def _call(model: Any, ids: Sequence[int], past: Cache, options: dict[str, Any]) -> Any:
-    """A forward; of ``options``, what the model knows."""
+    """A forward pass, with those of ``options`` that the model accepts."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of an adapter
     known = inspect.signature(inner.forward).parameters
     start = past.get_seq_length()
@@ -212,17 +226,17 @@ def _call(model: Any, ids: Sequence[int], past: Cache, options: dict[str, Any]) 
 
 
 def check_same(model: Any, refused: str, how: str, got: torch.Tensor, want: torch.Tensor) -> None:
-    """Makes sure that logits are equal up to rounding.
+    """Checks that logits are equal up to rounding.
 
     Args:
-        model: whose they are.
-        refused: "cached" or "batched", what it cannot be if they differ.
-        how: they were computed.
+        model: the model that computed them.
+        refused: "cached" or "batched": what the model cannot be if they differ.
+        how: in words, how they were computed.
         got: logits, (n_tokens, vocabulary), float32.
-        want: what they should be, of the same shape.
+        want: the expected logits, of the same shape.
 
     Raises:
-        SpecError: they are not.
+        SpecError: they differ.
     """
     if got.shape != want.shape:
         found = f"of shape {tuple(got.shape)} instead of {tuple(want.shape)}"
@@ -242,9 +256,12 @@ def check_same(model: Any, refused: str, how: str, got: torch.Tensor, want: torc
 
 @contextmanager
 def failing_as_spec_error(model: Any, refused: str, how: str) -> Iterator[None]:
-    """Has what ``model`` raises, except for lack of memory, become a SpecError that says so.
+    """Turns any error of ``model``, except a lack of memory, into a SpecError.
 
-    ``refused`` and ``how`` are as of ``check_same``.
+    Args:
+        model: the model that is tried.
+        refused: what cannot be done with it, as in ``check_same``.
+        how: how its tokens were computed, as in ``check_same``.
     """
     try:
         yield
@@ -298,7 +315,7 @@ def _filled_layers(model: Any, past: Cache) -> list[Any]:
 
 
 def _check_rows(model: Any, past: Cache, n_tokens: int) -> None:
-    """Makes sure that every layer holds one row for each of ``n_tokens`` tokens."""
+    """Checks that every layer has one row for each of ``n_tokens`` tokens."""
     n_rows = {layer.get_seq_length() for layer in _filled_layers(model, past)}
     if n_rows != {n_tokens}:
         raise SpecError(
@@ -308,9 +325,9 @@ def _check_rows(model: Any, past: Cache, n_tokens: int) -> None:
 
 
 def _apart(got: torch.Tensor, want: torch.Tensor) -> float:
-    """The median over positions of the difference, as a part of the spread of ``want``.
+    """The median over positions of the difference, as a fraction of the spread of ``want``.
 
-    The median, since a close choice of experts may fall the other way at single positions.
+    It is the median, since at single positions a close choice of experts may change.
     """
     known = want.isfinite().all(0)  # a model may rule out tokens with -inf
     want = want[:, known]

@@ -1,4 +1,4 @@
-"""Overrides: settings on a model that would spoil a turn, put aside as long as it lasts."""
+"""Overrides settings of a model that would disturb a turn, and restores them after it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 
 
 class Overrides:
-    """What a model's own configurations say of caches, and what its last call left on it."""
+    """The settings about caches in a model's configurations, and state of its last call."""
 
     def __init__(self, model: Any) -> None:
         """Changes nothing yet."""
@@ -21,7 +21,7 @@ class Overrides:
         self._with_offset = [module for module in model.modules() if hasattr(module, _OFFSET)]
 
     def apply(self) -> None:
-        """A saved ``use_cache: false`` counts as true, a saved ``cache_implementation`` as none."""
+        """Sets a saved ``use_cache: false`` to true and ``cache_implementation`` to none."""
         generation = getattr(self._model, "generation_config", None)
         config = self._model.config
         for settings in (generation, config, config.get_text_config()):
@@ -33,14 +33,14 @@ class Overrides:
             setattr(module, _OFFSET, None)
 
     def undo(self) -> None:
-        """Puts back what ``apply`` changed; once more, nothing."""
+        """Restores what ``apply`` changed; a second call does nothing."""
         while self._undo:
             settings, name, value = self._undo.pop()
             setattr(settings, name, value)
 
     def _set(self, settings: Any, name: str, value: object) -> None:
         asked = getattr(settings, name)
-        message = f"{name} = {asked!r} in the model's configuration is put aside: HiCache caches"
+        message = f"{name} = {asked!r} in the model's configuration is ignored: HiCache caches"
         log_once(log, logging.WARNING, message)
         self._undo.append((settings, name, asked))
         setattr(settings, name, value)

@@ -1,4 +1,4 @@
-"""PagedCache: a transformers ``Cache`` whose past lies in the pages of a device pool."""
+"""PagedCache: a transformers ``Cache`` whose prefix is in the pages of a device pool."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ def _capacity(n_tokens: int) -> int:
 class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer of a PagedCache; made by it.
 
-    Nothing is read before the layer's first ``update``, which waits until this layer's rows have
-    arrived: the layers behind may still be on their way.
+    Nothing is read before the layer's first ``update``, which waits until the rows of this layer
+    have arrived; those of later layers may still be copied.
 
     Attributes:
-        ended: why it may not be used any more; empty as long as it may.
+        ended: why it can no longer be used; empty while it can.
     """
 
     is_sliding = False
@@ -80,7 +80,14 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def __init__(
         self, pool: DevicePool, layer: int, prefix_pages: torch.Tensor, wait_layer: WaitLayer
     ) -> None:
-        """Reads nothing; ``prefix_pages`` (n_pages,) int64: pages of the prefix, in order."""
+        """Reads nothing yet.
+
+        Args:
+            pool: the device pool with the pages of the prefix.
+            layer: number of this layer.
+            prefix_pages: pages of the prefix, in order, int64 of shape ``(n_pages,)``.
+            wait_layer: blocks until the rows of a layer have arrived on the device.
+        """
         super().__init__()  # type: ignore[no-untyped-call]
         self._pool = pool
         self._layer = layer
@@ -209,14 +216,14 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 class PagedCache(Cache):
     """The KV of one sequence: a prefix in pages of a device pool, then what the model adds.
 
-    Give it to ``model.generate(…, past_key_values=cache)`` or to a plain forward. Attention in
-    transformers wants contiguous tensors, so each layer gathers its prefix once, at its first
+    Pass it to ``model.generate(…, past_key_values=cache)`` or to a forward pass. Attention in
+    transformers needs contiguous tensors, so each layer gathers its prefix once, at its first
     update, into memory that grows with the sequence; ``write_pages`` copies whole pages back.
 
     The caller owns the pages and keeps them locked while the cache reads; owner thread only.
 
     Attributes:
-        pure: which rows other prompts may use, of models whose KV depends on the length.
+        pure: the rows that other prompts may use, for models whose KV depends on the length.
     """
 
     def __init__(
@@ -245,7 +252,18 @@ class PagedCache(Cache):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As of the layer ``layer_idx``; notes which forwards the rows came from."""
+        """As ``PagedLayer.update``, for one layer; records which forward pass the rows came from.
+
+        Args:
+            key_states: keys of the new tokens, ``(1, heads, n_tokens, width)``.
+            value_states: their values, of the same shape but perhaps another width.
+            layer_idx: number of the layer.
+            args: passed on to the layer.
+            kwargs: passed on to the layer.
+
+        Returns:
+            Keys and values of all tokens so far, with ``n_tokens`` grown accordingly.
+        """
         if layer_idx == 0:
             start = self.get_seq_length()
             self.pure.note(start, start + key_states.shape[2])
@@ -256,11 +274,11 @@ class PagedCache(Cache):
 
     @property
     def n_shared_pages(self) -> int:
-        """Leading pages of the sequence that are the prefix's own, untouched by crop or reset."""
+        """Leading pages that are still those of the prefix, despite crop or reset."""
         return self._paged[0].n_shared // self._pool.page_size
 
     def end(self, reason: str) -> None:
-        """Refuses every use from now on, with ``reason``: the pages are the cache's own again."""
+        """Makes every later use raise with ``reason``: the pages are the cache's own again."""
         for layer in self._paged:
             layer.ended = reason
 
@@ -290,7 +308,7 @@ class PagedCache(Cache):
 
         Args:
             first_page: index of a page in the sequence.
-            pages: where to, in the pool; the caller's own.
+            pages: pages of the pool to write; the caller owns them.
 
         Raises:
             SpecError: the sequence is shorter than that.

@@ -5,9 +5,9 @@ sglang.
 
 Two paths, as in SGLang: the generic one (``batch_get``/``batch_set`` with flat uint8 tensors), and
 with ``interface_v1: 1`` the one over registered host memory (``batch_get_v1``/``batch_set_v1``).
-Pages are copied through memory of the adapter's own, so a class that keeps a tensor, or whose call
-hangs, never holds a page of the host pool. What a class answers is not trusted: whatever is not of
-the documented form counts as a miss, in ``stats()["odd_answers"]``.
+Pages are copied through the adapter's own memory, so a class that keeps a tensor, or whose call
+hangs, never holds a page of the host pool. The answers of a class are checked: one that does not
+have the documented form is a miss, counted in ``stats()["odd_answers"]``.
 """
 
 from __future__ import annotations

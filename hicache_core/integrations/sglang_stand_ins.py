@@ -1,4 +1,4 @@
-"""What SGLang hands to a class for its ``dynamic``: stand-ins with the same attributes."""
+"""Stand-ins for the objects that SGLang passes to a class for its ``dynamic``."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-# Requests that share with all others of no name.
+# The default namespace, which all requests without a name share.
 _SHARED = Namespace()
 
 _PREFETCH_POLICY = "hicache_storage_prefetch_policy"
@@ -62,11 +62,11 @@ _PREFETCH_POLICY = "hicache_storage_prefetch_policy"
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What ``CachedModel.generate`` gives back.
+    """The result of ``CachedModel.generate``.
 
     Attributes:
         tokens: the new tokens, without the prompt.
-        cached: how many tokens of the prompt came from where.
+        cached: tokens of the prompt that were cached, by tier.
     """
 
     tokens: list[int]
@@ -76,13 +76,13 @@ class Answer:
 class CachedModel:
     """A transformers ``…ForCausalLM`` and a HiCache for its prefixes.
 
-    It belongs to the thread that uses it first; another one, or a forked child, gets
-    ``WrongThread``. One turn at a time: a turn that begins ends the one before.
+    It belongs to the thread that uses it first; another thread, or a forked child, gets
+    ``WrongThread``. There is one turn at a time: a new turn ends the one before.
 
     Attributes:
         model: the model, unchanged.
-        cache: the tiers behind it.
-        device_pool: the first of them.
+        cache: the cache with its three tiers.
+        device_pool: the device tier.
     """
 
     def __init__(
@@ -92,12 +92,12 @@ class CachedModel:
         device_pool: DevicePool,
         identity: ModelIdentity | None = None,
     ) -> None:
-        """Joins them; use ``open`` to build the cache as well.
+        """Uses an existing cache; ``open`` builds the cache as well.
 
         Args:
             model: a transformers ``…ForCausalLM``.
-            cache: its tiers.
-            device_pool: the first of them; its spec has the model's fingerprint.
+            cache: the cache.
+            device_pool: its device tier, whose spec has the model's fingerprint.
             identity: of the model; by default, the model as it is now has that fingerprint.
 
         Raises:
@@ -125,18 +125,18 @@ class CachedModel:
 
         Args:
             model: a transformers ``…ForCausalLM`` without sliding windows.
-            config: of the cache. Without a prefetch policy of its own, a prompt waits for all that
-                storage has of it (``wait_complete``), since nobody else is kept waiting.
-            device_tokens: room of the device tier, in tokens.
-            fingerprint: identity of config, weights, adapters and hooks as they are now;
+            config: settings of the cache. Unless it sets a prefetch policy, a prompt waits for
+                everything that storage has of it (``wait_complete``).
+            device_tokens: tokens that the device tier holds.
+            fingerprint: digest of config, weights, adapters and hooks as they are now;
                 ``fingerprint_of_model`` by default.
 
         Raises:
             SpecError: the model cannot be cached: its layers do not keep the KV of every token,
                 what it computes over a cached prefix differs from what it computes without, or its
                 adapters have virtual tokens.
-            ConfigError: the model has a forward hook, and no ``fingerprint`` names what it does.
-            NotEnoughMemory: the pools are larger than what is left.
+            ConfigError: the model has a forward hook, and no ``fingerprint`` is given.
+            NotEnoughMemory: the pools are larger than the memory that is left.
             BackendError: the storage backend cannot be opened.
         """
         check_model(model)
@@ -149,12 +149,12 @@ class CachedModel:
         return cls(model, HiCache(config, spec, pool), pool, identity)
 
     def close(self) -> None:
-        """Closes the cache; what has not reached storage yet is given up (``cache.flush``)."""
+        """Closes the cache; pending writes may be dropped (call ``cache.flush`` before)."""
         self._end_turn("the model was closed")
         self.cache.close()
 
     def hand_over(self) -> None:
-        """Lets another thread have it: the next one that calls.
+        """Makes the next thread that calls the owner.
 
         Raises:
             WrongThread: the caller does not own it.
@@ -162,10 +162,10 @@ class CachedModel:
         self.cache.owner.hand_over()
 
     def weights_changed(self) -> None:
-        """Says that weights were written in a way that torch does not count (``.data``).
+        """Call it after weights were written in a way that torch does not count (``.data``).
 
-        Everything is read again at the next prompt. Changes that torch counts, and adapters that
-        are switched, are noticed without it.
+        Everything is read again at the next prompt. Changes that torch counts, and switched
+        adapters, are noticed without this call.
         """
         self._identity.weights_changed()
 
@@ -192,13 +192,13 @@ class CachedModel:
         Args:
             input_ids: one prompt, shape (n_tokens,) or (1, n_tokens), or a sequence of ints.
             namespace: tenant and adapter; prefixes are shared inside a namespace only.
-            arguments: of ``model.generate``, as far as they leave the KV of a token alone:
+            arguments: of ``model.generate``, if they do not change the KV of a token:
                 max_new_tokens, do_sample, streamer, … ``inputs_embeds`` of shape
-                (1, n_tokens, width) are cached under their content.
+                (1, n_tokens, width) are cached under a digest of their content.
 
         Raises:
-            InvalidTokens: an empty prompt, more than one, or something that is no token.
-            ConfigError: an argument that cannot be taken; nothing was computed.
+            InvalidTokens: the prompt is empty, there are several, or an id is not a token id.
+            ConfigError: an argument cannot be used; nothing was computed.
             WrongThread: the caller does not own it.
         """
         ids = token_list(input_ids)
@@ -232,7 +232,7 @@ class CachedModel:
 
     @contextmanager
     def turn(self, input_ids: Tokens, *, namespace: Namespace = _SHARED) -> Iterator[Turn]:
-        """Finds, fetches and loads the longest cached prefix; for callers with a loop of their own.
+        """Finds, fetches and loads the longest cached prefix, for a loop of the caller's own.
 
         ::
 
@@ -240,12 +240,12 @@ class CachedModel:
                 output = model.generate(…, past_key_values=turn.past)
                 turn.store(output[0])
 
-        The last token of the prompt is always left to the model: its logits are the answer. The
-        rows may still be on their way when this returns; each layer waits for its own. A turn is
-        for one ``generate``, or for forwards of your own.
+        The model always computes the last token of the prompt, since its logits give the first new
+        token. Rows of the prefix may still be copied when this returns; each layer waits for its
+        own. A turn is for one ``generate``, or for forward passes of the caller.
 
         Raises:
-            InvalidTokens: an empty prompt, more than one, or something that is no token.
+            InvalidTokens: the prompt is empty, there are several, or an id is not a token id.
             WrongThread: the caller does not own it.
         """
         with self._turn(token_list(input_ids), namespace, None, from_nothing=False) as turn:

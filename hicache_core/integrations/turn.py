@@ -1,4 +1,4 @@
-"""Turn: one prompt under way over the pages of a cache."""
+"""A turn: one prompt that is computed over the pages of a cache."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from hicache_core.types import CachedTokens, Namespace
 
 log = logging.getLogger(__name__)
 
-# How long to sleep between two looks at a prefetch that is under way.
+# How long to sleep between two polls of a running prefetch.
 _POLL_S = 0.0005
 
 _numbers = itertools.count(1)
 
 
 class Turn:
-    """One prompt under way; made by ``CachedModel.turn``.
+    """One prompt that is being computed; made by ``CachedModel.turn``.
 
-    Whatever it takes of the cache is written down here in the same step, which no signal cuts in
-    two, so that ``end`` gives back all of it wherever the turn was left.
+    Every lock and page that it takes is recorded in the same step, which no signal interrupts, so
+    that ``end`` releases all of them wherever the turn was left.
 
     Attributes:
-        past: the cache to hand to the model, for one ``generate`` or for forwards of your own; it
-            holds the prefix that was found.
-        cached: how many tokens of the prompt came from where.
+        past: the cache to pass to the model, for one ``generate`` or for forward passes of the
+            caller; it holds the prefix that was found.
+        cached: tokens of the prompt that were cached, by tier.
     """
 
     past: PagedCache
@@ -45,13 +45,20 @@ class Turn:
     def __init__(
         self, cache: Controller, pool: DevicePool, identity: ModelIdentity, overrides: Overrides
     ) -> None:
-        """Owns nothing; ``begin`` follows."""
+        """Takes no lock and no page before ``begin``.
+
+        Args:
+            cache: the cache; the calling thread owns it.
+            pool: its device pool.
+            identity: tells when weights or adapters of the model have changed.
+            overrides: settings of the model that a turn changes while it lasts.
+        """
         self._cache = cache
         self._pool = pool
         self._identity = identity
         self._overrides = overrides
         self._ended = ""
-        # What is to be given back:
+        # What ``end`` must release:
         self._request_id: str | None = None
         self._node: Node | None = None
         self._new_pages = array("i")
@@ -63,9 +70,9 @@ class Turn:
 
         Args:
             tokens: the prompt, packed.
-            namespace: as the caller named it.
-            inputs: a digest of what else than tokens goes into the KV.
-            from_nothing: leaves what is cached alone, and computes all of it.
+            namespace: the caller's namespace.
+            inputs: a digest of what the KV depends on besides tokens; None for nothing.
+            from_nothing: ignore what is cached and compute the whole prompt.
         """
         self._asked_for = namespace, inputs
         self._namespace = self._identity.namespace(namespace, inputs)
@@ -96,7 +103,7 @@ class Turn:
         self.past = TurnCache(self._pool, self._match.device_pages, self._cache.wait_layer)
 
     def _fetch(self, tokens: bytes) -> None:
-        """Asks storage for what device and host lack, and waits as long as the policy says."""
+        """Asks storage for what device and host lack, and waits as long as the policy allows."""
         self._request_id = request_id = f"turn-{next(_numbers)}"
         with shield:
             asked = self._cache.prefetch(request_id, tokens, self._namespace)
@@ -111,17 +118,17 @@ class Turn:
             self._cache.finish_prefetch(request_id)
 
     def store(self, tokens: Tokens, *, priority: int = 0) -> int:
-        """Gives what the model computed to the cache: the whole pages of it.
+        """Inserts the whole pages that the model computed into the cache.
 
         Args:
-            tokens: the prompt and all that followed. The last token of an answer was never fed to
-                the model, so it may be among them: only what ``past`` holds is stored.
-            priority: for the eviction policy of that name.
+            tokens: the prompt and all following tokens. The last token of an answer may be among
+                them, although the model has not seen it: only what ``past`` holds is stored.
+            priority: for the eviction policy ``priority``.
 
         Returns:
-            How many tokens of the sequence the cache knows now. Fewer than a page short of all;
-            only the prefix if the device pool has no room, or if weights or adapters have changed
-            since the turn began.
+            How many tokens of the sequence are cached now: all up to the last whole page, or only
+            the prefix if the device pool has no room, or if weights or adapters have changed since
+            the turn began.
 
         Raises:
             InvalidTokens: fewer tokens than the model has seen.
@@ -167,10 +174,10 @@ class Turn:
                 self._cache.free(pages)
 
     def end(self, reason: str) -> None:
-        """Gives back all that the turn has taken; once more, nothing.
+        """Releases everything that the turn has taken; a second call does nothing.
 
         Args:
-            reason: what those hear who use it afterwards.
+            reason: the message of the error that later uses raise.
         """
         with shield:
             if self._ended:

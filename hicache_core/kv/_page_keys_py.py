@@ -10,7 +10,18 @@ _TOKEN_NBYTES = 4
 
 
 def page_digests(tokens: bytes, page_size: int, parent: bytes) -> bytes:
-    """Digests of the whole pages of ``tokens``, 32 bytes each, packed."""
+    """Digests of the whole pages of a prompt: ``SHA-256(previous digest || tokens of the page)``.
+
+    The formula is that of docs/key-spec.md.
+
+    Args:
+        tokens: packed token ids, four bytes each, little endian.
+        page_size: tokens in a page.
+        parent: digest before the first page, 32 bytes, or empty.
+
+    Returns:
+        32 bytes for each page, packed.
+    """
     page_nbytes = page_size * _TOKEN_NBYTES
     digests: list[bytes] = []
     append = digests.append

@@ -26,10 +26,10 @@ def fingerprint_of_files(paths: Iterable[str | PathLike[str]]) -> str:
     - beyond: the first and the last MiB, 256 blocks of 4 KiB at even distances, and the whole
       header of a safetensors file.
 
-    So a config, a tokenizer and small weights are covered whole. Of large weights it is a sample,
-    to keep the start of a server short: another model, another training run or quantisation differ
-    in it, but an edit of a few tensors that misses every block, and keeps the size, does not.
-    The order of ``paths`` does not count.
+    So a config, a tokenizer and small weights are covered completely. Large weights are sampled,
+    to keep the start of a server short. The sample differs for another model, another training run
+    or another quantisation, but not for an edit of a few tensors that misses every block and keeps
+    the size. The order of ``paths`` does not matter.
 
     Args:
         paths: config and weights; adapters are named by requests (``Namespace.lora_id``) instead.

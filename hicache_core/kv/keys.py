@@ -22,7 +22,7 @@ try:
         raise ImportError("HICACHE_PURE_PYTHON=1")
     from hicache_core.kv._page_keys import implementation, pack_ids
     from hicache_core.kv._page_keys import page_digests as _page_digests
-except ImportError:  # also where there was no C compiler: the twin answers the same, more slowly
+except ImportError:  # also if there was no C compiler: the twin answers the same, more slowly
     from hicache_core.kv._page_keys_py import implementation, pack_ids
     from hicache_core.kv._page_keys_py import page_digests as _page_digests
 
@@ -64,8 +64,8 @@ def pack_tokens(ids: TokenIds) -> bytes:
         Four bytes a token.
 
     Raises:
-        InvalidTokens: an id is negative, above 2**32 - 1 or no integer, or packed bytes are not
-            a whole number of tokens.
+        InvalidTokens: an id is negative, above 2**32 - 1 or not an integer, or packed bytes are
+            not a whole number of tokens.
     """
     if isinstance(ids, bytes | bytearray | memoryview):
         return _checked(bytes(ids))
@@ -76,7 +76,7 @@ def pack_tokens(ids: TokenIds) -> bytes:
     if hasattr(ids, "detach") and hasattr(ids, "numpy"):
         ids = cast(_Tensor, ids).detach().cpu().numpy()
     try:
-        view = memoryview(ids)  # type: ignore[arg-type]  # raises TypeError where it is no buffer
+        view = memoryview(ids)  # type: ignore[arg-type]  # raises TypeError if it is not a buffer
     except TypeError:
         if isinstance(ids, Sequence):
             return _pack_sequence(list(ids))
@@ -139,11 +139,12 @@ def _pack_buffer(view: memoryview) -> bytes:
 
 
 def chain_seed(namespace: Namespace) -> bytes:
-    """The digest that stands before the first page of a namespace; empty for the default one.
+    """The seed of the chain of page digests of a namespace (formula: docs/key-spec.md).
 
     Returns:
-        ``b""`` or 32 bytes. Byte-compatible with SGLang for ``extra_key`` and ``cache_salt``;
-        ``lora_id`` follows as a third field where it is set, and ``variant`` as a fourth.
+        ``b""`` for the default namespace, otherwise 32 bytes. Byte-compatible with SGLang for
+        ``extra_key`` and ``cache_salt``; ``lora_id`` follows as a third field if it is set, and
+        ``variant`` as a fourth.
     """
     fields = [namespace.extra_key, namespace.cache_salt]
     if namespace.lora_id is not None or namespace.variant is not None:
@@ -171,11 +172,11 @@ def page_digests(tokens: bytes, page_size: int, parent: bytes = b"") -> bytes:
         parent: digest of the page before, the chain's seed, or empty.
 
     Returns:
-        32 bytes a page, packed: SHA-256 over the digest before it and the page's tokens.
+        32 bytes for each page, packed: SHA-256 over the previous digest and the page's tokens.
 
     Raises:
         InvalidTokens: ``tokens`` is not a whole number of tokens.
-        SpecError: ``page_size`` is below 1, or ``parent`` is no digest.
+        SpecError: ``page_size`` is below 1, or ``parent`` is not a digest.
     """
     if page_size < 1:
         raise SpecError(f"page_size is {page_size}; it is at least 1 token")
@@ -197,8 +198,8 @@ def object_keys(storage_namespace: str, digests: bytes) -> list[str]:
 class PageKeys(Sequence[str]):
     """The keys of consecutive pages, hashed by the first thread that looks at one.
 
-    So the scheduler hands a job its keys at no cost, and a storage thread pays for them, outside of
-    Python's lock where the native module is there. A slice shares what was computed.
+    So the scheduler gives a job its keys at no cost, and a storage thread computes them, without
+    Python's lock if the native module is built. A slice shares the computed digests.
 
     Args:
         storage_namespace: prefix of every key.
@@ -220,7 +221,7 @@ class PageKeys(Sequence[str]):
 
     @property
     def digests(self) -> bytes:
-        """32 bytes a page; computed at the first call."""
+        """32 bytes for each page, packed; computed at the first call."""
         first, last = self._range.start, self._range.stop
         return self._chain.digests()[first * DIGEST_NBYTES : last * DIGEST_NBYTES]
 
@@ -267,7 +268,7 @@ class _Chain:
 
 
 def describe_namespace(identity: Mapping[str, object], page_size: int, layout: str) -> str:
-    """All that must match for two objects' bytes to be interchangeable, as canonical JSON.
+    """Everything that must match for two objects to be interchangeable, as canonical JSON.
 
     Args:
         identity: what a page holds (``KVSpec.identity()``): JSON values only.
@@ -286,6 +287,11 @@ def describe_namespace(identity: Mapping[str, object], page_size: int, layout: s
 def storage_namespace(identity: Mapping[str, object], page_size: int, layout: str) -> str:
     """The digest of ``describe_namespace``: the first part of every key.
 
+    Args:
+        identity: ``KVSpec.identity()`` of what an object holds.
+        page_size: tokens in a page.
+        layout: name of the host layout, which orders the bytes.
+
     Returns:
         16 hex characters: the first 8 bytes of SHA-256 over the canonical JSON.
     """
@@ -293,5 +299,5 @@ def storage_namespace(identity: Mapping[str, object], page_size: int, layout: st
 
 
 def namespace_digest(described: str) -> str:
-    """The storage namespace that a text of ``describe_namespace`` stands for."""
+    """The storage namespace of a text from ``describe_namespace``."""
     return sha256(described.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""What the KV of one token is: components, layers, dtype, shard."""
+"""The shape of one token's KV: components, layers, dtype, shard."""
 
 from __future__ import annotations
 
@@ -148,6 +148,13 @@ class KVSpec:
 
         The row is the compressed KV (``kv_lora_rank``) followed by the rotary key (``rope_dim``).
 
+        Args:
+            num_layers: layers of the model.
+            kv_lora_rank: elements of the compressed KV.
+            rope_dim: elements of the rotary key.
+            dtype: torch's name of the dtype, such as ``bfloat16``.
+            fingerprint: identifies config and weights of the model.
+
         Raises:
             SpecError: a size is not positive or the dtype is not known.
         """
@@ -172,7 +179,7 @@ class KVSpec:
             dtype: of the cache; by default the dtype of the weights.
 
         Raises:
-            SpecError: names the field that is missing, or whose value cannot be.
+            SpecError: a field is missing or its value is impossible; the message names it.
         """
         text = getattr(config, "text_config", None) or config
         num_layers = _field(text, "num_hidden_layers")
@@ -215,7 +222,7 @@ class KVSpec:
                 first dimension of every component is its heads.
 
         Raises:
-            SpecError: the range is empty or not held here, or a latent is to be split by heads.
+            SpecError: the range is empty or not held here, or a latent would be split by heads.
         """
         result = self
         if layers is not None:
@@ -243,7 +250,7 @@ class KVSpec:
         return self.token_nbytes * page_size
 
     def identity(self) -> dict[str, Any]:
-        """All that must match for the bytes of two caches to be interchangeable; JSON types only.
+        """Everything that must match for the bytes of two caches to be interchangeable, as JSON.
 
         It goes into the namespace of the storage keys, together with page size and layout.
         """

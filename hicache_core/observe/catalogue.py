@@ -1,6 +1,6 @@
 """The catalogue of series: every metric that is exported; ``docs/metrics.md`` shows the same rows.
 
-Names stand without the prefix. Where SGLang 0.5.23 has a series of that meaning, it has its name.
+Names are given without the prefix. A series that SGLang 0.5.23 has too has SGLang's name.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ HITS = (
         "cached_tokens_total",
         "counter",
         "tokens",
-        "Prompt tokens that were cached, by the tier that had them.",
+        "Prompt tokens found in the cache, by tier.",
         words(lambda snapshot: snapshot.hit_tokens),
         {"cache_source": TIERS},
         sglang=True,
@@ -49,7 +49,7 @@ HITS = (
         "explained_missed_tokens_total",
         "counter",
         "tokens",
-        "Computed tokens of explained requests, by why their first page was missed, as known then.",
+        "Computed tokens of explained requests, by the reason why their first page was missed.",
         words(lambda snapshot: snapshot.missed_tokens),
         {"reason": "`none`, `never_seen`, `evicted`, …"},
     ),
@@ -57,7 +57,7 @@ HITS = (
         "cache_hit_rate",
         "gauge",
         "share",
-        "Cached tokens among all prompt tokens of the last minute.",
+        "Share of cached tokens among the prompt tokens of the last minute.",
         lambda seen: [((), seen.hit_rate)],
         sglang=True,
     ),
@@ -68,7 +68,7 @@ OCCUPANCY = (
         "token_usage",
         "gauge",
         "share",
-        "Device pages that are neither free nor evictable, among all.",
+        "Share of device pages that are neither free nor evictable.",
         token_usage,
         sglang=True,
     ),
@@ -92,7 +92,7 @@ OCCUPANCY = (
         "kv_evictable_tokens",
         "gauge",
         "tokens",
-        "Cached device tokens that may be evicted now.",
+        "Cached device tokens that can be evicted now.",
         device_tokens(lambda pool: pool.evictable_pages or 0),
         sglang=True,
     ),
@@ -116,7 +116,7 @@ OCCUPANCY = (
         "pool_pages",
         "gauge",
         "pages",
-        "Pages of a pool by what they do now.",
+        "Pages of a pool, by state.",
         pool_pages,
         {
             "tier": "`device`, `host`",
@@ -127,7 +127,7 @@ OCCUPANCY = (
         "quarantined_pages",
         "gauge",
         "pages",
-        "Host pages that a stuck storage job may still touch.",
+        "Host pages that a stuck storage job may still access.",
         lambda seen: [((), seen.snapshot.quarantined_pages)],
     ),
     Series(
@@ -146,7 +146,7 @@ OCCUPANCY = (
         evicted,
         {
             "tier": TIERS,
-            "cause": "`evicted`, `flushed`, `stored` (the host gave up what storage has)",
+            "cause": "`evicted`, `flushed`, `stored` (the host freed pages that storage has)",
         },
     ),
 )
@@ -181,7 +181,7 @@ MOVES = (
         "load_back_skipped_pages_total",
         "counter",
         "pages",
-        "Host hits that were computed again, since the device had no room.",
+        "Host hits that were recomputed because the device had no room.",
         counter("load_back_skipped_pages"),
     ),
     Series(
@@ -205,7 +205,7 @@ MOVES = (
         "backup_skipped_pages_total",
         "counter",
         "pages",
-        "Pages not copied to the host, since it had no room.",
+        "Pages not copied to the host because it had no room.",
         counter("backup_skipped_pages"),
     ),
 )
@@ -223,7 +223,7 @@ PREFETCH = (
         "storage_prefetch_unfulfilled_tokens_total",
         "counter",
         "tokens",
-        "Tokens that storage had and that were not loaded, by reason.",
+        "Tokens that storage had but that were not loaded, by reason.",
         unfulfilled,
         {"reason": "`storage_transfer`, `host_capacity`"},
         sglang=True,
@@ -239,21 +239,21 @@ PREFETCH = (
         "prefetch_given_up_total",
         "counter",
         "requests",
-        "Requests that went on before storage had delivered everything.",
+        "Requests that continued before storage had delivered everything.",
         counter("prefetch_given_up"),
     ),
     Series(
         "prefetch_wait_seconds",
         "histogram",
         "seconds",
-        "Time from each prefetch to its `finish_prefetch`.",
+        "Time from `prefetch` to `finish_prefetch` of each request.",
         histogram(lambda snapshot: snapshot.prefetch_wait_s),
     ),
     Series(
         "admission_decisions_total",
         "counter",
         "requests",
-        "Decisions how much of what storage has is loaded, by outcome.",
+        "Decisions on how much of the stored prefix to load, by outcome.",
         words(lambda snapshot: snapshot.admission),
         {"outcome": "`all`, `part`, `none`, `probe`"},
     ),
@@ -271,14 +271,14 @@ EVENTS = (
         "kv_events_dropped_total",
         "counter",
         "runs of pages",
-        "Runs of pages given up because the publisher's queue was full.",
+        "Runs of pages dropped because the publisher's queue was full.",
         events("dropped_runs"),
     ),
     Series(
         "kv_events_queued",
         "gauge",
         "runs of pages",
-        "Runs of pages that wait to be published.",
+        "Runs of pages waiting to be published.",
         events("queued_runs"),
     ),
 )
@@ -292,4 +292,4 @@ SERIES: Mapping[str, tuple[Series, ...]] = {
     "Transfers between prefill and decode": TRANSFERS,
     "KV events": EVENTS,
 }
-"""All series by the section of the docs that they stand in."""
+"""All series, by section of the docs."""

@@ -1,4 +1,4 @@
-"""The catalogue's part on KV that goes from prefill to decode nodes."""
+"""The part of the catalogue on KV that moves from prefill to decode nodes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TRANSFERS = (
         "transfer_bytes_total",
         "counter",
         "bytes",
-        "Bytes of KV in transfers that have ended, those that failed too.",
+        "Bytes of KV moved by transfers that have ended, including failed ones.",
         _by(lambda transfers: transfers.nbytes),
         DIRECTION,
     ),
@@ -43,7 +43,7 @@ TRANSFERS = (
         "transfer_rows_total",
         "counter",
         "rows",
-        "The same in rows: a token of a layer, with all heads of the rank.",
+        "Rows moved by transfers that have ended: one token of one layer, all heads of the rank.",
         _by(lambda transfers: transfers.rows),
         DIRECTION,
     ),
@@ -51,7 +51,7 @@ TRANSFERS = (
         "transfers_total",
         "counter",
         "requests",
-        "Requests whose KV was to be moved, by how that ended on this side.",
+        "Transfers that have ended, one for each request, by their outcome on this node.",
         _by(lambda transfers: {**dict.fromkeys(_OUTCOMES, 0), **transfers.outcomes}),
         {**BACKEND, "outcome": "`sent`, `arrived`, `failed`"},
     ),
@@ -59,7 +59,7 @@ TRANSFERS = (
         "transfer_seconds",
         "histogram",
         "seconds",
-        "Time from the offer or the demand to the end, computing and waiting included.",
+        "Time from offering KV (prefill) or asking for it (decode) to the end of the transfer.",
         lambda seen: [((item.backend,), item.seconds) for item in seen.snapshot.transfers],
         BACKEND,
     ),
@@ -67,7 +67,7 @@ TRANSFERS = (
         "transfers_in_flight",
         "gauge",
         "requests",
-        "Requests whose KV is being moved, or waited for.",
+        "Requests whose KV is being moved or waited for.",
         _by(lambda transfers: transfers.in_flight),
         DIRECTION,
     ),

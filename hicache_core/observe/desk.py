@@ -18,11 +18,11 @@ class Made(NamedTuple, Generic[T]):
 
 
 class Desk(Generic[T]):
-    """Makes one thing over and over while somebody wants to see it, and never while nobody does.
+    """Lets other threads ask for something that only the owner thread can make.
 
-    The owner calls ``serve`` once a step; without a wish that costs a comparison. A thread that
-    asks gets what is made next, or after ``patience_s`` what was made last: an engine that does not
-    step changes nothing.
+    The owner calls ``serve`` once a step; if nobody asks, that costs one comparison. A thread that
+    asks gets what is made next, or after ``patience_s`` what was made last. That is current too,
+    since an engine that takes no step changes nothing.
     """
 
     def __init__(
@@ -35,9 +35,10 @@ class Desk(Generic[T]):
         """Holds nothing yet.
 
         Args:
-            min_age_s: what is younger is not made again.
-            wish_s: how long a wish lasts, so that a page which asks now and then is never behind.
-            clock: seconds.
+            min_age_s: nothing is made again before it is this old, in seconds.
+            wish_s: seconds that a request to make it lasts, so that a page which asks regularly
+                always finds a recent one.
+            clock: seconds, increasing.
         """
         self._min_age_s = min_age_s
         self._wish_s = wish_s
@@ -47,7 +48,7 @@ class Desk(Generic[T]):
         self._changed = threading.Condition()
 
     def serve(self, make: Callable[[], T]) -> None:
-        """Makes it if it is wanted and not fresh. Owner thread."""
+        """Makes it if a thread asked for it and the last one is too old. Owner thread."""
         if self._wanted_until is None:
             return
         with self._changed:

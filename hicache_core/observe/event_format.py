@@ -1,4 +1,4 @@
-"""The format of KV events on the wire: what SGLang 0.5.23 and vLLM 0.32 send and routers read.
+"""The format of KV events on the wire, as SGLang 0.5.23 and vLLM 0.32 send it and routers read it.
 
 A message has three frames: topic, sequence number (u64, big-endian), payload. The payload is the
 msgpack array ``[ts, events, dp_rank]``; each event is a map whose ``type`` names it:
@@ -59,9 +59,9 @@ def stored(tier: Tier, run: PageRun, namespace: Namespace | None = None) -> Even
     """The event that ``tier`` has the pages of ``run`` from now on.
 
     Args:
-        tier: which tier.
+        tier: the tier.
         run: the pages.
-        namespace: what ``run.seed`` stands for; None where that is not known.
+        namespace: the namespace that has the seed ``run.seed``; None if it is not known.
     """
     hashes = block_hashes(run.digests)
     tokens = array("I", bytes(run.tokens))
@@ -84,11 +84,11 @@ def stored(tier: Tier, run: PageRun, namespace: Namespace | None = None) -> Even
 
 
 def _names(seed: bytes, namespace: Namespace | None, n_blocks: int, *, is_first: bool) -> Event:
-    """What tells a router whose the blocks are: the fields of SGLang, and ``extra_keys`` of vLLM.
+    """The fields that tell a router the namespace: those of SGLang, and ``extra_keys`` of vLLM.
 
-    An index asks with a salt and an adapter and knows nothing of an ``extra_key``. So the blocks of
-    one have a salt that nobody else has, the seed in hex; and so have those whose names are not
-    known. They are never taken for those of the plain prompt.
+    Routers look prompts up by salt and adapter, but not by ``extra_key``. So the blocks of a
+    request with an ``extra_key``, or with an unknown namespace, get the seed in hex as their salt.
+    A router then never takes them for blocks of the plain prompt.
     """
     adapter = None if namespace is None else namespace.lora_id
     salt: str | None = seed.hex()
@@ -106,7 +106,7 @@ def _names(seed: bytes, namespace: Namespace | None, n_blocks: int, *, is_first:
 
 
 def removed(tier: Tier, run: PageRun) -> Event:
-    """The event that ``tier`` has them no more."""
+    """The event that ``tier`` no longer has the pages."""
     return {
         "type": "BlockRemoved",
         "block_hashes": block_hashes(run.digests),
@@ -135,7 +135,13 @@ def payload(timestamp: float, events: Sequence[Event], dp_rank: int) -> bytes:
 
 
 def payload_of_arrays(timestamp: float, events: Sequence[Event], dp_rank: int) -> bytes:
-    """As :func:`payload`, with each event as an array."""
+    """As :func:`payload`, with each event as an array.
+
+    Args:
+        timestamp: seconds since 1970.
+        events: the events of the batch.
+        dp_rank: data-parallel rank of the cache.
+    """
     arrays = [[v for k, v in event.items() if k != "cache_salt"] for event in events]
     return _packed([timestamp, arrays, dp_rank])
 
@@ -147,4 +153,4 @@ def _packed(batch: Sequence[object]) -> bytes:
 
 
 PACKERS = {"map": payload, "array": payload_of_arrays}
-"""What packs a batch, by the setting ``format``."""
+"""The functions that pack a batch, by the setting ``format``."""

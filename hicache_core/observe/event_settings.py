@@ -22,9 +22,9 @@ class EventsConfig:
     """Where and how KV events are published.
 
     Attributes:
-        endpoint: ZMQ address of the PUB socket. A TCP port is raised by ``dp_rank``.
-        replay_endpoint: ZMQ address for subscribers that missed something; None for none. Its port
-            is raised by ``dp_rank`` too.
+        endpoint: ZMQ address of the PUB socket. ``dp_rank`` is added to a TCP port.
+        replay_endpoint: ZMQ address for subscribers that missed something; None for none.
+            ``dp_rank`` is added to its port too.
         topic: first frame of every message.
         format: each event as a ``map``, as SGLang 0.5.23 and vLLM 0.32 send it, or as an ``array``
             of the same fields for readers that know the older form only.
@@ -51,14 +51,17 @@ class EventsConfig:
 
 
 def events_config(settings: Mapping[str, Any]) -> EventsConfig | None:
-    """What ``settings`` ask for, in our words or in those of SGLang and vLLM; None for no events.
+    """Reads the settings of KV events, under our names or those of SGLang and vLLM.
 
-    Opens nothing: an address that is taken shows when the cache is opened.
+    Opens nothing: whether an address is in use shows when the cache is opened.
 
     Args:
-        settings: fields of ``EventsConfig``. Taken besides: ``publisher`` (``zmq`` or ``null``),
-            ``enable_kv_cache_events``, ``max_queue_size`` for ``queue_runs``, and of ``format``
-            SGLang's ``default`` and ``dynamo``, which are maps.
+        settings: fields of ``EventsConfig``. Also accepted: ``publisher`` (``zmq`` or ``null``),
+            ``enable_kv_cache_events``, ``max_queue_size`` for ``queue_runs``, and SGLang's values
+            ``default`` and ``dynamo`` of ``format``, which mean maps.
+
+    Returns:
+        None if no events are wanted.
 
     Raises:
         ConfigError: a setting is unknown or wrong, or the packages are not installed.
@@ -82,7 +85,7 @@ def events_config(settings: Mapping[str, Any]) -> EventsConfig | None:
 
 
 def _is_wanted(given: dict[str, Any]) -> bool:
-    """Takes the two switches of the engines out of ``given``; whether both let events be sent."""
+    """Removes the switches of SGLang and vLLM from ``given``; whether both allow events."""
     publisher = given.pop("publisher", "zmq")
     if publisher not in ("zmq", "null", None):
         raise ConfigError(f"kv_events_config: publisher = {publisher!r}; allowed: zmq, null")
@@ -95,12 +98,12 @@ def _is_wanted(given: dict[str, Any]) -> bool:
 
 
 def _said(error: ValidationError) -> str:
-    """The first thing that is wrong."""
+    """The first error, in words."""
     detail = error.errors(include_url=False, include_context=False)[0]
     name = ".".join(map(str, detail["loc"]))
     if detail["type"] == "unexpected_keyword_argument":
         known = ", ".join(sorted(field.name for field in fields(EventsConfig)))
-        return f"no setting {name!r}; there are: {known}"
+        return f"unknown setting {name!r}; the settings are: {known}"
     return f"{name} = {detail['input']!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
 
 
@@ -110,12 +113,12 @@ def _check_address(name: str, address: str | None, dp_rank: int) -> None:
     match = _ENDPOINT.fullmatch(address)
     if match is None:
         raise ConfigError(
-            f"kv_events_config: {name} = {address!r} is no ZMQ address; "
+            f"kv_events_config: {name} = {address!r} is not a ZMQ address; "
             "write tcp://127.0.0.1:5557, tcp://*:5557 or ipc:///path"
         )
     port = match["port"]
     if port is not None and port.isdigit() and int(port) + dp_rank > _MAX_PORT:
         raise ConfigError(
-            f"kv_events_config: {name} = {address!r} with dp_rank {dp_rank} is port "
-            f"{int(port) + dp_rank}; ports end at {_MAX_PORT}"
+            f"kv_events_config: {name} = {address!r} with dp_rank {dp_rank} gives port "
+            f"{int(port) + dp_rank}; the largest port is {_MAX_PORT}"
         )

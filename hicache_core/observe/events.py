@@ -29,15 +29,15 @@ __all__ = ["EventsConfig", "KvEvents"]
 log = logging.getLogger(__name__)
 
 _LOOK_MS = 1000
-"""So often the thread looks whether the main thread has ended."""
+"""How often the thread checks that the main thread still runs."""
 
 MAX_TURN_RUNS = 64
-"""Runs that are sent before the thread looks after replays and ``close`` again."""
+"""Runs that are sent before the thread checks for replays and ``close`` again."""
 MAX_BATCH_TOKENS = 8192
-"""Packing is C code that holds the interpreter: batches are small, so that no step of an engine
-waits for one."""
+"""Tokens in a batch. Packing is C code that holds Python's lock: batches are small, so that no step
+of an engine waits for one."""
 MAX_NAMESPACES = 65_536
-"""Namespaces whose names are remembered; the hashes of a forgotten one still tell it apart."""
+"""Namespaces that are remembered; the hashes of a forgotten one still differ from all others."""
 
 
 class _Change(NamedTuple):
@@ -67,13 +67,13 @@ _DEFAULT = Namespace()
 class KvEvents(Journal):
     """Publishes what a cache's tiers gain and lose.
 
-    The owner thread only puts runs of pages into a queue; a thread of its own packs and sends them.
-    Sequence numbers count what is sent, so a subscriber that sees a gap lost something on the way
-    and asks for a replay. They start at the time, so that those of a process that is started anew
-    are higher than before, and the first batch is ``AllBlocksCleared``: what an earlier process had
-    is gone. If the thread cannot keep up and the queue is full, everything queued is
-    dropped and ``AllBlocksCleared`` is sent in its place: what a subscriber believes is then too
-    little, never wrong.
+    The owner thread only puts runs of pages into a queue; the publisher's thread packs and sends
+    them. Sequence numbers count the batches, so a subscriber that sees a gap has lost some and asks
+    for a replay. They start at the current time, so that the numbers of a restarted process are
+    higher than before. The first batch is ``AllBlocksCleared``, since the pages of the process
+    before are gone. If the thread cannot keep up and the queue is full, everything queued is
+    dropped and ``AllBlocksCleared`` is sent instead: a subscriber may then miss pages, but never
+    knows pages that are not there.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class KvEvents(Journal):
     def close(self, timeout_s: float = 2.0) -> None:
         """Sends what is queued for at most ``timeout_s``, then stops; may be called twice.
 
-        What is told afterwards goes nowhere.
+        Later events are ignored.
         """
         with self._lock:
             is_first, self._closing = not self._closing, True
@@ -263,7 +263,7 @@ class _Link:
             self._wake_in.send(b"\0")
 
     def wait(self, timeout_ms: int) -> list[tuple[bytes, int]]:
-        """Waits until somebody wakes it or asks; the replays asked for: client and first number."""
+        """Waits for ``wake`` or requests; returns the replay requests: client and first number."""
         ready = dict(self._poller.poll(timeout_ms))
         if self._wake_out.fileno() in ready:
             self._wake_out.recv(4096)
@@ -271,7 +271,7 @@ class _Link:
             return []
         frames = self._router.recv_multipart()
         if len(frames) != 3 or len(frames[2]) != 8:
-            log.warning("KV events: a replay request of %d frames is no request", len(frames))
+            log.warning("KV events: ignored a malformed replay request of %d frames", len(frames))
             return []
         return [(frames[0], int.from_bytes(frames[2], "big"))]
 
@@ -288,7 +288,7 @@ class _Link:
         self._router.send_multipart((client, b"", b"", END_OF_REPLAY, b""))
 
     def close(self) -> None:
-        """Closes the sockets; waits for bytes under way until the deadline."""
+        """Closes the sockets; waits until the deadline for bytes that are being sent."""
         left_s = min(max(0.0, self.deadline - time.monotonic()), 60.0)
         self._context.destroy(linger=int(left_s * 1000))
         self._wake_in.close()
@@ -296,7 +296,7 @@ class _Link:
 
 
 def _attach(sock: zmq.Socket[bytes], endpoint: str, dp_rank: int, *, bind: bool) -> str:
-    """Binds or connects; the address that it has then."""
+    """Binds or connects the socket and returns its address."""
     address = for_rank(endpoint, dp_rank)
     try:
         if bind:

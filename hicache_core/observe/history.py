@@ -1,4 +1,4 @@
-"""The history: one sample of a cache a second, the newest ones kept, for charts."""
+"""The history: samples of a cache, one per second, of which the latest are kept for charts."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class PoolSample:
     """Tokens of one pool.
 
     Attributes:
-        total: all.
-        used: with an owner.
-        evictable: cached and free to go; None where nobody counts them.
+        total: all tokens.
+        used: tokens in pages that have an owner.
+        evictable: cached tokens that can be evicted; None if they are not counted.
     """
 
     total: int
@@ -38,9 +38,9 @@ class OperationSample:
     """Calls of one operation of one store since the sample before.
 
     Attributes:
-        backend, op: which.
-        n: calls.
-        p50_s, p99_s: bounds below which half and 99 % of them took; None without calls.
+        backend, op: the backend and the operation.
+        n: number of calls.
+        p50_s, p99_s: upper bounds of the median and of the 99th percentile; None without calls.
     """
 
     backend: str
@@ -57,13 +57,13 @@ class Sample:
     Attributes:
         n: number of the sample, from 1.
         at_s: when, in seconds since 1970.
-        device, host: the pools; no host tier, no host.
+        device, host: the pools; ``host`` is None without a host tier.
         stored_nbytes, loaded_nbytes: bytes that stores acknowledged and delivered.
-        usage_nbytes: what the stores hold, as far as they know; None if none does.
-        hit_tokens: by tier.
-        missed_tokens: computed.
-        hit_rate: of the last minute.
-        breakers: states by backend.
+        usage_nbytes: bytes that the stores hold, as far as they know; None if none knows.
+        hit_tokens: cached prompt tokens, by tier.
+        missed_tokens: computed prompt tokens.
+        hit_rate: share of cached tokens in the last minute.
+        breakers: state of each breaker, by backend.
         operations: calls of stores since the sample before.
     """
 
@@ -82,7 +82,7 @@ class Sample:
 
 
 class History:
-    """Samples a watch on a thread of its own, and keeps the last ``MAX_SAMPLES``.
+    """Samples a watch on a thread of its own and keeps the last ``MAX_SAMPLES``.
 
     Example:
         >>> from hicache_core.observe.snapshot import CacheSnapshot, PoolStatus
@@ -105,8 +105,8 @@ class History:
 
         Args:
             watch: what to sample.
-            interval_s: time between two samples.
-            max_samples: how many are kept; the oldest go.
+            interval_s: seconds between two samples.
+            max_samples: how many samples are kept; the oldest are dropped.
             now: seconds since 1970.
         """
         self.interval_s = interval_s
@@ -133,7 +133,7 @@ class History:
             self._thread = None
 
     def sample(self) -> None:
-        """Looks now; one thread at a time."""
+        """Takes a sample now; one thread at a time."""
         seen = self._watch.observe()
         operations = self._operations(seen.snapshot)
         self._n += 1
@@ -142,7 +142,7 @@ class History:
             self._samples.append(sample)
 
     def since(self, n: int) -> list[Sample]:
-        """The samples behind number ``n``, oldest first; any thread."""
+        """The samples after number ``n``, oldest first; any thread."""
         with self._lock:
             return [sample for sample in self._samples if sample.n > n]
 
@@ -166,7 +166,7 @@ class History:
 
 
 def _grown(latency: Histogram, before: tuple[int, ...] | None) -> Histogram:
-    """What came in since ``before``; everything, if the store was opened anew."""
+    """The growth since ``before``; everything, if the store was reopened."""
     counts = tuple(latency.counts)
     if before is not None and len(before) == len(counts):
         grown = tuple(new - old for new, old in zip(counts, before, strict=True))

@@ -45,10 +45,10 @@ class StatusPages(PageData):
 
 
 class StatusServer:
-    """Answers ``/hicache/`` and what that page asks for, ``/metrics`` and ``/health``.
+    """Serves ``/hicache/`` and the data of that page, ``/metrics`` and ``/health``.
 
-    It only reads, and masks whatever looks like a secret. It knows no users: who may reach its
-    address may read, so it listens on loopback unless told otherwise.
+    It only reads, and masks everything that looks like a secret. It has no authentication: everyone
+    who can reach its address can read, so by default it listens on loopback.
     """
 
     def __init__(
@@ -68,10 +68,10 @@ class StatusServer:
         self._thread: threading.Thread | None = None
 
     def bind(self) -> None:
-        """Takes the address; who connects from now on waits for ``open``.
+        """Binds the address; clients that connect now wait for ``open``.
 
         Raises:
-            ConfigError: the address is taken, or not one of this machine.
+            ConfigError: the address is in use, or does not belong to this machine.
         """
         try:
             self._server = _Server((self._host, self._port), self._pages)
@@ -82,7 +82,7 @@ class StatusServer:
             ) from error
 
     def open(self) -> None:
-        """Starts to answer; raises as ``bind``, unless that was called before."""
+        """Starts to answer; calls ``bind`` first, unless that was called before."""
         if self._server is None:
             self.bind()
         assert self._server is not None
@@ -106,7 +106,7 @@ class StatusServer:
 
     @property
     def url(self) -> str:
-        """Where it answers, once open."""
+        """URL of the server, once open."""
         assert self._server is not None
         host, port = self._server.server_address[:2]
         return f"http://{host!s}:{port}"
@@ -158,9 +158,9 @@ class _Server(ThreadingHTTPServer):
             thread.join()
 
     def _stumble(self, error: Exception) -> None:
-        """Nobody can be served now: goes on after a pause, and says so once."""
+        """Logs once that connections cannot be accepted now, and pauses."""
         if not self._is_short:
-            log.warning("the status server cannot serve anybody now, and goes on: %s", error)
+            log.warning("the status server cannot answer now; it will try again: %s", error)
         self._is_short = True
         time.sleep(ACCEPT_PAUSE_S)
 
@@ -172,7 +172,7 @@ class _Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def cut_connections(self) -> None:
-        """Ends reads of clients that say nothing."""
+        """Ends connections whose clients send nothing."""
         with self._connections_lock:
             for connection in self._connections:
                 with contextlib.suppress(OSError):  # the client was quicker
@@ -181,7 +181,7 @@ class _Server(ThreadingHTTPServer):
     def handle_error(self, request: object, client_address: object) -> None:  # noqa: ARG002
         # docstring inherited; instead of a traceback on stderr
         if isinstance(sys.exception(), ConnectionError):
-            log.debug("%s went away before it was answered", client_address)
+            log.debug("%s disconnected before it was answered", client_address)
             return
         log.exception("the status server could not answer %s", client_address)
 
@@ -217,12 +217,12 @@ def _answer(pages: StatusPages, path: str, query: str) -> Answer:
     if path == "/metrics":
         return _metrics(pages)
     return page_answer(pages, path, query) or not_found(
-        "there are: /hicache/ /hicache/status /hicache/history /hicache/requests /hicache/tree "
-        "/hicache/explain/<request id> /metrics /health"
+        "the paths are: /hicache/ /hicache/status /hicache/history /hicache/requests "
+        "/hicache/tree /hicache/explain/<request id> /metrics /health"
     )
 
 
 def _metrics(pages: StatusPages) -> Answer:
     if pages.metrics is None:
-        return not_found("no metrics here: pip install 'hicache-core[metrics]'")
+        return not_found("metrics need prometheus_client: pip install 'hicache-core[metrics]'")
     return Answer(HTTPStatus.OK, PROMETHEUS_TEXT, pages.metrics())

@@ -1,4 +1,4 @@
-"""Who is told what each tier holds: events for routers, the memory of the miss explainer."""
+"""The journal of what each tier gains and loses: for events to routers and for explanations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class PageRun:
         digests: 32 bytes a page, packed.
         tokens: packed token ids of these pages.
         seed: seed of the chain, which tells namespaces apart; empty for the default one.
-        stored: storage has these pages, or is being given them.
+        stored: storage has these pages, or they are being written to it.
     """
 
     parent: bytes
@@ -29,19 +29,19 @@ class PageRun:
 
 
 class Journal(ABC):
-    """Told of every page that a tier gains or loses. Owner thread; must not block or raise.
+    """Receives every page that a tier gains or loses. Owner thread; must not block or raise.
 
     Attributes:
-        hears_gains: whether ``stored`` wants to be called: that costs the digests of all that is
-            inserted, computed on the owner thread.
+        hears_gains: whether to call ``stored``. This costs the digests of all inserted pages,
+            computed on the owner thread.
     """
 
     hears_gains: bool = True
 
     def named(self, seed: bytes, namespace: Namespace) -> None:  # noqa: B027 - few want the names
-        """``seed``, of runs that may follow, stands for ``namespace``; not told of the default one.
+        """Later runs with this ``seed`` belong to ``namespace``.
 
-        Only told to those that hear gains.
+        Not called for the default namespace, nor for journals that do not hear gains.
         """
 
     @abstractmethod
@@ -50,21 +50,22 @@ class Journal(ABC):
 
     @abstractmethod
     def removed(self, tier: Tier, run: PageRun, cause: str) -> None:
-        """``tier`` does not hold them any more.
+        """``tier`` no longer holds the pages of ``run``.
 
         Args:
-            tier: which tier.
+            tier: the tier.
             run: the pages.
-            cause: ``evicted``; ``stored``: given up since storage has them; or ``flushed``.
+            cause: ``evicted``; ``stored``, if the host freed them since storage has them; or
+                ``flushed``.
         """
 
     @abstractmethod
     def cleared(self) -> None:
-        """Nothing that was told holds any more, of no tier; what follows is all there is."""
+        """All earlier records are void, for every tier; the records that follow are complete."""
 
 
 class Journals(Journal):
-    """Tells several, in order."""
+    """Passes records to several journals, in order."""
 
     def __init__(self, journals: Sequence[Journal]) -> None:
         self._journals = tuple(journals)

@@ -1,4 +1,4 @@
-"""The collector: Prometheus reads the cache's own counters when it scrapes, and never else."""
+"""The collector: Prometheus reads the counters of the cache only when it scrapes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PREFIX = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*|")
 class CacheCollector(Collector):
     """All series of one cache, for ``CollectorRegistry.register``.
 
-    Threads: ``collect`` is called by whoever scrapes, several at once if need be.
+    Threads: ``collect`` may be called on any thread, and on several at once.
     """
 
     def __init__(
@@ -42,16 +42,16 @@ class CacheCollector(Collector):
         """Reads nothing yet.
 
         Args:
-            watch: looks at the cache, on the scraping thread.
-            prefix: before every name: ``hicache:``, ``sglang:``, or another.
-            labels: on every series: ``model_name``, ``tp_rank`` and the like, a few fixed ones.
+            watch: observes the cache, on the scraping thread.
+            prefix: of every name: ``hicache:``, ``sglang:``, or another.
+            labels: fixed labels of every series, such as ``model_name`` and ``tp_rank``.
 
         Raises:
-            ConfigError: a prefix that Prometheus does not take.
+            ConfigError: Prometheus does not allow the prefix.
         """
         if not _PREFIX.fullmatch(prefix):
             raise ConfigError(
-                f"metrics prefix {prefix!r} is no start of a Prometheus name; "
+                f"metrics prefix {prefix!r} cannot begin a Prometheus name; "
                 "use letters, digits, _ and :, such as 'hicache:'"
             )
         self._watch = watch
@@ -59,7 +59,7 @@ class CacheCollector(Collector):
         self._labels = dict(labels or {})
 
     def describe(self) -> Iterator[Metric]:
-        """Every series without samples: what a registry compares names by."""
+        """Every series without samples, so that a registry can compare names."""
         for series in _all_series():
             yield self._family(series)
 

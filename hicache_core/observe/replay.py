@@ -1,4 +1,4 @@
-"""The batches sent lately, for subscribers that missed some."""
+"""The latest batches, for subscribers that missed some."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ class ReplayBuffer:
     """Numbers batches and keeps the newest ones, within two bounds. One thread."""
 
     def __init__(self, max_batches: int, max_nbytes: int, first_seq: int = 0) -> None:
-        """Starts empty; ``first_seq`` is the number of the first batch."""
+        """Starts empty.
+
+        Args:
+            max_batches: batches that are kept.
+            max_nbytes: bytes that are kept.
+            first_seq: sequence number of the first batch.
+        """
         self._max_batches = max_batches
         self._max_nbytes = max_nbytes
         self._batches: deque[bytes] = deque()
@@ -23,7 +29,7 @@ class ReplayBuffer:
         return self.next_seq - self._first_seq
 
     def add(self, payload: bytes) -> int:
-        """Keeps ``payload``, forgets the oldest ones beyond the bounds; its sequence number."""
+        """Adds ``payload``, drops the oldest batches above the limits; returns its number."""
         self._batches.append(payload)
         self._nbytes += len(payload)
         while len(self._batches) > self._max_batches or self._nbytes > self._max_nbytes:

@@ -36,11 +36,11 @@ class Series:
 
     Attributes:
         name: without prefix; a counter ends in ``_total``.
-        kind: of Prometheus.
+        kind: type of the metric in Prometheus.
         unit: of its values.
         meaning: one sentence, shown by ``# HELP`` and in the docs.
-        read: its samples; none if the cache does not have what it counts.
-        labels: each label and which values it takes.
+        read: returns its samples; none if the cache does not have what it counts.
+        labels: the values that each label can have.
         sglang: whether SGLang has a series of this name and meaning.
     """
 
@@ -54,7 +54,13 @@ class Series:
 
 
 def counter(name: str, *, tokens: bool = False, labels: tuple[str, ...] = ()) -> Read:
-    """Reads a counter of the controller; in tokens where it counts pages and ``tokens`` is set."""
+    """Reads a counter of the controller.
+
+    Args:
+        name: of the counter.
+        tokens: the counter is in pages; report it in tokens.
+        labels: fixed values of the labels of the series.
+    """
 
     def read(seen: Observation) -> Iterator[Sample]:
         value = seen.snapshot.counters.get(name)
@@ -123,13 +129,13 @@ def in_use(pool: PoolStatus) -> int:
 
 
 def token_usage(seen: Observation) -> Iterator[Sample]:
-    """The share of the device that is in use."""
+    """Share of device pages that are in use."""
     device = seen.snapshot.device
     yield (), in_use(device) / device.n_pages if device.n_pages else 0.0
 
 
 def pool_pages(seen: Observation) -> Iterator[Sample]:
-    """Pages of both pools by what they do."""
+    """Pages of both pools, by state."""
     for tier, pool in (("device", seen.snapshot.device), ("host", seen.snapshot.host)):
         if pool is not None:
             yield (tier, "free"), pool.free_pages
@@ -158,7 +164,7 @@ def evicted(seen: Observation) -> Iterator[Sample]:
 
 
 def unfulfilled(seen: Observation) -> Iterator[Sample]:
-    """Tokens that storage had and that did not come, by reason."""
+    """Tokens that storage had but that were not loaded, by reason."""
     for reason, name in (
         ("storage_transfer", "prefetch_failed_pages"),
         ("host_capacity", "prefetch_dropped_pages"),
@@ -180,7 +186,7 @@ _ERROR_KINDS = (
     "BackendTimeout",
     "BackendUnavailable",
 )
-"""What a store may raise; a series that is there from the start has a rate at its first event."""
+"""Errors that a store may raise; series that exist from the start show a rate at the first one."""
 
 
 def errors(seen: Observation) -> Iterator[Sample]:
@@ -193,7 +199,7 @@ def errors(seen: Observation) -> Iterator[Sample]:
 
 
 def breaker(seen: Observation) -> Iterator[Sample]:
-    """Each state of each breaker: 1 for the one that holds."""
+    """Each state of each breaker: 1 for the current one, 0 for the others."""
     for backend in seen.snapshot.backends[:MAX_BACKENDS]:
         if backend.breaker:
             for state in BREAKER_STATES:
@@ -201,7 +207,7 @@ def breaker(seen: Observation) -> Iterator[Sample]:
 
 
 def breaker_changes(seen: Observation) -> Iterator[Sample]:
-    """How often each breaker came into each state."""
+    """How often each breaker entered each state."""
     for backend in seen.snapshot.backends[:MAX_BACKENDS]:
         for state in BREAKER_STATES:
             if backend.breaker:

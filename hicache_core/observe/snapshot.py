@@ -1,7 +1,7 @@
-"""The snapshot: one look at a cache, as frozen data, for metrics and for ``hicache status``.
+"""The snapshot: the state of a cache as frozen data, for metrics and for ``hicache status``.
 
-A field that a cache cannot fill stays empty, and its
-series are then absent: a metric never stands at a zero that nobody measured.
+A field that a cache cannot fill stays empty, and its series are then absent: a metric is never 0
+only because nothing was measured.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from hicache_core.histogram import Histogram
 
 BREAKER_STATES = ("closed", "open", "half_open")
-"""What ``BackendStatus.breaker`` may say, besides nothing."""
+"""The values of ``BackendStatus.breaker``, besides an empty text."""
 
 OTHER = "other"
-"""The label that everything beyond a bounded number of labels goes under."""
+"""The label for everything beyond a bounded number of labels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +23,11 @@ class PoolStatus:
     """Pages of one pool; free + cached + held by requests = all.
 
     Attributes:
-        n_pages: all of them.
-        free_pages: without an owner.
-        locked_pages: cached, and kept for a request: may not be evicted now.
-        in_flight_pages: a copy or a storage job reads or writes them.
-        evictable_pages: cached and free to go. These three are None where nobody counts them.
+        n_pages: all pages.
+        free_pages: pages without an owner.
+        locked_pages: cached pages that a request uses, so that they cannot be evicted now.
+        in_flight_pages: pages that a copy or a storage job reads or writes.
+        evictable_pages: cached pages that can be evicted. These three are None if not counted.
     """
 
     n_pages: int
@@ -59,19 +59,19 @@ class OperationStatus:
 
 @dataclass(frozen=True, slots=True)
 class BackendStatus:
-    """One storage backend and what its guard knows of it.
+    """One storage backend, and what its guard knows about it.
 
     Attributes:
         name: the backend's name, unique in its chain.
         breaker: ``closed``, ``open`` or ``half_open``; empty without a breaker.
-        breaker_since_s: seconds since it came into that state.
-        breaker_changes: how often it came into each state.
-        next_probe_s: seconds until an open breaker lets a probe through; else 0.
-        last_error: the failure that was seen last; empty if there was none.
-        operations: one for each operation.
-        retries: calls that were repeated.
-        short_circuits: calls not made, since the breaker was open.
-        negative_hits: pages not asked for, since they failed to load a moment ago.
+        breaker_since_s: seconds since it entered that state.
+        breaker_changes: how often it entered each state.
+        next_probe_s: seconds until an open breaker lets a probe through; otherwise 0.
+        last_error: the last failure; empty if there was none.
+        operations: one item for each operation.
+        retries: calls that were retried.
+        short_circuits: calls not made because the breaker was open.
+        negative_hits: pages not requested because they failed to load a moment ago.
         stored_nbytes: bytes that the store acknowledged.
         loaded_nbytes: bytes that it delivered.
         usage_nbytes: stored bytes by namespace, as far as the store knows.
@@ -98,8 +98,8 @@ class EventsStatus:
 
     Attributes:
         sent_batches: batches handed to the socket.
-        dropped_runs: runs of pages given up because the queue was full.
-        queued_runs: runs that wait to be sent.
+        dropped_runs: runs of pages dropped because the queue was full.
+        queued_runs: runs waiting to be sent.
     """
 
     sent_batches: int
@@ -113,12 +113,12 @@ class TransferStatus:
 
     Attributes:
         backend: its name.
-        nbytes: of KV, by ``sent`` and ``received``, in transfers that have ended.
-        rows: the same in rows: a token of a layer, with all heads of the rank.
-        outcomes: transfers that have ended by ``sent``, ``arrived`` and ``failed``.
-        seconds: from the offer or the demand to the end of each.
+        nbytes: bytes of KV in transfers that have ended, by ``sent`` and ``received``.
+        rows: the same in rows; a row is one token of one layer, with all heads of the rank.
+        outcomes: transfers that have ended, by ``sent``, ``arrived`` and ``failed``.
+        seconds: from offering KV (prefill) or asking for it (decode) to the end of each transfer.
         in_flight: transfers that have not ended, by ``sent`` and ``received``.
-        connections: that are open; None if the backend does not know.
+        connections: open connections; None if the backend does not know.
     """
 
     backend: str
@@ -141,30 +141,31 @@ class EvictedPages:
 
 @dataclass(frozen=True, slots=True)
 class CacheSnapshot:
-    """One look at a cache. Taken from any thread, so single numbers may be an instant apart.
+    """The state of a cache. Taken on any thread, so its numbers may be from slightly different
+    moments.
 
     Attributes:
-        page_size: tokens a page.
+        page_size: tokens in a page.
         page_nbytes: bytes of a page's KV on this rank.
         device: the L1 pool.
         host: the L2 pool; None without one.
         counters: the fields of ``controller.parts.Counters`` by name.
-        hit_tokens: tokens served by tier, disjoint: ``device``, ``host``, ``storage`` (what storage
-            had delivered to the host for this very hit).
+        hit_tokens: cached tokens by tier, disjoint: ``device``, ``host``, ``storage`` (tokens that
+            storage delivered to the host for this request).
         evicted_pages: by tier and cause.
-        bytes_in_flight: of storage jobs under way, by ``read`` and ``write``.
-        queue_depths: waiting storage jobs by ``exists``, ``read`` and ``write``.
-        jobs_in_flight: jobs not yet settled: ``storage``, ``copy``.
-        overdue_jobs: jobs that run beyond their deadline now.
-        quarantined_pages: host pages that a stuck job may still touch.
+        bytes_in_flight: bytes of queued and running storage jobs, by ``read`` and ``write``.
+        queue_depths: queued storage jobs, by ``exists``, ``read`` and ``write``.
+        jobs_in_flight: jobs that are not settled yet, by ``storage`` and ``copy``.
+        overdue_jobs: jobs that are running past their deadline.
+        quarantined_pages: host pages that a stuck job may still access.
         backends: the storage backends in the order they are asked.
-        rejected_pages: objects refused on read by kind: ``corrupt``, ``foreign``, …
-        admission: decisions of the admission policy by outcome.
-        missed_tokens: computed tokens by the reason why they were missed.
+        rejected_pages: objects rejected on reading, by kind: ``corrupt``, ``foreign``, …
+        admission: decisions of the admission policy, by outcome.
+        missed_tokens: computed tokens, by the reason why they were missed.
         prefetch_wait_s: seconds that each request waited for storage.
         load_back_s: seconds of each copy of a request from host to device.
-        events: the publisher of KV events; None without one.
-        transfers: one for the transfer backend of a prefill or decode node, else none.
+        events: the publisher of KV events; None if there is none.
+        transfers: the transfer backend of a prefill or decode node; otherwise empty.
     """
 
     page_size: int
@@ -200,7 +201,7 @@ class CacheSnapshot:
 
     @property
     def questions(self) -> int:
-        """How often any backend was asked what it has."""
+        """Number of lookups in all backends."""
         return sum(
             operation.latency_s.n
             for backend in self.backends
@@ -210,9 +211,9 @@ class CacheSnapshot:
 
 
 def bounded(counts: Mapping[str, int], limit: int) -> dict[str, int]:
-    """``counts`` under at most ``limit`` labels and ``OTHER``, which sums up the rest.
+    """``counts`` with at most ``limit`` labels; ``OTHER`` has the sum of the rest.
 
-    The first labels keep theirs, so that a counter under a label never shrinks.
+    The first labels stay, so that a counter under a label never shrinks.
     """
     items = list(counts.items())
     kept = dict(items[:limit])

@@ -1,4 +1,4 @@
-"""What guards and seals know of the stores, as a snapshot shows it; no store is asked."""
+"""What guards and seals know about the stores, for a snapshot; no store is called."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def backend_statuses(
     A second store of the same name is called ``name-2``, and so on.
 
     Args:
-        guards: one a store.
-        usages: bytes by namespace of each, if that is known.
+        guards: the guard of each store.
+        usages: bytes by namespace of each store, if known.
     """
     found, seen = [], Counter[str]()
     for guard, usage in zip(guards, usages or [{}] * len(guards), strict=True):

@@ -31,7 +31,7 @@ class Origin:
 
     Attributes:
         request: the id that the client knows; empty for none.
-        traceparent: of the span above, as W3C Trace Context writes it; empty for none.
+        traceparent: of the parent span, in the format of W3C Trace Context; empty for none.
     """
 
     request: str = ""
@@ -43,7 +43,7 @@ _origin: ContextVar[Origin | None] = ContextVar("hicache_origin", default=None)
 
 @contextlib.contextmanager
 def on_behalf_of(origin: Origin | None) -> Iterator[None]:
-    """Spans that begin inside, on this thread, are the request's; None changes nothing."""
+    """Spans that begin inside, on this thread, belong to the request; None changes nothing."""
     if origin is None:
         yield
         return
@@ -55,9 +55,9 @@ def on_behalf_of(origin: Origin | None) -> Iterator[None]:
 
 
 def traceparent(given: str = "") -> str:
-    """Of the span that is current here, or else ``given``: what a caller's header says.
+    """The ``traceparent`` of the current span, or ``given``, the header of the caller.
 
-    Empty where OpenTelemetry's API is not installed: nobody would read it.
+    Empty if OpenTelemetry's API is not installed, since no span would use it.
     """
     try:
         module = importlib.import_module("opentelemetry.trace.propagation.tracecontext")
@@ -76,7 +76,7 @@ class SpanHandle(ABC):
         """Ends it; a second call does nothing.
 
         Args:
-            error: what went wrong; empty if nothing did.
+            error: what failed; empty if nothing did.
             attributes: what is known now, such as ``pages=12``; shown as ``hicache.pages``.
         """
 
@@ -86,13 +86,13 @@ class Spans(ABC):
 
     @abstractmethod
     def begin(self, name: str, *, request_id: str = "", **attributes: Attribute) -> SpanHandle:
-        """Begins a span now, below that of the request for which it is done.
+        """Begins a span now.
 
-        That is what ``on_behalf_of`` says, or else the span that is current on this thread.
+        Its parent is that given to ``on_behalf_of``, or the current span of this thread.
 
         Args:
             name: ``PREFETCH``, ``LOAD_BACK`` or ``BACKUP``.
-            request_id: shown where ``on_behalf_of`` names no request; empty for none.
+            request_id: used if ``on_behalf_of`` has no request id; empty for none.
             attributes: such as ``tokens=4096, tier="storage"``; shown as ``hicache.tokens``, ….
         """
 
@@ -164,11 +164,11 @@ def spans(
     provider: TracerProvider | None = None,
     now_ns: Callable[[], int] = time.time_ns,
 ) -> Spans:
-    """OpenTelemetry's spans; none if they are not wanted or its API is not installed.
+    """OpenTelemetry's spans, or spans that do nothing.
 
     Args:
-        enabled: False imports nothing and makes none.
-        provider: whose spans; the global one's if None.
+        enabled: if False, nothing is imported and no spans are made.
+        provider: OpenTelemetry's tracer provider; None for the global one.
         now_ns: nanoseconds since 1970.
     """
     if not enabled:
@@ -181,7 +181,7 @@ def spans(
 
 
 def _context(traceparent: str) -> Context | None:
-    """What a span stands below; None for what is current. A header that is none counts as none."""
+    """The context of a parent; None for the current one, also if ``traceparent`` is malformed."""
     if not traceparent:
         return None
     module = importlib.import_module("opentelemetry.trace.propagation.tracecontext")

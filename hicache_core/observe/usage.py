@@ -1,4 +1,5 @@
-"""What the stores hold, asked now and then on a thread of its own, so that a look never waits."""
+"""The bytes that stores hold, asked for now and then on a separate thread, so that readers never
+wait."""
 
 from __future__ import annotations
 
@@ -10,16 +11,16 @@ from hicache_core.errors import HiCacheError
 from hicache_core.storage.base import ReportsUsage, StorageBackend
 
 EVERY_S = 30.0
-"""Between two questions at least."""
+"""Seconds between two questions at least."""
 MAX_SHARE = 0.01
-"""Of the time at most: a store that has to look at all its objects is asked less often."""
+"""Largest share of the time: a store that must look at all its objects is asked less often."""
 
 
 class UsageWatch:
-    """The bytes by namespace of each of some open stores, as they were a while ago.
+    """The bytes by namespace of several open stores, as they were a while ago.
 
-    Threads: ``nbytes`` is called from any, and returns at once. A question runs on a thread that
-    ends with it; a store that does not answer keeps that thread, and is not asked again meanwhile.
+    Threads: ``nbytes`` may be called on any thread and returns at once. Each question runs on a
+    thread of its own; while a store does not answer, it is not asked again.
     """
 
     def __init__(
@@ -30,8 +31,8 @@ class UsageWatch:
         """Asks nothing yet.
 
         Args:
-            stores: open; those that cannot tell are never asked.
-            clock: seconds.
+            stores: open stores; those that cannot report their usage are never asked.
+            clock: seconds, increasing.
         """
         self._stores = stores
         self._clock = clock
@@ -42,7 +43,7 @@ class UsageWatch:
         self._can_tell = any(isinstance(store, ReportsUsage) for store in stores)
 
     def nbytes(self) -> Sequence[Mapping[str, int]]:
-        """What was last found of each store; empty where it is not known."""
+        """The last known usage of each store; empty if it is not known."""
         with self._lock:
             is_due = self._next_s is None or self._clock() >= self._next_s
             if self._can_tell and is_due and self._thread is None:
@@ -53,7 +54,7 @@ class UsageWatch:
             return self._found
 
     def close(self, timeout_s: float = 1.0) -> None:
-        """Asks no more, and waits for a question under way; may be called twice."""
+        """Asks no more, and waits for the answer to a running question; may be called twice."""
         with self._lock:
             self._can_tell = False
             thread = self._thread

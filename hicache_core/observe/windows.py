@@ -1,4 +1,4 @@
-"""Windows over counters: the hit rate of late, the alarm for a cache that only writes."""
+"""Windows over counters: the recent hit rate, and the alarm for a cache that only writes."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Window:
         self._samples: deque[tuple[float, tuple[int, ...]]] = deque()
 
     def growth(self, now: float, values: tuple[int, ...]) -> tuple[int, ...]:
-        """Takes ``values`` at ``now``; by how much each grew since the window began.
+        """Adds ``values`` at ``now`` and returns how much each grew since the window began.
 
-        The window begins at the newest sample that is ``window_s`` old, or at the first one. A
-        counter that shrank was started anew, and so is the window.
+        The window begins at the newest sample that is ``window_s`` old, or at the first one. If a
+        counter shrank, it was reset, and the window starts again.
         """
         samples = self._samples
         if samples and any(new < old for new, old in zip(values, samples[-1][1], strict=True)):
@@ -41,14 +41,14 @@ class Window:
 
 
 class HitRate:
-    """The share of tokens that were hits lately."""
+    """The recent share of tokens that were hits."""
 
     def __init__(self, window_s: float = 60.0) -> None:
         """Looks back ``window_s`` seconds."""
         self._window = Window(window_s)
 
     def update(self, now: float, snapshot: CacheSnapshot) -> float:
-        """Takes a snapshot; hit tokens / matched tokens within the window, 0 without any."""
+        """Adds a snapshot; returns hit tokens / prompt tokens within the window, 0 without any."""
         hits = sum(snapshot.hit_tokens.values())
         missed = snapshot.counters.get("missed_tokens", 0)
         n_hit, n_missed = self._window.growth(now, (hits, missed))
@@ -56,10 +56,10 @@ class HitRate:
 
 
 class WriteOnlyAlarm:
-    """Raised while storage takes much, is asked often, and never gives a byte back.
+    """Raised while much is stored and storage is asked often, but nothing is loaded from it.
 
-    Such a cache costs and does not help: keys that no reader computes, a namespace of its own for
-    each start, a store that evicts at once. One thread at a time.
+    Such a cache has a cost but no use. Causes are keys that no reader computes, a new namespace at
+    each start, or a store that evicts at once. One thread at a time.
     """
 
     def __init__(
@@ -72,9 +72,9 @@ class WriteOnlyAlarm:
         """Sets the bounds.
 
         Args:
-            window_s: how far back it looks.
-            min_stored_nbytes: bytes stored within the window below which it stays silent.
-            min_questions: questions to storage below which it stays silent.
+            window_s: length of the window in seconds.
+            min_stored_nbytes: bytes stored within the window that raise the alarm.
+            min_questions: lookups within the window that raise the alarm.
         """
         self._window = Window(window_s)
         self._window_s = window_s
@@ -84,7 +84,7 @@ class WriteOnlyAlarm:
         self.raised = False
 
     def update(self, now: float, snapshot: CacheSnapshot) -> bool:
-        """Takes a snapshot; whether the alarm is raised. Logs a warning the first time."""
+        """Adds a snapshot; returns whether the alarm is raised. Logs a warning the first time."""
         stored, loaded, asked = self._window.growth(
             now, (snapshot.stored_nbytes, snapshot.loaded_nbytes, snapshot.questions)
         )
@@ -94,9 +94,9 @@ class WriteOnlyAlarm:
         if self.raised and not self._said:
             self._said = True
             log.warning(
-                "storage only takes: %d bytes stored and none loaded in %d questions within %.0f s;"
-                " do writer and reader have the same model, page size, layout and salt"
-                " (hicache why)?",
+                "storage is only written to: %d bytes stored and none loaded in %d lookups within"
+                " %.0f s; check that writers and readers have the same model, page size, layout and"
+                " salt (hicache why shows it)",
                 stored,
                 asked,
                 self._window_s,
@@ -106,7 +106,7 @@ class WriteOnlyAlarm:
 
 @dataclass(frozen=True)
 class Observation:
-    """A snapshot, and what only time tells.
+    """A snapshot, and values that need several snapshots.
 
     Attributes:
         snapshot: the cache.
@@ -120,7 +120,7 @@ class Observation:
 
 
 class Watch:
-    """Looks at one cache whenever somebody asks; from any thread."""
+    """Observes one cache on request; from any thread."""
 
     def __init__(
         self,
@@ -129,12 +129,12 @@ class Watch:
         alarm: WriteOnlyAlarm | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Looks at nothing yet.
+        """Takes no snapshot yet.
 
         Args:
-            snapshot: looks at the cache; called on the thread that asks, one at a time.
-            alarm: of a cache that only writes; with its default bounds if None.
-            clock: seconds.
+            snapshot: takes a snapshot; called on the thread that asks, one at a time.
+            alarm: the alarm for a cache that only writes; None for one with default limits.
+            clock: seconds, increasing.
         """
         self._snapshot = snapshot
         self._alarm = alarm or WriteOnlyAlarm()
@@ -143,7 +143,7 @@ class Watch:
         self._lock = threading.Lock()
 
     def observe(self) -> Observation:
-        """Looks now."""
+        """Takes a snapshot now."""
         with self._lock:
             snapshot, now = self._snapshot(), self._clock()
             return Observation(

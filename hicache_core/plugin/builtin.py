@@ -1,4 +1,4 @@
-"""The core's own plugin: ``memory``, ``file`` and ``tcp``, found like anybody else's."""
+"""The core's own plugin: ``memory``, ``file`` and ``tcp``, found in the same way as others."""
 
 from __future__ import annotations
 

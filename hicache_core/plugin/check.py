@@ -1,4 +1,4 @@
-"""Whether installed backends load: tried in child processes, so that the caller imports none.
+"""Checks that installed backends load, in child processes, so that the caller imports none.
 
 ``python -m hicache_core.plugin.check KIND NAME`` is the child.
 """
@@ -23,8 +23,8 @@ _MARK = "hicache-plugin-check:"
 def check_backends(infos: Sequence[BackendInfo], timeout_s: float = 30.0) -> list[BackendInfo]:
     """``infos`` with the status ``ok`` or ``broken``, in the same order.
 
-    Each backend that is ``installed`` is loaded in a child process of its own (two at a time): one
-    that raises, exits, crashes or hangs says so and harms nobody.
+    Each backend with status ``installed`` is loaded in a child process of its own, two at a time.
+    One that raises, exits, crashes or hangs becomes ``broken`` and does not affect the others.
     """
     with ThreadPoolExecutor(max_workers=2) as threads:
         return list(threads.map(lambda info: _check(info, timeout_s), infos))
@@ -56,7 +56,7 @@ def _check(info: BackendInfo, timeout_s: float) -> BackendInfo:
 
 
 def main(kind: str, name: str) -> None:
-    """Loads the backend ``name`` of a kind and prints one marked line: its error, or nothing."""
+    """Loads a backend and prints one marked line, with its error or empty."""
     error = ""
     with contextlib.redirect_stdout(sys.stderr):  # what a plugin prints is not our answer
         try:

@@ -1,8 +1,8 @@
 """Backends named by module and class instead of an entry point: ``dynamic`` in the configuration.
 
-Takes our ``StorageBackend`` subclasses and classes written for SGLang's ``dynamic``. The latter run
-behind an adapter that needs torch; its module is imported by name, and only when such a class is
-met, so that this module stays free of torch.
+Loads ``StorageBackend`` subclasses and classes written for SGLang's ``dynamic``. The latter run
+behind an adapter that needs torch. Its module is imported by name and only for such a class, so
+that this module does not need torch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SGLANG_METHODS = ("get", "exists", "set")
 
 
 class DynamicSettings(BaseModel):
-    """Which class to load; further keys are the backend's own."""
+    """Which class to load; all other keys are settings of the backend."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -46,7 +46,7 @@ class DynamicSettings(BaseModel):
 def split_settings(
     settings: Mapping[str, object] | str,
 ) -> tuple[DynamicSettings, dict[str, object]]:
-    """What names the class, and the remaining keys: those of the backend's ``Config``.
+    """Splits settings into those that name the class and those of the backend's ``Config``.
 
     Args:
         settings: a mapping, JSON text, or ``@file``.
@@ -72,8 +72,8 @@ def load_class(settings: Mapping[str, object] | str) -> type[StorageBackend]:
 
     Raises:
         ConfigError: the settings are malformed.
-        BrokenBackend: there is no such module or class, or the module does not load.
-        IncompatibleBackend: the class is no backend; the message says what is missing.
+        BrokenBackend: the module or class does not exist, or the module does not load.
+        IncompatibleBackend: the class is not a backend; the message says what is missing.
     """
     chosen, _ = split_settings(settings)
     cls = _find_class(_import(chosen.module_path), chosen)
@@ -82,7 +82,7 @@ def load_class(settings: Mapping[str, object] | str) -> type[StorageBackend]:
         adapter: type[StorageBackend] = importlib.import_module(ADAPTER_MODULE).adapt(cls, chosen)
         cls = adapter
     elif isinstance(cls, type) and not issubclass(cls, StorageBackend):
-        raise IncompatibleBackend(f"{offer}: {chosen.class_name} is no backend: {_why_not(cls)}")
+        raise IncompatibleBackend(f"{offer}: {chosen.class_name} is not a backend: {_why_not(cls)}")
     check_backend_class(cls, offer)
     assert isinstance(cls, type)
     return cls
@@ -93,7 +93,7 @@ def _import(module_path: str) -> ModuleType:
     if not is_file and not module_is_there(module_path):  # or its own imports fail, see below
         asked = ", ".join(entry or "(working directory)" for entry in sys.path)
         raise BrokenBackend(
-            f"module_path {module_path!r}: there is no such module; asked in sys.path: {asked};"
+            f"module_path {module_path!r}: no such module in sys.path: {asked};"
             " set PYTHONPATH, or give the path of a .py file"
         )
     try:
@@ -116,7 +116,7 @@ def _import_file(path: str) -> ModuleType:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
-        raise BrokenBackend(f"module_path {path!r}: {file} is no Python source; it must end in .py")
+        raise BrokenBackend(f"module_path {path!r}: the name of {file} must end in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look a class's module up by name
     try:
@@ -138,7 +138,7 @@ def _find_class(module: ModuleType, chosen: DynamicSettings) -> object:
 
 
 def _is_for_sglang(cls: type) -> bool:
-    """By its base class's name, or by what only SGLang's interface has."""
+    """Recognises such a class by the name of its base, or by what only SGLang's interface has."""
     if any(base.__name__ == _SGLANG_BASE for base in cls.__mro__[1:]):
         return True
     if not all(callable(getattr(cls, method, None)) for method in _SGLANG_METHODS):
@@ -152,4 +152,7 @@ def _why_not(cls: type) -> str:
     base = f"{StorageBackend.__module__}.{StorageBackend.__qualname__}"
     missing = [name for name in _SGLANG_METHODS if not callable(getattr(cls, name, None))]
     lacks = f"lacks {', '.join(missing)}" if missing else "has no target_location in get()"
-    return f"it is no subclass of {base}, nor of SGLang's {_SGLANG_BASE} or like it (it {lacks})"
+    return (
+        f"it is not a subclass of {base}, nor does it have the interface of SGLang's"
+        f" {_SGLANG_BASE} (it {lacks})"
+    )

@@ -83,12 +83,12 @@ class BackendInfo:
     """One installed backend, as its distribution's metadata describe it.
 
     Attributes:
-        name: what stands in the configuration.
+        name: the name that configurations use.
         distribution: the distribution that offers it; empty if its metadata have no name.
         version: that distribution's version.
         module: the module that its entry point names.
-        status: ``installed`` if nothing speaks against it and it was not loaded; ``ok`` if it was
-            loaded (``plugin_check``); ``broken`` with ``error`` if it cannot be used.
+        status: ``installed`` if its metadata are in order and it was not loaded; ``ok`` if it was
+            loaded (``plugin.check``); ``broken``, with ``error``, if it cannot be used.
         error: why it is broken; empty otherwise.
         kind: ``storage`` or ``transfer``.
     """
@@ -105,8 +105,8 @@ class BackendInfo:
 def list_backends() -> list[BackendInfo]:
     """Every installed backend, by name, from metadata alone: no plugin is imported.
 
-    What can be told without running a plugin's code is told: a name that two distributions offer,
-    and a module that is not there, are ``broken``. The rest is ``installed``.
+    A backend is ``broken`` if two distributions offer its name or its module is missing. All others
+    are ``installed``; no code of a plugin is run.
     """
     return _list(_STORAGE)
 
@@ -125,7 +125,7 @@ def _list(kind: _Kind[Plugin]) -> list[BackendInfo]:
         if names.count(point.name) > 1:
             error = _conflict(kind.noun, point.name, found)
         elif not module_is_there(_module(point)):
-            error = f"module {_module(point)!r} is not there; reinstall {_origin(point)}"
+            error = f"module {_module(point)!r} is missing; reinstall {_origin(point)}"
         status: Status = "broken" if error else "installed"
         name, version = _distribution(point)
         info = BackendInfo(point.name, name, version, _module(point), status, error, kind.name)
@@ -137,10 +137,10 @@ def backend_class(name: str) -> type[StorageBackend]:
     """The class of the installed backend ``name``; only its own plugin is imported.
 
     Raises:
-        UnknownBackend: no distribution offers it; the message lists those that are there.
+        UnknownBackend: no distribution offers it; the message lists the installed backends.
         BrokenBackend: its module does not load or has no hook, two distributions offer the name,
             or none of its classes has it.
-        IncompatibleBackend: what the hook returns is no backend of this core's api_version.
+        IncompatibleBackend: the hook returns something other than a backend of this api_version.
     """
     return _class(_STORAGE, name)
 
@@ -171,10 +171,14 @@ def _class(kind: _Kind[Plugin], name: str) -> type[Plugin]:
 
 
 def check_backend_class(cls: object, offer: str) -> None:
-    """Whether ``cls`` can be used as a backend; ``offer`` says in words where it comes from.
+    """Checks that ``cls`` can be used as a backend.
+
+    Args:
+        cls: what a plugin or a setting offers.
+        offer: in words, where it comes from; the message begins with it.
 
     Raises:
-        IncompatibleBackend: it is no class, no ``StorageBackend``, abstract, of another
+        IncompatibleBackend: it is not a class, not a ``StorageBackend``, abstract, of another
             api_version, or its ``name`` or ``Config`` is missing; the message says which.
     """
     _check_class(_STORAGE, cls, offer)
@@ -184,13 +188,13 @@ def _check_class(kind: _Kind[Plugin], cls: object, offer: str) -> None:
     if not isinstance(cls, type) or not issubclass(cls, kind.base):
         base = f"{kind.base.__module__}.{kind.base.__qualname__}"
         what = cls.__name__ if isinstance(cls, type) else repr(cls)
-        raise IncompatibleBackend(f"{offer}: {what} is no subclass of {base}")
+        raise IncompatibleBackend(f"{offer}: {what} is not a subclass of {base}")
     if not isinstance(cls.api_version, int):
-        raise IncompatibleBackend(f"{offer}: its api_version {cls.api_version!r} is no integer")
+        raise IncompatibleBackend(f"{offer}: api_version {cls.api_version!r} is not an integer")
     if cls.api_version != kind.api_version:
         older = "the plugin" if cls.api_version < kind.api_version else "hicache-core"
         raise IncompatibleBackend(
-            f"{offer} speaks api_version {cls.api_version}, this hicache-core speaks"
+            f"{offer} has api_version {cls.api_version}, but this hicache-core has"
             f" {kind.api_version}; upgrade {older}"
         )
     missing = sorted(cls.__abstractmethods__)
@@ -201,7 +205,7 @@ def _check_class(kind: _Kind[Plugin], cls: object, offer: str) -> None:
     if not isinstance(getattr(cls, "name", None), str):
         raise IncompatibleBackend(f"{offer}: {cls.__name__} has no class attribute name")
     if not (isinstance(cls.Config, type) and issubclass(cls.Config, BaseModel)):
-        raise IncompatibleBackend(f"{offer}: {cls.__name__}.Config is no pydantic model")
+        raise IncompatibleBackend(f"{offer}: {cls.__name__}.Config is not a pydantic model")
 
 
 def backend_settings(cls: type[StorageBackend], settings: Mapping[str, object]) -> BackendConfig:
@@ -227,7 +231,7 @@ def transfer_settings(
 
 
 def module_is_there(module: str) -> bool:
-    """Whether ``module`` can be found; unlike ``importlib.util.find_spec``, runs no package."""
+    """Whether ``module`` exists; unlike ``importlib.util.find_spec``, imports no package."""
     if module in sys.modules:
         return True
     path: Sequence[str] | None = None
@@ -258,7 +262,7 @@ def _entry_points(group: str) -> list[EntryPoint]:
             name = str(distribution.metadata.json.get("name", "")) or str(distribution)
         except Exception as error:  # what a stranger's files hold may fail in any way: skipped
             log.warning(
-                "the entry points of %s cannot be read, reinstall it: %s: %s",
+                "cannot read the entry points of %s, reinstall it: %s: %s",
                 _directory(distribution) or "a distribution",
                 type(error).__name__,
                 error,
@@ -298,7 +302,7 @@ def _load(kind: _Kind[Plugin], name: str, point: EntryPoint, offer: str) -> Sequ
 
 
 def _unknown(noun: str, name: str, names: Sequence[str]) -> str:
-    found = ", ".join(dict.fromkeys(names)) or "none, hicache-core itself has no metadata here"
+    found = ", ".join(dict.fromkeys(names)) or "none, not even those of hicache-core; reinstall it"
     close = nearest(name, dict.fromkeys([*names, *OUR_PLUGINS]))
     known = [o for o in OUR_PLUGINS if o not in names and (o == name or repr(o) in close)]
     install = f" ({known[0]} comes with: pip install hicache-{known[0]})" if known else ""
@@ -307,8 +311,8 @@ def _unknown(noun: str, name: str, names: Sequence[str]) -> str:
 
 
 def _conflict(noun: str, name: str, found: Sequence[EntryPoint]) -> str:
-    origins = " and ".join(_origin(point) for point in found if point.name == name)
-    return f"two {noun}s are named {name!r}: of {origins}; uninstall one of them"
+    origins = " and one from ".join(_origin(point) for point in found if point.name == name)
+    return f"two {noun}s are named {name!r}: one from {origins}; uninstall one of them"
 
 
 def _origin(point: EntryPoint) -> str:

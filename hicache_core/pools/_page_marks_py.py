@@ -6,9 +6,15 @@ from array import array
 
 
 def flip(marks: bytearray, page_ids: array[int], value: bool) -> bool:
-    """Sets the mark of each page; False, and nothing is changed, if one cannot be set.
+    """Sets the mark of every page in ``page_ids``, or of none.
 
-    That is one that is no page, is marked so already, or is named twice.
+    Args:
+        marks: a byte for each page of the pool.
+        page_ids: the pages.
+        value: the new mark.
+
+    Returns:
+        False, with no mark changed, if an id is not a page, has this mark already, or occurs twice.
     """
     for n, page in enumerate(page_ids):
         if not 0 <= page < len(marks) or marks[page] == value:

@@ -18,10 +18,10 @@ except ImportError:  # also where there was no C compiler: the twin answers the 
 
 
 class PageAllocator:
-    """Hands out page ids: a stack of free ones, and a mark for each one in use.
+    """Hands out page ids: a stack of free pages, and a mark for each page in use.
 
-    Pages come in ascending order from a fresh pool, and those freed last come first, while they
-    are warm. One thread, the owner, calls everything.
+    A new pool hands out pages in ascending order. Pages freed last are handed out first, while they
+    are still in the CPU's cache. Only the owner thread calls it.
     """
 
     def __init__(self, n_pages: int) -> None:
@@ -61,8 +61,8 @@ class PageAllocator:
         """Gives ``pages`` back, all or none.
 
         Raises:
-            IntegrityError: a page is not in use (freed before, named twice, or no page of this
-                pool); nothing was changed.
+            IntegrityError: a page is not in use (it was freed before, occurs twice, or does not
+                belong to this pool); nothing was changed.
         """
         try:
             ids = array("i", pages)
@@ -104,8 +104,13 @@ class PageAllocator:
 def check_page_ids(pages: array[int], n_pages: int, where: str) -> None:
     """Refuses ids that a pool of ``n_pages`` does not have.
 
+    Args:
+        pages: the ids, in any order.
+        n_pages: pages of the pool.
+        where: begins the message, such as the name of the pool.
+
     Raises:
-        IntegrityError: names the pool and the ids.
+        IntegrityError: an id is out of range; the message has the smallest and the largest id.
     """
     if not are_pages(pages, n_pages):
         low, high = min(pages), max(pages)

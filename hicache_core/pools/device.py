@@ -41,7 +41,15 @@ class DevicePool:
         *,
         buffers: Buffers | None = None,
     ) -> None:
-        """Allocates the tensors, zero (faulted in on a CPU), unless ``buffers`` are given.
+        """Allocates tensors of zeros (faulted in on a CPU), unless ``buffers`` are given.
+
+        Args:
+            spec: shapes and dtypes of the KV.
+            page_size: tokens in a page.
+            n_pages: pages of the pool.
+            device: torch device of the tensors.
+            buffers: tensors of the engine to use instead, ``buffers[component][layer]`` of shape
+                ``(n_pages, page_size, *component.shape)``.
 
         Raises:
             SpecError: page_size or n_pages is not positive, or ``buffers`` do not fit.

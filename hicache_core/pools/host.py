@@ -17,7 +17,7 @@ from hicache_core.pools.mapping import Progress, map_memory, pin_memory, unpin_m
 from hicache_core.types import Page
 
 HEADER_NBYTES = 64
-"""Bytes beside every page for the header of its sealed object."""
+"""Bytes of the header of a page's sealed object, kept apart from the payload."""
 
 
 class HostPool:
@@ -61,8 +61,7 @@ class HostPool:
 
         Raises:
             SpecError: page_size or n_pages is not positive.
-            NotEnoughMemory: more than what the machine or its cgroup has left; nothing was
-                allocated.
+            NotEnoughMemory: the machine or its cgroup has less memory left; nothing was allocated.
         """
         if page_size < 1:
             raise SpecError(f"page_size must be positive, found {page_size}")
@@ -111,8 +110,8 @@ class HostPool:
         """The rows of a component in their dtype: (n_pages, num_layers, page_size, *shape).
 
         Raises:
-            SpecError: this layout puts rows where their dtype cannot be addressed, since a narrow
-                component of odd size stands before them; ``rows`` works always.
+            SpecError: in this layout the rows are not aligned for their dtype, since a component
+                of odd size precedes them. ``rows`` always works.
         """
         kind = self.spec.components[component]
         rows = self.rows(component)
@@ -139,7 +138,7 @@ class HostPool:
         return _Pages(memory, self._payload_nbytes, self.layout, self.shape, ids)
 
     def close(self) -> None:
-        """Gives the memory back, once no view of it is held any more; a second call does nothing.
+        """Frees the memory once no view of it is left; a second call does nothing.
 
         Any other call afterwards raises ``UseAfterClose``.
         """

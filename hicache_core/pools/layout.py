@@ -1,4 +1,4 @@
-"""Where in the host pool the bytes of a page lie: the three host layouts."""
+"""The three host layouts: where the bytes of a page are in the host pool."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REGION_ALIGNMENT = 4096
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where the rows of one component lie; all in bytes.
+    """Where the rows of one component are; all in bytes.
 
     Row (page, layer, token) starts at ``offset + page * page_stride + layer * layer_stride +
     token * token_stride``, and is ``row_nbytes`` long without a gap.
@@ -30,7 +30,7 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class PoolShape:
-    """What a layout must know of a host pool."""
+    """What a layout must know about a host pool."""
 
     spec: KVSpec
     page_size: int
@@ -58,14 +58,14 @@ class HostLayout(ABC):
 
     @abstractmethod
     def placements(self, shape: PoolShape) -> list[Placement]:
-        """Where the rows of each component lie."""
+        """Where the rows of each component are."""
 
     @abstractmethod
     def segments(self, shape: PoolShape, page: int) -> list[tuple[int, int]]:
         """The payload of ``page`` as (start, stop) byte ranges, in object order."""
 
     def nbytes(self, shape: PoolShape) -> int:
-        """Bytes of all pages together, with what alignment costs."""
+        """Bytes of all pages together, including alignment."""
         return shape.page_nbytes * shape.n_pages
 
 
@@ -182,13 +182,13 @@ LAYOUTS: dict[str, HostLayout] = {
 
 
 def layout_named(name: str) -> HostLayout:
-    """The layout of that name.
+    """The layout ``name``.
 
     Raises:
-        SpecError: there is none; the message lists those that are.
+        SpecError: it does not exist; the message lists the layouts.
     """
     if name not in LAYOUTS:
-        raise SpecError(f"no host layout {name!r}; there are: {', '.join(LAYOUTS)}")
+        raise SpecError(f"unknown host layout {name!r}; the layouts are: {', '.join(LAYOUTS)}")
     return LAYOUTS[name]
 
 

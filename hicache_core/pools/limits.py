@@ -1,4 +1,4 @@
-"""How large a host pool may be: asked for, and what the machine and its cgroup have left."""
+"""How large a host pool may be: by its settings, and by the memory that is left."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GB = 10**9
 
 @dataclass(frozen=True, slots=True)
 class MemoryLimit:
-    """One bound on memory, with what is left under it.
+    """A limit on memory and what is left of it.
 
     Attributes:
         name: whose limit it is, and where it was read.
@@ -47,9 +47,9 @@ def host_pages(*, ratio: float, size_gb: float, device_pages: int, page_nbytes: 
 
 
 def memory_limits(root: Path = Path("/")) -> list[MemoryLimit]:
-    """Every bound on the memory of this process that can be read, in no order.
+    """All limits on the memory of this process that can be read, in no particular order.
 
-    Page cache that the kernel would give up counts as available, for the machine and for cgroups.
+    Page cache that the kernel can drop counts as available, for the machine and for cgroups.
 
     Args:
         root: where ``proc`` and ``sys`` are found.
@@ -58,7 +58,7 @@ def memory_limits(root: Path = Path("/")) -> list[MemoryLimit]:
 
 
 def check_memory(nbytes: int, what: str, root: Path = Path("/")) -> None:
-    """Makes sure that ``nbytes`` can be had, before anything is allocated.
+    """Checks that ``nbytes`` are available, before anything is allocated.
 
     Args:
         nbytes: bytes asked for.
@@ -66,7 +66,7 @@ def check_memory(nbytes: int, what: str, root: Path = Path("/")) -> None:
         root: where ``proc`` and ``sys`` are found.
 
     Raises:
-        NotEnoughMemory: names the limit, what it leaves, and the settings to lower.
+        NotEnoughMemory: the message names the limit, what is left, and the settings to lower.
     """
     limits = memory_limits(root)
     if not limits:

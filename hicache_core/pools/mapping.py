@@ -20,11 +20,11 @@ CUDA_HOST_REGISTER_MAPPED = 2
 
 
 def map_memory(nbytes: int, progress: Progress | None = None) -> memoryview:
-    """Anonymous memory, zero, in huge pages where the kernel has them, and faulted in.
+    """Maps anonymous memory of zeros, in huge pages if the kernel has them, and faults it in.
 
-    A first touch costs several times a copy, so it is paid here and not by the first request.
-    torch's threads touch one byte of every 4 KiB; with huge pages that was faster than
-    MADV_POPULATE_WRITE, which faults in on one thread and under Python's lock.
+    The first access to a page costs several times a copy, so it is made here and not by the first
+    request. torch's threads access one byte of every 4 KiB; with huge pages that was faster than
+    MADV_POPULATE_WRITE, which runs on one thread and under Python's lock.
 
     The memory is freed when the last view of it is gone.
 
@@ -57,7 +57,7 @@ def pin_memory(block: torch.Tensor) -> None:
 
 
 def unpin_memory(block: torch.Tensor) -> None:
-    """Takes back ``pin_memory``; no copy may be under way."""
+    """Undoes ``pin_memory``; no copy may be running."""
     _call_cuda("cudaHostUnregister", block)
 
 

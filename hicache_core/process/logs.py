@@ -12,7 +12,13 @@ _said: set[tuple[str, str]] = set()
 
 
 def log_once(logger: logging.Logger, level: int, message: str) -> None:
-    """Logs ``message`` the first time this process asks for it; from any thread."""
+    """Logs ``message`` only the first time that it is logged in this process; from any thread.
+
+    Args:
+        logger: the logger.
+        level: of the record, such as ``logging.WARNING``.
+        message: the text, without format arguments.
+    """
     if not logger.isEnabledFor(level) or (logger.name, message) in _said:
         return
     _said.add((logger.name, message))

@@ -1,8 +1,8 @@
-"""The end of the main thread, which threads of ours look for.
+"""Detects the end of the main thread.
 
-An interpreter waits at its end for all threads but daemons, and no daemon may be in the middle of
-torch's code then. So a thread that only ``close`` would end looks at this as well, and a script
-that raises before ``close`` exits. What was to be written by then is not promised.
+At its end the interpreter waits for all threads except daemons, and a daemon inside torch's code
+could crash it. So threads that otherwise only ``close`` ends also check for the end of the main
+thread. A script that raises before ``close`` then exits; pending writes may be lost.
 """
 
 from __future__ import annotations
@@ -11,5 +11,5 @@ import threading
 
 
 def main_has_ended() -> bool:
-    """Whether the interpreter is on its way to its end; costs a look."""
+    """Whether the main thread has ended, so that the interpreter is about to exit; cheap."""
     return not threading.main_thread().is_alive()

@@ -1,4 +1,4 @@
-"""Owner: the one thread that calls an object; others hear of it at their first call."""
+"""The owner of an object: the one thread that may call it. Calls of other threads raise."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from threading import get_ident
 
 from hicache_core.errors import WrongThread
 
-_NOBODY = 0  # is no thread's number
+_NOBODY = 0  # no thread has this number
 _taking = threading.Lock()
 
 
 class Owner:
-    """Belongs to the thread that first calls ``check``, for as long as that thread lives.
+    """The owner is the thread that first calls ``check``, as long as that thread lives.
 
-    In a child that was forked it belongs to nobody: the threads that do its work are the parent's.
+    A forked child cannot own it, since the worker threads belong to the parent.
     """
 
     def __init__(self, what: str) -> None:
-        """Nobody's yet; ``what`` is the name of the object in messages."""
+        """Has no owner yet; ``what`` is the name of the object in messages."""
         self._what = what
         self._ident = _NOBODY
         self._thread: threading.Thread | None = None
@@ -28,7 +28,7 @@ class Owner:
         _owners.add(self)
 
     def check(self) -> None:
-        """Returns for the owner, who may be found by this call.
+        """Returns if the calling thread is the owner; the first caller becomes the owner.
 
         Raises:
             WrongThread: the caller is another thread, or a forked child.
@@ -42,7 +42,7 @@ class Owner:
         return self._pid != os.getpid()
 
     def hand_over(self) -> None:
-        """Lets the next thread that calls have it.
+        """Makes the next thread that calls ``check`` the owner.
 
         Raises:
             WrongThread: the caller does not own it.

@@ -1,4 +1,4 @@
-"""Shield: steps that a signal must not cut in two, such as Ctrl-C in the middle of a change."""
+"""Shields steps from signals, such as Ctrl-C in the middle of a change."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _SIGNALS = tuple(
 
 
 class _Shield:
-    """While it is held, signals wait; their handlers run, and may raise, when it is let go.
+    """Delays signals while it is held; their handlers run, and may raise, when it is released.
 
-    Only handlers in Python raise, and those run on the main thread alone: on every other thread
-    this does nothing. It costs some ten microseconds. What it guards must end by itself.
+    Only handlers in Python can raise, and they run only on the main thread, so on other threads
+    this does nothing. It costs some ten microseconds. The guarded step must end by itself.
     """
 
     def __init__(self) -> None:

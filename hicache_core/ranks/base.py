@@ -7,23 +7,22 @@ from collections.abc import Sequence
 
 
 class RankGroup(ABC):
-    """The processes that hold parts of the same KV and must decide alike.
+    """The processes that hold parts of the same KV and must make the same decisions.
 
-    Called by the owner thread only. ``agree_min`` is entered once a ``poll()`` by every rank,
-    whatever it has to report; ``gather`` when a cache is opened, and where ranks have more to say
-    than numbers.
+    Only the owner thread calls it. Every rank enters ``agree_min`` once a ``poll()``, even with
+    nothing to report, and ``gather`` when a cache is opened and when ranks exchange texts.
 
     Both are collectives: every rank makes the same calls in the same order.
 
     Raises:
-        RankLost: from both, when another rank died, does not answer or is in another call; and
-            from every call after that: there is no way back but to start all ranks again.
+        RankLost: another rank died, does not answer or made another call. Every later call raises
+            it too; start all ranks again.
     """
 
     rank: int
     world_size: int
     window: int | None
-    """How many numbers one agreement covers: a fixed shape; None where no shape is needed."""
+    """How many numbers one agreement has, always the same; None if any number is allowed."""
 
     @abstractmethod
     def agree_min(self, values: Sequence[int]) -> list[int]:
@@ -35,7 +34,7 @@ class RankGroup(ABC):
 
     @abstractmethod
     def gather(self, text: str) -> list[str]:
-        """What each rank said, by rank: texts of any length."""
+        """The text of each rank, by rank; texts may have any length."""
 
 
 class SingleRank(RankGroup):
@@ -55,9 +54,10 @@ class SingleRank(RankGroup):
 
 
 def agree_all(ranks: RankGroup, values: Sequence[int]) -> list[int]:
-    """``agree_min`` of any number of values, equally many on each rank; of none, nothing happens.
+    """``agree_min`` of any number of values, the same number on each rank.
 
-    They are brought to the group's fixed shape, so that it may take more than one collective.
+    The values are split and padded to the group's fixed shape, so this may enter several
+    collectives, or none if there are no values.
     """
     width = ranks.window or max(1, len(values))
     agreed: list[int] = []

@@ -34,7 +34,7 @@ _Gloo: Any = ProcessGroupGloo  # torch's stubs lack its options and collectives
 
 _LOOK_AGAIN_S = 0.01
 _LOOKS = 50
-"""A killed process closes its sockets a moment before it can be seen to be gone."""
+"""How long to look for a dead rank: a killed process closes its sockets before it disappears."""
 
 
 class _Work(Protocol):
@@ -42,7 +42,7 @@ class _Work(Protocol):
 
 
 class _Group(Protocol):
-    """What is used of a ``dist.ProcessGroup`` or of a ``ProcessGroupGloo``."""
+    """The part of ``dist.ProcessGroup`` and ``ProcessGroupGloo`` that is used here."""
 
     def rank(self) -> int: ...
     def size(self) -> int: ...
@@ -57,12 +57,12 @@ class _Group(Protocol):
 class TorchRankGroup(RankGroup):
     """Ranks over a gloo group with CPU tensors.
 
-    An agreement is one all_gather of ``window`` int64 and a minimum over it: half the steps of
-    gloo's all_reduce, and what counts here is the number of steps.
+    An agreement is one all_gather of ``window`` int64 and a minimum over it. That has half the
+    steps of gloo's all_reduce, and the number of steps determines the time.
 
-    A rank whose process ends is noticed at once, since its sockets close. A rank that is silent is
-    noticed after ``timeout_s``. Both raise ``RankLost``, which names those ranks of this machine
-    that are gone or stopped. A rank that noticed drops its own sockets, so that all others notice.
+    A rank whose process ends is noticed at once, since its sockets close. A silent rank is noticed
+    after ``timeout_s``. Both raise ``RankLost``, which names the ranks of this machine that have
+    ended or are stopped. A rank that notices closes its own sockets, so that all others notice.
 
     Threads: the owner thread only. gloo has two threads of its own, which ``close`` joins.
     """
@@ -74,17 +74,17 @@ class TorchRankGroup(RankGroup):
         timeout_s: float = DEFAULT_TIMEOUT_S,
         window: int = DEFAULT_WINDOW,
     ) -> None:
-        """Meets the other ranks over ``group``: a collective, entered by all of them.
+        """Connects to the other ranks over ``group``; a collective that all of them enter.
 
         Args:
             group: a process group with a gloo backend, such as ``dist.new_group(backend="gloo")``;
                 nobody else may use it.
-            timeout_s: the longest time that a rank may be late by: longer than the longest step.
-            window: jobs of one agreement; further ones wait for the next.
+            timeout_s: seconds that a rank may be late at most; longer than the longest step.
+            window: jobs in one agreement; further jobs wait for the next.
 
         Raises:
             RankLost: not all of them came in time, or ``group`` is not for CPU tensors.
-            ConfigError: the ranks were given different arguments, or a value that cannot be.
+            ConfigError: the ranks were given different arguments, or a value is not positive.
         """
         if window < 1 or not timeout_s > 0:
             raise ConfigError(f"window {window} and timeout_s {timeout_s} must be positive")
@@ -112,23 +112,23 @@ class TorchRankGroup(RankGroup):
         window: int = DEFAULT_WINDOW,
         host: str | None = None,
     ) -> Self:
-        """A group of its own, beside whatever the engine does with torch.distributed.
+        """Makes a group of its own, independent of the engine's use of torch.distributed.
 
-        Nothing global is set: ``dist.init_process_group`` need not be called, and may be.
+        Nothing global is set; ``dist.init_process_group`` may be called, but need not be.
 
         Args:
-            rank: this process, from 0.
-            world_size: how many there are.
-            store: where they find each other: ``tcp://HOST:PORT`` (rank 0 listens there), or
+            rank: number of this process, from 0.
+            world_size: number of processes.
+            store: where they find each other: ``tcp://HOST:PORT`` (rank 0 listens there),
                 ``file:///PATH`` of a file that does not exist yet, or an open store.
-            timeout_s: as above, also for the meeting itself.
-            window: as above.
-            host: name or address of this process's interface that the others reach; without it
-                the interfaces that GLOO_SOCKET_IFNAME names, or else the loopback.
+            timeout_s: as in the constructor; also the limit for connecting.
+            window: as in the constructor.
+            host: name or address of the interface where other ranks reach this process. Default:
+                the interfaces that GLOO_SOCKET_IFNAME names, or the loopback.
 
         Raises:
             RankLost: not all ranks came in time.
-            ConfigError: as above, or an address that is none.
+            ConfigError: as in the constructor, or the address is malformed.
         """
         try:
             opened = _open_store(store, rank, world_size, timeout_s)
@@ -172,7 +172,7 @@ class TorchRankGroup(RankGroup):
     def close(self) -> None:
         """Leaves the group; a second call does nothing. Others that still call get ``RankLost``.
 
-        A group that was passed in lives on until its owner lets it go.
+        A group that was passed in is not destroyed; that is up to its owner.
         """
         self._lost = self._lost or f"rank {self.rank} of {self.world_size} has left the group"
         self._group = None
@@ -189,7 +189,7 @@ class TorchRankGroup(RankGroup):
         self.close()
 
     def _meet(self) -> None:
-        """Learns who the others are, and that they were given the same arguments."""
+        """Exchanges process ids and arguments with the other ranks and compares the arguments."""
         mine = {"window": self.window, "timeout_s": self._timeout_s}
         answers = [
             json.loads(text) for text in self.gather(json.dumps([mine, asdict(Process.this())]))
@@ -217,7 +217,7 @@ class TorchRankGroup(RankGroup):
             self._lose(error, time.monotonic() - start)
 
     def _lose(self, error: RuntimeError, waited_s: float) -> NoReturn:
-        """Leaves the group, so that the others notice too, and says what happened."""
+        """Leaves the group, so that the others notice too; returns the error to raise."""
         self._group = None
         self._lost = (
             f"rank {self.rank} of {self.world_size} lost the others after {waited_s:.1f} s: "
@@ -227,7 +227,7 @@ class TorchRankGroup(RankGroup):
         raise RankLost(self._lost) from error
 
     def _suspects(self) -> str:
-        """Those that do not run, by rank; looks for a moment, until there is one."""
+        """The ranks that do not run, in words; waits a moment until one is found."""
         others = [(rank, peer) for rank, peer in enumerate(self._peers) if rank != self.rank]
         for _ in range(_LOOKS):
             states = [(rank, peer, peer.state) for rank, peer in others]

@@ -1,4 +1,4 @@
-"""What became of another process of this machine: it runs, is stopped, or is gone."""
+"""The state of another process of this machine: it runs, is stopped, or has ended."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ _PROC = Path("/proc")
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process, named so that no other one is taken for it.
+    """A process, identified so that it cannot be confused with another one.
 
     Attributes:
-        host: name of the machine, for people.
-        pid: its number.
-        place: where that number means something: the boot of a kernel and a pid namespace; empty
-            where the system does not say.
-        started: when it started, since numbers are used again (field 22 of /proc/PID/stat).
+        host: name of the machine, for messages.
+        pid: its process id.
+        place: where the pid is valid: boot id of the kernel and pid namespace; empty if unknown.
+        started: its start time (field 22 of /proc/PID/stat), since pids are reused.
     """
 
     host: str
@@ -32,13 +31,13 @@ class Process:
 
     @classmethod
     def this(cls) -> Self:
-        """The process that asks."""
+        """The calling process."""
         pid = os.getpid()
         return cls(platform.node(), pid, _place(), _stat(pid)[1])
 
     @property
     def state(self) -> State:
-        """What it does now, as far as can be seen from this process."""
+        """Its state now, as far as this process can see it, in words."""
         if not self.place or self.place != _place():
             return "is on another machine"
         letter, started = _stat(self.pid)
@@ -64,5 +63,5 @@ def _stat(pid: int) -> tuple[str, str]:
         text = (_PROC / str(pid) / "stat").read_text()
     except OSError:
         return "Z", ""
-    fields = text.rpartition(")")[2].split()  # its name stands in () and may hold anything
+    fields = text.rpartition(")")[2].split()  # its name is in () and may contain anything
     return fields[0], fields[19]

@@ -33,14 +33,16 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         required=True,
         help="A folder that transformers saved, a GGUF file, or smollm2 for the packaged weights.",
     ),
-    click.option("--served-model-name", default="", help="What clients see. Default: the model's."),
+    click.option(
+        "--served-model-name", default="", help="Model name for clients. Default: the model's own."
+    ),
     click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
     click.option(
         "--port",
         type=click.IntRange(0, 65535),
         default=30000,
         show_default=True,
-        help="0 for any free one.",
+        help="Port to listen on; 0 for any free port.",
     ),
     click.option(
         "--tp",
@@ -50,36 +52,41 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         type=_COUNT,
         default=1,
         show_default=True,
-        help="Processes that compute the model together; its KV heads must divide by it.",
+        help="Number of processes that share the model; must divide its number of KV heads.",
     ),
     click.option(
         "--log-level",
         type=click.Choice(LOG_LEVELS, case_sensitive=False),
         default="info",
         show_default=True,
+        help="Level of the log.",
     ),
     click.option(
         "--mem-fraction-static",
         type=float,
         default=DEFAULTS.mem_fraction_static,
         show_default=True,
-        help="Part of a GPU's memory for weights and device tier.",
+        help="Share of a GPU's memory for weights and device tier.",
     ),
-    click.option("--max-total-tokens", type=_COUNT, help="Room of the device tier in tokens."),
-    click.option("--context-length", type=_COUNT, help="Tokens of prompt and answer together."),
+    click.option("--max-total-tokens", type=_COUNT, help="Size of the device tier in tokens."),
+    click.option(
+        "--context-length",
+        type=_COUNT,
+        help="Maximum number of tokens in prompt and answer together.",
+    ),
     click.option(
         "--max-running-requests",
         type=_COUNT,
         default=DEFAULTS.max_running,
         show_default=True,
-        help="Requests computed at once.",
+        help="Maximum number of requests computed at the same time.",
     ),
     click.option(
         "--max-queued-requests",
         type=_COUNT,
         default=DEFAULTS.max_waiting,
         show_default=True,
-        help="Requests that wait; a further one is answered 503.",
+        help="Maximum number of queued requests; further ones get 503.",
     ),
     click.option(
         "--chunked-prefill-size",
@@ -91,70 +98,76 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option(
         "--max-client-priority",
         type=click.IntRange(0, MAX_PRIORITY),
-        help="The highest priority that a request without the admin key may ask for. Default: 0.",
+        help="Highest priority of requests without the admin key. Default: 0.",
     ),
     click.option(
         "--enable-priority-scheduling",
         is_flag=True,
-        help="As in SGLang: clients may ask for any priority.",
+        help="Let clients choose any priority, as in SGLang.",
     ),
     click.option(
         "--watchdog-timeout",
         type=click.FloatRange(0, min_open=True),
         default=DEFAULTS.stall_timeout_s,
         show_default=True,
-        help="Seconds without progress of a request after which /health answers 503.",
+        help="If a request makes no progress for so many seconds, /health answers 503.",
     ),
-    click.option("--enable-metrics", is_flag=True, help="Answer /metrics."),
-    click.option("--enable-cache-report", is_flag=True, help="Say in usage what was cached."),
+    click.option("--enable-metrics", is_flag=True, help="Serve /metrics."),
+    click.option("--enable-cache-report", is_flag=True, help="Report cached tokens in usage."),
     click.option(
         "--api-key",
         envvar="HICACHE_API_KEY",
-        help="Callers must send it. Other users of this machine can see a flag: prefer the "
-        "environment, HICACHE_API_KEY.",
+        help="API key that clients must send. Prefer the environment variable HICACHE_API_KEY, "
+        "since other users of this machine can see flags.",
     ),
     click.option(
         "--admin-api-key",
         envvar="HICACHE_ADMIN_API_KEY",
-        help="For calls that change the cache; HICACHE_ADMIN_API_KEY.",
+        help="API key for calls that change the cache. Environment: HICACHE_ADMIN_API_KEY.",
     ),
     click.option(
         "--shutdown-timeout",
         type=click.FloatRange(0, 3600),
         default=20.0,
         show_default=True,
-        help="Seconds for requests under way when the server ends, and again for backups.",
+        help="Seconds for running requests when the server ends, and again for backups.",
     ),
     click.option(
         "--disaggregation-mode",
         type=click.Choice(("null", "prefill", "decode")),
         default="null",
         show_default=True,
+        help="Run only prefill or only decode; null runs both.",
     ),
     click.option(
         "--disaggregation-transfer-backend",
         type=click.Choice(TRANSFER_BACKENDS),
         default="mooncake",
         show_default=True,
+        help="How KV moves from prefill to decode servers.",
     ),
     click.option(
         "--disaggregation-bootstrap-port",
         type=click.IntRange(0, 65535),
         default=0,
         show_default=True,
-        help="Where a prefill server hands KV over; 0 for any free one: routers ask for it.",
+        help="Port where a prefill server hands KV over; 0 for any free port (routers ask for it).",
     ),
     click.option(
         "--disaggregation-secret",
         envvar="HICACHE_DISAGGREGATION_SECRET",
-        help="What prefill and decode servers must both know to exchange KV; prefer the "
-        "environment, HICACHE_DISAGGREGATION_SECRET.",
+        help="Secret that prefill and decode servers share to exchange KV. Prefer the environment "
+        "variable HICACHE_DISAGGREGATION_SECRET.",
     ),
-    click.option("--disaggregation-ib-device", default="", help="RDMA devices: mlx5_0,mlx5_1."),
+    click.option(
+        "--disaggregation-ib-device",
+        default="",
+        help="RDMA devices separated by commas, such as mlx5_0,mlx5_1.",
+    ),
     click.option(
         OFFLOAD_FLAG,
         is_flag=True,
-        help="A decode server gives what it generates to host and storage.",
+        help="Let a decode server cache what it generates in its host and storage tiers.",
     ),
 )
 

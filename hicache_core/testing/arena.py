@@ -1,4 +1,4 @@
-"""Where the kit's pages lie: anywhere, or in one block that a transport has registered."""
+"""The memory of the kit's pages: separate buffers, or one block that a transport registers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ALIGNMENT = 64
 
 
 class Arena:
-    """One block of memory that buffers are cut from; each goes back when its last view is gone.
+    """One block of memory for buffers; each is returned to it when its last view is gone.
 
     Threads: any.
 

@@ -13,13 +13,13 @@ T = TypeVar("T")
 
 
 class Hung(AssertionError):
-    """A call did not come back in time; the message says where it stands."""
+    """A call did not return in time; the message shows where it hangs."""
 
 
 class Call(Generic[T]):
-    """A function that runs in a thread of its own from now on.
+    """A function that runs on a thread of its own.
 
-    The thread is a daemon: it may be stuck in a backend for ever, and nothing can end it then.
+    The thread is a daemon: if it hangs in a backend, nothing can end it.
     """
 
     def __init__(self, function: Callable[[], T]) -> None:
@@ -38,14 +38,14 @@ class Call(Generic[T]):
             self._future.set_result(value)
 
     def result(self, bound_s: float, what: str) -> T:
-        """What the function returned; raises what it raised.
+        """Returns what the function returned, or raises what it raised.
 
         Args:
-            bound_s: how long to wait.
-            what: the function's name in words, for the message.
+            bound_s: seconds to wait.
+            what: the function in words, for the message.
 
         Raises:
-            Hung: it has not come back within ``bound_s`` seconds.
+            Hung: it did not return within ``bound_s``.
         """
         self._thread.join(bound_s)
         if self._thread.is_alive():
@@ -53,16 +53,24 @@ class Call(Generic[T]):
         return self._future.result()
 
     def _where(self) -> str:
-        """Where the thread stands, innermost call last."""
+        """Where the thread is, innermost call last."""
         frame = sys._current_frames().get(self._thread.ident or 0)
         if frame is None:
             return ""
         calls = traceback.extract_stack(frame)[-3:]
-        return "; it stands in " + " > ".join(f"{c.name} ({c.filename}:{c.lineno})" for c in calls)
+        return "; it hangs in " + " > ".join(f"{c.name} ({c.filename}:{c.lineno})" for c in calls)
 
 
 def bounded(function: Callable[[], T], bound_s: float, what: str) -> T:
-    """``function()``, for at most ``bound_s`` seconds.
+    """Calls ``function`` on a thread of its own and waits for at most ``bound_s``.
+
+    Args:
+        function: what to call; if it hangs, its thread is left behind.
+        bound_s: seconds.
+        what: names the call in the message.
+
+    Returns:
+        What ``function`` returns.
 
     Raises:
         Hung: it takes longer.

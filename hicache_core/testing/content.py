@@ -1,4 +1,4 @@
-"""Bytes that are a function of their key, so that torn, foreign and shifted ones are told apart."""
+"""Bytes that are a function of their key, so that torn, foreign and shifted objects show."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _UNFILLED = b"\xee"
 
 
 def content(key: str, nbytes: int) -> bytes:
-    """The one right object of ``nbytes`` bytes under ``key``; the same in every process.
+    """The right object of ``nbytes`` bytes under ``key``; the same in every process.
 
-    The length takes part: a shorter object is no prefix of a longer one.
+    It depends on the length too: a shorter object is not a prefix of a longer one.
     """
     return random.Random(f"{key} {nbytes}").randbytes(nbytes)
 
 
 class GuardedPage:
-    """A page whose segments lie in one buffer, with guard bytes before and behind each of them.
+    """A page whose segments are in one buffer, with guard bytes before and after each of them.
 
     Attributes:
-        segments: the page; its bytes are no object's until it is filled.
+        segments: the page; it holds no object until it is filled.
     """
 
     def __init__(self, shape: Sequence[int], take: Callable[[int], memoryview]) -> None:
@@ -55,13 +55,22 @@ class GuardedPage:
 
 
 def scribble(page: Page) -> None:
-    """Overwrites ``page``, as a caller does who uses its memory for something else."""
+    """Overwrites ``page``, as a caller does that reuses its memory."""
     for segment in page:
         segment[:] = b"\x11" * segment.nbytes
 
 
 def difference(key: str, nbytes: int, found: bytes | bytearray | memoryview) -> str:
-    """What is wrong with ``found`` as the object of ``key``, in words; empty if nothing is."""
+    """Compares bytes that came back with the object that the kit stores under a key.
+
+    Args:
+        key: of the object.
+        nbytes: length of the object.
+        found: the bytes that came back.
+
+    Returns:
+        The first difference, in words; empty if there is none.
+    """
     right, given = content(key, nbytes), bytes(found)
     if given == right:
         return ""
@@ -73,5 +82,5 @@ def difference(key: str, nbytes: int, found: bytes | bytearray | memoryview) -> 
 
 
 def page_difference(key: str, page: Page) -> str:
-    """What is wrong with ``page`` as the object of ``key``, in words; empty if nothing is."""
+    """As :func:`difference`, for the bytes of a page."""
     return difference(key, nbytes_of(page), join(page))

@@ -1,4 +1,4 @@
-"""Power over the server under a backend: killed, frozen, restarted."""
+"""Control over the server of a backend: kill, freeze, restart."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Protocol
 
 
 class StoreControl(Protocol):
-    """What the kit asks of whoever runs the server that the backend under test talks to.
+    """Controls the server of the backend under test; a plugin's tests implement it.
 
-    Each call returns when its effect is there. The kit restores the server after every rule.
+    Each call returns when it has taken effect. The kit restores the server after every rule.
     """
 
     def kill(self) -> None:
@@ -34,7 +34,7 @@ class StoreControl(Protocol):
         ...
 
     def thaw(self) -> None:
-        """Lets a frozen server go on."""
+        """Continues a frozen server."""
         ...
 
 

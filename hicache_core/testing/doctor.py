@@ -1,4 +1,4 @@
-"""The examination of one store for ``hicache doctor``: findings in plain words."""
+"""Examines one store for ``hicache doctor``."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _SLOW_GET_US = 50_000.0  # a page that takes longer to come is hardly worth wait
 
 
 def examine(target: Target, settings: KitSettings) -> Iterator[Finding]:
-    """Opens the store, asks the backend for its findings, stores and reads, measures.
+    """Opens the store, asks the backend for findings, stores and reads pages, measures the speed.
 
-    Each step is bounded in time. No secret of the settings is in what it yields.
+    Each step has a time limit. No finding contains a secret of the settings.
 
     Yields:
-        Findings, most basic first; a failed step is the last.
+        Findings, the most basic first; after a failed step it ends.
     """
     hidden = secrets_in(target.recipe.settings)
     for finding in _examine(target, settings):

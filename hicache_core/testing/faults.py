@@ -1,7 +1,7 @@
 """Backends that are slow, flaky, corrupt or stuck on purpose, around any other backend.
 
-What a seed decides is a function of the seed, the method, the first key and how often that key was
-asked by that method: the same in every run, however the threads take turns.
+A fault depends on the seed, the method, the first key and the number of earlier calls with that
+method and key. So it is the same in every run, whatever the order of threads.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ class FlakyBackend(_AroundEveryCall):
         Args:
             inner: what is made flaky.
             error_rate: the share of calls that raise, 0 to 1.
-            seed: decides which ones.
-            error: what they raise.
+            seed: decides which calls raise.
+            error: the class that they raise.
         """
         super().__init__(inner)
         self._error_rate = error_rate
@@ -141,15 +141,15 @@ class FlakyBackend(_AroundEveryCall):
 
 
 class CorruptBackend(BackendWrapper):
-    """A share of the objects comes back with one bit flipped; which ones follows from the seed."""
+    """Flips one bit in a share of the objects that are read; the seed decides in which."""
 
     def __init__(self, inner: StorageBackend, *, rate: float = 1.0, seed: int = 0) -> None:
         """Wraps ``inner``.
 
         Args:
-            inner: what is read from; what it stores stays as it is.
+            inner: the backend to read from; stored objects are not changed.
             rate: the share of objects that is damaged, 0 to 1.
-            seed: decides which ones, and which bit.
+            seed: decides which objects and which bit.
         """
         super().__init__(inner)
         self._rate = rate
@@ -183,10 +183,10 @@ class CorruptBackend(BackendWrapper):
 
 
 class StuckBackend(_AroundEveryCall):
-    """While it is stuck, every call waits until ``release``; then they are all made."""
+    """While it is stuck, every call waits until ``release``, and is made then."""
 
     def __init__(self, inner: StorageBackend, *, stuck: bool = True) -> None:
-        """Wraps ``inner``; it is stuck from the start unless told otherwise."""
+        """Wraps ``inner``; by default it is stuck from the start."""
         super().__init__(inner)
         self._changed = threading.Condition()
         self._stuck = stuck
@@ -198,18 +198,18 @@ class StuckBackend(_AroundEveryCall):
         return self._n_waiting
 
     def stick(self) -> None:
-        """Lets calls from now on wait."""
+        """Makes all later calls wait."""
         with self._changed:
             self._stuck = True
 
     def release(self) -> None:
-        """Lets every waiting call go on, and later ones pass."""
+        """Lets all waiting and later calls proceed."""
         with self._changed:
             self._stuck = False
             self._changed.notify_all()
 
     def wait_for_calls(self, n_calls: int, timeout_s: float) -> bool:
-        """Waits until ``n_calls`` calls wait; whether they do."""
+        """Waits until ``n_calls`` calls wait; returns whether they do."""
         with self._changed:
             return self._changed.wait_for(lambda: self._n_waiting >= n_calls, timeout_s)
 

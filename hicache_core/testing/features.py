@@ -1,4 +1,4 @@
-"""What a backend can do, and what its tests give: which rules apply follows from it."""
+"""What a backend can do and what its tests provide; this decides which rules apply."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hicache_core.testing.secret_settings import secrets_in
 
 
 class Feature(enum.StrEnum):
-    """What some rules need beside the base contract; the value stands in reports."""
+    """What some rules need in addition to the base contract; reports show the value."""
 
     DELETE = "delete"
     LIST = "list_keys"
@@ -52,16 +52,16 @@ PROTOCOLS: dict[Feature, type] = {
     Feature.USAGE: ReportsUsage,
 }
 CAPABILITIES = frozenset([Feature.DELETE, *PROTOCOLS])
-"""What the backend itself can or cannot do; the other features are given by its tests."""
+"""Features of the backend itself; its tests provide the others."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is tested, and what the kit is given to test it with.
+    """The backend under test, and what its tests provide.
 
     Attributes:
         recipe: makes backends on one store.
-        control: power over the server of that store, if there is one.
+        control: control over the server of that store, if there is one.
         small: makes backends on a store that ``KitSettings.full_nbytes`` fill, if there is one.
         quota: makes backends on a store where one namespace may take ``KitSettings.quota_nbytes``,
             and that has room for several such namespaces, if there is one.
@@ -95,7 +95,7 @@ def detect(backend: StorageBackend, target: Target) -> frozenset[Feature]:
 
 
 def _deletes(backend: StorageBackend) -> bool:
-    """Every class has the method: whether it works is found by a call that changes nothing."""
+    """Whether ``delete`` works, found by a call that changes nothing."""
     try:
         backend.delete([])
     except NotImplementedError:

@@ -1,4 +1,4 @@
-"""What a rule works with: opened backends, keys that are its own, threads and a second process."""
+"""What a rule works with: opened backends, keys of its own, threads and a second process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hicache_core.testing.recipe import Recipe
 from hicache_core.types import Page
 
 _SWITCH_INTERVAL_S = 1e-5
-"""Threads that race take turns so often that no few steps of Python hide a race."""
+"""Seconds between switches of racing threads: so short that a few steps of Python hide no race."""
 
 
 class RuleBroken(AssertionError):
@@ -38,7 +38,7 @@ def expect(condition: object, found: str) -> None:
 
 
 class Harness:
-    """The world of one rule. Use it as a context manager; it leaves nothing behind."""
+    """The environment of one rule. Use it as a context manager; it leaves nothing behind."""
 
     def __init__(self, target: Target, settings: KitSettings) -> None:
         """Opens nothing yet."""
@@ -66,7 +66,7 @@ class Harness:
 
     @property
     def control(self) -> StoreControl:
-        """Power over the server; only for rules that require it."""
+        """Control over the server; only for rules that require it."""
         assert self.target.control is not None
         return self.target.control
 
@@ -86,7 +86,7 @@ class Harness:
         return backend
 
     def forget(self, backend: StorageBackend) -> None:
-        """Takes out an instance that the rule has closed itself."""
+        """Removes an instance that the rule has closed itself."""
         self._opened.remove(backend)
         if backend is self._first:
             self._first = None
@@ -104,7 +104,7 @@ class Harness:
         return self.remember(f"{self.namespace}/{digest}" for digest in digests)
 
     def remember(self, keys: Iterable[str]) -> list[str]:
-        """``keys``, which are deleted in the end if the backend can delete."""
+        """Returns ``keys``, and deletes them at the end if the backend can delete."""
         listed = list(keys)
         self._keys += listed
         return listed
@@ -115,7 +115,7 @@ class Harness:
         return min(wanted, limit) if limit else wanted
 
     def race(self, runners: Sequence[Callable[[], None]], seconds: float) -> None:
-        """Calls each runner again and again in a thread of its own; raises what one raised."""
+        """Calls each runner repeatedly on a thread of its own; raises what one of them raised."""
         stop_at = time.monotonic() + seconds
 
         def repeat(runner: Callable[[], None]) -> None:
@@ -147,14 +147,26 @@ class Harness:
         return page
 
     def put(self, backend: StorageBackend, keys: Sequence[str], shape: Sequence[int]) -> None:
-        """Stores the objects of ``keys`` as one batch of pages with segments of these lengths."""
+        """Stores the objects of ``keys`` as one batch of pages.
+
+        Args:
+            backend: the backend under test.
+            keys: a page is stored under each.
+            shape: bytes of each segment of a page.
+        """
         n_stored = backend.batch_set(keys, [self.filled(key, shape) for key in keys])
         expect(n_stored == len(keys), f"batch_set stored {n_stored} of {len(keys)} pages")
 
     def leading_hits(
         self, backend: StorageBackend, keys: Sequence[str], shape: Sequence[int]
     ) -> int:
-        """How many leading pages ``batch_get`` fills; wrong bytes in them break the rule."""
+        """How many leading pages ``batch_get`` fills; wrong bytes in them break the rule.
+
+        Args:
+            backend: the backend under test.
+            keys: the pages to read.
+            shape: bytes of each segment of a page.
+        """
         pages = [self.blank(shape) for _ in keys]
         n_filled = backend.batch_get(keys, pages)
         expect(0 <= n_filled <= len(keys), f"batch_get of {len(keys)} pages answered {n_filled}")
@@ -166,7 +178,13 @@ class Harness:
     def expect_pages(
         self, backend: StorageBackend, keys: Sequence[str], shape: Sequence[int]
     ) -> None:
-        """``batch_get`` fills every page, with the right bytes."""
+        """Requires that ``batch_get`` fills every page with the right bytes.
+
+        Args:
+            backend: the backend under test.
+            keys: the pages to read.
+            shape: bytes of each segment of a page.
+        """
         n_filled = self.leading_hits(backend, keys, shape)
         expect(n_filled == len(keys), f"batch_get filled {n_filled} of {len(keys)} stored pages")
 
@@ -190,18 +208,36 @@ def _anywhere(nbytes: int) -> memoryview:
 
 
 def put_each(backend: StorageBackend, keys: Sequence[str], nbytes: int) -> None:
-    """Stores the objects of ``keys`` by ``set``."""
+    """Stores the objects of ``keys`` with ``set``.
+
+    Args:
+        backend: the backend under test.
+        keys: an object is stored under each.
+        nbytes: bytes of each object.
+    """
     for key in keys:
         backend.set(key, content(key, nbytes))
 
 
 def expect_hit(backend: StorageBackend, key: str, nbytes: int) -> None:
-    """``get`` finds the object of ``key``, whole and right."""
+    """Requires that ``get`` returns the object of ``key`` with the right bytes.
+
+    Args:
+        backend: the backend under test.
+        key: of the object.
+        nbytes: bytes of the object.
+    """
     expect(is_hit(backend, key, nbytes), f"get missed {key}, which is stored")
 
 
 def is_hit(backend: StorageBackend, key: str, nbytes: int) -> bool:
-    """Whether ``get`` finds the object of ``key``; wrong bytes break the rule."""
+    """Whether ``get`` finds the object of ``key``; wrong bytes break the rule.
+
+    Args:
+        backend: the backend under test.
+        key: of the object.
+        nbytes: bytes of the object.
+    """
     value = backend.get(key)
     if value is None:
         return False

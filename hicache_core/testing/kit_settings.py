@@ -1,4 +1,4 @@
-"""How much the kit does and how long it waits."""
+"""Sizes and time limits of the kit."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class KitSettings:
         large_nbytes: the largest object.
         batch_pages: pages of a large batch.
         batch_page_nbytes: size of each page of a large batch.
-        leak_operations: operations between the two looks at descriptors, threads and memory.
-        reopenings: how often a backend is opened and closed to see what stays behind.
+        leak_operations: operations between the two counts of descriptors, threads and memory.
+        reopenings: how often a backend is opened and closed when looking for leaks.
         n_threads: threads that use one backend at once.
         race_nbytes: size of the objects that are read while they are written or deleted.
         race_s: how long each race between threads or processes goes on.

@@ -1,7 +1,7 @@
-"""A second process that uses the same store; it is told keys and sizes, never bytes.
+"""A second process that uses the same store; it gets keys and sizes, never bytes.
 
-What it stores and expects is ``content(key, nbytes)``, so nothing but questions and verdicts goes
-over the pipe: a line of JSON each.
+It stores and expects ``content(key, nbytes)``, so only questions and verdicts are sent over the
+pipe, one line of JSON each.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Peer:
         Args:
             recipe: makes the backend; the settings go through the pipe, so that no list of
                 processes shows a secret.
-            bound_s: how long each answer may take.
+            bound_s: seconds that each answer may take.
         """
         if not recipe.asked:
             name = recipe.backend_class.__qualname__
@@ -63,7 +63,7 @@ class Peer:
         self._ask("begin", keys, nbytes)
 
     def kill(self) -> None:
-        """Ends the process at once, in the middle of whatever it does."""
+        """Kills the process, in the middle of what it does."""
         self._process.kill()
         self._process.wait()
 

@@ -18,7 +18,7 @@ NAMESPACE = "c0f02a9ce0000000"
 
 
 class Scope(enum.StrEnum):
-    """Who finds what an instance of the backend has stored."""
+    """Who sees what an instance of the backend has stored."""
 
     INSTANCE = "instance"  # that instance only
     PROCESS = "process"  # every instance in the same process
@@ -31,9 +31,9 @@ class Recipe:
 
     Attributes:
         backend_class: the class under test.
-        settings: its own settings, as they stand in a configuration.
-        scope: who finds what it has stored.
-        max_object_nbytes: no larger object is stored; 0 for no limit. The backend learns it as
+        settings: its own settings, as in a configuration.
+        scope: who sees what it has stored.
+        max_object_nbytes: bytes of the largest object; 0 for no limit. The backend gets it as
             ``context.object_nbytes``.
         asked: name and settings with which another process finds the class; empty if it cannot.
     """
@@ -52,10 +52,16 @@ class Recipe:
         scope: Scope = Scope.SHARED,
         max_object_nbytes: int = 0,
     ) -> Self:
-        """An installed backend, or ``dynamic`` with settings that name a class.
+        """A recipe for an installed backend, or for ``dynamic`` with settings that name a class.
+
+        Args:
+            name: of the backend.
+            settings: of the backend, as in a configuration.
+            scope: who sees what an instance has stored.
+            max_object_nbytes: bytes of the largest object that the kit stores; 0 for no limit.
 
         Raises:
-            PluginError: it is not installed, does not load or is no backend.
+            PluginError: it is not installed, does not load or is not a backend.
             ConfigError: the settings of ``dynamic`` are malformed.
         """
         asked = {"name": name, "settings": dict(settings)}
@@ -74,7 +80,14 @@ class Recipe:
         scope: Scope = Scope.SHARED,
         max_object_nbytes: int = 0,
     ) -> Self:
-        """A class that is at hand; one at the top of its module is found by other processes too."""
+        """A recipe for a class.
+
+        Args:
+            backend_class: the class; other processes find it only at the top of its module.
+            settings: of the backend.
+            scope: who sees what an instance has stored.
+            max_object_nbytes: bytes of the largest object that the kit stores; 0 for no limit.
+        """
         own = dict(settings or {})
         asked: dict[str, object] = {}
         if "." not in backend_class.__qualname__:
@@ -90,7 +103,7 @@ class Recipe:
         """A new backend, not yet opened.
 
         Args:
-            creates: False for a command that only looks: no store is made where none is.
+            creates: False for a command that only reads: a missing store is not created.
 
         Raises:
             ConfigError: a setting is wrong.

@@ -1,4 +1,4 @@
-"""What came of a run of the kit: for people and for programs."""
+"""The report of a run of the kit, for people and for programs."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _TITLES = {"base": "Base: must pass", "capability": "Capabilities: must pass whe
 
 @dataclass(frozen=True, slots=True)
 class RuleResult:
-    """What came of one rule.
+    """The result of one rule.
 
     Attributes:
         id: the rule's id.
         level: base or capability.
         text: the rule in a sentence.
         status: how it ended.
-        message: why, unless it passed.
-        elapsed_s: how long it took.
+        message: the reason, unless it passed.
+        elapsed_s: seconds that it took.
     """
 
     id: str
@@ -38,13 +38,20 @@ class RuleResult:
     def of(
         cls, rule: Rule, status: Status, message: str = "", elapsed_s: float = 0.0
     ) -> RuleResult:
-        """The result of ``rule``."""
+        """The result of one rule.
+
+        Args:
+            rule: the rule.
+            status: how it ended.
+            message: why it failed or was not run.
+            elapsed_s: seconds that it took.
+        """
         return cls(rule.id, rule.level, rule.text, status, message, round(elapsed_s, 3))
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One measurement: no verdict follows from it."""
+    """One measured value, without a verdict."""
 
     what: str
     value: float
@@ -58,7 +65,7 @@ class Report:
     Attributes:
         backend: the backend's name.
         results: one for each rule, in the order of the run.
-        figures: what was measured; empty if the base failed.
+        figures: the measured values; empty if a rule failed.
     """
 
     backend: str
@@ -67,7 +74,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether no rule failed; one that was not run because another failed cannot hide that."""
+        """Whether no rule failed. Rules are only left out because another one failed."""
         return all(result.status != "failed" for result in self.results)
 
     def to_json(self) -> str:

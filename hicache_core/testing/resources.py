@@ -1,4 +1,4 @@
-"""What this process holds: descriptors, threads, memory. Linux only."""
+"""The resources of this process: descriptors, threads, memory. Linux only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Self
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """One look at the process.
+    """The resources of the process at one moment.
 
     Attributes:
         n_descriptors: open file descriptors.
@@ -43,7 +43,7 @@ class Resources:
 
 
 def settled(before: Resources, patience_s: float = 2.0) -> Resources:
-    """A look at the process once descriptors and threads are back to ``before``, or the time is up.
+    """Resources once descriptors and threads are back to ``before``, or when the time is over.
 
     A closed socket or a joined thread may take the kernel a moment.
     """

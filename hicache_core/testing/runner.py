@@ -1,4 +1,4 @@
-"""Runs the rules: each in its own world, under a watchdog."""
+"""Runs the rules, each in an environment of its own and with a time limit."""
 
 from __future__ import annotations
 
@@ -33,9 +33,14 @@ def detect_features(target: Target, settings: KitSettings = FULL) -> frozenset[F
 
 
 def run_rule(rule: Rule, target: Target, settings: KitSettings = FULL) -> RuleResult:
-    """Runs one rule, whether or not it applies; returns in bounded time, whatever the backend does.
+    """Runs one rule, even if it does not apply; always returns in bounded time.
 
     A backend that hangs leaves a thread behind that nothing can end.
+
+    Args:
+        rule: the rule.
+        target: the backend under test.
+        settings: sizes and limits.
     """
     started = time.monotonic()
 
@@ -62,11 +67,11 @@ def run(
     """Runs ``rules`` in order, then measures.
 
     Args:
-        target: what is tested.
-        settings: how much is done, and how long is waited.
-        rules: which ones; what they need must be among them.
+        target: the backend under test.
+        settings: sizes and limits.
+        rules: the rules to run; the rules that they need must be among them.
         on_result: called after each rule.
-        figures: whether to measure in the end, if every rule has passed.
+        figures: whether to measure the speed at the end, if every rule has passed.
     """
     features: frozenset[Feature] = frozenset()
     results: dict[str, RuleResult] = {}

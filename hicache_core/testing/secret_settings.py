@@ -1,4 +1,4 @@
-"""The secrets among a backend's settings: what must not be seen anywhere."""
+"""The secrets among a backend's settings, which must not show anywhere."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ def check(h: Harness) -> None:
     """Runs the machine on the backend of ``h``.
 
     Raises:
-        RuleBroken: the backend answers otherwise than the memory backend; the message has the
-            calls that led there.
+        RuleBroken: the backend and the memory backend give different answers; the message has the
+            calls that led to it.
     """
     deletes = Feature.DELETE in detect(h.backend, h.target)
     n_runs = 0

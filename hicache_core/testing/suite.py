@@ -25,10 +25,10 @@ class StorageBackendTests:
                 return Recipe.named("redis", {"url": server.url})
 
     Attributes:
-        features: what the backend can do and the fixtures give beside the base contract. Only the
-            rules that apply are collected, so that nothing is skipped; ``test_features`` fails if
-            this says too much or too little.
-        kit: how much is done and how long is waited.
+        features: what the backend can do and which fixtures exist, in addition to the base
+            contract. Only the rules that apply are collected, so that nothing is skipped;
+            ``test_features`` fails if this has too many or too few.
+        kit: sizes and time limits.
     """
 
     features: ClassVar[frozenset[Feature]] = frozenset(
@@ -38,27 +38,27 @@ class StorageBackendTests:
 
     @pytest.fixture
     def recipe(self) -> Recipe:
-        """How backends on one store are made, that of this test."""
+        """Makes backends on the store of this test."""
         raise NotImplementedError("give a fixture `recipe` that returns a Recipe")
 
     @pytest.fixture
     def store_control(self) -> StoreControl | None:
-        """Power over the server of the store; give it with ``Feature.CONTROL``."""
+        """Control over the server of the store; define it together with ``Feature.CONTROL``."""
         return None
 
     @pytest.fixture
     def small_store(self) -> Recipe | None:
-        """How backends on a store with little room are made; with ``Feature.SMALL_STORE``."""
+        """Makes backends on a store with little room; for ``Feature.SMALL_STORE``."""
         return None
 
     @pytest.fixture
     def quota_store(self) -> Recipe | None:
-        """How backends on a store with a quota by namespace are made; with ``Feature.QUOTA``."""
+        """Makes backends on a store with a quota by namespace; for ``Feature.QUOTA``."""
         return None
 
     @pytest.fixture
     def expiring_store(self) -> Recipe | None:
-        """How backends on a store whose objects expire are made; with ``Feature.TTL``."""
+        """Makes backends on a store whose objects expire; for ``Feature.TTL``."""
         return None
 
     @pytest.fixture
@@ -70,7 +70,7 @@ class StorageBackendTests:
         quota_store: Recipe | None,
         expiring_store: Recipe | None,
     ) -> Target:
-        """All of it together."""
+        """The backend under test, with all fixtures."""
         return Target(recipe, store_control, small_store, quota_store, expiring_store)
 
     @classmethod

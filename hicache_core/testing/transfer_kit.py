@@ -51,7 +51,13 @@ def spec_of(heads: tuple[int, int] = (0, N_HEADS), fingerprint: str = "m1") -> K
 
 
 def memory_of(spec: KVSpec, seed: int | None, page_size: int = PAGE_SIZE) -> PageMemory:
-    """Page memory of random bytes, zero without a seed; mapped, so that RDMA could register it."""
+    """Page memory in mapped regions, which RDMA can register.
+
+    Args:
+        spec: shapes of the KV.
+        seed: of the random bytes in it; None for zeros.
+        page_size: tokens in a page.
+    """
     regions = []
     source = random.Random(seed)
     for component in spec.components:
@@ -115,7 +121,14 @@ class Node:
     def rows(
         self, pages: Sequence[int], start: int, stop: int, heads: tuple[int, int] | None = None
     ) -> list[bytes]:
-        """What stands in the pages, a layer each."""
+        """The bytes of rows, one item for each layer.
+
+        Args:
+            pages: pages of the request, in order.
+            start: first token.
+            stop: token after the last one.
+            heads: first head and the one after the last; None for all heads of the node.
+        """
         heads = heads or self.memory.heads
         return [
             b"".join(self.memory.segments(layer, pages, start, stop, heads))
@@ -151,7 +164,13 @@ class TransferKit:
         seed: int | None = None,
         ranks: tuple[int, int] = (0, 1),
     ) -> Node:
-        """An open backend."""
+        """Makes and opens a backend; it is closed after the test.
+
+        Args:
+            memory: its page memory; None for a new one.
+            seed: of the random bytes in a new memory; None for zeros.
+            ranks: number of this rank, and of ranks.
+        """
         memory = memory or memory_of(spec_of(), seed)
         news = threading.Event()
         backend = self.make(TransferContext(memory, *ranks, news.set))

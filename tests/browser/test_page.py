@@ -149,7 +149,7 @@ def test_without_a_key_the_page_asks_for_it_and_claims_nothing(
         browser.open(url_of(busy), width=360)
         browser.wait_for("!document.getElementById('key').hidden")
         text = browser.evaluate(TEXT)
-        assert "asks for a key" in text
+        assert "requires an API key" in text
         for claim in ("No requests yet", "No data yet", "No storage backend", "Prefix tree"):
             assert claim not in text
     browser.wait_for(LIVE)
@@ -225,7 +225,7 @@ def test_when_the_server_goes_it_says_so_and_keeps_what_it_knew(
     browser.wait_for("!document.getElementById('gone').hidden")
     text = browser.evaluate(TEXT)
     assert "The server does not answer since" in text
-    assert "Server gone" in text
+    assert "Disconnected" in text
     assert "request-48" in text
     browser.screenshot(SHOTS / f"gone-{width}.png")
     assert browser.evaluate(OVERFLOW) <= 0

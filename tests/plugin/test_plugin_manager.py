@@ -56,8 +56,11 @@ BROKEN = {
 }
 
 INCOMPATIBLE = {
-    "instance": (BACKEND.replace("[Backend]", "[3]"), r"3 is no subclass of"),
-    "stranger": (BACKEND.replace("(StorageBackend)", ""), r"Backend is no subclass of .*\.Storage"),
+    "instance": (BACKEND.replace("[Backend]", "[3]"), r"3 is not a subclass of"),
+    "stranger": (
+        BACKEND.replace("(StorageBackend)", ""),
+        r"Backend is not a subclass of .*\.Storage",
+    ),
     "abstract": (
         BACKEND.replace("def set", "def put"),
         r"Backend does not implement set",
@@ -65,7 +68,7 @@ INCOMPATIBLE = {
     "nameless": (BACKEND.replace('name = "NAME"', ""), r"has no class attribute name"),
     "future": (
         BACKEND.replace('name = "NAME"', 'name = "future"; api_version = 7'),
-        r"hicache-future 1.0 speaks api_version 7, .* speaks 1; upgrade hicache-core",
+        r"hicache-future 1.0 has api_version 7, .* has 1; upgrade hicache-core",
     ),
     "past": (
         BACKEND.replace('name = "NAME"', 'name = "past"; api_version = 0'),
@@ -73,11 +76,11 @@ INCOMPATIBLE = {
     ),
     "texty": (
         BACKEND.replace('name = "NAME"', 'name = "texty"; api_version = "1"'),
-        r"api_version '1' is no integer",
+        r"api_version '1' is not an integer",
     ),
     "configless": (
         BACKEND.replace('name = "NAME"', 'name = "configless"; Config = dict'),
-        r"Config is no pydantic model",
+        r"Config is not a pydantic model",
     ),
 }
 
@@ -131,7 +134,7 @@ def test_a_module_that_is_not_there_is_seen_without_loading(site: Any, module: s
     site.add("hicache-gone", {"gone": module}, flat="", **{"there/__init__": ""})
     info = info_of("gone")
     assert info.status == "broken"
-    assert f"module {module!r} is not there; reinstall hicache-gone 1.0" in info.error
+    assert f"module {module!r} is missing; reinstall hicache-gone 1.0" in info.error
 
 
 def test_malformed_metadata_harm_nobody(site: Any) -> None:
@@ -207,7 +210,7 @@ def test_entry_points_that_cannot_be_read_hide_no_others(
     site.add("hicache-one", {"one": "mod_one"}, mod_one=good("one"))
     assert info_of("one").status == "installed"
     assert backend_class("one").name == "one"
-    assert "the entry points of unrelated-1.0.dist-info cannot be read, reinstall it" in caplog.text
+    assert "cannot read the entry points of unrelated-1.0.dist-info, reinstall it" in caplog.text
 
 
 def test_metadata_of_distributions_without_a_backend_is_not_read(
@@ -224,7 +227,8 @@ def test_metadata_of_distributions_without_a_backend_is_not_read(
 def test_two_distributions_with_one_name_are_both_named(site: Any) -> None:
     site.add("hicache-a", {"twin": "mod_a"}, mod_a=good("twin"))
     site.add("hicache-b", {"twin": "mod_b"}, version="2.0", mod_b=good("twin"))
-    expected = "two backends are named 'twin': of hicache-a 1.0 and hicache-b 2.0; uninstall one"
+    origins = "one from hicache-a 1.0 and one from hicache-b 2.0"
+    expected = f"two backends are named 'twin': {origins}; uninstall one of them"
     with pytest.raises(BrokenBackend, match=expected):
         backend_class("twin")
     twins = [info for info in list_backends() if info.name == "twin"]
@@ -297,8 +301,8 @@ def test_settings_are_checked_by_the_backends_own_config(site: Any) -> None:
     }
     refused: list[tuple[dict[str, object], str]] = [
         ({}, r"set\.path: this setting is required"),
-        ({"path": "/x", "dept": 1}, r"set\.dept: there is no such setting; did you mean 'depth'"),
-        ({"path": "/x", "zzz": 1}, r"set\.zzz: .*; there are: path, depth, password"),
+        ({"path": "/x", "dept": 1}, r"set\.dept: unknown setting; did you mean 'depth'"),
+        ({"path": "/x", "zzz": 1}, r"set\.zzz: .*; the settings are: path, depth, password"),
         ({"path": "/x", "depth": 0}, r"set\.depth = 0: .*greater than or equal to 1"),
         ({"path": "/x", "password": "hunter2"}, r"set\.password = '\*\*\*'"),
     ]

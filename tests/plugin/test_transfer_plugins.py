@@ -67,7 +67,7 @@ def test_a_module_without_the_hook_is_broken(site) -> None:
 def test_a_storage_backend_is_no_transfer_backend(site) -> None:
     source = GOOD.replace("[Pigeon]", "[int]")
     add(site, "hicache-int", "int", "int_transfer", source)
-    with pytest.raises(IncompatibleBackend, match=r"int is no subclass of .*KvTransferBackend"):
+    with pytest.raises(IncompatibleBackend, match=r"int is not a subclass of .*KvTransferBackend"):
         transfer_backend_class("int")
 
 

@@ -113,7 +113,7 @@ async def test_layout_and_io_backend_are_in_force(
     async with tiny_server(model, [*COMMANDS[name], *ROOM]) as s:
         info = await s.info()
         assert (info["hicache_mem_layout"], info["hicache_io_backend"]) == (layout, io_backend)
-        assert ("layer_first is in force" in s.said) == (name == "page_first with direct")
+        assert ("using layer_first" in s.said) == (name == "page_first with direct")
         await s.ask(PROMPT)
         await s.settle()
         assert (await s.metrics())[HOST_USED] == PAGES

@@ -80,7 +80,7 @@ def test_storage_without_the_hierarchical_cache_is_left_out_and_said_once(
     for _ in range(2):
         settings.cache.resolve()
     said += [record.getMessage() for record in caplog.records]
-    words = "file was asked, none is in force: storage needs enable_hierarchical_cache: true"
+    words = "asked for file, using none: storage needs enable_hierarchical_cache: true"
     assert [words in line for line in said] == [True]
 
 
@@ -106,7 +106,7 @@ def test_who_gives_a_size_is_told_nothing_of_the_ratio_that_nobody_asked_for(
                 "--hicache-storage-backend-extra-config",
                 '{"extra_backend_tag": "a"}',
             ],
-            "extra_backend_tag: this is SGLang's; here a store is separated by a path",
+            "extra_backend_tag: this setting exists in SGLang only; give each store a path",
         ),
         (["--kv-events-config", '{"publisher": "kafka"}'], "allowed: zmq, null"),
         (["--kv-events-config", '{"endpont": "x"}'], "endpont"),

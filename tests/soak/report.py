@@ -47,7 +47,7 @@ def as_markdown(report: Report) -> str:
         "and are slow, failing, corrupt, full and stuck in turns and at once; the server is killed "
         "and frozen; the cache is closed and opened again.",
         "",
-        "| figure | value |",
+        "| measure | value |",
         "|---|---|",
         f"| requests | {len(report.latencies_s):,} |",
         f"| pages served, every byte right | {n_served:,} |",
@@ -61,7 +61,7 @@ def as_markdown(report: Report) -> str:
         "",
         "Medians of the second and of the last fifth of the time, and the highest sample:",
         "",
-        "| figure | early | late | highest |",
+        "| measure | early | late | highest |",
         "|---|---|---|---|",
     ]
     for figure in report.growth:

@@ -8,12 +8,16 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
 import hicache_core
 from hicache_core import errors
+from hicache_core.cli.main import cli
+from hicache_core.observe.catalogue import SERIES
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "hicache_core").rglob("*.py")) + sorted(ROOT.glob("plugins/*/src/**/*.py"))
@@ -118,3 +122,37 @@ def test_every_public_name_is_there(name: str) -> None:
 def test_an_unknown_public_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="Hicache"):
         getattr(hicache_core, "Hicache")  # noqa: B009 - the name is wrong on purpose
+
+
+RIDDLES = re.compile(
+    r"\bunder way\b"  # it runs, is queued or in flight
+    r"|\bfigures?\b"  # numbers, values, times
+    r"|\bstands? (?:in|at|before|beside|behind|below|under|there|for)\b"  # is
+    r"|(?<![Tt]here )\bis no (?!longer\b|more\b|less\b|faster\b|slower\b)\w+"  # is not a
+)
+
+
+def _help_of(command: click.Command, path: str) -> Iterator[tuple[str, str]]:
+    yield path, command.help or ""
+    for option in command.params:
+        yield f"{path} {option.name}", getattr(option, "help", None) or ""
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            child = command.get_command(context, name)
+            assert child is not None
+            yield from _help_of(child, f"{path} {name}")
+
+
+def test_pages_and_help_are_free_of_turns_of_phrase_that_read_as_translated() -> None:
+    """The command line, settings (its flags), metrics and pages say it in the usual words."""
+    pages = [*ROOT.glob("docs/*.md"), *ROOT.glob("plugins/*/README.md")]
+    texts = {str(page.relative_to(ROOT)): page.read_text() for page in pages}
+    texts |= {name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md")}
+    texts |= dict(_help_of(cli, "hicache"))
+    texts |= {series.name: series.meaning for group in SERIES.values() for series in group}
+    assert len(texts) > 200
+    found = [
+        f"{where}: {match[0]}" for where, text in texts.items() for match in RIDDLES.finditer(text)
+    ]
+    assert found == []

@@ -1,4 +1,4 @@
-"""The answers of the page: what stands at a path below ``/hicache/``, for any HTTP server."""
+"""The answers of the page to each path below ``/hicache/``, for any HTTP server."""
 
 from __future__ import annotations
 
@@ -31,23 +31,24 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": ("default-src 'self'; frame-ancestors 'none'"),
 }
-"""To be sent with every answer of the page."""
+"""Headers for every answer of the page."""
 
 Record = Mapping[str, object]
 
 
 @dataclasses.dataclass(frozen=True)
 class PageData:
-    """What the page shows. Each is called on threads of the server, several at once.
+    """The sources of what the page shows. Several threads of the server call them at once.
 
     Attributes:
-        watch: looks at the cache.
+        watch: observes the cache.
         history: its samples; None shows no charts.
-        explain: the record of a request, as JSON values; None for one that is not known.
-        requests: the newest ``n`` records, the newest first. A record may have ``ttft_s`` and
+        explain: returns the record of a request, as JSON values; None if the id is not known.
+        requests: returns the newest ``n`` records, newest first. A record may have ``ttft_s`` and
             ``total_s`` beside the fields of an ``Explanation``.
-        tree: a picture made on the cache's owner thread; None if that did not step yet.
-        engine: what the engine does now: ``running`` and ``waiting`` requests, ``tokens_per_s``.
+        tree: returns a picture made on the cache's owner thread; None before its first step.
+        engine: returns the state of the engine: ``running`` and ``waiting`` requests,
+            ``tokens_per_s``.
     """
 
     watch: Watch
@@ -59,7 +60,7 @@ class PageData:
 
 
 class Answer(NamedTuple):
-    """What to send."""
+    """An HTTP response."""
 
     status: HTTPStatus
     content_type: str
@@ -68,12 +69,12 @@ class Answer(NamedTuple):
 
 
 def page_answer(data: PageData, path: str, query: str = "") -> Answer | None:
-    """What stands at ``path``; None if it is no path of the page.
+    """The answer to ``path``; None if the page has no such path.
 
     Args:
         data: what to show.
-        path: of the URL, such as ``/hicache/history``, still quoted.
-        query: of the URL, without the question mark.
+        path: the path of the URL, such as ``/hicache/history``, still quoted.
+        query: the query of the URL, without the question mark.
     """
     if path == PREFIX:
         return Answer(HTTPStatus.TEMPORARY_REDIRECT, "text/plain", b"", location="hicache/")
@@ -91,11 +92,11 @@ def page_answer(data: PageData, path: str, query: str = "") -> Answer | None:
     if path not in makers:
         return page_file(path.removeprefix(f"{PREFIX}/") or "index.html")
     value = makers[path]()
-    return not_found(f"nothing at {path} here") if value is None else as_json(value)
+    return not_found(f"this server has nothing at {path}") if value is None else as_json(value)
 
 
 def page_names() -> frozenset[str]:
-    """The names of the page's own files, which tell nothing of a cache."""
+    """The names of the page's own files, which hold no data of a cache."""
     return frozenset(
         file.name
         for file in files("hicache_core.observe.page").joinpath("files").iterdir()
@@ -104,7 +105,7 @@ def page_names() -> frozenset[str]:
 
 
 def page_file(name: str) -> Answer | None:
-    """A file of the page; None if there is none of that name."""
+    """The file ``name`` of the page; None if there is no such file."""
     folder = files("hicache_core.observe.page").joinpath("files")
     for file in folder.iterdir():  # a name is compared, never joined to a path
         suffix = "." + file.name.rpartition(".")[2]
@@ -120,14 +121,14 @@ def as_json(value: Record, status: HTTPStatus = HTTPStatus.OK) -> Answer:
 
 
 def not_found(reason: str) -> Answer:
-    """An answer 404 that says why."""
+    """An answer with status 404 and ``reason``."""
     return as_json({"error": reason}, HTTPStatus.NOT_FOUND)
 
 
 def _explained(explain: Callable[[str], Record | None], request_id: str) -> Answer:
     record = explain(request_id)
     if record is None:
-        return not_found(f"no record of a request {request_id!r}; only late ones are kept")
+        return not_found(f"no record of request {request_id!r}; only recent requests are kept")
     return as_json(record)
 
 
@@ -158,6 +159,6 @@ def _tree(tree: Callable[[], Made[TreePicture] | None] | None) -> Record | None:
 
 
 def _number(query: str, name: str, default: int) -> int:
-    """A whole number from a query; ``default`` if it is absent or none."""
+    """A whole number from a query; ``default`` if it is absent or not a whole number."""
     text = parse_qs(query).get(name, [""])[0]
     return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else default

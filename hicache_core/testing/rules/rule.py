@@ -52,7 +52,14 @@ class RuleBook:
         needs: tuple[str, ...] = (),
         patience: float = 1.0,
     ) -> Callable[[Callable[[Harness], None]], Callable[[Harness], None]]:
-        """Adds the decorated function; its name is the rule's id."""
+        """Adds the decorated function as a rule; its name is the id.
+
+        Args:
+            text: what the rule requires, in one sentence.
+            requires: features without which the rule does not apply.
+            needs: ids of rules that must have passed before.
+            patience: factor on the time that a rule may take.
+        """
 
         def add(check: Callable[[Harness], None]) -> Callable[[Harness], None]:
             required = (requires,) if isinstance(requires, Feature) else requires

@@ -105,7 +105,7 @@ def bad_link_removes_nothing(h: Harness) -> None:
     expect(backend.exists(good), "a good object went since it was spoilt on its way to a reader")
     page = _page(h)
     n_filled = _behind_bad_link(backend, 1).batch_get([good], [page])
-    expect(n_filled == 1, "a page that is good at the second read is no hit")
+    expect(n_filled == 1, "a page that is good at the second read is not a hit")
     expect(page[1] == content(good, _NBYTES), "a page is wrong that was good at the second read")
     reader = SealedBackend(backend)
     expect(reader.batch_get([damaged], [_page(h)]) == 0, "batch_get counts a damaged page")

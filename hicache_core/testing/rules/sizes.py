@@ -28,7 +28,7 @@ def wrong_size_is_a_miss(h: Harness) -> None:
         n_filled = h.leading_hits(h.backend, [before, wrong, after], (64, 960))
         expect(
             n_filled == 1,
-            f"an object of {stored_nbytes} bytes stands second; batch_get into pages of 1024 bytes"
+            f"the second object has {stored_nbytes} bytes; batch_get into pages of 1024 bytes"
             f" counts {n_filled} instead of 1",
         )
 

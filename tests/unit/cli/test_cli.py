@@ -109,7 +109,7 @@ def test_config_as_text_names_every_setting(capsys: pytest.CaptureFixture[str]) 
     assert status == 0
     for key in HiCacheConfig.model_fields:
         assert any(line.startswith(key) for line in out.splitlines())
-    assert "hicache_ratio: 2.0 was asked, 0.0 is in force" in out
+    assert "hicache_ratio: asked for 2.0, using 0.0" in out
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_config_as_text_names_every_setting(capsys: pytest.CaptureFixture[str]) 
                 "--hicache-storage-backend-extra-config",
                 '{"path": "kv", "sise": 1}',
             ],
-            "file.sise: there is no such setting",
+            "file.sise: unknown setting",
         ),
         (
             [
@@ -197,8 +197,8 @@ def test_config_never_shows_a_secret(capsys: pytest.CaptureFixture[str], form: l
         (["--page-size", "0"], "page_size = '0' (from flag --page-size): allowed: an integer"),
         (["--hicache-io-backend", "dirct"], "did you mean 'direct'?"),
         ([flag_name(EXTRA), "{"], "is not valid JSON"),
-        ([flag_name(EXTRA), "@gone.json"], "file gone.json: there is no such file"),
-        (["--config", "gone.toml"], "configuration file gone.toml: there is no such file"),
+        ([flag_name(EXTRA), "@gone.json"], "file gone.json: no such file (working"),
+        (["--config", "gone.toml"], "configuration file gone.toml: no such file (working"),
     ],
 )
 def test_an_error_of_ours_is_one_line_and_status_2(
@@ -223,7 +223,7 @@ def test_debug_shows_the_traceback() -> None:
     ("arguments", "problem"),
     [
         (["confg"], "no such command 'confg'; did you mean 'config'?"),
-        (["zzzz"], "no such command 'zzzz'; there are: backends, bench, config,"),
+        (["zzzz"], "no such command 'zzzz'; the commands are: backends, bench, config,"),
         (["config", "--page-siz", "3"], "--page-size"),
     ],
 )

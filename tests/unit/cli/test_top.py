@@ -91,7 +91,7 @@ def test_a_server_with_a_status_only_is_enough() -> None:
 def test_nobody_there_is_one_clear_line() -> None:
     shown = CliRunner().invoke(command, ["http://127.0.0.1:1"])
     assert shown.exit_code == 1
-    assert "nobody answers" in shown.output
+    assert "no answer from" in shown.output
 
 
 def test_on_a_terminal_it_goes_on_until_it_is_interrupted(server: StatusServer) -> None:
@@ -170,7 +170,7 @@ def test_without_a_url_the_usual_places_are_tried(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(_ask, "DEFAULT_URLS", ("http://127.0.0.1:1",))
     shown = CliRunner().invoke(status_command, [])
     assert shown.exit_code == 1
-    assert "nobody listens at http://127.0.0.1:1; give the URL" in shown.output
+    assert "nothing listens at http://127.0.0.1:1; give the URL" in shown.output
 
 
 def test_the_first_usual_place_is_that_of_the_server() -> None:
@@ -202,7 +202,7 @@ def test_a_key_is_given_to_the_server_that_asks_for_it(
         for one in (command, status_command):
             shown = CliRunner().invoke(one, [made.url, *given], env=environment)
             assert shown.exit_code == 0, shown.output
-            assert "it wants --api-key" in CliRunner().invoke(one, [made.url]).output
+            assert "it needs --api-key" in CliRunner().invoke(one, [made.url]).output
             wrong = CliRunner().invoke(one, [made.url, "--api-key", "wrong"])
-            assert "it does not take that key" in wrong.output
+            assert "it refuses this API key" in wrong.output
             assert "wrong" not in wrong.output

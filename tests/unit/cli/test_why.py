@@ -147,9 +147,9 @@ def test_a_text_is_tokenized(
     ("arguments", "said"),
     [
         (["a text"], "add --tokenizer"),
-        (["@nowhere"], "cannot be read"),
+        (["@nowhere"], "cannot read the file of the prompt"),
         (["[-1]"], "token ids go from 0"),
-        ([IDS], "no manifest of any"),
+        ([IDS], "no cache fits; the store has: no manifest"),
         ([IDS, "--namespace", "xyz"], "16 hex digits"),
         ([IDS, "--model", "."], "config.json"),
     ],

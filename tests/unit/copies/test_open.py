@@ -67,7 +67,7 @@ def test_pools_of_different_pages_are_refused() -> None:
 
 
 def test_an_unknown_io_backend_is_named_with_those_that_exist() -> None:
-    with pytest.raises(SpecError, match="'dircet'; there are: direct, kernel"):
+    with pytest.raises(SpecError, match="'dircet'; the io backends are: direct, kernel"):
         open_transfer("dircet", *pools())
 
 

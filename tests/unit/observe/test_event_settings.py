@@ -42,14 +42,14 @@ def test_no_events_are_wanted(given: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"endpont": "tcp://*:1"}, "no setting 'endpont'; there are: bind, buffer"),
+        ({"endpont": "tcp://*:1"}, "unknown setting 'endpont'; the settings are: bind, buffer"),
         ({"publisher": "kafka"}, "publisher = 'kafka'; allowed: zmq, null"),
         ({"enable_kv_cache_events": "yes"}, "enable_kv_cache_events = 'yes'; allowed: true, false"),
         ({"format": "json"}, "format = 'json': input should be 'map' or 'array'"),
         ({"hwm": "many"}, "hwm = 'many': input should be a valid integer"),
         ({"queue_runs": -1}, "queue_runs = -1: input should be greater than or equal to 0"),
-        ({"endpoint": "5557"}, "endpoint = '5557' is no ZMQ address"),
-        ({"replay_endpoint": "tcp://host"}, "replay_endpoint = 'tcp://host' is no ZMQ address"),
+        ({"endpoint": "5557"}, "endpoint = '5557' is not a ZMQ address"),
+        ({"replay_endpoint": "tcp://host"}, "replay_endpoint = 'tcp://host' is not a ZMQ address"),
         ({"endpoint": "tcp://*:65535", "dp_rank": 1}, "is port 65536; ports end at 65535"),
     ],
 )

@@ -73,7 +73,7 @@ def test_it_goes_on_after_a_moment_without_file_descriptors(
         client.close()
     assert get(url, "/health")[0] == 200
     assert [record.message for record in caplog.records].count(caplog.messages[0]) == 1
-    assert "cannot serve anybody now, and goes on" in caplog.messages[0]
+    assert "cannot answer now; it will try again" in caplog.messages[0]
 
 
 def test_a_thread_that_does_not_start_costs_its_request_alone(
@@ -264,7 +264,7 @@ def test_when_nobody_answers_it_says_so() -> None:
         port = reserved.getsockname()[1]
         shown = status(f"http://user:hunter2@127.0.0.1:{port}")
     assert shown.exit_code == 1
-    assert "nobody answers at http://***@127.0.0.1" in shown.output
+    assert "no answer from http://***@127.0.0.1" in shown.output
     assert "hunter2" not in shown.output
 
 

@@ -69,7 +69,8 @@ def test_the_log_says_it_once(caplog: pytest.LogCaptureFixture) -> None:
         for second in range(0, 500, 100):
             watch.update(second, storage(second * GIB, 0, second))
     assert watch.raised
-    assert [record.message.split(":")[0] for record in caplog.records] == ["storage only takes"]
+    said = [record.message.split(":")[0] for record in caplog.records]
+    assert said == ["storage is only written to"]
 
 
 def test_the_alarm_is_a_series() -> None:

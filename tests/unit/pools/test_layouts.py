@@ -109,5 +109,5 @@ def test_layer_first_has_a_segment_for_each_layer_and_component() -> None:
 
 def test_an_unknown_layout_is_named_with_those_that_exist() -> None:
     assert layout_named("page_first") is LAYOUTS["page_first"]
-    with pytest.raises(SpecError, match="'page_last'; there are: layer_first, page_first, page_"):
+    with pytest.raises(SpecError, match="'page_last'; the layouts are: layer_first, page_first"):
         layout_named("page_last")

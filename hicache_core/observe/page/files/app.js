@@ -1,4 +1,4 @@
-// The page: asks the server once a second, and shows what it says, or that it says nothing.
+// The page: asks the server once a second and shows its answer, or that it does not answer.
 
 import { Chart } from "./charts.js";
 import { at, element, say } from "./dom.js";
@@ -80,21 +80,21 @@ function showTiles(snapshot, hitRate, cached, prompt, engine) {
     tile("Host filled", ...pool(snapshot.host)),
     tile("Storage", snapshot.backends.length ? bytes(stored) : "none", snapshot.backends.length ? `stored; ${bytes(loaded)} loaded` : "not attached"),
   ];
-  if (engine?.running !== undefined) tiles.push(tile("Running", number(engine.running), `${number(engine.waiting ?? 0)} wait${engine.tokens_per_s === undefined ? "" : `; ${compact(engine.tokens_per_s)} tok/s`}`));
+  if (engine?.running !== undefined) tiles.push(tile("Running", number(engine.running), `${number(engine.waiting ?? 0)} waiting${engine.tokens_per_s === undefined ? "" : `; ${compact(engine.tokens_per_s)} tok/s`}`));
   at("tiles").replaceChildren(...tiles);
 }
 
 function showAlarms(snapshot, writeOnly) {
   const found = [];
-  if (writeOnly) found.push("Storage only takes: much is stored and nothing is loaded. “hicache why” tells what differs.");
+  if (writeOnly) found.push("Storage is only written to: much is stored and nothing is loaded. “hicache why” shows what differs.");
   for (const backend of snapshot.backends) {
     if (!["open", "half_open"].includes(backend.breaker)) continue;
-    const probe = backend.next_probe_s ? ` Next try in ${seconds(backend.next_probe_s)}.` : "";
+    const probe = backend.next_probe_s ? ` Next attempt in ${seconds(backend.next_probe_s)}.` : "";
     found.push(`Store ${backend.name}, breaker ${BREAKERS[backend.breaker][0]}, for ${seconds(Math.round(backend.breaker_since_s))}.${probe} ${backend.last_error}`);
   }
   const rejected = Object.entries(snapshot.rejected_pages).filter(([, n]) => n).map(([kind, n]) => `${kind.replaceAll("_", " ")} ${number(n)}`);
-  if (rejected.length) found.push(`Objects in storage were refused: ${rejected.join(", ")}.`);
-  if (snapshot.overdue_jobs) found.push(`${number(snapshot.overdue_jobs)} storage jobs run beyond their deadline.`);
+  if (rejected.length) found.push(`Objects in storage were rejected: ${rejected.join(", ")}.`);
+  if (snapshot.overdue_jobs) found.push(`${number(snapshot.overdue_jobs)} storage jobs are running past their deadline.`);
   if (snapshot.quarantined_pages) found.push(`${number(snapshot.quarantined_pages)} host pages are held by stuck storage jobs.`);
   const list = at("alarms");
   list.hidden = !found.length;
@@ -109,7 +109,7 @@ function poolSeries(tier) {
   if (!isCounted) return [{ name: "used", kind: tier, values: values((pool) => pool.used) }];
   return [
     { name: "in use", kind: tier, values: values((pool) => pool.used - pool.evictable) },
-    { name: "cached, may go", kind: tier, faint: true, values: values((pool) => pool.evictable) },
+    { name: "cached, evictable", kind: tier, faint: true, values: values((pool) => pool.evictable) },
   ];
 }
 
@@ -120,7 +120,7 @@ function showCharts(snapshot) {
   const box = at("charts");
   if (box.children.length !== nodes.length) box.replaceChildren(...nodes);
   const last = samples.at(-1);
-  say(at("tiers-range"), last ? "in tokens, one look a second" : "no samples yet");
+  say(at("tiers-range"), last ? "in tokens, one sample per second" : "no samples yet");
   if (!last) return;
   for (const tier of ["device", "host"]) {
     if (!there[tier] || !last[tier]) continue;
@@ -155,18 +155,18 @@ function showGone(error) {
   at("link").dataset.state = "gone";
   at("main").classList.add("stale");
   if (error.status === 401 || error.status === 403) {
-    say(at("link-text"), "Key needed");
+    say(at("link-text"), "API key required");
     at("key").hidden = false;
     at("gone").hidden = true;
     at("main").classList.add("unknown");
     return;
   }
-  say(at("link-text"), "Server gone");
-  const since = lastAnswer ? `since ${lastAnswer.toLocaleTimeString()}; what stands below is what it said last` : "yet";
+  say(at("link-text"), "Disconnected");
+  const since = lastAnswer ? `since ${lastAnswer.toLocaleTimeString()}; below is its last answer` : "yet";
   const what = error.status ? `The server answers with an error (${error.message})` : "The server does not answer";
   say(at("gone"), `${what} ${since}. Trying again every ${GONE_EVERY_MS / 1000} seconds.`);
   at("gone").hidden = false;
-  document.title = "HiCache: server gone";
+  document.title = "HiCache: disconnected";
 }
 
 at("key").addEventListener("submit", (event) => {

@@ -1,4 +1,4 @@
-// Recent requests: where the tokens of each came from, and why not from the cache.
+// Recent requests: where the tokens of each came from, and why some were not cached.
 
 import { at, element, say } from "./dom.js";
 import { ask } from "./source.js";
@@ -30,7 +30,7 @@ async function find(id) {
   } catch (error) {
     const unknown = error.status === 404;
     card = element("div", { class: "why" }, element("p", {}, unknown
-      ? `No record of a request “${id}”. Only the last thousand are kept.` : `The server did not answer: ${error.message}`));
+      ? `No record of a request “${id}”. Only the last thousand requests are kept.` : `The server did not answer: ${error.message}`));
   }
   at("found").replaceChildren(card);
 }

@@ -1,4 +1,4 @@
-// The source of all data: this server, asked for JSON, with a key if it wants one.
+// The source of all data: this server, asked for JSON, with an API key if it requires one.
 
 const KEY = "hicache-key", TIMEOUT_MS = 8000;
 
@@ -10,7 +10,7 @@ export async function ask(path) {
   return response.json();
 }
 
-// As ask(), but what this server does not have is null.
+// As ask(), but null for a path that this server does not have.
 export async function askIfThere(path) {
   try {
     return await ask(path);

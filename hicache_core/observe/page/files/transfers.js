@@ -1,4 +1,4 @@
-// Transfers: the KV that went between prefill and decode nodes.
+// Transfers: the KV that moved between prefill and decode nodes.
 
 import { at, table } from "./dom.js";
 import { bound, bytes, counts, number } from "./words.js";
@@ -10,5 +10,5 @@ export function showTransfers(transfers) {
     number(one.in_flight.sent + one.in_flight.received), one.connections === null ? "–" : number(one.connections),
     bound(one.seconds, 0.5), bound(one.seconds, 0.99),
   ]);
-  at("transfers").replaceChildren(table(["Backend", "Sent", "Received", "Ended", "Under way", "Connections", "p50", "p99"], rows));
+  at("transfers").replaceChildren(table(["Backend", "Sent", "Received", "Ended", "In flight", "Connections", "p50", "p99"], rows));
 }

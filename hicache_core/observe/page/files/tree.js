@@ -1,4 +1,4 @@
-// The prefix tree as a picture: each node lies below its parent, as wide as what hangs on it.
+// The prefix tree as a picture: each node is drawn below its parent, as wide as its subtree.
 
 import { at, drawn, element, say } from "./dom.js";
 import { ago, compact, number } from "./words.js";
@@ -64,7 +64,7 @@ function name(index) {
 function words(index) {
   const node = nodes[index];
   if (node.parent < 0) return `Namespace ${children.get(-1).indexOf(index) + 1}: ${number(node.tokens_below)} tokens cached.`;
-  const tiers = node.tiers.length ? `on ${node.tiers.join(", ")}` : "on its way";
+  const tiers = node.tiers.length ? `on ${node.tiers.join(", ")}` : "being loaded";
   const hidden = node.hidden ? `, ${number(node.hidden)} smaller nodes not drawn` : "";
   return `Tokens ${number(node.depth_tokens)} to ${number(node.depth_tokens + node.tokens)} of a prefix: ${tiers}; ` +
     `${number(node.hits)} hits; ${number(node.tokens_below)} tokens below${hidden}${node.locked ? "; in use now" : ""}.`;
@@ -78,7 +78,7 @@ function draw() {
   if (!nodes.length) {
     box.replaceChildren();
     const waits = answer && answer.picture === null;
-    say(at("tree-says"), waits ? "The engine rests. The tree is drawn when it takes its next step." : "The tree is empty.");
+    say(at("tree-says"), waits ? "The engine is idle. The tree is drawn at its next step." : "The tree is empty.");
     drawTable();
     return;
   }
@@ -159,7 +159,7 @@ function drawTable() {
   const cells = (kind, ...texts) => element("tr", {}, ...texts.map((text) => element(kind, kind === "th" ? { scope: "col" } : {}, text)));
   const rows = top.map(([node]) => cells("td",
     `${number(node.depth_tokens)}–${number(node.depth_tokens + node.tokens)}`,
-    number(node.tokens_below), number(node.hits), node.tiers.join(", ") || "on its way"));
+    number(node.tokens_below), number(node.hits), node.tiers.join(", ") || "being loaded"));
   at("tree-table").replaceChildren(element("table", {},
     element("thead", {}, cells("th", "Tokens", "Below", "Hits", "Tiers")), element("tbody", {}, ...rows)));
   at("tree-details").hidden = !top.length;

@@ -1,4 +1,4 @@
-// Words and numbers: what figures and reasons mean, for people.
+// Text for people: numbers with units, and sentences for the reasons of a miss.
 
 export const TIERS = ["device", "host", "storage"];
 
@@ -39,23 +39,23 @@ export function ago(s) {
   return s < 1 ? "now" : `${seconds(Math.round(s))} ago`;
 }
 
-// The short word of a chip, how bad it is, and the sentence that explains it.
+// The label of a chip, its severity, and the sentence that explains it.
 const REASONS = {
-  none: ["all found", "good", "Nothing was missed but the tail behind the last whole page, which is always computed."],
-  never_seen: ["never seen", "", "As far as this process remembers, nobody has computed this prefix before."],
-  too_short: ["shorter than a page", "", "Only whole pages are cached, and the prompt has none."],
-  new_part: ["new part", "", "The prefix was found. What follows it nobody has computed before, as far as this process remembers."],
-  evicted: ["evicted", "warn", "The prefix was here and has been evicted since."],
-  not_durable: ["not durable", "warn", "The prefix was evicted before storage had it."],
-  below_threshold: ["below threshold", "", "Too few tokens were missing, or found in storage, to be worth the way there."],
+  none: ["all found", "good", "Only the tail after the last whole page was missing; that part is always computed."],
+  never_seen: ["never seen", "", "As far as this process remembers, no request has computed this prefix before."],
+  too_short: ["shorter than a page", "", "The prompt is shorter than a page, and only whole pages are cached."],
+  new_part: ["new part", "", "The prefix was found. As far as this process remembers, no request has computed what follows it."],
+  evicted: ["evicted", "warn", "The prefix was cached here and has been evicted since."],
+  not_durable: ["not durable", "warn", "The prefix was evicted before it was stored."],
+  below_threshold: ["below threshold", "", "Too few tokens were missing, or found in storage, to be worth loading."],
   deadline: ["storage too slow", "warn", "Storage had more, but did not deliver it before the deadline."],
   declined: ["not worth loading", "", "Loading was expected to take longer than computing."],
-  breaker_open: ["breaker open", "bad", "The store failed before, and is not asked for a while."],
-  storage_error: ["storage error", "bad", "The store failed while it was asked."],
-  corrupt: ["corrupt", "bad", "What the store had did not verify, and was not used."],
-  vanished: ["vanished", "warn", "The store said that it had the pages, and then had them no more."],
-  no_room: ["no host room", "warn", "No host page was free to load into."],
-  other_namespace: ["other namespace", "", "The same tokens are cached for another tenant, key or adapter, which this request may not use."],
+  breaker_open: ["breaker open", "bad", "The store failed before and is not used for a while."],
+  storage_error: ["storage error", "bad", "The call to the store failed."],
+  corrupt: ["corrupt", "bad", "The stored pages failed verification and were not used."],
+  vanished: ["vanished", "warn", "The store reported the pages as present but could not deliver them."],
+  no_room: ["no host room", "warn", "There was no free host page to load into."],
+  other_namespace: ["other namespace", "", "The same tokens are cached for another tenant, key or adapter, and this request may not use them."],
 };
 
 export function reason(name) {
@@ -77,8 +77,8 @@ export function whence(record) {
 
 export const BREAKERS = {
   closed: ["closed: in use", "good"],
-  half_open: ["half open: being tried", "warn"],
-  open: ["open: not asked", "bad"],
+  half_open: ["half open: being tested", "warn"],
+  open: ["open: not in use", "bad"],
   "": ["no breaker", ""],
 };
 

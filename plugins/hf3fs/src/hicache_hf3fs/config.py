@@ -90,7 +90,7 @@ class Hf3fsConfig(BackendConfig):
         description="usrbio: pairs of rings, one call uses one; posix: threads that share a call",
     )
     entries: int = Field(
-        default=8, ge=1, le=4096, description="usrbio: reads or writes under way in one ring"
+        default=8, ge=1, le=4096, description="usrbio: reads or writes in flight in one ring"
     )
     iovec_nbytes: Nbytes = Field(
         default=64 << 20, description="usrbio: shared memory of each pair of rings"

@@ -93,7 +93,7 @@ class RedisConfig(BackendConfig):
         default=True, description="whether the server's certificate and host name are checked"
     )
     key_prefix: str = Field(
-        default="hicache:", max_length=100, description="stands before every key in the database"
+        default="hicache:", max_length=100, description="start of every key in the database"
     )
     ttl_s: Seconds | None = Field(
         default=None, description="objects are gone so long after they were written"

@@ -52,7 +52,7 @@ class S3Config(BackendConfig):
     sse_kms_key_id: str | None = Field(default=None, description="KMS key, with sse aws:kms")
     create_bucket: bool = Field(default=False, description="whether open() makes a missing bucket")
     threads: int = Field(
-        default=8, ge=1, le=256, description="requests that one batch has under way at once"
+        default=8, ge=1, le=256, description="requests of one batch that run at the same time"
     )
     max_connections: int = Field(
         default=64, ge=1, le=1024, description="connections of this process at most"
