@@ -1,4 +1,5 @@
-"""The contract of a transfer backend: KV rows from a prefill node's pages into a decode node's."""
+"""The contract of a transfer backend, which moves KV rows from pages of a prefill node into pages
+of a decode node."""
 
 from __future__ import annotations
 
@@ -23,13 +24,13 @@ class TransferConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class TransferContext:
-    """What a transfer backend may know of the process that uses it.
+    """What a transfer backend may know about the process that uses it.
 
     Attributes:
-        memory: the pages of this rank, in memory that the CPU reaches.
-        rank: this process among those that hold one model together.
-        world_size: how many those are.
-        on_notice: called from any thread when ``poll`` has something new; must not block.
+        memory: the pages of this rank, in memory that the CPU can access.
+        rank: number of this process among those that hold one model together.
+        world_size: number of these processes.
+        on_notice: called on any thread when ``poll`` has something new; must not block.
     """
 
     memory: PageMemory
@@ -50,16 +51,16 @@ class TransferState(enum.Enum):
 class Notice:
     """The end of one room on one side; there is exactly one for each ``offer`` and ``receive``.
 
-    From the notice on, the pages of the room are neither read nor written by the backend.
+    After the notice, the backend neither reads nor writes the pages of the room.
 
     Attributes:
-        room: the number that names the request on both sides.
+        room: the number that identifies the request on both sides.
         state: how it ended.
-        error: what went wrong, in words; empty unless FAILED.
-        error_kind: class name of the error; empty likewise.
-        note: what the sender gave to ``finish``; empty unless ARRIVED.
+        error: the failure, in words; empty unless FAILED.
+        error_kind: class name of the error; empty unless FAILED.
+        note: the bytes that the sender gave to ``finish``; empty unless ARRIVED.
         nbytes: bytes of rows that were moved.
-        elapsed_s: from ``offer`` or ``receive`` on.
+        elapsed_s: seconds since ``offer`` or ``receive``.
     """
 
     room: int
@@ -74,9 +75,9 @@ class Notice:
 class KvTransferBackend(ABC):
     """Moves the KV of requests between the page memories of two nodes, layer by layer.
 
-    A request has a *room*, a number that both sides were told. The prefill node offers its pages in
-    the room and says of each layer which tokens are computed; the decode node receives what it
-    lacks into pages of its own. Who comes first waits for the other.
+    A request has a *room*, a number that both sides know. The prefill node offers its pages in the
+    room and reports for each layer which tokens are computed. The decode node receives the tokens
+    that it lacks into pages of its own. The side that comes first waits for the other.
 
     ::
 
@@ -88,11 +89,11 @@ class KvTransferBackend(ABC):
         finish(room, note)                 ──→      poll() → ARRIVED, note
         poll() → SENT
 
-    Threads: all methods are called by one thread, the owner of the pages, and none of them waits
-    for a peer, but for ``close``. Each room ends with one notice within its time, whatever the peer
-    does: dies, hangs, restarts, or was another model all along.
+    Threads: one thread, the owner of the pages, calls all methods. Only ``close`` waits for a peer.
+    Each room ends with one notice within its time, even if the peer dies, hangs, restarts or has
+    another model.
 
-    Pages that a room names stay allocated, and rows that were sent unchanged, until its notice.
+    Until the notice, the pages of a room stay allocated, and rows that were sent do not change.
     """
 
     name: ClassVar[str]
@@ -112,7 +113,7 @@ class KvTransferBackend(ABC):
         """Registers the page memory and starts to listen.
 
         Raises:
-            TransferError: no address or device to listen on.
+            TransferError: there is no address or device to listen on.
         """
 
     @abstractmethod
@@ -125,7 +126,7 @@ class KvTransferBackend(ABC):
     @property
     @abstractmethod
     def address(self) -> str:
-        """Where peers reach this rank, ``host:port``; known from ``open`` on."""
+        """The address where peers reach this rank, ``host:port``; known after ``open``."""
 
     @property
     def fault(self) -> str:
@@ -134,24 +135,24 @@ class KvTransferBackend(ABC):
 
     @property
     def n_connections(self) -> int | None:
-        """Open connections to peers; None if nobody counts them. Any thread."""
+        """Open connections to peers; None if they are not counted. Any thread."""
         return None
 
     @abstractmethod
     def introduce(self, addresses: Sequence[str]) -> None:
-        """Says where all ranks of this node are, by rank; called once, after ``open``.
+        """Takes the addresses of all ranks of this node, by rank; called once, after ``open``.
 
-        Receivers that know only one of them are told the others.
+        Receivers that know only one of them learn the others from it.
         """
 
     @abstractmethod
     def offer(self, room: int, n_tokens: int, timeout_s: float) -> None:
-        """Promises the rows of ``n_tokens`` tokens to whoever comes for the room.
+        """Promises the rows of ``n_tokens`` tokens to the receivers of a room.
 
         Args:
-            room: below 2**63.
-            n_tokens: how many.
-            timeout_s: FAILED if not all receivers have everything by then.
+            room: number of the request, below 2**63.
+            n_tokens: tokens of the prompt.
+            timeout_s: seconds after which the room is FAILED unless all receivers have everything.
 
         Raises:
             TransferError: the room is taken.
@@ -159,21 +160,21 @@ class KvTransferBackend(ABC):
 
     @abstractmethod
     def send(self, room: int, pages: Sequence[int], layer: int, start: int, stop: int) -> None:
-        """Rows [start, stop) of ``layer`` are final; they go when a receiver wants them.
+        """Reports that rows [start, stop) of ``layer`` are final, so that receivers can get them.
 
-        Ranges of a layer follow each other without a gap. Nothing happens once the room has ended.
+        Ranges of a layer follow each other without a gap. Does nothing if the room has ended.
 
         Args:
-            room: the request's.
-            pages: of tokens 0 to stop, in order; kept as they are.
-            layer: index among the layers that are held.
-            start: first token of the request.
-            stop: behind the last.
+            room: number of the request.
+            pages: pages of tokens 0 to stop, in order; the caller does not change them.
+            layer: index among the layers of this rank.
+            start: first token.
+            stop: the token after the last one.
         """
 
     @abstractmethod
     def finish(self, room: int, note: bytes) -> None:
-        """All layers were sent; ``note`` (at most 64 KiB) is handed to every receiver."""
+        """Reports that all layers are final; every receiver gets ``note`` (at most 64 KiB)."""
 
     @abstractmethod
     def receive(
@@ -187,12 +188,12 @@ class KvTransferBackend(ABC):
         """Fetches rows [start, stop) of a request into ``pages``; returns at once.
 
         Args:
-            room: the request's.
+            room: number of the request.
             addresses: of all ranks of the prefill node, or of one that was introduced to the
-                others; whose heads are asked for is worked out with them.
-            pages: of tokens 0 to stop; those before start are not touched.
-            tokens: (start, stop); a receiver that has a prefix already begins behind it.
-            timeout_s: FAILED if not everything has arrived by then.
+                others; the handshakes decide which rank sends which heads.
+            pages: pages of tokens 0 to stop; those before start are not touched.
+            tokens: (start, stop); a receiver that has a prefix already begins after it.
+            timeout_s: seconds after which the room is FAILED unless everything has arrived.
 
         Raises:
             TransferError: the room is taken.
@@ -200,7 +201,10 @@ class KvTransferBackend(ABC):
 
     @abstractmethod
     def cancel(self, room: int, reason: str) -> None:
-        """Gives up a room, as sender or receiver; its notice (FAILED) follows. Unknown: nothing."""
+        """Gives up a room, as sender or receiver; its notice (FAILED) follows.
+
+        Does nothing for an unknown room.
+        """
 
     @abstractmethod
     def poll(self) -> list[Notice]:

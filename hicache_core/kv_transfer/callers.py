@@ -1,4 +1,4 @@
-"""Callers: the receivers that are connected to a sender, and how many there may be."""
+"""The receivers that are connected to a sender, and limits on their number."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from hicache_core.kv_transfer.wire import Connection
 
 
 class Callers:
-    """Strangers until hands are shaken, guests afterwards; any thread.
+    """Connections: strangers before the handshake, guests after it. Any thread.
 
-    There may be ``limit`` of each. Whoever comes when strangers are too many pushes out the one
-    that has been a stranger for longest, so nobody keeps others away by saying nothing.
+    There may be ``limit`` of each. If there are too many strangers, a new one cuts off the oldest,
+    so that silent connections cannot keep others out.
     """
 
     def __init__(self, limit: int) -> None:
-        """Nobody is here."""
+        """Starts without connections."""
         self._limit = limit
         self._lock = threading.Lock()
         self._strangers: dict[Connection, None] = {}  # in the order in which they came
@@ -27,7 +27,7 @@ class Callers:
             return len(self._strangers) + len(self._guests)
 
     def enter(self, stranger: Connection) -> None:
-        """Somebody has connected."""
+        """Adds a new connection, as a stranger."""
         with self._lock:
             if len(self._strangers) >= self._limit:
                 oldest = next(iter(self._strangers))
@@ -36,10 +36,10 @@ class Callers:
             self._strangers[stranger] = None
 
     def admit(self, stranger: Connection) -> None:
-        """It has shaken hands.
+        """Makes a stranger a guest, after its handshake.
 
         Raises:
-            TransferError: there is no place.
+            TransferError: there are too many guests.
         """
         with self._lock:
             if stranger not in self._strangers:
@@ -50,13 +50,13 @@ class Callers:
             self._guests.add(stranger)
 
     def leave(self, caller: Connection) -> None:
-        """Its conversation is over."""
+        """Removes a connection that has ended."""
         with self._lock:
             self._strangers.pop(caller, None)
             self._guests.discard(caller)
 
     def shutdown(self) -> None:
-        """Cuts everybody off."""
+        """Cuts all connections."""
         with self._lock:
             for caller in [*self._strangers, *self._guests]:
                 caller.shutdown()

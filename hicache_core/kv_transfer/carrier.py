@@ -1,4 +1,4 @@
-"""Carrier: how the rows of one layer get from one memory into the other; the rest is shared."""
+"""Carrier: how the rows of one layer move from one memory to the other; all else is shared."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hicache_core.kv_transfer.wire import Connection, Frame
 
 
 class Carrier(ABC):
-    """The part in which transports of frames differ. Called from the threads of many rooms.
+    """The part in which transports differ. Called on the threads of many rooms.
 
-    Only the receiver's side writes into the receiver's pages: a sender that hangs and wakes up
-    later can do no harm to pages that have another owner by then.
+    Only the receiver writes into its pages, so a sender that hangs and wakes up later cannot damage
+    pages that have another owner by then.
     """
 
     @abstractmethod
@@ -25,18 +25,24 @@ class Carrier(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Takes it back; no room is under way."""
+        """Unregisters the memory; all rooms have ended."""
 
     @abstractmethod
     def greeting(self, reached_at: str) -> dict[str, Any]:
-        """What a receiver must know of this sender; JSON types.
+        """What a receiver must know about this sender, in JSON types.
 
-        ``reached_at`` is the address of this machine under which the receiver came.
+        ``reached_at`` is the address of this machine to which the receiver connected.
         """
 
     @abstractmethod
     def send_rows(self, peer: Connection, frame: Frame, segments: Sequence[memoryview]) -> None:
-        """Sends ``frame`` (a LAYER whose nbytes is not set yet) and its rows, or where they are."""
+        """Sends a LAYER frame and its rows, or their addresses.
+
+        Args:
+            peer: connection to the receiver.
+            frame: the frame; its ``nbytes`` is not set yet.
+            segments: the rows.
+        """
 
     @abstractmethod
     def receive_rows(
@@ -48,8 +54,14 @@ class Carrier(ABC):
     ) -> None:
         """Fills ``segments`` with the rows that ``frame`` announces.
 
+        Args:
+            peer: connection to the sender.
+            frame: the LAYER frame that was received.
+            segments: where the rows go.
+            greeting: what the sender's carrier said in the handshake.
+
         Raises:
-            TransferError: they did not come, or do not have that size.
+            TransferError: the rows did not come, or have another size.
         """
 
 

@@ -1,4 +1,4 @@
-"""The handshake of two nodes: whether they hold the same model, and who sends which heads."""
+"""The handshake of two nodes: they compare models and decide which rank sends which heads."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ MAX_RANKS = 256
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """What a sender says of itself.
+    """What a sender tells a receiver about itself.
 
     Attributes:
-        heads: that it holds.
-        carrier: what its carrier says.
-        others: where the other ranks of its node are.
+        heads: KV heads that it holds.
+        carrier: the greeting of its carrier.
+        others: addresses of the other ranks of its node.
     """
 
     heads: Heads
@@ -34,11 +34,11 @@ class Want:
     """What a receiver asks a sender for.
 
     Attributes:
-        heads: of the model; None for none of this sender's.
+        heads: KV heads of the model; None if it wants none of this sender.
         start: first token.
-        stop: behind the last.
-        rank: the receiver's.
-        n_receivers: how many ranks receive this room.
+        stop: the token after the last one.
+        rank: rank of the receiver.
+        n_receivers: number of ranks that receive this room.
     """
 
     heads: Heads | None
@@ -49,7 +49,13 @@ class Want:
 
 
 def hello_of(memory: PageMemory, rank: int, world_size: int) -> dict[str, Any]:
-    """What a receiver says first."""
+    """HELLO, the first message of a receiver, as JSON.
+
+    Args:
+        memory: page memory of the receiver.
+        rank: its rank.
+        world_size: number of ranks of its node.
+    """
     return {
         "protocol": PROTOCOL,
         "identity": memory.identity(),
@@ -59,11 +65,11 @@ def hello_of(memory: PageMemory, rank: int, world_size: int) -> dict[str, Any]:
 
 
 def check_hello(hello: dict[str, Any], memory: PageMemory) -> None:
-    """Whether a receiver may have rows of ``memory``.
+    """Checks that a receiver may get rows of ``memory``.
 
     Raises:
-        PeerRefused: it speaks another version, or its model, dtype, page size or layers differ;
-            the message names each difference.
+        PeerRefused: it has another protocol version, or its model, dtype, page size or layers
+            differ; the message names each difference.
     """
     if hello.get("protocol") != PROTOCOL:
         raise PeerRefused(
@@ -87,17 +93,23 @@ def check_hello(hello: dict[str, Any], memory: PageMemory) -> None:
 def welcome_of(
     memory: PageMemory, carrier: dict[str, Any], others: Sequence[str]
 ) -> dict[str, Any]:
-    """WELCOME, as JSON."""
+    """WELCOME, the answer of a sender, as JSON.
+
+    Args:
+        memory: page memory of the sender.
+        carrier: the greeting of its carrier.
+        others: addresses of the other ranks of its node.
+    """
     return {"heads": list(memory.heads), "carrier": carrier, "others": list(others)}
 
 
 def welcomed_of(value: dict[str, Any], address: str) -> Welcome:
-    """WELCOME of the sender at ``address``, checked.
+    """Parses WELCOME of the sender at ``address``.
 
-    Another rank may tell an address that is of no use here; it is reached as this sender was.
+    If the address of another rank is not reachable from here, the host of this sender is used.
 
     Raises:
-        TransferError: it has not the right form.
+        TransferError: it is malformed.
     """
     host = address.rpartition(":")[0]
     try:
@@ -121,10 +133,15 @@ def want_of(heads: Heads | None, tokens: tuple[int, int]) -> dict[str, Any]:
 
 
 def wanted_of(value: dict[str, Any], hello: dict[str, Any], memory: PageMemory) -> Want:
-    """WANT, checked.
+    """Parses and checks WANT.
+
+    Args:
+        value: the JSON object.
+        hello: HELLO of the same receiver.
+        memory: page memory of the sender.
 
     Raises:
-        TransferError: it has not the right form, or asks for what is not here.
+        TransferError: it is malformed, or asks for heads that are not here.
     """
     heads = value.get("heads")
     rank, n_receivers = hello.get("rank"), hello.get("world_size")
@@ -148,7 +165,7 @@ def wanted_of(value: dict[str, Any], hello: dict[str, Any], memory: PageMemory) 
 
 
 def divide(missing: Sequence[Heads], offered: Heads) -> tuple[Heads | None, list[Heads]]:
-    """What to ask a sender of ``offered`` for, and what is still missing then.
+    """The heads to ask a sender of ``offered`` for, and those that are still missing then.
 
     ::
 

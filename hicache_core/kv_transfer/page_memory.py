@@ -1,4 +1,4 @@
-"""PageMemory: where in memory the rows of pages lie, for transports; knows no torch."""
+"""PageMemory: where the rows of pages are in memory, for transports; does not need torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class PageMemory:
     """The pages of one rank, as bytes.
 
     Attributes:
-        spec: what a token's row is, and which heads of the model are held.
+        spec: shape of a token's row, and the heads of the model that this rank holds.
         page_size: tokens of a page.
         n_pages: pages.
         regions: ``regions[component][layer]``, a writable memoryview of bytes in which page p
@@ -45,7 +45,7 @@ class PageMemory:
                 )
 
     def identity(self) -> dict[str, object]:
-        """What must be equal on both sides, whichever heads they hold; JSON types only."""
+        """What must be equal on both sides, except the heads that they hold; JSON types only."""
         start, stop, total = self.spec.heads
         return {
             "model_fingerprint": self.spec.model_fingerprint,
@@ -59,7 +59,7 @@ class PageMemory:
 
     @property
     def heads(self) -> Heads:
-        """The model's KV heads that are held here."""
+        """The KV heads of the model that this rank holds."""
         return self.spec.heads[:2]
 
     def segments(
@@ -67,15 +67,15 @@ class PageMemory:
     ) -> list[memoryview]:
         """The bytes of ``heads`` of tokens [start, stop) in one layer, in order.
 
-        Component by component, token by token, head by head: the same order on both sides, however
-        the heads are divided there. With all heads that are held, adjacent pages are one segment.
+        The order is by component, token and head, the same on both sides however the heads are
+        divided. If all heads of this rank are wanted, adjacent pages are one segment.
 
         Args:
-            layer: index among the layers that are held.
-            pages: of the sequence, from its token 0 on.
-            start: first token of the sequence.
-            stop: behind the last.
-            heads: part of those held here.
+            layer: index among the layers of this rank.
+            pages: pages of the sequence, from its token 0 on.
+            start: first token.
+            stop: the token after the last one.
+            heads: some or all of the heads of this rank.
         """
         first, last = self.heads
         if not first <= heads[0] < heads[1] <= last:

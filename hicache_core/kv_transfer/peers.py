@@ -1,4 +1,4 @@
-"""PeerTransfer: what every transfer backend over connections shares: listener, rooms, notices."""
+"""PeerTransfer: the shared part of transfer backends over connections: listener, rooms, notices."""
 
 from __future__ import annotations
 
@@ -42,24 +42,24 @@ MAX_ROOM = 2**63
 # How long a receiver may wait for a request that has not reached this node's engine.
 MAX_WAIT_S = 3600.0
 ACCEPT_PAUSE_S = 0.1
-"""Between two tries to accept a connection, while there are no file descriptors or threads."""
+"""Seconds between attempts to accept a connection while file descriptors or threads run out."""
 FAULT_S = 1.0
-"""A try that failed counts as a fault for so long."""
+"""Seconds for which a failed attempt counts as a fault."""
 
 
 class PeerConfig(TransferConfig):
     """Settings of backends that connect.
 
     Attributes:
-        host: where to listen; an address that names no host (``0.0.0.0``) is for everybody, and
-            peers go on under the address at which they found this node.
-        port: 0 for any free one.
-        advertise: the host that peers are told, where it is not ``host``.
-        idle_timeout_s: a peer that makes no progress for so long is lost.
-        least_nbytes_per_s: rows that move slower than this are no progress.
-        ping_s: how often a sender says that it is there.
-        max_connections: receivers served at once, and as many that have not shaken hands yet.
-        secret: what both nodes must know, at least 16 characters; None where nothing is asked.
+        host: address to listen on; ``0.0.0.0`` is for all interfaces, and peers then keep using
+            the address at which they reached this node.
+        port: port to listen on; 0 for any free port.
+        advertise: the host that peers are told, if it differs from ``host``.
+        idle_timeout_s: a peer is lost if it makes no progress for so many seconds.
+        least_nbytes_per_s: rows that move slower than this do not count as progress.
+        ping_s: seconds between two signs of life of a sender.
+        max_connections: receivers served at the same time; as many more may be in the handshake.
+        secret: secret that both nodes must know, at least 16 characters; None for no check.
     """
 
     host: str = "127.0.0.1"
@@ -73,7 +73,7 @@ class PeerConfig(TransferConfig):
 
 
 class PeerTransfer(KvTransferBackend):
-    """A transfer backend whose rooms are conversations; the carrier moves the rows."""
+    """A transfer backend whose rooms use connections; the carrier moves the rows."""
 
     Config = PeerConfig
 

@@ -42,7 +42,16 @@ class Intake(Room):
         clock: Callable[[], float],
         settled: Callable[[Notice], None],
     ) -> None:
-        """Nothing has arrived yet."""
+        """Starts without rows.
+
+        Args:
+            number: of the room.
+            pages: where tokens 0 to stop go.
+            tokens: (start, stop) of the rows that are wanted.
+            timeout_s: seconds until the room fails.
+            clock: seconds, increasing.
+            settled: called once, with the notice.
+        """
         super().__init__(number, timeout_s, clock, settled)
         self.pages = tuple(pages)
         self.tokens = tokens
@@ -57,14 +66,20 @@ class Receiver:
         carrier: Carrier,
         connect: Callable[[str, float], Connection],
     ) -> None:
-        """``connect(address, deadline)`` opens a connection; raises TransferError."""
+        """Connects to nothing yet.
+
+        Args:
+            context: the process that receives.
+            carrier: moves the rows.
+            connect: ``connect(address, deadline)`` opens a connection or raises TransferError.
+        """
         self._context = context
         self._memory = context.memory
         self._carrier = carrier
         self._connect = connect
 
     def run(self, intake: Intake, addresses: Sequence[str]) -> None:
-        """Fetches everything; returns when no thread works for the room any more."""
+        """Fetches everything; returns when all threads of the room have ended."""
         parts: list[_Part] = []
         try:
             with contextlib.suppress(HiCacheError), intake.failing():
@@ -171,10 +186,16 @@ class Receiver:
 def connection_to(
     address: str, deadline: float, patience: Patience, clock: Callable[[], float]
 ) -> Connection:
-    """A connection to ``host:port``.
+    """Connects to a prefill node.
+
+    Args:
+        address: ``host:port``.
+        deadline: by ``clock``; the connection fails after it.
+        patience: how long the peer may be without progress.
+        clock: seconds, increasing.
 
     Raises:
-        TransferError: nobody answers there.
+        TransferError: nothing answers there.
     """
     host, _, port = address.rpartition(":")
     left_s = min(patience.idle_timeout_s, deadline - clock())

@@ -1,4 +1,4 @@
-"""Room: the bookkeeping of one transfer on one side, until its single notice."""
+"""Room: the state of one transfer on one side, until its single notice."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class PastRooms(OrderedDict[int, str]):
 
 
 class Room:
-    """Connections that work for a room, and how it ends. Every method from any thread.
+    """The connections of a room, and how it ends. Every method may be called on any thread.
 
-    The notice comes when the outcome is decided *and* no thread works for the room any more, so
-    that nobody touches its pages afterwards.
+    The notice comes when the outcome is decided *and* all threads of the room have ended, so that
+    its pages are not accessed afterwards.
     """
 
     def __init__(
@@ -41,7 +41,14 @@ class Room:
         clock: Callable[[], float],
         settled: Callable[[Notice], None],
     ) -> None:
-        """``settled`` is called once, with the notice."""
+        """Starts without connections.
+
+        Args:
+            number: of the room.
+            timeout_s: seconds until the room fails.
+            clock: seconds, increasing.
+            settled: called once, with the notice.
+        """
         self.number = number
         self.started_at = clock()
         self.deadline = self.started_at + timeout_s
@@ -58,7 +65,7 @@ class Room:
 
     @property
     def decided(self) -> bool:
-        """Whether it is known how the room ends."""
+        """Whether the outcome of the room is decided."""
         return self._outcome is not None
 
     @property
@@ -68,7 +75,7 @@ class Room:
             return len(self._connections)
 
     def enter(self) -> bool:
-        """A thread begins to work for the room; False if it is too late for that."""
+        """Registers a thread that works for the room; False if the room has ended."""
         with self.changed:
             if self._outcome is not None:
                 return False
@@ -76,17 +83,17 @@ class Room:
             return True
 
     def leave(self) -> None:
-        """The thread has ended its work: it touches no page of the room any more."""
+        """Unregisters a thread; it no longer accesses pages of the room."""
         with self.changed:
             self._n_workers -= 1
         self._tell()
 
     @contextlib.contextmanager
     def failing(self) -> Iterator[None]:
-        """Whatever goes wrong in the block fails the room at once.
+        """Fails the room at once if the block raises.
 
         Raises:
-            HiCacheError: what went wrong; TransferError for what nobody has foreseen.
+            HiCacheError: the error of the block; other errors become a TransferError.
         """
         try:
             yield
@@ -116,16 +123,16 @@ class Room:
             self._connections.discard(connection)
 
     def count(self, nbytes: int) -> None:
-        """So many bytes of rows were moved."""
+        """Adds bytes of rows that were moved."""
         with self.changed:
             self.nbytes += nbytes
 
     def succeed(self, outcome: TransferState, note: bytes = b"") -> None:
-        """The room ends well, unless it has ended before."""
+        """Ends the room as a success, unless it has ended before."""
         self._decide(outcome, note=note)
 
     def fail(self, error: HiCacheError) -> None:
-        """The room ends badly, unless it has ended before; what is under way is cut off."""
+        """Ends the room as a failure, unless it has ended before; cuts its connections."""
         self._decide(TransferState.FAILED, error=error)
 
     def _decide(

@@ -1,4 +1,4 @@
-"""SharedSecret: nodes and their router prove to each other that all know it."""
+"""SharedSecret: nodes and their router prove to each other that they know the same secret."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class SharedSecret:
                  PROOF of (decode, both nonces)  →
                                                  ←  PROOF of (prefill, both nonces)
 
-    Without a secret nothing is asked. It keeps strangers away; it does not encrypt.
+    Without a secret nothing is checked. It keeps strangers out; it does not encrypt.
     """
 
     def __init__(self, secret: str | None) -> None:
@@ -61,7 +61,7 @@ class SharedSecret:
             raise PeerRefused(f"{peer.peer} has another shared secret; {_HINT}")
 
     def admit(self, peer: Connection) -> bool:
-        """The prefill node's part; False, and the other node was told, if it may not come in."""
+        """The prefill node's part; returns False, and tells the other node, if it is refused."""
         if self._key is None:
             return True
         try:
@@ -88,15 +88,21 @@ class SharedSecret:
         peer.send_json(Kind.PROOF, 0, {"proof": self._proof("prefill", theirs + mine)})
 
     def _proof(self, who: str, nonces: str) -> str:
-        """The name of the side is in it, so that no side can be answered with its own words."""
+        """The HMAC of a side; it covers the name of the side, so that no proof can be reflected."""
         assert self._key is not None
         return hmac.new(self._key, f"hicache-kv {who} {nonces}".encode(), "sha256").hexdigest()
 
 
 def room_proof(secret: str, host: str, port: int, room: int) -> str:
-    """What a router says beside a room, so that a node knows who named it; 64 hexadecimal digits.
+    """The proof that a router knows the secret, for one room: HMAC-SHA256, 64 hexadecimal digits.
 
-    Whoever has heard it can name the same room again, and no other; a room is used once.
+    A client that sees the proof can name only the same room again, and a room is used once.
+
+    Args:
+        secret: shared by the router and its nodes.
+        host: the bootstrap host of the request.
+        port: the bootstrap port.
+        room: number of the request.
     """
     words = f"hicache-room {room} {port} {host}"
     return hmac.new(secret.encode(), words.encode(), "sha256").hexdigest()

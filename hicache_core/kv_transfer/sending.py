@@ -40,7 +40,15 @@ class Offer(Room):
         clock: Callable[[], float],
         settled: Callable[[Notice], None],
     ) -> None:
-        """Nothing is final yet."""
+        """Starts without final rows.
+
+        Args:
+            number: of the room.
+            n_tokens: tokens of the prompt.
+            timeout_s: seconds until the room fails.
+            clock: seconds, increasing.
+            settled: called once, with the notice.
+        """
         super().__init__(number, timeout_s, clock, settled)
         self.n_tokens = n_tokens
         self._log: list[_Rows] = []
@@ -49,19 +57,26 @@ class Offer(Room):
         self._confirmed: set[int] = set()
 
     def add(self, pages: Sequence[int], layer: int, start: int, stop: int) -> None:
-        """Rows of a layer are final."""
+        """Adds final rows of a layer.
+
+        Args:
+            pages: pages of tokens 0 to stop, in order.
+            layer: index among the layers of this rank.
+            start: first token.
+            stop: the token after the last one.
+        """
         with self.changed:
             self._log.append(_Rows(pages, layer, start, stop))
             self.changed.notify_all()
 
     def finish(self, note: bytes) -> None:
-        """All rows are."""
+        """Marks all rows as final."""
         with self.changed:
             self._last_words, self._finished = note, True
             self.changed.notify_all()
 
     def next(self, index: int, timeout_s: float) -> _Rows | bytes | None:
-        """Entry ``index`` of what is final, the note behind the last, or None if time is over.
+        """The final rows number ``index``, the note after the last ones, or None after the timeout.
 
         Raises:
             TransferError: the room has failed.
@@ -77,7 +92,7 @@ class Offer(Room):
             return self._last_words if self._finished else None
 
     def confirm(self, rank: int, n_receivers: int) -> None:
-        """The receiver ``rank`` of ``n_receivers`` has everything."""
+        """Records that receiver ``rank`` of ``n_receivers`` has everything."""
         with self.changed:
             self._confirmed.add(rank)
             complete = len(self._confirmed) >= n_receivers
@@ -95,9 +110,13 @@ class Sender:
         find: Callable[[int], Offer | None],
         ping_s: float,
     ) -> None:
-        """``find`` looks an offer up by its room, and raises TransferError for one that has ended.
+        """Serves nothing yet. Notify ``arrived`` when the answer of ``find`` changes.
 
-        ``arrived`` is to be notified when its answer changes.
+        Args:
+            memory: page memory of this rank.
+            carrier: moves the rows.
+            find: returns the offer of a room or None; raises TransferError if it has ended.
+            ping_s: seconds between two signs of life.
         """
         self._memory = memory
         self._carrier = carrier
@@ -110,9 +129,9 @@ class Sender:
         self.deserted = PastRooms()  # those that nobody waits for, and why
 
     def serve(self, peer: Connection, admit: Callable[[], None]) -> None:
-        """The whole conversation with one receiver; returns when it is over.
+        """Serves one receiver; returns when the connection is done.
 
-        ``admit`` is called once hands are shaken; raises TransferError if there is no place.
+        ``admit`` is called after the handshake, and raises TransferError if there are too many.
         """
         room = -1
         try:

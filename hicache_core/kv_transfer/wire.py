@@ -1,4 +1,4 @@
-"""Frames between two nodes: one fixed header, then JSON, rows or nothing; and what holds one up."""
+"""Frames between two nodes: one fixed header, then JSON, rows or nothing; and their time limits."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ class Frame:
     Attributes:
         kind: what it is.
         room: the request's.
-        layer: index among the layers held; of LAYER.
-        start: first token; of LAYER.
-        stop: behind the last token; of LAYER.
-        nbytes: what follows the header.
-        checksum: xxh3-64 of the rows (LAYER) or of what follows.
+        layer: index among the layers of the rank; for LAYER.
+        start: first token; for LAYER.
+        stop: the token after the last one; for LAYER.
+        nbytes: bytes after the header.
+        checksum: xxh3-64 of the rows (LAYER) or of the bytes after the header.
     """
 
     kind: Kind
@@ -78,8 +78,8 @@ class Patience:
     """How long a peer may be without progress.
 
     Attributes:
-        idle_timeout_s: a peer that makes no progress for so long is lost.
-        least_nbytes_per_s: what moves slower is no progress.
+        idle_timeout_s: a peer is lost if it makes no progress for so many seconds.
+        least_nbytes_per_s: bytes that move slower do not count as progress.
     """
 
     idle_timeout_s: float
@@ -87,11 +87,11 @@ class Patience:
 
 
 class Connection:
-    """A socket that speaks frames; the peer must make progress, and all ends before ``deadline``.
+    """A socket for frames; the peer must make progress, and everything ends before ``deadline``.
 
-    ``renew`` says when there was progress. Between two calls, bytes buy time at the least rate:
-    a byte now and then buys nothing. One thread sends and receives; ``shutdown`` may come from any
-    other.
+    ``renew`` records progress. Between two calls, bytes extend the time at the least rate, so a
+    byte now and then is not enough. One thread sends and receives; any other may call
+    ``shutdown``.
     """
 
     def __init__(
@@ -102,7 +102,15 @@ class Connection:
         deadline: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Takes over ``sock``; ``peer`` names the other side in messages."""
+        """Takes over a connected socket.
+
+        Args:
+            sock: the socket.
+            peer: the other side, in words, for messages.
+            patience: how long the peer may be without progress.
+            deadline: by ``clock``, when everything must have ended.
+            clock: seconds, increasing.
+        """
         self.peer = peer
         self._sock = sock
         self._patience = patience
@@ -114,18 +122,18 @@ class Connection:
 
     @property
     def reached_at(self) -> str:
-        """This machine's address under which the peer is connected; empty once that is lost."""
+        """The address of this machine to which the peer is connected; empty once it is lost."""
         try:
             return str(self._sock.getsockname()[0])
         except OSError:
             return ""
 
     def renew(self) -> None:
-        """What the peer owes counts from now on: it made progress, or was not waited for."""
+        """Restarts the time limit: the peer made progress, or was not waited for."""
         self._progress_at = self._clock()
 
     def shutdown(self) -> None:
-        """Ends both directions: a call under way, in any thread, fails at once."""
+        """Ends both directions: a running call, on any thread, fails at once."""
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
 
@@ -153,19 +161,31 @@ class Connection:
             raise TransferError(f"the connection to {self.peer} was lost: {error}") from error
 
     def send_text(self, kind: Kind, room: int, text: bytes) -> None:
-        """Sends a frame with a short payload."""
+        """Sends a frame with a short text.
+
+        Args:
+            kind: of the frame.
+            room: number of the request.
+            text: the payload.
+        """
         self.send(Frame(kind, room, nbytes=len(text), checksum=checksum_of([text])), [text])
 
     def send_json(self, kind: Kind, room: int, value: dict[str, Any]) -> None:
-        """Sends a frame with a JSON object."""
+        """Sends a frame with a JSON object.
+
+        Args:
+            kind: of the frame.
+            room: number of the request.
+            value: the payload.
+        """
         self.send_text(kind, room, json.dumps(value).encode())
 
     def receive(self) -> Frame:
         """The next header.
 
         Raises:
-            TransferError: the connection ended, is silent, or speaks something else.
-            PeerRefused: the peer said so.
+            TransferError: the connection ended, is silent, or has another protocol.
+            PeerRefused: the peer refused.
         """
         raw = bytearray(_HEADER.size)
         self.receive_into([memoryview(raw)])

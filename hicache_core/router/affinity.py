@@ -1,4 +1,4 @@
-"""Affinity: which node has probably computed the beginning of a prompt before."""
+"""Affinity: the node that has probably computed the beginning of a prompt before."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_ENTRIES = 1 << 16
 
 
 def prompt_of(body: Mapping[str, Any]) -> str:
-    """The prompt of a request as text that begins alike when prompts do."""
+    """The prompt of a request as text; prompts with a common beginning give texts with one."""
     for name in ("messages", "prompt", "text", "input_ids"):
         if (value := body.get(name)) is not None:
             return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -29,12 +29,18 @@ class Affinity:
     """
 
     def __init__(self, max_entries: int = MAX_ENTRIES) -> None:
-        """Remembers nothing yet; of more than ``max_entries`` beginnings the oldest go."""
+        """Starts empty; above ``max_entries`` beginnings the oldest are dropped."""
         self._nodes: OrderedDict[int, str] = OrderedDict()
         self._max_entries = max_entries
 
     def remember(self, prompt: str, tenant: str, node: str) -> None:
-        """``node`` computes this prompt."""
+        """Records that a node computes a prompt.
+
+        Args:
+            prompt: as from ``prompt_of``.
+            tenant: who shares prefixes with whom.
+            node: the node.
+        """
         for key in _beginnings(prompt, tenant):
             self._nodes[key] = node
             self._nodes.move_to_end(key)
@@ -42,9 +48,9 @@ class Affinity:
             self._nodes.popitem(last=False)
 
     def lookup(self, prompt: str, tenant: str) -> str | None:
-        """The node that had the longest beginning of this prompt, if that was most of it.
+        """The node that had the longest beginning of this prompt, if that was most of the prompt.
 
-        A system prompt that all share is no reason to send all to one node.
+        So a system prompt that all requests share does not send all of them to one node.
         """
         found, n_known = None, 0
         keys = list(_beginnings(prompt, tenant))

@@ -1,4 +1,4 @@
-"""The router: one OpenAI-compatible address before prefill and decode nodes."""
+"""The router: one OpenAI-compatible address in front of prefill and decode nodes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hicache_core.router.single_use import SingleUse
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/generate")
 MAX_BODY_NBYTES = 32 << 20
-"""As much as the nodes take."""
+"""The limit of the nodes too."""
 
 
 def nobody(_scope: Scope) -> bool:

@@ -27,11 +27,11 @@ class Asked:
     """A request as the client sent it.
 
     Attributes:
-        path: at the node too.
-        body: the JSON object, without the fields that are the router's.
-        headers: those that the nodes get.
-        prompt: what affinity goes by.
-        tenant: who shares prefixes with whom.
+        path: of the URL; the same at the nodes.
+        body: the JSON object, without the fields that only a router may set.
+        headers: headers that are passed on to the nodes.
+        prompt: text that affinity uses.
+        tenant: requests of one tenant share prefixes.
     """
 
     path: str
@@ -42,10 +42,15 @@ class Asked:
 
     @classmethod
     def of(cls, path: str, raw: bytes, headers: Mapping[str, str]) -> Asked:
-        """Without what no client may say, and with the headers that are passed on.
+        """Parses a request, without the fields and headers that a client may not send to nodes.
+
+        Args:
+            path: of the URL.
+            raw: the body.
+            headers: of the client.
 
         Raises:
-            ValueError: no JSON object; NaN is no JSON, nor is what nests too deeply.
+            ValueError: the body is not a JSON object, has a NaN, or nests too deeply.
         """
         try:
             body = _without_rooms(_parsed(raw))
@@ -57,7 +62,7 @@ class Asked:
 
     @property
     def is_stream(self) -> bool:
-        """Whether the answer comes in pieces."""
+        """Whether the answer is streamed."""
         return bool(self.body.get("stream"))
 
     @property

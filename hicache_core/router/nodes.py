@@ -22,27 +22,27 @@ log = logging.getLogger(__name__)
 
 PREFILL, DECODE = "prefill", "decode"
 AFFINITY_SLACK_TOKENS = 4096
-"""A node that knows a prompt may have so many tokens more under way than the idlest one."""
+"""Tokens that a node that knows a prompt may have in excess of the least loaded node."""
 LATE_S = 1.0
-"""A node that is so late with its health check gets no request that another one can have."""
+"""Seconds: a node that is so late with its health check gets no request that another can take."""
 SILENT_S = 10.0
-"""A node that does not answer for so long is down, and requests under way at it are given up."""
+"""Seconds: a node that does not answer for so long is down, and its requests are given up."""
 _UNFIT = (httpx.HTTPError, httpx.InvalidURL, ValueError, RecursionError)
-"""What a node that answers badly, or not at all, ends in."""
+"""Errors of a node that answers badly or not at all."""
 
 
 @dataclass(frozen=True, slots=True)
 class RouterSettings:
-    """What a router is told.
+    """Settings of a router.
 
     Attributes:
-        prefill: URLs of prefill nodes; may be empty, then decode nodes compute prompts too.
+        prefill: URLs of prefill nodes; if there are none, decode nodes compute prompts too.
         decode: URLs of decode nodes, at least one.
-        api_key: what nodes want of health checks, if anything; requests bring their own.
-        secret: what the nodes know too; None if they listen on this machine only.
-        by_prefix: whether a prompt goes where most of it was computed before.
-        interval_s: between two health checks.
-        silent_s: for a health check; then the node is down.
+        api_key: API key for health checks; requests have their own.
+        secret: secret shared with the nodes; None if they listen on this machine only.
+        by_prefix: whether to prefer the node that computed most of a prompt before.
+        interval_s: seconds between two health checks.
+        silent_s: seconds without an answer after which a node is down.
     """
 
     prefill: Sequence[str]
@@ -59,16 +59,16 @@ class Node:
     """One server.
 
     Attributes:
-        url: where it answers, without a slash at the end.
+        url: its address, without a slash at the end.
         role: prefill or decode.
         number: among the nodes of its role, from 1.
-        is_up: whether it answered when it was asked last.
-        transfer_address: where its KV is fetched, of a prefill node that has said so.
-        faced_from: the router's own address on the way to it, as far as it is known.
-        tokens: under way at it, estimated.
-        requests: under way at it.
-        served: requests that it ended well.
-        failures: requests and probes that it did not.
+        is_up: whether it answered the last health check.
+        transfer_address: where KV of a prefill node is fetched, if it has told that.
+        faced_from: the router's own address on the interface towards it, if known.
+        tokens: tokens of its unfinished requests, estimated.
+        requests: its unfinished requests.
+        served: requests that it completed.
+        failures: requests and health checks that failed.
         error: why it is down; empty while it is up.
         asked_s: when the health check was sent that it has not answered yet.
     """
@@ -89,7 +89,7 @@ class Node:
 
     @property
     def name(self) -> str:
-        """For clients, to whom addresses of nodes are not told."""
+        """Its name for clients, which do not see addresses of nodes."""
         return f"{self.role} node {self.number}"
 
     def bootstrap_for(self, decode: Node) -> tuple[str, int] | None:
@@ -105,7 +105,7 @@ class Node:
 
     @contextmanager
     def carrying(self, n_tokens: int) -> Iterator[None]:
-        """A request of so many tokens is under way."""
+        """Counts a request of so many tokens while the context is open."""
         self.tokens += n_tokens
         self.requests += 1
         try:
@@ -116,7 +116,7 @@ class Node:
 
     @asynccontextmanager
     async def awaited(self) -> AsyncIterator[None]:
-        """What is waited for inside ends with TimeoutError when the node turns out to be silent."""
+        """In this context, waiting ends with TimeoutError if the node stops answering."""
         async with asyncio.timeout(None) as limit:
             self._awaited.add(limit)
             try:
@@ -125,7 +125,7 @@ class Node:
                 self._awaited.discard(limit)
 
     def give_up(self) -> None:
-        """Ends what is waited for."""
+        """Ends all waiting for this node."""
         for limit in self._awaited:
             limit.reschedule(0.0)
         self._awaited.clear()
@@ -140,7 +140,13 @@ class Nodes:
         settings: RouterSettings,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Asks nobody yet; ``client`` stays the caller's."""
+        """Sends no health check yet.
+
+        Args:
+            client: for health checks; the caller closes it.
+            settings: of the router.
+            clock: seconds, increasing.
+        """
         self.all = [
             Node(url.rstrip("/"), role, number)
             for role, urls in ((PREFILL, settings.prefill), (DECODE, settings.decode))
@@ -154,11 +160,11 @@ class Nodes:
         self._affinity = {PREFILL: Affinity(), DECODE: Affinity()}
 
     async def watch(self) -> None:
-        """Asks every node after its health, for ever; one that is slow keeps no other waiting."""
+        """Checks the health of every node, for ever; a slow node does not delay the others."""
         await asyncio.gather(*(self._watch(node) for node in self.all))
 
     async def check_all(self) -> None:
-        """Asks every node once, all at the same time."""
+        """Checks every node once, all at the same time."""
         await asyncio.gather(*(self._check(node) for node in self.all))
 
     def failed(self, node: Node, error: str) -> None:
@@ -173,8 +179,14 @@ class Nodes:
     ) -> Node | None:
         """The node to use next; None if none is up.
 
-        The one that had the longest beginning of the prompt, unless it has much more to do than
-        the idlest one. One that is late with its health check is used if all are.
+        It is the node that had the longest beginning of the prompt, unless it has much more to do
+        than the least loaded one. A node that is late with its health check is used if all are.
+
+        Args:
+            role: prefill or decode.
+            prompt: text of the prompt, for affinity.
+            tenant: requests of one tenant share prefixes.
+            exclude: nodes that have failed at this request.
         """
         up = [n for n in self.all if n.role == role and n.is_up and n.url not in exclude]
         if not up:
@@ -190,7 +202,7 @@ class Nodes:
         return idlest
 
     def status(self) -> list[dict[str, Any]]:
-        """All nodes, for people and tests."""
+        """The state of all nodes, for ``/router/status``."""
         shown = ("url", "role", "is_up", "transfer_address", "tokens", "requests", "served")
         return [
             {name: getattr(node, name) for name in (*shown, "failures", "error")}

@@ -1,4 +1,4 @@
-"""Relay: one request at a prefill and a decode node at once, and its answer to the client."""
+"""Sends one request to a prefill and a decode node, and the answer to the client."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 4
 MAX_STRICKEN = 2
-"""A request that so many nodes failed at is not given to another: perhaps it is the cause."""
+"""After so many nodes failed at a request it is not given to another, since it may be the cause."""
 GRACE_S = 0.5
 """A prefill node says so long after the rows were fetched that they were."""
 _KEPT = ("content-type", "retry-after", "x-request-id", "cache-control")
@@ -31,15 +31,15 @@ _KEPT = ("content-type", "retry-after", "x-request-id", "cache-control")
 
 @dataclass(slots=True)
 class Answer:
-    """What goes back to the client.
+    """The answer to the client.
 
     Attributes:
-        status: HTTP's.
-        headers: those that are kept.
+        status: HTTP status.
+        headers: headers of the node that are kept.
         first: the whole body, or its first piece.
-        rest: the pieces behind it; None if there are none.
-        stack: what is to be released when the answer has ended.
-        served_by: headers that say which nodes took part, for the operator.
+        rest: the following pieces; None if there are none.
+        stack: releases everything when the answer has ended.
+        served_by: headers that name the nodes that took part, for the operator.
     """
 
     status: int
@@ -79,9 +79,12 @@ class Relay:
     """Sends requests to pairs of nodes. Belongs to one event loop."""
 
     def __init__(self, client: httpx.AsyncClient, nodes: Nodes, secret: str | None = None) -> None:
-        """``client`` has no limit of time on answers: a model takes as long as it takes.
+        """Sends nothing yet.
 
-        With ``secret``, which the nodes know too, rooms are shown to be this router's.
+        Args:
+            client: without a time limit on answers, since a model may take long.
+            nodes: the nodes to choose from.
+            secret: shared with the nodes, to prove that rooms are this router's; None for none.
         """
         self._client = client
         self._nodes = nodes
@@ -90,9 +93,9 @@ class Relay:
         self.without_prefill = 0
 
     async def ask(self, asked: Asked) -> Answer:
-        """The answer, complete or with its first piece; tries other nodes until a piece is there.
+        """The answer, complete or with its first piece; until then it tries other nodes.
 
-        The caller closes ``stack`` when it has sent everything, or the client has left.
+        The caller closes ``stack`` when it has sent everything or the client has left.
         """
         tried: set[str] = set()
         status, last, n_stricken = 503, "no decode node is up", 0

@@ -9,11 +9,10 @@ import httpx
 
 
 class SingleUse(httpx.AsyncBaseTransport):
-    """Shares no connection between requests, so that none can be forgotten in a pool.
+    """Shares no connection between requests, so that none can leak in a pool.
 
-    A pool keeps the connection of a request that is cancelled between its connecting and its
-    sending, for good. Here whatever a request has opened is closed when it fails, is cancelled, or
-    its answer is closed.
+    If a request is cancelled between connecting and sending, a pool keeps its connection for good.
+    Here the connection is closed when the request fails or is cancelled, or its answer is closed.
     """
 
     def __init__(self, make: Callable[[], httpx.AsyncBaseTransport] | None = None) -> None:

@@ -130,7 +130,7 @@ def test_smollm2_answers_the_same_from_every_tier(tmp_path: Path) -> None:
         (["--backend", "rediss"], UnknownBackend, "no backend named 'rediss' is installed"),
         (["--backend-config", "{"], ConfigError, "JSON"),
         (["--backend-config", '{"pth": "/x"}'], ConfigError, "pth"),
-        (["--backend", "memory", "--keep", "kept"], ConfigError, "--keep is for the file backend"),
+        (["--backend", "memory", "--keep", "kept"], ConfigError, "--keep works only with"),
         (["--page-size", "0"], ConfigError, "page_size"),
         (["--hicache-mem-layout", "pages_last"], ConfigError, "hicache_mem_layout"),
     ],

@@ -108,7 +108,7 @@ def test_a_missing_file_is_named_whole(tmp_path: Path) -> None:
     with pytest.raises(BrokenBackend, match=f"there is no file {tmp_path}/gone.py"):
         load_class(settings(tmp_path / "gone.py"))
     (tmp_path / "text.txt").write_text("")
-    with pytest.raises(BrokenBackend, match=r"it must end in \.py"):
+    with pytest.raises(BrokenBackend, match=r"must end in \.py"):
         load_class(settings(tmp_path / "text.txt"))
 
 
@@ -171,5 +171,5 @@ def test_a_class_in_nested_folders_without_init_files_is_loaded(site: Any) -> No
     """Namespace packages, which nobody has imported before."""
     site.write(**{"outer/inner/mine": OURS})
     assert load_class(settings("outer.inner.mine")).__module__ == "outer.inner.mine"
-    with pytest.raises(BrokenBackend, match="there is no such module"):
+    with pytest.raises(BrokenBackend, match="no such module in sys"):
         load_class(settings("outer.inner.yours"))

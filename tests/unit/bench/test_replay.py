@@ -143,7 +143,10 @@ def test_conversations_of_sharegpt_are_sent_as_they_stand(
             "if its blocks have 16 tokens, give --trace-block-tokens 16",
         ),
         (json.dumps(line(0.5, 5, 1)), "timestamp 0.5 is not a whole number of milliseconds"),
-        (json.dumps(line(5, 5, 1)) + "\n" + json.dumps(line(4, 5, 1)), "order of its timestamps"),
+        (
+            json.dumps(line(5, 5, 1)) + "\n" + json.dumps(line(4, 5, 1)),
+            "not sorted by its timestamps",
+        ),
         (
             '{"block_size": 64, "requests": [{"t": 0, "in": 63, "out": 1, "hash_ids": [1]}]}',
             "request 1: 63 tokens do not fit 1 whole blocks of 64",

@@ -50,7 +50,7 @@ def test_no_events_are_wanted(given: dict[str, Any]) -> None:
         ({"queue_runs": -1}, "queue_runs = -1: input should be greater than or equal to 0"),
         ({"endpoint": "5557"}, "endpoint = '5557' is not a ZMQ address"),
         ({"replay_endpoint": "tcp://host"}, "replay_endpoint = 'tcp://host' is not a ZMQ address"),
-        ({"endpoint": "tcp://*:65535", "dp_rank": 1}, "is port 65536; ports end at 65535"),
+        ({"endpoint": "tcp://*:65535", "dp_rank": 1}, "gives port 65536; the largest port is"),
     ],
 )
 def test_a_wrong_setting_is_named_with_what_is_allowed(given: dict[str, Any], said: str) -> None:
