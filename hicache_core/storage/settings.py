@@ -31,3 +31,11 @@ Nbytes = Annotated[int, BeforeValidator(parse_nbytes), Field(gt=0)]
 
 Seconds = Annotated[float, Field(gt=0)]
 """A span of time in seconds."""
+
+ConnectTimeout = Annotated[Seconds, Field(description="limit for establishing a connection")]
+"""What ``connect_timeout_s`` is in every backend that has it; the default is the backend's own."""
+
+TimeToLive = Annotated[
+    Seconds | None, Field(description="objects are gone so long after they were written")
+]
+"""What ``ttl_s`` is in every backend that has it: None keeps objects for ever."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,10 +15,11 @@ from hicache_hf3fs.slab import slab_name, slab_path, slot_nbytes_for
 
 from hicache_core.testing.control import StoreControl
 from hicache_core.testing.features import Feature
+from hicache_core.testing.kit_settings import QUICK, KitSettings
 from hicache_core.testing.recipe import Recipe
 from hicache_core.testing.suite import StorageBackendTests
 from plugins.hf3fs.tests.helpers import EMULATION
-from tests.servers.valkey import Valkey
+from tests.servers.valkey import Valkey, running
 
 LARGEST = 32 << 20
 FILE_NBYTES = 64 << 30
@@ -55,6 +57,13 @@ def small_in(directory: Path, **settings: Any) -> Recipe:
     return Recipe.of(Hf3fsBackend, {**fixed, "slot_nbytes": 1 << 20, **settings})
 
 
+@pytest.fixture(scope="module")
+def controlled() -> Iterator[Valkey]:
+    """A server that the kit kills and freezes; each rule has a store of its own on it."""
+    with running() as server:
+        yield server
+
+
 class TestPosixSqlite(StorageBackendTests):
     """Plain POSIX calls, the metadata in SQLite."""
 
@@ -69,6 +78,8 @@ class TestPosixSqlite(StorageBackendTests):
         Feature.TTL,
         Feature.USAGE,
     }
+
+    kit: ClassVar[KitSettings] = replace(QUICK, ttl_s=0.3)  # ages are known to the millisecond
 
     @pytest.fixture
     def recipe(self, directory: Path) -> Recipe:
@@ -110,10 +121,6 @@ class TestPosixRedis(TestPosixSqlite):
     @pytest.fixture
     def store_control(self, controlled: Valkey) -> StoreControl:
         return controlled
-
-    @pytest.fixture
-    def controlled(self, own_valkey: Valkey) -> Valkey:
-        return own_valkey
 
 
 class TestUsrbio(TestPosixSqlite):

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, ConfigDict, Field, SecretStr, model_validat
 from hicache_core.process.logs import log_once
 from hicache_core.storage.base import BackendConfig
 from hicache_core.storage.lanes import default_lanes
-from hicache_core.storage.settings import Nbytes, Seconds
+from hicache_core.storage.settings import Nbytes, Seconds, TimeToLive
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class Hf3fsConfig(BackendConfig):
         default=60.0,
         description="a slot that was reserved and never published is free again after so long",
     )
-    ttl_s: Seconds | None = Field(
+    ttl_s: TimeToLive = Field(
         default=None,
         description="objects are gone so long after they were written; set the same everywhere",
     )

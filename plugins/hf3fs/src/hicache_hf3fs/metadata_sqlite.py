@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from hicache_core.errors import BackendError, BackendFull, IntegrityError, UseAfterClose
 from hicache_core.storage.base import namespace_of
@@ -31,24 +30,11 @@ from hicache_hf3fs.metadata import (
 )
 from hicache_hf3fs.slab import is_slab_name
 from hicache_hf3fs.sqlite_file import SqliteFile, add_bounds, counts_bytes
-from hicache_hf3fs.sqlite_room import UNBIND, Room, SlabRow
+from hicache_hf3fs.sqlite_room import Room
+from hicache_hf3fs.sqlite_rows import BOUND, SLAB, UNBIND, BoundRow, SlabRow
 
 _CHUNK = 500  # parameters of one statement
 _MEMORY_ROWS = 100_000
-
-_BINDINGS = (
-    "SELECT key, slab_id, number, generation, nbytes, held_until FROM slots WHERE key IN ({})"
-)
-
-
-class _Bound(NamedTuple):
-    """A row of ``slots`` that has a key."""
-
-    slab_id: int
-    number: int
-    generation: int
-    nbytes: int
-    held_until: float
 
 
 class SqliteMetadata(MetadataStore):
@@ -69,7 +55,7 @@ class SqliteMetadata(MetadataStore):
         self._read_lock = threading.Lock()
         self._write_lock = threading.Lock()
         self._names: dict[int, str] = {}  # slab_id -> name
-        self._memory: dict[str, _Bound] = {}  # rows as of the reader's _version
+        self._memory: dict[str, BoundRow] = {}  # rows as of the reader's _version
         self._version = -1
         self._reader: sqlite3.Connection | None = None
         self._writer: sqlite3.Connection | None = None
@@ -188,9 +174,7 @@ class SqliteMetadata(MetadataStore):
 
     def reserve(self, slab: str, wanted: Sequence[Wanted]) -> list[Slot | None]:
         with self._writing() as db:
-            row = db.execute(
-                "SELECT slab_id, n_slots, fresh FROM slabs WHERE name = ?", (slab,)
-            ).fetchone()
+            row = db.execute(SLAB, (slab,)).fetchone()
             if row is None:
                 raise SlabUnknown(slab)
             its = SlabRow(*row)
@@ -313,29 +297,29 @@ class SqliteMetadata(MetadataStore):
 
     def _bound(
         self, keys: Sequence[str], db: sqlite3.Connection | None = None
-    ) -> dict[str, _Bound]:
+    ) -> dict[str, BoundRow]:
         """The rows of those keys that are bound and not expired."""
         if db is None:
             with self._reading() as reader:
                 return self._young(self._remembered(keys, reader))
         bound = {}
         for part in _chunks(keys):
-            for key, *row in db.execute(_BINDINGS.format(_marks(part)), part):
-                bound[key] = _Bound(*row)
+            for key, *row in db.execute(BOUND.format(_marks(part)), part):
+                bound[key] = BoundRow(*row)
         if any(row.slab_id not in self._names for row in bound.values()):
             self._names.update(db.execute("SELECT slab_id, name FROM slabs").fetchall())
         for row in bound.values():
             self._check_row(row)
         return self._young(bound)
 
-    def _check_row(self, row: _Bound) -> None:
+    def _check_row(self, row: BoundRow) -> None:
         """Raises ``sqlite3.DatabaseError`` if the row cannot be."""
         name = self._names.get(row.slab_id)
         types = (type(row.number), type(row.generation), type(row.nbytes), type(row.held_until))
         if types != (int, int, int, float) or not is_slab_name(name) or row.nbytes < 0:
             raise sqlite3.OperationalError(f"a row of slots is none: {tuple(row)}")
 
-    def _young(self, bound: dict[str, _Bound]) -> dict[str, _Bound]:
+    def _young(self, bound: dict[str, BoundRow]) -> dict[str, BoundRow]:
         """Those that are not expired."""
         oldest = self._oldest()
         if not oldest:
@@ -351,7 +335,7 @@ class SqliteMetadata(MetadataStore):
         quota = self._limits.namespace_quota_nbytes
         return Room(db, self._clock(), oldest=self._oldest(), quota=quota)
 
-    def _remembered(self, keys: Sequence[str], db: sqlite3.Connection) -> dict[str, _Bound]:
+    def _remembered(self, keys: Sequence[str], db: sqlite3.Connection) -> dict[str, BoundRow]:
         """As ``_bound``, but asks only for what was not asked since the last commit of anybody.
 
         So a read that asks twice, before and after, pays once if nobody wrote meanwhile.
@@ -365,7 +349,7 @@ class SqliteMetadata(MetadataStore):
             self._memory.update(self._bound(asked, db))
         return {key: self._memory[key] for key in keys if key in self._memory}
 
-    def _binding(self, row: _Bound | None) -> Binding | None:
+    def _binding(self, row: BoundRow | None) -> Binding | None:
         if row is None:
             return None
         return Binding(Slot(self._names[row.slab_id], row.number, row.generation), row.nbytes)

@@ -17,6 +17,7 @@ from pathlib import Path
 from hicache_core.errors import BackendCorrupt, BackendDenied, BackendUnavailable
 from hicache_core.storage.sqlite import ROOM_NBYTES, Database, is_empty
 from hicache_hf3fs.slab import FOOTER_NBYTES, HEADER_NBYTES, MAX_KEY_NBYTES
+from hicache_hf3fs.sqlite_rows import FOR_QUOTA, FOR_TTL, SCHEMA
 
 logger = logging.getLogger(__name__)
 
@@ -24,49 +25,6 @@ APPLICATION_ID = 0x48334653  # "H3FS"
 FORMAT_VERSION = 2
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _POLL_S = 0.02
-
-_SCHEMA = """
-CREATE TABLE boots (boot_id TEXT NOT NULL);
-CREATE TABLE slabs (
-    slab_id INTEGER PRIMARY KEY,
-    name TEXT NOT NULL UNIQUE,
-    n_slots INTEGER NOT NULL,
-    fresh INTEGER NOT NULL  -- slots from here on were never used and have no row
-);
-CREATE TABLE slots (
-    slab_id INTEGER NOT NULL,
-    number INTEGER NOT NULL,
-    generation INTEGER NOT NULL,
-    key TEXT,
-    namespace TEXT,
-    nbytes INTEGER,
-    used_at REAL,
-    pinned_until REAL,
-    held_until REAL NOT NULL,  -- end of the lease, of the reservation, or of the quarantine
-    PRIMARY KEY (slab_id, number)
-) WITHOUT ROWID;
-CREATE UNIQUE INDEX by_key ON slots (key) WHERE key IS NOT NULL;
-CREATE INDEX by_use ON slots (slab_id, pinned_until IS NOT NULL, used_at, number DESC)
-    WHERE key IS NOT NULL;
-CREATE INDEX by_pin ON slots (pinned_until) WHERE pinned_until IS NOT NULL;
-CREATE INDEX by_hold ON slots (slab_id, held_until) WHERE key IS NULL;
-"""
-# Each write pays for what follows, so it is made by the first who has a use for it.
-_FOR_TTL = "CREATE INDEX IF NOT EXISTS by_age ON slots (generation) WHERE key IS NOT NULL;"
-_FOR_QUOTA = """
-CREATE INDEX by_space ON slots (namespace, pinned_until IS NOT NULL, used_at, number DESC)
-    WHERE key IS NOT NULL;
-CREATE TABLE spaces (namespace TEXT PRIMARY KEY, used_nbytes INTEGER NOT NULL) WITHOUT ROWID;
-INSERT INTO spaces
-    SELECT namespace, sum(nbytes) FROM slots WHERE key IS NOT NULL GROUP BY namespace;
-CREATE TRIGGER unbound AFTER UPDATE OF key ON slots WHEN OLD.key IS NOT NULL BEGIN
-    UPDATE spaces SET used_nbytes = used_nbytes - OLD.nbytes WHERE namespace = OLD.namespace;
-END;
-CREATE TRIGGER bound AFTER UPDATE OF key ON slots WHEN NEW.key IS NOT NULL BEGIN
-    INSERT INTO spaces VALUES (NEW.namespace, NEW.nbytes)
-        ON CONFLICT (namespace) DO UPDATE SET used_nbytes = used_nbytes + NEW.nbytes;
-END;
-"""
 
 
 def counts_bytes(db: sqlite3.Connection) -> bool:
@@ -79,9 +37,9 @@ def add_bounds(db: sqlite3.Connection, *, ttl: bool, quota: bool) -> None:
 
     Whoever has the database open follows: triggers and indexes are the database's own.
     """
-    script = _FOR_TTL if ttl else ""
+    script = FOR_TTL if ttl else ""
     if quota and not counts_bytes(db):
-        script += _FOR_QUOTA
+        script += FOR_QUOTA
     statement = ""
     for line in script.splitlines():
         statement += f"{line}\n"
@@ -129,7 +87,7 @@ class SqliteFile:
     def __init__(self, path: Path, timeout_s: float) -> None:
         self._path = path
         self._database = Database(
-            *(path, "metadata", APPLICATION_ID, FORMAT_VERSION, _SCHEMA, _FAULTS),
+            *(path, "metadata", APPLICATION_ID, FORMAT_VERSION, SCHEMA, _FAULTS),
             optional=frozenset(["spaces"]),
         )
         self._is_damaged = False

@@ -6,22 +6,12 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import NamedTuple
 
 from hicache_core.storage.base import namespace_of
 from hicache_hf3fs.metadata import Slot, Wanted, Written, new_generation
+from hicache_hf3fs.sqlite_rows import FREE, LEAST_USED_FIRST, UNBIND, SlabRow
 
-UNBIND = "UPDATE slots SET key = NULL, generation = 0, pinned_until = NULL WHERE key IS NOT NULL "
-_FREE = "UPDATE slots SET held_until = 0, generation = 0 WHERE slab_id = ? AND number = ?"
 _EXPIRED_AT_ONCE = 1000
-
-
-class SlabRow(NamedTuple):
-    """A row of ``slabs``; slots from ``fresh`` to ``n_slots`` were never used."""
-
-    slab_id: int
-    n_slots: int
-    fresh: int
 
 
 class Room:
@@ -97,12 +87,12 @@ class Room:
         self.drop_expired([key])
         other = self._db.execute("SELECT nbytes FROM slots WHERE key = ?", (key,)).fetchone()
         if other == (nbytes,):  # somebody was faster; no reader has seen ours
-            self._db.execute(_FREE, place)
+            self._db.execute(FREE, place)
             return True
         if other is not None:
             self._db.execute(f"{UNBIND} AND key = ?", (key,))
         if not self._fit(namespace_of(key), nbytes):  # others have published since the reservation
-            self._db.execute(_FREE, place)
+            self._db.execute(FREE, place)
             return False
         self._db.execute(
             "UPDATE slots SET key = ?, namespace = ?, nbytes = ?, used_at = ?, held_until = 0 "
@@ -116,10 +106,9 @@ class Room:
         free = "SELECT number FROM slots WHERE slab_id = ? AND key IS NULL AND held_until <= ?"
         yield from (number for (number,) in self._db.execute(free, (slab.slab_id, self.now)))
         yield from range(slab.fresh, slab.n_slots)
-        # Of objects that came in one call the last goes first: without it the others are of use.
         oldest = (
             "SELECT number FROM slots WHERE slab_id = ? AND key IS NOT NULL AND used_at < ? "
-            "AND held_until <= ? ORDER BY pinned_until IS NOT NULL, used_at, number DESC"
+            f"AND held_until <= ? ORDER BY {LEAST_USED_FIRST}"
         )
         victims = self._db.execute(oldest, (slab.slab_id, self.now, self.now))
         yield from (number for (number,) in victims)
@@ -136,7 +125,7 @@ class Room:
         if excess > 0 and nbytes <= self.quota:
             oldest = self._db.execute(
                 "SELECT slab_id, number, nbytes FROM slots WHERE namespace = ? AND key IS NOT NULL "
-                "AND used_at < ? ORDER BY pinned_until IS NOT NULL, used_at, number DESC",
+                f"AND used_at < ? ORDER BY {LEAST_USED_FIRST}",
                 (namespace, self.now),
             )
             for slab_id, number, its_nbytes in oldest:

@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field, field_validator
 
 from hicache_core.storage.base import BackendConfig
-from hicache_core.storage.settings import Nbytes, Seconds, parse_nbytes
+from hicache_core.storage.settings import ConnectTimeout, Nbytes, Seconds, parse_nbytes
 
 NbytesOrNone = Annotated[int, BeforeValidator(parse_nbytes), Field(ge=0)]
 """A number of bytes, also as text with a unit; 0 is allowed."""
@@ -90,9 +90,7 @@ class MooncakeConfig(BackendConfig):
     preferred_segment: str | None = Field(
         default=None, description="segment (host:port) that new objects go to while it has room"
     )
-    connect_timeout_s: Seconds = Field(
-        default=1.0, description="limit for reaching the master's port"
-    )
+    connect_timeout_s: ConnectTimeout = 1.0
     setup_timeout_s: Seconds = Field(
         default=10.0, description="limit for the trial set-up, after which open() fails"
     )

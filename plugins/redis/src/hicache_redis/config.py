@@ -10,7 +10,7 @@ from redis.connection import parse_url
 
 from hicache_core.config.redact import masked_text
 from hicache_core.storage.base import BackendConfig
-from hicache_core.storage.settings import Nbytes, Seconds
+from hicache_core.storage.settings import ConnectTimeout, Nbytes, Seconds, TimeToLive
 
 DEFAULT_PORT = 6379
 DEFAULT_SENTINEL_PORT = 26379
@@ -95,12 +95,8 @@ class RedisConfig(BackendConfig):
     key_prefix: str = Field(
         default="hicache:", max_length=100, description="start of every key in the database"
     )
-    ttl_s: Seconds | None = Field(
-        default=None, description="objects are gone so long after they were written"
-    )
-    connect_timeout_s: Seconds = Field(
-        default=1.0, description="limit for establishing a connection"
-    )
+    ttl_s: TimeToLive = None
+    connect_timeout_s: ConnectTimeout = 1.0
     socket_timeout_s: Seconds = Field(
         default=1.0, description="limit for the server to send or take the next bytes"
     )

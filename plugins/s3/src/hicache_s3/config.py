@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from pydantic import ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from hicache_core.storage.base import BackendConfig
-from hicache_core.storage.settings import Nbytes, Seconds
+from hicache_core.storage.settings import ConnectTimeout, Nbytes, Seconds, TimeToLive
 
 MIN_PART_NBYTES = 5 * 2**20
 """S3 takes no smaller part of a multipart upload, except the last."""
@@ -57,7 +57,7 @@ class S3Config(BackendConfig):
     max_connections: int = Field(
         default=64, ge=1, le=1024, description="connections of this process at most"
     )
-    connect_timeout_s: Seconds = Field(default=2.0, description="limit for one connection")
+    connect_timeout_s: ConnectTimeout = 2.0
     read_timeout_s: Seconds = Field(
         default=5.0, description="limit for each wait for the server's next bytes"
     )
@@ -66,7 +66,7 @@ class S3Config(BackendConfig):
         ge=0,
         description="how long a request is tried again after SlowDown and other 5xx answers",
     )
-    ttl_s: Seconds | None = Field(
+    ttl_s: TimeToLive = Field(
         default=None,
         description="objects that were written so long ago are misses; a rule of the bucket "
         "removes them",
