@@ -24,8 +24,9 @@ LONGEST = (
 )
 """Files that take longest, in order: they start first, so that no worker ends with one of them."""
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, here and in child processes
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before torch is imported, here and in child processes: tiny models gain nothing from threads, and
+# lose a lot where other tests use the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

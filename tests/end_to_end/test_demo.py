@@ -113,7 +113,7 @@ def test_a_backend_that_forgets_at_a_restart_is_told(tiny_model: str, tmp_path: 
     assert document["summary"]["as_expected"] is False
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_smollm2_answers_the_same_from_every_tier(tmp_path: Path) -> None:
     """The demo itself, on real weights; only the answers are shorter."""
     process, document = run(tmp_path, "--max-new-tokens", "8")

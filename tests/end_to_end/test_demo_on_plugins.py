@@ -46,9 +46,9 @@ def posix_mount(directory: Path) -> Iterator[dict[str, Any]]:
     ("backend", "store"),
     [
         ("redis", redis_server),
-        ("s3", s3_server),
-        ("mooncake", mooncake_store),
-        ("hf3fs", posix_mount),
+        pytest.param("s3", s3_server, marks=pytest.mark.full),
+        pytest.param("mooncake", mooncake_store, marks=pytest.mark.full),
+        pytest.param("hf3fs", posix_mount, marks=pytest.mark.full),
     ],
 )
 def test_the_demo_runs_on_the_plugin(tmp_path: Path, backend: str, store: Any) -> None:

@@ -18,14 +18,6 @@ from .test_transformers_model import KNOWN, NEW_TOKENS, PROMPT, World, answer_of
 from .tiny_models import tiny_model
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 @pytest.fixture
 def cached() -> Iterator[CachedModel]:
     with ExitStack() as stack:

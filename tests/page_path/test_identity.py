@@ -27,14 +27,6 @@ from .test_transformers_model import KNOWN, PROMPT, World, ask, plain
 from .tiny_models import tiny_model
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 @pytest.fixture
 def world() -> Iterator[World]:
     with ExitStack() as stack:

@@ -60,12 +60,9 @@ class Lines:
 
 @pytest.fixture(autouse=True)
 def _set_up() -> Iterator[None]:
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     before = signal.signal(signal.SIGUSR1, stop)
     yield
     signal.signal(signal.SIGUSR1, before)
-    torch.set_num_threads(n_threads)
 
 
 def a_turn(cached: CachedModel, tokens: list[int]) -> None:

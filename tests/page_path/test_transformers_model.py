@@ -32,15 +32,6 @@ PAGE_SIZE = 4
 NEW_TOKENS = 6
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny models gain nothing from threads, and lose a lot where others use the cores."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 @pytest.fixture(params=sorted(ARCHITECTURES))
 def model(request: pytest.FixtureRequest) -> Any:
     return tiny_model(request.param)

