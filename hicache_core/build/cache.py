@@ -17,17 +17,21 @@ from hicache_core.controller.controller import Controller
 from hicache_core.controller.explain import Explanation
 from hicache_core.controller.jobs import JobTable
 from hicache_core.controller.parts import Clock, Parts
-from hicache_core.controller.policies import Policies
-from hicache_core.controller.prefetch_policy import (
+from hicache_core.controller.policies import (
     BestEffort,
+    FreeOnceStored,
+    HostRetention,
+    KeepOnHost,
+    Policies,
     PrefetchPolicy,
     Timeout,
     WaitComplete,
+    WriteBack,
+    WritePolicy,
+    WriteThrough,
 )
 from hicache_core.controller.quarantine import Quarantine
-from hicache_core.controller.retention import FreeOnceStored, HostRetention, KeepOnHost
 from hicache_core.controller.storage_tier import StorageTier
-from hicache_core.controller.write_policy import WriteBack, WritePolicy, WriteThrough
 from hicache_core.copies.open import open_transfer
 from hicache_core.errors import ConfigError, RankLost, SpecError
 from hicache_core.kv.keys import storage_namespace

@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
-from hicache_core.controller.audit import check_owners
+from hicache_core.controller.attachment import Attaching, Clearing
 from hicache_core.controller.evictor import Evictor
-from hicache_core.controller.explain import Explanation
+from hicache_core.controller.explain import Explanation, Hits
 from hicache_core.controller.load_back import LoadBackPath
 from hicache_core.controller.parts import Counters, Parts
 from hicache_core.controller.prefetch import PrefetchPath
-from hicache_core.controller.recording import Asked, record_match
-from hicache_core.controller.settling import Settling
 from hicache_core.controller.snapshot import take_snapshot
-from hicache_core.controller.storage_control import StorageControl
+from hicache_core.controller.storage_tier import StorageTier
 from hicache_core.controller.write_path import WritePath
-from hicache_core.errors import IntegrityError, PoolExhausted, RankLost, UseAfterClose
-from hicache_core.kv.keys import TOKEN_NBYTES, chain_seed, pack_tokens
+from hicache_core.errors import (
+    ConfigError,
+    IntegrityError,
+    PoolExhausted,
+    RankLost,
+    UseAfterClose,
+)
+from hicache_core.kv.keys import TOKEN_NBYTES, chain_seed, pack_tokens, page_digests
 from hicache_core.observe.snapshot import CacheSnapshot
 from hicache_core.process.owner import Owner
 from hicache_core.radix.node import Node
@@ -38,8 +42,14 @@ Tokens = bytes | Sequence[int]
 
 DEFAULT_NAMESPACE = Namespace()
 
+WAIT_S = 1.0
+"""No wait is longer, so that a deadline of a job is noticed soon after it has passed."""
 
-class Controller(StorageControl):
+RETRY_S = 0.01
+"""How long a wait is while other ranks keep this one waiting."""
+
+
+class Controller:
     """A prefix cache over device, host and storage, for one engine.
 
     Threads: every method is called by one thread, the engine's scheduler, which owns the tree, the
@@ -87,8 +97,7 @@ class Controller(StorageControl):
         if parts.storage is not None and parts.host is not None:
             parts.storage.when_lost = parts.tell_anew
             self._prefetch_path = PrefetchPath(parts, parts.storage, parts.host)
-        self._settling = Settling(parts, self._write_path, self._prefetch_path)
-        self._evictor = Evictor(parts, self._write_path, self._prefetch_path, self._settling.settle)
+        self._evictor = Evictor(parts, self._write_path, self._prefetch_path, self._settle)
         self._closed = False
         self.owner = Owner("this cache")
 
@@ -125,9 +134,39 @@ class Controller(StorageControl):
             n_prompt = len(packed) // TOKEN_NBYTES + n_behind
             counters.missed_tokens += n_prompt - match.n_tokens
             if request_id is not None:
-                asked = Asked(request_id, n_prompt, namespace)
-                record_match(self._parts, asked, packed, match)
+                self._record(request_id, packed, namespace, match, n_prompt)
         return match
+
+    def _record(
+        self, request_id: str, tokens: bytes, namespace: Namespace, match: Match, n_prompt: int
+    ) -> None:
+        """Tells the explainer where a request's packed ``tokens`` were found.
+
+        Args:
+            request_id: the request.
+            tokens: packed token ids that were looked up.
+            namespace: the request's.
+            match: what was found.
+            n_prompt: tokens of the whole prompt.
+        """
+        explainer, tree, page_size = self._parts.explainer, self._parts.tree, self._parts.page_size
+        if explainer is None:
+            return
+        page_nbytes = page_size * TOKEN_NBYTES
+        start = match.n_tokens * TOKEN_NBYTES
+        page = tokens[start : start + page_nbytes]
+        was_looked_up = bool(tokens) or n_prompt <= page_size
+
+        def missed_page() -> bytes:
+            return page_digests(page, page_size, tree.last_digest(match.node))
+
+        explainer.matched(
+            request_id,
+            Hits(match.n_device_tokens, match.n_host_tokens, n_prompt),
+            missed_page if len(page) == page_nbytes else None,
+            page_digests(tokens[:page_nbytes], page_size) if was_looked_up else None,
+            namespace,
+        )
 
     def explain(self, request_id: str) -> Explanation | None:
         """Where a request's tokens came from, and why not from the cache.
@@ -330,6 +369,62 @@ class Controller(StorageControl):
     def _reads_idle(self) -> bool:
         return self._prefetch_path is None or self._prefetch_path.idle
 
+    # Storage comes, goes and is emptied while requests run.
+
+    def attach_storage(self, name: str, settings: Mapping[str, object]) -> Attaching:
+        """Opens a storage backend while requests run, and takes it in place of the present one.
+
+        Returns at once; ``poll`` attaches the backend when it is open on all ranks. The one before
+        is drained and closed. A backend that cannot be used leaves everything as it is.
+
+        Args:
+            name: an installed plugin, ``chain`` or ``dynamic``.
+            settings: the backend's own.
+
+        Returns:
+            What tells whether it is ``done``, and its ``error``.
+
+        Raises:
+            ConfigError: this cache has no host tier.
+        """
+        self._check_open()
+        return self._storage_tier().attach(name, settings)
+
+    def detach_storage(self) -> None:
+        """Goes on without storage; what was accepted is still written, then the backend is closed.
+
+        Raises:
+            ConfigError: this cache has no host tier.
+        """
+        self._check_open()
+        self._storage_tier().detach()
+
+    def clear_storage(self) -> Clearing:
+        """Removes from the store what this cache, on all its ranks, has put there.
+
+        Returns at once. What is stored meanwhile may stay; from the end on, pages count as not
+        stored, and are offered again at their next use.
+
+        Returns:
+            What tells whether it is ``done``, the ``n_objects`` removed, and its ``error``.
+
+        Raises:
+            ConfigError: there is no backend, or it cannot be cleared.
+        """
+        self._check_open()
+        return self._storage_tier().clear()
+
+    @property
+    def storage_name(self) -> str | None:
+        """The attached backend; None without one."""
+        storage = self._parts.storage
+        return None if storage is None or storage.current is None else storage.current.name
+
+    def _storage_tier(self) -> StorageTier:
+        if self._parts.storage is None:
+            raise ConfigError("storage needs enable_hierarchical_cache: true")
+        return self._parts.storage
+
     # Time.
 
     def poll(self) -> None:
@@ -339,12 +434,43 @@ class Controller(StorageControl):
             RankLost: another rank died, or does not answer.
         """
         self.owner.check()
-        self._settling.settle()
+        self._settle()
+
+    def _settle(self, flag: int = 1) -> int:
+        """One ``poll``: enters the collective once; returns the least of the ranks' flags."""
+        parts = self._parts
+        parts.jobs.collect_copies()
+        if parts.storage is not None:
+            parts.storage.collect()
+        if self._prefetch_path is not None:
+            self._prefetch_path.tick()
+        agreement = parts.jobs.agree(flag)
+        for settle, n_pages in agreement.settled:
+            settle(n_pages)
+        if parts.storage is not None:
+            parts.storage.sweep()
+        return agreement.flag
 
     def wait(self, timeout_s: float) -> None:
-        """Waits, between two ``poll()``, until storage or a copy has news, or for ``timeout_s``."""
+        """Blocks until storage or a copy has finished something, for at most ``timeout_s``.
+
+        To be called between two ``poll()``. While reports of this rank wait for other ranks it
+        blocks for at most ``RETRY_S``.
+        """
         self.owner.check()
-        self._settling.wait(timeout_s)
+        self._wait(timeout_s)
+
+    def _wait(self, timeout_s: float, *, for_all: bool = False) -> None:
+        """As ``wait``; with ``for_all`` until all jobs that storage was given have ended."""
+        parts = self._parts
+        if parts.jobs.has_reports:
+            timeout_s = min(timeout_s, RETRY_S)
+        if parts.jobs.oldest_copy is not None:
+            parts.jobs.oldest_copy.wait(timeout_s)
+        elif parts.storage is not None and parts.storage.attachments:
+            parts.storage.wait(timeout_s, for_all=for_all)
+        else:  # nothing of this rank can finish; another rank's copy may, or a timer
+            parts.sleep(min(timeout_s, RETRY_S))
 
     def flush(self, timeout_s: float = 60.0) -> bool:
         """Waits until everything accepted so far is on the host and durable in storage.
@@ -353,7 +479,20 @@ class Controller(StorageControl):
             False if that took longer than ``timeout_s`` on any rank.
         """
         self._check_open()
-        return self._settling.drain(timeout_s)
+        return self._drain(timeout_s)
+
+    def _drain(self, timeout_s: float) -> bool:
+        """As ``flush``. Every rank enters the same number of collectives, whatever its clock."""
+        parts = self._parts
+        deadline = parts.clock() + timeout_s
+        in_time = self._settle(int(timeout_s > 0))
+        while in_time and not self._write_path.idle:
+            self._wait(min(max(deadline - parts.clock(), 0.0), WAIT_S), for_all=True)
+            in_time = self._settle(int(parts.clock() < deadline))
+        if not in_time or parts.storage is None:
+            return bool(in_time)
+        left_s = max(0.0, deadline - parts.clock())
+        return bool(self._settle(int(parts.storage.flush(left_s))))
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Drains writes for at most ``timeout_s``, then releases everything; may be called twice.
@@ -366,7 +505,7 @@ class Controller(StorageControl):
             return
         self.owner.check()
         try:
-            self._settling.drain(timeout_s)
+            self._drain(timeout_s)
         except RankLost as error:
             log.warning("closed without waiting for the other ranks: %s", error)
         self._closed = True
@@ -412,8 +551,31 @@ class Controller(StorageControl):
         return self._parts.page_size
 
     def check_integrity(self) -> None:
-        """Raises IntegrityError where an invariant fails; in time proportional to the cache."""
+        """Checks that every page of both pools is free or has an owner, and the tree's own rules.
+
+        For tests: takes time proportional to the cache. Owner thread.
+
+        Raises:
+            IntegrityError: names the rule that does not hold.
+        """
+        parts, tree = self._parts, self._parts.tree
+        tree.check_integrity()
+        parts.device.allocator.check_integrity()
+        n_device = parts.device.allocator.n_pages - parts.device.allocator.n_free
+        if tree.n_device_pages > n_device:
+            raise IntegrityError(
+                f"the tree holds {tree.n_device_pages} device pages, {n_device} are allocated"
+            )
+        if parts.host is None:
+            return
+        parts.host.allocator.check_integrity()
+        n_host = parts.host.allocator.n_pages - parts.host.allocator.n_free
+        n_quarantined = 0 if parts.storage is None else parts.storage.quarantine.n_pages
         n_orphaned = self._write_path.n_orphaned_pages
         if self._prefetch_path is not None:
             n_orphaned += self._prefetch_path.n_orphaned_pages
-        check_owners(self._parts, n_orphaned)
+        if tree.n_host_pages + n_quarantined + n_orphaned != n_host:
+            raise IntegrityError(
+                f"the tree holds {tree.n_host_pages} host pages, {n_quarantined} are in "
+                f"quarantine and {n_orphaned} being stored or read, but {n_host} are allocated"
+            )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from hicache_core.controller.parts import Parts
 from hicache_core.controller.prefetch import PrefetchPath
 from hicache_core.controller.write_path import WritePath
+from hicache_core.radix.node import Node
 from hicache_core.types import Tier
 
 
@@ -50,7 +51,7 @@ class Evictor:
         parts, tree = self._parts, self._parts.tree
         if not parts.policies.write.backs_up_before_eviction or parts.host is None:
             return 0
-        victim = tree.device_victim(n_pages, tree.may_leave_or_back_up)
+        victim = tree.device_victim(n_pages, Node.may_leave_or_back_up)
         if victim is None or victim.host_pages is not None:
             return 0
         if not parts.retention.wants(victim, parts.epoch) or not self._write_path.backup(victim):
@@ -60,7 +61,7 @@ class Evictor:
     def _drop_what_is_being_stored(self, n_pages: int) -> int:
         """Lets a node go whose only reason to stay is a store that has not ended; its pages."""
         parts = self._parts
-        victim = parts.tree.device_victim(n_pages, parts.tree.may_orphan)
+        victim = parts.tree.device_victim(n_pages, Node.is_idle_on_device_alone)
         if victim is None:
             return 0
         self._write_path.orphan_below(victim)

@@ -10,7 +10,7 @@ from hicache_core.controller.parts import Parts
 from hicache_core.copies.base import Ticket
 from hicache_core.errors import LoadFailed
 from hicache_core.observe.tracing import LOAD_BACK, SpanHandle
-from hicache_core.radix.node import Node
+from hicache_core.radix.node import Node, run_of
 from hicache_core.radix.results import Match
 from hicache_core.types import Tier
 
@@ -103,5 +103,5 @@ class LoadBackPath:
             parts.counters.load_back_tokens += load_back.n_pages * parts.page_size
             parts.timings.load_back_s.add(parts.clock() - load_back.started_s)
             if parts.journal is not None:
-                for node in parts.tree.run(load_back.node, load_back.n_pages):
+                for node in run_of(load_back.node, load_back.n_pages):
                     parts.tell_stored(Tier.DEVICE, node)

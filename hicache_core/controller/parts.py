@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from hicache_core.controller.explain import Explainer
 from hicache_core.controller.jobs import JobTable
-from hicache_core.controller.policies import Policies
-from hicache_core.controller.removals import RemovalCounts
-from hicache_core.controller.retention import NOWHERE, HostRetention, KeepOnHost
+from hicache_core.controller.policies import NOWHERE, HostRetention, KeepOnHost, Policies
 from hicache_core.controller.storage_tier import StorageTier
 from hicache_core.copies.base import Transfer
 from hicache_core.histogram import Distribution
 from hicache_core.observe.journal import Journal, PageRun
+from hicache_core.observe.snapshot import EvictedPages
 from hicache_core.observe.tracing import NoSpans, Spans
 from hicache_core.pools.device import DevicePool
 from hicache_core.pools.host import HostPool
@@ -85,6 +84,24 @@ class Timings:
 
     prefetch_wait_s: Distribution = field(default_factory=lambda: Distribution(WAIT_BOUNDS_S))
     load_back_s: Distribution = field(default_factory=lambda: Distribution(WAIT_BOUNDS_S))
+
+
+class RemovalCounts:
+    """Counts pages that leave a tier, by cause. The owner thread counts; any thread may read."""
+
+    def __init__(self) -> None:
+        """Starts at zero."""
+        self._counts: dict[tuple[Tier, str], int] = {}
+
+    def add(self, tier: Tier, cause: str, n_pages: int) -> None:
+        """Counts ``n_pages`` that left ``tier``; ``cause`` is one word, such as ``evicted``."""
+        key = (tier, cause)
+        self._counts[key] = self._counts.get(key, 0) + n_pages
+
+    def evicted_pages(self) -> Sequence[EvictedPages]:
+        """The pages that have left so far."""
+        counts = dict(self._counts)  # one step, so that it may grow meanwhile
+        return [EvictedPages(tier.value, cause, n) for (tier, cause), n in counts.items()]
 
 
 @dataclass(frozen=True)
@@ -222,4 +239,4 @@ class Parts:
             assert above.parent is not None
             seed = above.parent.key
         parent = self.tree.last_digest(node.parent)
-        return PageRun(parent, digests, node.tokens, seed, stored=node.stored_in > 0)
+        return PageRun(parent, digests, node.tokens, seed, stored=bool(node.stored_in))

@@ -13,6 +13,7 @@ from hicache_core.controller.storage_tier import StorageTier
 from hicache_core.kv.keys import TOKEN_NBYTES, PageKeys
 from hicache_core.observe.tracing import PREFETCH
 from hicache_core.pools.host import HostPool
+from hicache_core.radix.node import adopt_digests
 from hicache_core.types import ExistsJob, JobResult, ReadJob, Tier
 
 
@@ -259,7 +260,7 @@ class PrefetchPath:
             prefetch.node = parts.tree.insert_host(match.node, tokens, host_pages)
             assert prefetch.node is not None  # what is pending was waited for
             digests = keys[: len(host_pages)].digests
-            parts.tree.adopt_digests(prefetch.node, len(host_pages), digests)
+            adopt_digests(prefetch.node, len(host_pages), digests)
             prefetch.first_page, prefetch.n_pending = start, len(host_pages)
             prefetch.read_at_s = parts.clock()
             self._reading.append(prefetch)

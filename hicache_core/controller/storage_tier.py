@@ -8,8 +8,13 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from hicache_core.controller.attachment import Attaching, Attachment, OpenStorage
-from hicache_core.controller.clearing import ANY_COUNT, Clearing
+from hicache_core.controller.attachment import (
+    ANY_COUNT,
+    Attaching,
+    Attachment,
+    Clearing,
+    OpenStorage,
+)
 from hicache_core.controller.jobs import JobTable
 from hicache_core.controller.quarantine import Quarantine
 from hicache_core.errors import ConfigError

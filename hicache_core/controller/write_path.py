@@ -12,7 +12,14 @@ from hicache_core.controller.received import ReceivedPages
 from hicache_core.kv.keys import DIGEST_NBYTES, TOKEN_NBYTES, PageKeys
 from hicache_core.observe.journal import PageRun
 from hicache_core.observe.tracing import BACKUP, SpanHandle
-from hicache_core.radix.node import ASKED, RECEIVED, Node, path_to_root
+from hicache_core.radix.node import (
+    Node,
+    Received,
+    adopt_digests,
+    path_to,
+    path_to_root,
+    run_of,
+)
 from hicache_core.types import Tier, WriteJob
 
 log = logging.getLogger(__name__)
@@ -45,13 +52,13 @@ class WritePath:
 
     def consider(self, node: Node) -> None:
         """Backs up, or stores, what the policy wants of the path from the root to ``node``."""
-        tree, policy = self._parts.tree, self._parts.policies.write
+        policy = self._parts.policies.write
         storage = self._attached()
         epoch = self._parts.epoch
-        for part in tree.path(node):
-            if part.stored_in == RECEIVED and storage is not None:
+        for part in path_to(node):
+            if part.received is Received.UNCHECKED and storage is not None:
                 self.received.ask(node, storage)
-            if part.stored_in == ASKED:
+            if part.received is Received.CHECKING:
                 continue  # it is considered again when the answer has come
             if part.host_pages is None:
                 n_uses = 1 + part.hit_count  # who computed it, and who matched it
@@ -96,7 +103,7 @@ class WritePath:
         if n_valid == n_pages:
             parts.counters.backup_tokens += n_pages * parts.page_size
             storage = self._attached()
-            for part in parts.tree.run(node, n_pages):
+            for part in run_of(node, n_pages):
                 parts.tell_stored(Tier.HOST, part)
                 if storage is not None and part.stored_in != storage.epoch:
                     self._store(part, storage)
@@ -115,7 +122,8 @@ class WritePath:
         parent = parts.tree.last_digest(node.parent)
         keys = PageKeys(storage.namespace, node.tokens, parts.page_size, parent)
         store = _Store(node, keys, storage, parent)
-        node.stored_in = storage.epoch  # from now on; taken back if storage does not take all of it
+        # From now on, and taken back if storage does not take all of it.
+        node.stored_in, node.received = storage.epoch, Received.NO
         parts.tree.lock_host(node, node.n_pages)
         self._stores.append(store)
         pages, object_nbytes = parts.host.pages(node.host_pages), parts.host.object_nbytes
@@ -145,13 +153,13 @@ class WritePath:
             parts.host.allocator.free(store.orphans)
             return
         parts.tree.unlock_host(store.node, store.n_pages)
-        parts.tree.adopt_digests(store.node, store.n_pages, store.keys.digests)
+        adopt_digests(store.node, store.n_pages, store.keys.digests)
         if store.n_leading < store.n_pages:
             log.debug("storage did not take all of %d pages; the next use tries again", n_pages)
-            for part in parts.tree.run(store.node, store.n_pages):
+            for part in run_of(store.node, store.n_pages):
                 if part.stored_in == store.storage.epoch:
                     part.stored_in = 0
-        for spare in parts.retention.spare(parts.tree, store.node, parts.epoch):
+        for spare in parts.retention.spare(store.node, parts.epoch):
             parts.drop_host(spare, "stored")
 
     def _tell_stored(self, store: _Store) -> None:
@@ -179,7 +187,7 @@ class WritePath:
                 continue
             store.orphans = array("i")
             parts.tree.unlock_host(store.node, store.n_pages)
-            for part in parts.tree.run(store.node, store.n_pages):
+            for part in run_of(store.node, store.n_pages):
                 assert part.host_pages is not None
                 store.orphans.extend(part.host_pages)
             self.n_orphaned_pages += len(store.orphans)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from array import array
 from collections.abc import Iterator
 
@@ -11,11 +12,13 @@ from hicache_core.kv.keys import DIGEST_NBYTES, page_digests
 # Up to here one comparison of the whole node pays, though a bisection may have to follow.
 _ONE_COMPARE_NBYTES = 32768
 
-RECEIVED = -1
-"""``Node.stored_in`` of pages that another node computed, and may have stored."""
 
-ASKED = -2
-"""Likewise, and storage is being asked whether it has them."""
+class Received(enum.Enum):
+    """Whether pages came from another server, which may have stored them."""
+
+    NO = "no"  # computed here, or storage has said whether it has them
+    UNCHECKED = "unchecked"  # storage is to be asked before they are written
+    CHECKING = "checking"  # storage is being asked
 
 
 class Node:
@@ -40,8 +43,9 @@ class Node:
         lock_count: locks on this node or below it.
         host_lock_count: host locks on this node or below it.
         n_host_readers: copies and stores under way that read ``host_pages``.
-        stored_in: number of the storage attachment that has, or is being given, its pages;
-            else 0, ``RECEIVED`` or ``ASKED``.
+        stored_in: number of the storage attachment that has, or is being given, its pages; 0 for
+            none.
+        received: whether its pages came from another server.
         hit_count: matches that went through this node.
         priority: the highest that was inserted here or below.
         digests: page digests, 32 bytes each, packed; None until somebody asked.
@@ -65,6 +69,7 @@ class Node:
         "n_pages",
         "parent",
         "priority",
+        "received",
         "stored_in",
         "tokens",
     )
@@ -88,6 +93,7 @@ class Node:
         self.host_lock_count = 0
         self.n_host_readers = 0
         self.stored_in = 0
+        self.received = Received.NO
         self.hit_count = 0
         self.priority = 0
         self.digests: bytes | None = None
@@ -113,6 +119,52 @@ class Node:
     def in_tree(self) -> bool:
         """It is a root or hangs below one."""
         return self.parent is not None or self.n_pages == 0
+
+    # What may be dropped. The rules follow from the node's own copies, locks and children.
+
+    def may_drop_device(self) -> bool:
+        """Nothing below the node is on the device, and no lock keeps its device pages."""
+        return (
+            self.device_pages is not None
+            and self.lock_count == 0
+            and self.n_device_children == 0
+            and (self.host_lock_count == 0 or self.on_host)
+        )
+
+    def may_drop_host(self) -> bool:
+        """Nothing below the node has host pages, and no lock keeps its own."""
+        return (
+            self.on_host
+            and self.host_lock_count == 0
+            and self.n_host_children == 0
+            and (self.lock_count == 0 or self.on_device)
+        )
+
+    def may_spare_host(self) -> bool:
+        """As ``may_drop_host``, or the device has the pages too and nobody reads the host's.
+
+        Nodes below may have host pages then: they keep their place as long as the node has device
+        pages.
+        """
+        is_spare = self.on_host and self.on_device and self.n_host_readers == 0
+        return is_spare or self.may_drop_host()
+
+    def is_idle_on_device_alone(self) -> bool:
+        """Only the device has the pages, no lock keeps them, and nothing below is on the device.
+
+        Such a node may leave the device once the host has done its part: taken a copy, or let go
+        of pages below the node that are being stored.
+        """
+        return (
+            self.device_pages is not None
+            and self.host_pages is None
+            and self.lock_count == 0
+            and self.n_device_children == 0
+        )
+
+    def may_leave_or_back_up(self) -> bool:
+        """The node may leave the device now, or once its pages were copied to the host."""
+        return self.may_drop_device() or self.is_idle_on_device_alone()
 
     def __repr__(self) -> str:
         """Position and copies, for messages."""
@@ -143,6 +195,45 @@ def path_to_root(node: Node) -> Iterator[Node]:
         at = at.parent
 
 
+def run_of(node: Node, n_pages: int) -> list[Node]:
+    """The nodes that make up exactly the ``n_pages`` that end at ``node``, top to bottom.
+
+    Raises:
+        IntegrityError: the run starts inside a node or before the root.
+    """
+    require_in_tree(node)
+    members: list[Node] = []
+    missing = n_pages
+    for at in path_to_root(node):
+        if missing <= 0:
+            break
+        members.append(at)
+        missing -= at.n_pages
+    if missing:
+        raise IntegrityError(f"no run of {n_pages} pages ends at {node}")
+    members.reverse()
+    return members
+
+
+def pending_run(node: Node, n_pages: int, n_arrived: int) -> list[Node]:
+    """As ``run_of``, of host pages that are all pending, of which ``n_arrived`` have come.
+
+    Raises:
+        IntegrityError: they are not all pending, or ``n_arrived`` is no part of ``n_pages``.
+    """
+    if not 0 <= n_arrived <= n_pages:
+        raise IntegrityError(f"{n_arrived} pages arrived of a run of {n_pages}")
+    members = run_of(node, n_pages)
+    if not all(member.host_pending for member in members):
+        raise IntegrityError(f"some of the {n_pages} host pages up to {node} are not pending")
+    return members
+
+
+def path_to(node: Node) -> list[Node]:
+    """The nodes from the first page down to ``node``, without the root."""
+    return list(path_to_root(node))[::-1]
+
+
 def descendants(node: Node) -> Iterator[Node]:
     """All nodes below ``node``, parents before children. The tree must not change meanwhile."""
     stack = list(node.children.values())
@@ -167,6 +258,22 @@ def node_digests(node: Node, page_size: int) -> bytes:
         at.digests = page_digests(bytes(at.tokens), page_size, last)
         last = at.digests[-DIGEST_NBYTES:]
     return node.digests or b""
+
+
+def adopt_digests(node: Node, n_pages: int, digests: bytes) -> None:
+    """Keep the page digests of a run, which were computed elsewhere.
+
+    Args:
+        node: the end of the run.
+        n_pages: pages of the run.
+        digests: 32 bytes for each page, packed.
+    """
+    start = 0
+    for member in run_of(node, n_pages):
+        stop = start + member.n_pages * DIGEST_NBYTES
+        if member.digests is None:
+            member.digests = digests[start:stop]
+        start = stop
 
 
 def keep_tokens(tokens: bytes | memoryview) -> bytes | memoryview:
@@ -238,7 +345,7 @@ def split_node(node: Node, at: int, page_nbytes: int) -> Node:
     upper.n_host_children = int(node.host_pages is not None)
     upper.lock_count, upper.host_lock_count = node.lock_count, node.host_lock_count
     upper.n_host_readers = node.n_host_readers
-    upper.stored_in = node.stored_in
+    upper.stored_in, upper.received = node.stored_in, node.received
     upper.hit_count, upper.priority = node.hit_count, node.priority
     if node.digests is not None:
         upper.digests = node.digests[: at * DIGEST_NBYTES]

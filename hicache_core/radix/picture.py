@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 
-from hicache_core.radix.core import TreeCore
 from hicache_core.radix.node import Node, path_to_root
+from hicache_core.radix.tree import RadixTree
 
 MAX_VISITED = 20_000
 MAX_SHOWN = 300
@@ -56,14 +56,14 @@ class TreePicture:
 
 
 def take_picture(
-    tree: TreeCore, *, max_shown: int = MAX_SHOWN, max_visited: int = MAX_VISITED
+    tree: RadixTree, *, max_shown: int = MAX_SHOWN, max_visited: int = MAX_VISITED
 ) -> TreePicture:
     """Looks at the tree. Owner thread; some ten milliseconds for the most nodes it visits.
 
     Half of ``max_shown`` go to the nodes with the most tokens in and below them, half to those with
     the most hits; what is above such a node is shown with it, so there may be some more.
     """
-    visited = _visit(tree._roots.values(), max_visited)
+    visited = _visit(tree.roots, max_visited)
     shown = _choose(visited, max_shown)
     below: Counter[Node] = Counter()
     hidden: Counter[Node] = Counter()
