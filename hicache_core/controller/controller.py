@@ -537,6 +537,15 @@ class Controller:
     # Looking.
 
     @property
+    def parts(self) -> Parts:
+        """What the cache is made of, for tests and tools that look inside.
+
+        An engine needs none of it. The parts belong to the owner thread; whoever changes one may
+        break the cache.
+        """
+        return self._parts
+
+    @property
     def counters(self) -> Counters:
         """What happened since the start."""
         return self._parts.counters

@@ -168,16 +168,6 @@ class StorageTier:
         """The attached backend, if any, and those that are being drained."""
         return [*([] if self.current is None else [self.current]), *self._draining]
 
-    @property
-    def n_overdue(self) -> int:
-        """Calls of this rank that were given up and have not ended."""
-        return len(self._overdue)
-
-    @property
-    def is_draining(self) -> bool:
-        """Whether a detached backend has not been closed, or an attached one is being opened."""
-        return bool(self._draining or self._opening)
-
     def _cleared(self, clearing: Clearing, reported: int) -> None:
         """Once all ranks have ended, no page counts as stored: the backend gets a new number."""
         clearing.settle(reported)

@@ -19,7 +19,7 @@ Snapshot = list[tuple[object, ...]]
 def check_rank(engine: Engine, workers: Sequence[SimWorker], ledger: Ledger) -> None:
     """Everything that one rank alone can tell."""
     engine.cache.check_integrity()
-    nodes = engine.cache._parts.tree.nodes()
+    nodes = engine.cache.parts.tree.nodes()
     ledger.check(engine.cache, nodes)
     check_device_owners(engine, nodes)
     check_questions(engine.cache, nodes)
@@ -37,7 +37,7 @@ def check_questions(cache: Controller, nodes: Sequence[Node]) -> None:
 
 def check_device_owners(engine: Engine, nodes: Sequence[Node]) -> None:
     """free + cached + held = total, and no device page has two owners."""
-    tree = engine.cache._parts.tree
+    tree = engine.cache.parts.tree
     owned = [page for node in nodes for page in node.device_pages or ()]
     owned += [page for pages in tree._residency.doomed.values() for page in pages]
     owned += engine.held_pages()
@@ -54,7 +54,7 @@ def check_device_owners(engine: Engine, nodes: Sequence[Node]) -> None:
 
 def check_named_pages(cache: Controller, workers: Sequence[SimWorker]) -> None:
     """Bytes that an unfinished job names are not free, and no two jobs fill the same bytes."""
-    host = cache._parts.host
+    host = cache.parts.host
     if host is None:
         return
     free = set(host.allocator._free)
@@ -107,7 +107,7 @@ def snapshot(cache: Controller) -> Snapshot:
             node.stored_in,
             node.received.value,
         )
-        for node in cache._parts.tree.nodes()
+        for node in cache.parts.tree.nodes()
     )
 
 

@@ -36,7 +36,7 @@ class Ledger(Journal):
     def check(self, cache: Controller, nodes: list[Node]) -> None:
         """Holds against the tree: exact for device and host; of what storage is believed to have,
         everything was told."""
-        tree, storage = cache._parts.tree, cache._parts.storage
+        tree, storage = cache.parts.tree, cache.parts.storage
         device: list[bytes] = []
         host: list[bytes] = []
         stored: list[bytes] = []
