@@ -12,6 +12,7 @@ from hicache_core.controller.jobs import JobTable
 from hicache_core.controller.policies import NOWHERE, HostRetention, KeepOnHost, Policies
 from hicache_core.controller.storage_tier import StorageTier
 from hicache_core.copies.base import Transfer
+from hicache_core.errors import IntegrityError
 from hicache_core.histogram import Distribution
 from hicache_core.observe.journal import Journal, PageRun
 from hicache_core.observe.snapshot import EvictedPages
@@ -202,6 +203,37 @@ class Parts:
             self.counters.evicted_host_pages += len(dropped.host_pages)
         self.counters.evicted_device_pages += len(dropped.device_pages)
         return len(dropped.device_pages)
+
+    def check_integrity(self, n_orphaned: int) -> None:
+        """Checks tree and pools, and that every page is free or has an owner; slow, for tests.
+
+        Args:
+            n_orphaned: host pages that belong to stores and reads, and to the tree no more.
+
+        Raises:
+            IntegrityError: says what does not add up.
+        """
+        self.tree.check_integrity()
+        allocator = self.device.allocator
+        allocator.check_integrity()
+        n_allocated = allocator.n_pages - allocator.n_free
+        if self.tree.n_device_pages > n_allocated:
+            raise IntegrityError(
+                f"the tree holds {self.tree.n_device_pages} device pages, but {n_allocated} are "
+                "allocated"
+            )
+        if self.host is None:
+            return
+        allocator = self.host.allocator
+        allocator.check_integrity()
+        n_allocated = allocator.n_pages - allocator.n_free
+        n_quarantined = 0 if self.storage is None else self.storage.quarantine.n_pages
+        if self.tree.n_host_pages + n_quarantined + n_orphaned != n_allocated:
+            raise IntegrityError(
+                f"the tree holds {self.tree.n_host_pages} host pages, {n_quarantined} are in "
+                f"quarantine and {n_orphaned} are being stored or read, but {n_allocated} are "
+                "allocated"
+            )
 
     def tell_namespace(self, seed: bytes, namespace: Namespace) -> None:
         """Tells the journal what the seed of runs that follow stands for."""

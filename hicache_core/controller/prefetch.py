@@ -6,7 +6,7 @@ from array import array
 from functools import partial
 from math import inf
 
-from hicache_core.controller.admission import Offer
+from hicache_core.controller.admission import PrefetchCandidate
 from hicache_core.controller.parts import Parts
 from hicache_core.controller.prefetch_record import Batch, Prefetch, Shortfall, shortfall_of
 from hicache_core.controller.storage_tier import StorageTier
@@ -182,16 +182,16 @@ class PrefetchPath:
         tail = self._tokens_of(prefetch, first_page, prefetch.n_pages)
         keys = PageKeys(prefetch.storage.namespace, tail, parts.page_size, parent)
         job_id = parts.jobs.add(partial(self._answered, prefetch, first_page, keys))
-        if not prefetch.storage.admission.is_worth_asking(self._offer(prefetch, len(keys))):
+        if not prefetch.storage.admission.is_worth_asking(self._candidate(prefetch, len(keys))):
             prefetch.falls_short(Shortfall("declined", "to compute is expected to be faster"))
             parts.jobs.report(job_id, 0)
             return
         judge = partial(self._judge_answer, prefetch)
         self._storage.submit(prefetch.storage, ExistsJob(job_id, keys), judge)
 
-    def _offer(self, prefetch: Prefetch, n_found: int) -> Offer:
+    def _candidate(self, prefetch: Prefetch, n_found: int) -> PrefetchCandidate:
         parts = self._parts
-        return Offer(
+        return PrefetchCandidate(
             request_id=prefetch.request_id,
             n_found=n_found,
             n_missing_tokens=prefetch.n_asked_tokens,
@@ -224,7 +224,7 @@ class PrefetchPath:
             if n_found:
                 prefetch.falls_short(Shortfall("below_threshold", f"storage has {n_found} pages"))
             return 0
-        n_wanted = admission.admit(self._offer(prefetch, n_found))
+        n_wanted = admission.admit(self._candidate(prefetch, n_found))
         if n_wanted < n_found:
             detail = f"{n_wanted} of {n_found} pages are expected to pay"
             prefetch.falls_short(Shortfall("declined", detail))
