@@ -95,7 +95,7 @@ class Controller:
         self._load_back_path = LoadBackPath(parts)
         self._prefetch_path: PrefetchPath | None = None
         if parts.storage is not None and parts.host is not None:
-            parts.storage.when_lost = parts.tell_anew
+            parts.storage.when_lost = parts.tell_everything_again
             self._prefetch_path = PrefetchPath(parts, parts.storage, parts.host)
         self._evictor = Evictor(parts, self._write_path, self._prefetch_path, self._settle)
         self._closed = False

@@ -15,29 +15,29 @@ from hicache_core.types import ExistsJob, JobResult, Tier
 class ReceivedPages:
     """Asks once which received pages storage has, so that only the others are written.
 
-    Nothing is locked meanwhile: a store that hangs keeps no page, and what has left until the
-    answer comes is not written. Owner thread only.
+    Nothing is locked meanwhile: a store that hangs keeps no page. Pages that leave before the
+    answer comes are not written. Owner thread only.
     """
 
     def __init__(self, parts: Parts, consider: Callable[[Node], None]) -> None:
-        """``consider`` is called with the end of each prefix whose answer has come."""
+        """Calls ``consider`` with the end of each prefix whose answer has come."""
         self._parts = parts
         self._consider = consider
         self._n_questions = 0
 
     @property
     def idle(self) -> bool:
-        """Whether no question is under way."""
+        """Whether every question was answered."""
         return not self._n_questions
 
     def mark(self, nodes: Sequence[Node]) -> None:
-        """``nodes`` have just got their pages, from another node."""
+        """Marks ``nodes``, which have just got pages from another server."""
         for node in nodes:
             if node.host_pages is None and node.stored_in != self._parts.epoch:
                 node.stored_in, node.received = 0, Received.UNCHECKED
 
     def ask(self, node: Node, storage: Attachment) -> None:
-        """Asks for the first run of received pages on the path to ``node``.
+        """Asks ``storage`` for the first run of received pages on the path to ``node``.
 
         ::
 
@@ -66,10 +66,15 @@ class ReceivedPages:
     def _answered(
         self, epoch: int, prefix: bytes, seed: bytes, keys: PageKeys, n_found: int
     ) -> None:
-        """Finds again what is left of ``prefix``, whose last pages were asked for by ``keys``.
+        """Marks which pages storage has, as far as they are still cached.
 
-        An answer counts for nothing when the storage that was asked, which ``epoch`` names, has
-        been detached or cleared since.
+        Args:
+            epoch: of the storage that was asked. If it was detached or cleared since, the answer
+                counts for nothing.
+            prefix: packed tokens up to the last page that was asked for.
+            seed: seed of the chain.
+            keys: of the pages that were asked for, the last of ``prefix``.
+            n_found: leading pages of them that storage has.
         """
         parts = self._parts
         self._n_questions -= 1
@@ -89,7 +94,7 @@ class ReceivedPages:
             self._consider(left)
 
     def _checking(self, node: Node, first_page: int) -> list[Node]:
-        """What waits for an answer on the path to ``node``, from ``first_page`` on."""
+        """Nodes on the path to ``node``, from ``first_page`` on, that wait for an answer."""
         return [
             at
             for at in path_to(node)

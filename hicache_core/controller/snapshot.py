@@ -1,4 +1,4 @@
-"""One look at the whole cache, as data: what metrics and ``hicache status`` are made of."""
+"""Takes the snapshot of a cache that metrics and ``hicache status`` are made of."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ from hicache_core.radix.tree import RadixTree
 def take_snapshot(
     parts: Parts, write_path: WritePath, prefetch_path: PrefetchPath | None
 ) -> CacheSnapshot:
-    """Looks at the cache. Any thread may; nothing is locked, so numbers may be an instant apart."""
+    """Takes one look at the cache. Any thread; without a lock, so numbers may be an instant apart.
+
+    Args:
+        parts: of the cache.
+        write_path: what goes down.
+        prefetch_path: what comes from storage; None without storage.
+    """
     storage = parts.storage
     attachments = [] if storage is None else storage.attachments
     in_flight: Counter[str] = Counter()

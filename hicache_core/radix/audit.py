@@ -1,4 +1,4 @@
-"""Checks of a whole tree, for tests and for doubt: invariants, and the memory it takes."""
+"""Checks of a whole tree: its invariants, and the memory that it takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A node of the radix tree: a run of whole pages that share one parent."""
+"""A node of the radix tree: a run of whole pages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from hicache_core.errors import IntegrityError
 from hicache_core.kv.keys import DIGEST_NBYTES, page_digests
 
-# Up to here one comparison of the whole node pays, though a bisection may have to follow.
+# Up to this size one comparison of the whole node pays, even if a bisection has to follow.
 _ONE_COMPARE_NBYTES = 32768
 
 
@@ -22,33 +22,33 @@ class Received(enum.Enum):
 
 
 class Node:
-    """A run of pages below ``parent``. The tree changes it; everyone else only reads.
+    """A run of pages below ``parent``. The tree changes it; others only read.
 
     A root has no pages and no parent, and its ``key`` is the chain's seed. A node with pages but
-    without parent has left the tree.
+    no parent has left the tree.
 
     Attributes:
         parent: the node that holds the pages before.
         children: by the bytes of their first page.
         key: packed tokens of the first page (the seed, for a root).
-        tokens: packed tokens of all its pages; a view where it shares the caller's buffer.
+        tokens: packed tokens of all its pages; a view if it shares the caller's buffer.
         n_pages: pages in this node.
         depth_pages: pages before this node.
-        device_pages: page ids in the device pool, or None.
-        device_pending: a load_back into ``device_pages`` is in flight.
-        host_pages: page ids in the host pool, or None.
-        host_pending: a copy or read into ``host_pages`` is in flight.
+        device_pages: page ids in the device pool; None if the device does not have them.
+        device_pending: a load_back into ``device_pages`` has not settled.
+        host_pages: page ids in the host pool; None if the host does not have them.
+        host_pending: a copy or read into ``host_pages`` has not settled.
         n_device_children: children that have device pages.
         n_host_children: children that have host pages, pending ones too.
         lock_count: locks on this node or below it.
         host_lock_count: host locks on this node or below it.
-        n_host_readers: copies and stores under way that read ``host_pages``.
+        n_host_readers: unsettled copies and stores that read ``host_pages``.
         stored_in: number of the storage attachment that has, or is being given, its pages; 0 for
             none.
         received: whether its pages came from another server.
-        hit_count: matches that went through this node.
+        hit_count: matches of prefixes that end in this node or below.
         priority: the highest that was inserted here or below.
-        digests: page digests, 32 bytes each, packed; None until somebody asked.
+        digests: page digests, 32 bytes each, packed; None until they are computed.
     """
 
     __slots__ = (
@@ -100,7 +100,7 @@ class Node:
 
     @property
     def on_device(self) -> bool:
-        """It has device pages, be they still arriving."""
+        """It has device pages, which may still be arriving."""
         return self.device_pages is not None
 
     @property
@@ -110,14 +110,14 @@ class Node:
 
     @property
     def best_pages(self) -> array[int]:
-        """Its device pages, or the host pages of a node that only the host has."""
+        """Its device pages, or its host pages if the device does not have it."""
         pages = self.host_pages if self.device_pages is None else self.device_pages
         assert pages is not None
         return pages
 
     @property
     def in_tree(self) -> bool:
-        """It is a root or hangs below one."""
+        """It is a root or is below one."""
         return self.parent is not None or self.n_pages == 0
 
     # What may be dropped. The rules follow from the node's own copies, locks and children.
@@ -167,7 +167,7 @@ class Node:
         return self.may_drop_device() or self.is_idle_on_device_alone()
 
     def __repr__(self) -> str:
-        """Position and copies, for messages."""
+        """Position and tiers, for messages."""
         copies = [
             f"device{' pending' if self.device_pending else ''}" if self.on_device else "",
             f"host{' pending' if self.host_pending else ''}" if self.host_pages is not None else "",
@@ -178,7 +178,7 @@ class Node:
 
 
 def require_in_tree(node: Node) -> None:
-    """Refuse a handle that names nothing any more.
+    """Refuse a node that has left the tree.
 
     Raises:
         IntegrityError: the node has left the tree.
@@ -216,10 +216,15 @@ def run_of(node: Node, n_pages: int) -> list[Node]:
 
 
 def pending_run(node: Node, n_pages: int, n_arrived: int) -> list[Node]:
-    """As ``run_of``, of host pages that are all pending, of which ``n_arrived`` have come.
+    """The nodes of a run whose host pages are all pending.
+
+    Args:
+        node: the end of the run.
+        n_pages: pages of the run.
+        n_arrived: pages of it that have arrived.
 
     Raises:
-        IntegrityError: they are not all pending, or ``n_arrived`` is no part of ``n_pages``.
+        IntegrityError: they are not all pending, or ``n_arrived`` is more than ``n_pages``.
     """
     if not 0 <= n_arrived <= n_pages:
         raise IntegrityError(f"{n_arrived} pages arrived of a run of {n_pages}")
@@ -227,6 +232,20 @@ def pending_run(node: Node, n_pages: int, n_arrived: int) -> list[Node]:
     if not all(member.host_pending for member in members):
         raise IntegrityError(f"some of the {n_pages} host pages up to {node} are not pending")
     return members
+
+
+def loads_below(members: list[Node]) -> list[Node]:
+    """The nodes below a run whose load failed that have device pages; all are still loading.
+
+    Raises:
+        IntegrityError: one was inserted, although the load was not known to be good.
+    """
+    inside = set(members)
+    below = [at for at in descendants(members[0]) if at.on_device and at not in inside]
+    for at in below:
+        if not at.device_pending:
+            raise IntegrityError(f"{at} was inserted below a run whose load then failed")
+    return below
 
 
 def path_to(node: Node) -> list[Node]:
@@ -277,10 +296,10 @@ def adopt_digests(node: Node, n_pages: int, digests: bytes) -> None:
 
 
 def keep_tokens(tokens: bytes | memoryview) -> bytes | memoryview:
-    """What a node keeps of a buffer: a view if it needs most of it, else a copy.
+    """What a node keeps of a buffer: a view if it needs more than half of it, else a copy.
 
-    A view spares the page faults of fresh memory, and a node never keeps a buffer alive that is
-    twice as long as its own tokens. So no buffer is held by two nodes either.
+    A view saves the page faults of fresh memory. A node never keeps a buffer alive that is twice as
+    long as its own tokens, so no two nodes keep the same buffer.
     """
     if isinstance(tokens, bytes):
         return tokens
@@ -288,12 +307,20 @@ def keep_tokens(tokens: bytes | memoryview) -> bytes | memoryview:
 
 
 def equal_pages(child: Node, tokens: bytes, start: int, page_nbytes: int) -> int:
-    """Leading pages that ``child`` and ``tokens[start:]`` share; the first is known to be equal.
+    """Number of leading pages that ``child`` and ``tokens[start:]`` share.
+
+    Args:
+        child: a node whose first page is known to be equal.
+        tokens: packed tokens.
+        start: offset into ``tokens``, in bytes.
+        page_nbytes: bytes of a page's tokens.
+
+    It bisects::
 
         child  |  equal  |  equal  |? ? ? ? ? ? |   |
                0         lo        mid          hi
 
-    Each step compares only ``lo..mid``, so the bytes compared add up to one pass.
+    Each step compares only ``lo..mid``, so all steps together compare each byte once at most.
     """
     if len(child.tokens) <= _ONE_COMPARE_NBYTES and tokens.startswith(child.tokens, start):
         return child.n_pages
@@ -310,7 +337,7 @@ def equal_pages(child: Node, tokens: bytes, start: int, page_nbytes: int) -> int
 
 
 def cut(pages: array[int] | None, at: int) -> tuple[array[int] | None, array[int] | None]:
-    """Cut a node's page ids in two; the first half is the same array, shortened."""
+    """Cut page ids in two at index ``at``; the first part is the same array, shortened."""
     if pages is None:
         return None, None
     tail = pages[at:]
@@ -319,11 +346,16 @@ def cut(pages: array[int] | None, at: int) -> tuple[array[int] | None, array[int
 
 
 def split_node(node: Node, at: int, page_nbytes: int) -> Node:
-    """Put a new node above ``node`` that takes its first ``at`` pages; returns the new one.
+    """Put a new node above ``node`` that takes its first ``at`` pages; returns the new node.
 
     before:  parent - node[0..n]            after:  parent - upper[0..at] - node[at..n]
 
-    ``node`` stays the lower part, so whoever holds it still names the same last page.
+    ``node`` stays the lower part, so it still names the same last page to whoever holds it.
+
+    Args:
+        node: the node to split.
+        at: pages of the new node, more than 0 and fewer than ``node`` has.
+        page_nbytes: bytes of a page's tokens.
     """
     parent = node.parent
     assert parent is not None

@@ -18,7 +18,7 @@ class Residency:
 
     Attributes:
         device_order: the nodes on the device, in the order in which they would leave it.
-        host_order: likewise of the host.
+        host_order: the nodes on the host, in the order in which they would leave it.
         doomed: device pages of nodes below a failed load_back, which their own copies still write
             into, by node; the nodes have lost them already.
         n_host_pages: host pages of all nodes, pending ones too.
@@ -33,7 +33,7 @@ class Residency:
         Args:
             page_size: tokens a page.
             device_policy: makes the order in which nodes leave the device.
-            host_policy: likewise of the host.
+            host_policy: makes the order in which nodes leave the host.
         """
         device = TierView(page_size, attrgetter("n_device_children"))
         host = TierView(page_size, attrgetter("n_host_children"))
@@ -58,7 +58,7 @@ class Residency:
     # Pages.
 
     def gain_device(self, node: Node, pages: array[int]) -> None:
-        """Attach ``pages``, which the node now owns; the caller puts it into the order."""
+        """Give ``pages`` to a node that has none; the caller puts it into the order."""
         assert node.device_pages is None
         assert node.parent is not None
         node.device_pages = pages
@@ -68,6 +68,7 @@ class Residency:
             self.n_locked_device_pages += node.n_pages
 
     def lose_device(self, node: Node) -> array[int]:
+        """Take its device pages from a node; returns them."""
         assert node.device_pages is not None
         assert node.parent is not None
         pages, node.device_pages, node.device_pending = node.device_pages, None, False
@@ -79,7 +80,7 @@ class Residency:
         return pages
 
     def gain_host(self, node: Node, pages: array[int]) -> None:
-        """Attach ``pages`` as pending, which the node now owns."""
+        """Give ``pages`` to a node that has none; they are pending."""
         assert node.host_pages is None
         assert node.parent is not None
         node.host_pages, node.host_pending = pages, True
@@ -87,6 +88,7 @@ class Residency:
         self.n_host_pages += node.n_pages
 
     def lose_host(self, node: Node) -> array[int]:
+        """Take its host pages from a node; returns them."""
         assert node.host_pages is not None
         assert node.parent is not None
         pages, node.host_pages, node.host_pending = node.host_pages, None, False
@@ -96,7 +98,7 @@ class Residency:
         return pages
 
     def renew(self, node: Node, *, used: bool = False, inserted: bool = False) -> None:
-        """Tell the orders of both tiers of a path that was matched or inserted, deepest first."""
+        """Tell both orders that the path to ``node`` was matched (``used``) or inserted."""
         touch_device = self.device_order.touch(used=used, inserted=inserted)
         touch_host = self.host_order.touch(used=used, inserted=False)
         for at in path_to_root(node):
@@ -117,7 +119,7 @@ class Residency:
         return pages
 
     def split(self, upper: Node, node: Node) -> None:
-        """Know ``upper``, which was just split off ``node`` with the first of its pages."""
+        """Take in ``upper``, which was just split off ``node`` with its first pages."""
         self.device_order.split(upper, node)
         self.host_order.split(upper, node)
         if node in self.doomed:
@@ -133,10 +135,7 @@ class Residency:
     # Locks.
 
     def lock(self, node: Node) -> None:
-        """Keep the best copy of ``node`` and of all pages before it, until :meth:`unlock`.
-
-        Device pages stay on the device; pages that only the host has stay there.
-        """
+        """See ``RadixTree.lock``."""
         require_in_tree(node)
         for at in path_to_root(node):
             if at.lock_count == 0 and at.device_pages is not None:
@@ -144,11 +143,7 @@ class Residency:
             at.lock_count += 1
 
     def unlock(self, node: Node) -> None:
-        """Take back one :meth:`lock` of ``node``.
-
-        Raises:
-            IntegrityError: it is not locked.
-        """
+        """See ``RadixTree.unlock``."""
         require_in_tree(node)
         if node.n_pages and node.lock_count < 1:
             raise IntegrityError(f"unlock of {node}, which is not locked")
@@ -162,13 +157,7 @@ class Residency:
                     self.host_order.place(at)
 
     def lock_host(self, node: Node, n_pages: int) -> None:
-        """Keep the host pages of the run of ``n_pages`` that ends at ``node``.
-
-        The device copy may go meanwhile, except where it alone keeps a node above in the tree.
-
-        Raises:
-            IntegrityError: the run has no host pages, or starts inside a node.
-        """
+        """See ``RadixTree.lock_host``."""
         members = run_of(node, n_pages)
         for member in members:
             if member.host_pages is None:
@@ -179,7 +168,7 @@ class Residency:
             at.host_lock_count += 1
 
     def unlock_host(self, node: Node, n_pages: int) -> None:
-        """Take back one :meth:`lock_host` with the same arguments."""
+        """See ``RadixTree.unlock_host``."""
         members = run_of(node, n_pages)
         for member in members:
             if member.n_host_readers < 1:

@@ -1,7 +1,7 @@
 """The prefix index: which pages of KV are cached for a prefix of token ids, and in which tier.
 
-A radix tree over packed token ids whose edges end on page boundaries. Tokens are compared with
-memcmp, never one by one, and a lookup costs one hash of a page for each node on the way.
+A radix tree over packed token ids, whose nodes hold whole pages. It compares tokens with memcmp,
+never one by one, and a lookup hashes one page for each node on its way.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from hicache_core.radix.node import (
     descendants,
     equal_pages,
     keep_tokens,
+    loads_below,
     node_digests,
     path_to_root,
     pending_run,
@@ -30,7 +31,9 @@ from hicache_core.radix.results import Dropped, InsertResult, Match
 
 
 class RadixTree:
-    """The prefix index over both tiers; each seed (tenant, LoRA) has a tree of its own.
+    """The prefix index of device and host. Each seed (tenant, LoRA) has a tree of its own.
+
+    One thread, the owner, makes all calls.
 
     Example:
         >>> from array import array
@@ -49,8 +52,8 @@ class RadixTree:
 
         Args:
             page_size: tokens a page.
-            device_policy: which pages leave the device first.
-            host_policy: likewise the host.
+            device_policy: decides which pages leave the device first.
+            host_policy: decides which pages leave the host first.
 
         Raises:
             SpecError: ``page_size`` is less than 1.
@@ -65,22 +68,22 @@ class RadixTree:
 
     @property
     def n_nodes(self) -> int:
-        """Nodes, without the roots."""
+        """Number of nodes, without the roots."""
         return self._n_nodes
 
     @property
     def n_device_pages(self) -> int:
-        """Device pages that the tree owns, those of copies in flight too."""
+        """Number of device pages that the tree owns, including those of unsettled copies."""
         return self._residency.n_device_pages
 
     @property
     def n_host_pages(self) -> int:
-        """Host pages that the tree owns, pending ones too."""
+        """Number of host pages that the tree owns, including pending ones."""
         return self._residency.n_host_pages
 
     @property
     def n_evictable_device_pages(self) -> int:
-        """Device pages of nodes without a lock."""
+        """Number of device pages of nodes without a lock."""
         return self._residency.n_evictable_device_pages
 
     @property
@@ -100,9 +103,8 @@ class RadixTree:
         Args:
             tokens: packed token ids; a tail shorter than a page is ignored.
             seed: chain seed of the namespace.
-            touch: count as a use: recency and hits of the path, and a split where the match ends
-                inside a node, so that ``Match.node`` ends with the match. False only reads:
-                ``Match.node`` is then the deepest node that is matched whole.
+            touch: True counts as a use, for recency and hits, and splits the node in which the
+                match ends. False only reads: ``Match.node`` is the last that matches as a whole.
 
         Raises:
             InvalidTokens: ``tokens`` is not a whole number of tokens.
@@ -115,7 +117,7 @@ class RadixTree:
         return match
 
     def locate(self, tokens: bytes, seed: bytes = b"") -> Match:
-        """As :meth:`match`, with the split but without counting as a use: to insert below it."""
+        """As :meth:`match` with the split, but without counting as a use: to insert below it."""
         return self._walk(tokens, seed, split=True)
 
     def _walk(self, tokens: bytes, seed: bytes, *, split: bool) -> Match:
@@ -149,14 +151,14 @@ class RadixTree:
     ) -> InsertResult:
         """Record that ``device_pages`` hold the KV of ``tokens``.
 
-        Nodes that are on the device keep their pages, and the caller's come back as duplicates.
-        Nodes that only the host has, pending ones too, get the caller's. The rest is a new leaf.
+        Nodes on the device keep their pages, and the caller's come back as duplicates. Nodes that
+        only the host has, even pending ones, get the caller's pages. The rest becomes a new leaf.
 
         Args:
             tokens: packed token ids; a tail shorter than a page is ignored.
             device_pages: one id for each whole page of ``tokens``; copied.
             seed: chain seed of the namespace.
-            priority: for the priority policy; raises that of the whole path.
+            priority: for the priority policy; raises the priority of the whole path.
 
         Raises:
             InvalidTokens: ``tokens`` is not a whole number of tokens.
@@ -199,11 +201,11 @@ class RadixTree:
         return node_digests(node, self.page_size)
 
     def last_digest(self, node: Node) -> bytes:
-        """Digest of the last page of ``node``, which the next page chains; a root's seed."""
+        """Digest of the last page of ``node``, which the next page chains; of a root, its seed."""
         return self.digests(node)[-DIGEST_NBYTES:] if node.n_pages else node.key
 
     def split(self, node: Node, n_pages: int) -> Node:
-        """Cut ``node`` behind its first ``n_pages``; returns the new node that holds those.
+        """Cut ``node`` after its first ``n_pages``; returns the new node that holds those.
 
         Raises:
             IntegrityError: the cut is not inside the node.
@@ -218,7 +220,7 @@ class RadixTree:
     def lock(self, node: Node) -> None:
         """Keep the best copy of ``node`` and of all pages before it, until :meth:`unlock`.
 
-        Device pages stay on the device; pages that only the host has stay there. Locks are counted.
+        Pages that only the host has stay on the host. Locks are counted.
 
         Raises:
             IntegrityError: the node has left the tree.
@@ -252,10 +254,8 @@ class RadixTree:
         self._residency.unlock_host(node, n_pages)
 
     # -- copies in flight: backup, prefetch and load_back begin with attach, end with settle -----
-    #
-    # The pages are owned first and filled after: from attach to settle the run is locked and its
-    # new pages are pending. A run is named by its last node and its length, so splits in between
-    # are fine.
+    # From attach to settle the run is locked and its new pages are pending: owned first, filled
+    # after. Its last node and its length name a run, so nodes may be split in between.
 
     def insert_host(
         self, parent: Node, tokens: bytes | memoryview, host_pages: array[int]
@@ -268,8 +268,8 @@ class RadixTree:
             host_pages: one id for each page; the tree owns them now.
 
         Returns:
-            The leaf, or None (and nothing changed) where the tree has a child with this first page
-            by now: computed, or under way by another prefetch.
+            The leaf. None, and nothing has changed, if the tree already has a child with this first
+            page: it was computed, or another prefetch reads it.
 
         Raises:
             IntegrityError: the pages do not fit the tokens, or ``parent`` itself is still pending.
@@ -293,10 +293,11 @@ class RadixTree:
         return leaf
 
     def attach_host(self, node: Node, host_pages: array[int]) -> None:
-        """Backup begins: ``node`` gets pending host pages beside its device pages, and a lock.
+        """Backup begins: ``node`` gets pending host pages, and a lock.
 
         Raises:
-            IntegrityError: it has no arrived device pages, has host pages, or the count differs.
+            IntegrityError: its device pages have not arrived, it has host pages, or the number of
+                pages differs.
         """
         require_in_tree(node)
         if not node.on_device or node.device_pending or node.host_pages is not None:
@@ -309,8 +310,13 @@ class RadixTree:
     def commit_host(self, node: Node, n_pages: int, n_ready: int) -> list[Node]:
         """A part of a run has arrived: its first ``n_ready`` pages are hits from now on.
 
-        The run that ends at ``node`` stays locked; what is left of it, ``n_pages - n_ready`` pages,
-        is settled later (with 0 pages if nothing is left).
+        The run stays locked. Its other ``n_pages - n_ready`` pages are settled later, even if there
+        are none.
+
+        Args:
+            node: the end of the run.
+            n_pages: pages of the run that are pending.
+            n_ready: leading pages of them that have arrived.
 
         Returns:
             The nodes that became valid, top to bottom.
@@ -335,11 +341,11 @@ class RadixTree:
 
         Args:
             node: what :meth:`attach_host` was given or :meth:`insert_host` returned.
-            n_pages: the run's length, as it was at the beginning.
+            n_pages: pages of the run that are pending.
             n_valid: leading pages that arrived.
 
         Returns:
-            Host pages of the others, to be freed. Those without a device copy leave the tree.
+            Host pages of the others, to be freed. Nodes without device pages leave the tree.
 
         Raises:
             IntegrityError: the run is not pending, or ``n_valid`` is not within it.
@@ -365,11 +371,16 @@ class RadixTree:
     def attach_device(self, node: Node, n_pages: int, device_pages: array[int]) -> None:
         """load_back begins: the run of ``n_pages`` that ends at ``node`` gets device pages.
 
-        A match counts them as present at once, since readers wait for each layer. Until settled
-        the run is locked, and so are its host pages, which are being read.
+        A match finds them at once, since readers wait for each layer. Until it is settled the run
+        is locked, and so are its host pages, which are being read.
+
+        Args:
+            node: the end of the run.
+            n_pages: pages of the run.
+            device_pages: one id for each page; copied.
 
         Raises:
-            IntegrityError: the run is not one on the host alone, right below the device run.
+            IntegrityError: the run is not on the host alone, or its prefix is not on the device.
         """
         members = run_of(node, n_pages)
         if len(device_pages) != n_pages or not members:
@@ -390,20 +401,28 @@ class RadixTree:
         self._residency.renew(node, inserted=True)
 
     def settle_device(self, node: Node, n_pages: int, *, ok: bool) -> array[int]:
-        """load_back ends; if it failed, the device pages are detached and returned, to be freed.
+        """load_back ends. If it failed, the run loses its device pages.
 
-        Loads in flight below a failed run are worthless too: they are detached now, and their own
-        settle returns their pages whatever its ``ok``.
+        Loads below a failed run are worthless too: they lose their pages now, and their own settle
+        returns them, whatever its ``ok`` is.
+
+        Args:
+            node: the end of the run.
+            n_pages: pages of the run.
+            ok: whether the pages hold their KV.
+
+        Returns:
+            Device pages to be freed; none if all is well.
 
         Raises:
             IntegrityError: the run was not being loaded, or it failed and something was computed
-                on top of it, which nobody may insert before the load is known to be good.
+                from its pages and inserted, before the load was known to be good.
         """
         members = run_of(node, n_pages)
         doomed = [member for member in members if member in self._residency.doomed]
         if not doomed and not all(member.device_pending for member in members):
             raise IntegrityError(f"settle of {n_pages} pages up to {node}, which are not loading")
-        loading = [] if doomed or ok else self._loads_below(members)
+        loading = [] if doomed or ok else loads_below(members)
         self._residency.unlock_host(node, n_pages)
         self._residency.unlock(node)
         freed = array("i")
@@ -420,40 +439,31 @@ class RadixTree:
             self._residency.doom(below)
         return freed
 
-    def _loads_below(self, members: list[Node]) -> list[Node]:
-        """The nodes below a failed run that have device pages; all of them are still loading."""
-        inside = set(members)
-        below = [at for at in descendants(members[0]) if at.on_device and at not in inside]
-        for at in below:
-            if not at.device_pending:
-                raise IntegrityError(f"{at} was inserted below a run whose load then failed")
-        return below
-
     # -- eviction ----------------------------------------------------------------------------
 
     def device_victim(
         self, max_pages: int, may_leave: Callable[[Node], bool] | None = None
     ) -> Node | None:
-        """The node whose device pages go next, or None; it stays in the tree.
+        """The node whose device pages go next, or None. It stays in the tree.
 
         A longer node is split, so that its last ``max_pages`` go first.
 
         Args:
-            max_pages: pages of the victim at most.
+            max_pages: most pages of the victim.
             may_leave: which nodes count; ``Node.may_drop_device`` by default.
         """
         node = self._residency.device_order.victim(may_leave or Node.may_drop_device)
         return None if node is None else self._last_pages(node, max_pages)
 
     def host_victim(self, max_pages: int) -> Node | None:
-        """The node whose host pages go next, or None; else as :meth:`device_victim`."""
+        """The node whose host pages go next, or None; otherwise as :meth:`device_victim`."""
         node = self._residency.host_order.victim(Node.may_drop_host)
         return None if node is None else self._last_pages(node, max_pages)
 
     def drop_device(self, node: Node) -> Dropped:
         """Give up the device pages of ``node``.
 
-        Without host copy it leaves the tree, and all below it, which only the host has, too.
+        A node without host copy leaves the tree, with all below it, which only the host has.
 
         Raises:
             IntegrityError: ``Node.may_drop_device`` is False.
@@ -469,7 +479,7 @@ class RadixTree:
         return Dropped(device_pages, host_pages)
 
     def drop_host(self, node: Node) -> Dropped:
-        """Give up the host pages of ``node``; without device pages it leaves the tree.
+        """Give up the host pages of ``node``. Without device pages it leaves the tree.
 
         Raises:
             IntegrityError: ``Node.may_spare_host`` is False.
@@ -484,7 +494,7 @@ class RadixTree:
         return Dropped(array("i"), host_pages)
 
     def reset(self) -> Dropped:
-        """Forget everything; the pages of both tiers are returned, to be freed.
+        """Forget everything. Returns the pages of both tiers, to be freed.
 
         Raises:
             IntegrityError: something is locked or in flight.
@@ -504,13 +514,11 @@ class RadixTree:
             self._remove(node)
         return dropped
 
-    # -- audit -------------------------------------------------------------------------------
-
     def check_integrity(self) -> None:
-        """Check every invariant; walks the whole tree.
+        """Check every invariant. Walks the whole tree.
 
         Raises:
-            IntegrityError: one does not hold; the message says which and where.
+            IntegrityError: one does not hold; the message says which one and where.
         """
         nodes = check_nodes(self._roots, self._page_nbytes)
         if len(nodes) != self._n_nodes:
@@ -520,7 +528,7 @@ class RadixTree:
         check_residency(self._residency, nodes)
 
     def memory_nbytes(self) -> int:
-        """Bytes of Python memory that the tree keeps alive; walks the whole tree."""
+        """Bytes of Python memory that the tree keeps alive. Walks the whole tree."""
         return tree_nbytes(self._roots.values(), self._residency)
 
     # -- structure ---------------------------------------------------------------------------
@@ -534,7 +542,7 @@ class RadixTree:
         return len(tokens) - len(tokens) % self._page_nbytes
 
     def _root(self, seed: bytes) -> Node:
-        """The seed's root; it counts as the tree's only once it has a child."""
+        """The root of ``seed``; it belongs to the tree only once it has a child."""
         return self._roots.get(seed) or Node(None, seed, b"", 0)
 
     def _add_child(self, parent: Node, tokens: bytes | memoryview, n_pages: int) -> Node:
@@ -546,7 +554,7 @@ class RadixTree:
         return child
 
     def _split(self, node: Node, at: int) -> Node:
-        """Split off the first ``at`` pages of ``node`` as a new node above it; returns that."""
+        """Split off the first ``at`` pages of ``node`` as a new node above it; returns that one."""
         upper = split_node(node, at, self._page_nbytes)
         self._residency.split(upper, node)
         self._n_nodes += 1
@@ -564,7 +572,7 @@ class RadixTree:
             del self._roots[parent.key]
 
     def _remove_below(self, node: Node) -> array[int]:
-        """Remove all descendants of a node; they have host pages only, which are returned."""
+        """Remove all descendants of a node, which have host pages only; returns those."""
         freed = array("i")
         for below in reversed(list(descendants(node))):
             freed.extend(self._residency.lose_host(below))
