@@ -58,10 +58,10 @@ def rows(quick: bool) -> Iterator[Row]:
         yield _row(cache, "nothing in flight", repeat, number, None)
         for n in range(N_JOBS):  # each prefix is one write job
             cache.insert(pack_tokens([n] * PAGE_SIZE), cache.allocate(1))
-        while cache._write_path._n_backups:
+        while cache.snapshot().jobs_in_flight["copy"]:
             cache.wait(0.1)
             cache.poll()
-        n_in_flight = cache._parts.jobs.n_jobs
+        n_in_flight = sum(cache.snapshot().jobs_in_flight.values())
         assert n_in_flight >= N_JOBS, n_in_flight
         yield _row(cache, f"{n_in_flight} storage jobs in flight", repeat, number, "< 500 us")
         HeldBackend.gate.set()

@@ -83,8 +83,8 @@ class LeakWatch:
             self._wrong.append(f"at close: {error}")
         if n_locks := self._locks.pop(id(cache), 0):
             self._wrong.append(f"at close: {n_locks} locks were not taken back")
-        allocator = cache._parts.device.allocator
-        held = allocator.n_pages - allocator.n_free - cache._parts.tree.n_device_pages
+        allocator = cache.parts.device.allocator
+        held = allocator.n_pages - allocator.n_free - cache.parts.tree.n_device_pages
         if held:
             self._wrong.append(f"at close: {held} device pages were neither inserted nor freed")
 

@@ -17,17 +17,21 @@ from hicache_core.controller.controller import Controller
 from hicache_core.controller.explain import Explanation
 from hicache_core.controller.jobs import JobTable
 from hicache_core.controller.parts import Clock, Parts
-from hicache_core.controller.policies import Policies
-from hicache_core.controller.prefetch_policy import (
+from hicache_core.controller.policies import (
     BestEffort,
+    FreeOnceStored,
+    HostRetention,
+    KeepOnHost,
+    Policies,
     PrefetchPolicy,
     Timeout,
     WaitComplete,
+    WriteBack,
+    WritePolicy,
+    WriteThrough,
 )
 from hicache_core.controller.quarantine import Quarantine
-from hicache_core.controller.retention import FreeOnceStored, HostRetention, KeepOnHost
 from hicache_core.controller.storage_tier import StorageTier
-from hicache_core.controller.write_policy import WriteBack, WritePolicy, WriteThrough
 from hicache_core.copies.open import open_transfer
 from hicache_core.errors import ConfigError, RankLost, SpecError
 from hicache_core.kv.keys import storage_namespace
@@ -111,17 +115,19 @@ class HiCache(Controller):
             spec.identity(), in_force.page_size, in_force.hicache_mem_layout
         )
         holders = ranks.gather(namespace)
-        with contextlib.ExitStack() as undo, _together(ranks):
-            parts = _parts(in_force, device_pool, n_host_pages, ranks, undo)
-            parts = replace(parts, clock=clock, batch_pages=batch_pages)
-            if parts.host is not None:
-                opener = StorageOpener(in_force, parts.host, ranks, holders, clock)
-                parts = _with_storage(parts, in_force, opener, undo)
-            self._observers = Observers(in_force, clock, ranks.rank)
-            undo.callback(self._observers.close)
-            self._observers.open(self)  # before it is there, so that a failure leaves no half cache
-            super().__init__(self._observers.watching(parts))
-            self._observers.begin()
+        with contextlib.ExitStack() as undo:
+            with _together(ranks):
+                parts = _parts(in_force, device_pool, n_host_pages, ranks, undo)
+                parts = replace(parts, clock=clock, batch_pages=batch_pages)
+                if parts.host is not None:
+                    opener = StorageOpener(in_force, parts.host, ranks, holders, clock)
+                    parts = _with_storage(parts, in_force, opener, undo)
+                observers = Observers(in_force, clock, ranks.rank)
+                undo.callback(observers.close)
+                observers.open()
+            super().__init__(observers.watching(parts))
+            self._observers = observers
+            observers.begin(self)  # the cache is whole: nobody could see it before
             undo.pop_all()
 
     def poll(self) -> None:
@@ -133,6 +139,11 @@ class HiCache(Controller):
         """The largest and the most used nodes of the tree, as counts. Owner thread."""
         self.owner.check()
         return take_picture(self._parts.tree)
+
+    @property
+    def status_url(self) -> str | None:
+        """Where the status server answers, such as ``http://127.0.0.1:9477``; None without one."""
+        return self._observers.status_url
 
     def recent(self, limit: int) -> Sequence[Explanation]:
         """The records of the latest requests, newest first; may be called on any thread."""

@@ -57,6 +57,7 @@ class Observers:
         self._picture: Desk[TreePicture] = Desk()
         self._history: History | None = None
         self._server: StatusServer | None = None
+        self._cache: Controller | None = None
 
     def watching(self, parts: Parts) -> Parts:
         """The parts, with the observers attached."""
@@ -69,8 +70,8 @@ class Observers:
             spans=spans(enabled=self._config.hicache_tracing),
         )
 
-    def open(self, cache: Controller) -> None:
-        """Starts publishing, and takes the address of the status server.
+    def open(self) -> None:
+        """Starts publishing, and takes the address of the status server, which answers later.
 
         Raises:
             ConfigError: an address is taken.
@@ -80,13 +81,12 @@ class Observers:
         port = self._config.hicache_status_port
         if port is None:
             return
-
-        watch = Watch(lambda: cache.snapshot())  # noqa: PLW0108 - it is not made yet
+        watch = Watch(lambda: self._whole_cache().snapshot())
         history = History(watch)
         pages = StatusPages(
             watch,
             history,
-            _explain(cache),
+            self._explain,
             lambda limit: [explanation.as_dict() for explanation in self.recent(limit)],
             lambda: self._picture.ask(_PATIENCE_S),
             metrics=_metrics(watch, self._config.metrics_prefix),
@@ -97,8 +97,13 @@ class Observers:
         server.bind()
         self._server, self._history = server, history
 
-    def begin(self) -> None:
-        """Starts the status server and the sampling of the cache, which is complete now."""
+    def begin(self, cache: Controller) -> None:
+        """Starts the status server and the sampling of the cache.
+
+        Args:
+            cache: the cache, complete: other threads look at it from now on.
+        """
+        self._cache = cache
         if self._server is not None:
             self._server.open()
         if self._history is not None:
@@ -118,6 +123,14 @@ class Observers:
                 found = map(explainer.explain, explainer.request_ids[::-1][:limit])
                 return [explanation for explanation in found if explanation is not None]
         return []
+
+    def _whole_cache(self) -> Controller:
+        assert self._cache is not None, "nobody is answered before the cache is whole"
+        return self._cache
+
+    def _explain(self, request_id: str) -> Mapping[str, object] | None:
+        explanation = self._whole_cache().explain(request_id)
+        return None if explanation is None else explanation.as_dict()
 
     def complete(self, snapshot: CacheSnapshot) -> CacheSnapshot:
         """Adds what only the observers know to a snapshot of the cache."""
@@ -160,11 +173,3 @@ def _metrics(watch: Watch, prefix: str) -> Callable[[], bytes] | None:
         return text
 
     return exposition
-
-
-def _explain(cache: Controller) -> Callable[[str], Mapping[str, object] | None]:
-    def explain(request_id: str) -> Mapping[str, object] | None:
-        explanation = cache.explain(request_id)
-        return None if explanation is None else explanation.as_dict()
-
-    return explain

@@ -1,16 +1,20 @@
-"""Attachment: a storage backend that is attached, and one that is on its way to be."""
+"""A storage backend that is attached, one that is being opened, one that is being cleared."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 from hicache_core.controller.admission import Admission, AlwaysAdmit
 from hicache_core.errors import HiCacheError
 from hicache_core.observe.snapshot import BackendStatus
-from hicache_core.storage.base import Flushable, StorageBackend
+from hicache_core.storage.base import Clearable, Flushable, StorageBackend
 from hicache_core.storage.workers.executor import Worker
 from hicache_core.types import Job, Page
+
+ANY_COUNT = 2**31 - 1
+"""What a rank reports for the objects of another rank: the least counts, so the other's does."""
 
 
 @dataclass(slots=True, eq=False)
@@ -19,17 +23,17 @@ class Attachment:
 
     Attributes:
         name: of the backend, for messages.
-        backend: with all that stands around it.
-        worker: runs jobs on it.
+        backend: the outermost layer: seal, guard and chain are inside.
+        worker: runs jobs on the backend.
         namespace: prefix of every storage key.
-        is_writer: whether this rank writes; of ranks that hold the same bytes one does.
-        admission: how much of what storage has is loaded.
-        verdict: why the object under a key was refused when it was read last; None if it was not.
-        statuses: what is known of each store, the nearest first; no store is asked.
-        rejected: objects that were refused when read, by kind.
-        manifest: key and page of an object that says what the namespace stands for; None for none.
-        before_close: ends what else looks at the backend.
-        epoch: number of this attachment, from 1: what ``Node.stored_in`` names.
+        is_writer: whether this rank writes; of ranks that hold the same bytes, one does.
+        admission: decides how many of the pages that storage has are loaded.
+        verdict: why the object under a key was refused at its last read; None if it was not.
+        statuses: what is known of each store, the nearest first; asks no store.
+        rejected: how many objects were refused at a read, by kind.
+        manifest: key and page of an object that says what the namespace means; None for none.
+        before_close: called before the backend is closed.
+        epoch: number of this attachment, from 1, which ``Node.stored_in`` names.
     """
 
     name: str
@@ -50,11 +54,15 @@ class Attachment:
         self._flushable = self.backend if isinstance(self.backend, Flushable) else None
 
     def flush(self, timeout_s: float) -> bool:
-        """Waits until acknowledged writes have reached every store; False if time ran out."""
+        """Blocks until acknowledged writes have reached every store; False if time ran out."""
         return self._flushable is None or self._flushable.flush(timeout_s)
 
     def close(self, timeout_s: float) -> list[Job]:
-        """Ends the worker and the backend; the jobs that hang in it, and then it stays open."""
+        """Ends the worker within ``timeout_s``, then the backend.
+
+        Returns:
+            Jobs that hang in the backend. If there are any, it stays open.
+        """
         self.before_close()
         abandoned = self.worker.close(timeout_s)
         if not abandoned:
@@ -63,10 +71,10 @@ class Attachment:
 
 
 OpenStorage = Callable[[str, Mapping[str, object]], Attachment]
-"""Makes and opens the backend of that name with its own settings; may block; any thread.
+"""Makes and opens the backend of a name, with the backend's own settings. May block; any thread.
 
 Raises:
-    HiCacheError: it cannot be used, and nothing of it is left running.
+    HiCacheError: the backend cannot be used; nothing of it is left running.
 """
 
 
@@ -76,7 +84,7 @@ class Attaching:
 
     Attributes:
         name: of the backend.
-        done: it is attached, or failed; the owner thread sets it in ``poll``.
+        done: whether it is attached or has failed; ``poll`` sets it.
         error: why it failed; empty if it did not.
     """
 
@@ -87,7 +95,7 @@ class Attaching:
     _ended: bool = False
 
     def open(self, open_storage: OpenStorage, settings: Mapping[str, object]) -> None:
-        """Opens the backend; on whatever thread."""
+        """Opens the backend. Any thread."""
         try:
             self._opened = open_storage(self.name, settings)
         except HiCacheError as error:
@@ -96,5 +104,59 @@ class Attaching:
             self._ended = True
 
     def fail(self, error: RuntimeError) -> None:
-        """It could not even be tried."""
+        """Ends it because no thread could be started."""
         self.error, self._ended = str(error), True
+
+
+@dataclass(slots=True, eq=False)
+class Clearing:
+    """The removal of a cache's objects from its store, while requests run.
+
+    Attributes:
+        attachment: the backend, and this rank's namespace.
+        n_ranks_left: ranks that have not said yet how many objects they removed.
+        n_objects: removed by the ranks that have.
+        error: why a rank failed; empty if none did.
+    """
+
+    attachment: Attachment
+    n_ranks_left: int
+    n_objects: int = 0
+    error: str = ""
+    _reported: int = 0
+    _ended: bool = False
+
+    @property
+    def done(self) -> bool:
+        """Whether all ranks are done; changes in ``poll``."""
+        return self.n_ranks_left == 0
+
+    @property
+    def report(self) -> int | None:
+        """One more than this rank removed, 0 if it failed; None while it is at work."""
+        return self._reported if self._ended else None
+
+    def run(self) -> None:
+        """Removes this rank's objects, unless another rank writes them. Any thread."""
+        attachment = self.attachment
+        try:
+            n_objects = 0
+            if attachment.is_writer:
+                backend = cast(Clearable, attachment.backend)
+                n_objects = backend.clear(f"{attachment.namespace}/")
+            self._reported = 1 + n_objects
+        except HiCacheError as error:
+            self.error = str(error)
+        finally:
+            self._ended = True
+
+    def fail(self, error: RuntimeError) -> None:
+        """Ends it because no thread could be started."""
+        self.error, self._ended = str(error), True
+
+    def settle(self, reported: int) -> None:
+        """Counts what one rank has ``reported``."""
+        self.n_ranks_left -= 1
+        self.n_objects += max(0, reported - 1)
+        if reported == 0:
+            self.error = self.error or "a rank could not; its log says why"

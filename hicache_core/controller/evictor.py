@@ -1,4 +1,4 @@
-"""How the device gets free pages: what leaves, what is copied first, and what is waited for."""
+"""The evictor frees device pages: which leave, which are copied first, what it waits for."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Callable
 from hicache_core.controller.parts import Parts
 from hicache_core.controller.prefetch import PrefetchPath
 from hicache_core.controller.write_path import WritePath
+from hicache_core.radix.node import Node
 from hicache_core.types import Tier
 
 
 class Evictor:
-    """Frees device pages. Owner thread only; every rank decides alike."""
+    """Frees device pages. Owner thread only; all ranks decide alike."""
 
     def __init__(
         self,
@@ -20,7 +21,14 @@ class Evictor:
         prefetch_path: PrefetchPath | None,
         poll: Callable[[], object],
     ) -> None:
-        """Keeps its arguments; ``poll`` settles what has finished, on all ranks."""
+        """Makes the evictor of one cache.
+
+        Args:
+            parts: of the cache.
+            write_path: copies pages to the host before they leave.
+            prefetch_path: the reads from storage; None without storage.
+            poll: settles what has finished, on all ranks.
+        """
         self._parts = parts
         self._prefetch_path = prefetch_path
         self._write_path = write_path
@@ -46,11 +54,11 @@ class Evictor:
         return n_freed
 
     def _send_to_host(self, n_pages: int) -> int:
-        """Under write_back: starts to copy the next victim to the host; its pages, or 0."""
+        """Under write_back, starts to copy the next victim to the host; returns its pages, or 0."""
         parts, tree = self._parts, self._parts.tree
         if not parts.policies.write.backs_up_before_eviction or parts.host is None:
             return 0
-        victim = tree.device_victim(n_pages, tree.may_leave_or_back_up)
+        victim = tree.device_victim(n_pages, Node.may_leave_or_back_up)
         if victim is None or victim.host_pages is not None:
             return 0
         if not parts.retention.wants(victim, parts.epoch) or not self._write_path.backup(victim):
@@ -58,16 +66,16 @@ class Evictor:
         return victim.n_pages
 
     def _drop_what_is_being_stored(self, n_pages: int) -> int:
-        """Lets a node go whose only reason to stay is a store that has not ended; its pages."""
+        """Drops a node that only stays because of a store that has not ended; returns its pages."""
         parts = self._parts
-        victim = parts.tree.device_victim(n_pages, parts.tree.may_orphan)
+        victim = parts.tree.device_victim(n_pages, Node.is_idle_on_device_alone)
         if victim is None:
             return 0
         self._write_path.orphan_below(victim)
         return parts.drop_device(victim, self._write_path.is_orphaned)
 
     def _wait_for_copy(self) -> bool:
-        """Waits for the oldest copy and settles it; False if there is none on any rank."""
+        """Waits for the oldest copy and settles it; False if no rank has one."""
         jobs = self._parts.jobs
         if not jobs.n_copies:
             return False
@@ -77,14 +85,14 @@ class Evictor:
         return True
 
     def reset(self) -> bool:
-        """Empties device and host; False, and nothing changes, while anything is in use."""
+        """See ``Controller.reset``."""
         parts = self._parts
         if not self._write_path.idle or parts.jobs.n_copies:
             return False
         nodes = parts.tree.nodes()
         if any(node.lock_count or node.host_lock_count for node in nodes):
             return False
-        for node in nodes:  # before they go; what storage has of them stays
+        for node in nodes:  # the journal is told before they go; storage keeps its copies
             if node.on_device:
                 parts.tell_removed(Tier.DEVICE, node, "flushed")
             if node.on_host:

@@ -1,4 +1,4 @@
-"""Why was this a miss? For each request, where its tokens came from, and why not from the cache."""
+"""Why was this a miss? Where a request's tokens came from, and why the others were computed."""
 
 from __future__ import annotations
 
@@ -20,38 +20,38 @@ MAX_NAMESPACES_A_PAGE = 4
 
 
 class Reason(enum.Enum):
-    """Why tokens were computed though they might have been loaded."""
+    """Why tokens were computed that might have been cached."""
 
-    NONE = "none"  # nothing was missed but what is always computed: the tail behind the last page
+    NONE = "none"  # only the tail after the last whole page was missed, which is always computed
     TOO_SHORT = "too_short"  # shorter than a page, and only whole pages are cached
     NEVER_SEEN = "never_seen"  # as far as this process remembers
-    NEW_PART = "new_part"  # likewise, behind a prefix that was found
-    EVICTED = "evicted"  # it was here, and left; the detail says when and from which tier
+    NEW_PART = "new_part"  # never seen, after a prefix that was found
+    EVICTED = "evicted"  # it was cached, and left; the detail says when and from which tier
     NOT_DURABLE = "not_durable"  # it left before storage had it
     BELOW_THRESHOLD = "below_threshold"  # too few tokens to ask storage for, or too few found
     DEADLINE = "deadline"  # storage was too slow
-    DECLINED = "declined"  # to load was expected to take longer than to compute
+    DECLINED = "declined"  # loading was expected to take longer than computing
     BREAKER_OPEN = "breaker_open"  # the store failed before, and is not asked for a while
-    STORAGE_ERROR = "storage_error"  # it failed now
-    CORRUPT = "corrupt"  # what it has did not verify
-    VANISHED = "vanished"  # storage said it had it, and then had not
+    STORAGE_ERROR = "storage_error"  # the store failed
+    CORRUPT = "corrupt"  # the stored page was not valid
+    VANISHED = "vanished"  # storage said it had the page, and then did not deliver it
     NO_ROOM = "no_room"  # no host page was free for it
     OTHER_NAMESPACE = "other_namespace"  # cached for another tenant, key or adapter
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What became of one request's prompt; the first four add up to ``n_tokens``.
+    """What became of a request's prompt. The tokens of the tiers and the missed add up to all.
 
     Attributes:
-        request_id: whose.
+        request_id: of the request.
         n_tokens: tokens of the prompt.
         device_tokens: found on the device.
-        host_tokens: found on the host, without those of ``storage_tokens``.
-        storage_tokens: storage delivered them for this request.
+        host_tokens: found on the host, without ``storage_tokens``.
+        storage_tokens: delivered by storage for this request.
         missed_tokens: computed.
-        reason: why the first page that was missed was missed; all behind it follows.
-        detail: in words; may be empty.
+        reason: why the first missed page was missed; the pages after it follow from that.
+        detail: the reason in words; may be empty.
         at_s: when it was matched, by the cache's clock.
     """
 
@@ -66,12 +66,12 @@ class Explanation:
     at_s: float
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """As a dict that JSON can hold."""
         return {**asdict(self), "reason": self.reason.value}
 
 
 class Hits(NamedTuple):
-    """Tokens of a prompt by where they were found; host includes what storage delivered."""
+    """Tokens of a prompt: on the device, on the host (storage's included), and all of them."""
 
     device: int
     host: int
@@ -80,7 +80,7 @@ class Hits(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Ghost:
-    """A run of pages that has left, by their digests; ``number`` counts what has left before."""
+    """A run of pages that has left a tier, by digests; ``number`` counts the runs before it."""
 
     number: int
     digests: bytes
@@ -90,7 +90,7 @@ class _Ghost:
     stored: bool
 
     def holds(self, page: bytes) -> bool:
-        """Whether that page was among them."""
+        """Whether the page with that digest was among them."""
         return self.digests.find(page) % DIGEST_NBYTES == 0  # -1 where it is not
 
 
@@ -100,8 +100,8 @@ class _Missed(NamedTuple):
     Attributes:
         page: its digest.
         start: number of its first token.
-        others: in what namespaces that have the prompt differ from the request's.
-        n_left: runs that had left by then: one that left later is no reason.
+        others: fields in which another namespace that has this prompt differs.
+        n_left: runs that had left by then; one that left later cannot be the reason.
     """
 
     page: bytes
@@ -110,7 +110,7 @@ class _Missed(NamedTuple):
     n_left: int
 
     def why_unknown(self) -> tuple[Reason, str]:
-        """Why it was missed, if nothing is remembered of it."""
+        """Why the page was missed, if nothing is remembered of it."""
         if self.others:
             named = " and ".join(self.others)
             return Reason.OTHER_NAMESPACE, f"it is cached with another {named}"
@@ -122,10 +122,11 @@ class _Missed(NamedTuple):
 class Explainer(Journal):
     """Remembers what left, what storage answered and what requests saw, in bounded memory.
 
-    Owner thread only. It is a journal, so that it hears of every page that leaves a tier.
+    Owner thread only, but any thread may ask ``explain``. It is a journal, so it is told of every
+    page that leaves a tier.
 
     Attributes:
-        missed_tokens: computed tokens by reason, since the start: as it was known at the match.
+        missed_tokens: computed tokens since the start, by the reason known at the match.
     """
 
     hears_gains = False
@@ -140,17 +141,19 @@ class Explainer(Journal):
         self._newest: dict[bytes, _Ghost] = {}  # of them by their first page
         self._n_left = 0
         self._n_ghost_pages = 0
-        self._open: OrderedDict[str, _Missed] = OrderedDict()  # whose reason may be bettered
+        self._open: OrderedDict[str, _Missed] = (
+            OrderedDict()
+        )  # whose reason may still become better known
         self._first_pages: OrderedDict[bytes, list[Namespace]] = OrderedDict()
 
-    # What it hears.
+    # What it is told.
 
     def stored(self, tier: Tier, run: PageRun) -> None:
-        # docstring inherited: what comes back is found by the tree, so its ghost may stay
+        # docstring inherited: the tree finds pages that came back, so their ghosts may stay
         pass
 
     def removed(self, tier: Tier, run: PageRun, cause: str) -> None:
-        # docstring inherited; one entry a run, since what leaves is counted in pages
+        # docstring inherited; one entry per run
         ghost = _Ghost(self._n_left, run.digests, self._clock(), tier, cause, run.stored)
         self._n_left += 1
         self._ghosts[ghost.number] = ghost
@@ -168,11 +171,11 @@ class Explainer(Journal):
         pass
 
     def prefetched(self, request_id: str, shortfall: Shortfall) -> None:
-        """Why storage delivered no more for a request."""
+        """Says why storage did not deliver everything for a request."""
         _keep(self._answers, request_id, shortfall, MAX_REQUESTS)
 
     def delivered(self, request_id: str, n_tokens: int) -> None:
-        """Storage delivered ``n_tokens`` for a request."""
+        """Says that storage delivered ``n_tokens`` for a request."""
         _keep(self._loaded, request_id, n_tokens, MAX_REQUESTS)
 
     def matched(
@@ -183,10 +186,10 @@ class Explainer(Journal):
         first_page: bytes | None,
         namespace: Namespace,
     ) -> None:
-        """A request was matched: decides why its first missed page was missed.
+        """Records a match, and decides why the first missed page was missed.
 
         Args:
-            request_id: whose.
+            request_id: of the request.
             hits: where its tokens were found.
             missed_page: digest of the first missed page; None if no whole page was missed.
             first_page: digest of the prompt's first page as the default namespace has it; empty
@@ -224,7 +227,7 @@ class Explainer(Journal):
         _keep(self._requests, request_id, explanation, MAX_REQUESTS)
 
     def storage_had_nothing(self, request_id: str) -> None:
-        """Storage answered late, and had nothing: the request did not miss it by not waiting."""
+        """Storage answered late, and had nothing: waiting would not have helped."""
         found, missed = self._requests.get(request_id), self._open.get(request_id)
         if found is None or missed is None or found.reason is not Reason.DEADLINE:
             return
@@ -234,12 +237,12 @@ class Explainer(Journal):
         reason, detail = self._why(Shortfall("absent"), ghost, missed, found.at_s)
         self._requests[request_id] = replace(found, reason=reason, detail=detail)
 
-    # What it tells.
+    # What it says.
 
     def explain(self, request_id: str) -> Explanation | None:
         """The last record of a request; None if it was never matched, or too long ago.
 
-        A page that left in the middle of a longer run is looked for only now: most requests are
+        Pages that left in the middle of a longer run are searched only now, since most requests are
         never explained.
         """
         found, missed = self._requests.get(request_id), self._open.get(request_id)
@@ -264,7 +267,7 @@ class Explainer(Journal):
     def _why(
         answer: Shortfall | None, ghost: _Ghost | None, missed: _Missed, at_s: float
     ) -> tuple[Reason, str]:
-        """Why a page was missed at ``at_s``, by storage's answer and what is left of the page."""
+        """Why a page was missed at ``at_s``, by the answer of storage and the page's ghost."""
         asked = answer is not None and answer.reason != "no_storage"
         if answer is not None and answer.reason not in ("absent", "no_storage", "below_threshold"):
             return Reason(answer.reason), answer.detail
@@ -281,7 +284,7 @@ class Explainer(Journal):
         return missed.why_unknown()
 
     def _others(self, first_page: bytes, namespace: Namespace) -> tuple[str, ...]:
-        """The fields in which the namespaces that had this first page differ from this one."""
+        """The fields in which another namespace that had this first page differs from this one."""
         others = [n for n in self._first_pages.get(first_page, ()) if n != namespace]
         if not others:
             return ()
@@ -297,7 +300,7 @@ class Explainer(Journal):
 
 
 def _keep(memory: OrderedDict[Any, Any], key: object, value: object, limit: int) -> None:
-    """Puts a value in as the newest, and drops the oldest beyond ``limit``."""
+    """Adds a value as the newest, and drops the oldest beyond ``limit``."""
     memory[key] = value
     memory.move_to_end(key)
     if len(memory) > limit:

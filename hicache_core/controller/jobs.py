@@ -1,4 +1,4 @@
-"""The table of jobs: what is under way, what has been reported, what may be settled."""
+"""The table of jobs: which jobs run, what was reported of them, which may be settled."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from hicache_core.errors import IntegrityError
 from hicache_core.ranks.base import RankGroup
 
 Settle = Callable[[int], None]
-"""Called once, with the number of leading pages that all ranks agree on."""
+"""Called once for a job, with the number of leading pages that all ranks agree on."""
 
 NOT_REPORTED = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A copy between device and host that is under way."""
+    """A copy between device and host that has not ended."""
 
     job_id: int
     ticket: Ticket
@@ -38,10 +38,11 @@ class _Lane:
 
 
 class Agreement(NamedTuple):
-    """What one collective said.
+    """The result of one collective.
 
     Attributes:
-        settled: jobs that all ranks are done with, by id, each with the agreed number of pages.
+        settled: jobs that no rank waits for any more, in order of id, each with its agreed number
+            of pages.
         flag: the least of the flags that the ranks gave.
     """
 
@@ -60,9 +61,8 @@ class JobTable:
 
         | flag | copies | writes | all other jobs |      each lane: the oldest first
 
-    Each kind has slots of its own, so none keeps another from being settled: copies end by
-    themselves, writes may wait behind a store that hangs, and questions, reads and timers are what
-    requests wait for.
+    Each kind has its own slots, so no kind can keep another from being settled: copies always end,
+    writes may wait behind a store that hangs, and requests wait for questions, reads and timers.
     """
 
     def __init__(self, ranks: RankGroup) -> None:
@@ -79,27 +79,37 @@ class JobTable:
         self._copies: dict[int, Copy] = {}  # whose tickets are not done on this rank
 
     def add(self, settle: Settle) -> int:
-        """Enters a job that somebody waits for; its new id."""
+        """Enters a job that a request may wait for; returns its new id."""
         return self._enter(self._lane, settle)
 
     def add_write(self, settle: Settle) -> int:
-        """Enters a write to storage; its new id."""
+        """Enters a write to storage; returns its new id."""
         return self._enter(self._write_lane, settle)
 
     def add_copy(self, ticket: Ticket, n_pages: int, settle: Settle) -> None:
-        """Enters a copy; it is reported by ``collect_copies`` once its ticket is done."""
+        """Enters a copy; ``collect_copies`` reports it once its ticket is done.
+
+        Args:
+            ticket: of the copy.
+            n_pages: pages that it copies.
+            settle: called when all ranks have reported it.
+        """
         job_id = self._enter(self._copy_lane, settle)
         self._copies[job_id] = Copy(job_id, ticket, n_pages)
 
     def report(self, job_id: int, n_pages: int) -> None:
-        """This rank is done with a job: ``n_pages`` leading pages, 0 if it failed."""
+        """Says that this rank is done with a job: ``n_pages`` leading pages, 0 if it failed.
+
+        Raises:
+            IntegrityError: the job was reported before, or there is no such job.
+        """
         if job_id not in self._lane_of or job_id in self._reported:
-            raise IntegrityError(f"job {job_id} was reported twice or never submitted")
+            raise IntegrityError(f"job {job_id} was reported twice, or never entered")
         self._reported[job_id] = n_pages
 
     def withdraw(self, job_id: int) -> None:
-        """Takes a job out that nobody waits for any more, for a reason that all ranks know."""
-        if job_id in self._lane_of:  # else it is among those that are just being settled
+        """Removes a job that nobody waits for any more. All ranks must withdraw it alike."""
+        if job_id in self._lane_of:  # else it is being settled right now
             self._leave(job_id)
 
     def collect_copies(self) -> None:
@@ -111,39 +121,42 @@ class JobTable:
 
     @property
     def rank(self) -> int:
-        """This process among those that agree."""
+        """The number of this rank, from 0."""
         return self._ranks.rank
 
     @property
     def n_ranks(self) -> int:
-        """How many those are."""
+        """How many ranks agree."""
         return self._ranks.world_size
 
     @property
     def n_jobs(self) -> int:
-        """Jobs that are not settled."""
+        """How many jobs have not settled."""
         return len(self._lane_of)
 
     @property
     def n_copies(self) -> int:
-        """Copies that are not settled: the same number on every rank."""
+        """How many copies have not settled: the same number on every rank."""
         return len(self._copy_lane.settle)
 
     @property
     def oldest_copy(self) -> Ticket | None:
-        """The first copy that this rank has not seen done."""
+        """The oldest copy that this rank has not seen done; None if there is none."""
         return next((copy.ticket for copy in self._copies.values()), None)
 
     @property
     def has_reports(self) -> bool:
-        """Whether the next agreement has something to say for this rank."""
+        """Whether this rank has reported a job that has not settled."""
         return bool(self._reported)
 
     def agree(self, flag: int = 1) -> Agreement:
-        """Enters the collective once, also with nothing to report.
+        """Enters the collective once, even with nothing to report.
 
         Args:
-            flag: any number; the least one of all ranks comes back.
+            flag: any number; the least of all ranks comes back.
+
+        Raises:
+            RankLost: another rank died, or does not answer.
         """
         if self._ranks.window is None:
             ids = sorted(self._reported)
@@ -169,6 +182,6 @@ class JobTable:
 
 
 def _padded(lane: _Lane) -> list[int]:
-    """The lane's window, filled up with an id that no job has."""
+    """The lane's window, padded with an id that no job has."""
     window = lane.window()
     return window + [NOT_REPORTED] * (lane.n_slots - len(window))

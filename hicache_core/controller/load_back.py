@@ -10,14 +10,14 @@ from hicache_core.controller.parts import Parts
 from hicache_core.copies.base import Ticket
 from hicache_core.errors import LoadFailed
 from hicache_core.observe.tracing import LOAD_BACK, SpanHandle
-from hicache_core.radix.node import Node
+from hicache_core.radix.node import Node, run_of
 from hicache_core.radix.results import Match
 from hicache_core.types import Tier
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadBack:
-    """A copy up that is under way: the run of ``n_pages`` that ends at ``node``."""
+    """A copy to the device that has not settled: the run of ``n_pages`` that ends at ``node``."""
 
     ticket: Ticket
     node: Node
@@ -29,8 +29,8 @@ class LoadBack:
 class LoadBackPath:
     """Copies host hits into device pages. Owner thread only.
 
-    The nodes count as device hits at once; whoever reads them calls ``wait_layer`` first, so that a
-    second request on the same prefix waits for the same copy.
+    The nodes count as device hits at once. Whoever reads them calls ``wait_layer`` first, so a
+    second request with the same prefix waits for the same copy.
 
     Attributes:
         n_failed: settled copies that failed on some rank.
@@ -39,7 +39,9 @@ class LoadBackPath:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._under_way: list[LoadBack] = []
-        self._failed: list[LoadBack] = []  # settled before anybody waited; told by wait_layer
+        self._failed: list[
+            LoadBack
+        ] = []  # settled before anybody waited; wait_layer raises for them
         self.n_failed = 0
 
     @property
@@ -74,13 +76,13 @@ class LoadBackPath:
         )
 
     def wait_layer(self, layer: int) -> None:
-        """Returns when layer ``layer`` of every copy under way has arrived.
+        """Blocks until layer ``layer`` of every running copy has arrived.
 
         Raises:
             LoadFailed: a copy failed. Its pages hold nothing and belong to the pool again; every
-                request that matched them starts over from ``match_prefix``. A failure that was told
-                before its job settled is told once more after it: a request may have matched those
-                pages in between, and one recompute too many is no wrong KV.
+                request that matched them starts over from ``match_prefix``. A failure that was
+                raised before its job settled is raised once more afterwards: a request may have
+                matched those pages in between, and computing once too often does no harm.
         """
         failed, self._failed = self._failed, []
         for load_back in failed:
@@ -103,5 +105,5 @@ class LoadBackPath:
             parts.counters.load_back_tokens += load_back.n_pages * parts.page_size
             parts.timings.load_back_s.add(parts.clock() - load_back.started_s)
             if parts.journal is not None:
-                for node in parts.tree.run(load_back.node, load_back.n_pages):
+                for node in run_of(load_back.node, load_back.n_pages):
                     parts.tell_stored(Tier.DEVICE, node)

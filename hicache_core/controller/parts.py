@@ -1,21 +1,21 @@
-"""What the controller is made of; chosen in ``build``, handed to its paths."""
+"""What a controller is made of. ``build`` chooses the parts; the controller's paths use them."""
 
 from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from hicache_core.controller.explain import Explainer
 from hicache_core.controller.jobs import JobTable
-from hicache_core.controller.policies import Policies
-from hicache_core.controller.removals import RemovalCounts
-from hicache_core.controller.retention import NOWHERE, HostRetention, KeepOnHost
+from hicache_core.controller.policies import NOWHERE, HostRetention, KeepOnHost, Policies
 from hicache_core.controller.storage_tier import StorageTier
 from hicache_core.copies.base import Transfer
+from hicache_core.errors import IntegrityError
 from hicache_core.histogram import Distribution
 from hicache_core.observe.journal import Journal, PageRun
+from hicache_core.observe.snapshot import EvictedPages
 from hicache_core.observe.tracing import NoSpans, Spans
 from hicache_core.pools.device import DevicePool
 from hicache_core.pools.host import HostPool
@@ -24,14 +24,14 @@ from hicache_core.radix.tree import RadixTree
 from hicache_core.types import Namespace, Tier
 
 Clock = Callable[[], float]
-"""Seconds since any fixed moment; never goes back."""
+"""Returns seconds since some fixed moment; never goes back."""
 
 WAIT_BOUNDS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 
 @dataclass(slots=True)
 class Counters:
-    """What happened since the start, in tokens, pages or events; owner thread only.
+    """What happened since the start, in tokens, pages or events. The owner thread counts.
 
     Attributes:
         device_hit_tokens: tokens that ``match_prefix`` found on the device.
@@ -39,17 +39,17 @@ class Counters:
         storage_loaded_tokens: tokens that storage delivered to the host.
         storage_hit_tokens: tokens that storage delivered to requests that waited for them.
         missed_tokens: tokens that no tier had, when matched.
-        prefetch_below_threshold: requests whose missing part was too short to ask storage for.
-        prefetch_failed_pages: pages that ``exists`` promised and the read did not deliver.
-        prefetch_dropped_pages: pages not loaded, since the host had no room.
+        prefetch_below_threshold: requests that missed too few tokens to ask storage.
+        prefetch_failed_pages: pages that storage said it had and did not deliver.
+        prefetch_dropped_pages: pages not loaded because the host had no room.
         prefetch_given_up: requests that went on before storage had delivered everything.
-        backup_skipped_pages: pages not copied to the host, since it had no room.
+        backup_skipped_pages: pages not copied to the host because it had no room.
         stored_pages: pages that storage acknowledged.
-        store_dropped_pages: pages not offered to storage (write queue full) or not taken by it.
-        store_skipped_pages: received pages not written, since storage had them.
+        store_dropped_pages: pages not stored: the write queue was full, or storage refused them.
+        store_skipped_pages: received pages not written because storage had them.
         evicted_device_pages: pages that left the device.
         evicted_host_pages: pages that left the host.
-        load_back_skipped_pages: host hits computed again, since the device had no room.
+        load_back_skipped_pages: host hits computed again because the device had no room.
         load_back_tokens: tokens copied from the host to the device.
         backup_tokens: tokens copied from the device to the host.
     """
@@ -76,7 +76,7 @@ class Counters:
 
 @dataclass(slots=True)
 class Timings:
-    """How long things took; owner thread only.
+    """How long things took. The owner thread measures.
 
     Attributes:
         prefetch_wait_s: from a prefetch to its ``finish_prefetch``.
@@ -87,29 +87,47 @@ class Timings:
     load_back_s: Distribution = field(default_factory=lambda: Distribution(WAIT_BOUNDS_S))
 
 
+class RemovalCounts:
+    """Counts pages that leave a tier, by cause. The owner thread counts; any thread may read."""
+
+    def __init__(self) -> None:
+        """Starts at zero."""
+        self._counts: dict[tuple[Tier, str], int] = {}
+
+    def add(self, tier: Tier, cause: str, n_pages: int) -> None:
+        """Counts ``n_pages`` that left ``tier``; ``cause`` is one word, such as ``evicted``."""
+        key = (tier, cause)
+        self._counts[key] = self._counts.get(key, 0) + n_pages
+
+    def evicted_pages(self) -> Sequence[EvictedPages]:
+        """The pages that have left so far."""
+        counts = dict(self._counts)  # one step, so that it may grow meanwhile
+        return [EvictedPages(tier.value, cause, n) for (tier, cause), n in counts.items()]
+
+
 @dataclass(frozen=True)
 class Parts:
-    """The pieces of one cache; all but ``transfer`` belong to the owner thread.
+    """The parts of one cache. All but ``transfer`` belong to the owner thread.
 
     Attributes:
-        page_size: tokens a page.
+        page_size: tokens per page.
         tree: the prefix index.
         device: the L1 pool.
         host: the L2 pool; None for a cache of the device alone.
-        transfer: copies between the two; None without a host pool.
+        transfer: copies between the two pools; None without a host pool.
         policies: what may change while requests run.
-        jobs: everything under way.
+        jobs: all jobs that have not settled.
         storage: the L3 tier; None without a host pool.
-        clock: the time, passed in so that tests can drive it.
-        sleep: lets so many seconds pass, when there is nothing to wait for.
-        batch_pages: pages of one storage job at most.
+        clock: the time; passed in so that tests can drive it.
+        sleep: lets seconds pass when there is nothing to wait for.
+        batch_pages: most pages of one storage job.
         retention: whether the host keeps what storage has.
-        explainer: remembers why tokens were missed; None if nobody asks.
+        explainer: remembers why tokens were missed; None if that is switched off.
         removals: counts what leaves the tiers.
-        journal: is told what the tiers gain and lose; None if nobody listens.
+        journal: is told which pages the tiers gain and lose; None if nobody listens.
         spans: traces of what takes time.
-        counters: what happened so far.
-        timings: how long it took.
+        counters: how often things happened.
+        timings: how long things took.
     """
 
     page_size: int
@@ -132,10 +150,13 @@ class Parts:
     timings: Timings = field(default_factory=Timings)
 
     def allocate_host(self, n_pages: int) -> array[int]:
-        """Up to ``n_pages`` host pages; evicts what may go, never waits.
+        """Takes up to ``n_pages`` host pages. Evicts what may go, and never waits.
 
-        Fewer (or none) come back when the rest of the host is locked or in flight: the caller takes
-        what it gets, so host pressure can slow nothing down but the tier itself.
+        Fewer pages, or none, come back when the rest of the host is locked or in flight. The caller
+        goes on with what it gets, so a full host slows down nothing but the host tier.
+
+        Returns:
+            Page ids of the host pool, shape ``(n_taken,)``.
         """
         if self.host is None:
             return array("i")
@@ -148,7 +169,7 @@ class Parts:
         return allocator.allocate(min(n_pages, allocator.n_free))
 
     def drop_host(self, node: Node, cause: str) -> None:
-        """Lets a node's host pages go; ``cause`` is one word for metrics."""
+        """Frees the host pages of ``node``; ``cause`` is one word for metrics."""
         assert self.host is not None
         self.tell_removed(Tier.HOST, node, cause)
         dropped = self.tree.drop_host(node)
@@ -157,18 +178,23 @@ class Parts:
 
     @property
     def epoch(self) -> int:
-        """Of the storage that is attached: what ``Node.stored_in`` is compared with."""
+        """Number of the attached storage, which ``Node.stored_in`` is compared with."""
         attached = None if self.storage is None else self.storage.current
         return NOWHERE if attached is None else attached.epoch
 
     def drop_device(
         self, node: Node, in_use: Callable[[array[int]], set[int]] = lambda _pages: set()
     ) -> int:
-        """Lets a node's device pages go, and what hangs on them alone; how many pages.
+        """Frees the device pages of a node, and of nodes below it the pages that only the host has.
+
+        Those go only if the node leaves the tree, because it has no host copy.
 
         Args:
             node: the node.
-            in_use: of host pages that leave the tree, those that somebody else frees later.
+            in_use: says which of the host pages that leave the tree somebody else frees later.
+
+        Returns:
+            How many device pages were freed.
         """
         if not node.on_host:
             for below in descendants(node):
@@ -186,18 +212,49 @@ class Parts:
         self.counters.evicted_device_pages += len(dropped.device_pages)
         return len(dropped.device_pages)
 
+    def check_integrity(self, n_orphaned: int) -> None:
+        """Checks tree and pools, and that every page is free or has an owner; slow, for tests.
+
+        Args:
+            n_orphaned: host pages that belong to stores and reads, and to the tree no more.
+
+        Raises:
+            IntegrityError: says what does not add up.
+        """
+        self.tree.check_integrity()
+        allocator = self.device.allocator
+        allocator.check_integrity()
+        n_allocated = allocator.n_pages - allocator.n_free
+        if self.tree.n_device_pages > n_allocated:
+            raise IntegrityError(
+                f"the tree holds {self.tree.n_device_pages} device pages, but {n_allocated} are "
+                "allocated"
+            )
+        if self.host is None:
+            return
+        allocator = self.host.allocator
+        allocator.check_integrity()
+        n_allocated = allocator.n_pages - allocator.n_free
+        n_quarantined = 0 if self.storage is None else self.storage.quarantine.n_pages
+        if self.tree.n_host_pages + n_quarantined + n_orphaned != n_allocated:
+            raise IntegrityError(
+                f"the tree holds {self.tree.n_host_pages} host pages, {n_quarantined} are in "
+                f"quarantine and {n_orphaned} are being stored or read, but {n_allocated} are "
+                "allocated"
+            )
+
     def tell_namespace(self, seed: bytes, namespace: Namespace) -> None:
-        """Tells the journal what the seed of runs that follow stands for."""
+        """Tells the journal which namespace ``seed`` belongs to, before runs with it follow."""
         if seed and self.journal is not None and self.journal.hears_gains:
             self.journal.named(seed, namespace)
 
     def tell_stored(self, tier: Tier, node: Node) -> None:
-        """Tells the journal that ``tier`` holds the pages of ``node``."""
+        """Tells the journal that ``tier`` now holds the pages of ``node``."""
         if self.journal is not None and self.journal.hears_gains:
             self.journal.stored(tier, self.page_run(node))
 
-    def tell_anew(self) -> None:
-        """Tells that storage has nothing any more, and once again what device and host hold."""
+    def tell_everything_again(self) -> None:
+        """Tells the journal that storage is empty, and what device and host hold, once more."""
         if self.journal is None or not self.journal.hears_gains:
             return
         self.journal.cleared()
@@ -208,13 +265,13 @@ class Parts:
                 self.tell_stored(Tier.HOST, node)
 
     def tell_removed(self, tier: Tier, node: Node, cause: str) -> None:
-        """Counts and tells that ``tier`` loses the pages of ``node``; before it does."""
+        """Counts, and tells the journal, that ``tier`` is about to lose the pages of ``node``."""
         self.removals.add(tier, cause, node.n_pages)
         if self.journal is not None:
             self.journal.removed(tier, self.page_run(node), cause)
 
     def page_run(self, node: Node) -> PageRun:
-        """The node's pages by their digests, which are computed if nobody asked for them yet."""
+        """The pages of ``node`` for the journal. Computes their digests if they are not known."""
         digests = self.tree.digests(node)
         assert node.parent is not None
         seed = node.parent.key
@@ -222,4 +279,4 @@ class Parts:
             assert above.parent is not None
             seed = above.parent.key
         parent = self.tree.last_digest(node.parent)
-        return PageRun(parent, digests, node.tokens, seed, stored=node.stored_in > 0)
+        return PageRun(parent, digests, node.tokens, seed, stored=bool(node.stored_in))

@@ -1,4 +1,4 @@
-"""Storage → host: one request's pages, from the question to the last byte."""
+"""Prefetch, storage → host: the pages of a request, from the question to the last byte."""
 
 from __future__ import annotations
 
@@ -6,29 +6,37 @@ from array import array
 from functools import partial
 from math import inf
 
-from hicache_core.controller.admission import Offer
+from hicache_core.controller.admission import PrefetchCandidate
 from hicache_core.controller.parts import Parts
 from hicache_core.controller.prefetch_record import Batch, Prefetch, Shortfall, shortfall_of
 from hicache_core.controller.storage_tier import StorageTier
 from hicache_core.kv.keys import TOKEN_NBYTES, PageKeys
 from hicache_core.observe.tracing import PREFETCH
 from hicache_core.pools.host import HostPool
+from hicache_core.radix.node import adopt_digests
 from hicache_core.types import ExistsJob, JobResult, ReadJob, Tier
 
 
 class PrefetchPath:
-    """Asks storage for what host and device lack, and reads it into host pages. Owner thread only.
+    """Reads pages from storage that neither host nor device has. Owner thread only.
 
     The question comes first; host pages are taken only for what storage says it has. They belong to
     a pending, locked node before the first byte is read ("own first, copy after"). They become hits
-    when the reads are done, or, as far as they have arrived, when the request goes on without the
-    rest; the tail behind a short batch is freed, once no call can write into it.
+    when the reads are done. If the request goes on before that, those become hits that have
+    arrived. The tail after a short batch is freed once no call can write into it.
 
-    Everything here follows from what all ranks know: calls of the engine and settled jobs. What one
-    rank alone knows (its clock, its store, its estimates) goes into what it reports of a job.
+    Every decision follows from what all ranks know: calls of the engine and settled jobs. What one
+    rank alone knows (its clock, its store, its estimates) only changes what it reports of a job.
     """
 
     def __init__(self, parts: Parts, storage: StorageTier, host: HostPool) -> None:
+        """Starts without requests.
+
+        Args:
+            parts: of the cache.
+            storage: its storage tier, ``parts.storage``.
+            host: its host pool, ``parts.host``.
+        """
         self._parts = parts
         self._storage = storage
         self._host = host
@@ -39,30 +47,35 @@ class PrefetchPath:
 
     @property
     def idle(self) -> bool:
-        """Whether no read is under way."""
+        """Whether every read has settled."""
         return not self._reading
 
     @property
     def n_pending_pages(self) -> int:
-        """Host pages that reads under way may write into."""
+        """Host pages that unsettled reads may write into."""
         reads = self._reading.copy()
         return sum(prefetch.n_pending + len(prefetch.orphans or ()) for prefetch in reads)
 
     @property
     def n_orphaned_pages(self) -> int:
-        """Host pages of reads that the tree knows no more."""
+        """Host pages of unsettled reads whose nodes have left the tree."""
         return sum(len(prefetch.orphans or ()) for prefetch in self._reading)
 
     def start(self, request_id: str, tokens: bytes, seed: bytes) -> bool:
-        """Asks storage for the request's missing pages; whether there was enough to ask for.
+        """See ``Controller.prefetch``.
 
-        The page that holds the request's last token is never asked for: that token is computed in
-        any case, to have something to predict the next one from.
+        The page that ends with the request's last token is never asked for: the engine computes
+        that token in any case, to predict the next one from it.
+
+        Args:
+            request_id: of the request.
+            tokens: packed token ids.
+            seed: chain seed of the namespace.
         """
         parts, storage = self._parts, self._storage.current
         page_nbytes = parts.page_size * TOKEN_NBYTES
         n_pages = max(len(tokens) - TOKEN_NBYTES, 0) // page_nbytes
-        if len(tokens) % page_nbytes == 0:  # else the tree leaves the tail out by itself
+        if len(tokens) % page_nbytes == 0:  # else the tree ignores the tail by itself
             tokens = tokens[: n_pages * page_nbytes]
         if storage is None:
             self._tell(request_id, Shortfall("no_storage"))
@@ -75,7 +88,7 @@ class PrefetchPath:
             limit = f"{n_missing} tokens are missing, {threshold} are the threshold"
             self._tell(request_id, Shortfall("below_threshold", limit))
             return False
-        self.finish(request_id)  # an id that is used again starts anew
+        self.finish(request_id)  # an id that is used again starts over
         span = parts.spans.begin(PREFETCH, request_id=request_id, tokens=n_missing)
         prefetch = Prefetch(
             request_id, tokens, n_pages, seed, n_missing, storage, parts.clock(), span
@@ -85,7 +98,7 @@ class PrefetchPath:
         return True
 
     def ready(self, request_id: str) -> bool:
-        """Whether the request may run now; the prefetch policy decides if storage is not done."""
+        """See ``Controller.prefetch_ready``."""
         prefetch = self._requests.get(request_id)
         if prefetch is None or prefetch.done or prefetch.given_up:
             return True
@@ -103,7 +116,7 @@ class PrefetchPath:
         return prefetch.given_up
 
     def tick(self) -> None:
-        """Reports the timers that are due by this rank's clock."""
+        """Reports the timers that have run out by this rank's clock."""
         if not self._timed:
             return
         now = self._parts.clock()
@@ -113,7 +126,7 @@ class PrefetchPath:
             self._parts.jobs.report(prefetch.timer, 0)
 
     def finish(self, request_id: str) -> int:
-        """Forgets the request; tokens that storage delivered for it."""
+        """See ``Controller.finish_prefetch``."""
         prefetch = self._requests.pop(request_id, None)
         if prefetch is None:
             return 0
@@ -137,7 +150,7 @@ class PrefetchPath:
             self._give_up(prefetch)
 
     def _give_up(self, prefetch: Prefetch) -> None:
-        """The request goes on: takes what has arrived, cancels what has not begun."""
+        """Lets the request go on: keeps what has arrived, cancels reads that have not begun."""
         if prefetch.given_up:
             return
         prefetch.given_up = True
@@ -145,7 +158,7 @@ class PrefetchPath:
         self._parts.counters.prefetch_given_up += 1
         self._cancel_unstarted(prefetch)
         self._commit(prefetch)
-        self._lift_anchor(prefetch)  # the answer will be for nobody
+        self._lift_anchor(prefetch)  # nobody waits for the answer any more
         if prefetch.waits_for is not None:
             self._waiting.remove(prefetch)
             prefetch.waits_for = None
@@ -156,7 +169,7 @@ class PrefetchPath:
             prefetch.storage.worker.cancel(batch.job_id)
 
     def _tokens_of(self, prefetch: Prefetch, start: int, stop: int) -> memoryview:
-        """Tokens of the pages from ``start`` to ``stop``: a view, since a copy would cost more."""
+        """Tokens of the pages from ``start`` to ``stop``, as a view: a copy costs more."""
         page_nbytes = self._parts.page_size * TOKEN_NBYTES
         return memoryview(prefetch.tokens)[start * page_nbytes : stop * page_nbytes]
 
@@ -181,16 +194,16 @@ class PrefetchPath:
         tail = self._tokens_of(prefetch, first_page, prefetch.n_pages)
         keys = PageKeys(prefetch.storage.namespace, tail, parts.page_size, parent)
         job_id = parts.jobs.add(partial(self._answered, prefetch, first_page, keys))
-        if not prefetch.storage.admission.is_worth_asking(self._offer(prefetch, len(keys))):
+        if not prefetch.storage.admission.is_worth_asking(self._candidate(prefetch, len(keys))):
             prefetch.falls_short(Shortfall("declined", "to compute is expected to be faster"))
             parts.jobs.report(job_id, 0)
             return
         judge = partial(self._judge_answer, prefetch)
         self._storage.submit(prefetch.storage, ExistsJob(job_id, keys), judge)
 
-    def _offer(self, prefetch: Prefetch, n_found: int) -> Offer:
+    def _candidate(self, prefetch: Prefetch, n_found: int) -> PrefetchCandidate:
         parts = self._parts
-        return Offer(
+        return PrefetchCandidate(
             request_id=prefetch.request_id,
             n_found=n_found,
             n_missing_tokens=prefetch.n_asked_tokens,
@@ -199,7 +212,7 @@ class PrefetchPath:
         )
 
     def _waits_behind_another(self, prefetch: Prefetch) -> bool:
-        """Lets a read of the same pages go first; the question is asked again when it is done."""
+        """Whether a read of the same pages goes first; storage is asked again when it is done."""
         for other in self._reading:
             head = self._tokens_of(other, 0, other.first_page + 1)
             is_same = other.seed == prefetch.seed and prefetch.tokens.startswith(head)
@@ -210,7 +223,7 @@ class PrefetchPath:
         return False
 
     def _judge_answer(self, prefetch: Prefetch, result: JobResult) -> int:
-        """What this rank wants of what storage has: it may be less than what is there."""
+        """How many of the pages that storage has this rank wants."""
         parts, n_found = self._parts, result.n_pages
         if (shortfall := shortfall_of(result)) is not None:
             prefetch.falls_short(shortfall)
@@ -223,7 +236,7 @@ class PrefetchPath:
             if n_found:
                 prefetch.falls_short(Shortfall("below_threshold", f"storage has {n_found} pages"))
             return 0
-        n_wanted = admission.admit(self._offer(prefetch, n_found))
+        n_wanted = admission.admit(self._candidate(prefetch, n_found))
         if n_wanted < n_found:
             detail = f"{n_wanted} of {n_found} pages are expected to pay"
             prefetch.falls_short(Shortfall("declined", detail))
@@ -246,7 +259,9 @@ class PrefetchPath:
     def _read(self, prefetch: Prefetch, first_page: int, keys: PageKeys) -> None:
         """Takes host pages for what storage has, and submits the reads."""
         parts = self._parts
-        match = parts.tree.locate(prefetch.tokens, prefetch.seed)  # others may have come first
+        match = parts.tree.locate(
+            prefetch.tokens, prefetch.seed
+        )  # other requests may have come first
         start = match.n_tokens // parts.page_size
         keys = keys[min(start - first_page, len(keys)) :]
         parts.tree.lock(match.node)
@@ -259,7 +274,7 @@ class PrefetchPath:
             prefetch.node = parts.tree.insert_host(match.node, tokens, host_pages)
             assert prefetch.node is not None  # what is pending was waited for
             digests = keys[: len(host_pages)].digests
-            parts.tree.adopt_digests(prefetch.node, len(host_pages), digests)
+            adopt_digests(prefetch.node, len(host_pages), digests)
             prefetch.first_page, prefetch.n_pending = start, len(host_pages)
             prefetch.read_at_s = parts.clock()
             self._reading.append(prefetch)
@@ -307,13 +322,13 @@ class PrefetchPath:
         self._finish_read(prefetch)
 
     def _learn(self, prefetch: Prefetch) -> None:
-        """Lets the admission policy know how long the pages took that have arrived so far."""
+        """Tells the admission policy how long the pages took that have arrived so far."""
         n_pages = prefetch.n_loaded_pages + prefetch.n_ready
         elapsed_s = self._parts.clock() - prefetch.read_at_s
         prefetch.storage.admission.loaded(n_pages, elapsed_s)
 
     def _commit(self, prefetch: Prefetch) -> None:
-        """Makes what has arrived without a gap a hit."""
+        """Makes hits of the pages that have arrived without a gap."""
         parts, n_ready = self._parts, prefetch.n_ready
         if prefetch.node is None or not n_ready:
             return
@@ -328,7 +343,7 @@ class PrefetchPath:
         parts.counters.storage_loaded_tokens += n_ready * parts.page_size
 
     def _finish_read(self, prefetch: Prefetch) -> None:
-        """All reads are settled: gives up what did not come."""
+        """Gives up the pages that did not come, once all reads have settled."""
         parts = self._parts
         self._commit(prefetch)
         if not prefetch.given_up:
@@ -336,7 +351,7 @@ class PrefetchPath:
         left = self._taken_out(prefetch) if prefetch.orphans is None else prefetch.orphans
         prefetch.orphans = None
         for batch in prefetch.batches:
-            if batch.n_delivered == 0:  # on some rank the call may go on
+            if batch.n_delivered == 0:  # on some rank the call may still run
                 self._storage.quarantine.hold(batch.job_id, batch.host_pages)
                 left.difference_update(batch.host_pages)
         self._host.allocator.free(array("i", sorted(left)))
@@ -344,10 +359,13 @@ class PrefetchPath:
         self._done(prefetch)
 
     def orphan(self) -> bool:
-        """Takes reads that no request waits for out of the tree; whether there was one.
+        """Takes the nodes of reads that no request waits for out of the tree.
 
-        So a slow store can keep no device page from leaving. The pages that the calls may still
-        write into belong to the reads until these have settled.
+        So a slow store cannot keep device pages from leaving. Pages that the calls may still write
+        into belong to the reads until these have settled.
+
+        Returns:
+            Whether there was such a read.
         """
         found = [it for it in self._reading if it.given_up and it.orphans is None]
         for prefetch in found:
@@ -356,7 +374,7 @@ class PrefetchPath:
         return bool(found)
 
     def _taken_out(self, prefetch: Prefetch) -> set[int]:
-        """Host pages of what has not arrived, which the tree knows no more."""
+        """Takes the pages that have not arrived out of the tree; returns their host pages."""
         assert prefetch.node is not None
         return set(self._parts.tree.settle_host(prefetch.node, prefetch.n_pending, 0))
 

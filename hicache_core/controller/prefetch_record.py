@@ -1,4 +1,4 @@
-"""What is known of one request's prefetch while it is under way."""
+"""The record of one request's prefetch, from the question until the last read has settled."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from hicache_core.types import JobResult, JobState
 
 
 class Shortfall(NamedTuple):
-    """Why storage delivered no more than it did.
+    """Why storage did not deliver everything.
 
     Attributes:
-        reason: one of ``explain.Reason``'s values.
-        detail: in words; may be empty.
+        reason: a value of ``explain.Reason``.
+        detail: the same in words, for operators; may be empty.
     """
 
     reason: str
@@ -25,7 +25,7 @@ class Shortfall(NamedTuple):
 
 
 def shortfall_of(result: JobResult) -> Shortfall | None:
-    """What a result says of a job that did not end well; None for an answer."""
+    """Why a job failed, by its result; None if it did not."""
     if result.state is JobState.OVERDUE:
         return Shortfall("deadline", result.error)
     if result.state is JobState.CANCELLED:
@@ -38,10 +38,10 @@ def shortfall_of(result: JobResult) -> Shortfall | None:
 
 @dataclass(slots=True)
 class Batch:
-    """One read of a prefetch.
+    """One read job of a prefetch.
 
     Attributes:
-        job_id: its job.
+        job_id: of the read.
         host_pages: where its pages go.
         n_delivered: leading pages that all ranks have; -1 until settled.
     """
@@ -53,34 +53,34 @@ class Batch:
 
 @dataclass(slots=True, eq=False)
 class Prefetch:
-    """What one request has asked storage for.
+    """One request and what it has asked storage for.
 
     Attributes:
-        request_id: whose.
+        request_id: of the request.
         tokens: the request's tokens, packed, without the page that ends with the last one.
         n_pages: whole pages of ``tokens``.
         seed: seed of the chain of page keys.
-        n_asked_tokens: tokens that were missing when the request came.
-        storage: the attachment that is asked.
-        started_s: when it was asked, by the clock.
-        span: its trace.
+        n_asked_tokens: tokens that were missing when the request arrived.
+        storage: the backend that is asked.
+        started_s: when the prefetch began, by the cache's clock.
+        span: its trace span.
         timer: the job that ends the wait, once the scheduler wants to run the request.
         due_s: when this rank reports the timer.
-        waits_for: a read of the same pages that is under way and goes first.
-        anchor: deepest node that was matched; locked while the question is open.
+        waits_for: an earlier read of the same pages, which goes first.
+        anchor: deepest node that was matched; locked until storage has answered.
         first_page: first page of the pending run, counted from the start of ``tokens``.
-        node: lower end of the pending run; None until the read is submitted.
+        node: last node of the pending run; None until the reads are submitted.
         n_pending: pages of the run that are not settled yet.
-        orphans: host pages of such a run that was taken out of the tree; None while it is there.
+        orphans: host pages of the run if it was taken out of the tree; None while it is there.
         batches: the reads, in order.
         n_settled_batches: leading batches that are settled.
         read_at_s: when the reads were submitted.
-        n_ready: pages that have arrived without a gap and are no hits yet.
-        broken: a batch fell short, so nothing behind it can be used.
+        n_ready: pages that have arrived without a gap and are not hits yet.
+        broken: a batch fell short, so pages after it cannot be used.
         n_loaded_pages: pages of the run that are hits now.
-        shortfall: why there is no more, as far as this rank knows.
+        shortfall: why storage did not deliver everything, as far as this rank knows.
         given_up: the request went on without the rest.
-        done: nothing more will come.
+        done: no more pages will come.
     """
 
     request_id: str
@@ -110,6 +110,6 @@ class Prefetch:
     done: bool = False
 
     def falls_short(self, shortfall: Shortfall) -> None:
-        """Remembers the first reason: what comes after it follows from it."""
+        """Remembers the first reason: later ones follow from it."""
         if self.shortfall is None:
             self.shortfall = shortfall

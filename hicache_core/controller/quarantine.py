@@ -1,4 +1,4 @@
-"""Host pages that a read gave up but may still write into: out of use until it has ended."""
+"""Quarantine: host pages of a read that was given up, which its call may still write into."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from hicache_core.pools.allocator import PageAllocator
 
 
 class Quarantine:
-    """Keeps the pages of reads that gave nothing, until no rank's call can touch them.
+    """Keeps the pages of reads that delivered nothing, until no rank's call can touch them.
 
-    A read that is overdue is settled with 0 pages, and its request goes on; the call in the backend
-    goes on too, and may write into the pages. Which rank's call hangs is known to that rank alone,
-    so giving the pages back is a job of its own, that all ranks agree on. Owner thread only.
+    An overdue read is settled with 0 pages, and its request goes on. The call in the backend goes
+    on too, and may write into the pages. Only the rank whose call hangs knows that, so giving the
+    pages back is a job of its own, which all ranks agree on. Owner thread only.
+
+    Attributes:
+        n_pages: host pages in quarantine.
     """
 
     def __init__(self, jobs: JobTable, allocator: PageAllocator) -> None:
@@ -25,18 +28,18 @@ class Quarantine:
         self.n_pages = 0
 
     def overdue(self, job_id: int) -> None:
-        """A read was given up while its call goes on."""
+        """Says that a read was given up while its call goes on."""
         self._touched.add(job_id)
 
     def ended(self, job_id: int) -> None:
-        """That call has ended."""
+        """Says that the call of an overdue read has ended."""
         self._touched.discard(job_id)
         release_id = self._releases.pop(job_id, None)
         if release_id is not None:
             self._jobs.report(release_id, 0)
 
     def hold(self, job_id: int, pages: array[int]) -> None:
-        """Takes the pages of a settled read that gave nothing; frees them once that is safe."""
+        """Takes the pages of a settled read that delivered nothing; frees them when it is safe."""
         self.n_pages += len(pages)
         release_id = self._jobs.add(partial(self._free, pages))
         if job_id in self._touched:

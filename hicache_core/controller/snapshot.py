@@ -1,4 +1,4 @@
-"""One look at the whole cache, as data: what metrics and ``hicache status`` are made of."""
+"""Takes the snapshot of a cache that metrics and ``hicache status`` are made of."""
 
 from __future__ import annotations
 
@@ -12,12 +12,19 @@ from hicache_core.controller.prefetch import PrefetchPath
 from hicache_core.controller.write_path import WritePath
 from hicache_core.observe.snapshot import CacheSnapshot, PoolStatus
 from hicache_core.pools.host import HostPool
+from hicache_core.radix.tree import RadixTree
 
 
 def take_snapshot(
     parts: Parts, write_path: WritePath, prefetch_path: PrefetchPath | None
 ) -> CacheSnapshot:
-    """Looks at the cache. Any thread may; nothing is locked, so numbers may be an instant apart."""
+    """Takes one look at the cache. Any thread; without a lock, so numbers may be an instant apart.
+
+    Args:
+        parts: of the cache.
+        write_path: what goes down.
+        prefetch_path: what comes from storage; None without storage.
+    """
     storage = parts.storage
     attachments = [] if storage is None else storage.attachments
     in_flight: Counter[str] = Counter()
@@ -35,7 +42,9 @@ def take_snapshot(
         page_size=parts.page_size,
         page_nbytes=parts.device.spec.page_nbytes(parts.page_size),
         device=_device(parts),
-        host=None if parts.host is None else _host(parts.host, n_reading + write_path.n_pages),
+        host=None
+        if parts.host is None
+        else _host(parts.host, parts.tree, n_reading + write_path.n_pages),
         counters=asdict(counters),
         hit_tokens={
             "device": counters.device_hit_tokens,
@@ -51,6 +60,7 @@ def take_snapshot(
         },
         overdue_jobs=sum(attachment.worker.n_overdue for attachment in attachments),
         quarantined_pages=0 if storage is None else storage.quarantine.n_pages,
+        draining_backends=len(attachments) - (current is not None),
         backends=[] if current is None else current.statuses(),
         rejected_pages=_rejected(attachments),
         admission={} if current is None else dict(current.admission.decisions),
@@ -69,10 +79,11 @@ def _device(parts: Parts) -> PoolStatus:
         locked_pages=allocator.n_pages - allocator.n_free - n_evictable,
         in_flight_pages=None,
         evictable_pages=n_evictable,
+        cached_pages=tree.n_device_pages,
     )
 
 
-def _host(host: HostPool, n_in_flight: int) -> PoolStatus:
+def _host(host: HostPool, tree: RadixTree, n_in_flight: int) -> PoolStatus:
     allocator = host.allocator
     return PoolStatus(
         n_pages=allocator.n_pages,
@@ -80,6 +91,7 @@ def _host(host: HostPool, n_in_flight: int) -> PoolStatus:
         locked_pages=None,
         in_flight_pages=n_in_flight,
         evictable_pages=None,
+        cached_pages=tree.n_host_pages,
     )
 
 

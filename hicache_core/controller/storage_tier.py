@@ -1,4 +1,4 @@
-"""L3 as the controller sees it: which backend is attached, and which are being drained."""
+"""The storage tier (L3): which backend is attached, and which are being drained."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from hicache_core.controller.attachment import Attaching, Attachment, OpenStorage
-from hicache_core.controller.clearing import ANY_COUNT, Clearing
+from hicache_core.controller.attachment import (
+    ANY_COUNT,
+    Attaching,
+    Attachment,
+    Clearing,
+    OpenStorage,
+)
 from hicache_core.controller.jobs import JobTable
 from hicache_core.controller.quarantine import Quarantine
 from hicache_core.errors import ConfigError
@@ -19,27 +24,32 @@ from hicache_core.types import Job, JobResult, JobState, ReadJob, WriteJob
 log = logging.getLogger(__name__)
 
 Judge = Callable[[JobResult], int]
-"""Pages that this rank reports for a result; called at most once for a job, on the owner thread."""
+"""Says how many pages this rank reports for a result. Called at most once a job, by the owner."""
 
-RunAside = Callable[[Callable[[], object]], None]
-"""Runs something that may block elsewhere, and returns at once.
+RunInBackground = Callable[[Callable[[], object]], None]
+"""Runs something that may block on another thread, and returns at once.
 
 Raises:
-    RuntimeError: there is no thread for it, and it will not run.
+    RuntimeError: no thread can be started, so it will not run.
 """
 
 
 def on_a_thread(work: Callable[[], object]) -> None:
-    """``RunAside`` of a real process: a daemon, since a store that hangs cannot be stopped."""
+    """The real ``RunInBackground``: a daemon thread, since a store that hangs cannot be stopped."""
     threading.Thread(target=work, name="hicache-aside", daemon=True).start()
 
 
 class StorageTier:
-    """The attached backend, if any, and those whose last jobs still run. Owner thread only.
+    """The attached backend, if any, and detached ones whose last jobs still run. Owner thread only.
 
-    Backends come and go while requests run. A detached one takes no more questions; reads that wait
-    are cancelled, writes that were accepted are finished, and it is closed when its last call has
-    ended. What is under way belongs to the attachment that it started on.
+    Backends come and go while requests run. A detached backend gets no more questions. Its waiting
+    reads are cancelled, its accepted writes are finished, and it is closed when its last call has
+    ended. A job belongs to the attachment that it started on.
+
+    Attributes:
+        when_lost: called when storage holds nothing for this cache any more.
+        quarantine: host pages that a read was given up on.
+        current: the attached backend; None without one.
     """
 
     def __init__(
@@ -47,14 +57,22 @@ class StorageTier:
         jobs: JobTable,
         quarantine: Quarantine,
         open_storage: OpenStorage,
-        run_aside: RunAside = on_a_thread,
+        run_in_background: RunInBackground = on_a_thread,
     ) -> None:
-        self.when_lost: Callable[[], None] = lambda: None  # storage holds nothing for us any more
+        """Starts without a backend.
+
+        Args:
+            jobs: the table of jobs.
+            quarantine: takes host pages that overdue reads may still write into.
+            open_storage: makes and opens a backend.
+            run_in_background: runs what may block.
+        """
+        self.when_lost: Callable[[], None] = lambda: None
         self.quarantine = quarantine
         self.current: Attachment | None = None
         self._jobs = jobs
         self._open_storage = open_storage
-        self._run_aside = run_aside
+        self._run_in_background = run_in_background
         self._draining: list[Attachment] = []
         self._opening: dict[int, Attaching] = {}
         self._clearing: dict[int, Clearing] = {}  # by the job that reports of this rank
@@ -71,18 +89,23 @@ class StorageTier:
         self._attach(self._open_storage(name, settings))
 
     def attach(self, name: str, settings: Mapping[str, object]) -> Attaching:
-        """Opens a backend aside; ``poll`` attaches it once it is open on all ranks."""
+        """Opens a backend in the background; ``poll`` attaches it once all ranks have it open.
+
+        Args:
+            name: an installed plugin, ``chain`` or ``dynamic``.
+            settings: the backend's own settings.
+        """
         attaching = Attaching(name)
         job_id = self._jobs.add(partial(self._opened, attaching))
         self._opening[job_id] = attaching
         try:
-            self._run_aside(partial(attaching.open, self._open_storage, settings))
-        except RuntimeError as error:  # no thread is to be had
+            self._run_in_background(partial(attaching.open, self._open_storage, settings))
+        except RuntimeError as error:  # no thread can be started
             attaching.fail(error)
         return attaching
 
     def detach(self) -> None:
-        """Lets go of the attached backend, which is drained and then closed."""
+        """Detaches the backend, which is drained and then closed."""
         attachment, self.current = self.current, None
         if attachment is not None:
             for job_id in self._judges:  # questions and reads; those that run go on
@@ -91,7 +114,7 @@ class StorageTier:
             self.when_lost()
 
     def clear(self) -> Clearing:
-        """Removes aside what this cache, on all ranks, has put into the attached backend.
+        """Removes, in the background, what all ranks of this cache have stored in the backend.
 
         Raises:
             ConfigError: none is attached, or it cannot be cleared.
@@ -109,21 +132,27 @@ class StorageTier:
             else:
                 self._jobs.report(job_id, ANY_COUNT)
         try:
-            self._run_aside(clearing.run)
-        except RuntimeError as error:  # no thread is to be had
+            self._run_in_background(clearing.run)
+        except RuntimeError as error:  # no thread can be started
             clearing.fail(error)
         return clearing
 
     def submit(self, attachment: Attachment, job: Job, judge: Judge | None = None) -> None:
-        """As ``submit_all``, of one job."""
+        """As ``submit_all``, for one job."""
         self.submit_all(attachment, [job], judge)
 
     def submit_all(
         self, attachment: Attachment, jobs: Sequence[Job], judge: Judge | None = None
     ) -> None:
-        """Hands jobs of one kind to the worker; those it does not take are reported with 0 pages.
+        """Hands jobs of one kind to the worker; reports those that it does not take with 0 pages.
 
-        A rank that does not write reports what the writer will: the least counts.
+        A rank that does not write reports all pages at once: the writer reports how many were
+        written, and the least counts.
+
+        Args:
+            attachment: the backend whose worker gets the jobs.
+            jobs: of one kind, not empty.
+            judge: says how many pages this rank reports for a result; as many as it has if None.
         """
         if not attachment.is_writer and isinstance(jobs[0], WriteJob):
             for job in jobs:
@@ -136,7 +165,7 @@ class StorageTier:
             self._jobs.report(job.job_id, 0)  # the write queue is full: dropped, and counted
 
     def collect(self) -> None:
-        """Reports what has finished on this rank."""
+        """Reports the jobs that have finished on this rank."""
         for attachment in self.attachments:
             for result in attachment.worker.drain():
                 self._take(result)
@@ -148,33 +177,25 @@ class StorageTier:
                 del self._clearing[job_id]
 
     def sweep(self) -> None:
-        """Closes what has been drained."""
+        """Closes the backends that have been drained."""
         in_use = [clearing.attachment for clearing in self._clearing.values()]
         for attachment in self._draining.copy():
             if attachment.worker.n_in_flight == 0 and attachment not in in_use:
                 for result in attachment.worker.drain():
                     self._take(result)
-                with contextlib.suppress(RuntimeError):  # no thread is to be had: it stays for now
-                    self._run_aside(partial(attachment.close, 0.0))
+                with contextlib.suppress(
+                    RuntimeError
+                ):  # no thread can be started: it stays for now
+                    self._run_in_background(partial(attachment.close, 0.0))
                     self._draining.remove(attachment)
 
     @property
     def attachments(self) -> list[Attachment]:
-        """The attached backend, if any, and those that are being drained."""
+        """The attached backend, if any, then those that are being drained."""
         return [*([] if self.current is None else [self.current]), *self._draining]
 
-    @property
-    def n_overdue(self) -> int:
-        """Calls of this rank that were given up and have not ended."""
-        return len(self._overdue)
-
-    @property
-    def is_draining(self) -> bool:
-        """Whether a detached backend has not been closed, or an attached one is being opened."""
-        return bool(self._draining or self._opening)
-
     def _cleared(self, clearing: Clearing, reported: int) -> None:
-        """Once all ranks have ended, no page counts as stored: the backend gets a new number."""
+        """When all ranks are done, no page counts as stored: the backend gets a new number."""
         clearing.settle(reported)
         if clearing.done and clearing.attachment is self.current:
             self._epoch += 1
@@ -182,19 +203,26 @@ class StorageTier:
             self.when_lost()
 
     def wait(self, timeout_s: float, *, for_all: bool = False) -> None:
-        """Waits until a call has ended, or with ``for_all`` all have, or for ``timeout_s``."""
+        """Blocks until a call has ended (``for_all``: all calls), for at most ``timeout_s``."""
         attachments = self.attachments
         for attachment in attachments:
             attachment.worker.wait(timeout_s / len(attachments), for_all=for_all)
 
     def flush(self, timeout_s: float) -> bool:
-        """Waits until what was acknowledged has reached every store behind the backend."""
+        """Blocks until acknowledged writes have reached every store behind the backend.
+
+        Returns:
+            False if that took longer than ``timeout_s`` for one of the backends.
+        """
         return all(attachment.flush(timeout_s) for attachment in self.attachments)
 
     def close(self, timeout_s: float) -> list[Job]:
-        """Ends all workers and backends within ``timeout_s`` each; the jobs that were abandoned.
+        """Ends all workers and backends, within ``timeout_s`` each.
 
         A backend whose own ``close`` hangs is abandoned too, and the log says so.
+
+        Returns:
+            The jobs that were abandoned: they may still touch host memory.
         """
         abandoned: list[Job] = []
         for attachment in self.attachments:
@@ -205,8 +233,8 @@ class StorageTier:
                 closed.set()
 
             try:
-                self._run_aside(work)
-            except RuntimeError as error:  # no thread is to be had, and the backend may hang
+                self._run_in_background(work)
+            except RuntimeError as error:  # no thread can be started, and the backend may hang
                 log.warning("backend %s is not closed: %s", attachment.name, error)
                 abandoned.extend(attachment.worker.close(timeout_s))
                 continue
@@ -224,7 +252,8 @@ class StorageTier:
         self._leave_manifest(attachment)
 
     def _leave_manifest(self, attachment: Attachment) -> None:
-        """Stores what the namespace stands for; every rank has the job, and one may write."""
+        """Stores the manifest, which says what the namespace means. All ranks have the job; one
+        writes."""
         job_id = self._jobs.add_write(lambda _n_pages: None)
         if attachment.manifest is None:
             self._jobs.report(job_id, 0)

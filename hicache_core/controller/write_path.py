@@ -1,4 +1,4 @@
-"""The way down: device → host (backup) → storage (store)."""
+"""The write path: device → host (backup) → storage (store)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from hicache_core.controller.received import ReceivedPages
 from hicache_core.kv.keys import DIGEST_NBYTES, TOKEN_NBYTES, PageKeys
 from hicache_core.observe.journal import PageRun
 from hicache_core.observe.tracing import BACKUP, SpanHandle
-from hicache_core.radix.node import ASKED, RECEIVED, Node, path_to_root
+from hicache_core.radix.node import (
+    Node,
+    Received,
+    adopt_digests,
+    path_to,
+    path_to_root,
+    run_of,
+)
 from hicache_core.types import Tier, WriteJob
 
 log = logging.getLogger(__name__)
@@ -21,8 +28,12 @@ log = logging.getLogger(__name__)
 class WritePath:
     """Copies nodes down when the write policy says so. Owner thread only.
 
-    A node that is on its way is locked and its host pages are pending, so that neither tier lets it
-    go before the copy has settled; a node whose host pages are being stored keeps them until then.
+    A node that is being copied is locked and its host pages are pending, so neither tier drops it
+    before the copy has settled. A node whose host pages are being stored keeps them until then.
+
+    Attributes:
+        received: pages of other servers, which storage is asked for before they are written.
+        n_orphaned_pages: host pages of unsettled stores whose nodes have left the tree.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -35,7 +46,7 @@ class WritePath:
 
     @property
     def idle(self) -> bool:
-        """Whether everything that was accepted has settled."""
+        """Whether every backup, store and question has settled."""
         return not self._n_backups and not self._stores and self.received.idle
 
     @property
@@ -44,14 +55,14 @@ class WritePath:
         return self._n_backup_pages + sum(store.n_pages for store in self._stores.copy())
 
     def consider(self, node: Node) -> None:
-        """Backs up, or stores, what the policy wants of the path from the root to ``node``."""
-        tree, policy = self._parts.tree, self._parts.policies.write
+        """Backs up or stores those nodes from the root to ``node`` that the policy wants."""
+        policy = self._parts.policies.write
         storage = self._attached()
         epoch = self._parts.epoch
-        for part in tree.path(node):
-            if part.stored_in == RECEIVED and storage is not None:
+        for part in path_to(node):
+            if part.received is Received.UNCHECKED and storage is not None:
                 self.received.ask(node, storage)
-            if part.stored_in == ASKED:
+            if part.received is Received.CHECKING:
                 continue  # it is considered again when the answer has come
             if part.host_pages is None:
                 n_uses = 1 + part.hit_count  # who computed it, and who matched it
@@ -61,9 +72,13 @@ class WritePath:
                 self._store(part, storage)
 
     def backup(self, node: Node) -> bool:
-        """Starts to copy a node's device pages to the host; False if the host has no room at all.
+        """Starts to copy a node's device pages to the host.
 
-        With room for a part only, the leading pages are copied and the node is split there.
+        If the host has room for a part only, the leading pages are copied and the node is split
+        there.
+
+        Returns:
+            False if the host has no room at all.
         """
         parts = self._parts
         host_pages = parts.allocate_host(node.n_pages)
@@ -96,7 +111,7 @@ class WritePath:
         if n_valid == n_pages:
             parts.counters.backup_tokens += n_pages * parts.page_size
             storage = self._attached()
-            for part in parts.tree.run(node, n_pages):
+            for part in run_of(node, n_pages):
                 parts.tell_stored(Tier.HOST, part)
                 if storage is not None and part.stored_in != storage.epoch:
                     self._store(part, storage)
@@ -106,7 +121,7 @@ class WritePath:
         return None if tier is None else tier.current
 
     def _store(self, node: Node, storage: Attachment) -> None:
-        """Offers a node's host pages to storage, in batches that settle on their own."""
+        """Starts to write a node's host pages to storage, in batches that settle one by one."""
         parts = self._parts
         assert parts.storage is not None
         assert parts.host is not None
@@ -115,7 +130,8 @@ class WritePath:
         parent = parts.tree.last_digest(node.parent)
         keys = PageKeys(storage.namespace, node.tokens, parts.page_size, parent)
         store = _Store(node, keys, storage, parent)
-        node.stored_in = storage.epoch  # from now on; taken back if storage does not take all of it
+        # From now on, and taken back if storage does not take all of it.
+        node.stored_in, node.received = storage.epoch, Received.NO
         parts.tree.lock_host(node, node.n_pages)
         self._stores.append(store)
         pages, object_nbytes = parts.host.pages(node.host_pages), parts.host.object_nbytes
@@ -145,33 +161,32 @@ class WritePath:
             parts.host.allocator.free(store.orphans)
             return
         parts.tree.unlock_host(store.node, store.n_pages)
-        parts.tree.adopt_digests(store.node, store.n_pages, store.keys.digests)
+        adopt_digests(store.node, store.n_pages, store.keys.digests)
         if store.n_leading < store.n_pages:
             log.debug("storage did not take all of %d pages; the next use tries again", n_pages)
-            for part in parts.tree.run(store.node, store.n_pages):
+            for part in run_of(store.node, store.n_pages):
                 if part.stored_in == store.storage.epoch:
                     part.stored_in = 0
-        for spare in parts.retention.spare(parts.tree, store.node, parts.epoch):
+        for spare in parts.retention.spare(store.node, parts.epoch):
             parts.drop_host(spare, "stored")
 
     def _tell_stored(self, store: _Store) -> None:
-        """Tells the journal which leading pages storage has now."""
+        """Tells the journal which leading pages storage now has."""
         parts, n = self._parts, store.n_leading
         if parts.journal is None or not parts.journal.hears_gains or n == 0:
             return
         if parts.storage is None or store.storage is not parts.storage.current:
-            return  # detached: nobody gets it from there
+            return  # detached: nobody can load them from there
         digests = store.keys.digests[: n * DIGEST_NBYTES]
         tokens = store.tokens[: n * parts.page_size * TOKEN_NBYTES]
         run = PageRun(store.parent, digests, tokens, store.seed, stored=True)
         parts.journal.stored(Tier.STORAGE, run)
 
     def orphan_below(self, node: Node) -> None:
-        """Prepares ``node`` to leave the tree though pages below it are being stored.
+        """Prepares ``node`` to leave the tree although pages below it are being stored.
 
-        Their bytes stay where they are until their stores have settled, and are freed then; they
-        belong to the stores meanwhile, and to the tree no more. So a slow store can keep no device
-        page from leaving.
+        The host pages below belong to their stores from now on, and no longer to the tree. They are
+        freed when the stores have settled. So a slow store cannot keep device pages from leaving.
         """
         parts = self._parts
         for store in self._stores:
@@ -179,13 +194,13 @@ class WritePath:
                 continue
             store.orphans = array("i")
             parts.tree.unlock_host(store.node, store.n_pages)
-            for part in parts.tree.run(store.node, store.n_pages):
+            for part in run_of(store.node, store.n_pages):
                 assert part.host_pages is not None
                 store.orphans.extend(part.host_pages)
             self.n_orphaned_pages += len(store.orphans)
 
     def is_orphaned(self, host_pages: array[int]) -> set[int]:
-        """Those of ``host_pages`` that belong to stores under way, and may not be freed."""
+        """Those of ``host_pages`` that belong to unsettled stores, and may not be freed yet."""
         orphans = {page for store in self._stores for page in store.orphans or ()}
         return orphans.intersection(host_pages)
 
@@ -195,16 +210,18 @@ def _is_below(node: Node, above: Node) -> bool:
 
 
 class _Store:
-    """A node on its way to storage: by now perhaps a run of nodes, which ends at ``node``.
+    """A node that is being stored. Splits may have made a run of it, which ends at ``node``.
 
     Attributes:
         node: the last node of the run.
-        keys: of all pages.
-        storage: where they go.
+        keys: of all its pages.
+        storage: the backend that they go to.
         parent: digest of the page before the first.
-        n_batches: not settled yet.
-        n_leading: pages that storage has without a gap, as far as is known.
-        orphans: host pages of a run that has left the tree.
+        tokens: packed tokens of all its pages.
+        seed: seed of the chain of page keys.
+        n_batches: batches that have not settled.
+        n_leading: leading pages that storage has without a gap, as far as is known.
+        orphans: host pages of a run that has left the tree; None while it is there.
     """
 
     __slots__ = ("keys", "n_batches", "n_leading", "node", "orphans", "parent", "seed", "storage",

@@ -28,6 +28,7 @@ class PoolStatus:
         locked_pages: cached pages that a request uses, so that they cannot be evicted now.
         in_flight_pages: pages that a copy or a storage job reads or writes.
         evictable_pages: cached pages that can be evicted. These three are None if not counted.
+        cached_pages: pages in the prefix tree, even while they are copied or read.
     """
 
     n_pages: int
@@ -35,6 +36,7 @@ class PoolStatus:
     locked_pages: int | None
     in_flight_pages: int | None
     evictable_pages: int | None
+    cached_pages: int | None = None
 
     @property
     def used_pages(self) -> int:
@@ -158,6 +160,7 @@ class CacheSnapshot:
         jobs_in_flight: jobs that are not settled yet, by ``storage`` and ``copy``.
         overdue_jobs: jobs that are running past their deadline.
         quarantined_pages: host pages that a stuck job may still access.
+        draining_backends: detached storage backends whose last jobs have not ended.
         backends: the storage backends in the order they are asked.
         rejected_pages: objects rejected on reading, by kind: ``corrupt``, ``foreign``, …
         admission: decisions of the admission policy, by outcome.
@@ -180,6 +183,7 @@ class CacheSnapshot:
     jobs_in_flight: Mapping[str, int] = field(default_factory=dict)
     overdue_jobs: int = 0
     quarantined_pages: int = 0
+    draining_backends: int = 0
     backends: Sequence[BackendStatus] = ()
     rejected_pages: Mapping[str, int] = field(default_factory=dict)
     admission: Mapping[str, int] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""ARC: recency and frequency in a balance that moves with what is missed.
+"""ARC: balances recency and frequency, and moves the balance with what is missed.
 
 Megiddo, Modha: «ARC: a self-tuning, low overhead replacement cache», FAST 2003.
 """
@@ -16,16 +16,17 @@ from hicache_core.radix.queues import NEW, PROVEN, QueueOrder
 
 
 class ARC(EvictionPolicy):
-    """Pages seen once and pages seen again in two LRU lists; ghosts of both set their shares.
+    """Keeps pages seen once and pages seen again in two LRU lists; their ghosts set their shares.
 
-    A miss of a page that left the first list lately makes the room of that list larger, a miss of
-    one that left the second makes it smaller. Together with the ghosts at most two tiers' pages
-    are known.
+    A miss of a page that recently left the first list makes that list's share larger; a miss of one
+    that left the second makes it smaller. Pages and ghosts together are at most twice the tier's
+    pages.
 
-    Other than in the paper, since this is a tree of runs and not a table of objects: room is made
-    before it is known which page comes, so a miss moves the balance after the eviction that it
-    causes; a run of pages has one place; a page waits for those after it; with a page those
-    before it join the second list; and a run joins it if half of its pages are ghosts.
+    This differs from the paper, since this is a tree of runs and not a table of objects. Room is
+    made before it is known which page comes, so a miss moves the balance only after the eviction
+    that it causes. A run of pages has one place. A page leaves after the pages that follow it. The
+    pages before a page join the second list with it. A run joins that list if half of its pages are
+    ghosts.
     """
 
     name: ClassVar[str] = "arc"

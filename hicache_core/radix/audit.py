@@ -1,15 +1,15 @@
-"""Checks of a whole tree, for tests and for doubt: invariants, and the memory it takes."""
+"""Checks of a whole tree: its invariants, and the memory that it takes."""
 
 from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 from hicache_core.errors import IntegrityError
-from hicache_core.radix.core import TreeCore
 from hicache_core.radix.node import Node, descendants
 from hicache_core.radix.order import EvictionOrder
+from hicache_core.radix.residency import Residency
 
 
 def _require(holds: bool, node: Node, rule: str) -> None:
@@ -17,32 +17,46 @@ def _require(holds: bool, node: Node, rule: str) -> None:
         raise IntegrityError(f"{node}: {rule}")
 
 
-def check_tree(tree: TreeCore) -> None:
-    """Check every invariant of the tree.
+def check_nodes(roots: Mapping[bytes, Node], page_nbytes: int) -> list[Node]:
+    """Check each node against its neighbours.
+
+    Args:
+        roots: the tree's roots by seed.
+        page_nbytes: bytes of a page's packed tokens.
+
+    Returns:
+        All nodes but the roots.
 
     Raises:
-        IntegrityError: one does not hold.
+        IntegrityError: names the node and the rule that does not hold.
     """
     nodes: list[Node] = []
-    for seed, root in tree._roots.items():
-        _require(root.key == seed and root.parent is None, root, "a root stands under its seed")
+    for seed, root in roots.items():
+        _require(root.key == seed and root.parent is None, root, "a root is kept under its seed")
         _require(bool(root.children), root, "an empty root is not kept")
         _check_children(root)
         for node in descendants(root):
-            _check_shape(tree, node)
+            _check_shape(page_nbytes, node)
             _check_copies(node)
             _check_children(node)
             nodes.append(node)
-    _check_counts(tree, nodes)
-    device, host = tree._device_order, tree._host_order
-    _check_order(device, nodes, lambda n: n.on_device, lambda n: n.lock_count > 0)
-    _check_order(host, nodes, lambda n: n.on_host, lambda n: n.lock_count > 0)
+    return nodes
 
 
-def _check_shape(tree: TreeCore, node: Node) -> None:
+def check_residency(residency: Residency, nodes: list[Node]) -> None:
+    """Check the counts and the eviction orders of both tiers against ``nodes``, the whole tree.
+
+    Raises:
+        IntegrityError: names what does not add up.
+    """
+    _check_counts(residency, nodes)
+    _check_order(residency.device_order, nodes, lambda node: node.on_device)
+    _check_order(residency.host_order, nodes, lambda node: node.on_host)
+
+
+def _check_shape(page_nbytes: int, node: Node) -> None:
     parent = node.parent
     assert parent is not None
-    page_nbytes = tree._page_nbytes
     _require(node.n_pages > 0, node, "only a root is empty")
     _require(len(node.tokens) == node.n_pages * page_nbytes, node, "tokens fill the pages")
     _require(bytes(node.tokens[:page_nbytes]) == node.key, node, "the key is the first page")
@@ -90,54 +104,48 @@ def _check_children(node: Node) -> None:
         )
 
 
-def _check_counts(tree: TreeCore, nodes: list[Node]) -> None:
+def _check_counts(residency: Residency, nodes: list[Node]) -> None:
     device_pages, host_pages = array("i"), array("i")
     n_locked = 0
     for node in nodes:
         device_pages.extend(node.device_pages or ())
         host_pages.extend(node.host_pages or ())
         n_locked += node.n_pages if node.lock_count and node.on_device else 0
-    for pages in tree._doomed.values():
+    for pages in residency.doomed.values():
         device_pages.extend(pages)
     for tier, pages, count in (
-        ("device", device_pages, tree.n_device_pages),
-        ("host", host_pages, tree.n_host_pages),
-        ("node", array("i", range(len(nodes))), tree.n_nodes),
+        ("device", device_pages, residency.n_device_pages),
+        ("host", host_pages, residency.n_host_pages),
     ):
         if len(set(pages)) != len(pages):
             raise IntegrityError(f"a {tier} page belongs to two nodes")
         if len(pages) != count:
-            raise IntegrityError(f"{len(pages)} {tier} pages or nodes, but {count} counted")
-    if n_locked != tree._n_locked_device_pages:
+            raise IntegrityError(f"{len(pages)} {tier} pages, but {count} are counted")
+    if n_locked != residency.n_locked_device_pages:
         raise IntegrityError(
-            f"{n_locked} locked device pages, {tree._n_locked_device_pages} counted"
+            f"{n_locked} locked device pages, but {residency.n_locked_device_pages} are counted"
         )
 
 
-def _check_order(
-    order: EvictionOrder,
-    nodes: list[Node],
-    has_copy: Callable[[Node], bool],
-    may_miss: Callable[[Node], bool],
-) -> None:
+def _check_order(order: EvictionOrder, nodes: list[Node], has_copy: Callable[[Node], bool]) -> None:
     known = set(nodes)
-    standing = set(order)
-    for node in standing:
-        _require(node in known and has_copy(node), node, "the order holds nodes of its tier")
-    for node in known - standing:
-        may_be_out = not has_copy(node) or may_miss(node) or order.may_rest(node)
-        _require(may_be_out, node, "a node of the tier misses in its order")
+    listed = set(order)
+    for node in listed:
+        _require(node in known and has_copy(node), node, "an order lists nodes of its tier only")
+    for node in known - listed:
+        may_be_out = not has_copy(node) or node.lock_count > 0 or order.may_rest(node)
+        _require(may_be_out, node, "the order of its tier does not list it")
     order.check_integrity()
 
 
-def tree_nbytes(tree: TreeCore) -> int:
-    """Bytes of the Python objects that the tree keeps alive, by ``sys.getsizeof``.
+def tree_nbytes(roots: Iterable[Node], residency: Residency) -> int:
+    """Bytes of the Python objects that a tree keeps alive, by ``sys.getsizeof``.
 
-    A buffer of tokens counts whole for the one node that views it.
+    A buffer of tokens counts in full for the one node that views it.
     """
     size = sys.getsizeof
     total = 0
-    for root in tree._roots.values():
+    for root in roots:
         total += size(root) + size(root.children)
         for node in descendants(root):
             total += size(node) + size(node.children) + size(node.key) + size(node.tokens)
@@ -145,4 +153,4 @@ def tree_nbytes(tree: TreeCore) -> int:
                 total += size(node.tokens.obj)
             for pages in (node.device_pages, node.host_pages, node.digests):
                 total += 0 if pages is None else size(pages)
-    return total + tree._device_order.memory_nbytes() + tree._host_order.memory_nbytes()
+    return total + residency.device_order.memory_nbytes() + residency.host_order.memory_nbytes()

@@ -1,4 +1,4 @@
-"""The eviction policies by name: who leaves a tier first."""
+"""The eviction policies by name. A policy decides which pages leave a tier first."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hicache_core.radix.s3fifo import S3FIFO
 _CLASSES: tuple[type[EvictionPolicy], ...] = (LRU, LFU, FIFO, SLRU, Priority, S3FIFO, ARC)
 _POLICIES = {policy.name: policy for policy in _CLASSES}
 POLICY_NAMES = tuple(_POLICIES)
-"""Every policy's name in the config."""
+"""The names of all policies in the configuration."""
 
 
 def eviction_policy(name: str) -> EvictionPolicy:

@@ -1,4 +1,4 @@
-"""Ghosts: the names of pages that left a tier lately, oldest first."""
+"""Ghosts: names of pages that recently left a tier, the oldest first."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ _WORDS_A_DIGEST = DIGEST_NBYTES // 8
 
 
 def page_names(node: Node, page_size: int) -> list[int]:
-    """A name of 8 bytes for each page of ``node``: the head of its digest, which names its prefix.
+    """A name of 8 bytes for each page of ``node``: the first bytes of its digest.
 
-    The digests are computed where nobody has asked for them yet, and stay in the node.
+    Computes the digests if they are not known, and keeps them in the node.
     """
     return memoryview(node_digests(node, page_size)).cast("Q")[::_WORDS_A_DIGEST].tolist()
 
 
 class Ghosts:
-    """A bounded memory of pages without their KV."""
+    """Remembers pages without their KV; the caller keeps their number bounded."""
 
     def __init__(self) -> None:
         self._names: OrderedDict[int, None] = OrderedDict()
 
     def __len__(self) -> int:
-        """Pages remembered."""
+        """How many pages are remembered."""
         return len(self._names)
 
     def add(self, names: list[int]) -> None:
-        """Remember the pages of a node. They left last page first, so the first is the youngest."""
+        """Remember the pages of a node. Its last page left first, so its first is the youngest."""
         self._names.update(dict.fromkeys(reversed(names)))
 
     def take(self, names: Iterable[int]) -> int:
-        """Forget those of ``names`` that are remembered; returns how many were."""
+        """Forget those of ``names`` that are remembered; returns how many there were."""
         before = len(self._names)
         for name in names if before else ():
             self._names.pop(name, None)
         return before - len(self._names)
 
     def trim(self, limit: int) -> None:
-        """Forget the oldest beyond ``limit``, which is not negative."""
+        """Forget the oldest beyond ``limit``, which is at least 0."""
         for _ in range(len(self._names) - limit):
             self._names.popitem(last=False)
 

@@ -1,4 +1,4 @@
-"""An order of leaving: what the tree asks of every eviction policy, and the list that they use."""
+"""Eviction order: what the tree asks of every policy, and the linked list that they use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hicache_core.radix.node import Node
 
 
 class Entry:
-    """A node's place in a linked list; the list's head is an entry without node."""
+    """A node's place in a linked list. The head of a list is an entry without a node."""
 
     __slots__ = ("next", "node", "prev")
 
@@ -21,12 +21,12 @@ class Entry:
         self.next = self
 
     def unlink(self) -> None:
-        """Leave the list; the entry keeps naming its old neighbours."""
+        """Leave the list. The entry keeps its old neighbours' names."""
         self.prev.next = self.next
         self.next.prev = self.prev
 
     def insert_before(self, other: Entry) -> None:
-        """Join the list of ``other``; before the head is the young end."""
+        """Join the list of ``other``, right before it. The young end is before the head."""
         before = other.prev
         self.prev = before
         self.next = other
@@ -36,53 +36,53 @@ class Entry:
 class EvictionOrder(ABC):
     """The nodes of one tier in the order in which they would leave it.
 
-    A node may stand here though it cannot leave now; :meth:`victim` passes over it. The tree's
-    owner thread makes all calls.
+    It may list nodes that cannot leave now; :meth:`victim` passes over them. The tree's owner
+    thread makes all calls.
     """
 
     @abstractmethod
     def __iter__(self) -> Iterator[Node]:
-        """All nodes that stand in a list, first to leave first."""
+        """All nodes that are listed, the first to leave first."""
 
     @abstractmethod
     def touch(self, *, used: bool, inserted: bool) -> Callable[[Node], None] | None:
-        """What to call for each node of a path, deepest first; None if nothing is to be done.
+        """Returns what to call for each node of a path, deepest first; None for nothing.
 
         Args:
             used: the path was matched.
-            inserted: it was not, and a node of it came into the tier just now.
+            inserted: the path was inserted, and a node of it is new in the tier.
         """
 
     @abstractmethod
     def place(self, node: Node) -> None:
-        """Take in ``node``, which came into the tier or was unlocked, if it does not stand here."""
+        """List ``node``, which came into the tier or was unlocked, unless it is listed already."""
 
     @abstractmethod
     def split(self, upper: Node, node: Node) -> None:
-        """Know ``upper``, which was just split off ``node``: it leaves right after it."""
+        """Take in ``upper``, which was just split off ``node``, and leaves right after it."""
 
     @abstractmethod
     def discard(self, node: Node) -> None:
-        """Forget ``node``, which has lost its copy in the tier but still has its parent."""
+        """Forget ``node``, which has just lost its pages in the tier. It still has its parent."""
 
     @abstractmethod
     def clear(self) -> None:
-        """Forget all nodes, and all that is remembered of others."""
+        """Forget all nodes, also those that are only remembered."""
 
     @abstractmethod
     def victim(self, may_leave: Callable[[Node], bool]) -> Node | None:
-        """The first node that may leave, or None; it stays in the tier."""
+        """The first node for which ``may_leave`` is True, or None. It stays in the tier."""
 
     @abstractmethod
     def may_rest(self, node: Node) -> bool:
-        """Whether ``node``, which is in the tier and not locked, may be in no list now."""
+        """Whether ``node``, which is in the tier and not locked, may be missing in the lists."""
 
     @abstractmethod
     def check_integrity(self) -> None:
-        """Check what the order knows of its nodes.
+        """Check the order's own invariants.
 
         Raises:
-            IntegrityError: a rule does not hold.
+            IntegrityError: one does not hold.
         """
 
     @abstractmethod
@@ -92,11 +92,11 @@ class EvictionOrder(ABC):
 
 @dataclass(frozen=True)
 class TierView:
-    """What an order may know of its tier.
+    """What an order knows of its tier.
 
     Attributes:
-        page_size: tokens a page.
-        n_children: children of a node that have pages in the tier.
+        page_size: tokens per page.
+        n_children: counts the children of a node that have pages in the tier.
     """
 
     page_size: int
@@ -104,10 +104,10 @@ class TierView:
 
 
 class EvictionPolicy(ABC):
-    """Makes the order of a tier.
+    """An eviction policy. It makes the order of a tier.
 
     Attributes:
-        name: its name in the config.
+        name: the policy's name in the configuration.
     """
 
     name: ClassVar[str]

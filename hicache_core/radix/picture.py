@@ -1,4 +1,4 @@
-"""The picture of a tree: its largest and its most used nodes, counts only, in bounded size."""
+"""The picture of a tree: counts of its largest and most used nodes, of bounded size."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 
-from hicache_core.radix.core import TreeCore
 from hicache_core.radix.node import Node, path_to_root
+from hicache_core.radix.tree import RadixTree
 
 MAX_VISITED = 20_000
 MAX_SHOWN = 300
@@ -17,14 +17,15 @@ MAX_SHOWN = 300
 
 @dataclass(frozen=True, slots=True)
 class PictureNode:
-    """One node as counts; no token of it.
+    """The counts of one node; no tokens.
 
     Attributes:
         parent: index of the parent in ``TreePicture.nodes``; -1 for a namespace's root.
         depth_tokens: tokens of the prefix before it.
         tokens: tokens in it; 0 for a root.
-        tokens_below: tokens of all nodes below it, those that are not shown too.
-            hidden: nodes that are not shown and hang on it, or on such.
+        tokens_below: tokens of all nodes below it, shown or not.
+        hits: matches that went through it.
+        hidden: nodes below it that are not shown, down to the next shown ones.
         tiers: where its pages are: ``device``, ``host``, ``storage`` (storage has them, or is being
             given them).
         locked: a request or a copy keeps it.
@@ -42,12 +43,12 @@ class PictureNode:
 
 @dataclass(frozen=True, slots=True)
 class TreePicture:
-    """The nodes worth a look.
+    """The largest and the most used nodes of a tree.
 
     Attributes:
-        nodes: parents before children; the roots stand for namespaces, in the order of their use.
-        n_nodes: nodes in the tree, without roots.
-        is_partial: the tree has more nodes than were visited, so sums are lower bounds.
+        nodes: parents before children. Each root is a namespace, in the order of their first use.
+        n_nodes: nodes of the tree, without roots.
+        is_partial: whether the tree has more nodes than were visited, so sums are lower bounds.
     """
 
     nodes: tuple[PictureNode, ...]
@@ -56,14 +57,19 @@ class TreePicture:
 
 
 def take_picture(
-    tree: TreeCore, *, max_shown: int = MAX_SHOWN, max_visited: int = MAX_VISITED
+    tree: RadixTree, *, max_shown: int = MAX_SHOWN, max_visited: int = MAX_VISITED
 ) -> TreePicture:
-    """Looks at the tree. Owner thread; some ten milliseconds for the most nodes it visits.
+    """Takes the picture of a tree. Owner thread.
 
-    Half of ``max_shown`` go to the nodes with the most tokens in and below them, half to those with
-    the most hits; what is above such a node is shown with it, so there may be some more.
+    Half of ``max_shown`` are the nodes with the most tokens in and below them, half are those with
+    the most hits. All nodes above are shown with them, so there may be some more.
+
+    Args:
+        tree: the tree.
+        max_shown: nodes to show, about.
+        max_visited: most nodes to look at, which bounds the time.
     """
-    visited = _visit(tree._roots.values(), max_visited)
+    visited = _visit(tree.roots, max_visited)
     shown = _choose(visited, max_shown)
     below: Counter[Node] = Counter()
     hidden: Counter[Node] = Counter()
@@ -94,9 +100,9 @@ def take_picture(
 
 
 def _visit(roots: Iterable[Node], max_visited: int) -> list[Node]:
-    """Roots and nodes, level by level, as many as may be visited."""
+    """Roots and nodes, level by level, at most ``max_visited``."""
     visited = list(islice(roots, max_visited))
-    for node in visited:  # grows while it is walked
+    for node in visited:  # the list grows in the loop
         visited.extend(islice(node.children.values(), max_visited - len(visited)))
     return visited
 

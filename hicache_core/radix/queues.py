@@ -1,8 +1,8 @@
-"""Orders of two queues, between which nodes move: the base of S3-FIFO and ARC.
+"""Eviction orders of two queues, between which nodes move: the base of S3-FIFO and ARC.
 
-A node whose turn comes while it is locked, or while pages after it are in the tier, is taken out
-of its queue and *rests*. Its unlock, or the departure of its last child, puts it back at the old
-end: its turn had come. So a victim costs one step for each node that is passed, once.
+A node whose turn comes while it is locked, or while it has children in the tier, leaves its queue
+and *rests*. Its unlock, or the departure of its last child, puts it back at the old end, since its
+turn had come. So a search for a victim passes over each such node once.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ NEW, PROVEN = 0, 1
 
 
 class QueueEntry(Entry):
-    """A node's place, linked or resting.
+    """A node's place: in a queue, or resting.
 
     Attributes:
-        queue: ``NEW`` or ``PROVEN``, also while it rests.
-        uses: what the policy counts.
+        queue: ``NEW`` or ``PROVEN``, even while it rests.
+        uses: a count that the policy keeps.
     """
 
     __slots__ = ("queue", "uses")
@@ -36,19 +36,19 @@ class QueueEntry(Entry):
 
     @property
     def rests(self) -> bool:
-        """It is in no list."""
+        """Whether it is not in its queue."""
         return self.next is self
 
     def rest(self) -> None:
-        """Leave the list, if in one."""
+        """Leave the queue, if it is in it."""
         self.unlink()
         self.next = self.prev = self
 
 
 class QueueOrder(EvictionOrder):
-    """Two queues of nodes and their sizes in pages.
+    """Two queues of nodes, with their sizes in pages.
 
-    The capacity that the papers speak of is the most pages that the tier held at once.
+    What the papers call capacity is the most pages that the tier has held at once.
     """
 
     def __init__(self, tier: TierView) -> None:
@@ -62,15 +62,15 @@ class QueueOrder(EvictionOrder):
 
     @abstractmethod
     def _use(self, node: Node) -> None:
-        """``node`` lies on a path that was matched; those below it were told before."""
+        """Count a use of ``node``, which is on a path that was matched. Deeper nodes come first."""
 
     @abstractmethod
     def _enters(self, node: Node) -> int:
-        """The queue that a node which comes into the tier joins."""
+        """The queue that ``node`` joins, which comes into the tier."""
 
     @abstractmethod
     def _left(self, node: Node, queue: int) -> None:
-        """``node`` left the tier from ``queue``; the sizes still count it."""
+        """Note that ``node`` left the tier from ``queue``; the sizes still count it."""
 
     # -- what the tree tells -----------------------------------------------------------------
 
@@ -133,7 +133,7 @@ class QueueOrder(EvictionOrder):
     # -- moves -------------------------------------------------------------------------------
 
     def _wake(self, node: Node) -> None:
-        """Put a resting node without children at the old end of its queue."""
+        """Put a resting node without children back, at the old end of its queue."""
         entry = self._entries.get(node)
         if entry is not None and entry.rests and not self._tier.n_children(node):
             entry.insert_before(self._heads[entry.queue].next)
@@ -148,7 +148,7 @@ class QueueOrder(EvictionOrder):
         entry.insert_before(self._heads[queue])
 
     def _prove(self, node: Node) -> None:
-        """Move ``node`` and all before it to ``PROVEN``: a prefix is worth what follows it."""
+        """Move ``node`` and all above it to ``PROVEN``: a prefix is worth as much as its suffix."""
         for at in path_to_root(node):
             entry = self._entries.get(at)
             if entry is None:
@@ -159,7 +159,7 @@ class QueueOrder(EvictionOrder):
             self._move(entry, PROVEN)
 
     def _oldest(self, queue: int, may_leave: Callable[[Node], bool]) -> QueueEntry | None:
-        """The first of ``queue`` that may leave; whose turn cannot come now is sent to rest."""
+        """The first of ``queue`` that may leave; nodes before it that cannot are sent to rest."""
         entry = self._heads[queue].next
         while entry.node is not None:
             node, here, entry = entry.node, entry, entry.next

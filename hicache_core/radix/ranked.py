@@ -1,7 +1,7 @@
 """Policies that rank nodes: the lowest rank leaves first, and within a rank the oldest.
 
-A child always stands before its parent, and no child's rank is above its parent's. So the first
-node of the lowest rank is a leaf, and no scan is needed to find it.
+A child always comes before its parent, and its rank is at most its parent's. So the first node of
+the lowest rank is a leaf, and finding it needs no scan.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from hicache_core.radix.order import Entry, EvictionOrder, EvictionPolicy, TierV
 
 
 class RankedPolicy(EvictionPolicy):
-    """Ranks nodes; the lowest rank is evicted first, and within a rank the oldest.
+    """Ranks nodes. The lowest rank is evicted first, and within a rank the oldest.
 
     Attributes:
-        renewed_by_use: a match makes a node the youngest of its rank.
+        renewed_by_use: whether a match makes a node the youngest of its rank.
     """
 
     renewed_by_use: ClassVar[bool] = True
 
     @abstractmethod
     def rank(self, node: Node) -> int:
-        """The node's rank: it never falls, and no child's is above its parent's."""
+        """The node's rank. It never falls, and is at least that of every child."""
 
     def order(self, tier: TierView) -> EvictionOrder:  # noqa: ARG002 - the nodes say enough
         # docstring inherited
@@ -36,7 +36,7 @@ class RankedPolicy(EvictionPolicy):
 
 
 class LRU(RankedPolicy):
-    """The least recently used page first."""
+    """Evicts the least recently used page first."""
 
     name = "lru"
 
@@ -46,7 +46,7 @@ class LRU(RankedPolicy):
 
 
 class FIFO(RankedPolicy):
-    """The page first that was inserted first; a prefix counts as inserted with its last suffix."""
+    """Evicts the page first that was inserted first; a prefix counts with its last suffix."""
 
     name = "fifo"
     renewed_by_use = False
@@ -57,7 +57,7 @@ class FIFO(RankedPolicy):
 
 
 class LFU(RankedPolicy):
-    """The least often matched page first, and the oldest of those; counts stop at 255."""
+    """Evicts the least often matched page first, and the oldest of those. Counts stop at 255."""
 
     name = "lfu"
 
@@ -67,7 +67,7 @@ class LFU(RankedPolicy):
 
 
 class SLRU(RankedPolicy):
-    """Pages that were matched ``protected_hits`` times leave after all others; LRU within both."""
+    """Evicts pages last that were matched ``protected_hits`` times; LRU within both groups."""
 
     name = "slru"
 
@@ -80,7 +80,7 @@ class SLRU(RankedPolicy):
 
 
 class Priority(RankedPolicy):
-    """The lowest priority first, LRU among equals; a prefix has the highest of its suffixes."""
+    """Evicts the lowest priority first, LRU among equals. A prefix has its suffixes' highest."""
 
     name = "priority"
 
@@ -90,9 +90,9 @@ class Priority(RankedPolicy):
 
 
 class RankedOrder(EvictionOrder):
-    """One linked list a rank, in which a child stands before its parent.
+    """One linked list per rank, in which a child comes before its parent.
 
-    A node that is not here has no copy in the tier, or was locked when its turn came.
+    A node that is not listed has no pages in the tier, or was locked when its turn came.
     """
 
     def __init__(self, policy: RankedPolicy) -> None:
@@ -115,7 +115,7 @@ class RankedOrder(EvictionOrder):
         return self.renew if inserted or self.policy.renewed_by_use else None
 
     def renew(self, node: Node) -> None:
-        """Make ``node`` the youngest of its rank. Its ancestors are to be renewed after it."""
+        """Make ``node`` the youngest of its rank. The caller renews its ancestors after it."""
         entry = self._entries.get(node)
         if entry is None:
             entry = self._entries[node] = Entry(node)
@@ -183,7 +183,7 @@ class RankedOrder(EvictionOrder):
         for node in self:
             for ancestor in path_to_root(node):
                 if ancestor in passed:
-                    raise IntegrityError(f"{node} stands behind {ancestor}, which is above it")
+                    raise IntegrityError(f"{node} is listed after {ancestor}, which is above it")
             passed.add(node)
         if passed != set(self._entries):
             raise IntegrityError("the lists hold other nodes than the order knows")

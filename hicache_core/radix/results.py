@@ -1,4 +1,4 @@
-"""What the tree answers: frozen, without behaviour."""
+"""Results of the tree's calls, as frozen data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Match:
         host_pages: host page ids of the second run, which the device does not have.
         device_node: deepest node of the first run.
         node: deepest node of both runs.
-        page_size: tokens in a page.
+        page_size: tokens per page.
     """
 
     device_pages: array[int]
@@ -27,7 +27,7 @@ class Match:
     page_size: int
 
     def device_part(self) -> Match:
-        """The match without what only the host has."""
+        """The match without its host run."""
         return replace(self, host_pages=array("i"), node=self.device_node)
 
     @property
@@ -48,14 +48,14 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class InsertResult:
-    """What came of an insert.
+    """The result of an insert.
 
     Attributes:
         node: deepest node of the inserted prefix.
         pages: the device page ids that the tree has for it, one for each whole page.
-        duplicates: those of the caller's pages that the tree did not take; the caller frees them.
-        n_known_pages: leading pages that were on the device before.
-        new_nodes: nodes that got device pages now, top to bottom.
+        duplicates: pages of the caller that the tree did not take; the caller frees them.
+        n_known_pages: pages that were on the device before.
+        new_nodes: nodes that have got device pages by it, top to bottom.
     """
 
     node: Node
@@ -67,7 +67,7 @@ class InsertResult:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """Pages that the tree gave up; the caller frees them.
+    """Pages that the tree has given up. The caller frees them.
 
     Attributes:
         device_pages: ids in the device pool.

@@ -1,4 +1,4 @@
-"""S3-FIFO: three queues without recency, for pages that are mostly wanted once.
+"""S3-FIFO: three first-in, first-out queues, for pages that are mostly used once.
 
 Yang, Zhang, Qiu, Yue, Vinayak: «FIFO queues are all you need for cache eviction», SOSP 2023.
 """
@@ -18,16 +18,17 @@ _MOST_USES = 3
 
 
 class S3FIFO(EvictionPolicy):
-    """New pages pass a small queue; only those used twice in it, or missed soon after, stay.
+    """Passes new pages through a small queue; those used twice in it, or missed soon after, stay.
 
     The small queue holds a tenth of the tier's pages. A page whose turn comes there goes to the
-    main queue if it was used at least twice, else out of the tier and among the ghosts, as many as
-    the main queue holds. In the main queue each use, three at most, buys one more round.
+    main queue if it was used at least twice. Otherwise it leaves the tier and becomes a ghost;
+    there are as many ghosts as the main queue has pages. In the main queue each use, up to three,
+    buys one more round.
 
-    Other than in the paper, since this is a tree of runs and not a table of objects: a run of
-    pages has one counter; a page waits for those after it, and then its turn comes at once; with
-    a page those before it move to the main queue; a run joins the main queue if half of its pages
-    are ghosts; and an eviction ends with the first run that leaves, also where moving others has
+    This differs from the paper, since this is a tree of runs and not a table of objects. A run of
+    pages has one counter. A page leaves after the pages that follow it, and then its turn comes at
+    once. The pages before a page move to the main queue with it. A run joins the main queue if half
+    of its pages are ghosts. An eviction ends with the first run that leaves, even if moves have
     filled the main queue.
     """
 
@@ -39,7 +40,7 @@ class S3FIFO(EvictionPolicy):
 
 
 class S3FIFOOrder(QueueOrder):
-    """``NEW`` is the paper's queue S, ``PROVEN`` its M; ``uses`` is the counter of two bits."""
+    """``NEW`` is the paper's queue S, ``PROVEN`` its M, and ``uses`` its counter of two bits."""
 
     def __init__(self, tier: TierView) -> None:
         super().__init__(tier)
@@ -65,7 +66,7 @@ class S3FIFOOrder(QueueOrder):
             self._ghosts.trim(self._capacity * 9 // 10)
 
     def victim(self, may_leave: Callable[[Node], bool]) -> Node | None:
-        # docstring inherited. Ends: a promotion takes from NEW for good, a round costs a use.
+        # docstring inherited. It ends: a promotion takes from NEW for good, a round costs a use.
         while True:
             first = NEW if 10 * self._n_pages[NEW] >= self._capacity else PROVEN
             entry = self._oldest(first, may_leave) or self._oldest(1 - first, may_leave)
@@ -80,7 +81,7 @@ class S3FIFOOrder(QueueOrder):
             return entry.node
 
     def _is_worth_keeping(self, entry: QueueEntry) -> bool:
-        """Promote the node, or its prefix alone: that is at least as old, so its turn came too."""
+        """Promote the node, or only its prefix, which is at least as old, so its turn came too."""
         node = entry.node
         assert node is not None
         if entry.uses > 1:

@@ -1,32 +1,39 @@
 """The prefix index: which pages of KV are cached for a prefix of token ids, and in which tier.
 
-A radix tree over packed token ids whose edges end on page boundaries. Tokens are compared with
-memcmp, never one by one, and a lookup costs one hash of a page for each node on the way.
+A radix tree over packed token ids, whose nodes hold whole pages. It compares tokens with memcmp,
+never one by one, and a lookup hashes one page for each node on its way.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
-from hicache_core.errors import IntegrityError, InvalidTokens
+from hicache_core.errors import IntegrityError, InvalidTokens, SpecError
 from hicache_core.kv.keys import DIGEST_NBYTES, TOKEN_NBYTES
-from hicache_core.radix.audit import check_tree, tree_nbytes
-from hicache_core.radix.inflight import InFlight
+from hicache_core.radix.audit import check_nodes, check_residency, tree_nbytes
 from hicache_core.radix.node import (
     Node,
     descendants,
     equal_pages,
     keep_tokens,
+    loads_below,
     node_digests,
     path_to_root,
+    pending_run,
     require_in_tree,
+    run_of,
+    split_node,
 )
+from hicache_core.radix.order import EvictionPolicy
+from hicache_core.radix.residency import Residency
 from hicache_core.radix.results import Dropped, InsertResult, Match
 
 
-class RadixTree(InFlight):
-    """The prefix index over both tiers; each seed (tenant, LoRA) has a tree of its own.
+class RadixTree:
+    """The prefix index of device and host. Each seed (tenant, LoRA) has a tree of its own.
+
+    One thread, the owner, makes all calls.
 
     Example:
         >>> from array import array
@@ -38,15 +45,66 @@ class RadixTree(InFlight):
         array('i', [5])
     """
 
+    def __init__(
+        self, page_size: int, device_policy: EvictionPolicy, host_policy: EvictionPolicy
+    ) -> None:
+        """An empty tree.
+
+        Args:
+            page_size: tokens a page.
+            device_policy: decides which pages leave the device first.
+            host_policy: decides which pages leave the host first.
+
+        Raises:
+            SpecError: ``page_size`` is less than 1.
+        """
+        if page_size < 1:
+            raise SpecError(f"page_size is {page_size}; it is at least 1 token")
+        self.page_size = page_size
+        self._page_nbytes = page_size * TOKEN_NBYTES
+        self._roots: dict[bytes, Node] = {}
+        self._n_nodes = 0
+        self._residency = Residency(page_size, device_policy, host_policy)
+
+    @property
+    def n_nodes(self) -> int:
+        """Number of nodes, without the roots."""
+        return self._n_nodes
+
+    @property
+    def n_device_pages(self) -> int:
+        """Number of device pages that the tree owns, including those of unsettled copies."""
+        return self._residency.n_device_pages
+
+    @property
+    def n_host_pages(self) -> int:
+        """Number of host pages that the tree owns, including pending ones."""
+        return self._residency.n_host_pages
+
+    @property
+    def n_evictable_device_pages(self) -> int:
+        """Number of device pages of nodes without a lock."""
+        return self._residency.n_evictable_device_pages
+
+    @property
+    def roots(self) -> Collection[Node]:
+        """One root for each namespace that has pages, in the order of their first use."""
+        return self._roots.values()
+
+    def nodes(self) -> list[Node]:
+        """All nodes but the roots, parents before children."""
+        return [node for root in self._roots.values() for node in descendants(root)]
+
+    # -- match and insert --------------------------------------------------------------------
+
     def match(self, tokens: bytes, seed: bytes = b"", *, touch: bool = True) -> Match:
         """Find the longest cached prefix of ``tokens``, in whole pages.
 
         Args:
             tokens: packed token ids; a tail shorter than a page is ignored.
             seed: chain seed of the namespace.
-            touch: count as a use: recency and hits of the path, and a split where the match ends
-                inside a node, so that ``Match.node`` ends with the match. False only reads:
-                ``Match.node`` is then the deepest node that is matched whole.
+            touch: True counts as a use, for recency and hits, and splits the node in which the
+                match ends. False only reads: ``Match.node`` is the last that matches as a whole.
 
         Raises:
             InvalidTokens: ``tokens`` is not a whole number of tokens.
@@ -55,11 +113,11 @@ class RadixTree(InFlight):
         if touch:
             for used in path_to_root(match.node):
                 used.hit_count += 1
-            self._renew(match.node, used=True)
+            self._residency.renew(match.node, used=True)
         return match
 
     def locate(self, tokens: bytes, seed: bytes = b"") -> Match:
-        """As :meth:`match`, with the split but without counting as a use: to insert below it."""
+        """As :meth:`match` with the split, but without counting as a use: to insert below it."""
         return self._walk(tokens, seed, split=True)
 
     def _walk(self, tokens: bytes, seed: bytes, *, split: bool) -> Match:
@@ -70,7 +128,7 @@ class RadixTree(InFlight):
         at = 0
         while at < end:
             child = node.children.get(tokens[at : at + page_nbytes])
-            if child is None or not self._is_readable(child):
+            if child is None or not self._residency.is_readable(child):
                 break
             pages = child.best_pages
             n_equal = equal_pages(child, tokens, at, page_nbytes)
@@ -93,14 +151,14 @@ class RadixTree(InFlight):
     ) -> InsertResult:
         """Record that ``device_pages`` hold the KV of ``tokens``.
 
-        Nodes that are on the device keep their pages, and the caller's come back as duplicates.
-        Nodes that only the host has, pending ones too, get the caller's. The rest is a new leaf.
+        Nodes on the device keep their pages, and the caller's come back as duplicates. Nodes that
+        only the host has, even pending ones, get the caller's pages. The rest becomes a new leaf.
 
         Args:
             tokens: packed token ids; a tail shorter than a page is ignored.
             device_pages: one id for each whole page of ``tokens``; copied.
             seed: chain seed of the namespace.
-            priority: for the priority policy; raises that of the whole path.
+            priority: for the priority policy; raises the priority of the whole path.
 
         Raises:
             InvalidTokens: ``tokens`` is not a whole number of tokens.
@@ -119,7 +177,7 @@ class RadixTree(InFlight):
             child, is_new = self._descend(node, tokens, at, n_total - at)
             mine = device_pages[at : at + child.n_pages]
             if child.device_pages is None:
-                self._gain_device(child, mine)
+                self._residency.gain_device(child, mine)
                 new_nodes.append(child)
             else:
                 n_known += child.n_pages
@@ -134,7 +192,7 @@ class RadixTree(InFlight):
                 break
         for used in path_to_root(node):
             used.priority = max(used.priority, priority)
-        self._renew(node, inserted=bool(new_nodes))
+        self._residency.renew(node, inserted=bool(new_nodes))
         return InsertResult(node, pages, duplicates, n_known, new_nodes)
 
     def digests(self, node: Node) -> bytes:
@@ -142,25 +200,12 @@ class RadixTree(InFlight):
         require_in_tree(node)
         return node_digests(node, self.page_size)
 
-    def adopt_digests(self, node: Node, n_pages: int, digests: bytes) -> None:
-        """Keep the digests of the run of ``n_pages`` that ends at ``node``, computed elsewhere."""
-        start = 0
-        for member in self.run(node, n_pages):
-            stop = start + member.n_pages * DIGEST_NBYTES
-            if member.digests is None:
-                member.digests = digests[start:stop]
-            start = stop
-
     def last_digest(self, node: Node) -> bytes:
-        """Digest of the last page of ``node``, which the next page chains; a root's seed."""
+        """Digest of the last page of ``node``, which the next page chains; of a root, its seed."""
         return self.digests(node)[-DIGEST_NBYTES:] if node.n_pages else node.key
 
-    def path(self, node: Node) -> list[Node]:
-        """The nodes from the first page down to ``node``, without the root."""
-        return list(path_to_root(node))[::-1]
-
     def split(self, node: Node, n_pages: int) -> Node:
-        """Cut ``node`` behind its first ``n_pages``; returns the new node that holds those.
+        """Cut ``node`` after its first ``n_pages``; returns the new node that holds those.
 
         Raises:
             IntegrityError: the cut is not inside the node.
@@ -170,96 +215,263 @@ class RadixTree(InFlight):
             raise IntegrityError(f"split of {node} behind {n_pages} pages")
         return self._split(node, n_pages)
 
-    def path_digests(self, node: Node) -> bytes:
-        """Page digests of the whole prefix that ends at ``node``."""
-        self.digests(node)
-        return b"".join([at.digests or b"" for at in path_to_root(node)][::-1])
+    # -- locks -------------------------------------------------------------------------------
+
+    def lock(self, node: Node) -> None:
+        """Keep the best copy of ``node`` and of all pages before it, until :meth:`unlock`.
+
+        Pages that only the host has stay on the host. Locks are counted.
+
+        Raises:
+            IntegrityError: the node has left the tree.
+        """
+        self._residency.lock(node)
+
+    def unlock(self, node: Node) -> None:
+        """Take back one :meth:`lock` of ``node``.
+
+        Raises:
+            IntegrityError: it is not locked.
+        """
+        self._residency.unlock(node)
+
+    def lock_host(self, node: Node, n_pages: int) -> None:
+        """Keep the host pages of the run of ``n_pages`` that ends at ``node``.
+
+        The device copy may go meanwhile, except where it alone keeps a node above in the tree.
+
+        Raises:
+            IntegrityError: the run has no host pages, or starts inside a node.
+        """
+        self._residency.lock_host(node, n_pages)
+
+    def unlock_host(self, node: Node, n_pages: int) -> None:
+        """Take back one :meth:`lock_host` with the same arguments.
+
+        Raises:
+            IntegrityError: the host pages of the run are not locked.
+        """
+        self._residency.unlock_host(node, n_pages)
+
+    # -- copies in flight: backup, prefetch and load_back begin with attach, end with settle -----
+    # From attach to settle the run is locked and its new pages are pending: owned first, filled
+    # after. Its last node and its length name a run, so nodes may be split in between.
+
+    def insert_host(
+        self, parent: Node, tokens: bytes | memoryview, host_pages: array[int]
+    ) -> Node | None:
+        """Prefetch begins: add a pending, locked leaf below ``parent``; the host alone has it.
+
+        Args:
+            parent: the node after which the pages come (``Match.node``).
+            tokens: packed tokens of these pages alone; a view must be of immutable bytes.
+            host_pages: one id for each page; the tree owns them now.
+
+        Returns:
+            The leaf. None, and nothing has changed, if the tree already has a child with this first
+            page: it was computed, or another prefetch reads it.
+
+        Raises:
+            IntegrityError: the pages do not fit the tokens, or ``parent`` itself is still pending.
+        """
+        require_in_tree(parent)
+        if not host_pages or len(tokens) != len(host_pages) * self._page_nbytes:
+            raise IntegrityError(
+                f"{len(host_pages)} host pages for {len(tokens)} bytes of tokens; "
+                f"a page has {self._page_nbytes}"
+            )
+        if parent.host_pending and not parent.on_device:
+            raise IntegrityError(f"prefetch below {parent}, whose own pages have not arrived")
+        if parent.parent is None:
+            parent = self._roots.get(parent.key, parent)
+        if bytes(tokens[: self._page_nbytes]) in parent.children:  # a view hashes its whole buffer
+            return None
+        leaf = self._add_child(parent, keep_tokens(tokens), len(host_pages))
+        leaf.priority = parent.priority
+        self._residency.gain_host(leaf, host_pages[:])
+        self._residency.lock(leaf)
+        return leaf
+
+    def attach_host(self, node: Node, host_pages: array[int]) -> None:
+        """Backup begins: ``node`` gets pending host pages, and a lock.
+
+        Raises:
+            IntegrityError: its device pages have not arrived, it has host pages, or the number of
+                pages differs.
+        """
+        require_in_tree(node)
+        if not node.on_device or node.device_pending or node.host_pages is not None:
+            raise IntegrityError(f"backup of {node}, which has no device pages or has host pages")
+        if len(host_pages) != node.n_pages:
+            raise IntegrityError(f"{len(host_pages)} host pages for {node}")
+        self._residency.gain_host(node, host_pages[:])
+        self._residency.lock(node)
+
+    def commit_host(self, node: Node, n_pages: int, n_ready: int) -> list[Node]:
+        """A part of a run has arrived: its first ``n_ready`` pages are hits from now on.
+
+        The run stays locked. Its other ``n_pages - n_ready`` pages are settled later, even if there
+        are none.
+
+        Args:
+            node: the end of the run.
+            n_pages: pages of the run that are pending.
+            n_ready: leading pages of them that have arrived.
+
+        Returns:
+            The nodes that became valid, top to bottom.
+
+        Raises:
+            IntegrityError: the run is not pending, or ``n_ready`` is not within it.
+        """
+        ready: list[Node] = []
+        for member in pending_run(node, n_pages, n_ready):
+            if n_ready == 0:
+                break
+            arrived = self._split(member, n_ready) if n_ready < member.n_pages else member
+            arrived.host_pending = False
+            n_ready -= arrived.n_pages
+            ready.append(arrived)
+        for arrived in reversed(ready):
+            self._residency.host_order.place(arrived)
+        return ready
+
+    def settle_host(self, node: Node, n_pages: int, n_valid: int) -> array[int]:
+        """Backup or prefetch ends: the first ``n_valid`` of the run's pages hold their KV.
+
+        Args:
+            node: what :meth:`attach_host` was given or :meth:`insert_host` returned.
+            n_pages: pages of the run that are pending.
+            n_valid: leading pages that arrived.
+
+        Returns:
+            Host pages of the others, to be freed. Nodes without device pages leave the tree.
+
+        Raises:
+            IntegrityError: the run is not pending, or ``n_valid`` is not within it.
+        """
+        freed = array("i")
+        failed: list[Node] = []
+        for member in pending_run(node, n_pages, n_valid):
+            if 0 < n_valid < member.n_pages:
+                self._split(member, n_valid).host_pending = False
+                n_valid = 0
+            elif n_valid:
+                member.host_pending = False
+                n_valid -= member.n_pages
+                continue
+            freed.extend(self._residency.lose_host(member))
+            failed.append(member)
+        self._residency.unlock(node)
+        for member in reversed(failed):
+            if not member.on_device:
+                self._remove(member)
+        return freed
+
+    def attach_device(self, node: Node, n_pages: int, device_pages: array[int]) -> None:
+        """load_back begins: the run of ``n_pages`` that ends at ``node`` gets device pages.
+
+        A match finds them at once, since readers wait for each layer. Until it is settled the run
+        is locked, and so are its host pages, which are being read.
+
+        Args:
+            node: the end of the run.
+            n_pages: pages of the run.
+            device_pages: one id for each page; copied.
+
+        Raises:
+            IntegrityError: the run is not on the host alone, or its prefix is not on the device.
+        """
+        members = run_of(node, n_pages)
+        if len(device_pages) != n_pages or not members:
+            raise IntegrityError(f"{len(device_pages)} device pages for a run of {n_pages}")
+        above = members[0].parent
+        if above is not None and above.parent is not None and not above.on_device:
+            raise IntegrityError(f"load_back of {members[0]}, whose prefix is not on the device")
+        for member in members:
+            if member.on_device or not member.on_host or member in self._residency.doomed:
+                raise IntegrityError(f"load_back of {member}, which is not on the host alone")
+        start = 0
+        for member in members:
+            self._residency.gain_device(member, device_pages[start : start + member.n_pages])
+            member.device_pending = True
+            start += member.n_pages
+        self._residency.lock(node)
+        self._residency.lock_host(node, n_pages)
+        self._residency.renew(node, inserted=True)
+
+    def settle_device(self, node: Node, n_pages: int, *, ok: bool) -> array[int]:
+        """load_back ends. If it failed, the run loses its device pages.
+
+        Loads below a failed run are worthless too: they lose their pages now, and their own settle
+        returns them, whatever its ``ok`` is.
+
+        Args:
+            node: the end of the run.
+            n_pages: pages of the run.
+            ok: whether the pages hold their KV.
+
+        Returns:
+            Device pages to be freed; none if all is well.
+
+        Raises:
+            IntegrityError: the run was not being loaded, or it failed and something was computed
+                from its pages and inserted, before the load was known to be good.
+        """
+        members = run_of(node, n_pages)
+        doomed = [member for member in members if member in self._residency.doomed]
+        if not doomed and not all(member.device_pending for member in members):
+            raise IntegrityError(f"settle of {n_pages} pages up to {node}, which are not loading")
+        loading = [] if doomed or ok else loads_below(members)
+        self._residency.unlock_host(node, n_pages)
+        self._residency.unlock(node)
+        freed = array("i")
+        for member in doomed:
+            freed.extend(self._residency.take_doomed(member))
+        if doomed:
+            return freed
+        for member in members:
+            if ok:
+                member.device_pending = False
+            else:
+                freed.extend(self._residency.lose_device(member))
+        for below in loading:
+            self._residency.doom(below)
+        return freed
 
     # -- eviction ----------------------------------------------------------------------------
-
-    def may_drop_device(self, node: Node) -> bool:
-        """Nothing below ``node`` is on the device, and no lock keeps its device pages."""
-        return (
-            node.device_pages is not None
-            and node.lock_count == 0
-            and node.n_device_children == 0
-            and (node.host_lock_count == 0 or node.on_host)
-        )
-
-    def may_drop_host(self, node: Node) -> bool:
-        """Nothing below ``node`` has host pages, and no lock keeps its own."""
-        return (
-            node.on_host
-            and node.host_lock_count == 0
-            and node.n_host_children == 0
-            and (node.lock_count == 0 or node.on_device)
-        )
-
-    def may_spare_host(self, node: Node) -> bool:
-        """As :meth:`may_drop_host`, or the device has the pages and nobody reads the host's.
-
-        Nodes below may have host pages then: they keep their place as long as ``node`` has its own.
-        """
-        is_spare = node.on_host and node.on_device and node.n_host_readers == 0
-        return is_spare or self.may_drop_host(node)
-
-    def may_back_up(self, node: Node) -> bool:
-        """As :meth:`may_drop_device`, but for a copy to the host that comes first."""
-        return (
-            node.device_pages is not None
-            and node.host_pages is None
-            and node.lock_count == 0
-            and node.n_device_children == 0
-        )
-
-    def may_leave_or_back_up(self, node: Node) -> bool:
-        """:meth:`may_drop_device`, or may after a copy to the host, though pages below are in use.
-
-        That is a node whose host copy has to come first, since host pages below it are being
-        stored.
-        """
-        return self.may_drop_device(node) or self.may_back_up(node)
-
-    def may_orphan(self, node: Node) -> bool:
-        """It could leave but for pages below it that only the host has, which are being stored."""
-        return (
-            node.device_pages is not None
-            and node.host_pages is None
-            and node.lock_count == 0
-            and node.n_device_children == 0
-        )
 
     def device_victim(
         self, max_pages: int, may_leave: Callable[[Node], bool] | None = None
     ) -> Node | None:
-        """The node whose device pages go next, or None; it stays in the tree.
+        """The node whose device pages go next, or None. It stays in the tree.
 
         A longer node is split, so that its last ``max_pages`` go first.
 
         Args:
-            max_pages: pages of the victim at most.
-            may_leave: which nodes count; :meth:`may_drop_device` by default.
+            max_pages: most pages of the victim.
+            may_leave: which nodes count; ``Node.may_drop_device`` by default.
         """
-        node = self._device_order.victim(may_leave or self.may_drop_device)
+        node = self._residency.device_order.victim(may_leave or Node.may_drop_device)
         return None if node is None else self._last_pages(node, max_pages)
 
     def host_victim(self, max_pages: int) -> Node | None:
-        """The node whose host pages go next, or None; else as :meth:`device_victim`."""
-        node = self._host_order.victim(self.may_drop_host)
+        """The node whose host pages go next, or None; otherwise as :meth:`device_victim`."""
+        node = self._residency.host_order.victim(Node.may_drop_host)
         return None if node is None else self._last_pages(node, max_pages)
 
     def drop_device(self, node: Node) -> Dropped:
         """Give up the device pages of ``node``.
 
-        Without host copy it leaves the tree, and all below it, which only the host has, too.
+        A node without host copy leaves the tree, with all below it, which only the host has.
 
         Raises:
-            IntegrityError: :meth:`may_drop_device` is False.
+            IntegrityError: ``Node.may_drop_device`` is False.
         """
         require_in_tree(node)
-        if not self.may_drop_device(node):
+        if not node.may_drop_device():
             raise IntegrityError(f"device pages of {node} are in use")
-        device_pages = self._lose_device(node)
+        device_pages = self._residency.lose_device(node)
         host_pages = array("i")
         if not node.on_host:
             host_pages = self._remove_below(node)
@@ -267,22 +479,22 @@ class RadixTree(InFlight):
         return Dropped(device_pages, host_pages)
 
     def drop_host(self, node: Node) -> Dropped:
-        """Give up the host pages of ``node``; without device pages it leaves the tree.
+        """Give up the host pages of ``node``. Without device pages it leaves the tree.
 
         Raises:
-            IntegrityError: :meth:`may_spare_host` is False.
+            IntegrityError: ``Node.may_spare_host`` is False.
         """
         require_in_tree(node)
-        if not self.may_spare_host(node):
+        if not node.may_spare_host():
             raise IntegrityError(f"host pages of {node} are in use")
-        host_pages = self._lose_host(node)
+        host_pages = self._residency.lose_host(node)
         if not node.on_device:
             host_pages.extend(self._remove_below(node))
             self._remove(node)
         return Dropped(array("i"), host_pages)
 
     def reset(self) -> Dropped:
-        """Forget everything; the pages of both tiers are returned, to be freed.
+        """Forget everything. Returns the pages of both tiers, to be freed.
 
         Raises:
             IntegrityError: something is locked or in flight.
@@ -291,36 +503,35 @@ class RadixTree(InFlight):
         for node in nodes:
             if node.lock_count or node.host_lock_count:
                 raise IntegrityError(f"reset while {node} is in use")
-        self._device_order.clear()
-        self._host_order.clear()
+        self._residency.device_order.clear()
+        self._residency.host_order.clear()
         dropped = Dropped(array("i"), array("i"))
         for node in reversed(nodes):
             if node.on_device:
-                dropped.device_pages.extend(self._lose_device(node))
+                dropped.device_pages.extend(self._residency.lose_device(node))
             if node.host_pages is not None:
-                dropped.host_pages.extend(self._lose_host(node))
+                dropped.host_pages.extend(self._residency.lose_host(node))
             self._remove(node)
         return dropped
 
-    def nodes(self) -> list[Node]:
-        """All nodes but the roots, parents before children."""
-        return [node for root in self._roots.values() for node in descendants(root)]
-
-    # -- audit -------------------------------------------------------------------------------
-
     def check_integrity(self) -> None:
-        """Check every invariant; walks the whole tree.
+        """Check every invariant. Walks the whole tree.
 
         Raises:
-            IntegrityError: one does not hold; the message says which and where.
+            IntegrityError: one does not hold; the message says which one and where.
         """
-        check_tree(self)
+        nodes = check_nodes(self._roots, self._page_nbytes)
+        if len(nodes) != self._n_nodes:
+            raise IntegrityError(
+                f"the tree has {len(nodes)} nodes, but {self._n_nodes} are counted"
+            )
+        check_residency(self._residency, nodes)
 
     def memory_nbytes(self) -> int:
-        """Bytes of Python memory that the tree keeps alive; walks the whole tree."""
-        return tree_nbytes(self)
+        """Bytes of Python memory that the tree keeps alive. Walks the whole tree."""
+        return tree_nbytes(self._roots.values(), self._residency)
 
-    # -- helpers -----------------------------------------------------------------------------
+    # -- structure ---------------------------------------------------------------------------
 
     def _whole_pages_nbytes(self, tokens: bytes) -> int:
         if len(tokens) % TOKEN_NBYTES:
@@ -330,8 +541,43 @@ class RadixTree(InFlight):
             )
         return len(tokens) - len(tokens) % self._page_nbytes
 
-    def _is_readable(self, node: Node) -> bool:
-        return node.device_pages is not None or not (node.host_pending or node in self._doomed)
+    def _root(self, seed: bytes) -> Node:
+        """The root of ``seed``; it belongs to the tree only once it has a child."""
+        return self._roots.get(seed) or Node(None, seed, b"", 0)
+
+    def _add_child(self, parent: Node, tokens: bytes | memoryview, n_pages: int) -> Node:
+        if parent.parent is None:
+            parent = self._roots.setdefault(parent.key, parent)
+        key = bytes(tokens[: self._page_nbytes])
+        child = parent.children[key] = Node(parent, key, tokens, n_pages)
+        self._n_nodes += 1
+        return child
+
+    def _split(self, node: Node, at: int) -> Node:
+        """Split off the first ``at`` pages of ``node`` as a new node above it; returns that one."""
+        upper = split_node(node, at, self._page_nbytes)
+        self._residency.split(upper, node)
+        self._n_nodes += 1
+        return upper
+
+    def _remove(self, node: Node) -> None:
+        """Take a node without pages and without children out of the tree."""
+        parent = node.parent
+        if parent is None or node.children or node.lock_count or node.host_lock_count:
+            raise IntegrityError(f"{node} cannot leave the tree: it is in use")
+        del parent.children[node.key]
+        node.parent = None
+        self._n_nodes -= 1
+        if parent.parent is None and not parent.children:
+            del self._roots[parent.key]
+
+    def _remove_below(self, node: Node) -> array[int]:
+        """Remove all descendants of a node, which have host pages only; returns those."""
+        freed = array("i")
+        for below in reversed(list(descendants(node))):
+            freed.extend(self._residency.lose_host(below))
+            self._remove(below)
+        return freed
 
     def _descend(self, node: Node, tokens: bytes, at: int, n_left: int) -> tuple[Node, bool]:
         """The child of ``node`` that starts ``tokens`` at page ``at``, split or made to fit."""

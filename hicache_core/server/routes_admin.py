@@ -20,8 +20,7 @@ from hicache_core.server.problems import Problem, json_answer
 from hicache_core.server.service import Service
 
 if TYPE_CHECKING:
-    from hicache_core.controller.attachment import Attaching
-    from hicache_core.controller.clearing import Clearing
+    from hicache_core.controller.attachment import Attaching, Clearing
 
 CALL_TIMEOUT_S = 10.0
 STORAGE_TIMEOUT_S = 60.0

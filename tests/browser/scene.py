@@ -39,6 +39,6 @@ def busy_world() -> World:
 
 def url_of(world: World) -> str:
     """Where its page is."""
-    found = world.cache._observers.status_url
+    found = world.cache.status_url
     assert found is not None
     return f"{found}/hicache/"

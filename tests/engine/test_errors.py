@@ -169,7 +169,7 @@ def test_a_copy_that_cannot_begin_is_computed_again(monkeypatch: Patch) -> None:
         it.run()
         it.cache.flush()
         it.cache.evict(it.pool.n_pages)
-        transfer: Any = it.cache._parts.transfer
+        transfer: Any = it.cache.parts.transfer
 
         def prepare(*_: object) -> None:
             raise MemoryError

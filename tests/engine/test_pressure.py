@@ -189,7 +189,7 @@ def test_a_copy_that_fails_costs_a_computation_and_nothing_else(
         it.run()
         it.cache.flush()
         it.cache.evict(it.pool.n_pages)
-        transfer: Any = it.cache._parts.transfer
+        transfer: Any = it.cache.parts.transfer
         prepare = transfer._prepare
 
         def failing(direction: Direction, *pages: Any) -> Any:

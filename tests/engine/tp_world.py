@@ -151,7 +151,7 @@ def _poison(engine: Engine, rank: int, poison: Poison | None) -> None:
 
 def _break_loads(engine: Engine, n_broken: int) -> None:
     """Lets the next copies to the device fail, as they are made."""
-    transfer: Any = engine.cache._parts.transfer
+    transfer: Any = engine.cache.parts.transfer
     prepare = transfer._prepare
     left = iter(range(n_broken))
 

@@ -152,8 +152,8 @@ def opened() -> Iterator[Any]:
         pool = DevicePool(SPEC, PAGE_SIZE, 2 * N_PAGES)
         cache = HiCache(config, SPEC, pool, clock=clock, batch_pages=16)
         caches.append(cache)
-        assert cache._parts.storage is not None
-        attachment = cache._parts.storage.current
+        assert cache.parts.storage is not None
+        attachment = cache.parts.storage.current
         assert attachment is not None
         attachment.worker.close(1.0)
         store = Store(attachment.backend, clock, latency_s, page_s)

@@ -38,7 +38,7 @@ def settled(world: World, attaching: Attaching) -> Attaching:
 
 def drained(world: World) -> None:
     for _ in range(2000):
-        if not world.cache._parts.storage.is_draining:
+        if not world.cache.snapshot().draining_backends:
             return
         world.cache.wait(0.01)
         world.cache.poll()
@@ -48,7 +48,7 @@ def drained(world: World) -> None:
 
 def writing(world: World) -> None:
     """Polls until what was computed has been offered to storage."""
-    while world.cache._write_path._n_backups:
+    while world.cache.snapshot().jobs_in_flight["copy"]:
         world.cache.wait(0.01)
         world.cache.poll()
 
@@ -111,7 +111,7 @@ def test_a_request_that_waits_for_a_detached_store_goes_on(worlds: list[World]) 
     assert world.cache.flush(10.0)
     gated = opened(worlds, storage=by_class(backends.Gated), backend="dynamic", batch_pages=2)
     assert gated.cache.prefetch("r1", ids(33))
-    while gated.cache._prefetch_path.idle:
+    while not gated.cache.snapshot().bytes_in_flight["read"]:
         gated.cache.wait(0.01)
         gated.cache.poll()
     assert backends.Gated.entered.acquire(timeout=10.0)
@@ -132,7 +132,7 @@ def test_a_store_that_hangs_in_a_write_does_not_keep_the_next_from_coming(
     writing(world)
     store = shared()
     settled(world, world.cache.attach_storage("memory", store))
-    assert world.cache._parts.storage.is_draining
+    assert world.cache.snapshot().draining_backends == 1
     world.request(ids(41))
     assert world.request(ids(41)).device == 40
     backends.GatedWrites.gate.release(100)
@@ -187,7 +187,7 @@ def test_without_threads_storage_is_not_attached_nor_cleared_and_requests_go_on(
         assert "can't start new thread" in clearing.error
         world.cache.detach_storage()
         world.request(ids(33, start=500))
-        assert world.cache._parts.storage.is_draining
+        assert world.cache.snapshot().draining_backends == 1
     drained(world)
     attaching = settled(world, world.cache.attach_storage("memory", shared()))
     assert attaching.error == ""

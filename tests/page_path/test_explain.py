@@ -160,7 +160,7 @@ def test_the_memory_of_what_left_is_bounded(
     for start in range(0, 10_000, 1000):
         world.request(ids(33, start))
         world.flush_device()
-    explainer = world.cache._parts.explainer
+    explainer = world.cache.parts.explainer
     n_pages = sum(len(ghost.digests) // 32 for ghost in explainer._ghosts.values())
     assert n_pages == explainer._n_ghost_pages == 16
     assert explained(world, ids(33, 9000)).reason is Reason.EVICTED
@@ -263,7 +263,7 @@ def test_only_the_last_thousand_requests_are_kept(worlds: list[World]) -> None:
         cache.match_prefix(pack_tokens([n]), request_id=str(n))
     assert cache.explain("5") is None
     assert cache.explain("1029") is not None
-    assert len(cache._parts.explainer.request_ids) == 1024
+    assert len(cache.parts.explainer.request_ids) == 1024
 
 
 def test_without_the_explainer_nothing_is_kept(worlds: list[World]) -> None:

@@ -11,11 +11,18 @@ from hicache_core.ranks.base import SingleRank
 from tests.page_path.world import SPEC, World, ids, make_world
 
 
-class OtherRankFails(SingleRank):
-    """Another rank's copies give nothing."""
+class AnotherRank(SingleRank):
+    """Stands for a second rank, of which all is well, or whose jobs give nothing while ``fails``.
+
+    It emulates what that rank reports; this process is alone.
+    """
+
+    fails = False
 
     def agree_min(self, values: Sequence[int]) -> list[int]:
         # docstring inherited
+        if not self.fails:
+            return list(values)
         flag, *counts = values
         return [flag, *(min(n_pages, 0) for n_pages in counts)]
 
@@ -27,14 +34,13 @@ def settle_loads(world: World) -> None:
         world.cache.poll()
 
 
-def load(world: World, *, fails: bool) -> int:
+def load(world: World, other: AnotherRank, *, fails: bool) -> int:
     """A request whose four pages come up from the host; loads that had failed when it matched."""
     cache = world.cache
     world.request(ids(16))
     cache.flush(10.0)
     assert cache.evict(4) == 4
-    if fails:
-        cache._parts.jobs._ranks = OtherRankFails()
+    other.fails = fails
     n_failed = cache.n_failed_loads
     match = cache.match_prefix(ids(16))
     cache.lock(match.node)
@@ -48,8 +54,9 @@ def load(world: World, *, fails: bool) -> int:
 
 
 def test_a_load_that_fails_on_another_rank_is_known_when_it_has_settled() -> None:
-    world = make_world()
-    n_failed = load(world, fails=True)
+    other = AnotherRank()
+    world = make_world(ranks=other)
+    n_failed = load(world, other, fails=True)
     assert world.cache.n_failed_loads == n_failed
     settle_loads(world)
     assert world.cache.n_failed_loads == n_failed + 1
@@ -58,13 +65,14 @@ def test_a_load_that_fails_on_another_rank_is_known_when_it_has_settled() -> Non
     world.cache.wait_layer(0)  # told once
     match = world.cache.match_prefix(ids(16))
     assert (match.n_device_tokens, match.n_host_tokens) == (0, 16)
-    world.cache._parts.jobs._ranks = SingleRank()
+    other.fails = False
     world.close()
 
 
 def test_a_load_that_goes_well_is_not_counted() -> None:
-    world = make_world()
-    n_failed = load(world, fails=False)
+    other = AnotherRank()
+    world = make_world(ranks=other)
+    n_failed = load(world, other, fails=False)
     settle_loads(world)
     assert world.cache.n_failed_loads == n_failed == 0
     assert world.cache.match_prefix(ids(16)).n_device_tokens == 16
@@ -74,12 +82,13 @@ def test_a_load_that_goes_well_is_not_counted() -> None:
 def test_a_load_that_fails_below_another_takes_nothing_with_it() -> None:
     """To find room for the rest of a prefix, its beginning is settled, and is gone: no error, and
     no page is lost."""
-    world = make_world(device_pages=8)
+    other = AnotherRank()
+    world = make_world(device_pages=8, ranks=other)
     cache = world.cache
     world.request(ids(32))
     cache.flush(10.0)
     assert cache.evict(8) == 8
-    cache._parts.jobs._ranks = OtherRankFails()
+    other.fails = True
     first = cache.match_prefix(ids(16))
     cache.lock(first.node)
     cache.load_back(first)
@@ -96,6 +105,6 @@ def test_a_load_that_fails_below_another_takes_nothing_with_it() -> None:
     cache.unlock(first.node)
     cache.free(held)
     assert world.pool.allocator.n_free == 8
-    cache._parts.jobs._ranks = SingleRank()
+    other.fails = False
     assert world.request(ids(32)).host == 32
     world.close()

@@ -13,7 +13,6 @@ from hicache_core.kv.keys import pack_tokens, page_digests
 from hicache_core.observe.event_format import block_hashes
 from hicache_core.observe.events import EventsConfig, KvEvents
 from hicache_core.observe.journal import Journal, Journals, PageRun
-from hicache_core.radix.node import descendants
 from hicache_core.storage.memory import MemoryBackend, MemoryConfig
 from hicache_core.types import BackendContext, Namespace, Tier
 from tests.page_path.world import PAGE_SIZE, World, ids, make_world
@@ -34,22 +33,21 @@ STEPS = st.lists(
 
 def tell(world: World, journal: Journal) -> None:
     """Has the cache tell ``journal`` too."""
-    parts = world.cache._parts
+    parts = world.cache.parts
     told = [journal] if parts.journal is None else [parts.journal, journal]
     object.__setattr__(parts, "journal", Journals(told))
 
 
 def held(world: World) -> dict[str, set[int]]:
     """What device and host hold, read from the tree itself."""
-    tree = world.cache._parts.tree
+    tree = world.cache.parts.tree
     found: dict[str, set[int]] = {"GPU": set(), "CPU_PINNED": set()}
-    for root in tree._roots.values():
-        for node in descendants(root):
-            hashes = block_hashes(tree.digests(node))
-            if node.on_device:
-                found["GPU"].update(hashes)
-            if node.on_host:
-                found["CPU_PINNED"].update(hashes)
+    for node in tree.nodes():
+        hashes = block_hashes(tree.digests(node))
+        if node.on_device:
+            found["GPU"].update(hashes)
+        if node.on_host:
+            found["CPU_PINNED"].update(hashes)
     return found
 
 

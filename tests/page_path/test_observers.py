@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import urlopen
@@ -20,10 +21,12 @@ from hicache_core.cli.status import command
 from hicache_core.config.settings import HiCacheConfig
 from hicache_core.controller.controller import Controller
 from hicache_core.controller.parts import Parts
-from hicache_core.errors import ConfigError
+from hicache_core.errors import ConfigError, RankLost
 from hicache_core.kv.keys import pack_tokens
 from hicache_core.observe import usage
+from hicache_core.observe.http import StatusServer
 from hicache_core.pools.device import DevicePool
+from hicache_core.ranks.base import SingleRank
 from tests.page_path.world import PAGE_SIZE, SPEC, World, ids, make_world
 
 
@@ -44,7 +47,7 @@ def world(worlds: list[World]) -> World:
 
 
 def url(world: World) -> str:
-    found = world.cache._observers.status_url
+    found = world.cache.status_url
     assert found is not None
     return found
 
@@ -147,6 +150,49 @@ def test_the_last_token_of_a_prompt_counts_as_computed(worlds: list[World]) -> N
     explanation = made.cache.explain("one")
     assert explanation is not None
     assert (explanation.n_tokens, explanation.missed_tokens) == (17, 17)
+
+
+class OtherRankFails(SingleRank):
+    """As if a second rank could not open its cache."""
+
+    world_size = 2
+
+    def agree_min(self, values: Sequence[int]) -> list[int]:
+        return [0] if list(values) == [1] else list(values)
+
+    def gather(self, text: str) -> list[str]:
+        return [text, text]
+
+
+def test_a_cache_that_another_rank_cannot_open_answers_nobody_and_leaves_nothing_running() -> None:
+    """The fixture that watches for leaks finds threads, sockets and open caches."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    config = HiCacheConfig(
+        page_size=PAGE_SIZE, hicache_storage_backend="memory", hicache_status_port=port
+    )
+    with pytest.raises(RankLost, match="another rank could not open its cache"):
+        HiCache(config, SPEC, DevicePool(SPEC, PAGE_SIZE, 4), ranks=OtherRankFails())
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+def test_a_scrape_at_the_first_moment_of_the_status_server_sees_a_whole_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The server answers on its own thread before the constructor of the cache has returned."""
+    answers: list[int] = []
+    start = StatusServer.open
+
+    def open_and_scrape(server: StatusServer) -> None:
+        start(server)
+        for path in ("/metrics", "/hicache/status", "/hicache/requests", "/hicache/history"):
+            with urlopen(server.url + path, timeout=20) as response:
+                answers.append(response.status)
+
+    monkeypatch.setattr(StatusServer, "open", open_and_scrape)
+    make_world(storage={"share": uuid.uuid4().hex}, hicache_status_port=0).close()
+    assert answers == [200] * 4
 
 
 def test_who_asks_while_a_cache_is_being_built_is_answered_when_it_is_there(

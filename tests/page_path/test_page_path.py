@@ -109,26 +109,26 @@ def test_write_through_copies_at_once(worlds: list[World]) -> None:
     world = opened(worlds)
     world.request(ids(16))
     world.cache.flush(10.0)
-    assert world.cache._parts.tree.n_host_pages == 4
+    assert world.cache.snapshot().host.cached_pages == 4
 
 
 def test_write_through_selective_copies_at_the_second_use(worlds: list[World]) -> None:
     world = opened(worlds, hicache_write_policy="write_through_selective")
     world.request(ids(16))
     world.cache.flush(10.0)
-    assert world.cache._parts.tree.n_host_pages == 0
+    assert world.cache.snapshot().host.cached_pages == 0
     world.request(ids(16))
     world.cache.flush(10.0)
-    assert world.cache._parts.tree.n_host_pages == 4
+    assert world.cache.snapshot().host.cached_pages == 4
 
 
 def test_write_back_copies_what_leaves_the_device_and_nothing_else(worlds: list[World]) -> None:
     world = opened(worlds, hicache_write_policy="write_back")
     world.request(ids(16))
     world.cache.flush(10.0)
-    assert world.cache._parts.tree.n_host_pages == 0
+    assert world.cache.snapshot().host.cached_pages == 0
     assert world.cache.evict(2) == 2
-    assert world.cache._parts.tree.n_host_pages == 2
+    assert world.cache.snapshot().host.cached_pages == 2
     assert world.request(ids(16)) == Outcome(8, 8, 0, computed_pages=0)
 
 
@@ -226,7 +226,7 @@ def test_a_prompt_shorter_than_a_page_is_a_miss_and_is_not_kept(
 ) -> None:
     world = opened(worlds, storage=store)
     assert world.request(ids(n)) == Outcome(0, 0, 0, computed_pages=0)
-    assert world.cache._parts.tree.n_device_pages == 0
+    assert world.cache.snapshot().device.cached_pages == 0
 
 
 def test_after_close_every_call_says_so() -> None:

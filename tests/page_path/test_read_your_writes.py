@@ -22,7 +22,7 @@ def gated(worlds: list[World], **settings: Any) -> World:
 
 def written(world: World) -> None:
     """Polls until what was computed waits at the gate of the store."""
-    while world.cache._write_path._n_backups:
+    while world.cache.snapshot().jobs_in_flight["copy"]:
         world.cache.wait(0.01)
         world.cache.poll()
 

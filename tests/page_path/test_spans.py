@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import replace
 
+import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from hicache_core.build import observers
 from hicache_core.observe.tracing import BACKUP, LOAD_BACK, PREFETCH, spans
-from tests.page_path.world import World, ids, make_world
+from tests.page_path.world import ids, make_world
 
 
-def test_prefetch_load_back_and_backup_have_a_span_each() -> None:
+def test_prefetch_load_back_and_backup_have_a_span_each(monkeypatch: pytest.MonkeyPatch) -> None:
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(observers, "spans", lambda **_: spans(provider=provider))
     share = uuid.uuid4().hex
-    writer = traced(make_world(storage={"share": share}), provider)
+    writer = make_world(storage={"share": share})
     writer.request(ids(33))
     writer.cache.flush(10.0)
-    reader = traced(make_world(storage={"share": share}), provider)
+    reader = make_world(storage={"share": share})
     assert reader.request(ids(33)).storage == 32
     for world in (writer, reader):
         world.close()
@@ -31,12 +33,3 @@ def test_prefetch_load_back_and_backup_have_a_span_each() -> None:
     assert ended[LOAD_BACK]["hicache.pages"] == 8
     assert ended[BACKUP]["hicache.pages"] >= 1
     assert ended[PREFETCH]["hicache.request"] == "request-1"
-
-
-def traced(world: World, provider: TracerProvider) -> World:
-    """The world, with the spans that its configuration would give it, from ``provider``."""
-    cache = world.cache
-    parts = replace(cache._parts, spans=spans(provider=provider))
-    for holder in (cache, cache._write_path, cache._load_back_path, cache._prefetch_path):
-        holder._parts = parts  # type: ignore[union-attr]
-    return world

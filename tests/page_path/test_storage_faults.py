@@ -162,7 +162,7 @@ def test_a_request_that_gives_up_takes_the_leading_batches_that_have_arrived(
     assert world.cache.finish_prefetch("r1") == 16
     world.check()
     backends.Gated.gate.release(8)
-    _until(world, lambda: world.cache._prefetch_path._reading == [])
+    _until(world, lambda: world.cache.snapshot().host.in_flight_pages == 0)
     assert world.cache.match_prefix(ids(33), touch=False).n_tokens == 24  # the fourth never began
 
 
@@ -177,7 +177,7 @@ def test_two_requests_for_the_same_pages_read_them_once(worlds: list[World]) -> 
     world.wait_for_prefetch("r2")
     assert world.cache.finish_prefetch("r1") == 32
     assert world.cache.finish_prefetch("r2") == 0
-    assert world.cache._parts.tree.n_host_pages == 8
+    assert world.cache.snapshot().host.cached_pages == 8
 
 
 def test_a_request_that_computes_what_is_still_being_read_keeps_both_right(
@@ -189,7 +189,7 @@ def test_a_request_that_computes_what_is_still_being_read_keeps_both_right(
     _until_reading(world)
     world.request(ids(33), prefetch=False)
     backends.Gated.gate.release(8)
-    _until(world, lambda: world.cache._prefetch_path._reading == [])
+    _until(world, lambda: world.cache.snapshot().host.in_flight_pages == 0)
     world.flush_device()
     assert world.request(ids(33), prefetch=False).host == 32
 
@@ -206,7 +206,7 @@ def test_close_with_a_stuck_read_ends_in_bounded_time(worlds: list[World]) -> No
 
 def _until_reading(world: World) -> None:
     """Polls until a read has reached the backend."""
-    _until(world, lambda: bool(world.cache._prefetch_path._reading))
+    _until(world, lambda: world.cache.snapshot().bytes_in_flight["read"] > 0)
     assert backends.Gated.entered.acquire(timeout=10.0)
 
 
@@ -245,12 +245,11 @@ def test_a_read_that_hangs_costs_its_deadline_and_keeps_only_its_own_pages(
     world = on(worlds, backends.Gated, keys=HASTY)
     outcome = world.request(ids(33))  # waits for its deadline, and computes
     assert outcome == Outcome(0, 0, 0, computed_pages=8)
-    quarantine = world.cache._parts.storage.quarantine
-    assert quarantine.n_pages == 8
+    assert world.cache.snapshot().quarantined_pages == 8
     assert world.request(ids(33)).device == 32
     backends.Gated.gate.release(8)
-    _until(world, lambda: quarantine.n_pages == 0)
-    assert world.cache._parts.storage.n_overdue == 0
+    _until(world, lambda: world.cache.snapshot().quarantined_pages == 0)
+    assert world.cache.snapshot().overdue_jobs == 0
 
 
 def test_a_store_that_hangs_is_asked_once_and_then_left_alone(worlds: list[World]) -> None:

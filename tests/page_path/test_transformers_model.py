@@ -5,7 +5,6 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -264,12 +263,12 @@ def test_a_load_that_fails_is_computed_instead(model: Any, world: World) -> None
     cached = world.open(model)
     ask(cached, PROMPT)
     empty_device(cached)
-    parts = cached.cache._parts
+    parts = cached.cache.parts
     assert parts.host is not None
     broken = KernelTransfer(parts.device, parts.host, FailingQueue(), ThreadQueue())
     broken.open()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cached.cache._load_back_path, "_parts", replace(parts, transfer=broken))
+        patch.setattr(parts.transfer, "to_device", broken.to_device)
         assert ask(cached, PROMPT) == CachedTokens()
         broken.close()
     ask(cached, PROMPT)  # the cache may tell of the failure once more

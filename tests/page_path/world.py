@@ -19,6 +19,7 @@ from hicache_core.config.settings import HiCacheConfig
 from hicache_core.kv.keys import pack_tokens
 from hicache_core.kv.spec import KVSpec
 from hicache_core.pools.device import DevicePool
+from hicache_core.ranks.base import RankGroup
 from hicache_core.types import Namespace
 
 PAGE_SIZE = 4
@@ -129,6 +130,7 @@ def make_world(
     storage: dict[str, Any] | None = None,
     backend: str | None = None,
     clock: Callable[[], float] = time.monotonic,
+    ranks: RankGroup | None = None,
     batch_pages: int = 128,
     **settings: Any,
 ) -> World:
@@ -143,7 +145,8 @@ def make_world(
         **({"hicache_storage_prefetch_policy": "wait_complete"} | settings),
     )
     pool = DevicePool(SPEC, PAGE_SIZE, device_pages)
-    return World(HiCache(config, SPEC, pool, clock=clock, batch_pages=batch_pages), pool)
+    cache = HiCache(config, SPEC, pool, clock=clock, ranks=ranks, batch_pages=batch_pages)
+    return World(cache, pool)
 
 
 def opened(worlds: list[World], **settings: Any) -> World:

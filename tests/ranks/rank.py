@@ -78,7 +78,7 @@ class Rank:
             **({"hicache_storage_prefetch_policy": "wait_complete"} | settings),
         )
         self.cache = HiCache(config, self.spec, self.pool, ranks=self.group)
-        host = self.cache._parts.host
+        host = self.cache.snapshot().host
         assert host is not None
         return host.n_pages
 

@@ -14,9 +14,9 @@ from hicache_core.controller.controller import Controller
 from hicache_core.controller.explain import Explainer
 from hicache_core.controller.jobs import JobTable, Settle
 from hicache_core.controller.parts import Parts
-from hicache_core.controller.policies import Policies
-from hicache_core.controller.prefetch_policy import (
+from hicache_core.controller.policies import (
     BestEffort,
+    Policies,
     PrefetchPolicy,
     Timeout,
     WaitComplete,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from hicache_core.controller.controller import Controller
-from hicache_core.radix.node import ASKED, Node, descendants
+from hicache_core.radix.node import Node, Received
 from hicache_core.types import ExistsJob, ReadJob
 from tests.simulation.clock import InvariantBroken
 from tests.simulation.engine import Engine
@@ -19,7 +19,7 @@ Snapshot = list[tuple[object, ...]]
 def check_rank(engine: Engine, workers: Sequence[SimWorker], ledger: Ledger) -> None:
     """Everything that one rank alone can tell."""
     engine.cache.check_integrity()
-    nodes = list(_nodes(engine.cache))
+    nodes = engine.cache.parts.tree.nodes()
     ledger.check(engine.cache, nodes)
     check_device_owners(engine, nodes)
     check_questions(engine.cache, nodes)
@@ -30,16 +30,16 @@ def check_rank(engine: Engine, workers: Sequence[SimWorker], ledger: Ledger) -> 
 
 def check_questions(cache: Controller, nodes: Sequence[Node]) -> None:
     """Pages wait for an answer of storage only while a question is under way."""
-    asked = [node for node in nodes if node.stored_in == ASKED]
+    asked = [node for node in nodes if node.received is Received.CHECKING]
     if asked and cache._write_path.received.idle:
         raise InvariantBroken(f"answered: {asked} wait for an answer, and nobody asks")
 
 
 def check_device_owners(engine: Engine, nodes: Sequence[Node]) -> None:
     """free + cached + held = total, and no device page has two owners."""
-    tree = engine.cache._parts.tree
+    tree = engine.cache.parts.tree
     owned = [page for node in nodes for page in node.device_pages or ()]
-    owned += [page for pages in tree._doomed.values() for page in pages]
+    owned += [page for pages in tree._residency.doomed.values() for page in pages]
     owned += engine.held_pages()
     allocator = engine.pool.allocator
     if len(set(owned)) != len(owned):
@@ -54,7 +54,7 @@ def check_device_owners(engine: Engine, nodes: Sequence[Node]) -> None:
 
 def check_named_pages(cache: Controller, workers: Sequence[SimWorker]) -> None:
     """Bytes that an unfinished job names are not free, and no two jobs fill the same bytes."""
-    host = cache._parts.host
+    host = cache.parts.host
     if host is None:
         return
     free = set(host.allocator._free)
@@ -105,14 +105,10 @@ def snapshot(cache: Controller) -> Snapshot:
             node.host_lock_count,
             node.hit_count,
             node.stored_in,
+            node.received.value,
         )
-        for node in _nodes(cache)
+        for node in cache.parts.tree.nodes()
     )
-
-
-def _nodes(cache: Controller) -> Iterator[Node]:
-    for root in cache._parts.tree._roots.values():
-        yield from descendants(root)
 
 
 def _seed(node: Node) -> bytes:

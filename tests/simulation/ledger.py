@@ -5,7 +5,7 @@ from __future__ import annotations
 from hicache_core.controller.controller import Controller
 from hicache_core.kv.keys import DIGEST_NBYTES
 from hicache_core.observe.journal import Journal, PageRun
-from hicache_core.radix.node import Node
+from hicache_core.radix.node import Node, run_of
 from hicache_core.types import Tier
 from tests.simulation.clock import InvariantBroken
 
@@ -36,7 +36,7 @@ class Ledger(Journal):
     def check(self, cache: Controller, nodes: list[Node]) -> None:
         """Holds against the tree: exact for device and host; of what storage is believed to have,
         everything was told."""
-        tree, storage = cache._parts.tree, cache._parts.storage
+        tree, storage = cache.parts.tree, cache.parts.storage
         device: list[bytes] = []
         host: list[bytes] = []
         stored: list[bytes] = []
@@ -62,9 +62,8 @@ class Ledger(Journal):
 
 def _being_stored(cache: Controller) -> set[Node]:
     """Nodes whose last word from storage has not come."""
-    tree = cache._parts.tree
     stores = [store for store in cache._write_path._stores if store.orphans is None]
-    return {node for store in stores for node in tree.run(store.node, store.n_pages)}
+    return {node for store in stores for node in run_of(store.node, store.n_pages)}
 
 
 def _cut(digests: bytes) -> list[bytes]:

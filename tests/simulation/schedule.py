@@ -212,7 +212,7 @@ class Schedule:
 
     def _check_rest(self, rank: Rank) -> None:
         cache = rank.engine.cache
-        parts = cache._parts
+        parts = cache.parts
         if rank.engine.pool.allocator.n_free != self.world.setup.device_pages:
             raise InvariantBroken(
                 f"rest: {rank.engine.pool.allocator.n_free} device pages are free of "

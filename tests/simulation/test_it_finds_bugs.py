@@ -14,20 +14,19 @@ from typing import Any
 import pytest
 
 from hicache_core.controller.attachment import Attachment
+from hicache_core.controller.controller import Controller
 from hicache_core.controller.jobs import Agreement, JobTable
 from hicache_core.controller.load_back import LoadBack, LoadBackPath
 from hicache_core.controller.parts import Parts
 from hicache_core.controller.prefetch import PrefetchPath
 from hicache_core.controller.quarantine import Quarantine
-from hicache_core.controller.recording import Asked, record_match
-from hicache_core.controller.settling import Settling
 from hicache_core.controller.storage_tier import StorageTier
 from hicache_core.controller.write_path import WritePath
 from hicache_core.radix.node import Node
 from hicache_core.radix.results import Match
 from hicache_core.radix.tree import RadixTree
 from hicache_core.storage.sealed import SealedBackend
-from hicache_core.types import Tier
+from hicache_core.types import Namespace, Tier
 from tests.simulation.__main__ import report
 from tests.simulation.schedule import N_STEPS, run_schedule
 from tests.simulation.trace import ScheduleFailed
@@ -87,10 +86,10 @@ def a_copy_counts_before_it_has_ended(patch: Patch) -> None:
 
 
 def a_host_page_goes_while_it_is_read(patch: Patch) -> None:
-    def spare(self: RadixTree, node: Node) -> bool:
-        return (node.on_host and node.on_device) or self.may_drop_host(node)
+    def spare(self: Node) -> bool:
+        return (self.on_host and self.on_device) or self.may_drop_host()
 
-    patch.setattr(RadixTree, "may_spare_host", spare)
+    patch.setattr(Node, "may_spare_host", spare)
 
 
 def a_page_too_many_counts_as_read(patch: Patch) -> None:
@@ -179,14 +178,23 @@ def every_rank_stores_what_all_hold(patch: Patch) -> None:
 
 
 def a_wait_does_not_wait(patch: Patch) -> None:
-    patch.setattr(Settling, "wait", lambda *_, **__: None)
+    patch.setattr(Controller, "_wait", lambda *_, **__: None)
 
 
 def a_prompt_seems_longer_than_it_is(patch: Patch) -> None:
-    def twice(parts: Parts, asked: Asked, tokens: bytes, match: Match) -> None:
-        record_match(parts, asked._replace(n_tokens=2 * asked.n_tokens), tokens, match)
+    record = Controller._record
 
-    patch.setattr("hicache_core.controller.controller.record_match", twice)
+    def twice(
+        self: Controller,
+        request_id: str,
+        tokens: bytes,
+        namespace: Namespace,
+        match: Match,
+        n_prompt: int,
+    ) -> None:
+        record(self, request_id, tokens, namespace, match, 2 * n_prompt)
+
+    patch.setattr(Controller, "_record", twice)
 
 
 MUTATIONS: dict[Callable[[Patch], None], tuple[int, str]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hicache_core.controller.removals import RemovalCounts
+from hicache_core.controller.parts import RemovalCounts
 from hicache_core.observe.snapshot import EvictedPages
 from hicache_core.types import Tier
 

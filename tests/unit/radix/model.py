@@ -124,7 +124,7 @@ def prefix_of(node: Node) -> Path:
 
 def all_nodes(tree: RadixTree) -> list[Node]:
     """Every node, without the roots."""
-    return [node for root in tree._roots.values() for node in descendants(root)]
+    return [node for root in tree.roots for node in descendants(root)]
 
 
 def pages_of(tree: RadixTree, page_nbytes: int) -> dict[Path, PageModel]:

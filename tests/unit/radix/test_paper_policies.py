@@ -92,10 +92,10 @@ def test_victims_are_found_without_a_scan(policy: str) -> None:
     def may_leave(node: Node) -> bool:
         nonlocal looks
         looks += 1
-        return tree.may_drop_device(node)
+        return node.may_drop_device()
 
     n_nodes = tree.n_nodes
-    while (victim := tree._device_order.victim(may_leave)) is not None:
+    while (victim := tree._residency.device_order.victim(may_leave)) is not None:
         tree.drop_device(victim)
     assert tree.n_nodes == 0
     assert n_nodes > 800
@@ -104,7 +104,7 @@ def test_victims_are_found_without_a_scan(policy: str) -> None:
 
 def queue_of(tree: RadixTree, *tokens: int) -> int:
     """The queue of the page that these tokens end with."""
-    order = tree._device_order
+    order = tree._residency.device_order
     assert isinstance(order, QueueOrder)
     match = tree.match(pack_tokens(tokens), touch=False)
     assert match.n_tokens == len(tokens)
@@ -140,7 +140,7 @@ def test_reset_forgets_the_ghosts(policy: str) -> None:
     """A new start: what left before is as new as any page."""
     server = without_old(policy)
     server.free.extend(server.tree.reset().device_pages)
-    assert not list(server.tree._device_order)
+    assert not list(server.tree._residency.device_order)
     server.request(prompt(1, OLD))
     assert queue_of(server.tree, *OLD) == NEW
     server.tree.check_integrity()
@@ -183,6 +183,6 @@ def test_memory_of_ghosts_is_bounded_and_counted(policy: str) -> None:
     for i in range(2000):
         server.request(prompt(1, [i]))
         if i % 500 == 499:
-            sizes.append(server.tree._device_order.memory_nbytes())
+            sizes.append(server.tree._residency.device_order.memory_nbytes())
     assert sizes[0] > 50 * 80
     assert max(sizes) <= 2 * sizes[0]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hicache_core.kv.keys import pack_tokens
 from hicache_core.radix.eviction import LRU
-from hicache_core.radix.node import descendants
+from hicache_core.radix.node import Received, descendants
 from hicache_core.radix.picture import TreePicture, take_picture
 from hicache_core.radix.tree import RadixTree
 
@@ -57,6 +57,16 @@ def test_tokens_hits_and_tiers_are_those_of_the_nodes() -> None:
     assert {n.tiers for n in nodes} == {("device",)}
 
 
+def test_pages_of_another_server_are_not_in_storage_until_storage_has_said_so() -> None:
+    tree = tree_of([[1, 1]])
+    (node,) = tree.nodes()
+    for received in Received:
+        node.received = received
+        assert take_picture(tree).nodes[1].tiers == ("device",)
+    node.stored_in = 1
+    assert take_picture(tree).nodes[1].tiers == ("device", "storage")
+
+
 def test_each_namespace_has_a_root_and_none_shows_its_seed() -> None:
     tree = tree_of([[1, 1]])
     add(tree, [[7, 7]], b"secret-of-a-tenant")
@@ -83,7 +93,7 @@ def test_what_is_hidden_is_counted(prompts: list[list[int]], max_shown: int) -> 
     check(picture)
     shown = sum(node.parent >= 0 for node in picture.nodes)
     assert shown + sum(node.hidden for node in picture.nodes) == tree.n_nodes
-    depth = max((n.depth_pages for r in tree._roots.values() for n in descendants(r)), default=0)
+    depth = max((n.depth_pages for r in tree.roots for n in descendants(r)), default=0)
     assert len(picture.nodes) <= max_shown + depth + 1
 
 

@@ -18,6 +18,7 @@ from hypothesis.stateful import (
 
 from hicache_core.kv.keys import page_digests
 from hicache_core.radix import POLICY_NAMES, Node, RadixTree, eviction_policy
+from hicache_core.radix.node import path_to
 from tests.unit.radix.model import (
     PageModel,
     Path,
@@ -118,20 +119,21 @@ class TreeMachine(RuleBasedStateMachine):
             seed, tokens = prefix_of(node)
             whole = page_digests(tokens, self.page_size, seed)
             assert self.tree.digests(node) == whole[-32 * node.n_pages :]
-            assert self.tree.path_digests(node) == whole
+            path = path_to(node)
+            assert b"".join(map(self.tree.digests, path)) == whole
             assert self.tree.last_digest(node) == whole[-32:]
-            assert self.tree.path(node)[-1] is node
+            assert path[-1] is node
 
     @rule(prompt=PROMPTS, seed=SEEDS)
     def locate(self, prompt: list[int], seed: bytes) -> None:
         """As a match, and the orders stay as they are but for the node that a split adds."""
         tokens = self.tokens(prompt)
-        before = [list(self.tree._device_order), list(self.tree._host_order)]
+        before = [list(self.tree._residency.device_order), list(self.tree._residency.host_order)]
         match = self.tree.locate(tokens, seed)
         device, host = self.model.match(seed, tokens)
         assert (match.device_pages.tolist(), match.host_pages.tolist()) == (device, host)
         assert prefix_of(match.node) == (seed, tokens[: match.n_tokens * 4])
-        after = [list(self.tree._device_order), list(self.tree._host_order)]
+        after = [list(self.tree._residency.device_order), list(self.tree._residency.host_order)]
         for old, new in zip(before, after, strict=True):
             assert [node for node in new if node in set(old)] == old
 
@@ -348,7 +350,7 @@ class TreeMachine(RuleBasedStateMachine):
     @rule(pick=PICKS)
     def spare_host(self, pick: int) -> None:
         """A host copy in the middle of a prefix may go, where the device has the pages too."""
-        nodes = [node for node in all_nodes(self.tree) if self.tree.may_spare_host(node)]
+        nodes = [node for node in all_nodes(self.tree) if node.may_spare_host()]
         if nodes:
             node = nodes[pick % len(nodes)]
             host: list[int | None] = []

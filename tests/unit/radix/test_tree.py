@@ -10,6 +10,7 @@ import pytest
 from hicache_core.errors import ConfigError, IntegrityError, InvalidTokens, SpecError
 from hicache_core.kv.keys import chain_seed, pack_tokens
 from hicache_core.radix import Match, Node, RadixTree, eviction_policy
+from hicache_core.radix.node import Received, run_of
 from hicache_core.types import Namespace
 from tests.unit.radix.model import all_nodes, ids
 
@@ -139,7 +140,7 @@ def test_equal_tokens_of_two_namespaces_never_meet() -> None:
         assert not tree.match(prompt(1), seed).device_pages
         tree.insert(prompt(1), ids(i, 1), seed)
     assert [tree.match(prompt(1), seed).device_pages[0] for seed in seeds] == [0, 1, 2]
-    digests = {tree.path_digests(tree.match(prompt(1), seed).node) for seed in seeds}
+    digests = {tree.digests(tree.match(prompt(1), seed).node) for seed in seeds}
     assert len(digests) == 3
     tree.check_integrity()
 
@@ -153,7 +154,7 @@ def test_namespaces_that_hold_nothing_cost_nothing() -> None:
         tree.insert(prompt(1), ids(i, 1), seed)
     while (victim := tree.device_victim(1)) is not None:
         tree.drop_device(victim)
-    assert not tree._roots
+    assert not tree.roots
 
 
 def test_a_match_on_an_empty_namespace_can_be_prefetched_below() -> None:
@@ -349,7 +350,7 @@ def test_calls_that_break_the_contract_are_refused() -> None:
         (lambda: tree.attach_host(node, ids(10, 1)), "1 host pages"),
         (lambda: tree.attach_host(host, ids(10, 1)), "no device pages"),
         (lambda: tree.settle_host(node, 2, 2), "not pending"),
-        (lambda: tree.settle_host(pending, 1, 2), "2 valid pages"),
+        (lambda: tree.settle_host(pending, 1, 2), "2 pages arrived of a run of 1"),
         (lambda: tree.insert_host(pending, prompt(7), ids(10, 1)), "have not arrived"),
         (lambda: tree.insert_host(node, prompt(7), ids(10, 2)), "2 host pages"),
         (lambda: tree.attach_device(node, 2, ids(10, 2)), "not on the host alone"),
@@ -357,11 +358,11 @@ def test_calls_that_break_the_contract_are_refused() -> None:
         (lambda: tree.settle_device(node, 2, ok=True), "not loading"),
         (lambda: tree.lock_host(node, 2), "no host pages"),
         (lambda: tree.unlock_host(host, 1), "not locked"),
-        (lambda: tree.run(node, 1), "no run of 1 pages"),
-        (lambda: tree.run(node, 3), "no run of 3 pages"),
+        (lambda: run_of(node, 1), "no run of 1 pages"),
+        (lambda: run_of(node, 3), "no run of 3 pages"),
         (lambda: tree.split(node, 2), "behind 2 pages"),
         (lambda: tree.split(gone, 1), "has left the tree"),
-        (lambda: tree.commit_host(node, 2, 1), "not all wait"),
+        (lambda: tree.commit_host(node, 2, 1), "not pending"),
         (lambda: tree.commit_host(pending, 1, 2), "2 pages arrived of a run of 1"),
         (lambda: tree.device_victim(0), "at most 0 pages"),
         (tree.reset, "in use"),
@@ -390,9 +391,10 @@ def test_reset_gives_everything_back() -> None:
 def test_stored_marks_survive_splits() -> None:
     tree = make()
     node = tree.insert(prompt(1, 2), ids(0, 2)).node
-    node.stored_in = 3
+    node.stored_in, node.received = 3, Received.CHECKING
     upper = tree.match(prompt(1)).node
     assert (upper.stored_in, node.stored_in) == (3, 3)
+    assert upper.received is node.received is Received.CHECKING
     assert not tree.insert(prompt(1, 2, 3), ids(0, 3)).node.stored_in
 
 

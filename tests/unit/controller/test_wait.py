@@ -1,15 +1,14 @@
-"""Waiting for news: never not at all, and not long where other ranks keep this one waiting."""
+"""A wait always waits, and not for long where other ranks keep this one waiting."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any, cast
 
+from hicache_core.controller.controller import RETRY_S, Controller
 from hicache_core.controller.jobs import JobTable
 from hicache_core.controller.parts import Parts
-from hicache_core.controller.settling import RETRY_S, Settling
 from hicache_core.controller.storage_tier import StorageTier
-from hicache_core.controller.write_path import WritePath
 from hicache_core.copies.base import Ticket
 from hicache_core.ranks.base import SingleRank
 
@@ -47,8 +46,8 @@ class World:
         self.waited_s: list[float] = []
         self.slept_s: list[float] = []
         tier = StorageTier(self.jobs, cast(Any, None), cast(Any, None)) if storage else None
-        parts = SimpleNamespace(jobs=self.jobs, storage=tier, sleep=self.slept_s.append)
-        self.settling = Settling(cast(Parts, parts), cast(WritePath, None), None)
+        parts = SimpleNamespace(jobs=self.jobs, storage=tier, host=None, sleep=self.slept_s.append)
+        self.cache = Controller(cast(Parts, parts))
 
 
 def test_with_nothing_to_wait_for_a_wait_sleeps() -> None:
@@ -56,15 +55,15 @@ def test_with_nothing_to_wait_for_a_wait_sleeps() -> None:
     enter one collective after the other."""
     for storage in (False, True):
         world = World(storage=storage)
-        world.settling.wait(5.0)
-        world.settling.wait(RETRY_S / 2)
+        world.cache.wait(5.0)
+        world.cache.wait(RETRY_S / 2)
         assert world.slept_s == [RETRY_S, RETRY_S / 2]
 
 
 def test_a_copy_is_waited_for_as_long_as_asked() -> None:
     world = World(storage=True)
     world.jobs.add_copy(Waits(world.waited_s), 1, lambda _: None)
-    world.settling.wait(5.0)
+    world.cache.wait(5.0)
     assert (world.waited_s, world.slept_s) == ([5.0], [])
 
 
@@ -73,5 +72,5 @@ def test_a_rank_that_has_reported_looks_again_soon() -> None:
     world = World(storage=True)
     world.jobs.report(world.jobs.add(lambda _: None), 1)
     world.jobs.add_copy(Waits(world.waited_s), 1, lambda _: None)
-    world.settling.wait(5.0)
+    world.cache.wait(5.0)
     assert world.waited_s == [RETRY_S]
