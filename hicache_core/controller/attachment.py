@@ -47,7 +47,7 @@ class Attachment:
     _flushable: Flushable | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self._flushable = self.backend if isinstance(self.backend, Flushable) else None
+        self._flushable = self.backend.capability(Flushable)
 
     def flush(self, timeout_s: float) -> bool:
         """Waits until acknowledged writes have reached every store; False if time ran out."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 from hicache_core.controller.attachment import Attachment
 from hicache_core.errors import HiCacheError
@@ -47,8 +46,9 @@ class Clearing:
         try:
             n_objects = 0
             if attachment.is_writer:
-                backend = cast(Clearable, attachment.backend)
-                n_objects = backend.clear(f"{attachment.namespace}/")
+                clearable = attachment.backend.capability(Clearable)
+                assert clearable is not None  # who asks to clear has looked
+                n_objects = clearable.clear(f"{attachment.namespace}/")
             self._reported = 1 + n_objects
         except HiCacheError as error:
             self.error = str(error)

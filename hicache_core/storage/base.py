@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict
 
@@ -16,6 +16,8 @@ from hicache_core.types import BackendContext, Page
 API_VERSION = 1
 
 Buffer = bytes | bytearray | memoryview
+
+C = TypeVar("C")
 
 
 def namespace_of(key: str) -> str:
@@ -124,8 +126,24 @@ class StorageBackend(ABC):
                 return n
         return len(keys)
 
+    def capability(self, kind: type[C]) -> C | None:
+        """The object that does ``kind`` for this backend; None if it cannot.
 
-# What only some backends can do: found with isinstance, never by the backend's name.
+        The one way to ask a backend for what only some can do. A backend that has the methods of
+        ``kind`` needs no more: this finds them. Override it to give another object, and call
+        ``super()`` for every ``kind`` that you do not know.
+
+        The answer stays the same for the life of the backend, so ask once and keep the object. Its
+        methods may be called from any thread, while the backend is open.
+
+        Args:
+            kind: ``Listable`` or another protocol of this module.
+        """
+        return self if isinstance(self, kind) else None
+
+
+# What only some backends can do. Ask with ``backend.capability(kind)``, never by a backend's name
+# nor with isinstance: a wrapper has no such methods of its own.
 
 
 @runtime_checkable

@@ -146,10 +146,11 @@ def namespaces(backend: StorageBackend) -> list[str]:
 
 
 def _names(backend: StorageBackend) -> Iterator[str]:
-    if isinstance(backend, ReportsUsage):
-        yield from backend.usage()
-    elif isinstance(backend, Listable):
-        for key in backend.list_keys(""):
+    reports, lists = backend.capability(ReportsUsage), backend.capability(Listable)
+    if reports is not None:
+        yield from reports.usage()
+    elif lists is not None:
+        for key in lists.list_keys(""):
             yield key.partition("/")[0]
 
 

@@ -117,7 +117,8 @@ def scrub(
     Raises:
         BackendError: it cannot list, or cannot delete and shall; while it is read: it failed.
     """
-    if not isinstance(backend, Listable):
+    listable = backend.capability(Listable)
+    if listable is None:
         raise BackendError(
             f"backend {backend.name!r} cannot list its keys (it is not Listable), so nobody can "
             "go through what it holds; its pages are still checked whenever they are read"
@@ -127,7 +128,7 @@ def scrub(
             backend.delete([])
         except NotImplementedError as exc:
             raise BackendError(f"{exc}; scrub it with --dry-run to look only") from exc
-    keys = itertools.islice(backend.list_keys(prefix), limit)
+    keys = itertools.islice(listable.list_keys(prefix), limit)
     return _scrubbed(backend, keys, batch_nbytes, kinds if remove else frozenset())
 
 
@@ -174,7 +175,7 @@ def _read(
     The length of an object is known when it was read alone; the next ones most often have it too.
     A batch is twice as large as the last one that came whole.
     """
-    batches = not isinstance(backend, RegistersMemory)  # it fills no page of anybody's memory
+    batches = backend.capability(RegistersMemory) is None  # else it fills registered memory only
     nbytes = n_ahead = start = 0
     while start < len(keys):
         n = min(n_ahead, batch_nbytes // max(nbytes, 1), len(keys) - start)

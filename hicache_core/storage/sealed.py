@@ -141,7 +141,8 @@ class SealedBackend(BackendWrapper):
     def __init__(self, inner: StorageBackend) -> None:
         super().__init__(inner)
         self._lock = threading.Lock()
-        self._visiting = inner if isinstance(inner, VisitsPages) else None
+        self._visiting = inner.capability(VisitsPages)
+        self._inner_stats = inner.capability(HasStats)
         self._verdicts: OrderedDict[str, str] = OrderedDict()
         self._counts = {
             "sealed_corrupt": 0,
@@ -207,7 +208,7 @@ class SealedBackend(BackendWrapper):
 
     def stats(self) -> Mapping[str, float]:
         """What was refused, by kind, beside the statistics of the backend inside."""
-        inside = self.inner.stats() if isinstance(self.inner, HasStats) else {}
+        inside = {} if self._inner_stats is None else self._inner_stats.stats()
         with self._lock:
             return {**inside, **self._counts}
 

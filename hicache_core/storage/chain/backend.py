@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Concatenate, ParamSpec, Self, TypeAlias, TypeVar, cast
+from typing import ClassVar, Concatenate, ParamSpec, TypeAlias, TypeVar, cast
 
 from hicache_core.errors import (
     BackendCorrupt,
@@ -18,12 +18,13 @@ from hicache_core.errors import (
     ConfigError,
 )
 from hicache_core.storage.base import BackendConfig, Buffer, Flushable, StorageBackend
-from hicache_core.storage.chain.capabilities import Link, chain_class
+from hicache_core.storage.chain.capabilities import ADAPTERS, Link
 from hicache_core.storage.chain.config import ChainConfig
 from hicache_core.storage.chain.copier import Copier
 from hicache_core.storage.workers.executor import Worker
 from hicache_core.types import BackendContext, Page
 
+C = TypeVar("C")
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -66,19 +67,6 @@ class ChainBackend(StorageBackend):
 
     name: ClassVar[str] = "chain"
     Config: ClassVar[type[BackendConfig]] = ChainConfig
-
-    def __new__(
-        cls,
-        _config: ChainConfig,
-        _context: BackendContext,
-        links: Sequence[Link],
-        /,
-        *_: object,
-        **__: object,
-    ) -> Self:
-        """Makes the object of a class that can do what any of its links can do."""
-        kinds = tuple(type(link.backend) for link in links)
-        return cast(Self, super().__new__(chain_class(cls, kinds)))
 
     def __init__(
         self,
@@ -220,6 +208,15 @@ class ChainBackend(StorageBackend):
         call.raise_if_nobody_answered(self.links)
         return n_stored
 
+    def capability(self, kind: type[C]) -> C | None:
+        """What any of the links can do, the chain can; see ``StorageBackend``."""
+        own = super().capability(kind)
+        if own is not None or kind not in ADAPTERS:
+            return own
+        asked = ((link.name, link.backend.capability(kind)) for link in self.links)
+        able = {name: found for name, found in asked if found is not None}
+        return cast(C, ADAPTERS[kind](self, able)) if able else None
+
     def flush(self, timeout_s: float) -> bool:
         """Waits until every link has what was written; False if time ran out.
 
@@ -231,8 +228,9 @@ class ChainBackend(StorageBackend):
         done = [copier.settle(max(0.0, end_s - self._clock())) for copier in behind]
         done += [copier.take_losses() == 0 for copier in behind]
         for link in self.links:
-            if isinstance(link.backend, Flushable):
-                done.append(link.backend.flush(max(0.0, end_s - self._clock())))
+            flushable = link.backend.capability(Flushable)
+            if flushable is not None:
+                done.append(flushable.flush(max(0.0, end_s - self._clock())))
         return all(done)
 
     def settle(self, keys: Sequence[str] | None = None) -> None:

@@ -18,7 +18,7 @@ from hicache_core.errors import (
 )
 from hicache_core.storage.base import Buffer, StorageBackend
 from hicache_core.storage.guard.breaker import BreakerState, CircuitBreaker, Ticket, Verdict
-from hicache_core.storage.guard.capabilities import GUARDED
+from hicache_core.storage.guard.capabilities import ADAPTERS
 from hicache_core.storage.guard.config import GuardConfig
 from hicache_core.storage.guard.failed_keys import FailedKeys
 from hicache_core.storage.guard.latency import CallRecorder, OperationStatus
@@ -86,7 +86,7 @@ class GuardedBackend(BackendWrapper):
     Threads: as those of the backend inside; the guard adds no waiting but the pause of a retry.
     """
 
-    translated = GUARDED
+    adapters = ADAPTERS
 
     def __init__(
         self,

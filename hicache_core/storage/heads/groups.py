@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar, cast
+from typing import ClassVar, Generic, TypeVar
 
 import numpy as np
 
@@ -30,8 +31,10 @@ from hicache_core.storage.base import (
 )
 from hicache_core.storage.heads.cut import Bytes, HeadCut, head_group_namespaces
 from hicache_core.storage.sealed import HEADER_NBYTES
-from hicache_core.storage.wrapper import BackendWrapper
+from hicache_core.storage.wrapper import Adapters, BackendWrapper
 from hicache_core.types import Page
+
+C = TypeVar("C")
 
 SLOT_NBYTES = 32 << 20
 """About so much staging for each call at once: enough keys for a store to work on many."""
@@ -63,44 +66,45 @@ class _Slot:
         ]
 
 
-class _RegistersStaging:
+@dataclass(frozen=True, slots=True)
+class _OfGroups(Generic[C]):
+    """A capability of the backend inside, which knows groups, in terms of pages."""
+
+    heads: HeadGroupBackend
+    inner: C
+
+
+class _RegistersStaging(_OfGroups[RegistersMemory]):
     def register_memory(self, _buffers: Sequence[memoryview]) -> None:
         """Announces the staging memory: no other is read or written by ``inner``."""
-        here = cast("HeadGroupBackend", self)
-        cast(RegistersMemory, here.inner).register_memory([here.staging])
+        self.inner.register_memory([self.heads.staging])
 
 
-class _ListsPages:
+class _ListsPages(_OfGroups[Listable]):
     def list_keys(self, prefix: str) -> Iterator[str]:
         """Pages of which all groups are listed, by their keys from outside."""
-        here = cast("HeadGroupBackend", self)
-        inner = cast(Listable, here.inner)
         listed = [
-            {key[len(group) :] for key in inner.list_keys(group + rest)}
-            for group, rest in here.inner_prefixes(prefix)
+            {key[len(group) :] for key in self.inner.list_keys(group + rest)}
+            for group, rest in self.heads.inner_prefixes(prefix)
         ]
         hashes = set.intersection(*listed) if listed else set()
-        return (here.key_prefix + page_hash for page_hash in hashes)
+        return (self.heads.key_prefix + page_hash for page_hash in hashes)
 
 
-class _ClearsPages:
+class _ClearsPages(_OfGroups[Clearable]):
     def clear(self, prefix: str) -> int:
         """Removes all groups; of how many pages there was anything."""
-        here = cast("HeadGroupBackend", self)
-        inner = cast(Clearable, here.inner)
-        counts = [inner.clear(group + rest) for group, rest in here.inner_prefixes(prefix)]
-        return max(counts, default=0)
+        prefixes = self.heads.inner_prefixes(prefix)
+        return max((self.inner.clear(group + rest) for group, rest in prefixes), default=0)
 
 
-class _PinsPages:
+class _PinsPages(_OfGroups[Pins]):
     def pin(self, keys: Sequence[str], ttl_s: float) -> int:
         """Pins all groups; how many pages are there whole."""
-        here = cast("HeadGroupBackend", self)
-        inner = cast(Pins, here.inner)
-        inner_keys = here.inner_keys(keys)
-        if inner.pin(inner_keys, ttl_s) == len(inner_keys):
+        inner_keys = self.heads.inner_keys(keys)
+        if self.inner.pin(inner_keys, ttl_s) == len(inner_keys):
             return len(keys)
-        return sum(here.exists(key) for key in keys)
+        return sum(self.heads.exists(key) for key in keys)
 
 
 class HeadGroupBackend(BackendWrapper):
@@ -116,7 +120,7 @@ class HeadGroupBackend(BackendWrapper):
     ``slot_timeout_s``, and then raises ``BackendTimeout``: all slots are with calls that hang.
     """
 
-    translated: ClassVar[Mapping[type, type]] = MappingProxyType(
+    adapters: ClassVar[Adapters] = MappingProxyType(
         {
             RegistersMemory: _RegistersStaging,
             Listable: _ListsPages,

@@ -36,6 +36,7 @@ from hicache_core.storage.guard.config import GuardConfig
 from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
 from hicache_core.storage.workers.executor import Worker
 from hicache_core.storage.workers.worker import StorageWorker
+from hicache_core.testing.harness import required
 from tests.unit.storage.threads import storage_threads
 from tests.unit.storage.virtual import CONTEXT, NBYTES, Clock, Told, blank, content, filled, key
 
@@ -349,30 +350,26 @@ class Rich(Told):
 
 def test_a_chain_can_do_what_any_of_its_links_can(stores: list[Told], make: MakeChain) -> None:
     plain = make(stores[:2])
-    assert isinstance(plain, Listable)
-    assert isinstance(plain, Flushable)
-    for capability in (RegistersMemory, Pins, ReportsUsage, Clearable):
-        assert not isinstance(plain, capability), capability
+    assert plain.capability(Listable) is not None
+    assert plain.capability(Flushable) is plain
+    for kind in (RegistersMemory, Pins, ReportsUsage, Clearable):
+        assert plain.capability(kind) is None, kind
     rich = Rich(Clock())
     chain = make([stores[0], rich])
-    assert isinstance(chain, RegistersMemory)
-    assert isinstance(chain, Pins)
-    assert isinstance(chain, ReportsUsage)
-    assert isinstance(chain, Clearable)
-    assert isinstance(chain, Listable)
     memory = memoryview(bytearray(8))
-    chain.register_memory([memory])
+    required(chain, RegistersMemory).register_memory([memory])
     assert rich.registered == [memory]
     chain.batch_set(KEYS, filled(KEYS))
-    assert chain.pin(KEYS, 5.0) == 8
-    assert chain.usage() == {"0" * 16: 8 * NBYTES}
-    assert sorted(chain.list_keys("")) == KEYS, "each once"
+    pins, reports = required(chain, Pins), required(chain, ReportsUsage)
+    assert pins.pin(KEYS, 5.0) == 8
+    assert reports.usage() == {"0" * 16: 8 * NBYTES}
+    assert sorted(required(chain, Listable).list_keys("")) == KEYS, "each once"
     assert chain.flush(20)
     assert not chain.flush(0.5), "that of the link ran out"
     rich.always = BackendUnavailable("gone")
-    assert (chain.pin(KEYS, 5.0), chain.usage()) == (0, {})
+    assert (pins.pin(KEYS, 5.0), reports.usage()) == (0, {})
     rich.always = None
-    assert chain.clear("") == 8
+    assert required(chain, Clearable).clear("") == 8
 
 
 def test_a_link_that_does_not_open_closes_those_that_did(stores: list[Told]) -> None:
