@@ -1,4 +1,4 @@
-"""Base of the backends that stand around another backend and look like it from outside."""
+"""Base class of backends that wrap another backend and look like it from outside."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from hicache_core.types import Page
 C = TypeVar("C")
 
 Adapters: TypeAlias = Mapping[type, Callable[[Any, Any], object]]
-"""For a kind of capability, what makes the object that does it for a wrapper: called with the
-wrapper, and with what ``capability(kind)`` of its inner backend gave."""
+"""Makes, for a kind of capability, the object that a wrapper returns for it. Called with the
+wrapper and with what the inner backend returned for that kind."""
 
 PASSED_ON = frozenset(
     [
@@ -38,22 +38,22 @@ PASSED_ON = frozenset(
         Flushable,
     ]
 )
-"""What a wrapper without an adapter passes on as it is. Capabilities that move pages are not among
-them: what the wrapper does to each page would be left out."""
+"""The kinds that a wrapper without an adapter passes on unchanged. Kinds that move pages are not
+among them: pages would then go around the wrapper, past what it does to each of them."""
 
 
 class BackendWrapper(StorageBackend):
-    """Forwards every call to ``inner``; a subclass overrides what it is there for.
+    """Forwards every call to ``inner``; a subclass overrides what it changes.
 
-    A wrapper has the name and the configuration of ``inner``. It can do what it has the methods of,
-    what it has an adapter for and ``inner`` can do, and of ``PASSED_ON`` what ``inner`` can do.
+    A wrapper has the name and the configuration of ``inner``. Its capabilities are those whose
+    methods it has, and those of ``inner`` that are in ``adapters`` or in ``PASSED_ON``.
 
     Attributes:
-        inner: the next backend inward.
+        inner: the wrapped backend.
     """
 
     adapters: ClassVar[Adapters] = MappingProxyType({})
-    """What this class puts around the capabilities of ``inner``."""
+    """The kinds that this class changes, or passes on although they move pages."""
 
     def __init__(self, inner: StorageBackend) -> None:
         super().__init__(inner.config, inner.context)
@@ -61,7 +61,7 @@ class BackendWrapper(StorageBackend):
 
     @property
     def name(self) -> str:  # type: ignore[override]  # a class has no inner backend to ask
-        """That of ``inner``."""
+        """The name of ``inner``."""
         return self.inner.name
 
     def capability(self, kind: type[C]) -> C | None:

@@ -1,4 +1,4 @@
-"""What a chain does through those of its links that can."""
+"""The capabilities of a chain: those of its links, combined."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Link:
     """One backend of a chain.
 
     Attributes:
-        name: what it is called in messages and statistics; unique in the chain.
+        name: its name in messages and statistics; unique in the chain.
         backend: guarded and sealed.
     """
 
@@ -38,24 +38,24 @@ class Link:
 
 
 class Chain(Protocol):
-    """What the adapters need of the chain."""
+    """The part of the chain that the adapters use."""
 
     def settle(self, keys: Sequence[str] | None = None) -> None:
-        """Waits for copies of ``keys`` that are on their way, or for all of them."""
+        """See ``ChainBackend.settle``."""
         ...
 
     def copy_counts(self) -> dict[str, float]:
-        """Pages and bytes of copies between the links, by name."""
+        """See ``ChainBackend.copy_counts``."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class _OfLinks(Generic[C]):
-    """A capability of some links, as one.
+    """A capability that some links have, combined.
 
     Attributes:
-        chain: whose links they are.
-        able: what does it for each link that can, by the link's name, the nearest first.
+        chain: the chain of these links.
+        able: what ``capability(kind)`` of each such link returned, by link name, nearest first.
     """
 
     chain: Chain
@@ -64,14 +64,14 @@ class _OfLinks(Generic[C]):
 
 class _Registering(_OfLinks[RegistersMemory]):
     def register_memory(self, buffers: Sequence[memoryview]) -> None:
-        """Announces memory to every link that must know it."""
+        """Announces the memory to every link that needs to know it."""
         for link in self.able.values():
             link.register_memory(buffers)
 
 
 class _Listing(_OfLinks[Listable]):
     def list_keys(self, prefix: str) -> Iterator[str]:
-        """Every key of every link that can list, each once. Holds all keys in memory."""
+        """Yields every key of every link that can list, once. Holds all keys in memory."""
         seen: set[str] = set()
         for link in self.able.values():
             for key in link.list_keys(prefix):
@@ -82,24 +82,24 @@ class _Listing(_OfLinks[Listable]):
 
 class _Clearing(_OfLinks[Clearable]):
     def clear(self, prefix: str) -> int:
-        """Clears every link that can; the largest of their counts, since most keys are in all."""
+        """Clears every link that can. Returns the largest count, since links share most keys."""
         self.chain.settle()
         return max(link.clear(prefix) for link in self.able.values())
 
 
 class _Statistics(_OfLinks[HasStats]):
     def stats(self) -> Mapping[str, float]:
-        """The statistics of each link under its name, and those of the copies between them."""
+        """Returns the statistics of each link under its name, and those of copies between links."""
         found = self.chain.copy_counts()
         for name, link in self.able.items():
-            with contextlib.suppress(OSError):  # a dead link has no statistics just now
+            with contextlib.suppress(OSError):  # a dead link has no statistics now
                 found |= {f"{name}_{what}": value for what, value in link.stats().items()}
         return found
 
 
 class _Diagnosis(_OfLinks[Diagnosable]):
     def diagnose(self) -> Iterator[Finding]:
-        """What each link finds, its name before the topic."""
+        """Yields the findings of each link, with its name before the topic."""
         for name, link in self.able.items():
             try:
                 for found in link.diagnose():
@@ -110,7 +110,7 @@ class _Diagnosis(_OfLinks[Diagnosable]):
 
 class _Pinning(_OfLinks[Pins]):
     def pin(self, keys: Sequence[str], ttl_s: float) -> int:
-        """Pins in every link that can and answers; the largest number of keys that one has."""
+        """Pins in every link that can and answers. Returns the largest number of present keys."""
         n_present = 0
         for link in self.able.values():
             with contextlib.suppress(OSError):  # a soft pin promises nothing
@@ -120,7 +120,7 @@ class _Pinning(_OfLinks[Pins]):
 
 class _Usage(_OfLinks[ReportsUsage]):
     def usage(self) -> Mapping[str, int]:
-        """Bytes by namespace; the largest of the links that answer, since most keys are in all."""
+        """Returns bytes by namespace: the largest of all links, since links share most keys."""
         largest: dict[str, int] = {}
         for link in self.able.values():
             with contextlib.suppress(OSError):
@@ -140,5 +140,5 @@ ADAPTERS: Mapping[type, Callable[[Chain, Mapping[str, Any]], object]] = MappingP
         ReportsUsage: _Usage,
     }
 )
-"""For a kind of capability, what makes the object that does it for a chain: called with the chain,
-and with what ``capability(kind)`` gave of each link that can, by name."""
+"""Makes, for a kind of capability, the object that a chain returns for it. Called with the chain
+and with what ``capability(kind)`` of each link that can returned, by link name."""

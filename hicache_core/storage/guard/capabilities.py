@@ -1,4 +1,4 @@
-"""What a guard puts around the capabilities of its backend."""
+"""The capabilities of a guarded backend: each call passes through the guard."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ T = TypeVar("T")
 
 
 class Guard(Protocol):
-    """What the adapters need of the guard."""
+    """The part of the guard that the adapters use."""
 
-    def aside(self, operation: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Counts and refuses calls that are no request's."""
+    def call_unjudged(
+        self, operation: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """See ``GuardedBackend.call_unjudged``."""
         ...
 
 
@@ -33,23 +35,23 @@ class _Guarded(Generic[C]):
 
 class _GuardedList(_Guarded[Listable]):
     def list_keys(self, prefix: str) -> Iterator[str]:
-        """As ``inner``; the guard sees the call, but not what it costs to walk over the keys."""
-        return self.guard.aside("list", self.inner.list_keys, prefix)
+        """As ``inner``. The guard measures the call, but not the iteration over the keys."""
+        return self.guard.call_unjudged("list", self.inner.list_keys, prefix)
 
 
 class _GuardedClear(_Guarded[Clearable]):
     def clear(self, prefix: str) -> int:
-        return self.guard.aside("clear", self.inner.clear, prefix)
+        return self.guard.call_unjudged("clear", self.inner.clear, prefix)
 
 
 class _GuardedPins(_Guarded[Pins]):
     def pin(self, keys: Sequence[str], ttl_s: float) -> int:
-        return self.guard.aside("pin", self.inner.pin, keys, ttl_s)
+        return self.guard.call_unjudged("pin", self.inner.pin, keys, ttl_s)
 
 
 class _GuardedUsage(_Guarded[ReportsUsage]):
     def usage(self) -> Mapping[str, int]:
-        return self.guard.aside("usage", self.inner.usage)
+        return self.guard.call_unjudged("usage", self.inner.usage)
 
 
 ADAPTERS: Adapters = MappingProxyType(

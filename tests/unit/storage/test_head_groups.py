@@ -345,11 +345,11 @@ def test_a_pin_counts_whole_pages() -> None:
 def test_foreign_keys_and_pages_of_another_shape_are_refused(store: MemoryBackend) -> None:
     rank, other = Rank(MHA, "page_first"), Rank(MHA.shard(heads=(0, 4)), "page_first")
     backend = rank.grouped(SealedBackend(store), 2)
-    with pytest.raises(ValueError, match="is no key of this rank"):
+    with pytest.raises(ValueError, match="is not a key of this rank"):
         backend.batch_exists(other.keys)
     with pytest.raises(ValueError, match="segments of"):
         backend.batch_set(rank.keys, other.pages)
-    with pytest.raises(ValueError, match="a payload of 3 bytes"):
+    with pytest.raises(ValueError, match=r"expected a payload of \d+ bytes, found 3"):
         backend.set(rank.keys[0], b"abc")
     assert not objects(store)
     assert backend.batch_set(rank.keys, rank.pages) == N_PAGES  # no slot was lost
