@@ -202,8 +202,9 @@ class StorageOpener:
         backend, verdict = self._with_head_groups(made)
         backend.open()
         try:
-            if isinstance(backend, RegistersMemory):
-                backend.register_memory(self._host.buffers)
+            registers = backend.capability(RegistersMemory)
+            if registers is not None:
+                registers.register_memory(self._host.buffers)
             worker = StorageWorker(
                 backend,
                 n_threads=self._config.hicache_storage_threads,

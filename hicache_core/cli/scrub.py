@@ -13,7 +13,15 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from hicache_core.cli._columns import columns
 from hicache_core.config.sources import read_inline
-from hicache_core.storage.scrub import GOOD, REMOVED, UNKNOWN, VANISHED, Checked, Tally, scrub
+from hicache_core.storage.scrub import (
+    GOOD,
+    REMOVED,
+    UNKNOWN,
+    VANISHED,
+    ScrubResult,
+    ScrubTotals,
+    scrub,
+)
 from hicache_core.testing.recipe import Recipe
 
 
@@ -54,25 +62,25 @@ def command(  # noqa: PLR0913 - an argument for each option
     recipe = Recipe.named(
         name, read_inline(config, what="--config: "), max_object_nbytes=max_object_nbytes
     )
-    backend, tally = recipe.make(creates=False), Tally(removed_kinds=kinds)
+    backend, totals = recipe.make(creates=False), ScrubTotals(removed_kinds=kinds)
     backend.open()
     try:
         prefix = f"{namespace}/" if namespace else ""
         found = scrub(backend, prefix=prefix, remove=not dry_run, kinds=kinds, limit=limit)
         for checked in _shown(found):
-            tally.add(checked)
+            totals.add(checked)
             if not as_json and checked.kind not in (GOOD, VANISHED):
                 click.echo(f"{checked.kind:13} {checked.key}")
     finally:
         backend.close()
     if as_json:
-        click.echo(json.dumps(_report(tally, name, dry_run=dry_run), indent=2))
+        click.echo(json.dumps(_report(totals, name, dry_run=dry_run), indent=2))
     else:
-        click.echo("\n".join(_lines(tally, dry_run=dry_run)))
-    click.get_current_context().exit(1 if tally.n_bad else 0)
+        click.echo("\n".join(_lines(totals, dry_run=dry_run)))
+    click.get_current_context().exit(1 if totals.n_bad else 0)
 
 
-def _shown(found: Iterable[Checked]) -> Iterator[Checked]:
+def _shown(found: Iterable[ScrubResult]) -> Iterator[ScrubResult]:
     """Passes ``found`` on and shows the progress if stderr is a terminal."""
     progress = Progress(
         SpinnerColumn(),
@@ -91,25 +99,25 @@ def _shown(found: Iterable[Checked]) -> Iterator[Checked]:
             yield checked
 
 
-def _report(tally: Tally, name: str, *, dry_run: bool) -> dict[str, object]:
+def _report(totals: ScrubTotals, name: str, *, dry_run: bool) -> dict[str, object]:
     return {
         "backend": name,
         "dry_run": dry_run,
-        "objects": tally.objects.total(),
-        "nbytes": tally.nbytes.total(),
-        "bad": tally.n_bad,
-        "removed": tally.n_removed,
-        "namespaces": tally.by_namespace(),
+        "objects": totals.objects.total(),
+        "nbytes": totals.nbytes.total(),
+        "bad": totals.n_bad,
+        "removed": totals.n_removed,
+        "namespaces": totals.by_namespace(),
     }
 
 
-def _lines(tally: Tally, *, dry_run: bool) -> Iterator[str]:
+def _lines(totals: ScrubTotals, *, dry_run: bool) -> Iterator[str]:
     rows = [
         (namespace or "(no page keys)", kind, f"{sums['objects']:,}", f"{sums['nbytes']:,}")
-        for namespace, kinds in tally.by_namespace().items()
+        for namespace, kinds in totals.by_namespace().items()
         for kind, sums in kinds.items()
     ]
     if rows:
         yield columns([("NAMESPACE", "KIND", "OBJECTS", "BYTES"), *rows])
-    done = f"{tally.n_bad:,} would be removed" if dry_run else f"{tally.n_removed:,} removed"
-    yield f"{tally.objects.total():,} objects, {tally.nbytes.total():,} bytes checked; {done}"
+    done = f"{totals.n_bad:,} would be removed" if dry_run else f"{totals.n_removed:,} removed"
+    yield f"{totals.objects.total():,} objects, {totals.nbytes.total():,} bytes checked; {done}"

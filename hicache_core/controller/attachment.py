@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
 from hicache_core.controller.admission import Admission, AlwaysAdmit
 from hicache_core.errors import HiCacheError
@@ -51,7 +50,7 @@ class Attachment:
     _flushable: Flushable | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self._flushable = self.backend if isinstance(self.backend, Flushable) else None
+        self._flushable = self.backend.capability(Flushable)
 
     def flush(self, timeout_s: float) -> bool:
         """Blocks until acknowledged writes have reached every store; False if time ran out."""
@@ -142,8 +141,9 @@ class Clearing:
         try:
             n_objects = 0
             if attachment.is_writer:
-                backend = cast(Clearable, attachment.backend)
-                n_objects = backend.clear(f"{attachment.namespace}/")
+                clearable = attachment.backend.capability(Clearable)
+                assert clearable is not None  # who asks to clear has looked
+                n_objects = clearable.clear(f"{attachment.namespace}/")
             self._reported = 1 + n_objects
         except HiCacheError as error:
             self.error = str(error)

@@ -121,7 +121,7 @@ class StorageTier:
         """
         if self.current is None:
             raise ConfigError("no storage backend is attached")
-        if not isinstance(self.current.backend, Clearable):
+        if self.current.backend.capability(Clearable) is None:
             raise ConfigError(f"backend {self.current.name!r} cannot be cleared")
         n_ranks = self._jobs.n_ranks
         clearing = Clearing(self.current, n_ranks)

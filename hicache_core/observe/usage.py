@@ -34,13 +34,13 @@ class UsageWatch:
             stores: open stores; those that cannot report their usage are never asked.
             clock: seconds, increasing.
         """
-        self._stores = stores
+        self._reporting = [store.capability(ReportsUsage) for store in stores]
         self._clock = clock
         self._lock = threading.Lock()
         self._found: Sequence[Mapping[str, int]] = [{} for _ in stores]
         self._next_s: float | None = None  # None: at once
         self._thread: threading.Thread | None = None
-        self._can_tell = any(isinstance(store, ReportsUsage) for store in stores)
+        self._can_tell = any(store is not None for store in self._reporting)
 
     def nbytes(self) -> Sequence[Mapping[str, int]]:
         """The last known usage of each store; empty if it is not known."""
@@ -63,7 +63,7 @@ class UsageWatch:
 
     def _ask(self) -> None:
         started_s = self._clock()
-        found = [_usage(store) for store in self._stores]
+        found = [_usage(store) for store in self._reporting]
         with self._lock:
             now_s = self._clock()
             self._next_s = now_s + max(EVERY_S, (now_s - started_s) / MAX_SHARE)
@@ -71,8 +71,8 @@ class UsageWatch:
             self._thread = None
 
 
-def _usage(store: StorageBackend) -> Mapping[str, int]:
-    if not isinstance(store, ReportsUsage):
+def _usage(store: ReportsUsage | None) -> Mapping[str, int]:
+    if store is None:
         return {}
     try:
         return dict(store.usage())

@@ -63,7 +63,7 @@ class _Kind(Generic[Plugin]):
 _STORAGE = _Kind(
     ENTRY_POINT_GROUP,
     "hicache_backends",
-    StorageBackend,  # type: ignore[type-abstract]  # only asked for its subclasses
+    StorageBackend,
     API_VERSION,
     "backend",
     "storage",
@@ -71,7 +71,7 @@ _STORAGE = _Kind(
 _TRANSFER = _Kind(
     TRANSFER_GROUP,
     "hicache_transfer_backends",
-    KvTransferBackend,  # type: ignore[type-abstract]  # likewise
+    KvTransferBackend,
     TRANSFER_API_VERSION,
     "transfer backend",
     "transfer",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict
 
@@ -17,14 +17,16 @@ API_VERSION = 1
 
 Buffer = bytes | bytearray | memoryview
 
+C = TypeVar("C")
+
 
 def namespace_of(key: str) -> str:
-    """The namespace of a key: what stands before its first ``/``."""
+    """The namespace of a key: the part before its first ``/``."""
     return key.partition("/")[0]
 
 
 class BackendConfig(BaseModel):
-    """Base of a backend's own settings: frozen, an unknown key is an error."""
+    """Base class of a backend's own settings: frozen; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -32,78 +34,98 @@ class BackendConfig(BaseModel):
 class StorageBackend(ABC):
     """L3: immutable objects under content keys, shared by many servers.
 
-    Threads: ``open`` and ``close`` are called once each, by the owner. Everything else is called
-    from several worker threads at once; the implementation is responsible for its own locking.
+    Threads: the owner calls ``open`` and ``close`` once each. Worker threads call everything else,
+    several at the same time; the implementation does its own locking.
 
-    Answers and failures: a key that is not there is an answer (``None``, ``False``, a smaller
-    count). A store that cannot answer raises a ``BackendError``, best the fitting subclass; the
-    caller counts it and goes on without the store.
+    Answers and failures: a missing key is an answer (``None``, ``False``, a smaller count). A store
+    that cannot answer raises a ``BackendError``, preferably the subclass that fits. The caller
+    counts the failure and goes on without the store.
 
-    Objects are immutable: two values under one key are always equal, so ``set`` of a key that
-    exists may be skipped.
+    Objects are immutable: two values under the same key are always equal, so ``set`` may skip a key
+    that exists.
 
-    Keys are text of ``[0-9a-z/]``, at most 200 characters: ``<namespace>/<page hash>``.
+    Keys match ``[0-9a-z/]+`` and have at most 200 characters: ``<namespace>/<page hash>``.
+
+    A page is a sequence of writable memoryviews (segments). Its object is the bytes of the segments
+    in order.
     """
 
     name: ClassVar[str]
-    """Entry-point name and the name in the configuration."""
+    """Name of the entry point, and of the backend in the configuration."""
     api_version: ClassVar[int] = API_VERSION
-    """The version of this contract that the class was written for."""
+    """Version of this contract that the class was written for."""
     Config: ClassVar[type[BackendConfig]] = BackendConfig
-    """This backend's settings."""
+    """Model of this backend's settings."""
 
     def __init__(self, config: BackendConfig, context: BackendContext) -> None:
-        """Keeps its arguments; connects to nothing and allocates nothing (``open`` does)."""
+        """Stores its arguments. Connecting and allocating is left to ``open``.
+
+        Args:
+            config: the settings, an instance of ``Config``.
+            context: what the backend may know about the cache that uses it.
+        """
         self.config = config
         self.context = context
 
     def open(self) -> None:  # noqa: B027 - a backend with nothing to connect need not override it
-        """Connects. A bad address, bad credentials or a missing directory fail here, soon.
+        """Connects. A wrong address, wrong credentials or a missing directory fail here, quickly.
 
         Raises:
-            BackendError: with what was tried, what was found and what to do.
+            BackendError: the message says what was tried, what was found and what to do.
         """
 
     def close(self) -> None:  # noqa: B027 - a backend with nothing to release need not override it
-        """Releases everything, joins its threads; a second call does nothing.
+        """Releases everything and joins the backend's threads. A second call does nothing.
 
-        A call of any other method afterwards raises ``UseAfterClose``.
+        Every other method raises ``UseAfterClose`` afterwards.
         """
 
     @abstractmethod
     def get(self, key: str) -> Buffer | None:
-        """The whole object under ``key``, or None if there is none."""
+        """Returns the whole object under ``key``, or None if there is none."""
 
     @abstractmethod
     def exists(self, key: str) -> bool:
-        """Whether ``key`` is present: a hint, since it may be evicted before it is read."""
+        """Returns whether ``key`` is present. A hint: it may be evicted before it is read."""
 
     @abstractmethod
     def set(self, key: str, value: Buffer) -> None:
-        """Stores ``value``; when it returns, a ``get`` by any process finds it whole or not at all.
+        """Stores ``value``.
 
-        The caller may reuse the memory of ``value`` as soon as this returns.
+        Once this has returned, ``get`` in any process finds the object, unless it was evicted. No
+        ``get`` ever sees a part of it. The caller may then reuse the memory of ``value``.
 
         Raises:
-            BackendFull: there is no room; nothing was stored.
+            BackendFull: the store has no room; nothing was stored.
         """
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Removes ``keys``; those that are absent are passed over."""
+        """Removes ``keys``; ignores those that are absent.
+
+        Raises:
+            NotImplementedError: this backend cannot delete.
+        """
         raise NotImplementedError(f"backend {self.name!r} cannot delete")
 
     def batch_exists(self, keys: Sequence[str]) -> int:
-        """How many leading keys are present, without a gap."""
+        """Returns how many leading keys are present: the index of the first missing one."""
         for n, key in enumerate(keys):
             if not self.exists(key):
                 return n
         return len(keys)
 
     def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
-        """Fills ``pages[i]`` with the object under ``keys[i]``; how many leading pages are filled.
+        """Reads the object under ``keys[i]`` into ``pages[i]``.
 
-        A page counts only if its object is exactly as long as the page's segments together.
-        Pages behind the first that is missing hold undefined bytes afterwards.
+        A page counts only if its object has exactly the length of the page's segments together.
+        Pages after the first one that does not count hold undefined bytes afterwards.
+
+        Args:
+            keys: one for each page.
+            pages: where to; memory of the caller, which nothing writes to after the call.
+
+        Returns:
+            How many leading pages were filled.
         """
         for n, (key, page) in enumerate(zip(keys, pages, strict=True)):
             value = self.get(key)
@@ -113,9 +135,17 @@ class StorageBackend(ABC):
         return len(keys)
 
     def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
-        """Stores ``pages[i]`` under ``keys[i]``; how many leading pages are stored afterwards.
+        """Stores ``pages[i]`` under ``keys[i]``.
 
-        A full store is an answer here, not an error: the count ends where the room ended.
+        A full store is an answer here and not an error: the count ends at the first page without
+        room.
+
+        Args:
+            keys: one for each page.
+            pages: what to store; is only read, and not after the call.
+
+        Returns:
+            How many leading pages are stored afterwards.
         """
         for n, (key, page) in enumerate(zip(keys, pages, strict=True)):
             try:
@@ -124,16 +154,32 @@ class StorageBackend(ABC):
                 return n
         return len(keys)
 
+    def capability(self, kind: type[C]) -> C | None:
+        """Returns the object that does ``kind`` for this backend, or None if it cannot.
 
-# What only some backends can do: found with isinstance, never by the backend's name.
+        This is the one way to ask for what only some backends can do. A backend that has the
+        methods of ``kind`` need not override it. Override it to return another object, and call
+        ``super()`` for every ``kind`` that you do not know.
+
+        The answer does not change during the life of the backend, so ask once and keep the object.
+        Its methods may be called from any thread while the backend is open.
+
+        Args:
+            kind: ``Listable`` or another protocol of this module.
+        """
+        return self if isinstance(self, kind) else None
+
+
+# What only some backends can do. Ask with ``backend.capability(kind)``, never by a backend's name
+# nor with isinstance: a wrapper has no such methods of its own.
 
 
 @runtime_checkable
 class RegistersMemory(Protocol):
-    """A transport that must know the memory it reads and writes (RDMA)."""
+    """A backend whose transport must know the memory that it reads and writes (RDMA)."""
 
     def register_memory(self, buffers: Sequence[memoryview]) -> None:
-        """Announces memory that pages will lie in; called once, after ``open``, before any page."""
+        """Announces the memory of all pages; called once, after ``open`` and before any page."""
         ...
 
 
@@ -142,7 +188,10 @@ class Listable(Protocol):
     """A backend that can enumerate what it holds."""
 
     def list_keys(self, prefix: str) -> Iterator[str]:
-        """Every key that starts with ``prefix``, in no order; a snapshot is not promised."""
+        """Yields every key that starts with ``prefix``, in any order.
+
+        Keys that are stored or removed meanwhile may be missing or present.
+        """
         ...
 
 
@@ -151,7 +200,7 @@ class Clearable(Protocol):
     """A backend that can remove a whole namespace at once."""
 
     def clear(self, prefix: str) -> int:
-        """Removes every key that starts with ``prefix``; how many there were."""
+        """Removes every key that starts with ``prefix``; returns how many there were."""
         ...
 
 
@@ -160,38 +209,45 @@ class HasStats(Protocol):
     """A backend that counts what it does."""
 
     def stats(self) -> Mapping[str, float]:
-        """Counters and gauges since ``open``: ``used_nbytes``, ``dropped_writes``, …"""
+        """Returns counters since ``open`` and gauges: ``used_nbytes``, ``dropped_writes``, …"""
         ...
 
 
 @runtime_checkable
 class Pins(Protocol):
-    """A backend that keeps named objects longer than others, for a while."""
+    """A backend that keeps chosen objects longer than others, for a limited time."""
 
     def pin(self, keys: Sequence[str], ttl_s: float) -> int:
-        """Asks to evict ``keys`` last for ``ttl_s`` seconds; how many of them are present.
+        """Asks the store to evict ``keys`` last, for ``ttl_s`` seconds.
 
-        A soft pin that decays: it ends by itself, another call renews it, 0 ends it now, and when
-        all that could be evicted is pinned, the least recently used goes all the same.
+        The pin is soft: it expires by itself, another call renews it and 0 seconds end it. When
+        everything that could be evicted is pinned, the least recently used object is evicted.
+
+        Returns:
+            How many of ``keys`` are present.
         """
         ...
 
 
 @runtime_checkable
 class ReportsUsage(Protocol):
-    """A backend that knows how many bytes each namespace takes."""
+    """A backend that knows how many bytes each namespace occupies."""
 
     def usage(self) -> Mapping[str, int]:
-        """Bytes of stored objects by namespace (what stands before the ``/`` of a key)."""
+        """Returns the bytes of stored objects by namespace (see ``namespace_of``)."""
         ...
 
 
 @runtime_checkable
 class Flushable(Protocol):
-    """A backend that acknowledges writes before they are where they belong (write-behind)."""
+    """A backend that acknowledges writes before they have reached every store (write-behind)."""
 
     def flush(self, timeout_s: float) -> bool:
-        """Waits until all acknowledged writes have reached every store; False if time ran out."""
+        """Blocks until all acknowledged writes have reached every store.
+
+        Returns:
+            False if that took longer than ``timeout_s``.
+        """
         ...
 
 
@@ -201,8 +257,8 @@ class Finding:
 
     Attributes:
         level: ok, warning or error.
-        topic: what was looked at, one or two words.
-        message: what was found and, unless ok, what to change.
+        topic: what was checked, in one or two words.
+        message: what was found and, unless the level is ok, what to change.
     """
 
     level: Literal["ok", "warning", "error"]
@@ -212,8 +268,8 @@ class Finding:
 
 @runtime_checkable
 class Diagnosable(Protocol):
-    """A backend that can examine its own store (versions, rights, eviction policy, room)."""
+    """A backend that can check its own store (versions, rights, eviction policy, free space)."""
 
     def diagnose(self) -> Iterator[Finding]:
-        """Findings, most basic first; called on an open backend."""
+        """Yields findings, the most basic ones first; called on an open backend."""
         ...

@@ -1,4 +1,4 @@
-"""The calls of an open backend: closing, and opening anew, waits until the last one has ended."""
+"""Counts the calls of an open backend, so that closing or reopening it waits for the last one."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from hicache_core.errors import BackendError, BackendUnavailable, UseAfterClose
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 30.0
-"""``close`` waits so long for calls that other threads are still in."""
+"""How long ``close`` waits for calls that run in other threads."""
 
 CHECK_INTERVAL_S = 0.5
-"""How often a call looks whether the store is still what it was; after an error the next does."""
+"""How often a call checks that the store is still usable. After an error the next call checks."""
 
 _CALM_TIMEOUT_S = 1.0
 
 
 class Openable(Protocol):
-    """What the calls of a backend use."""
+    """What ``Calls`` opens and lends to calls."""
 
     def trouble(self) -> str:
-        """Why it is of no use any more, though it is open; empty if it is well. Quick."""
+        """Returns why it has become unusable while open; empty if it is usable. Fast."""
         ...
 
     def close(self) -> None:
@@ -40,14 +40,14 @@ T = TypeVar("T", bound=Openable)
 class Calls(Generic[T]):
     """Lends what ``opener`` opened to the calls of a backend.
 
-    What has lost its files or is damaged is closed and opened anew by the next call. Calls that
-    come while that goes on, or while others are still in it, get ``BackendUnavailable``.
+    When it has lost its files or is damaged, the next call closes and reopens it. Calls that arrive
+    meanwhile, or while other calls still use the old one, raise ``BackendUnavailable``.
 
     Threads: every method may be called from any thread.
 
     Attributes:
-        lock: guards what the backend counts.
-        last_trouble: why it was last opened anew; empty if it never was.
+        lock: protects the counters of the backend.
+        last_trouble: why it was last reopened; empty if it never was.
     """
 
     def __init__(self, name: str, opener: Callable[[], T]) -> None:
@@ -65,7 +65,7 @@ class Calls(Generic[T]):
         self._is_reopening = False
 
     def open(self) -> bool:
-        """Opens it, unless it is open; whether it did."""
+        """Opens it unless it is open; returns whether it did."""
         if self._is_open:
             return False
         self._value = self._opener()
@@ -73,10 +73,11 @@ class Calls(Generic[T]):
         return True
 
     def close(self) -> bool:
-        """Closes it when no call is in it any more.
+        """Closes it once no call uses it any more.
 
         Returns:
-            Whether this was the call that closed it. What some call never leaves stays open.
+            Whether this call closed it. If a call has not ended after ``CLOSE_TIMEOUT_S`` it stays
+            open.
         """
         with self._changed:
             if not self._is_open:
@@ -88,7 +89,7 @@ class Calls(Generic[T]):
             is_calm = self._changed.wait_for(self._is_calm, CLOSE_TIMEOUT_S)
             value, self._value = self._value, None
         if not is_calm:
-            # What it has claimed stays claimed until this process ends: it may still be written.
+            # Its claims last until this process ends: the call may still write to them.
             logger.warning("%s: a call still runs; its files stay open", self._name)
             return False
         if value is not None:
@@ -96,16 +97,16 @@ class Calls(Generic[T]):
         return True
 
     def call(self) -> _Call[T]:
-        """A context manager that gives what is open; it is not closed before the block has ended.
+        """Returns a context manager that yields what is open; it stays open until the block ends.
 
-        It raises on entering:
-            UseAfterClose: it is not open, or was opened by another process.
-            BackendUnavailable: it is of no use any more, and cannot be opened anew now.
+        Entering raises:
+            UseAfterClose: it is not open, or another process opened it.
+            BackendUnavailable: it has become unusable and cannot be reopened now.
         """
         return _Call(self)
 
     def enter(self) -> T:
-        """What is open and well; one call more is in it."""
+        """Begins a call: returns what is open and usable. Raises as ``call``."""
         while True:
             with self.lock:
                 if not self._is_open or self._pid != os.getpid():
@@ -119,7 +120,7 @@ class Calls(Generic[T]):
                 if now < self._check_at:
                     return value
                 self._check_at = now + CHECK_INTERVAL_S
-            # Not under the lock: a file system that hangs must not hang those who close.
+            # Not under the lock: a file system that hangs must not block ``close``.
             trouble = value.trouble()
             if not trouble:
                 return value
@@ -129,11 +130,15 @@ class Calls(Generic[T]):
                     self._trouble = trouble
 
     def leave(self, error: BaseException | None = None) -> None:
-        """Ends a call that was entered."""
+        """Ends a call that ``enter`` began.
+
+        Args:
+            error: what the call raised; after a ``BackendError`` the next call checks the store.
+        """
         with self.lock:
             self._n_calls -= 1
             if error is not None and isinstance(error, BackendError):
-                self._check_at = 0.0  # perhaps it is of no use any more
+                self._check_at = 0.0  # it may have become unusable
             if not self._n_calls:
                 self._changed.notify_all()
 
@@ -141,22 +146,21 @@ class Calls(Generic[T]):
         if not self._is_open:
             raise UseAfterClose(f"{self._name} is not open")
         raise UseAfterClose(
-            f"{self._name} was opened in process {self._pid}; a forked child has to open one of "
-            "its own"
+            f"{self._name} was opened in process {self._pid}; open another one in this process"
         )
 
     def _reopen(self) -> None:
-        """Closes what is of no use and opens it anew. Holds the lock, but not while it does so."""
+        """Closes what is unusable and reopens it. Releases the caller's lock meanwhile."""
         if self._is_reopening or not self._changed.wait_for(self._is_calm, _CALM_TIMEOUT_S):
-            raise BackendUnavailable(f"{self._name}: {self._trouble}; it is being opened anew")
+            raise BackendUnavailable(f"{self._name}: {self._trouble}; it is being reopened")
         if self._value is not None and not self._trouble:
-            return  # another call was faster
+            return  # another call has reopened it
         self._is_reopening = True
         old, self._value = self._value, None
         self.lock.release()
         value = None
         try:
-            logger.warning("%s: %s; opening it anew", self._name, self._trouble)
+            logger.warning("%s: %s; reopening it", self._name, self._trouble)
             if old is not None:
                 old.close()
             value = self._opener()
@@ -167,7 +171,7 @@ class Calls(Generic[T]):
                 self.last_trouble, self._trouble = self._trouble, ""
             self._changed.notify_all()
         if not self._is_open:
-            self._raise_closed()  # ``close`` waits for the end of this, and then closes the new one
+            self._raise_closed()  # ``close`` waits for this, and then closes the new one
 
     def _is_calm(self) -> bool:
         return not self._n_calls and not self._is_reopening

@@ -1,4 +1,4 @@
-"""Warnings about storage jobs that failed, so rare that a dead store cannot flood the log."""
+"""Warnings about failed storage jobs, rate-limited so that a dead store cannot flood the log."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hicache_core.types import JobResult, JobState
 logger = logging.getLogger(__name__)
 
 LOG_INTERVAL_S = 60.0
-"""Failures of one kind are logged once in this time."""
+"""Failures of the same kind are logged at most once per this many seconds."""
 
 
 class FailureLog:
@@ -24,7 +24,7 @@ class FailureLog:
         self._logged_at: dict[tuple[JobState, str], float] = {}
 
     def warn(self, result: JobResult) -> None:
-        """Warns of a failure, unless one of its kind was logged a short while ago."""
+        """Logs a failure, unless one of the same kind was logged within ``LOG_INTERVAL_S``."""
         now, kind = self._clock(), (result.state, result.error_kind)
         with self._lock:
             last = self._logged_at.get(kind)

@@ -1,4 +1,4 @@
-"""Splits one call's work over a few threads, where the work releases the GIL (I/O, checksums)."""
+"""Splits the work of one call over a few threads. For work that releases the GIL."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 SPLIT_NBYTES = 2 << 20
-"""Below this a hand-over to another thread costs more than it saves."""
+"""Less work than this is not given to another thread: the hand-over would cost more."""
 
 
 def default_lanes() -> int:
-    """Two where there are two cores: a third adds little, since memory is what they wait for."""
+    """Returns 2 where there are two cores, else 1. More add little: memory is the bottleneck."""
     return min(2, len(os.sched_getaffinity(0)))
 
 
 class Lanes:
-    """Up to ``n_lanes`` threads, the caller's among them; threads start when first needed.
+    """Up to ``n_lanes`` threads for each call, including the caller's own.
 
-    Any thread may call ``run``; ``close`` joins. A closed one runs everything in the caller.
+    Threads start when they are first needed and end in ``close``. After ``close`` everything runs
+    in the caller. Any thread may call any method.
     """
 
     def __init__(self, n_lanes: int, name: str) -> None:
@@ -34,24 +35,33 @@ class Lanes:
             self._pool = ThreadPoolExecutor(n_lanes - 1, thread_name_prefix=name)
 
     def split(self, n_items: int, nbytes: int) -> list[range]:
-        """``range(n_items)`` in as many contiguous parts as pay for ``nbytes`` of work."""
+        """Cuts ``range(n_items)`` into contiguous parts of at least ``SPLIT_NBYTES`` each.
+
+        Args:
+            n_items: items of the work.
+            nbytes: bytes of all items together.
+        """
         n_parts = max(1, min(self.n_lanes, n_items, nbytes // SPLIT_NBYTES))
         cuts = [n_items * part // n_parts for part in range(n_parts + 1)]
         return [range(start, stop) for start, stop in itertools.pairwise(cuts)]
 
     def run(self, work: Callable[[range], T], parts: Sequence[range]) -> list[T]:
-        """``work`` of each part; returns when all have ended, also if one of them raises."""
+        """Returns ``work(part)`` of each part, in order.
+
+        Blocks until all parts have ended, also when one of them raises. Then raises what the first
+        of them raised.
+        """
         pool = self._pool
         if pool is None or len(parts) < 2:
             return [work(part) for part in parts]
         shares = [_Share(work, part) for part in parts[1:]]
-        with contextlib.suppress(RuntimeError):  # no thread is to be had
+        with contextlib.suppress(RuntimeError):  # no thread can be started
             for share in shares:
                 pool.submit(share.run)
         try:
             results = [work(parts[0])]
         finally:
-            # What no thread has begun is done here: the pool may be busy for another caller.
+            # Parts that no thread has begun are done here: the pool may be busy for another caller.
             left = [share.take() for share in shares]
             wait([share.future for share, mine in zip(shares, left, strict=True) if not mine])
         for share, mine in zip(shares, left, strict=True):
@@ -66,10 +76,10 @@ class Lanes:
 
 
 class _Share(Generic[T]):
-    """A part of the work, done by whoever takes it first.
+    """A part of the work, done by the first thread that takes it.
 
-    A pool that cannot start a thread keeps what it was given and may come to it much later: the
-    pages may belong to others by then.
+    A pool that cannot start a thread keeps its tasks and may run them much later, when the pages
+    belong to other jobs. So a part can be taken only once.
     """
 
     def __init__(self, work: Callable[[range], T], part: range) -> None:
@@ -79,14 +89,14 @@ class _Share(Generic[T]):
         self._claim = threading.Lock()
 
     def take(self) -> bool:
-        """Whether the caller is the first, and does it."""
+        """Returns whether the caller is the first; then the caller must do the part."""
         return self._claim.acquire(blocking=False)
 
     def run(self) -> None:
-        """Does it, unless somebody has taken it; on a thread of the pool."""
+        """Does the part unless it was taken; runs on a thread of the pool."""
         if not self.take():
             return
         try:
             self.future.set_result(self._work(self.part))
-        except BaseException as error:  # goes to the caller whole
+        except BaseException as error:  # raised again in the caller
             self.future.set_exception(error)

@@ -1,8 +1,8 @@
-"""Namespace manifests: what the digest of a storage namespace stands for, kept in the store itself.
+"""Namespace manifests: an object in the store that explains the digest of a storage namespace.
 
-A cache that opens a store leaves one object there: under the key of no page, the JSON that was
-hashed into its storage namespace, filled up with spaces to the length of a page and sealed like
-one. So whoever looks at the store later can say in which field two namespaces differ.
+A cache that opens a store writes one such object, under a key that no page has. It holds the JSON
+text whose hash is the namespace, padded with spaces to the length of a page and sealed like one.
+With it a tool can tell in which field two namespaces differ.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from hicache_core.types import Page
 logger = logging.getLogger(__name__)
 
 MANIFEST_HASH = sha256(b"hicache-namespace-manifest-v1").hexdigest()
-"""Stands where the digest of a page stands in a page's key."""
+"""Takes the place of the page hash in the key of a manifest."""
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a storage namespace stands for.
+    """The description of a storage namespace.
 
     Attributes:
         namespace: 16 hex digits.
@@ -41,12 +41,12 @@ class Manifest:
 
     @classmethod
     def of(cls, described: str) -> Manifest:
-        """The manifest of a text of ``describe_namespace``."""
+        """Returns the manifest of a text made by ``describe_namespace``."""
         return cls(namespace_digest(described), described)
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The described values by name; those of the identity beside the others."""
+        """The described values by name, including those of the model's identity."""
         fields: dict[str, Any] = json.loads(self.described)
         identity: dict[str, Any] = fields.pop("identity")
         return fields | identity
@@ -58,7 +58,7 @@ class Manifest:
 
     @property
     def object_nbytes(self) -> int:
-        """Length of every object of the namespace, header included; 0 if it does not say."""
+        """Length of every object of the namespace in bytes, header included; 0 if unknown."""
         fields = self.fields
         if not {"components", "layers"} <= fields.keys():
             return 0
@@ -68,41 +68,41 @@ class Manifest:
 
 
 def manifest_key(namespace: str) -> str:
-    """Where the manifest of a storage namespace lies."""
+    """Returns the key of the manifest of a storage namespace."""
     return f"{namespace}/{MANIFEST_HASH}"
 
 
 def encode(manifest: Manifest, payload_nbytes: int) -> bytes | None:
-    """The payload of a manifest's object; None where pages are too small to hold it.
+    """Returns the payload of a manifest's object; None if pages are too small to hold it.
 
     Args:
         manifest: to be stored.
-        payload_nbytes: length of a page without its header, since a store may know one length only.
+        payload_nbytes: length of a page without its header: a store may allow one length only.
     """
     payload = manifest.described.encode().ljust(payload_nbytes)
     return payload if len(payload) == payload_nbytes else None
 
 
 def decode(namespace: str, payload: bytes | bytearray | memoryview) -> Manifest | None:
-    """The manifest in ``payload``; None if it is not that of ``namespace``."""
+    """Returns the manifest in ``payload``; None if it is not the one of ``namespace``."""
     try:
         manifest = Manifest.of(bytes(payload).decode().rstrip(" "))
         fields = json.loads(manifest.described)
-    except ValueError:  # neither UTF-8 nor JSON
+    except ValueError:  # not UTF-8, or not JSON
         return None
     whole = isinstance(fields, dict) and {"identity", "layout", "page_size"} <= fields.keys()
     return manifest if whole and manifest.namespace == namespace else None
 
 
 def manifest_page(described: str, object_nbytes: int) -> tuple[str, Page] | None:
-    """The manifest as a cache stores it among its pages; None where pages are too small.
+    """Returns the manifest as a page that a cache can store; None if pages are too small.
 
     Args:
         described: of ``kv.keys.describe_namespace``.
         object_nbytes: length of every object, header included.
 
     Returns:
-        Its key, and a page whose header is not filled in.
+        Its key, and a page whose header is not filled in yet.
     """
     manifest = Manifest.of(described)
     payload = encode(manifest, object_nbytes - HEADER_NBYTES)
@@ -113,10 +113,10 @@ def manifest_page(described: str, object_nbytes: int) -> tuple[str, Page] | None
 
 
 def read_manifest(backend: StorageBackend, namespace: str) -> Manifest | None:
-    """The manifest of a namespace; None if there is none, or it is damaged.
+    """Reads the manifest of a namespace; None if there is none or it is damaged.
 
     Args:
-        backend: the store itself, without seals: nothing is removed from it.
+        backend: open, and not sealed: a sealed one would delete a damaged manifest.
         namespace: 16 hex digits.
 
     Raises:
@@ -134,10 +134,10 @@ def read_manifest(backend: StorageBackend, namespace: str) -> Manifest | None:
 
 
 def namespaces(backend: StorageBackend) -> list[str]:
-    """Every storage namespace that a store has objects of, in order.
+    """Returns the storage namespaces that have objects in a store, sorted.
 
-    Empty where the store can neither list its keys nor say which namespaces take room. Listing
-    reads the names of all objects, which takes a while in a large store.
+    Empty if the store can neither report usage nor list its keys. Listing reads the names of all
+    objects, which takes long in a large store.
 
     Raises:
         BackendError: the store cannot answer.
@@ -146,15 +146,16 @@ def namespaces(backend: StorageBackend) -> list[str]:
 
 
 def _names(backend: StorageBackend) -> Iterator[str]:
-    if isinstance(backend, ReportsUsage):
-        yield from backend.usage()
-    elif isinstance(backend, Listable):
-        for key in backend.list_keys(""):
+    reports, lists = backend.capability(ReportsUsage), backend.capability(Listable)
+    if reports is not None:
+        yield from reports.usage()
+    elif lists is not None:
+        for key in lists.list_keys(""):
             yield key.partition("/")[0]
 
 
 def read_manifests(backend: StorageBackend) -> Mapping[str, Manifest | None]:
-    """The manifest of each namespace in a store, None for those without one.
+    """Reads the manifest of each namespace in a store; None for those without one.
 
     Raises:
         BackendError: the store cannot answer.

@@ -1,4 +1,4 @@
-"""A backend that keeps its objects in this process: for tests, demos and single servers."""
+"""A backend that keeps its objects in this process, for tests, demos and single servers."""
 
 from __future__ import annotations
 
@@ -22,22 +22,24 @@ class MemoryConfig(BackendConfig):
     """Settings of the ``memory`` backend."""
 
     max_nbytes: Nbytes | None = Field(
-        default=None, description="cap on the stored bytes; the least recently used go first"
+        default=None,
+        description="maximum number of stored bytes; the least recently used objects are evicted",
     )
     namespace_quota_nbytes: Nbytes | None = Field(
         default=None,
-        description="cap on the bytes of one namespace; its own least recently used go first",
+        description="maximum number of bytes in one namespace; its least recently used objects are "
+        "evicted",
     )
-    ttl_s: Seconds | None = Field(default=None, description="objects older than this are gone")
+    ttl_s: Seconds | None = Field(default=None, description="objects expire after this time")
     share: str | None = Field(
         default=None,
-        description="backends of this process with the same text share one store, for as long as "
-        "one of them is open",
+        description="backends of this process with the same text share one store, which lasts "
+        "while one of them is open",
     )
 
 
 class _Store:
-    """Objects, and their orders of use and of age; whoever calls holds the lock."""
+    """Objects, ordered by use and by age. The caller of any method holds ``lock``."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -50,7 +52,7 @@ class _Store:
         self.pinned_until: dict[str, float] = {}
 
     def add(self, key: str, data: bytes, now: float) -> None:
-        """Stores ``data`` as the youngest and the last used; ``key`` is not there."""
+        """Stores ``data`` as the newest and most recently used object; ``key`` is absent."""
         namespace = namespace_of(key)
         self.objects[key] = data
         self.written[key] = now
@@ -59,12 +61,12 @@ class _Store:
         self.used_nbytes += len(data)
 
     def touch(self, key: str) -> None:
-        """Makes ``key`` the last used."""
+        """Makes ``key`` the most recently used."""
         self.used.move_to_end(key)
         self.used_in[namespace_of(key)].move_to_end(key)
 
     def discard(self, key: str) -> bool:
-        """Removes ``key`` but for its pin; whether it was there."""
+        """Removes ``key`` but keeps its pin; returns whether it was there."""
         data = self.objects.pop(key, None)
         if data is None:
             return False
@@ -77,12 +79,12 @@ class _Store:
         return True
 
     def remove(self, key: str) -> bool:
-        """Removes ``key`` and its pin; whether it was there."""
+        """Removes ``key`` and its pin; returns whether it was there."""
         self.pinned_until.pop(key, None)
         return self.discard(key)
 
     def victim(self, order: OrderedDict[str, None], now: float) -> str:
-        """The first of ``order`` that is not pinned; the very first if all are."""
+        """Returns the first key of ``order`` that is not pinned, or the first if all are."""
         return next(
             (key for key in order if self.pinned_until.get(key, now) <= now), next(iter(order))
         )
@@ -93,7 +95,7 @@ _shared_lock = threading.Lock()
 
 
 class MemoryBackend(StorageBackend):
-    """Objects in a dict of this process, with optional caps and an age limit."""
+    """Objects in a dict of this process, with optional limits on bytes and age."""
 
     name: ClassVar[str] = "memory"
     Config: ClassVar[type[BackendConfig]] = MemoryConfig
@@ -147,18 +149,18 @@ class MemoryBackend(StorageBackend):
                 store.remove(key)
 
     def list_keys(self, prefix: str) -> Iterator[str]:
-        """Every key that starts with ``prefix``, as of now."""
+        """Returns the keys that start with ``prefix`` now."""
         with self._fresh() as store:
             return iter([key for key in store.objects if key.startswith(prefix)])
 
     def clear(self, prefix: str) -> int:
-        """Removes every key that starts with ``prefix``; how many there were."""
+        """Removes every key that starts with ``prefix``; returns how many there were."""
         with self._fresh() as store:
             keys = [key for key in store.objects if key.startswith(prefix)]
             return sum(store.remove(key) for key in keys)
 
     def pin(self, keys: Sequence[str], ttl_s: float) -> int:
-        """See ``Pins``; the time to live of the objects goes on all the same."""
+        """See ``Pins``. A pinned object still expires after ``ttl_s``."""
         with self._fresh() as store:
             present = [key for key in keys if key in store.objects]
             until = self._clock() + ttl_s
@@ -170,12 +172,12 @@ class MemoryBackend(StorageBackend):
             return len(present)
 
     def usage(self) -> Mapping[str, int]:
-        """Bytes of stored objects by namespace."""
+        """Returns the bytes of stored objects by namespace."""
         with self._fresh() as store:
             return dict(store.usage)
 
     def stats(self) -> Mapping[str, float]:
-        """``used_nbytes``, ``objects``, and counts of what was evicted, expired and dropped."""
+        """Returns ``used_nbytes``, ``objects``, and counts of evictions, expiries and drops."""
         with self._fresh() as store:
             return {
                 "used_nbytes": store.used_nbytes,
@@ -185,7 +187,7 @@ class MemoryBackend(StorageBackend):
 
     @contextmanager
     def _fresh(self) -> Iterator[_Store]:
-        """The store, locked, without the objects whose time is over."""
+        """Yields the store, locked and without expired objects."""
         store = self._opened
         if store is None:
             raise UseAfterClose("the memory backend is not open; call open() first")
@@ -206,10 +208,10 @@ class MemoryBackend(StorageBackend):
         ):
             if cap is not None and nbytes > cap:
                 self._counts["dropped_writes"] += 1
-                raise BackendFull(f"an object of {nbytes} bytes is over {name}={cap}")
+                raise BackendFull(f"an object of {nbytes} bytes is larger than {name}={cap}")
 
     def _make_room(self, store: _Store, namespace: str, nbytes: int) -> None:
-        """Evicts until ``nbytes`` more fit, first into the namespace, then into the store."""
+        """Evicts objects until ``nbytes`` more fit into the namespace and into the store."""
         quota, cap = self._settings.namespace_quota_nbytes, self._settings.max_nbytes
         while quota is not None and store.usage.get(namespace, 0) + nbytes > quota:
             self._evict(store, store.used_in[namespace])

@@ -1,7 +1,7 @@
-"""Scrubbing: every stored page is read and judged by its seal, and what is no good is removed.
+"""Scrubbing: reads every stored page, checks its seal and deletes what is damaged.
 
-What has no seal of ours may be another tool's, or a page that only its backend knows how to read:
-it is told of and stays, unless the caller says otherwise.
+An object without a seal may belong to another tool, or be a page in a format of its backend. It is
+reported and stays, unless the caller says otherwise.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hicache_core.storage.sealed import HEADER_NBYTES, MAGIC, mismatch, parse_ke
 GOOD, VANISHED = "good", "vanished"
 UNKNOWN = "unknown"
 REMOVED = frozenset(["corrupt", "foreign", "wrong_length"])
-"""What nobody can use; ``wrong_version`` may be good for another version of HiCache and stays."""
+"""Deleted by default. ``wrong_version`` stays: another version of HiCache may read it."""
 KINDS = (GOOD, "corrupt", "foreign", "wrong_length", "wrong_version", UNKNOWN, VANISHED)
 
 DEFAULT_BATCH_NBYTES = 64 << 20
@@ -32,13 +32,13 @@ _BATCH_KEYS = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
-    """What became of one key.
+class ScrubResult:
+    """The result for one key.
 
     Attributes:
         key: as the backend lists it.
-        kind: one of ``KINDS``. ``foreign`` is sealed for another key; ``unknown`` has no page key
-            or no header of a page; ``vanished`` was listed and is not there any more.
+        kind: one of ``KINDS``. ``foreign``: sealed for another key. ``unknown``: not a page key, or
+            without the header of a page. ``vanished``: listed, but gone when it was read.
         nbytes: length of the object; 0 if it has vanished.
         removed: whether it was deleted.
     """
@@ -50,14 +50,14 @@ class Checked:
 
 
 @dataclass
-class Tally:
-    """Sums over what was checked, by namespace and kind.
+class ScrubTotals:
+    """Totals of what was checked, by namespace and kind.
 
     Attributes:
-        objects: how many there are.
+        objects: number of objects.
         nbytes: their bytes.
-        n_removed: how many were deleted.
-        removed_kinds: what is to be deleted.
+        n_removed: number of objects that were deleted.
+        removed_kinds: the kinds to delete.
     """
 
     objects: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -65,8 +65,8 @@ class Tally:
     n_removed: int = 0
     removed_kinds: frozenset[str] = REMOVED
 
-    def add(self, checked: Checked) -> None:
-        """Counts one; keys that are no page keys are one namespace with an empty name."""
+    def add(self, checked: ScrubResult) -> None:
+        """Adds one result. Keys that are not page keys count under an empty namespace."""
         where = (namespace_of(checked.key) if _is_page_key(checked.key) else "", checked.kind)
         self.objects[where] += 1
         self.nbytes[where] += checked.nbytes
@@ -74,11 +74,11 @@ class Tally:
 
     @property
     def n_bad(self) -> int:
-        """How many were removed, or would have been."""
+        """Number of objects of the kinds to delete."""
         return sum(n for (_, kind), n in self.objects.items() if kind in self.removed_kinds)
 
     def by_namespace(self) -> dict[str, dict[str, Mapping[str, int]]]:
-        """Namespace -> kind -> ``objects`` and ``nbytes``; in order of their names."""
+        """Returns namespace -> kind -> ``objects`` and ``nbytes``, sorted by name."""
         told: dict[str, dict[str, Mapping[str, int]]] = {}
         for namespace, kind in sorted(self.objects):
             where = (namespace, kind)
@@ -95,44 +95,46 @@ def scrub(
     kinds: frozenset[str] = REMOVED,
     limit: int | None = None,
     batch_nbytes: int = DEFAULT_BATCH_NBYTES,
-) -> Iterator[Checked]:
-    """Reads what ``backend`` lists, judges it, and removes what nobody can use.
+) -> Iterator[ScrubResult]:
+    """Reads every object that ``backend`` lists, checks its seal and deletes what is damaged.
 
-    What is no good is read once more right before it is deleted, so an object that was overwritten
-    meanwhile stays, and so does one whose two reads differ: it was spoilt on its way. Between that
-    read and the deletion a store has no lock to offer: a good object that comes in that moment is
-    lost, which costs its next reader a miss.
+    A bad object is read a second time right before it is deleted. So one that was overwritten
+    meanwhile stays, and so does one whose two reads differ: its bytes were damaged on the way.
+    Stores offer no lock between that read and the deletion. A good object stored in that moment is
+    deleted too, which costs its next reader a miss.
 
     Args:
-        backend: opened, and not wrapped in seals: the stored bytes have to be seen.
+        backend: open, and not sealed: the stored bytes must be visible.
         prefix: only keys that start with it.
-        remove: False to look only.
-        kinds: what is removed; ``REMOVED | {UNKNOWN}`` also takes what has no header of a page.
-        limit: at most so many keys.
-        batch_nbytes: how many bytes are in memory at once, or one object if that is larger.
+        remove: False deletes nothing.
+        kinds: the kinds to delete; ``REMOVED | {UNKNOWN}`` includes objects without a page header.
+        limit: maximum number of keys.
+        batch_nbytes: maximum number of bytes in memory, unless one object is larger.
 
     Returns:
-        One ``Checked`` for each key, as they are read.
+        An iterator that reads the objects and yields one ``ScrubResult`` for each key.
 
     Raises:
-        BackendError: it cannot list, or cannot delete and shall; while it is read: it failed.
+        BackendError: the backend cannot list its keys, or cannot delete although ``remove``. The
+            iterator raises it when the store fails.
     """
-    if not isinstance(backend, Listable):
+    listable = backend.capability(Listable)
+    if listable is None:
         raise BackendError(
-            f"backend {backend.name!r} cannot list its keys (it is not Listable), so nobody can "
-            "go through what it holds; its pages are still checked whenever they are read"
+            f"backend {backend.name!r} cannot list its keys (it is not Listable), so its objects "
+            "cannot be scrubbed; each page is still checked whenever it is read"
         )
     if remove:
         try:
             backend.delete([])
         except NotImplementedError as exc:
-            raise BackendError(f"{exc}; scrub it with --dry-run to look only") from exc
-    keys = itertools.islice(backend.list_keys(prefix), limit)
+            raise BackendError(f"{exc}; use --dry-run to check without deleting") from exc
+    keys = itertools.islice(listable.list_keys(prefix), limit)
     return _scrubbed(backend, keys, batch_nbytes, kinds if remove else frozenset())
 
 
-def judge(key: str, value: Buffer | None) -> str:
-    """Which of ``KINDS`` the object under ``key`` is."""
+def classify(key: str, value: Buffer | None) -> str:
+    """Returns which of ``KINDS`` the object under ``key`` is; ``value`` is None if it is gone."""
     if value is None:
         return VANISHED
     data = memoryview(value).cast("B")
@@ -145,10 +147,10 @@ def judge(key: str, value: Buffer | None) -> str:
 
 def _scrubbed(
     backend: StorageBackend, keys: Iterator[str], batch_nbytes: int, kinds: frozenset[str]
-) -> Iterator[Checked]:
+) -> Iterator[ScrubResult]:
     while batch := list(itertools.islice(keys, _BATCH_KEYS)):
         for key, value in _read(backend, batch, batch_nbytes):
-            checked = Checked(key, judge(key, value), _nbytes(value))
+            checked = ScrubResult(key, classify(key, value), _nbytes(value))
             if checked.kind not in (GOOD, VANISHED):
                 checked = _reread(backend, key, value, kinds)
             yield checked
@@ -156,25 +158,25 @@ def _scrubbed(
 
 def _reread(
     backend: StorageBackend, key: str, before: Buffer | None, kinds: frozenset[str]
-) -> Checked:
-    """Judges once more, and removes what is the same at both reads and of one of ``kinds``."""
+) -> ScrubResult:
+    """Reads and judges again; deletes the object if both reads are equal and of ``kinds``."""
     value = backend.get(key)
-    kind = judge(key, value)
+    kind = classify(key, value)
     removed = kind in kinds and value == before
     if removed:
         backend.delete([key])
-    return Checked(key, kind, _nbytes(value), removed)
+    return ScrubResult(key, kind, _nbytes(value), removed)
 
 
 def _read(
     backend: StorageBackend, keys: Sequence[str], batch_nbytes: int
 ) -> Iterator[tuple[str, Buffer | None]]:
-    """The objects under ``keys``, in batches for as long as they have one length.
+    """Reads the objects under ``keys``, in batches while they have the same length.
 
-    The length of an object is known when it was read alone; the next ones most often have it too.
-    A batch is twice as large as the last one that came whole.
+    ``get`` tells the length of one object; the next ones mostly have the same. A batch is twice as
+    large as the last one that was read completely.
     """
-    batches = not isinstance(backend, RegistersMemory)  # it fills no page of anybody's memory
+    batches = backend.capability(RegistersMemory) is None  # else it fills registered memory only
     nbytes = n_ahead = start = 0
     while start < len(keys):
         n = min(n_ahead, batch_nbytes // max(nbytes, 1), len(keys) - start)

@@ -1,4 +1,4 @@
-"""Seals pages with a header when they are stored, and checks it when they are read.
+"""Seals each page with a header when it is stored, and checks the header when it is read.
 
 Every stored object starts with 64 bytes, little-endian:
 
@@ -6,8 +6,8 @@ Every stored object starts with 64 bytes, little-endian:
     | magic  | version | flags | payload_nbytes | xxh3-64 of | namespace digest  | page hash |
     | "HiCP" | 1       | 0     |                | payload    | 8 bytes           | 32 bytes  |
 
-The key says which namespace and page hash must stand there, so an object that was stored under
-another key, by another model, or that was damaged, is a miss and never a hit.
+The namespace and the page hash must be those of the key. So an object that is damaged, or that was
+stored under another key or by another model, is a miss and never a hit.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ _NAMESPACE_NBYTES = 8
 
 
 def parse_key(key: str) -> tuple[bytes, bytes]:
-    """The namespace digest (8 bytes) and the page hash (32 bytes) of a key.
+    """Returns the namespace digest (8 bytes) and the page hash (32 bytes) of a key.
 
     Raises:
-        ValueError: the key is not ``<16 hex digits>/<64 hex digits>``.
+        ValueError: ``key`` is not ``<16 hex digits>/<64 hex digits>``.
     """
     name = _name_of(key)
     return name[:_NAMESPACE_NBYTES], name[_NAMESPACE_NBYTES:]
 
 
 def _name_of(key: str) -> bytes:
-    """The key as the header has it: namespace digest and page hash, 40 bytes."""
+    """Returns the key as it appears in the header: namespace digest and page hash, 40 bytes."""
     if _KEY.fullmatch(key) is None:
-        raise ValueError(f"{key!r} is no page key; a key is <16 hex digits>/<64 hex digits>")
+        raise ValueError(f"{key!r} is not a page key; expected <16 hex digits>/<64 hex digits>")
     return bytes.fromhex(key.replace("/", ""))
 
 
 def checksum(payload: Sequence[memoryview]) -> int:
-    """xxh3-64 over the segments in order."""
+    """Returns xxh3-64 over the segments in order."""
     if len(payload) == 1:
         return xxhash.xxh3_64_intdigest(payload[0])
     state = xxhash.xxh3_64()
@@ -69,7 +69,7 @@ def seal(key: str, page: Page) -> None:
     """Writes the header of ``page`` into its first segment.
 
     Raises:
-        ValueError: the key is no page key, or the first segment is not 64 bytes long.
+        ValueError: ``key`` is not a page key, or the first segment is not 64 bytes long.
     """
     name = _name_of(key)
     _check_page(page)
@@ -85,15 +85,17 @@ def _seal(name: bytes, page: Page) -> None:
 def _check_page(page: Page) -> None:
     if not page or page[0].nbytes != HEADER_NBYTES:
         found = f"{page[0].nbytes} bytes" if page else "no segment"
-        raise ValueError(f"a page starts with a segment of {HEADER_NBYTES} bytes; found {found}")
+        raise ValueError(
+            f"the first segment of a page must have {HEADER_NBYTES} bytes; found {found}"
+        )
 
 
 def mismatch(key: str, page: Page) -> str | None:
-    """What is wrong with ``page`` as the object under ``key``; None if nothing is.
+    """Checks whether ``page`` is the intact object under ``key``.
 
     Returns:
-        ``corrupt``, ``wrong_version``, ``wrong_length``, ``foreign`` (sealed for another key), or
-        None.
+        None if it is; else ``corrupt``, ``wrong_version``, ``wrong_length`` or ``foreign`` (sealed
+        for another key).
     """
     return _mismatch(_name_of(key), page)
 
@@ -113,14 +115,14 @@ def _mismatch(name: bytes, page: Page) -> str | None:
 
 
 def _judge(key: str, data: memoryview, nbytes: int | None = None) -> str | None:
-    """As ``mismatch``, of a whole object that should be ``nbytes`` long, if that is known."""
+    """As ``mismatch`` for an object in one piece; it must have ``nbytes`` bytes unless None."""
     if data.nbytes < HEADER_NBYTES or nbytes not in (None, data.nbytes):
         return "wrong_length"
     return mismatch(key, (data[:HEADER_NBYTES], data[HEADER_NBYTES:]))
 
 
 def _digest(page: Page) -> bytes:
-    """Tells two reads of one object apart."""
+    """Returns a digest by which two reads of an object are compared."""
     state = xxhash.xxh3_128()
     for segment in page:
         state.update(segment)
@@ -128,12 +130,14 @@ def _digest(page: Page) -> bytes:
 
 
 class SealedBackend(BackendWrapper):
-    """Stores sealed pages and returns none that does not verify.
+    """Seals what it stores, and returns only objects whose seal is right.
 
-    The pages of ``batch_get`` and ``batch_set`` start with a segment of 64 bytes for the header;
-    ``get`` and ``set`` deal in payloads. An object that does not verify is read once more. It is a
-    hit if it verifies then; otherwise it is a miss and is counted by kind. It is deleted only if
-    both reads gave the same bytes: what differs was spoilt on its way, and the store may be well.
+    Pages of ``batch_get`` and ``batch_set`` start with a segment of 64 bytes for the header.
+    ``get`` and ``set`` take and return payloads without a header.
+
+    An object whose seal is wrong is read a second time. If the seal is right then, it is a hit. If
+    not, it is a miss and is counted by kind. It is deleted only if both reads returned the same
+    bytes: if they differ, the bytes were damaged on the way and the stored object may be intact.
 
     Every method raises ``ValueError`` for a key that is not ``<16 hex digits>/<64 hex digits>``.
     """
@@ -141,7 +145,8 @@ class SealedBackend(BackendWrapper):
     def __init__(self, inner: StorageBackend) -> None:
         super().__init__(inner)
         self._lock = threading.Lock()
-        self._visiting = inner if isinstance(inner, VisitsPages) else None
+        self._visiting = inner.capability(VisitsPages)
+        self._inner_stats = inner.capability(HasStats)
         self._verdicts: OrderedDict[str, str] = OrderedDict()
         self._counts = {
             "sealed_corrupt": 0,
@@ -201,25 +206,33 @@ class SealedBackend(BackendWrapper):
         return self.inner.batch_set(keys, pages)
 
     def rejections(self) -> Mapping[str, int]:
-        """Objects refused so far, by kind; any thread, and the store is not asked."""
+        """Returns how many objects were refused, by kind. Any thread; does not call the store."""
         with self._lock:
             return {name.removeprefix("sealed_"): n for name, n in self._counts.items()}
 
     def stats(self) -> Mapping[str, float]:
-        """What was refused, by kind, beside the statistics of the backend inside."""
-        inside = self.inner.stats() if isinstance(self.inner, HasStats) else {}
+        """Returns the statistics of ``inner`` and how many objects were refused, by kind."""
+        inside = {} if self._inner_stats is None else self._inner_stats.stats()
         with self._lock:
             return {**inside, **self._counts}
 
     def verdict(self, key: str) -> str | None:
-        """Why the object under ``key`` was refused not long ago; None if it was not."""
+        """Returns why the object under ``key`` was refused; None if it was not.
+
+        Only the last ``MAX_VERDICTS`` refusals are known.
+        """
         with self._lock:
             return self._verdicts.get(key)
 
     def _fill(
         self, keys: Sequence[str], names: Sequence[bytes], pages: Sequence[Page]
     ) -> tuple[int, int]:
-        """Reads pages; how many leading ones verified already, and how many are to be looked at."""
+        """Reads pages.
+
+        Returns:
+            How many leading pages have a right seal, and how many were read or refused: those in
+            between are still to be checked.
+        """
         if self._visiting is None:
             return 0, self.inner.batch_get(keys, pages)
         refused: set[int] = set()
@@ -234,18 +247,21 @@ class SealedBackend(BackendWrapper):
         return n, n + (n in refused)
 
     def _look_again(self, key: str, refused: Page, nbytes: int | None = None) -> memoryview | None:
-        """Reads what was refused once more, into other memory; the object if it is good now.
+        """Reads a refused object a second time, into other memory.
 
         Args:
             key: of the object.
-            refused: what the first read gave.
-            nbytes: length of the page; None if any will do.
+            refused: the bytes of the first read.
+            nbytes: length of the page; None for any.
+
+        Returns:
+            The object if its seal is right now, else None.
         """
         try:
             value = self.inner.get(key)
-        except BackendError:  # the first read is a miss either way
+        except BackendError:  # the page is a miss anyway
             return None
-        if value is None:  # it was evicted or overwritten while it was read, and that is no damage
+        if value is None:  # it was evicted or overwritten during the first read: not damaged
             return None
         data = memoryview(value).cast("B")
         kind = _judge(key, data, nbytes)
@@ -264,16 +280,16 @@ class SealedBackend(BackendWrapper):
                 self._verdicts.popitem(last=False)
 
     def _remove(self, key: str) -> None:
-        """Removes a damaged object, so that a good one can take its place."""
-        # The read is answered with a miss whether or not the store could also delete.
+        """Deletes a damaged object, so that a good one can be stored under its key."""
+        # The page is a miss whether or not the store can delete.
         with contextlib.suppress(NotImplementedError, BackendError):
             self.inner.delete([key])
 
     def _reject_wrong_length(self, key: str, nbytes: int) -> None:
-        """Removes the object under ``key`` if it has another length than the page.
+        """Deletes the object under ``key`` if its length is not that of the page.
 
-        Without this it would stay for ever: no read fits it, and a write of a key that exists may
-        be skipped.
+        It would stay forever otherwise: no read fits it, and a write to an existing key may be
+        skipped.
         """
         with contextlib.suppress(BackendError):
             if self.inner.exists(key):

@@ -1,4 +1,4 @@
-"""Helpers for pages, that is for sequences of memoryviews (segments)."""
+"""Helpers for pages, which are sequences of memoryviews (segments)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _NBYTES = attrgetter("nbytes")
 
 
 def nbytes_of(page: Iterable[memoryview]) -> int:
-    """Length in bytes of the object whose segments these are."""
+    """Returns the length of a page's object in bytes."""
     return sum(map(_NBYTES, page))
 
 
 def join(page: Page) -> bytes:
-    """The object as one ``bytes``: a copy, for clients that cannot take segments."""
+    """Returns a copy of the object as one ``bytes``, for clients that cannot take segments."""
     return b"".join(page)
 
 
@@ -24,11 +24,11 @@ def scatter(value: bytes | bytearray | memoryview, page: Page) -> None:
     """Copies ``value`` into the segments, in order.
 
     Raises:
-        ValueError: ``value`` is not exactly as long as the segments together; nothing was copied.
+        ValueError: ``value`` and the segments differ in length; nothing was copied.
     """
     source = memoryview(value).cast("B")
     if source.nbytes != nbytes_of(page):
-        raise ValueError(f"{source.nbytes} bytes do not fit a page of {nbytes_of(page)} bytes")
+        raise ValueError(f"expected {nbytes_of(page)} bytes for the page, got {source.nbytes}")
     start = 0
     for segment in page:
         segment[:] = source[start : start + segment.nbytes]

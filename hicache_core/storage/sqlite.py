@@ -1,4 +1,4 @@
-"""SQLite as the index of a store: how it is opened and checked, and what its errors mean."""
+"""SQLite as the index of a store: opening and checking the file, and translating errors."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from hicache_core.errors import (
     BackendUnavailable,
 )
 
-_REBUILT = "it is damaged, and is built anew when the backend is opened"
+_REBUILT = "it is damaged and will be rebuilt when the backend is opened"
 _ERRORS: dict[int, tuple[type[BackendError], str]] = {
     sqlite3.SQLITE_BUSY: (BackendTimeout, "another process held its lock for too long"),
     sqlite3.SQLITE_LOCKED: (BackendTimeout, "another process held its lock for too long"),
     sqlite3.SQLITE_FULL: (BackendFull, "its disk is full"),
-    sqlite3.SQLITE_READONLY: (BackendDenied, "it may not be written; check owner and mount"),
-    sqlite3.SQLITE_PERM: (BackendDenied, "it may not be opened; check its owner"),
-    sqlite3.SQLITE_CANTOPEN: (BackendDenied, "it cannot be opened; check directory and owner"),
+    sqlite3.SQLITE_READONLY: (BackendDenied, "it is not writable; check its owner and the mount"),
+    sqlite3.SQLITE_PERM: (BackendDenied, "opening it is not permitted; check its owner"),
+    sqlite3.SQLITE_CANTOPEN: (BackendDenied, "it cannot be opened; check its directory and owner"),
     sqlite3.SQLITE_CORRUPT: (BackendCorrupt, _REBUILT),
     sqlite3.SQLITE_NOTADB: (BackendCorrupt, _REBUILT),
-    # The statements are ours, so what follows comes of tables that are not as they were made.
+    # The statements are correct, so these errors mean that the tables are damaged.
     sqlite3.SQLITE_ERROR: (BackendCorrupt, _REBUILT),
     sqlite3.SQLITE_CONSTRAINT: (BackendCorrupt, _REBUILT),
     sqlite3.SQLITE_MISMATCH: (BackendCorrupt, _REBUILT),
@@ -38,28 +38,28 @@ _ERRORS: dict[int, tuple[type[BackendError], str]] = {
     sqlite3.SQLITE_TOOBIG: (BackendCorrupt, _REBUILT),
 }
 _LEAST_ROOM_NBYTES = 1 << 20
-"""With less than this on its disk, SQLite's "disk I/O error" means that the disk is full."""
+"""With less free space than this, SQLite's "disk I/O error" means that the disk is full."""
 ROOM_NBYTES = 1 << 20
-"""What an index takes of the disk ahead, so that a change needs no room when the disk got full."""
+"""Disk space that an index reserves, so that it can still change when the disk is full."""
 _LOG_ROOM_NBYTES = 256 << 10
 
 
 class Database(NamedTuple):
     """A database file of a store.
 
-    Nothing but SQLite may open the file while it is in use: to close any other descriptor of it
-    would end the locks that SQLite holds for this process.
+    Only SQLite may open the file while it is in use: closing any other descriptor of it would
+    release the locks that SQLite holds for this process.
 
     Attributes:
         path: the file.
-        what: what errors call it: ``index``, ``metadata``.
-        application_id: marks the file as the store's own.
+        what: its name in error messages: ``index``, ``metadata``.
+        application_id: identifies files of this store.
         version: of its tables.
-        schema: statements that make them.
-        faults: what may be wrong in the tables, and a query that then finds a row.
-        optional: tables that may be there too.
-        version_again: a query for the version, which stands in a second place. Where the two
-            differ one of them is damaged; where they are equal, the file is of that version.
+        schema: statements that create them.
+        faults: possible faults of the tables, each with a query that returns a row if it is there.
+        optional: further tables that may exist.
+        version_again: a query for a second copy of the version. If the two copies differ, one of
+            them is damaged; if they are equal, the file has that version.
     """
 
     path: Path
@@ -72,10 +72,14 @@ class Database(NamedTuple):
     version_again: str = ""
 
     def connect(self, timeout_s: float, *, durable: bool = False) -> sqlite3.Connection:
-        """One more connection; any thread may use it, one at a time.
+        """Returns a new connection, which any one thread may use at a time.
 
-        A killed process loses nothing either way. Unless ``durable``, a power cut may, so the store
-        must be able to make the file anew.
+        A killed process never loses a transaction. A power cut may, unless ``durable``; then the
+        store must be able to rebuild the file.
+
+        Args:
+            timeout_s: how long to wait for locks of other connections.
+            durable: every transaction reaches the disk before it ends.
         """
         connection = sqlite3.connect(
             self.path,
@@ -88,7 +92,7 @@ class Database(NamedTuple):
         return connection
 
     def make(self, connection: sqlite3.Connection) -> None:
-        """Makes the tables of an empty file."""
+        """Creates the tables in an empty file."""
         connection.execute("PRAGMA journal_mode = WAL")
         connection.executescript(
             f"BEGIN IMMEDIATE; PRAGMA application_id = {self.application_id}; "
@@ -96,10 +100,10 @@ class Database(NamedTuple):
         )
 
     def check(self, connection: sqlite3.Connection) -> None:
-        """Looks whether it is the store's own and whole, row by row.
+        """Checks that the file belongs to the store and is intact; reads every row.
 
         Raises:
-            BackendUnavailable: it is something else, or of another version.
+            BackendUnavailable: it is a file of another application or version.
             BackendCorrupt: it is damaged.
         """
         (application,) = connection.execute("PRAGMA application_id").fetchone()
@@ -113,16 +117,16 @@ class Database(NamedTuple):
                 connection.execute(self.version_again or "SELECT 0").fetchone() if is_ours else 0
             )
             if is_ours and (version == self.version or again == (self.version,)):
-                raise BackendCorrupt(f"{self.what} {self.path} is damaged: its header is another")
+                raise BackendCorrupt(f"{self.what} {self.path} is damaged: its header is wrong")
             raise BackendUnavailable(
                 f"{self.what} {self.path} is of application {application:#x}, version {version}; "
-                f"expected {self.application_id:#x}, version {self.version}; give another path"
+                f"expected {self.application_id:#x}, version {self.version}; use another path"
             )
         if not is_ours:
-            raise BackendCorrupt(f"{self.what} {self.path} is damaged: its tables are others")
+            raise BackendCorrupt(f"{self.what} {self.path} is damaged: its tables are wrong")
         (mode,) = connection.execute("PRAGMA journal_mode").fetchone()
         if mode != "wal":
-            raise BackendCorrupt(f"{self.what} {self.path} is damaged: its mode is {mode}")
+            raise BackendCorrupt(f"{self.what} {self.path} is damaged: its journal mode is {mode}")
         (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
         if verdict != "ok":
             raise BackendCorrupt(f"{self.what} {self.path} is damaged: {verdict}")
@@ -131,7 +135,7 @@ class Database(NamedTuple):
                 raise BackendCorrupt(f"{self.what} {self.path} is damaged: {fault}")
 
     def identity(self) -> tuple[int, int] | None:
-        """Device and inode of the file; None if there is none."""
+        """Returns device and inode of the file; None if it does not exist."""
         try:
             status = os.stat(self.path)
         except OSError:
@@ -140,13 +144,13 @@ class Database(NamedTuple):
 
     @contextlib.contextmanager
     def translated(self, damaged: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Raises the ``BackendError`` that fits what SQLite raises; ``damaged`` hears of damage."""
+        """Translates errors of SQLite to ``BackendError``; calls ``damaged`` if the file is."""
         try:
             yield
         except BackendCorrupt:
             damaged()
             raise
-        except UnicodeDecodeError as exc:  # of a text in the file, or of SQLite's words about it
+        except UnicodeDecodeError as exc:  # text in the file, or in SQLite's message
             damaged()
             raise BackendCorrupt(f"{self.what} {self.path}: {exc.reason}: {_REBUILT}") from exc
         except sqlite3.Error as exc:
@@ -156,18 +160,18 @@ class Database(NamedTuple):
             raise kind(f"{self.what} {self.path}: {exc}: {advice}") from exc
 
     def _meaning(self, exc: sqlite3.Error) -> tuple[type[BackendError], str]:
-        """The kind of error, and what to do."""
+        """Returns the class of an error, and what to do about it."""
         code = getattr(exc, "sqlite_errorcode", None)
         if code is None and isinstance(exc, (sqlite3.OperationalError, sqlite3.InternalError)):
-            return BackendCorrupt, _REBUILT  # Python could not make sense of what it was given
+            return BackendCorrupt, _REBUILT  # raised by the sqlite3 module, not by SQLite
         code = code or 0
         if code == sqlite3.SQLITE_IOERR_SHORT_READ:
             return BackendCorrupt, _REBUILT
         if code == sqlite3.SQLITE_READONLY and os.access(self.path, os.W_OK):
-            return BackendCorrupt, _REBUILT  # its header says that nobody of today may write it
+            return BackendCorrupt, _REBUILT  # only its header says read-only
         if code & 0xFF == sqlite3.SQLITE_IOERR and self._is_disk_full():
             return _ERRORS[sqlite3.SQLITE_FULL]
-        return _ERRORS.get(code & 0xFF, (BackendUnavailable, "see the text before"))
+        return _ERRORS.get(code & 0xFF, (BackendUnavailable, "see the message before this"))
 
     def _is_disk_full(self) -> bool:
         try:
@@ -178,14 +182,14 @@ class Database(NamedTuple):
 
 
 def room_nbytes(connection: sqlite3.Connection) -> int:
-    """How much to write and delete again, so that file and log have room of their own."""
+    """Returns how many bytes to write and delete, so that file and log have reserved space."""
     (n_pages,) = connection.execute("PRAGMA freelist_count").fetchone()
     (page_nbytes,) = connection.execute("PRAGMA page_size").fetchone()
     return _LOG_ROOM_NBYTES if n_pages * page_nbytes >= ROOM_NBYTES else ROOM_NBYTES
 
 
 def is_empty(connection: sqlite3.Connection) -> bool:
-    """Whether it has no tables."""
+    """Returns whether the database has no tables."""
     (n_tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     return bool(n_tables == 0)
 

@@ -1,4 +1,4 @@
-"""What a backend offers that lets its caller look at each page while the page is being moved."""
+"""A capability: the caller sees each page while it is being moved."""
 
 from __future__ import annotations
 
@@ -12,26 +12,35 @@ from hicache_core.types import Page
 class VisitsPages(Protocol):
     """A backend that calls back for each page it moves, on the thread that moves it.
 
-    A checksum that is taken then finds the page in the processor's cache, and runs beside the
-    transport of other pages. The callbacks are called from several threads at once. A wrapper does
-    not pass this capability on by itself: what it does in ``batch_get`` would be left out.
+    A checksum computed in the callback finds the page in the processor's cache and overlaps with
+    the transport of other pages. Several threads may call the callbacks at the same time.
+
+    A wrapper does not pass this capability on by itself: its own ``batch_get`` would be skipped.
     """
 
     def batch_get_visiting(
         self, keys: Sequence[str], pages: Sequence[Page], arrived: Callable[[int], bool]
     ) -> int:
-        """As ``batch_get``; a page counts only if ``arrived(index)`` says so.
+        """As ``StorageBackend.batch_get``, with a callback after each page.
 
-        A page that was overwritten while it was read may be shown to ``arrived`` too; it does not
-        count then, whatever the answer.
+        Args:
+            keys: one for each page.
+            pages: where to read to.
+            arrived: called with the index of a page that was read; the page counts only if it
+                returns True. It may also be called for a page whose object was overwritten during
+                the read; such a page never counts.
         """
         ...
 
     def batch_set_visiting(
         self, keys: Sequence[str], pages: Sequence[Page], leaving: Callable[[int], None]
     ) -> int:
-        """As ``batch_set``; calls ``leaving(index)`` before a page is stored.
+        """As ``StorageBackend.batch_set``, with a callback before each page.
 
-        A page that is stored already may be passed over.
+        Args:
+            keys: one for each page.
+            pages: what to store.
+            leaving: called with the index of a page before it is stored, and may still change it.
+                It need not be called for a page that is stored already.
         """
         ...

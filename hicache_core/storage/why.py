@@ -1,6 +1,6 @@
-"""Why a prompt is not in a store: which leading pages are there, and what is wrong with the next.
+"""Why a prompt is not in a store: which leading pages are present, and why the next one is a miss.
 
-Only reads: a damaged object is reported, and left where it is.
+Only reads: a damaged object is reported and stays where it is.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from hicache_core.types import Namespace
 class Cause(enum.StrEnum):
     """Why a page is a miss."""
 
-    CORRUPT = "corrupt"  # there, but damaged
+    CORRUPT = "corrupt"  # present, but damaged
     WRONG_VERSION = "wrong_version"  # sealed by another version of HiCache
-    WRONG_LENGTH = "wrong_length"  # cut, or of another length than its header says
+    WRONG_LENGTH = "wrong_length"  # not as long as its header says
     FOREIGN = "foreign"  # sealed for another key
     OTHER_REQUEST_NAMESPACE = "other_request_namespace"  # stored with another salt, key or adapter
-    OTHER_STORAGE_NAMESPACE = "other_storage_namespace"  # stored by a cache that differs
-    GONE = "gone"  # pages behind it are stored: it was removed, or its write failed
-    NEVER_STORED = "never_stored"  # nothing of it is there: not stored, or removed since
+    OTHER_STORAGE_NAMESPACE = "other_storage_namespace"  # stored by a cache with other settings
+    GONE = "gone"  # later pages are stored: it was removed, or its write failed
+    NEVER_STORED = "never_stored"  # neither this page nor a later one: not stored, or removed since
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked about.
+    """The prompt that was a miss, and where it was looked up.
 
     Attributes:
         tokens: packed token ids of the prompt.
         page_size: tokens in a page.
         storage_namespace: of the cache that missed.
         request: salt, key and adapter of the request that missed.
-        manifest: what ``storage_namespace`` stands for, if that is known.
-        others: further storage namespaces in the store, with their manifests where known.
+        manifest: of ``storage_namespace``; None if unknown.
+        others: further storage namespaces in the store, with their manifests if known.
     """
 
     tokens: bytes
@@ -68,16 +68,17 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Miss:
-    """The first page that is not there.
+    """The first page that is not a hit.
 
     Attributes:
-        page: its number, from 0.
-        key: where it should lie.
-        cause: why it does not.
-        found_at: the key under which it, or what stands in its place, was found; empty if nowhere.
-        request: under which request namespace it was found, if that is the cause.
-        differences: in which fields the other storage namespace differs; empty if that is not the
-            cause, or if one of the two has no manifest.
+        page: its index in the prompt, from 0.
+        key: its key.
+        cause: why it is a miss.
+        found_at: the key under which the page was found, or for which the object under ``key`` was
+            sealed; empty if there is none.
+        request: the request namespace in which it was found, if that is the cause.
+        differences: the fields in which the other storage namespace differs; empty if that is not
+            the cause, or if a manifest is missing.
     """
 
     page: int
@@ -94,10 +95,10 @@ class Answer:
 
     Attributes:
         question: what was asked.
-        n_pages: whole pages of the prompt.
-        n_stored: leading pages that are there and whole.
-        n_present: pages that are there at all, wherever in the prompt.
-        miss: the first that is not a hit; None if all are.
+        n_pages: full pages of the prompt.
+        n_stored: leading pages that are present and intact.
+        n_present: pages that are present, anywhere in the prompt.
+        miss: the first page that is not a hit; None if all are.
     """
 
     question: Question
@@ -108,16 +109,17 @@ class Answer:
 
 
 def why(backend: StorageBackend, question: Question) -> Answer:
-    """Looks a prompt up and finds the cause of its first miss.
+    """Looks up a prompt and finds the cause of its first miss.
 
-    Reads every leading page whole, to check its seal.
+    Reads every leading page completely, to check its seal.
 
     Args:
-        backend: an open backend, without seals around it.
-        question: the prompt, and who missed it.
+        backend: open, and not sealed.
+        question: the prompt, and where it was looked up.
 
     Raises:
-        InvalidTokens, SpecError: the tokens or the page size cannot be.
+        InvalidTokens: the tokens are not packed token ids.
+        SpecError: the page size is not valid.
         BackendError: the store cannot answer.
     """
     keys = _keys(question, question.storage_namespace, question.request, question.page_size)
@@ -147,7 +149,7 @@ def _keys(question: Question, namespace: str, request: Namespace, page_size: int
 
 
 def _wrong_with(key: str, value: bytes | bytearray | memoryview) -> tuple[Cause, str] | None:
-    """What is wrong with the object under ``key``, and the key that its header names."""
+    """Returns what is wrong with an object, and the key in its header; None if intact."""
     data = memoryview(value).cast("B")
     if data.nbytes < HEADER_NBYTES:
         return Cause.WRONG_LENGTH, ""
@@ -164,7 +166,7 @@ def _wrong_with(key: str, value: bytes | bytearray | memoryview) -> tuple[Cause,
 def _elsewhere(
     backend: StorageBackend, question: Question, page: int, key: str, *, behind: bool
 ) -> Miss:
-    """The cause of a page that is not under its key: where else it may be."""
+    """Finds out why there is no object under the key of a page, and where else the page is."""
     if behind:
         return Miss(page, key, Cause.GONE)
     at = page * question.page_size
@@ -188,14 +190,14 @@ def _elsewhere(
 def _key_at(
     question: Question, namespace: str, manifest: Manifest | None, request: Namespace, at: int
 ) -> str | None:
-    """Where a cache of that namespace keeps the page with token ``at``; None if in no whole one."""
+    """Returns the key of the page with token ``at`` in a namespace; None if it is not full."""
     page_size = question.page_size if manifest is None else manifest.page_size
     keys = _keys(question, namespace, request, page_size)
     return keys[at // page_size] if at // page_size < len(keys) else None
 
 
 def _requests(given: Namespace) -> Iterator[Namespace]:
-    """The request namespace as it was given, and then with one or more of its fields left out."""
+    """Yields the request namespace as given, and then without one or more of its fields."""
     names = [name for name in ("extra_key", "cache_salt", "lora_id") if getattr(given, name)]
     for n in range(len(names) + 1):
         for left_out in combinations(names, n):

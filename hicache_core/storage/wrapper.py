@@ -1,17 +1,15 @@
-"""Base of the backends that stand around another backend and look like it from outside."""
+"""Base class of backends that wrap another backend and look like it from outside."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import ClassVar, Protocol, Self, cast
+from typing import Any, ClassVar, TypeAlias, TypeVar, cast
 
 from hicache_core.storage.base import (
     Buffer,
     Clearable,
     Diagnosable,
-    Finding,
     Flushable,
     HasStats,
     Listable,
@@ -22,107 +20,57 @@ from hicache_core.storage.base import (
 )
 from hicache_core.types import Page
 
+C = TypeVar("C")
 
-class _Wraps(Protocol):
-    inner: StorageBackend
+Adapters: TypeAlias = Mapping[type, Callable[[Any, Any], object]]
+"""Makes, for a kind of capability, the object that a wrapper returns for it. Called with the
+wrapper and with what the inner backend returned for that kind."""
 
-
-class _RegistersMemory:
-    def register_memory(self: _Wraps, buffers: Sequence[memoryview]) -> None:
-        cast(RegistersMemory, self.inner).register_memory(buffers)
-
-
-class _Listable:
-    def list_keys(self: _Wraps, prefix: str) -> Iterator[str]:
-        return cast(Listable, self.inner).list_keys(prefix)
-
-
-class _Clearable:
-    def clear(self: _Wraps, prefix: str) -> int:
-        return cast(Clearable, self.inner).clear(prefix)
-
-
-class _HasStats:
-    def stats(self: _Wraps) -> Mapping[str, float]:
-        return cast(HasStats, self.inner).stats()
-
-
-class _Diagnosable:
-    def diagnose(self: _Wraps) -> Iterator[Finding]:
-        return cast(Diagnosable, self.inner).diagnose()
-
-
-class _Pins:
-    def pin(self: _Wraps, keys: Sequence[str], ttl_s: float) -> int:
-        return cast(Pins, self.inner).pin(keys, ttl_s)
-
-
-class _ReportsUsage:
-    def usage(self: _Wraps) -> Mapping[str, int]:
-        return cast(ReportsUsage, self.inner).usage()
-
-
-class _Flushable:
-    def flush(self: _Wraps, timeout_s: float) -> bool:
-        return cast(Flushable, self.inner).flush(timeout_s)
-
-
-_CAPABILITIES: tuple[tuple[type, type], ...] = (
-    (RegistersMemory, _RegistersMemory),
-    (Listable, _Listable),
-    (Clearable, _Clearable),
-    (HasStats, _HasStats),
-    (Diagnosable, _Diagnosable),
-    (Pins, _Pins),
-    (ReportsUsage, _ReportsUsage),
-    (Flushable, _Flushable),
-)
-
-
-@cache
-def _wrapper_class(wrapper: type, inner: type[StorageBackend]) -> type:
-    """``wrapper`` with the name and settings of ``inner``, and what only ``inner`` can do.
-
-    ``isinstance`` looks capabilities up on the class, so they have to be there: a ``__getattr__``
-    would not be seen. What ``wrapper`` defines itself goes before what is forwarded.
-    """
-    translated = cast("type[BackendWrapper]", wrapper).translated
-    forwards = [
-        translated.get(capability, mixin)
-        for capability, mixin in _CAPABILITIES
-        if issubclass(inner, capability) and not issubclass(wrapper, capability)
+PASSED_ON = frozenset(
+    [
+        RegistersMemory,
+        Listable,
+        Clearable,
+        HasStats,
+        Diagnosable,
+        Pins,
+        ReportsUsage,
+        Flushable,
     ]
-    namespace = {
-        "__module__": wrapper.__module__,
-        "__doc__": wrapper.__doc__,
-        "name": getattr(inner, "name", inner.__name__),
-        "api_version": inner.api_version,
-        "Config": inner.Config,
-    }
-    return type(wrapper.__name__, (wrapper, *forwards), namespace)
+)
+"""The kinds that a wrapper without an adapter passes on unchanged. Kinds that move pages are not
+among them: pages would then go around the wrapper, past what it does to each of them."""
 
 
 class BackendWrapper(StorageBackend):
-    """Forwards every call to ``inner``; a subclass overrides what it is there for.
+    """Forwards every call to ``inner``; a subclass overrides what it changes.
 
-    A wrapper has the name, the settings and the optional capabilities of what it wraps:
-    ``isinstance(wrapper, Listable)`` answers as it does for ``inner``.
+    A wrapper has the name and the configuration of ``inner``. Its capabilities are those whose
+    methods it has, and those of ``inner`` that are in ``adapters`` or in ``PASSED_ON``.
 
     Attributes:
-        inner: the next backend inward.
+        inner: the wrapped backend.
     """
 
-    translated: ClassVar[Mapping[type, type]] = MappingProxyType({})
-    """For a capability of ``inner`` the mixin that stands in its place, where to forward the
-    arguments as they are would be wrong."""
-
-    def __new__(cls, inner: StorageBackend, *_: object, **__: object) -> Self:
-        """Makes the object of a class that can do what ``inner`` can do."""
-        return cast(Self, super().__new__(_wrapper_class(cls, type(inner))))
+    adapters: ClassVar[Adapters] = MappingProxyType({})
+    """The kinds that this class changes, or passes on although they move pages."""
 
     def __init__(self, inner: StorageBackend) -> None:
         super().__init__(inner.config, inner.context)
         self.inner = inner
+
+    @property
+    def name(self) -> str:  # type: ignore[override]  # a class has no inner backend to ask
+        """The name of ``inner``."""
+        return self.inner.name
+
+    def capability(self, kind: type[C]) -> C | None:
+        own = super().capability(kind)
+        adapter = self.adapters.get(kind)
+        if own is not None or (adapter is None and kind not in PASSED_ON):
+            return own
+        found = self.inner.capability(kind)
+        return found if found is None or adapter is None else cast(C, adapter(self, found))
 
     def open(self) -> None:
         self.inner.open()

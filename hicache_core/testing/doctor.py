@@ -63,8 +63,9 @@ def _open(h: Harness) -> None:
 
 
 def _said_by_backend(h: Harness) -> Iterator[Finding]:
-    if isinstance(h.backend, Diagnosable):
-        return h.backend.diagnose()
+    diagnosable = h.backend.capability(Diagnosable)
+    if diagnosable is not None:
+        return diagnosable.diagnose()
     return iter([Finding("ok", "own checks", "the backend has none (it is not Diagnosable)")])
 
 

@@ -42,7 +42,7 @@ class Feature(enum.StrEnum):
     HYPOTHESIS = "the package hypothesis"
 
 
-PROTOCOLS: dict[Feature, type] = {
+KINDS: dict[Feature, type] = {
     Feature.LIST: Listable,
     Feature.CLEAR: Clearable,
     Feature.STATS: HasStats,
@@ -51,7 +51,7 @@ PROTOCOLS: dict[Feature, type] = {
     Feature.PIN: Pins,
     Feature.USAGE: ReportsUsage,
 }
-CAPABILITIES = frozenset([Feature.DELETE, *PROTOCOLS])
+CAPABILITIES = frozenset([Feature.DELETE, *KINDS])
 """Features of the backend itself; its tests provide the others."""
 
 
@@ -91,7 +91,9 @@ def detect(backend: StorageBackend, target: Target) -> frozenset[Feature]:
         Feature.HYPOTHESIS: find_spec("hypothesis") is not None,
     }
     found = {feature for feature, there in present.items() if there}
-    return frozenset(found | {f for f, p in PROTOCOLS.items() if isinstance(backend, p)})
+    return frozenset(
+        found | {f for f, kind in KINDS.items() if backend.capability(kind) is not None}
+    )
 
 
 def _deletes(backend: StorageBackend) -> bool:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import TypeVar
 
 from hicache_core.errors import BackendError
 from hicache_core.storage.base import RegistersMemory, StorageBackend
@@ -23,6 +24,8 @@ from hicache_core.testing.peer import Peer
 from hicache_core.testing.recipe import Recipe
 from hicache_core.types import Page
 
+C = TypeVar("C")
+
 _SWITCH_INTERVAL_S = 1e-5
 """Seconds between switches of racing threads: so short that a few steps of Python hide no race."""
 
@@ -35,6 +38,13 @@ def expect(condition: object, found: str) -> None:
     """Raises ``RuleBroken`` with ``found`` unless ``condition`` holds."""
     if not condition:
         raise RuleBroken(found)
+
+
+def required(backend: StorageBackend, kind: type[C]) -> C:
+    """What does ``kind`` for ``backend``; only for rules that require that feature."""
+    found = backend.capability(kind)
+    assert found is not None
+    return found
 
 
 class Harness:
@@ -80,9 +90,10 @@ class Harness:
         backend = (recipe or self.target.recipe).make()
         backend.open()
         self._opened.append(backend)
-        if register and isinstance(backend, RegistersMemory):
+        registers = backend.capability(RegistersMemory) if register else None
+        if registers is not None:
             self._arena = self._arena or Arena(self.settings.arena_nbytes)
-            backend.register_memory([self._arena.memory])
+            registers.register_memory([self._arena.memory])
         return backend
 
     def forget(self, backend: StorageBackend) -> None:

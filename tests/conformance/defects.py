@@ -10,11 +10,13 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar, cast
 
-from hicache_core.storage.base import Buffer, Finding
+from hicache_core.storage.base import Buffer, Finding, Listable, Pins
 from hicache_core.types import Page
 from tests.conformance.right import RichBackend, RightBackend
+
+C = TypeVar("C")
 
 END_OF_TESTS = threading.Event()
 _RACED_NBYTES = 16 << 10  # objects of this length are those of the races
@@ -263,6 +265,39 @@ class DeletesInTwoSteps(RightBackend):
                 self.objects[key] = value[:8000].ljust(len(value), b"\0")
                 time.sleep(0.001)
         super().delete(keys)
+
+
+class HidesWhatItHas(RichBackend):
+    """says_what_it_can"""
+
+    def capability(self, kind: type[C]) -> C | None:
+        return None if kind is Listable else super().capability(kind)
+
+
+class GivesWhatCannot(RichBackend):
+    """says_what_it_can"""
+
+    def capability(self, kind: type[C]) -> C | None:
+        return cast(C, object()) if kind is Pins else super().capability(kind)
+
+
+class RefusesNewKinds(RichBackend):
+    """says_what_it_can"""
+
+    def capability(self, kind: type[C]) -> C | None:
+        if kind.__module__ != Listable.__module__:
+            raise ValueError(f"no such capability: {kind.__name__}")
+        return super().capability(kind)
+
+
+class ChangesItsMind(RichBackend):
+    """says_what_it_can"""
+
+    n_asked = 0
+
+    def capability(self, kind: type[C]) -> C | None:
+        self.n_asked += kind is Listable
+        return super().capability(kind) if kind is not Listable or self.n_asked < 2 else None
 
 
 class ListsEverything(RichBackend):

@@ -69,7 +69,7 @@ GUARDED: Selection = {
     "what is remembered of calls and of failed keys is bounded": ("no_leaks",),
     "what the backend can do beside the contract is handed on": (
         *("lists_by_prefix", "clears_by_prefix", "counts_in_stats", "usage_by_namespace"),
-        "pin_counts_present",
+        *("pin_counts_present", "says_what_it_can"),
     ),
     **_EVERYTHING,
 }

@@ -218,7 +218,7 @@ def test_a_store_that_is_not_asked_any_more_is_an_open_breaker(worlds: list[Worl
         assert world.cache.flush(10.0)
         assert world.cache.reset()
     assert explanation.reason is Reason.BREAKER_OPEN
-    assert "the next probe goes in" in explanation.detail
+    assert "the next probe is due in" in explanation.detail
 
 
 def test_what_vanished_between_question_and_read_is_named(

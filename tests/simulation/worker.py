@@ -108,7 +108,7 @@ class SimWorker(Worker):
     def submit(self, job: Job) -> bool:
         # docstring inherited
         if self._closed:
-            raise UseAfterClose("the storage worker is closed; it takes no more jobs")
+            raise UseAfterClose("the storage worker is closed and accepts no jobs")
         if job.job_id in self._running or job.job_id in self._waiting:
             raise ValueError(f"job {job.job_id} was already submitted")
         if isinstance(job, WriteJob):

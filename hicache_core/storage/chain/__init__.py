@@ -1,1 +1,1 @@
-"""The chain: several backends, one behind the other."""
+"""The chain: several backends used as one."""

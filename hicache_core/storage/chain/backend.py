@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Concatenate, ParamSpec, Self, TypeAlias, TypeVar, cast
+from typing import ClassVar, Concatenate, ParamSpec, TypeAlias, TypeVar, cast
 
 from hicache_core.errors import (
     BackendCorrupt,
@@ -18,22 +18,24 @@ from hicache_core.errors import (
     ConfigError,
 )
 from hicache_core.storage.base import BackendConfig, Buffer, Flushable, StorageBackend
-from hicache_core.storage.chain.capabilities import Link, chain_class
+from hicache_core.storage.chain.capabilities import ADAPTERS, Link
 from hicache_core.storage.chain.config import ChainConfig
 from hicache_core.storage.chain.copier import Copier
 from hicache_core.storage.workers.executor import Worker
 from hicache_core.types import BackendContext, Page
 
+C = TypeVar("C")
 P = ParamSpec("P")
 T = TypeVar("T")
 
 MakeWorker: TypeAlias = Callable[[StorageBackend, int], Worker]
-"""Makes the worker of one link's copies: the link's backend, and the bytes that may wait."""
+"""Makes the worker that stores copies in one link. Called with the link's backend and with the
+maximum number of bytes that may wait."""
 
 
 @dataclass
 class _Copiers:
-    """Who copies into one link: what was written, and what was read from a lower one."""
+    """The copiers of one link: for pages that were written, and for pages read from lower links."""
 
     behind: Copier | None = None
     promote: Copier | None = None
@@ -45,40 +47,26 @@ class _Copiers:
 class ChainBackend(StorageBackend):
     """Reads from the nearest link that has a page, and writes to all of them.
 
-    - **Reads.** A page is present if any link has it. ``batch_get`` takes leading pages from the
-      first link as far as it has them, what follows from the next one, and so on. With ``promote``
-      pages of a lower link are copied into the links above it, in the background.
+    - **Reads.** A page is present if any link has it. ``batch_get`` reads leading pages from the
+      first link as far as it has them, the following ones from the next link, and so on. With
+      ``promote``, pages found in a lower link are copied to the links above in the background.
     - **Writes, through.** All links are written one after the other. A page counts as stored when
-      every link that could answer has it; at least one must.
+      every link that can answer has it; at least one must answer.
     - **Writes, behind.** The first link that can answer is written. The links below it get copies
       later; ``flush`` waits for them.
-    - **Dead links.** A link that raises an ``OSError`` (every ``BackendError`` is one) is passed
-      over for the rest of that call. If no link can answer, that is raised. A link that hangs keeps
-      this call, and no other: its guard opens, and the next call passes it over. Pages of a call
-      that has not come back are never given to another link.
+    - **Failed links.** A link that raises an ``OSError`` (every ``BackendError`` is one) is skipped
+      for the rest of that call. If no link can answer, the error is raised. A link that hangs
+      blocks only the current call: its breaker opens, and the next call skips it. Pages of a call
+      that has not returned are never passed to another link.
 
-    ``get`` and ``set`` deal with one object each and are not promoted, nor written behind.
-    ``delete`` and ``clear`` first wait up to ``settle_s`` for copies under way, and raise if any
-    link could not do it.
+    ``get`` and ``set`` handle one object each; they neither promote nor write behind. ``delete``
+    and ``clear`` first wait up to ``settle_s`` for pending copies, and raise if any link fails.
 
-    Threads: as every backend; copies are stored by workers that live from ``open`` to ``close``.
+    Threads: as every backend. Copies are stored by workers that live from ``open`` to ``close``.
     """
 
     name: ClassVar[str] = "chain"
     Config: ClassVar[type[BackendConfig]] = ChainConfig
-
-    def __new__(
-        cls,
-        _config: ChainConfig,
-        _context: BackendContext,
-        links: Sequence[Link],
-        /,
-        *_: object,
-        **__: object,
-    ) -> Self:
-        """Makes the object of a class that can do what any of its links can do."""
-        kinds = tuple(type(link.backend) for link in links)
-        return cast(Self, super().__new__(chain_class(cls, kinds)))
 
     def __init__(
         self,
@@ -88,22 +76,22 @@ class ChainBackend(StorageBackend):
         make_worker: MakeWorker,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Makes a chain of backends that are guarded and sealed already and not open yet.
+        """Makes a chain of backends that are guarded and sealed and not open yet.
 
         Args:
-            config: how to write and to promote; its ``links`` are not looked at.
-            context: what it may know of the cache.
-            links: the nearest first, each with a name of its own.
-            make_worker: makes a worker of one link's copies, in ``open``.
+            config: how to write and whether to promote; ``config.links`` is not used.
+            context: what the chain may know about the cache.
+            links: the nearest first, with different names.
+            make_worker: makes the workers for copies; called in ``open``.
             clock: seconds; only differences count.
 
         Raises:
-            ConfigError: there is no link, or two have one name.
+            ConfigError: there is no link, or two have the same name.
         """
         super().__init__(config, context)
         names = [link.name for link in links]
         if not links or len(set(names)) < len(names):
-            raise ConfigError(f"a chain needs links with names of their own; found {names}")
+            raise ConfigError(f"a chain needs links, all with different names; found {names}")
         self.links = tuple(links)
         self.chain_config = config
         self._make_worker = make_worker
@@ -116,7 +104,7 @@ class ChainBackend(StorageBackend):
                 link.backend.open()
                 undo.callback(link.backend.close)
             undo.pop_all()
-        if self._copiers:  # it is open: those that copy already are not to be lost
+        if self._copiers:  # a second call: keep the copiers that run
             return
         config, last = self.chain_config, len(self.links) - 1
         for n, link in enumerate(self.links):
@@ -127,7 +115,7 @@ class ChainBackend(StorageBackend):
                 copiers.promote = self._copier(link, config.max_promote_nbytes)
 
     def close(self) -> None:
-        """Closes the links, but for one in which a copy hangs: that stays open, with a warning."""
+        """Closes the links, except those in which a copy hangs: they stay open, with a warning."""
         end_s = self._clock() + self.chain_config.settle_s
         with contextlib.ExitStack() as stack:
             for link in self.links:
@@ -220,29 +208,40 @@ class ChainBackend(StorageBackend):
         call.raise_if_nobody_answered(self.links)
         return n_stored
 
-    def flush(self, timeout_s: float) -> bool:
-        """Waits until every link has what was written; False if time ran out.
+    def capability(self, kind: type[C]) -> C | None:
+        """See ``StorageBackend``; a chain has every capability that one of its links has."""
+        own = super().capability(kind)
+        if own is not None or kind not in ADAPTERS:
+            return own
+        asked = ((link.name, link.backend.capability(kind)) for link in self.links)
+        able = {name: found for name, found in asked if found is not None}
+        return cast(C, ADAPTERS[kind](self, able)) if able else None
 
-        Also False if a copy that was acknowledged since the last call was dropped, or could not be
-        stored: it has not reached every store, and will not.
+    def flush(self, timeout_s: float) -> bool:
+        """Blocks until every link has what was written, for at most ``timeout_s``.
+
+        Returns:
+            False if the time ran out, or if a copy was dropped or could not be stored since the
+            last call.
         """
         end_s = self._clock() + timeout_s
         behind = [c.behind for c in self._copiers.values() if c.behind is not None]
         done = [copier.settle(max(0.0, end_s - self._clock())) for copier in behind]
         done += [copier.take_losses() == 0 for copier in behind]
         for link in self.links:
-            if isinstance(link.backend, Flushable):
-                done.append(link.backend.flush(max(0.0, end_s - self._clock())))
+            flushable = link.backend.capability(Flushable)
+            if flushable is not None:
+                done.append(flushable.flush(max(0.0, end_s - self._clock())))
         return all(done)
 
     def settle(self, keys: Sequence[str] | None = None) -> None:
-        """Waits up to ``settle_s`` for copies of ``keys``, or of all, so that none comes later."""
+        """Waits up to ``settle_s`` for pending copies of ``keys``, or for all if None."""
         end_s = self._clock() + self.chain_config.settle_s
         for copier in self._all_copiers():
             copier.settle(max(0.0, end_s - self._clock()), keys)
 
     def copy_counts(self) -> dict[str, float]:
-        """Pages and bytes of copies, by link: behind, promoted, dropped, on their way."""
+        """Returns pages and bytes of copies for each link: behind, promoted, dropped, in flight."""
         counts: dict[str, float] = {}
         for name, copiers in self._copiers.items():
             for what, copier in (("behind", copiers.behind), ("promoted", copiers.promote)):
@@ -261,7 +260,7 @@ class ChainBackend(StorageBackend):
         return [copier for copiers in self._copiers.values() for copier in copiers.all()]
 
     def _leading(self, operation: str, n_keys: int, advance: Callable[[Link, int], int]) -> int:
-        """How far the links come together.
+        """Returns how many leading keys the links cover together.
 
             keys      0 1 2 3 4 5 6
             link one  x x . . . x .     2, then at 5 again
@@ -269,19 +268,20 @@ class ChainBackend(StorageBackend):
             together  x x x x x x .     6: there both miss
 
         Args:
-            operation: for messages.
-            n_keys: how far they could come.
-            advance: asks a link for what follows ``start``; how many leading ones it has.
+            operation: its name, for messages.
+            n_keys: number of keys.
+            advance: called with a link and an index; returns how many keys the link has from that
+                index on, without a gap.
         """
         call, start = _Call(operation), 0
-        lacking: set[str] = set()  # the links that have not what is at start
+        lacking: set[str] = set()  # links that do not have the key at start
         while start < n_keys:
             link = next((x for x in self.links if x.name not in lacking | call.failed), None)
             if link is None:
                 break
             n = call.ask(link, advance, start)
             if n is not None and not 0 <= n <= n_keys - start:
-                raise ValueError(f"{link.name} answered {n} pages of {n_keys - start}")
+                raise ValueError(f"{link.name} answered {n} of {n_keys - start} pages")
             if n:
                 start += n
                 lacking.clear()
@@ -291,7 +291,7 @@ class ChainBackend(StorageBackend):
         return start
 
     def _promote(self, source: Link, keys: Sequence[str], pages: Sequence[Page]) -> None:
-        """Copies pages that ``source`` had into the links above it."""
+        """Copies pages that were found in ``source`` into the links above it."""
         for link in self.links[: self.links.index(source)]:
             copier = self._copiers[link.name].promote
             if copier is not None:
@@ -307,11 +307,11 @@ class ChainBackend(StorageBackend):
 
 
 _KINDS = (BreakerOpen, BackendTimeout, BackendDenied, BackendFull, BackendCorrupt)
-"""What a chain raises if all its links raised that; else ``BackendUnavailable``."""
+"""A chain raises one of these if all its links did, otherwise ``BackendUnavailable``."""
 
 
 class _Call:
-    """One call of the chain: which links could not answer, and why."""
+    """One call of the chain: the links that could not answer, and why."""
 
     def __init__(self, operation: str) -> None:
         self._operation = operation
@@ -329,7 +329,7 @@ class _Call:
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> T | None:
-        """What ``function`` returns for the link; None if the link could not answer."""
+        """Returns ``function(link, ...)``; None if the link could not answer."""
         try:
             return function(link, *args, **kwargs)
         except OSError as exc:
@@ -337,12 +337,12 @@ class _Call:
             return None
 
     def raise_if_nobody_answered(self, links: Sequence[Link]) -> None:
-        """Raises if every link failed: as all of them did, if they agree."""
+        """Raises if every link failed; see ``raise_if_any_failed``."""
         if len(self._errors) == len(links):
             self.raise_if_any_failed()
 
     def raise_if_any_failed(self) -> None:
-        """Raises what the links raised, in one message; of their class, if that is the same."""
+        """Raises the errors of all links in one message, as their class if it is the same."""
         if not self._errors:
             return
         errors = list(self._errors.values())

@@ -1,12 +1,12 @@
-"""What a chain can do because one of its links can."""
+"""The capabilities of a chain: those of its links, combined."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any, Generic, Protocol, TypeVar
 
 from hicache_core.errors import BackendError
 from hicache_core.storage.base import (
@@ -21,13 +21,15 @@ from hicache_core.storage.base import (
     StorageBackend,
 )
 
+C = TypeVar("C")
+
 
 @dataclass(frozen=True, slots=True)
 class Link:
     """One backend of a chain.
 
     Attributes:
-        name: what it is called in messages and figures; no other link is called so.
+        name: its name in messages and statistics; unique in the chain.
         backend: guarded and sealed.
     """
 
@@ -35,111 +37,108 @@ class Link:
     backend: StorageBackend
 
 
-class _Chain(Protocol):
-    links: tuple[Link, ...]
+class Chain(Protocol):
+    """The part of the chain that the adapters use."""
 
-    def settle(self, keys: Sequence[str] | None = None) -> None: ...
+    def settle(self, keys: Sequence[str] | None = None) -> None:
+        """See ``ChainBackend.settle``."""
+        ...
 
-    def copy_counts(self) -> dict[str, float]: ...
-
-
-class _RegistersMemory:
-    def register_memory(self: _Chain, buffers: Sequence[memoryview]) -> None:
-        """Announces memory to every link that must know it."""
-        for link in self.links:
-            if isinstance(link.backend, RegistersMemory):
-                link.backend.register_memory(buffers)
+    def copy_counts(self) -> dict[str, float]:
+        """See ``ChainBackend.copy_counts``."""
+        ...
 
 
-class _Listable:
-    def list_keys(self: _Chain, prefix: str) -> Iterator[str]:
-        """Every key of every link that can list, each once. Holds all keys in memory."""
+@dataclass(frozen=True, slots=True)
+class _OfLinks(Generic[C]):
+    """A capability that some links have, combined.
+
+    Attributes:
+        chain: the chain of these links.
+        able: what ``capability(kind)`` of each such link returned, by link name, nearest first.
+    """
+
+    chain: Chain
+    able: Mapping[str, C]
+
+
+class _Registering(_OfLinks[RegistersMemory]):
+    def register_memory(self, buffers: Sequence[memoryview]) -> None:
+        """Announces the memory to every link that needs to know it."""
+        for link in self.able.values():
+            link.register_memory(buffers)
+
+
+class _Listing(_OfLinks[Listable]):
+    def list_keys(self, prefix: str) -> Iterator[str]:
+        """Yields every key of every link that can list, once. Holds all keys in memory."""
         seen: set[str] = set()
-        for link in self.links:
-            if isinstance(link.backend, Listable):
-                for key in link.backend.list_keys(prefix):
-                    if key not in seen:
-                        seen.add(key)
-                        yield key
+        for link in self.able.values():
+            for key in link.list_keys(prefix):
+                if key not in seen:
+                    seen.add(key)
+                    yield key
 
 
-class _Clearable:
-    def clear(self: _Chain, prefix: str) -> int:
-        """Clears every link that can; the largest of their counts, since most keys are in all."""
-        self.settle()
-        able = [link.backend for link in self.links if isinstance(link.backend, Clearable)]
-        return max(backend.clear(prefix) for backend in able)
+class _Clearing(_OfLinks[Clearable]):
+    def clear(self, prefix: str) -> int:
+        """Clears every link that can. Returns the largest count, since links share most keys."""
+        self.chain.settle()
+        return max(link.clear(prefix) for link in self.able.values())
 
 
-class _HasStats:
-    def stats(self: _Chain) -> Mapping[str, float]:
-        """Figures of each link under its name, and those of the copies between them."""
-        figures = self.copy_counts()
-        for link in self.links:
-            if isinstance(link.backend, HasStats):
-                with contextlib.suppress(OSError):  # a dead link has no figures just now
-                    own = link.backend.stats()
-                    figures |= {f"{link.name}_{name}": value for name, value in own.items()}
-        return figures
+class _Statistics(_OfLinks[HasStats]):
+    def stats(self) -> Mapping[str, float]:
+        """Returns the statistics of each link under its name, and those of copies between links."""
+        found = self.chain.copy_counts()
+        for name, link in self.able.items():
+            with contextlib.suppress(OSError):  # a dead link has no statistics now
+                found |= {f"{name}_{what}": value for what, value in link.stats().items()}
+        return found
 
 
-class _Diagnosable:
-    def diagnose(self: _Chain) -> Iterator[Finding]:
-        """What each link finds, its name before the topic."""
-        for link in self.links:
-            if isinstance(link.backend, Diagnosable):
-                try:
-                    for found in link.backend.diagnose():
-                        yield Finding(found.level, f"{link.name}: {found.topic}", found.message)
-                except BackendError as exc:
-                    yield Finding("error", link.name, f"{type(exc).__name__}: {exc}")
+class _Diagnosis(_OfLinks[Diagnosable]):
+    def diagnose(self) -> Iterator[Finding]:
+        """Yields the findings of each link, with its name before the topic."""
+        for name, link in self.able.items():
+            try:
+                for found in link.diagnose():
+                    yield Finding(found.level, f"{name}: {found.topic}", found.message)
+            except BackendError as exc:
+                yield Finding("error", name, f"{type(exc).__name__}: {exc}")
 
 
-class _Pins:
-    def pin(self: _Chain, keys: Sequence[str], ttl_s: float) -> int:
-        """Pins in every link that can and answers; the largest number of keys that one has."""
+class _Pinning(_OfLinks[Pins]):
+    def pin(self, keys: Sequence[str], ttl_s: float) -> int:
+        """Pins in every link that can and answers. Returns the largest number of present keys."""
         n_present = 0
-        for link in self.links:
-            if isinstance(link.backend, Pins):
-                with contextlib.suppress(OSError):  # a soft pin promises nothing
-                    n_present = max(n_present, link.backend.pin(keys, ttl_s))
+        for link in self.able.values():
+            with contextlib.suppress(OSError):  # a soft pin promises nothing
+                n_present = max(n_present, link.pin(keys, ttl_s))
         return n_present
 
 
-class _ReportsUsage:
-    def usage(self: _Chain) -> Mapping[str, int]:
-        """Bytes by namespace; the largest of the links that answer, since most keys are in all."""
+class _Usage(_OfLinks[ReportsUsage]):
+    def usage(self) -> Mapping[str, int]:
+        """Returns bytes by namespace: the largest of all links, since links share most keys."""
         largest: dict[str, int] = {}
-        for link in self.links:
-            if isinstance(link.backend, ReportsUsage):
-                with contextlib.suppress(OSError):
-                    for namespace, nbytes in link.backend.usage().items():
-                        largest[namespace] = max(nbytes, largest.get(namespace, 0))
+        for link in self.able.values():
+            with contextlib.suppress(OSError):
+                for namespace, nbytes in link.usage().items():
+                    largest[namespace] = max(nbytes, largest.get(namespace, 0))
         return largest
 
 
-_CAPABILITIES: tuple[tuple[type, type], ...] = (
-    (RegistersMemory, _RegistersMemory),
-    (Listable, _Listable),
-    (Clearable, _Clearable),
-    (HasStats, _HasStats),
-    (Diagnosable, _Diagnosable),
-    (Pins, _Pins),
-    (ReportsUsage, _ReportsUsage),
+ADAPTERS: Mapping[type, Callable[[Chain, Mapping[str, Any]], object]] = MappingProxyType(
+    {
+        RegistersMemory: _Registering,
+        Listable: _Listing,
+        Clearable: _Clearing,
+        HasStats: _Statistics,
+        Diagnosable: _Diagnosis,
+        Pins: _Pinning,
+        ReportsUsage: _Usage,
+    }
 )
-
-
-@cache
-def chain_class(chain: type, links: tuple[type[StorageBackend], ...]) -> type:
-    """``chain`` with what any of ``links`` can do.
-
-    ``isinstance`` looks capabilities up on the class, so they have to be there; see
-    ``wrapper.BackendWrapper``.
-    """
-    mixins = [
-        mixin
-        for capability, mixin in _CAPABILITIES
-        if any(issubclass(link, capability) for link in links)
-    ]
-    namespace = {"__module__": chain.__module__, "__doc__": chain.__doc__}
-    return type(chain.__name__, (chain, *mixins), namespace)
+"""Makes, for a kind of capability, the object that a chain returns for it. Called with the chain
+and with what ``capability(kind)`` of each link that can returned, by link name."""

@@ -13,22 +13,25 @@ from hicache_core.storage.settings import Nbytes, Seconds
 
 
 class LinkConfig(BackendConfig):
-    """One backend of a chain."""
+    """Settings of one link."""
 
-    backend: str = Field(min_length=1, description="name of the backend, as if it stood alone")
+    backend: str = Field(
+        min_length=1, description="name of the backend, as for storage without a chain"
+    )
     name: str = Field(
-        default="", description="name of the link in messages and figures; that of its backend"
+        default="",
+        description="name of the link in messages and statistics; by default that of its backend",
     )
     config: dict[str, object] = Field(
         default_factory=dict, repr=False, description="the backend's own settings"
     )
     guard: GuardConfig = Field(
-        default_factory=GuardConfig, description="settings of the guard before this backend"
+        default_factory=GuardConfig, description="settings of the guard in front of this backend"
     )
 
     @property
     def label(self) -> str:
-        """What the link is called."""
+        """Name of the link."""
         return self.name or self.backend
 
 
@@ -36,26 +39,28 @@ class ChainConfig(BackendConfig):
     """Settings of the ``chain`` backend: several stores as L3, L4, ..., the nearest first."""
 
     links: tuple[LinkConfig, ...] = Field(
-        min_length=1, description="the backends, the one that is asked first in front"
+        min_length=1, description="the backends; the first one is tried first"
     )
     write: Literal["through", "behind"] = Field(
         default="through",
         description="through: a page counts as stored when all links have it; behind: when the "
-        "first has it, and the others get a copy later",
+        "first link has it, and the others get copies later",
     )
     promote: bool = Field(
-        default=True, description="copy a page that a lower link had into those above it"
+        default=True, description="copy pages found in a lower link into the links above it"
     )
     max_behind_nbytes: Nbytes = Field(
         default=256 * 2**20,
-        description="copies that wait for one lower link; what is above is dropped and counted",
+        description="maximum bytes of copies that wait for one lower link; further copies are "
+        "dropped and counted",
     )
     max_promote_nbytes: Nbytes = Field(
         default=256 * 2**20,
-        description="copies that wait for one upper link; what is above is dropped and counted",
+        description="maximum bytes of copies that wait for one upper link; further copies are "
+        "dropped and counted",
     )
     settle_s: Seconds = Field(
-        default=5.0, description="delete, clear and close wait so long for copies under way"
+        default=5.0, description="how long delete, clear and close wait for pending copies"
     )
 
     @model_validator(mode="after")
@@ -63,7 +68,7 @@ class ChainConfig(BackendConfig):
         twice = [name for name, n in Counter(link.label for link in self.links).items() if n > 1]
         if twice:
             raise ValueError(
-                f"two links are called {twice[0]!r}; give each a 'name' of its own, so that "
-                "messages and figures can tell them apart"
+                f"two links are named {twice[0]!r}; give them different names with 'name', so "
+                "that messages and statistics can tell them apart"
             )
         return self

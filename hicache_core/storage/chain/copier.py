@@ -1,4 +1,4 @@
-"""Copies of pages on their way into one link of a chain, in the background."""
+"""Copies pages into one link of a chain, in the background."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from hicache_core.types import JobState, Page, WriteJob
 logger = logging.getLogger(__name__)
 
 LOOK_INTERVAL_S = 0.05
-"""Who waits looks at least so often: another thread may have taken the result away."""
+"""Waiting checks at least this often, since another thread may take the result first."""
 
 
 class Copier:
-    """Takes copies of pages and has a worker store them; what does not fit is dropped and counted.
+    """Copies pages and lets a worker store them. Drops and counts what exceeds its limit.
 
-    Any thread may call any method; ``settle`` and ``close`` block, within their time.
+    Threads: any thread may call any method. ``settle`` and ``close`` block, up to their timeout.
 
     Args:
         backend: the link that gets the copies.
-        worker: carries them out; it ends with ``close``.
-        max_nbytes: copies that wait or are being stored, in bytes.
+        worker: stores them; ``close`` closes it.
+        max_nbytes: maximum bytes of copies that wait or are being stored.
         clock: seconds; only differences count.
     """
 
@@ -46,7 +46,7 @@ class Copier:
 
     @property
     def counts(self) -> tuple[int, int]:
-        """Pages that were copied, and pages that were dropped or could not be stored."""
+        """Number of pages that were copied, and of pages that were dropped or not stored."""
         self._take_results()
         with self._lock:
             return self._n_copied, self._n_dropped
@@ -57,9 +57,16 @@ class Copier:
         return self._worker.write_nbytes_in_flight
 
     def offer(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
-        """Copies the leading pages for which there is room; how many were taken.
+        """Accepts the leading pages that fit into the limit, and copies them.
 
-        The memory of ``pages`` is the caller's again when this returns.
+        The caller may reuse the memory of ``pages`` when this returns.
+
+        Args:
+            keys: one for each page.
+            pages: to be stored in the link.
+
+        Returns:
+            How many pages were accepted.
         """
         self._take_results()
         room = self._max_nbytes - self._worker.write_nbytes_in_flight
@@ -80,7 +87,15 @@ class Copier:
         return n_taken
 
     def settle(self, timeout_s: float, keys: Collection[str] | None = None) -> bool:
-        """Waits until no copy, or none of ``keys``, is on its way; False if time ran out."""
+        """Blocks until no copy is pending, or none of ``keys``.
+
+        Args:
+            timeout_s: maximum time to block, in seconds.
+            keys: only copies of these; None for all.
+
+        Returns:
+            False if the time ran out.
+        """
         wanted = None if keys is None else frozenset(keys)
         while True:
             self._take_results()
@@ -95,17 +110,17 @@ class Copier:
                 timeout_s -= slice_s
 
     def take_losses(self) -> int:
-        """Pages that were dropped or could not be stored since the last call of this."""
+        """Returns how many pages were dropped or not stored since the last call of this."""
         self._take_results()
         with self._lock:
             n_lost, self._n_lost_since_settled = self._n_lost_since_settled, 0
             return n_lost
 
     def close(self, timeout_s: float) -> bool:
-        """Gives the copies on their way ``timeout_s`` together, then drops and counts the rest.
+        """Waits up to ``timeout_s`` for pending copies, then drops and counts the rest.
 
         Returns:
-            False if the link hangs: one of its threads is abandoned in a call.
+            False if the link hangs; a thread that is inside a call of it is abandoned.
         """
         end_s = self._clock() + timeout_s
         self.settle(timeout_s)
@@ -115,7 +130,7 @@ class Copier:
             n_left = sum(len(keys) for keys in self._pending.values())
         if abandoned:
             logger.warning(
-                "backend %s still stores %d copied pages; they are abandoned",
+                "backend %s is still storing %d copied pages; they are abandoned",
                 self._backend.name,
                 n_left,
             )
@@ -132,7 +147,7 @@ class Copier:
         return accepted
 
     def _take_results(self) -> None:
-        """Counts what has ended since the last look, and lets its memory go."""
+        """Counts the copies that have ended since the last call, and releases their memory."""
         for result in self._worker.drain():
             if result.state is JobState.OVERDUE:
                 continue
@@ -144,7 +159,7 @@ class Copier:
 
 
 def _copy(page: Page) -> Page:
-    """The page in memory of its own, cut into segments as before."""
+    """Returns a copy of the page with the same segments."""
     memory = memoryview(bytearray(nbytes_of(page)))
     copies: list[memoryview] = []
     start = 0

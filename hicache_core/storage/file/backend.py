@@ -1,8 +1,8 @@
 """The file backend: objects in segment files of one directory, shared by the processes of a host.
 
-``records`` reads and writes the bytes, ``index`` knows which object lies where, ``space`` decides
-who writes where and what has to go, ``directory`` opens and cleans up, ``store`` is all of them.
-docs/file-backend.md tells how they work together; docs/decisions/0003-file-store.md why so.
+``records`` reads and writes the bytes, ``index`` knows where each object is, ``space`` decides
+where to write and what to evict, ``directory`` opens and cleans up, ``store`` combines them.
+docs/file-backend.md describes how they work together, and docs/decisions/0003-file-store.md why.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class FileBackend(StorageBackend):
-    """Whole objects or none, below a byte cap, for any number of processes of one host."""
+    """Objects in files of one directory, up to a byte limit, shared by the processes of a host."""
 
     name: ClassVar[str] = "file"
     Config: ClassVar[type[BackendConfig]] = FileConfig
@@ -96,7 +96,7 @@ class FileBackend(StorageBackend):
     def batch_get_visiting(
         self, keys: Sequence[str], pages: Sequence[Page], arrived: Callable[[int], bool]
     ) -> int:
-        """See ``VisitsPages``: ``arrived`` is called right after a page was read."""
+        """See ``VisitsPages``; ``arrived`` is called right after a page was read."""
         with self._calls.call() as store:
             version, found = store.lookup(keys)
             rows = self._readable(found, pages)
@@ -125,7 +125,7 @@ class FileBackend(StorageBackend):
     def batch_set_visiting(
         self, keys: Sequence[str], pages: Sequence[Page], leaving: Callable[[int], None]
     ) -> int:
-        """See ``VisitsPages``: ``leaving`` is called right before a page is written."""
+        """See ``VisitsPages``; ``leaving`` is called right before a page is written."""
         wanted = [
             Wanted(_checked(key), nbytes_of(page)) for key, page in zip(keys, pages, strict=True)
         ]
@@ -145,30 +145,30 @@ class FileBackend(StorageBackend):
             store.directory.with_room(lambda: store.space.delete(keys))
 
     def list_keys(self, prefix: str) -> Iterator[str]:
-        """Every key that starts with ``prefix``, as of now."""
+        """Returns the keys that start with ``prefix`` now."""
         with self._calls.call() as store:
             return iter(store.index.keys(prefix, self._oldest()))
 
     def clear(self, prefix: str) -> int:
-        """Removes every key that starts with ``prefix``; how many there were."""
+        """Removes every key that starts with ``prefix``; returns how many there were."""
         with self._calls.call() as store:
             return store.directory.with_room(lambda: store.space.clear(prefix))
 
     def pin(self, keys: Sequence[str], ttl_s: float) -> int:
-        """See ``Pins``; all processes keep to it, and it survives a restart."""
+        """See ``Pins``; a pin holds for all processes and survives a restart."""
         with self._calls.call() as store:
             return store.directory.with_room(lambda: store.space.pin(keys, ttl_s))
 
     def usage(self) -> Mapping[str, int]:
-        """Bytes of stored objects by namespace; those past their TTL count until they are freed."""
+        """Returns bytes of objects by namespace; expired ones count until they are freed."""
         with self._calls.call() as store:
             return store.index.usage()
 
     def stats(self) -> Mapping[str, float]:
-        """Counts since ``open``; ``objects``, ``used_nbytes``, ``held_nbytes`` and ``max_nbytes``.
+        """Returns counts since ``open``, and the use of the disk now.
 
-        ``used_nbytes`` are the objects' own bytes, ``held_nbytes`` the disk space kept for them,
-        rounded up and with what is free to be written again; ``max_nbytes`` is the cap on that.
+        ``objects`` is their number and ``used_nbytes`` their bytes. ``held_nbytes`` is the disk
+        space of the store, including rounding and free extents; ``max_nbytes`` is its limit.
         """
         with self._calls.call() as store:
             objects, used_nbytes, held_nbytes = store.index.totals()
@@ -183,18 +183,18 @@ class FileBackend(StorageBackend):
             }
 
     def diagnose(self) -> Iterator[Finding]:
-        """The directory's rights, room, file system and what was found when it was opened."""
+        """Yields findings on access rights, free space, index and file system."""
         with self._calls.call() as store:
             found = store.directory.findings(store.space.max_nbytes)
         if trouble := self._calls.last_trouble:
-            found.append(Finding("warning", "store", f"{trouble}; it was opened anew"))
+            found.append(Finding("warning", "store", f"{trouble}; it was reopened"))
         return iter(found)
 
     def check_integrity(self) -> None:
-        """Extents do not overlap, all sums hold, and the index is known as it stands.
+        """Checks that extents do not overlap, that sums are right and that the index is current.
 
         Raises:
-            IntegrityError: it is not so.
+            IntegrityError: the message says what is wrong.
         """
         with self._calls.call() as store:
             store.index.check_integrity()
@@ -206,7 +206,7 @@ class FileBackend(StorageBackend):
         pages: Sequence[Page],
         leaving: Callable[[int], None],
     ) -> int:
-        """Writes and publishes what is not stored yet; how many leading pages are stored then."""
+        """Writes and publishes what is missing; returns how many leading pages are stored."""
         rows = store.lookup([want.key for want in wanted])[1]
         if self._all_stored(rows, wanted):
             store.space.used([row.extent for row in rows if row is not None])
@@ -224,7 +224,7 @@ class FileBackend(StorageBackend):
         try:
             full = self._write(store, writes, leaving)
         except BaseException:
-            # A full disk may refuse this too; the claims are then given back at close.
+            # This may fail on a full disk too; then ``close`` releases the claims.
             with suppress(BackendError):
                 store.space.release([write.extent for write in writes])
             raise
@@ -235,8 +235,8 @@ class FileBackend(StorageBackend):
     def _write(
         self, store: FileStore, writes: list[_Write], leaving: Callable[[int], None]
     ) -> list[_Write]:
-        """Writes and publishes; returns those that the disk had no room for."""
-        # Neighbours go to one thread: two that write to one file would wait for each other.
+        """Writes and publishes; returns those for which the disk had no space."""
+        # Neighbours go to the same thread: two that write to one file wait for each other.
         writes.sort(key=lambda write: (write.extent.segment, write.extent.offset))
         written_at = self._clock()
 
@@ -254,7 +254,7 @@ class FileBackend(StorageBackend):
 
         parts = self._lanes.split(len(writes), sum(write.want.nbytes for write in writes))
         full = [write for part in self._lanes.run(write_part, parts) for write in part]
-        for write in full:  # at once, since the index needs some room as well
+        for write in full:  # before the index is written, which needs space too
             store.records.punch(write.extent.segment, write.extent.offset, write.extent.capacity)
         failed = {write.position for write in full}
         done = sorted(
@@ -269,7 +269,7 @@ class FileBackend(StorageBackend):
         return full
 
     def _readable(self, found: Sequence[Row | None], pages: Sequence[Page]) -> list[Row]:
-        """The leading rows that are there, young enough, and as long as their pages."""
+        """Returns the leading rows that are present, not expired, and as long as their pages."""
         oldest, rows = self._oldest(), []
         for row, page in zip(found, pages, strict=True):
             if row is None or row.written_at <= oldest or row.nbytes != nbytes_of(page):
@@ -285,16 +285,16 @@ class FileBackend(StorageBackend):
         )
 
     def _drop_damaged(self, store: FileStore, key: str, row: Row) -> None:
-        """Removes an object whose record is not what the index says: it was cut or overwritten."""
+        """Removes an object whose record is not the one in the index: cut off or overwritten."""
         _, rows = store.index.lookup([key])
         if rows == [row]:
             logger.warning("%s: the record of %s is damaged; removed", self._settings.path, key)
             self._count(damaged_records=1)
-            with suppress(BackendFull):  # it is a read: it needs no room
+            with suppress(BackendFull):  # a read must not fail on a full disk
                 store.space.delete([key])
 
     def _oldest(self) -> float:
-        """Objects that were written at or before this time are gone."""
+        """Returns the time at or before which written objects have expired."""
         ttl_s = self._settings.ttl_s
         return float("-inf") if ttl_s is None else self._clock() - ttl_s
 
@@ -305,7 +305,7 @@ class FileBackend(StorageBackend):
 
 
 class _Write(NamedTuple):
-    """An object on its way to an extent; ``position`` is its place in the call's batch."""
+    """An object to be written to an extent; ``position`` is its index in the batch."""
 
     position: int
     want: Wanted
@@ -314,7 +314,7 @@ class _Write(NamedTuple):
 
 
 def _leading(parts: Sequence[range], counts: Sequence[int]) -> int:
-    """How many leading items are done when ``counts`` of each part are."""
+    """Returns how many leading items are done, given how many of each part are."""
     total = 0
     for part, count in zip(parts, counts, strict=True):
         total += count
@@ -324,7 +324,7 @@ def _leading(parts: Sequence[range], counts: Sequence[int]) -> int:
 
 
 def _checked(key: str) -> str:
-    """``key``, if a record's header has room for it."""
+    """Returns ``key`` if it fits into the header of a record."""
     if not 0 < len(key.encode()) <= MAX_KEY_NBYTES:
         raise ValueError(f"a key has 1 to {MAX_KEY_NBYTES} characters; found {len(key)}: {key!r}")
     return key

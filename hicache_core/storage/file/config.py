@@ -19,20 +19,20 @@ _OF_SGLANG = {"file_path": "path", "max_size": "max_nbytes"}
 class FileConfig(BackendConfig):
     """Settings of the ``file`` backend."""
 
-    path: Path = Field(description="the directory; it is created if its parent exists")
+    path: Path = Field(description="the directory; created if its parent exists")
     max_nbytes: Nbytes | None = Field(
         default=None,
-        description="cap on the disk space of the objects, the least recently used go first; "
-        "without it 90 % of what is free at start",
+        description="maximum disk space of the objects; the least recently used are evicted; "
+        "by default 90 % of the free space at start",
     )
     namespace_quota_nbytes: Nbytes | None = Field(
         default=None,
-        description="cap on the objects' bytes of one namespace, its own least recently used go "
-        "first",
+        description="maximum bytes of the objects in one namespace; its least recently used are "
+        "evicted",
     )
-    ttl_s: Seconds | None = Field(default=None, description="objects older than this are gone")
+    ttl_s: Seconds | None = Field(default=None, description="objects expire after this time")
     fsync: bool = Field(
-        default=False, description="stored means on the medium: survives a power cut, costs speed"
+        default=False, description="write through to the medium: survives a power cut, is slower"
     )
     io_threads: int = Field(
         default_factory=default_lanes,
@@ -41,13 +41,13 @@ class FileConfig(BackendConfig):
         description="threads that share the work of one large call",
     )
     lock_timeout_s: Seconds = Field(
-        default=5.0, description="how long to wait for another process's transaction"
+        default=5.0, description="how long to wait for a transaction of another process"
     )
 
     @model_validator(mode="before")
     @classmethod
     def _as_sglang_says(cls, values: object) -> object:
-        """SGLang's names for the same, and its variable for the directory."""
+        """Accepts SGLang's names of these settings, and its variable for the directory."""
         if not isinstance(values, Mapping):
             return values
         taken = dict(values)

@@ -1,4 +1,4 @@
-"""A directory of the file backend: opening it, who uses it, what dead users left, rebuilding."""
+"""The directory of a file backend: opening, its users, cleaning up after dead ones, rebuilding."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from hicache_core.storage.base import Finding
 from hicache_core.storage.file.extents import drop, remove_empty
 from hicache_core.storage.file.index import FileIndex, move
 from hicache_core.storage.file.records import BLOCK_NBYTES, Record, RecordStore
-from hicache_core.storage.file.room import give_reserve, give_room, take_reserve
+from hicache_core.storage.file.reserve import give_reserve, give_room, take_reserve
 from hicache_core.storage.sqlite import ROOM_NBYTES
 
 logger = logging.getLogger(__name__)
 
 _LOCK_POLL_S = 0.02
 _LET_GO_S = 2.0
-"""Others that use a damaged index notice with their next call, and get so long for it."""
+"""How long to wait for other users of a damaged index, who notice it with their next call."""
 
 T = TypeVar("T")
 
 
 @contextlib.contextmanager
 def os_errors(path: Path) -> Iterator[None]:
-    """Raises the ``BackendError`` that fits what the system raises."""
+    """Translates an ``OSError`` to the ``BackendError`` that fits."""
     try:
         yield
     except BackendError:
@@ -56,25 +56,25 @@ def _backend_error(path: Path, exc: OSError) -> BackendError:
         case FileNotFoundError():
             return BackendUnavailable(f"{text}; create the parent directory first")
         case NotADirectoryError() | FileExistsError():
-            return BackendUnavailable(f"{text}; give the path of a directory")
+            return BackendUnavailable(f"{text}; use the path of a directory")
     match exc.errno:
         case errno.EROFS:
-            return BackendDenied(f"{text}; give a path that can be written")
+            return BackendDenied(f"{text}; use a writable path")
         case errno.ENOSPC | errno.EDQUOT:
             return BackendFull(f"{text}; free some space or lower max_nbytes")
     return BackendUnavailable(text)
 
 
 class FileDirectory:
-    """The files under ``path``, and this process among those that use them.
+    """The files under ``path``, and this process as one of their users.
 
-        path/index.sqlite         which object lies where (beside it SQLite's -wal and -shm)
+        path/index.sqlite         where each object is (with SQLite's -wal and -shm)
         path/segments/*.seg       the objects
-        path/owners/*.lock        one for each open backend, locked for as long as it lives
-        path/open.lock            held by whoever opens the directory
-        path/reserve              room for opening the index on a disk that got full
+        path/owners/*.lock        one for each open backend, locked while it is open
+        path/open.lock            held while a process opens the directory
+        path/reserve              space for opening the index when the disk is full
 
-    Files of other names are left alone, and so are segment files of others, unless they are empty.
+    Files with other names are left alone, and so are foreign segment files that are not empty.
     """
 
     def __init__(self, path: Path, *, timeout_s: float, durable: bool) -> None:
@@ -89,13 +89,13 @@ class FileDirectory:
         self._lost = ""
 
     def open(self, *, creates: bool = True) -> None:
-        """Makes or opens the directory, registers this process, cleans up after dead ones.
+        """Creates or opens the directory, registers this process, cleans up after dead ones.
 
         Args:
-            creates: False for who only looks: where no store is, none is made.
+            creates: whether to create a store where there is none.
 
         Raises:
-            BackendError: of the kind that fits, with what to do.
+            BackendError: the message says what to do.
         """
         segments = self.path / "segments"
         if not creates and not (self.index.path.exists() or segments.is_dir()):
@@ -112,7 +112,7 @@ class FileDirectory:
                     self._enter_with_room()
 
     def trouble(self) -> str:
-        """Why these files are no longer the store; empty if they are."""
+        """Returns why these files are no longer usable; empty if they are. See ``Openable``."""
         if self._segments_identity() != self._segments:
             return f"{self.path / 'segments'} was removed or replaced while in use"
         return self._lost or self.index.trouble()
@@ -121,10 +121,10 @@ class FileDirectory:
         """Raises ``BackendUnavailable`` if the file of one of ``segments`` was removed."""
         if lost := self.store.removed(segments):
             self._lost = f"segment {min(lost):08x} of {self.path} was removed while in use"
-            raise BackendUnavailable(f"{self._lost}; the store is opened anew by the next call")
+            raise BackendUnavailable(f"{self._lost}; the next call reopens the store")
 
     def with_room(self, do: Callable[[], T]) -> T:
-        """What ``do`` returns; once more with the room of the index's log, if the disk is full."""
+        """Returns ``do()``; on a full disk frees the log of the index and calls ``do`` again."""
         try:
             return do()
         except BackendFull:
@@ -132,42 +132,42 @@ class FileDirectory:
             return do()
 
     def close(self) -> None:
-        """Gives back what this process had claimed, and lets go of everything."""
+        """Releases the claims of this process, and closes everything."""
         try:
             if not self.trouble():
                 with self.index.transaction() as connection:
                     self._forget(connection, self.owner)
-        except BackendError as exc:  # the next one to open the directory does it then
-            logger.warning("%s: closed without giving back its claims: %s", self.path, exc)
+        except BackendError as exc:  # the next process that opens the directory does it
+            logger.warning("%s: closed without releasing its claims: %s", self.path, exc)
         finally:
             self._leave()
 
     def findings(self, max_nbytes: int) -> list[Finding]:
-        """What there is to say of the directory under a cap of ``max_nbytes``."""
+        """Returns findings on the directory, for a limit of ``max_nbytes``."""
         held, room = self.index.totals()[2], self.store.free_nbytes()
         found = [Finding("ok", "directory", f"{self.path} can be read and written")]
         if held + room < max_nbytes:
             message = (
-                f"max_nbytes is {max_nbytes}, but the disk has only {room} bytes beside the {held} "
-                "held: lower max_nbytes or free some space"
+                f"max_nbytes is {max_nbytes}, but the store holds {held} bytes and the disk has "
+                f"only {room} more: lower max_nbytes or free some space"
             )
             found.append(Finding("warning", "room", message))
         else:
             message = f"{held} of {max_nbytes} bytes held, {room} free on the disk"
             found.append(Finding("ok", "room", message))
         if self.rebuilt:
-            message = "was lost or damaged; it was built anew"
+            message = "was lost or damaged, and was rebuilt"
             found.append(Finding("warning", "index", message))
         if not self.store.can_punch():
             message = (
-                "cannot give back parts of a file: if the object size changes, more than "
-                "max_nbytes may be used; clear the directory when it does"
+                "cannot free parts of a file: if the object size changes, the store may use more "
+                "than max_nbytes; clear the directory then"
             )
             found.append(Finding("warning", "file system", message))
         return found
 
     def _enter(self) -> None:
-        """Connects and registers; leaves nothing open if that fails."""
+        """Connects and registers; on failure nothing stays open."""
         self._connect()
         try:
             with self.index.transaction() as connection:
@@ -181,18 +181,18 @@ class FileDirectory:
             raise
 
     def _enter_with_room(self) -> None:
-        """As ``_enter`` on a full disk: gives up the reserve for it, then objects."""
+        """As ``_enter`` on a full disk: gives up the reserve, then objects."""
         if give_reserve(self.path):
             with contextlib.suppress(BackendFull):
                 self._enter()
                 return
         if not self._is_alone():
             raise BackendFull(f"{self.path}: its disk is full; free some space")
-        self._give_room()  # nobody is reading what has to go
+        self._give_room()  # no other process reads the objects that are removed
         self._enter()
 
     def _leave(self) -> None:
-        """Closes everything, the lock last: as long as it is held nobody makes another index."""
+        """Closes everything; the lock last, so that nobody creates another index before."""
         self.index.discard()
         self.index.close()
         self.store.close()
@@ -212,13 +212,13 @@ class FileDirectory:
         return status.st_dev, status.st_ino
 
     def _give_room(self) -> None:
-        """Makes room on a full disk, so that the index can be opened. Nobody else is here."""
+        """Frees space on a full disk to open the index. There is no other user."""
         given = give_room(self.index.path, self.store)
         if not given:
             raise BackendFull(
-                f"{self.path}: the disk is full, and the store has nothing to give up"
+                f"{self.path}: the disk is full and the store is empty; free some space"
             )
-        logger.warning("%s: the disk is full; gave up %d objects", self.path, len(given))
+        logger.warning("%s: the disk is full; removed %d objects", self.path, len(given))
         self._connect()
         try:
             with self.index.transaction() as connection:
@@ -229,7 +229,7 @@ class FileDirectory:
 
     @contextlib.contextmanager
     def _opening(self) -> Iterator[None]:
-        """One process at a time; waits for another one for a bounded time."""
+        """Lets one process at a time open the directory; waits at most ``timeout_s``."""
         fd = os.open(self.path / "open.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             deadline = time.monotonic() + self._timeout_s
@@ -237,7 +237,7 @@ class FileDirectory:
                 if time.monotonic() > deadline:
                     raise BackendTimeout(
                         f"{self.path}: another process has been opening it for "
-                        f"{self._timeout_s:g} s; look at who holds open.lock"
+                        f"{self._timeout_s:g} s; find out which one holds open.lock"
                     )
                 time.sleep(_LOCK_POLL_S)
             yield
@@ -245,16 +245,16 @@ class FileDirectory:
             os.close(fd)
 
     def _connect(self) -> None:
-        """Connects to the index; builds it anew from the segments if it is lost or damaged."""
+        """Connects to the index; rebuilds it from the segments if it is lost or damaged."""
         if not self.index.path.exists() or self.index.path.stat().st_size == 0:
-            # Not even an empty one may be made while others use it: SQLite finds -wal by its name.
+            # Others must not use it, not even if it is empty: SQLite finds -wal by its name.
             self._check_alone()
             self._remove_index()
         try:
             self.index.connect()
         except BackendCorrupt as exc:
-            logger.warning("%s; building it anew from the segment files", exc)
-            self.index.path.unlink(missing_ok=True)  # by that others notice
+            logger.warning("%s; rebuilding it from the segment files", exc)
+            self.index.path.unlink(missing_ok=True)  # so that others notice
             self._check_alone()
             self._remove_index()
             self.index.connect()
@@ -265,7 +265,7 @@ class FileDirectory:
             raise
 
     def _complete(self) -> None:
-        """Fills an index that was just made, or whose filling was interrupted."""
+        """Fills an index that is new, or whose rebuilding was interrupted."""
         with self.index.transaction() as connection:
             (complete,) = connection.execute(
                 "SELECT value FROM counters WHERE name = 'complete'"
@@ -283,18 +283,18 @@ class FileDirectory:
             Path(f"{self.index.path}{suffix}").unlink(missing_ok=True)
 
     def _check_alone(self) -> None:
-        """Waits a moment for those who use an index that is lost; refuses to rebuild it before."""
+        """Waits briefly for other users of a lost index; raises while there are any."""
         deadline = time.monotonic() + min(_LET_GO_S, self._timeout_s)
         while not self._is_alone():
             if time.monotonic() > deadline:
                 raise BackendCorrupt(
                     f"index {self.index.path} is lost or damaged while other processes use it; it "
-                    "is rebuilt as soon as they have noticed, which their next call does, or ended"
+                    "can be rebuilt after their next call, or when they have ended"
                 )
             time.sleep(_LOCK_POLL_S)
 
     def _is_alone(self) -> bool:
-        """Whether nobody else uses the directory; removes what the dead left. Held: open.lock."""
+        """Returns whether there is no other user; removes locks of dead ones. Needs open.lock."""
         alone = True
         for lock in (self.path / "owners").glob("*.lock"):
             if self._is_dead(lock):
@@ -305,7 +305,7 @@ class FileDirectory:
 
     @staticmethod
     def _is_dead(lock: Path) -> bool:
-        """Whether nobody holds ``lock``; the answer stands while ``open.lock`` is held."""
+        """Returns whether nobody holds ``lock``; remains true while open.lock is held."""
         try:
             fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -327,7 +327,7 @@ class FileDirectory:
         connection.execute("INSERT INTO owners VALUES (?)", (self.owner,))
 
     def _clean_up(self, connection: sqlite3.Connection) -> None:
-        """Frees what dead processes had claimed and removes what they left on the disk."""
+        """Releases the claims of dead processes and removes the files they left."""
         owners = [owner for (owner,) in connection.execute("SELECT owner FROM owners")]
         dead = [
             owner
@@ -355,7 +355,7 @@ class FileDirectory:
         connection.execute("DELETE FROM owners WHERE owner = ?", (owner,))
 
     def _forget_segment(self, connection: sqlite3.Connection, segment: int) -> None:
-        """Drops what the index says of a file that somebody removed."""
+        """Removes the rows of a segment whose file was removed."""
         (nbytes,) = connection.execute(
             "SELECT coalesce(sum(capacity), 0) FROM extents WHERE segment = ?", (segment,)
         ).fetchone()
@@ -363,10 +363,10 @@ class FileDirectory:
         connection.execute("DELETE FROM segments WHERE segment = ?", (segment,))
         move(connection, "held", -nbytes)
         move(connection, "epoch")
-        logger.warning("%s: segment %08x is gone, and its objects with it", self.path, segment)
+        logger.warning("%s: segment %08x was removed, and its objects with it", self.path, segment)
 
     def _punch_gaps(self, connection: sqlite3.Connection) -> None:
-        """Gives back the space between extents, which nobody can claim any more."""
+        """Frees the space between extents, which can no longer be claimed."""
         for segment, end in connection.execute("SELECT segment, end FROM segments").fetchall():
             at = BLOCK_NBYTES
             for offset, capacity in [
@@ -381,7 +381,7 @@ class FileDirectory:
                 at = offset + capacity
 
     def _rebuild(self, connection: sqlite3.Connection) -> int:
-        """Fills an empty index from the records' headers; how many objects there are."""
+        """Fills an empty index from the headers of the records; returns the number of objects."""
         newest: dict[str, Record] = {}
         generation = last = 0
         for segment in self.store.segments():
@@ -411,7 +411,7 @@ class FileDirectory:
 
 
 def _try_lock(fd: int) -> bool:
-    """Takes the whole-file lock of ``fd`` unless somebody else has it."""
+    """Locks the whole file of ``fd``; returns False if another process has locked it."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""Statements on the index's table of extents; each is called inside a transaction."""
+"""Statements on the table of extents; each must be called inside a transaction."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ UNPINNED, PINNED = "coalesce(pinned_until, 0) <= ?", "pinned_until > ?"
 
 
 class Place(NamedTuple):
-    """Where an extent lies."""
+    """The place of an extent; offset and capacity in bytes."""
 
     extent_id: int
     segment: int
@@ -24,13 +24,13 @@ class Place(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """An object that is to be stored.
+    """An object to be stored.
 
     Attributes:
         key: its key.
         nbytes: its length.
-        seen: whether an object of that key was there a moment ago. Where another process stores it
-            between then and ``publish``, that copy stays and ours is dropped.
+        seen: whether the key was present at the last lookup. If another process stores it between
+            then and ``publish``, that copy stays and ours is dropped.
     """
 
     key: str
@@ -39,19 +39,19 @@ class Wanted(NamedTuple):
 
 
 def select(connection: sqlite3.Connection, where: str, *parameters: float) -> list[Place]:
-    """The extents that fit ``where``."""
+    """Returns the extents that match ``where``."""
     query = f"SELECT extent_id, segment, offset, capacity FROM extents WHERE {where}"
     return [Place(*row) for row in connection.execute(query, parameters)]
 
 
 def unused(connection: sqlite3.Connection, capacity: int, n: int) -> list[Place]:
-    """Free extents of another length than ``capacity``."""
+    """Returns up to ``n`` free extents whose length is not ``capacity``."""
     where = "key IS NULL AND owner IS NULL AND capacity != ? LIMIT ?"
     return select(connection, where, capacity, n)
 
 
 def oldest(connection: sqlite3.Connection, n: int, kept: frozenset[int], now: float) -> list[Place]:
-    """The least recently used objects, without those in ``kept``; pinned ones if no others are."""
+    """Returns up to ``n`` least recently used objects outside ``kept``; pinned ones last."""
     for pins in (UNPINNED, PINNED):
         where = f"key IS NOT NULL AND {pins} ORDER BY used_at LIMIT ?"
         places = select(connection, where, now, n + len(kept))
@@ -70,7 +70,7 @@ def mark(connection: sqlite3.Connection, owner: int, places: Sequence[Place], se
 
 
 def free(connection: sqlite3.Connection, owner: int, extents: Iterable[Extent], seq: int) -> None:
-    """Frees those of ``extents`` that ``owner`` still has claimed."""
+    """Frees those of ``extents`` that are still claimed by ``owner``."""
     connection.executemany(
         "UPDATE extents SET owner = NULL, seq = ? WHERE extent_id = ? AND owner = ?",
         ((seq, extent.extent_id, owner) for extent in extents),
@@ -78,7 +78,7 @@ def free(connection: sqlite3.Connection, owner: int, extents: Iterable[Extent], 
 
 
 def drop(connection: sqlite3.Connection, places: Sequence[Place]) -> None:
-    """Deletes the rows of ``places``: their space goes back to the file system."""
+    """Deletes the rows of ``places``; the caller frees their disk space."""
     if places:
         connection.executemany(
             "DELETE FROM extents WHERE extent_id = ?", ((p.extent_id,) for p in places)
@@ -88,7 +88,7 @@ def drop(connection: sqlite3.Connection, places: Sequence[Place]) -> None:
 
 
 def remove_empty(connection: sqlite3.Connection, dropped: Sequence[Place]) -> set[int]:
-    """Deletes the rows of segments that hold no extent any more."""
+    """Deletes the rows of segments without extents; returns the numbers of those segments."""
     emptied = set()
     for segment in {place.segment for place in dropped}:
         cursor = connection.execute(
@@ -102,6 +102,6 @@ def remove_empty(connection: sqlite3.Connection, dropped: Sequence[Place]) -> se
 
 
 def held(connection: sqlite3.Connection) -> int:
-    """Bytes of all extents."""
+    """Returns the bytes of all extents."""
     (held,) = connection.execute("SELECT value FROM counters WHERE name = 'held'").fetchone()
     return int(held)

@@ -1,14 +1,14 @@
-"""The index of the file backend: an SQLite database, and what this process remembers of it.
+"""The index of the file backend: an SQLite database, and a copy of it in this process.
 
-Every stretch of every segment that is or was in use is one row of ``extents``:
+Each range of a segment that is or was in use is a row of ``extents``:
 
     key set                 published: the object can be read
     key NULL, owner set     claimed: that process is writing there
-    key NULL, owner NULL    free: anybody may claim it
+    key NULL, owner NULL    free: any process may claim it
 
-Each change of a row takes the next ``seq``, so a process learns what others did by reading the rows
-above the last ``seq`` it saw. Rows are deleted only where space is given back to the file system;
-then ``epoch`` moves on and everybody reads the table anew.
+Each change of a row gets the next ``seq``. So a process learns about changes by reading the rows
+above the last ``seq`` that it has seen. Rows are deleted only when disk space is freed; then
+``epoch`` increases and every process reads the whole table again.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from typing import NamedTuple
 
 from hicache_core.errors import BackendCorrupt, BackendError, BackendUnavailable, IntegrityError
 from hicache_core.storage.base import namespace_of
+from hicache_core.storage.file.index_faults import FAULTS
 from hicache_core.storage.file.records import BLOCK_NBYTES, OVERHEAD_NBYTES, Extent
-from hicache_core.storage.file.soundness import FAULTS
 from hicache_core.storage.sqlite import Database, is_empty, room_nbytes
 
 APPLICATION_ID = 0x48694361  # "HiCa"
 FORMAT_VERSION = 2
 
 _UPGRADES = {1: "ALTER TABLE extents ADD COLUMN pinned_until REAL"}
-"""What leads from a version to the next one; the objects stay where they are."""
+"""Statements that upgrade a version to the next one; objects do not move."""
 
 _SCHEMA = f"""
 CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
@@ -62,7 +62,7 @@ CREATE INDEX by_seq ON extents (seq);
 
 
 class Row(NamedTuple):
-    """A published object, as this process remembers it."""
+    """A published object, in this process's copy of the index."""
 
     extent: Extent
     nbytes: int
@@ -70,10 +70,10 @@ class Row(NamedTuple):
 
 
 class FileIndex:
-    """Two connections: one writes, one follows what all processes write.
+    """Two connections: one writes, the other one follows the writes of all processes.
 
     Threads: every method may be called from any thread. Reads never wait for writers, since the
-    index is in WAL mode.
+    database is in WAL mode.
     """
 
     def __init__(self, path: Path, *, timeout_s: float, durable: bool) -> None:
@@ -91,16 +91,16 @@ class FileIndex:
         self._rows: dict[str, Row] = {}
         self._keys: dict[int, str] = {}  # extent_id -> key, of those in _rows
         self._usage: dict[str, int] = {}  # bytes of _rows by namespace
-        self._version = 0  # moves on whenever _rows or _segments change
+        self._version = 0  # increases whenever _rows or _segments change
         self._seen = (-1, -1, -1)  # data_version, epoch, seq
         self.segments: frozenset[int] = frozenset()  # as of the last change of epoch
 
     def connect(self) -> None:
-        """Opens both connections, makes the tables where there are none, checks what is there.
+        """Opens both connections; creates missing tables and checks existing ones.
 
         Raises:
             BackendCorrupt: the file is damaged.
-            BackendError: it cannot be opened, or is not of this application and version.
+            BackendError: it cannot be opened, or belongs to another application or version.
         """
         self._is_damaged = False
         self._seen = (-1, -1, -1)
@@ -121,7 +121,7 @@ class FileIndex:
             raise
 
     def trouble(self) -> str:
-        """Why it is of no use any more, though it is open; empty if it is well."""
+        """Returns why it has become unusable while open; empty if it is usable."""
         if self._is_damaged:
             return f"index {self.path} is damaged"
         if self._database.identity() != self._identity:
@@ -132,20 +132,20 @@ class FileIndex:
         self._is_damaged = True
 
     def check_current(self) -> None:
-        """Raises ``BackendUnavailable`` if it is of no use any more."""
+        """Raises ``BackendUnavailable`` if it has become unusable."""
         if trouble := self.trouble():
-            raise BackendUnavailable(f"{trouble}; it is opened anew by the next call")
+            raise BackendUnavailable(f"{trouble}; the next call reopens it")
 
     def discard(self) -> None:
-        """Removes a damaged index, if it is still this one: whoever uses it notices then.
+        """Deletes the file if it is damaged and still the same, so that other users notice.
 
-        Nobody makes another one as long as the caller has its owner's lock.
+        Nobody creates another one while the caller holds the lock of its owner.
         """
         if self._is_damaged and self._database.identity() == self._identity:
             self.path.unlink(missing_ok=True)
 
     def take_room(self) -> None:
-        """Grows database and log ahead, so that a change needs no room on a disk that got full."""
+        """Grows database and log in advance, so that changes need no space on a full disk."""
         with self.transaction() as connection:
             nbytes = room_nbytes(connection)
             connection.execute(
@@ -156,7 +156,7 @@ class FileIndex:
         self.restart_log()
 
     def restart_log(self) -> None:
-        """Writes the log (SQLite's WAL) into the database, so that its room is used again."""
+        """Writes the log (SQLite's WAL) into the database, so that its space can be reused."""
         with self._database.translated(), self._write_lock:
             self._writer.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
 
@@ -170,7 +170,7 @@ class FileIndex:
         self._database.check(self._writer)
 
     def _upgrade(self) -> None:
-        """Brings an index of an older version up to date. ``open.lock`` is held."""
+        """Upgrades an index of an older version. The caller holds ``open.lock``."""
         connection = self._writer
         (application,) = connection.execute("PRAGMA application_id").fetchone()
         (version,) = connection.execute("PRAGMA user_version").fetchone()
@@ -178,7 +178,7 @@ class FileIndex:
             return
         for n in range(version, FORMAT_VERSION):
             if n not in _UPGRADES:
-                return  # ``check`` says what it is
+                return  # ``check`` reports it
             connection.executescript(
                 f"BEGIN IMMEDIATE; {_UPGRADES[n]}; PRAGMA user_version = {n + 1}; COMMIT;"
             )
@@ -192,10 +192,10 @@ class FileIndex:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """The writing connection, in a transaction that ends with the block."""
+        """Yields the writing connection, in a transaction that ends with the block."""
         with self._database.translated(self._damaged), self._write_lock:
             connection = self._writer
-            self.check_current()  # what is written into a file without a name is lost
+            self.check_current()  # writes to a deleted file would be lost
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
@@ -207,13 +207,13 @@ class FileIndex:
                 raise
 
     def lookup(self, keys: Sequence[str]) -> tuple[int, list[Row | None]]:
-        """What is known of ``keys`` now, and the version to ask ``unchanged`` about."""
+        """Returns a version for ``unchanged``, and the rows of ``keys``; None for absent ones."""
         with self._read_lock:
             self._follow()
             return self._version, list(map(self._rows.get, keys))
 
     def leading(self, keys: Sequence[str], older_than: float) -> int:
-        """How many leading keys are present and were written after ``older_than``."""
+        """Returns how many leading keys are present and were written after ``older_than``."""
         with self._read_lock:
             self._follow()
             rows = self._rows
@@ -224,10 +224,15 @@ class FileIndex:
         return len(keys)
 
     def unchanged(self, version: int, keys: Sequence[str], rows: Sequence[Row | None]) -> int:
-        """How many leading ``rows`` still stand as ``lookup`` gave them.
+        """Returns how many leading ``rows`` are still the ones that ``lookup`` returned.
 
-        Whoever read extents asks this afterwards: an extent is written again only after its row
-        was changed, so bytes that were read before the row changed are those of the key.
+        To be called after reading extents: an extent is rewritten only after its row was changed.
+        If the row has not changed, the bytes that were read belong to the key.
+
+        Args:
+            version: of ``lookup``.
+            keys: of ``lookup``, or leading ones of them.
+            rows: one for each of ``keys``.
         """
         with self._read_lock:
             self._follow()
@@ -239,7 +244,7 @@ class FileIndex:
         return len(rows)
 
     def keys(self, prefix: str, older_than: float) -> list[str]:
-        """Every key that starts with ``prefix`` and was written after ``older_than``."""
+        """Returns the keys that start with ``prefix`` and were written after ``older_than``."""
         with self._read_lock:
             self._follow()
             return [
@@ -249,7 +254,7 @@ class FileIndex:
             ]
 
     def totals(self) -> tuple[int, int, int]:
-        """Number of objects, their bytes, and the bytes of all extents."""
+        """Returns the number of objects, their bytes, and the bytes of all extents."""
         with self._read_lock, self._database.translated(self._damaged):
             self._follow()
             (held,) = self._reader.execute(
@@ -258,16 +263,16 @@ class FileIndex:
             return len(self._rows), sum(self._usage.values()), held
 
     def usage(self) -> dict[str, int]:
-        """Bytes of the objects by namespace."""
+        """Returns the bytes of the objects by namespace."""
         with self._read_lock:
             self._follow()
             return {name: nbytes for name, nbytes in self._usage.items() if nbytes}
 
     def check_integrity(self) -> None:
-        """The rows fit each other, the segments, the counters, and what this process remembers.
+        """Checks the rows against each other, the segments, the counters and this process's copy.
 
         Raises:
-            IntegrityError: they do not.
+            IntegrityError: the message says what does not fit.
         """
         with self.transaction() as connection, self._read_lock:
             self._follow()
@@ -284,12 +289,12 @@ class FileIndex:
                 if segment not in at or not at[segment] <= offset <= ends[segment] - capacity:
                     raise IntegrityError(f"extent at {segment:08x}:{offset} overlaps or is outside")
                 if owner is not None and (key is not None or owner not in owners):
-                    raise IntegrityError(f"extent at {segment:08x}:{offset}: owner {owner} is none")
+                    raise IntegrityError(f"extent at {segment:08x}:{offset}: unknown owner {owner}")
                 at[segment] = offset + capacity
             if held != sum(extent[2] for extent in extents):
-                raise IntegrityError(f"{held} bytes counted as held, not the sum of the extents")
+                raise IntegrityError(f"{held} bytes counted as held: not the sum of the extents")
             if {extent[4] for extent in extents if extent[4] is not None} != self._rows.keys():
-                raise IntegrityError("what this process remembers differs from the table")
+                raise IntegrityError("the copy of the index in this process differs from the table")
             usage = dict.fromkeys(self._usage, 0)
             for key, row in self._rows.items():
                 usage[namespace_of(key)] += row.nbytes
@@ -298,11 +303,11 @@ class FileIndex:
 
     @property
     def epoch(self) -> int:
-        """Moves on when rows were deleted; ``segments`` is of this epoch."""
+        """Increases when rows are deleted; ``segments`` belongs to this epoch."""
         return self._seen[1]
 
     def _follow(self) -> None:
-        """Takes over what any connection committed since the last call. Holds the read lock."""
+        """Applies what any connection committed since the last call. Needs the read lock."""
         with self._database.translated(self._damaged):
             connection = self._reader
             (data_version,) = connection.execute("PRAGMA data_version").fetchone()
@@ -329,15 +334,15 @@ class FileIndex:
             self._seen = (data_version, epoch, last)
 
     def _take_over(self, connection: sqlite3.Connection, last: int) -> int:
-        """Applies the changes above ``last``; the seq of the newest.
+        """Applies the changes above ``last``; returns the seq of the newest.
 
         Raises:
-            BackendCorrupt: a row is none.
+            BackendCorrupt: a row is invalid.
         """
         try:
             return self._taken_over(connection, last)
         except (TypeError, AttributeError, ValueError) as exc:
-            raise BackendCorrupt(f"index {self.path} is damaged: a row is none: {exc}") from exc
+            raise BackendCorrupt(f"index {self.path} is damaged: a row is invalid: {exc}") from exc
 
     def _taken_over(self, connection: sqlite3.Connection, last: int) -> int:
         changes = connection.execute(
@@ -372,7 +377,7 @@ class FileIndex:
 
 
 def move(connection: sqlite3.Connection, counter: str, by: int = 1) -> int:
-    """Moves a counter on; its new value."""
+    """Adds ``by`` to a counter; returns its new value."""
     row = connection.execute(
         "UPDATE counters SET value = value + ? WHERE name = ? RETURNING value", (by, counter)
     ).fetchone()

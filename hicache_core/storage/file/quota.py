@@ -1,4 +1,4 @@
-"""The quota of the file backend's namespaces: which objects of one have to go."""
+"""The quota of namespaces of the file backend: which of their objects to evict."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _NAMESPACE = "substr(key, 1, instr(key || '/', '/') - 1)"
 
 
 class FileQuota:
-    """Keeps every namespace within ``nbytes``; without a quota (None) it does nothing.
+    """Limits every namespace to ``nbytes``; does nothing if that is None.
 
-    ``nbytes`` counts the objects' own bytes, as ``FileIndex.usage`` does. What is freed stays where
-    it lies, and the next object to be stored may have its space.
+    ``nbytes`` counts the bytes of objects, as ``FileIndex.usage`` does. Freed extents can be reused
+    by the next objects.
 
     Threads: every method is called inside a transaction of the index.
     """
@@ -28,7 +28,7 @@ class FileQuota:
         self.evicted_objects = 0
 
     def fitting(self, wanted: Sequence[Wanted]) -> int:
-        """How many of the leading ``wanted`` may be there together."""
+        """Returns how many of the leading ``wanted`` fit into their quotas together."""
         if self._nbytes is not None:
             sums: dict[str, int] = {}
             for n, want in enumerate(wanted):
@@ -43,7 +43,14 @@ class FileQuota:
         kept: Iterable[int],
         seq: int,
     ) -> None:
-        """Frees what has to go so that ``new`` fit; the extents ``kept`` stay."""
+        """Evicts objects so that new ones fit.
+
+        Args:
+            connection: in a transaction.
+            new: the objects to be stored.
+            kept: ids of extents that must not be evicted.
+            seq: number of this change.
+        """
         if self._nbytes is None:
             return
         added: dict[str, int] = {}
@@ -55,10 +62,10 @@ class FileQuota:
             self._free(connection, namespace, excess_nbytes, kept, seq)
 
     def trim(self, connection: sqlite3.Connection, seq: int) -> None:
-        """Frees what is over the quota now, and prepares for later."""
+        """Evicts what exceeds the quota, and creates the index that evictions need."""
         if self._nbytes is None:
             return
-        # Finds the least recently used of a namespace; only those who set a quota pay for it.
+        # Finds the least recently used objects of a namespace; costs nothing without a quota.
         connection.execute(
             f"CREATE INDEX IF NOT EXISTS by_use_in ON extents ({_NAMESPACE}, used_at) "
             "WHERE key IS NOT NULL"
@@ -74,7 +81,7 @@ class FileQuota:
         kept: Collection[int],
         seq: int,
     ) -> None:
-        """Frees the least recently used of ``excess_nbytes`` together, the pinned ones last."""
+        """Evicts least recently used objects of ``excess_nbytes`` in total, pinned ones last."""
         victims: list[int] = []
         for pins in (UNPINNED, PINNED):
             if excess_nbytes <= 0:
@@ -99,7 +106,7 @@ class FileQuota:
 
 
 def _add(sums: dict[str, int], want: Wanted) -> int:
-    """Adds the length of ``want`` to the sum of its namespace; the new sum."""
+    """Adds the length of ``want`` to the sum of its namespace; returns the new sum."""
     namespace = namespace_of(want.key)
     sums[namespace] = sums.get(namespace, 0) + want.nbytes
     return sums[namespace]

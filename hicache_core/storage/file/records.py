@@ -1,15 +1,15 @@
 """Records in segment files: the bytes of the file backend, without an index.
 
-A segment file is one block of 4 KiB that says what it is, then extents, each a multiple of 4 KiB.
-An extent that was written holds one record:
+A segment file starts with a block of 4 KiB that identifies it. Extents follow, each a multiple of
+4 KiB long. A written extent holds one record:
 
     0        256              256 + nbytes   + 16          capacity
     | header | the object ... | footer       | padding ... |
 
-Header and footer carry the same generation, a number that no other write of the store has. They are
-written by one call, front to back, so a record whose writer died in the middle has two different
-generations and is none. The header repeats the key and has a checksum of its own: from these
-headers a lost index is built again.
+Header and footer contain the same generation, a number that is unique to this write. Both are
+written by one call, front to back. If the writer dies in the middle the generations differ, and the
+record is invalid. The header repeats the key and has a checksum of its own, so that a lost index
+can be rebuilt from the headers.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ _VectoredCall: TypeAlias = Callable[[int, list[memoryview | bytes], int], int]
 
 
 class Extent(NamedTuple):
-    """A stretch of a segment file that holds one record, or may.
+    """A range of a segment file with space for one record.
 
     Attributes:
         extent_id: row of the index.
         segment: number of the file.
-        offset: where it starts, a multiple of 4 KiB.
-        capacity: its length, a multiple of 4 KiB.
-        generation: what its header and footer must carry.
+        offset: its start in bytes, a multiple of 4 KiB.
+        capacity: its length in bytes, a multiple of 4 KiB.
+        generation: number in its header and footer.
     """
 
     extent_id: int
@@ -67,7 +67,7 @@ class Extent(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What a scan found: a whole record and where it lies."""
+    """A complete record that a scan found, and its place."""
 
     key: str
     nbytes: int
@@ -76,7 +76,7 @@ class Record(NamedTuple):
 
 
 def capacity_for(nbytes: int) -> int:
-    """Length of the extent that an object of ``nbytes`` needs."""
+    """Returns the length in bytes of the extent for an object of ``nbytes``."""
     return -(-(nbytes + OVERHEAD_NBYTES) // BLOCK_NBYTES) * BLOCK_NBYTES
 
 
@@ -88,7 +88,7 @@ def _pack_header(key: str, nbytes: int, extent: Extent, written_at: float) -> by
 
 
 def _vectored(call: _VectoredCall, fd: int, buffers: list[memoryview | bytes], offset: int) -> int:
-    """``os.preadv`` or ``os.pwritev`` of all ``buffers``; how many bytes went before the end."""
+    """Calls ``os.preadv`` or ``os.pwritev`` for all ``buffers``; returns the bytes moved."""
     done = 0
     while buffers:
         n = call(fd, buffers[:_IOV_MAX], offset + done)
@@ -104,9 +104,9 @@ def _vectored(call: _VectoredCall, fd: int, buffers: list[memoryview | bytes], o
 
 
 class _SegmentFile:
-    """A descriptor that is closed when nobody holds this object any more.
+    """A descriptor that is closed when the last reference to this object goes.
 
-    A thread in the middle of a read holds it, so no number is reused under that thread's feet.
+    A thread that reads holds a reference, so its descriptor is not closed and reused meanwhile.
     """
 
     def __init__(self, path: Path, flags: int = 0) -> None:
@@ -118,9 +118,9 @@ class _SegmentFile:
 
 
 class RecordStore:
-    """Reads and writes records at given extents; who may use which extent is not decided here.
+    """Reads and writes records at given extents. ``FileSpace`` decides who may use which extent.
 
-    Threads: every method may be called from any thread. Raises ``OSError`` as the system does.
+    Threads: every method may be called from any thread. Errors of the system are ``OSError``.
     """
 
     def __init__(self, directory: Path, *, durable: bool = False) -> None:
@@ -129,7 +129,14 @@ class RecordStore:
         self._files: dict[int, _SegmentFile] = {}
 
     def write(self, key: str, page: Page, extent: Extent, written_at: float) -> None:
-        """Writes one record; the extent must be the caller's alone."""
+        """Writes one record; only the caller may use the extent.
+
+        Args:
+            key: of the object.
+            page: its segments.
+            extent: where to write; long enough for the record.
+            written_at: seconds since the epoch.
+        """
         nbytes = extent_nbytes = sum(map(len, page))
         header = _pack_header(key, nbytes, extent, written_at)
         footer = _FOOTER.pack(extent.generation, _END_MAGIC)
@@ -145,13 +152,22 @@ class RecordStore:
             raise OSError(errno.ENOSPC, f"{done} of {extent_nbytes} bytes written")
 
     def read(self, key: str, page: Page, extent: Extent) -> bool:
-        """Fills ``page`` with the record of ``key``; False if the extent does not hold it whole."""
+        """Reads the object of ``key`` into ``page``.
+
+        Args:
+            key: of the object.
+            page: where to, as long as the object.
+            extent: of its record.
+
+        Returns:
+            False if the extent does not contain the complete record.
+        """
         header, footer = bytearray(_HEADER_NBYTES), bytearray(_FOOTER.size)
         buffers = [memoryview(header), *page, memoryview(footer)]
         nbytes = sum(map(len, page))
         try:
             file = self._file(extent.segment)
-        except FileNotFoundError:  # another process removed the segment a moment ago
+        except FileNotFoundError:  # another process has just removed the segment
             return False
         if len(buffers) <= _IOV_MAX:
             done = os.preadv(file.fd, buffers, extent.offset)
@@ -172,10 +188,10 @@ class RecordStore:
         )
 
     def create(self, segment: int) -> None:
-        """Makes the segment's file, with its first block.
+        """Creates the file of a segment, with its first block.
 
         Raises:
-            FileExistsError: a file of that name is there, perhaps a foreign one; it is left alone.
+            FileExistsError: a file with that name exists, perhaps a foreign one; it is left alone.
         """
         file = _SegmentFile(self._path(segment), os.O_CREAT | os.O_EXCL)
         os.pwrite(file.fd, _SEGMENT_MAGIC.ljust(BLOCK_NBYTES, b"\0"), 0)
@@ -188,27 +204,27 @@ class RecordStore:
                 os.close(fd)
 
     def removed(self, segments: set[int]) -> set[int]:
-        """Those of ``segments`` whose file has no name any more: what is written there is lost."""
+        """Returns those of ``segments`` whose file was deleted: what was written there is lost."""
         return {n for n in segments if not os.fstat(self._file(n).fd).st_nlink}
 
     def sync(self, segments: set[int]) -> None:
-        """Returns when all that was written to ``segments`` is on the medium."""
+        """Blocks until everything written to ``segments`` is on the medium."""
         for segment in segments:
             os.fdatasync(self._file(segment).fd)
 
     def punch(self, segment: int, offset: int, nbytes: int) -> bool:
-        """Gives the space of a stretch back to the file system; False if that cannot do it."""
+        """Frees the disk space of a range; returns False if the file system cannot do that."""
         fd = self._file(segment).fd
         return bool(_fallocate(fd, _FALLOC_FL_PUNCH_HOLE_KEEP_SIZE, offset, nbytes) == 0)
 
     def free_nbytes(self) -> int:
-        """What the disk has room for, less a little that the index may need."""
+        """Returns the free bytes of the disk, less a reserve for the index."""
         status = os.statvfs(self._directory)
         reserved = min(INDEX_RESERVE_NBYTES, status.f_blocks * status.f_frsize // 10)
         return max(0, status.f_bavail * status.f_frsize - reserved)
 
     def can_punch(self) -> bool:
-        """Whether the file system can give back parts of a file."""
+        """Returns whether the file system can free parts of a file."""
         with tempfile.TemporaryFile(dir=self._directory) as file:
             file.write(bytes(2 * BLOCK_NBYTES))
             file.flush()
@@ -216,21 +232,21 @@ class RecordStore:
             return bool(_fallocate(file.fileno(), flags, BLOCK_NBYTES, BLOCK_NBYTES) == 0)
 
     def unlink(self, segment: int) -> None:
-        """Removes the segment's file; those that still read it may finish."""
+        """Deletes the file of a segment; reads in progress can finish."""
         self._files.pop(segment, None)
         self._path(segment).unlink(missing_ok=True)
 
     def forget_files(self, kept: frozenset[int]) -> None:
-        """Closes what is open of segments that another process removed."""
+        """Closes the files of segments not in ``kept``, which another process removed."""
         for segment in self._files.keys() - kept:
             self._files.pop(segment, None)
 
     def close(self) -> None:
-        """Closes all files, those in use as soon as they are no longer."""
+        """Closes all files; those in use are closed after their use."""
         self._files.clear()
 
     def segments(self) -> list[int]:
-        """Numbers of the segment files in the directory; other files are passed over."""
+        """Returns the sorted numbers of the segment files; ignores other files."""
         found = []
         for name in os.listdir(self._directory):
             match = _SEGMENT_NAME.fullmatch(name)
@@ -239,18 +255,18 @@ class RecordStore:
         return sorted(found)
 
     def end_of(self, segment: int) -> int:
-        """Length of the segment's file, rounded up to whole blocks."""
+        """Returns the length of a segment's file in bytes, rounded up to whole blocks."""
         nbytes = os.fstat(self._file(segment).fd).st_size
         return max(1, -(-nbytes // BLOCK_NBYTES)) * BLOCK_NBYTES
 
     def scan(self, segment: int) -> Iterator[Record]:
-        """Every whole record of a segment, in order; passes over holes and what is torn."""
+        """Yields every complete record of a segment, in order; skips holes and torn records."""
         fd, offset, end = self._file(segment).fd, BLOCK_NBYTES, self.end_of(segment)
         while offset < end:
             try:
                 offset = os.lseek(fd, offset, os.SEEK_DATA) // BLOCK_NBYTES * BLOCK_NBYTES
             except OSError as exc:
-                if exc.errno == errno.ENXIO:  # nothing but a hole to the end
+                if exc.errno == errno.ENXIO:  # only a hole up to the end
                     return
                 raise
             record = self._record_at(segment, offset)
@@ -281,13 +297,13 @@ class RecordStore:
 
     def _file(self, segment: int) -> _SegmentFile:
         file = self._files.get(segment)
-        if file is None:  # two threads may both open it; one of the two is closed again
+        if file is None:  # two threads may both open it; one of the two files is closed again
             file = self._files.setdefault(segment, _SegmentFile(self._path(segment)))
         return file
 
     @staticmethod
     def _is_segment(path: Path) -> bool:
-        """Whether ``path`` is ours; an empty one is of a process that was killed in ``create``."""
+        """Returns whether ``path`` is a segment; a process killed in ``create`` leaves it empty."""
         with path.open("rb") as file:
             return file.read(len(_SEGMENT_MAGIC)) in (_SEGMENT_MAGIC, b"")
 

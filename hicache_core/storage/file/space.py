@@ -1,4 +1,4 @@
-"""Who may write where in the segment files: claims, eviction, and giving space back."""
+"""Allocation in the segment files: claiming extents, eviction, and freeing disk space."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ from hicache_core.storage.file.records import (
 )
 
 SWEEP_INTERVAL_S = 10.0
-"""Objects past their TTL are looked for this often at most, when room is needed."""
+"""Expired objects are searched for at most this often, when space is needed."""
 
 _MAX_PENDING_USES = 4096
-_SPREAD = 2  # files that one batch is written to, since writers of one file wait for each other
+_SPREAD = 2  # files to write a batch to, since writers of one file wait for each other
 
 
 class FileSpace:
-    """Hands out extents under a byte cap, the least recently used objects making room.
+    """Hands out extents up to a byte limit, and evicts the least recently used objects.
 
-    All of it happens in transactions of the index, so it holds among processes. Space is taken, in
-    this order: free extents that fit; fresh space below the cap; objects past their TTL; free
-    extents of other lengths; the least recently used objects. An extent of the right length is
-    written again where it lies: its pages are warm in the page cache, fresh ones are slow.
+    Everything happens in transactions of the index, so it is safe among processes. Space is taken
+    in this order: free extents of the right length; new space below the limit; expired objects;
+    free extents of other lengths; the least recently used objects. An extent of the right length is
+    reused in place: its pages are in the page cache, and new ones are slower.
 
     Threads: every method may be called from any thread.
     """
@@ -74,14 +74,17 @@ class FileSpace:
 
     @property
     def evicted_objects(self) -> int:
-        """How many made room for others, by the cap or by their namespace's quota."""
+        """Number of objects evicted because of the limit or of the quota of their namespace."""
         return self._evicted_objects + self._quota.evicted_objects
 
     def claim(self, wanted: Sequence[Wanted]) -> list[Extent | None]:
-        """An extent for each of the leading ``wanted`` that there is room for.
+        """Claims an extent for each of the leading ``wanted`` for which there is space.
 
-        None stands for an object that is stored already. The list ends where the room ends. The
-        caller writes the extents and then calls ``publish``, or ``release``, or ``give_up``.
+        The caller writes the extents and then calls ``publish``, ``release`` or ``give_up``.
+
+        Returns:
+            The extents; None for an object that is stored already. The list is shorter than
+            ``wanted`` if the space does not suffice.
         """
         now = self._clock()
         dropped: list[Place] = []
@@ -110,10 +113,14 @@ class FileSpace:
         return extents
 
     def publish(self, done: Sequence[tuple[Extent, Wanted]], written_at: float) -> None:
-        """Makes written extents readable by all; where another process was first, its copy stays.
+        """Makes written extents readable for all processes.
 
-        Of the objects of one call the earlier ones count as used later: in a chain of pages the
-        last one has to go first.
+        If another process was first to store a key, its copy stays. Of the objects of one call the
+        first ones count as used last, so that the last page of a prefix is evicted first.
+
+        Args:
+            done: the extents, with their objects.
+            written_at: seconds since the epoch.
         """
         with self._index.transaction() as connection:
             seq = move(connection, "seq")
@@ -128,17 +135,17 @@ class FileSpace:
             )
             if cursor.rowcount != len(done):
                 free(connection, self.owner, (extent for extent, _ in done), seq)
-            # Once more, for what other processes have published since the claim.
+            # Again, since other processes may have published since the claim.
             kept = (extent.extent_id for extent, _ in done)
             self._quota.make_room(connection, (want for _, want in done), kept, seq)
 
     def release(self, extents: Iterable[Extent]) -> None:
-        """Gives claimed extents back unused."""
+        """Releases claimed extents that were not used."""
         with self._index.transaction() as connection:
             free(connection, self.owner, extents, move(connection, "seq"))
 
     def give_up(self, extents: Sequence[Extent]) -> None:
-        """Gives claimed extents back to the file system: it had no room for them."""
+        """Removes claimed extents for which the disk had no space."""
         dropped = [Place(*extent[:4]) for extent in extents]
         with self._index.transaction() as connection:
             drop(connection, dropped)
@@ -146,7 +153,7 @@ class FileSpace:
         self._give_back(dropped, emptied)
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Frees what is stored under ``keys``."""
+        """Frees the extents of ``keys``."""
         with self._index.transaction() as connection:
             seq = move(connection, "seq")
             connection.executemany(
@@ -154,17 +161,17 @@ class FileSpace:
             )
 
     def clear(self, prefix: str) -> int:
-        """Frees what is stored under keys that start with ``prefix``; how many there were."""
+        """Frees the extents of keys that start with ``prefix``; returns how many there were."""
         with self._index.transaction() as connection:
             seq = move(connection, "seq")
             cursor = connection.execute(
                 f"UPDATE extents SET {FREE}, seq = ? WHERE key >= ? AND key < ?",
-                (seq, prefix, prefix + "\x7f"),  # keys are of [0-9a-z/], all below DEL
+                (seq, prefix, prefix + "\x7f"),  # keys have only characters below DEL
             )
             return cursor.rowcount
 
     def pin(self, keys: Sequence[str], ttl_s: float) -> int:
-        """Lets ``keys`` go last for ``ttl_s`` seconds; how many of them are there."""
+        """Pins ``keys`` for ``ttl_s`` seconds; returns how many of them are present."""
         now = self._clock()
         with self._index.transaction() as connection:
             return connection.executemany(
@@ -176,24 +183,24 @@ class FileSpace:
             ).rowcount
 
     def used(self, extents: Sequence[Extent]) -> None:
-        """Remembers that these were read now; written down in batches."""
+        """Remembers that these were read now; stored in batches."""
         now = self._clock()
         with self._uses_lock:
             for n, extent in enumerate(extents):
                 self._uses[extent] = now - n * 1e-6
             full = len(self._uses) >= _MAX_PENDING_USES
         if full:
-            with contextlib.suppress(BackendFull):  # it is a read: it needs no room
+            with contextlib.suppress(BackendFull):  # a read must not fail on a full disk
                 self.flush_uses()
 
     def flush_uses(self) -> None:
-        """Writes down when objects were used, for all processes and the next start."""
+        """Stores the times of use, for all processes and the next start."""
         if self._uses:
             with self._index.transaction() as connection:
                 self._flush_uses(connection)
 
     def trim(self) -> None:
-        """Removes least recently used objects until all fits below the cap and the quotas."""
+        """Evicts least recently used objects until the limit and the quotas are met."""
         dropped: list[Place] = []
         now = self._clock()
         with self._index.transaction() as connection:
@@ -210,14 +217,14 @@ class FileSpace:
             emptied = remove_empty(connection, dropped)
         self._give_back(dropped, emptied)
 
-    # From here on: inside a transaction, but for _give_back.
+    # From here on inside a transaction, except for _give_back.
 
     def _refresh_stored(
         self, connection: sqlite3.Connection, wanted: Sequence[Wanted], now: float, seq: int
     ) -> dict[str, int]:
-        """The keys that are stored and stay, with their extents.
+        """Returns the keys that are stored already, with the ids of their extents.
 
-        Frees what is too old or of another length.
+        Frees objects of ``wanted`` that are expired or have another length.
         """
         oldest = self._expired_before(now)
         stored: dict[str, int] = {}
@@ -241,7 +248,7 @@ class FileSpace:
         return stored
 
     def _expired_before(self, now: float) -> float:
-        """Objects that were written at or before this time are gone."""
+        """Returns the time at or before which written objects have expired."""
         return float("-inf") if self._ttl_s is None else now - self._ttl_s
 
     def _take(
@@ -253,7 +260,10 @@ class FileSpace:
         kept: frozenset[int],
         dropped: list[Place],
     ) -> list[Place]:
-        """Claims up to ``n`` extents of ``capacity``, evicting none of the extents ``kept``."""
+        """Claims up to ``n`` extents of ``capacity`` bytes; evicts none of ``kept``.
+
+        Extents of other lengths that were removed for them are added to ``dropped``.
+        """
         places = self._reuse(connection, capacity, n, seq)
         places += self._grow(connection, capacity, n - len(places), seq)
         if len(places) == n or not self._can_hold(connection, capacity):
@@ -281,7 +291,7 @@ class FileSpace:
     def _reuse(
         self, connection: sqlite3.Connection, capacity: int, n: int, seq: int
     ) -> list[Place]:
-        """Claims free extents of exactly ``capacity``."""
+        """Claims up to ``n`` free extents of exactly ``capacity`` bytes."""
         where = "key IS NULL AND owner IS NULL AND capacity = ? ORDER BY extent_id LIMIT ?"
         places = select(connection, where, capacity, n)
         mark(connection, self.owner, places, seq)
@@ -295,10 +305,10 @@ class FileSpace:
         seq: int,
         pending_nbytes: int = 0,
     ) -> list[Place]:
-        """Claims fresh space at the ends of segments, as far as the cap allows."""
+        """Claims new space at the ends of segments, up to the limit and the free disk space."""
         places: list[Place] = []
         n = min(n, max(0, self.max_nbytes - held(connection)) // capacity)
-        # What was dropped is punched before anything is written, so it counts as room already.
+        # Dropped extents are freed before anything is written, so they count as free space.
         n = n and min(n, (self._store.free_nbytes() + pending_nbytes) // capacity)
         if n == 0:
             return places
@@ -328,7 +338,7 @@ class FileSpace:
     def _open_segment(
         self, connection: sqlite3.Connection, capacity: int, taken: set[int]
     ) -> tuple[int, int]:
-        """A segment with room for one more extent, and its end; makes one if there is none."""
+        """Returns a segment with space for an extent, and its end; creates one if needed."""
         for segment, end in connection.execute(
             "SELECT segment, end FROM segments WHERE end + ? <= ? ORDER BY segment",
             (capacity, SEGMENT_NBYTES),
@@ -339,18 +349,18 @@ class FileSpace:
             segment = move(connection, "segment")
             try:
                 self._store.create(segment)
-            except FileExistsError:  # somebody else's file has that name
+            except FileExistsError:  # a foreign file has that name
                 continue
             connection.execute("INSERT INTO segments VALUES (?, ?)", (segment, BLOCK_NBYTES))
             return segment, BLOCK_NBYTES
 
     def _can_hold(self, connection: sqlite3.Connection, capacity: int) -> bool:
-        """Whether an extent of this length would fit if everything else were evicted."""
+        """Returns whether an extent of this length would fit if all others were evicted."""
         room = held(connection) + self._store.free_nbytes()
         return capacity <= min(self.max_nbytes, room)
 
     def _sweep(self, connection: sqlite3.Connection, seq: int) -> None:
-        """Frees the objects past their TTL, now and then."""
+        """Frees expired objects, at most every ``SWEEP_INTERVAL_S``."""
         now = self._clock()
         if self._ttl_s is None or now < self._next_sweep:
             return
@@ -362,7 +372,7 @@ class FileSpace:
         self.expired_objects += cursor.rowcount
 
     def _give_back(self, dropped: Sequence[Place], emptied: set[int]) -> None:
-        """Frees disk space that no row speaks of any more: nobody else can get at it."""
+        """Frees the disk space of deleted rows, which no process can use any more."""
         for segment in emptied:
             self._store.unlink(segment)
         for place in dropped:

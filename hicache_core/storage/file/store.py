@@ -1,4 +1,4 @@
-"""What an open file backend works with: the directory, and who may write where in it."""
+"""An open store of the file backend: its directory, and the space in it."""
 
 from __future__ import annotations
 
@@ -15,22 +15,29 @@ from hicache_core.storage.file.space import FileSpace
 logger = logging.getLogger(__name__)
 
 DEFAULT_SHARE = 0.9
-"""Without ``max_nbytes``: of what the store holds and what is free together."""
+"""Default of ``max_nbytes``, as a fraction of held and free bytes together."""
 
 
 class FileStore:
     """An open directory of the file backend.
 
     Attributes:
-        directory: its files; ``index`` and ``records`` are the directory's own.
+        directory: its files.
+        index: of ``directory``.
+        records: of ``directory``.
         space: hands out extents.
     """
 
     def __init__(self, settings: FileConfig, clock: Callable[[], float], *, creates: bool) -> None:
         """Opens it.
 
+        Args:
+            settings: of the backend.
+            clock: seconds since the epoch.
+            creates: whether to create a store where there is none.
+
         Raises:
-            BackendError: of the kind that fits, with what to do.
+            BackendError: the message says what to do.
         """
         self._path = settings.path
         self.directory = FileDirectory(
@@ -56,16 +63,16 @@ class FileStore:
         return self.directory.trouble()
 
     def close(self) -> None:
-        """Writes down what was used, and lets go of everything."""
+        """Stores the times of use, and releases everything."""
         try:
             if not self.trouble():
                 self.space.flush_uses()
-        except BackendError as exc:  # only the order of eviction suffers
-            logger.warning("%s: the last uses were not written: %s", self._path, exc)
+        except BackendError as exc:  # affects only the order of eviction
+            logger.warning("%s: the last times of use were not stored: %s", self._path, exc)
         self.directory.close()
 
     def lookup(self, keys: Sequence[str]) -> tuple[int, list[Row | None]]:
-        """As ``FileIndex.lookup``; closes the files of segments that are gone."""
+        """As ``FileIndex.lookup``; also closes the files of removed segments."""
         version, rows = self.index.lookup(keys)
         if self.index.epoch != self._epoch:
             self._epoch = self.index.epoch

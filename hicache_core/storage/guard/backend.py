@@ -1,4 +1,4 @@
-"""The guard before a backend: breaker, retries, failed keys, and figures of all calls."""
+"""The guard in front of a backend: circuit breaker, retries, failed keys and call statistics."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from hicache_core.errors import (
     UseAfterClose,
 )
 from hicache_core.storage.base import Buffer, StorageBackend
-from hicache_core.storage.guard.breaker import BreakerState, CircuitBreaker, Ticket, Verdict
-from hicache_core.storage.guard.capabilities import GUARDED
+from hicache_core.storage.guard.breaker import BreakerState, CallOutcome, CircuitBreaker, Ticket
+from hicache_core.storage.guard.capabilities import ADAPTERS
 from hicache_core.storage.guard.config import GuardConfig
 from hicache_core.storage.guard.failed_keys import FailedKeys
 from hicache_core.storage.guard.latency import CallRecorder, OperationStatus
@@ -32,22 +32,23 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class GuardStatus:
-    """What a guard has seen since it was made.
+    """What a guard has measured since it was made.
 
     Attributes:
-        backend: name of the backend behind it.
+        backend: name of the guarded backend.
         state: of the breaker.
-        since_s: seconds since the breaker came into that state.
-        last_error: the failure that was seen last; empty if there was none.
+        since_s: seconds since the breaker entered that state.
+        last_error: the last failure; empty if there was none.
         next_probe_s: seconds until an open breaker lets a probe through; else 0.
-        n_in_flight: calls under way.
-        n_hanging: those of them that were found beyond their deadline.
-        state_changes: how often the breaker came into each state.
-        operations: histograms of exists, get, set, delete, and what else was called.
+        n_in_flight: calls that have not returned.
+        n_hanging: those of them that were found past their limit.
+        state_changes: how often the breaker entered each state.
+        operations: histograms of exists, get, set, delete, and of every other operation called.
         errors: how often each operation raised each class of exception, retries included.
         retries: calls that were repeated.
-        short_circuits: calls that the breaker did not let through.
-        negative_hits: pages not asked for, from the first on whose load had failed.
+        short_circuits: calls that the breaker refused.
+        negative_hits: pages that were not looked up, since their load or that of a page before
+            them had failed.
         negative_keys: keys that are remembered as failed.
     """
 
@@ -68,25 +69,23 @@ class GuardStatus:
 
 
 class GuardedBackend(BackendWrapper):
-    """Keeps a backend that fails, hangs or crawls from costing more than it must.
+    """Limits what a backend can cost that fails, hangs or is slow.
 
     - An open breaker raises ``BreakerOpen`` at once; see ``CircuitBreaker``.
-    - ``BackendUnavailable`` and ``BackendTimeout`` are retried with full jitter while another
-      attempt as long as the last one still fits into the time that the call has.
+    - ``BackendUnavailable`` and ``BackendTimeout`` are retried after a random pause, while another
+      attempt as long as the last one still fits into the time limit of the call.
     - A key whose load failed counts as absent for ``negative_ttl_s``, or until it is stored or
-      loaded again through this guard. A load that the breaker refused is no failed load.
+      loaded through this guard. A load that the breaker refused does not count as failed.
+    - ``list_keys``, ``clear``, ``pin`` and ``usage`` are refused and measured in the same way, but
+      never retried, and the breaker ignores their outcome: they may take long in a healthy store.
+      ``stats``, ``diagnose`` and ``flush`` pass through.
 
-    - ``list_keys``, ``clear``, ``pin`` and ``usage`` are refused and counted likewise, but neither
-      repeated nor judged: they may take long in a store that is well. ``stats``, ``diagnose`` and
-      ``flush`` pass through.
+    The time limit of a batch follows from the length of its first page times the number of pages.
 
-    The time of a batch is that of its first page times their number: pages of one batch are taken
-    to be equally long.
-
-    Threads: as those of the backend inside; the guard adds no waiting but the pause of a retry.
+    Threads: as the guarded backend. The guard itself blocks only for the pause before a retry.
     """
 
-    translated = GUARDED
+    adapters = ADAPTERS
 
     def __init__(
         self,
@@ -96,14 +95,14 @@ class GuardedBackend(BackendWrapper):
         sleep: Callable[[float], None] = time.sleep,
         rng: random.Random | None = None,
     ) -> None:
-        """Makes the guard of a backend that need not be open yet.
+        """Wraps ``inner``, which need not be open yet.
 
         Args:
-            inner: the backend, sealed already.
-            config: the settings of this guard; ``config`` of the object stays that of ``inner``.
+            inner: the backend, already sealed.
+            config: settings of the guard; the attribute ``config`` remains that of ``inner``.
             clock: seconds; only differences count.
-            sleep: waits for so many seconds.
-            rng: draws the pauses of retries.
+            sleep: blocks for the given number of seconds.
+            rng: draws the pauses before retries.
         """
         super().__init__(inner)
         self.guard_config = config
@@ -121,7 +120,7 @@ class GuardedBackend(BackendWrapper):
         self._n_negative_hits = 0
 
     def status(self) -> GuardStatus:
-        """The figures as of now. Cheap; any thread may ask; the store is not asked."""
+        """Returns a snapshot of the measurements. Cheap; any thread; does not call the store."""
         view = self._breaker.view()
         with self._lock:
             retries, short, negative = (
@@ -149,7 +148,7 @@ class GuardedBackend(BackendWrapper):
     def get(self, key: str) -> Buffer | None:
         try:
             value = self._guarded("get", self.context.object_nbytes, self.inner.get, key)
-        except Exception as exc:  # whatever it is: looked at, and raised again
+        except Exception as exc:  # only inspected; raised again
             if _is_failed_load(exc):
                 self._failed.remember(key)
             raise
@@ -187,7 +186,7 @@ class GuardedBackend(BackendWrapper):
         nbytes = page_nbytes * len(pages)
         try:
             n = self._guarded("get", nbytes, self.inner.batch_get, keys, pages)
-        except Exception as exc:  # whatever it is: looked at, and raised again
+        except Exception as exc:  # only inspected; raised again
             if keys and _is_failed_load(exc):
                 self._failed.remember(keys[0])
             raise
@@ -205,11 +204,19 @@ class GuardedBackend(BackendWrapper):
         self._calls.moved("set", page_nbytes * n)
         return n
 
-    def aside(self, operation: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Makes a call that is no request's, unless the breaker is open, and does not judge by it.
+    def call_unjudged(
+        self, operation: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Makes a call outside the way of a page: measured, but ignored by the breaker.
+
+        Args:
+            operation: its name in the statistics.
+            call: what to call.
+            *args: its arguments.
+            **kwargs: its arguments.
 
         Raises:
-            BreakerOpen: the breaker is open, and not yet due for a probe.
+            BreakerOpen: the breaker is open and its next probe is not due.
         """
         if self._breaker.view().next_probe_s > 0:
             raise self._short_circuit()
@@ -223,7 +230,7 @@ class GuardedBackend(BackendWrapper):
             self._calls.took(operation, self._clock() - start_s)
 
     def _n_good(self, keys: Sequence[str]) -> int:
-        """How many leading keys have not failed to load."""
+        """Returns how many leading keys are not remembered as failed; counts the others."""
         n_good = self._failed.n_leading_good(keys)
         if n_good < len(keys):
             with self._lock:
@@ -238,7 +245,7 @@ class GuardedBackend(BackendWrapper):
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> T:
-        """Makes a call of at most ``nbytes``, once or more often, unless the breaker is open."""
+        """Makes a call that moves at most ``nbytes``, with retries, unless the breaker is open."""
         allowed_s = self._hang_limits.for_nbytes(nbytes)
         ticket = self._breaker.enter(operation, self._slow_limits.for_nbytes(nbytes), allowed_s)
         if ticket is None:
@@ -254,11 +261,11 @@ class GuardedBackend(BackendWrapper):
                 pause_s = self._pause_s(attempt)
                 spent_s = now - ticket.start_s + pause_s + (now - start_s)
                 if spent_s > allowed_s or not self._may_retry(exc, attempt, ticket):
-                    self._breaker.leave(ticket, _verdict(exc), f"{type(exc).__name__}: {exc}")
+                    self._breaker.leave(ticket, _outcome(exc), f"{type(exc).__name__}: {exc}")
                     raise
             else:
                 self._calls.took(operation, self._clock() - start_s)
-                self._breaker.leave(ticket, Verdict.OK)
+                self._breaker.leave(ticket, CallOutcome.OK)
                 return answer
             with self._lock:
                 self._n_retries += 1
@@ -267,41 +274,41 @@ class GuardedBackend(BackendWrapper):
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def _pause_s(self, attempt: int) -> float:
-        """Seconds to wait before a retry: anything between nothing and a limit that doubles."""
+        """Returns the pause before a retry in seconds: random, up to a limit that doubles."""
         config = self.guard_config
         limit_s = min(config.retry_max_s, config.retry_base_s * 2.0**attempt)
         return self._rng.uniform(0, limit_s)
 
     def _may_retry(self, exc: BaseException, attempt: int, ticket: Ticket) -> bool:
-        """Whether the failure may pass soon, and nobody else has given the store up meanwhile."""
+        """Returns whether the failure may be transient and the breaker has not changed since."""
         transient = isinstance(exc, BackendUnavailable | BackendTimeout)
         if not transient or isinstance(exc, BreakerOpen) or ticket.probe:
             return False
         return attempt < self.guard_config.retries and self._breaker.admits(ticket)
 
     def _short_circuit(self) -> BreakerOpen:
-        """Counts a call that is not made; what to raise for it."""
+        """Counts a refused call; returns the error to raise."""
         with self._lock:
             self._n_short_circuits += 1
         view = self._breaker.view()
-        probe = f"the next probe goes in {view.next_probe_s:.1f} s"
+        probe = f"the next probe is due in {view.next_probe_s:.1f} s"
         if view.state is not BreakerState.OPEN:
-            probe = "a probe is under way"
+            probe = "a probe is running"
         return BreakerOpen(
-            f"backend {self.name} is not asked: its breaker has been {view.state.value} for "
-            f"{view.since_s:.1f} s, the last error was {view.last_error!r}; {probe}"
+            f"backend {self.name} is not called: its breaker has been {view.state.value} for "
+            f"{view.since_s:.1f} s; the last error was {view.last_error!r}; {probe}"
         )
 
 
-def _verdict(exc: BaseException) -> Verdict:
-    """What an exception says of the store."""
+def _outcome(exc: BaseException) -> CallOutcome:
+    """Returns what an exception says about the store."""
     if isinstance(exc, BackendFull):
-        return Verdict.OK
+        return CallOutcome.OK
     if isinstance(exc, NotImplementedError | UseAfterClose) or not isinstance(exc, Exception):
-        return Verdict.NOTHING
-    return Verdict.TIMED_OUT if isinstance(exc, BackendTimeout) else Verdict.FAILED
+        return CallOutcome.NOTHING
+    return CallOutcome.TIMED_OUT if isinstance(exc, BackendTimeout) else CallOutcome.FAILED
 
 
 def _is_failed_load(exc: Exception) -> bool:
-    """Whether a load was tried and failed: nobody asked the store if a breaker is open."""
-    return not isinstance(exc, BreakerOpen) and _verdict(exc) is not Verdict.NOTHING
+    """Returns whether the store was called and failed; it was not if a breaker is open."""
+    return not isinstance(exc, BreakerOpen) and _outcome(exc) is not CallOutcome.NOTHING

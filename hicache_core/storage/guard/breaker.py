@@ -1,4 +1,4 @@
-"""A circuit breaker: asks a store that fails, hangs or crawls only now and then."""
+"""A circuit breaker: a store that fails, hangs or is slow is only called now and then."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from dataclasses import dataclass
 from hicache_core.storage.guard.config import GuardConfig
 
 N_BUCKETS = 10
-"""The window slides by a tenth of its length."""
+"""The window slides in steps of a tenth of its length."""
 
 NEVER = float("inf")
 
 
 class BreakerState(enum.StrEnum):
-    """Whether calls go through."""
+    """Which calls the breaker lets through."""
 
     CLOSED = "closed"  # all of them
     OPEN = "open"  # none
-    HALF_OPEN = "half_open"  # a few probes, which decide
+    HALF_OPEN = "half_open"  # a few probes, whose outcome decides
 
 
-class Verdict(enum.Enum):
-    """What a call that ended says of the store."""
+class CallOutcome(enum.Enum):
+    """What the outcome of a call says about the store."""
 
     OK = enum.auto()  # it answers; "not there" and "full" are answers
     FAILED = enum.auto()  # it could not answer
     TIMED_OUT = enum.auto()  # it did not answer in time
-    NOTHING = enum.auto()  # the store was not to blame, nor was it shown to work
+    NOTHING = enum.auto()  # neither a fault of the store nor a sign that it works
 
 
 @dataclass(slots=True)
 class Ticket:
-    """A call under way.
+    """A call that has not returned.
 
     Attributes:
-        operation: what is called, for messages.
+        operation: its name, for messages.
         start_s: when it started.
         slow_at_s: it is slow if it ends later.
         due_s: it hangs if it has not ended by then.
-        epoch: number of state changes when it started; a later one makes its outcome meaningless.
+        epoch: number of state changes when it started; its outcome is ignored after a later one.
         probe: whether it is a probe of a half-open breaker.
-        hangs: whether it was found beyond ``due_s``.
+        hangs: whether it was found past ``due_s``.
     """
 
     operation: str
@@ -58,16 +58,16 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True)
 class BreakerView:
-    """The breaker as it stands.
+    """A snapshot of the breaker.
 
     Attributes:
         state: closed, open or half open.
-        since_s: seconds since it came into that state.
-        last_error: the failure that was seen last; empty if there was none.
-        next_probe_s: seconds until a probe may go; 0 unless open.
-        n_in_flight: calls under way.
-        n_hanging: those of them that were found beyond their deadline.
-        changes: how often it came into each state.
+        since_s: seconds since it entered that state.
+        last_error: the last failure; empty if there was none.
+        next_probe_s: seconds until the next probe; 0 unless open.
+        n_in_flight: calls that have not returned.
+        n_hanging: those of them that were found past their limit.
+        changes: how often it entered each state.
     """
 
     state: BreakerState
@@ -81,7 +81,7 @@ class BreakerView:
 
 @dataclass(slots=True)
 class _Bucket:
-    """Calls that ended in one tenth of the window."""
+    """Counts of the calls that ended in one tenth of the window."""
 
     number: int
     n_calls: int = 0
@@ -92,15 +92,16 @@ class _Bucket:
 class CircuitBreaker:
     """Opens when too many calls fail or are slow, or when one hangs while none succeeds.
 
-    A call that is still under way beyond its deadline is a failure, as soon as anybody calls again:
-    a store that hangs opens the breaker although no thread has come back from it. If no call has
-    succeeded since that call began, the breaker opens at once, so that a dead store costs one
-    deadline and not ``min_calls`` of them. A call that raised ``BackendTimeout`` counts alike.
+    A call that has not returned by its limit counts as a failure as soon as another call begins. So
+    a store that hangs opens the breaker although no thread has returned from it. If no call has
+    succeeded since the hanging one began, the breaker opens at once: a dead store costs one
+    deadline instead of ``min_calls`` deadlines. A call that raised ``BackendTimeout`` is treated in
+    the same way.
 
-    After ``open_s`` the next ``half_open_probes`` calls go through. If all succeed in time the
-    breaker closes; if one fails, is slow or hangs it stays open, twice as long as before.
+    After ``open_s`` the next ``half_open_probes`` calls are probes. If all of them succeed in time
+    the breaker closes. If one fails, is slow or hangs, it opens again for twice as long.
 
-    Any thread may call any method; none blocks.
+    Threads: any thread may call any method; none blocks.
     """
 
     def __init__(self, config: GuardConfig, clock: Callable[[], float]) -> None:
@@ -114,21 +115,24 @@ class CircuitBreaker:
         self._changes = {state.value: 0 for state in BreakerState}
         self._buckets: deque[_Bucket] = deque()
         self._in_flight: dict[int, Ticket] = {}
-        self._next_due_s = NEVER  # no call under way is due before this
+        self._next_due_s = NEVER  # no running call is due earlier
         self._last_success_s = -NEVER
         self._last_error = ""
-        self._n_opened = 0  # in a row, without having been closed
+        self._n_opened = 0  # since it was last closed
         self._open_until_s = 0.0
-        self._n_probes = 0  # under way
+        self._n_probes = 0  # running
         self._n_good_probes = 0
 
     def enter(self, operation: str, slow_s: float, allowed_s: float) -> Ticket | None:
-        """Begins a call; None if it must not be made.
+        """Begins a call.
 
         Args:
-            operation: what is called, for messages.
+            operation: its name, for messages.
             slow_s: the call is slow if it takes longer.
             allowed_s: the call hangs if it takes longer.
+
+        Returns:
+            A ticket for ``leave``; None if the call must not be made.
         """
         with self._lock:
             now = self._clock()
@@ -144,12 +148,18 @@ class CircuitBreaker:
             self._next_due_s = min(self._next_due_s, due_s)
             return ticket
 
-    def leave(self, ticket: Ticket, verdict: Verdict, error: str = "") -> None:
-        """Ends a call that ``enter`` began; every such call must end exactly once."""
+    def leave(self, ticket: Ticket, outcome: CallOutcome, error: str = "") -> None:
+        """Ends a call that ``enter`` began; every one must end exactly once.
+
+        Args:
+            ticket: of the call.
+            outcome: what it says about the store.
+            error: the failure, for messages; empty if there was none.
+        """
         with self._lock:
             now = self._clock()
             del self._in_flight[id(ticket)]
-            if verdict is Verdict.OK:
+            if outcome is CallOutcome.OK:
                 self._last_success_s = now
             elif error:
                 self._last_error = error
@@ -157,16 +167,16 @@ class CircuitBreaker:
                 return
             if ticket.probe:
                 self._n_probes -= 1
-            if verdict is not Verdict.NOTHING:
-                self._judge(ticket, verdict, now)
+            if outcome is not CallOutcome.NOTHING:
+                self._judge(ticket, outcome, now)
 
     def admits(self, ticket: Ticket) -> bool:
-        """Whether a call that began under ``ticket`` would begin now: nothing has changed since."""
+        """Returns whether a call may be retried: the state has not changed since it began."""
         with self._lock:
             return ticket.epoch == self._epoch and not ticket.hangs
 
     def view(self) -> BreakerView:
-        """The breaker as it stands; changes nothing."""
+        """Returns a snapshot; changes nothing."""
         with self._lock:
             now = self._clock()
             is_open = self._state is BreakerState.OPEN
@@ -180,32 +190,32 @@ class CircuitBreaker:
                 dict(self._changes),
             )
 
-    # From here on: the caller holds the lock.
+    # From here on the caller holds the lock.
 
     def _find_hanging(self, now: float) -> None:
-        """Counts the calls as failures that are under way beyond their deadline."""
+        """Counts calls that have not returned by their limit as failures."""
         for ticket in self._in_flight.values():
             if ticket.due_s > now or ticket.hangs:
                 continue
             ticket.hangs = True
             if ticket.epoch == self._epoch:
                 elapsed_s = now - ticket.start_s
-                self._last_error = f"{ticket.operation} has not come back for {elapsed_s:.1f} s"
-                self._judge(ticket, Verdict.TIMED_OUT, now)
+                self._last_error = f"{ticket.operation} has not returned for {elapsed_s:.1f} s"
+                self._judge(ticket, CallOutcome.TIMED_OUT, now)
         due = (ticket.due_s for ticket in self._in_flight.values() if not ticket.hangs)
         self._next_due_s = min(due, default=NEVER)
 
     def _may_probe(self, now: float) -> bool:
-        """Whether a call may go through as a probe; half opens a breaker whose time is over."""
+        """Returns whether a call may be a probe; half-opens a breaker whose time is over."""
         if self._state is BreakerState.OPEN:
             if now < self._open_until_s:
                 return False
             self._change(BreakerState.HALF_OPEN, now)
         return self._n_probes + self._n_good_probes < self._config.half_open_probes
 
-    def _judge(self, ticket: Ticket, verdict: Verdict, now: float) -> None:
-        """Takes note of a call, and opens or closes if that is due."""
-        failed, slow = verdict is not Verdict.OK, now > ticket.slow_at_s
+    def _judge(self, ticket: Ticket, outcome: CallOutcome, now: float) -> None:
+        """Counts an outcome, and opens or closes the breaker if it must."""
+        failed, slow = outcome is not CallOutcome.OK, now > ticket.slow_at_s
         if ticket.probe:
             if failed or slow:
                 self._open(now)
@@ -216,7 +226,7 @@ class CircuitBreaker:
                     self._change(BreakerState.CLOSED, now)
             return
         self._count(failed=failed, slow=slow, now=now)
-        timed_out = verdict is Verdict.TIMED_OUT or (failed and now >= ticket.due_s)
+        timed_out = outcome is CallOutcome.TIMED_OUT or (failed and now >= ticket.due_s)
         alone = timed_out and self._last_success_s <= ticket.start_s
         if alone or ((failed or slow) and self._is_bad(now)):
             self._open(now)
@@ -233,7 +243,7 @@ class CircuitBreaker:
         bucket.n_slow += slow
 
     def _is_bad(self, now: float) -> bool:
-        """Whether too many calls of the window failed or were slow."""
+        """Returns whether too many calls of the window failed or were slow."""
         oldest = int(now // self._bucket_s) - N_BUCKETS
         recent = [bucket for bucket in self._buckets if bucket.number > oldest]
         n_calls = sum(bucket.n_calls for bucket in recent)

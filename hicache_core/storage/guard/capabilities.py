@@ -1,49 +1,64 @@
-"""What a guard does with the optional capabilities of its backend."""
+"""The capabilities of a guarded backend: each call passes through the guard."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import ParamSpec, Protocol, TypeVar, cast
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Generic, ParamSpec, Protocol, TypeVar
 
-from hicache_core.storage.base import Clearable, Listable, Pins, ReportsUsage, StorageBackend
+from hicache_core.storage.base import Clearable, Listable, Pins, ReportsUsage
+from hicache_core.storage.wrapper import Adapters
 
+C = TypeVar("C")
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class _Guard(Protocol):
-    inner: StorageBackend
+class Guard(Protocol):
+    """The part of the guard that the adapters use."""
 
-    def aside(
+    def call_unjudged(
         self, operation: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
-    ) -> T: ...
+    ) -> T:
+        """See ``GuardedBackend.call_unjudged``."""
+        ...
 
 
-class _GuardedList:
-    def list_keys(self: _Guard, prefix: str) -> Iterator[str]:
-        """As ``inner``; the guard sees the call, but not what it costs to walk over the keys."""
-        return self.aside("list", cast(Listable, self.inner).list_keys, prefix)
+@dataclass(frozen=True, slots=True)
+class _Guarded(Generic[C]):
+    """A capability of the backend, called through its guard."""
+
+    guard: Guard
+    inner: C
 
 
-class _GuardedClear:
-    def clear(self: _Guard, prefix: str) -> int:
-        return self.aside("clear", cast(Clearable, self.inner).clear, prefix)
+class _GuardedList(_Guarded[Listable]):
+    def list_keys(self, prefix: str) -> Iterator[str]:
+        """As ``inner``. The guard measures the call, but not the iteration over the keys."""
+        return self.guard.call_unjudged("list", self.inner.list_keys, prefix)
 
 
-class _GuardedPins:
-    def pin(self: _Guard, keys: Sequence[str], ttl_s: float) -> int:
-        return self.aside("pin", cast(Pins, self.inner).pin, keys, ttl_s)
+class _GuardedClear(_Guarded[Clearable]):
+    def clear(self, prefix: str) -> int:
+        return self.guard.call_unjudged("clear", self.inner.clear, prefix)
 
 
-class _GuardedUsage:
-    def usage(self: _Guard) -> Mapping[str, int]:
-        return self.aside("usage", cast(ReportsUsage, self.inner).usage)
+class _GuardedPins(_Guarded[Pins]):
+    def pin(self, keys: Sequence[str], ttl_s: float) -> int:
+        return self.guard.call_unjudged("pin", self.inner.pin, keys, ttl_s)
 
 
-GUARDED: Mapping[type, type] = {
-    Listable: _GuardedList,
-    Clearable: _GuardedClear,
-    Pins: _GuardedPins,
-    ReportsUsage: _GuardedUsage,
-}
-"""For a capability, what stands in its place in a guarded backend."""
+class _GuardedUsage(_Guarded[ReportsUsage]):
+    def usage(self) -> Mapping[str, int]:
+        return self.guard.call_unjudged("usage", self.inner.usage)
+
+
+ADAPTERS: Adapters = MappingProxyType(
+    {
+        Listable: _GuardedList,
+        Clearable: _GuardedClear,
+        Pins: _GuardedPins,
+        ReportsUsage: _GuardedUsage,
+    }
+)

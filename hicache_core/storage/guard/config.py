@@ -1,4 +1,4 @@
-"""Settings of the guard that stands before a storage backend."""
+"""Settings of the guard in front of a storage backend."""
 
 from __future__ import annotations
 
@@ -11,60 +11,60 @@ from hicache_core.storage.settings import Seconds
 from hicache_core.storage.workers.executor import Deadlines
 
 Share = Annotated[float, Field(gt=0, le=1)]
-"""A part of the whole, above 0 and at most 1."""
+"""A fraction greater than 0 and at most 1."""
 
 
 HANG_SHARE = 0.9
-"""A call hangs at this part of its deadline: when the worker finds the job overdue and another
-thread takes over, that thread must find the breaker open, or it would be lost too."""
+"""A call counts as hanging after this fraction of its deadline. When the worker replaces the thread
+of an overdue job, the new thread must find the breaker open, or it would hang too."""
 
 
 class GuardConfig(BackendConfig):
-    """Settings of a guard: its breaker, its retries, its memory of failed loads, its deadlines."""
+    """Settings of a guard: circuit breaker, retries, failed keys and deadlines."""
 
     window_s: Seconds = Field(
-        default=30.0, description="the breaker looks at the calls of so many seconds"
+        default=30.0, description="the breaker judges the calls of the last so many seconds"
     )
     min_calls: int = Field(
-        default=5, ge=1, description="fewer calls in the window than this open no breaker by a rate"
+        default=5, ge=1, description="with fewer calls in the window, no rate opens the breaker"
     )
     error_rate: Share = Field(
-        default=0.5, description="the breaker opens when this share of calls fails"
+        default=0.5, description="the breaker opens when this fraction of calls fails"
     )
     slow_rate: Share = Field(
-        default=0.8, description="the breaker opens when this share of calls is slow"
+        default=0.8, description="the breaker opens when this fraction of calls is slow"
     )
     slow_s: Seconds = Field(
-        default=1.0, description="a call is slow that takes longer, beside slow_per_gib_s"
+        default=1.0, description="a call that takes longer is slow; slow_per_gib_s is added"
     )
     slow_per_gib_s: float = Field(
         default=10.0, ge=0, description="seconds added to slow_s for each GiB of a call"
     )
     open_s: Seconds = Field(
         default=5.0,
-        description="an open breaker asks the store again after this time; doubled each time that "
-        "the store fails again",
+        description="an open breaker tries the store again after this time, which doubles each "
+        "time the store fails again",
     )
     max_open_s: Seconds = Field(default=60.0, description="upper limit of the doubled open_s")
     half_open_probes: int = Field(
-        default=1, ge=1, description="so many calls must succeed before the breaker closes"
+        default=1, ge=1, description="trial calls that must succeed before the breaker closes"
     )
     retries: int = Field(
-        default=2, ge=0, description="a call that found no store is repeated at most so often"
+        default=2, ge=0, description="maximum number of retries when the store cannot be reached"
     )
     retry_base_s: Seconds = Field(
         default=0.02,
-        description="the pause before a retry is drawn between 0 and this, doubled each time",
+        description="the pause before a retry is random, up to this, which doubles each time",
     )
     retry_max_s: Seconds = Field(default=0.5, description="upper limit of the doubled pause")
     negative_ttl_s: Seconds = Field(
-        default=10.0, description="a key whose load failed counts as absent for so long"
+        default=10.0, description="how long a key counts as absent after its load failed"
     )
     negative_max_keys: int = Field(
-        default=10_000, ge=0, description="so many failed keys are remembered; 0 for none"
+        default=10_000, ge=0, description="maximum number of failed keys to remember; 0 for none"
     )
     deadline_base_s: Seconds = Field(
-        default=2.0, description="a storage job may take this long, beside deadline_per_gib_s"
+        default=2.0, description="a storage job may take this long; deadline_per_gib_s is added"
     )
     deadline_per_gib_s: float = Field(
         default=20.0, ge=0, description="seconds added to the deadline for each GiB of a job"
@@ -79,15 +79,15 @@ class GuardConfig(BackendConfig):
 
     @property
     def deadlines(self) -> Deadlines:
-        """What a storage job that makes one call may take."""
+        """Time that a storage job with one call may take."""
         return Deadlines(self.deadline_base_s, self.deadline_per_gib_s)
 
     @property
     def hang_limits(self) -> Deadlines:
-        """What a call may take before it hangs: a little less than its job may."""
+        """Time after which a call counts as hanging; a little less than its job may take."""
         return Deadlines(HANG_SHARE * self.deadline_base_s, HANG_SHARE * self.deadline_per_gib_s)
 
     @property
     def slow_limits(self) -> Deadlines:
-        """What a call may take before it is slow."""
+        """Time after which a call counts as slow."""
         return Deadlines(self.slow_s, self.slow_per_gib_s)

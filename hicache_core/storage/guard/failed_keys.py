@@ -1,4 +1,4 @@
-"""The keys whose load failed a short while ago."""
+"""Keys whose load has failed recently."""
 
 from __future__ import annotations
 
@@ -8,13 +8,20 @@ from collections.abc import Callable, Sequence
 
 
 class FailedKeys:
-    """Remembers keys for a while; the oldest are forgotten first. Any thread may call any method.
+    """Remembers keys for a limited time; forgets the oldest first. Any thread may call any method.
 
-    A store that says a key is there and then fails to load it would be asked for ever: the answer
-    "it is there" never becomes wrong by itself.
+    A store may report a key as present and fail to load it each time. Without this, every request
+    for that key would try again.
     """
 
     def __init__(self, ttl_s: float, max_keys: int, clock: Callable[[], float]) -> None:
+        """Remembers nothing yet.
+
+        Args:
+            ttl_s: how long a key is remembered, in seconds.
+            max_keys: maximum number of keys; 0 for none.
+            clock: seconds; only differences count.
+        """
         self._ttl_s = ttl_s
         self._max_keys = max_keys
         self._clock = clock
@@ -25,7 +32,7 @@ class FailedKeys:
         return len(self._until_s)
 
     def remember(self, key: str) -> None:
-        """From now on ``key`` counts as failed, for the set time."""
+        """Remembers ``key`` as failed for ``ttl_s`` from now on."""
         with self._lock:
             self._until_s[key] = self._clock() + self._ttl_s
             self._until_s.move_to_end(key)
@@ -33,7 +40,7 @@ class FailedKeys:
                 self._until_s.popitem(last=False)
 
     def forget(self, keys: Sequence[str], n: int) -> None:
-        """The first ``n`` of ``keys`` were loaded or stored: they count as failed no more."""
+        """Forgets the first ``n`` of ``keys``, which were loaded or stored."""
         if not self._until_s:
             return
         with self._lock:
@@ -41,7 +48,7 @@ class FailedKeys:
                 self._until_s.pop(key, None)
 
     def n_leading_good(self, keys: Sequence[str]) -> int:
-        """How many leading keys have not failed."""
+        """Returns how many leading keys are not remembered as failed."""
         if not self._until_s:
             return len(keys)
         with self._lock:

@@ -1,4 +1,4 @@
-"""Histograms of what storage calls take and move, and counts of what went wrong."""
+"""Histograms of the duration and size of storage calls, and counts of their errors."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ LATENCY_BOUNDS_S = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5,
     5.0, 10.0, 30.0, 60.0,
 )  # fmt: skip
-"""Upper bounds of the latency buckets, in seconds; one bucket more takes what is above."""
+"""Upper bounds of the latency buckets in seconds; one more bucket holds larger values."""
 
 NBYTES_BOUNDS = tuple(4**n for n in range(6, 16))
-"""Upper bounds of the byte buckets, 4 KiB to 1 GiB; one bucket more takes what is above."""
+"""Upper bounds of the byte buckets, 4 KiB to 1 GiB; one more bucket holds larger values."""
 
 OPERATIONS = ("exists", "get", "set", "delete")
-"""Known from the start; others are known once they were called."""
+"""Operations that are listed from the start; others appear with their first call."""
 
 
 @dataclass(frozen=True, slots=True)
 class OperationStatus:
-    """What the calls of one operation took and moved.
+    """Duration and size of the calls of one operation.
 
     Attributes:
-        latency_s: seconds of each call that came back, failed ones and retries included.
+        latency_s: seconds of each call that returned, including failures and retries.
         nbytes: bytes that each successful call moved.
     """
 
@@ -54,22 +54,22 @@ class CallRecorder:
         self._errors: dict[tuple[str, str], int] = {}
 
     def took(self, operation: str, elapsed_s: float) -> None:
-        """A call came back, whatever came of it."""
+        """Records the duration of a call that returned or raised."""
         with self._lock:
             self._operations[operation].latency_s.add(elapsed_s)
 
     def moved(self, operation: str, nbytes: int) -> None:
-        """A call succeeded and moved ``nbytes``."""
+        """Records the bytes of a successful call."""
         with self._lock:
             self._operations[operation].nbytes.add(nbytes)
 
     def failed(self, operation: str, kind: str) -> None:
-        """A call raised an exception of class ``kind``."""
+        """Records that a call raised an exception of class ``kind``."""
         with self._lock:
             self._errors[operation, kind] = self._errors.get((operation, kind), 0) + 1
 
     def operations(self) -> Mapping[str, OperationStatus]:
-        """The histograms of every operation, as of now."""
+        """Returns a snapshot of the histograms of every operation."""
         with self._lock:
             return {
                 name: OperationStatus(calls.latency_s.histogram(), calls.nbytes.histogram())
@@ -77,6 +77,6 @@ class CallRecorder:
             }
 
     def errors(self) -> Mapping[tuple[str, str], int]:
-        """How often each operation raised each class of exception."""
+        """Returns how often each operation raised each class of exception."""
         with self._lock:
             return dict(self._errors)

@@ -1,4 +1,4 @@
-"""Cuts a page by KV heads: which bytes of a stored page belong to which group of heads."""
+"""Cuts a page by KV heads: which bytes of a page belong to which group of heads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Bytes: TypeAlias = NDArray[np.uint8]
 
 
 class _Row(NamedTuple):
-    """One row (component, layer, token) of a page, where the object has it."""
+    """The place of one row (component, layer, token) in a page's object."""
 
     segment: int
     start: int
@@ -30,7 +30,7 @@ class _Row(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """Rows that follow each other and have the same length.
+    """Adjacent rows of the same length.
 
     ::
 
@@ -39,11 +39,11 @@ class _Run(NamedTuple):
         group 1 of 2     row 0: head 2, head 3 │ row 1: head 2, head 3 │ …
 
     Attributes:
-        segment: which of the payload's segments.
-        start: first byte in that segment.
-        n_rows: rows.
-        group_start: first byte in the payload of each group.
-        group_nbytes: bytes of a row in each group.
+        segment: index of the segment in the payload.
+        start: offset of the first byte in that segment.
+        n_rows: number of rows.
+        group_start: offset of the first byte in the payload of each group.
+        group_nbytes: bytes of a row that belong to each group.
     """
 
     segment: int
@@ -54,37 +54,37 @@ class _Run(NamedTuple):
 
 
 def head_group_specs(spec: KVSpec, group: int) -> list[KVSpec]:
-    """What ranks with ``group`` KV heads each would hold of what ``spec`` holds, by heads.
+    """Returns the specs of ranks with ``group`` KV heads each that together hold ``spec``.
 
     Args:
         spec: what a rank holds.
-        group: KV heads of one object.
+        group: number of KV heads in one object.
 
     Raises:
-        SpecError: ``group`` does not divide the heads, or does not start at a multiple of itself,
-            so that a fleet of another size would cut elsewhere.
+        SpecError: ``group`` does not divide the heads of the rank, or these do not start at a
+            multiple of it, so that fleets of other sizes would cut at other heads.
     """
     start, stop, total = spec.heads
     if group < 1 or (stop - start) % group or start % group:
         raise SpecError(
             f"storage_head_group {group} does not cut KV heads {start} to {stop} (of {total}) into "
-            "whole groups that start at its multiples; give a divisor of the heads of every rank, "
-            "or leave it out (as for MLA, whose latent has no heads)"
+            "whole groups that start at its multiples; set it to a divisor of the heads of every "
+            "rank, or do not set it (MLA has no heads to cut by)"
         )
     return [spec.shard(heads=(first, first + group)) for first in range(start, stop, group)]
 
 
 def head_group_namespaces(spec: KVSpec, page_size: int, layout: str, group: int) -> list[str]:
-    """The storage namespaces of a rank's groups of heads, by heads.
+    """Returns the storage namespace of each group of heads of a rank, in order of the heads.
 
-    Each is the namespace of a rank that holds exactly those heads, so fleets of other sizes find
-    the same objects under the same keys.
+    Each is the namespace of a rank with exactly those heads. So fleets of other sizes find the same
+    objects under the same keys.
 
     Args:
         spec: what the rank holds.
         page_size: tokens in a page.
         layout: name of the host layout.
-        group: KV heads of one object.
+        group: number of KV heads in one object.
 
     Raises:
         SpecError: as ``head_group_specs``.
@@ -96,55 +96,59 @@ def head_group_namespaces(spec: KVSpec, page_size: int, layout: str, group: int)
 
 
 class HeadCut:
-    """Copies pages of one shape to groups of heads and back. Immutable, so for any thread.
+    """Copies pages of one shape to groups of heads and back. Immutable; any thread may use it.
 
     Attributes:
-        n_groups: groups of heads in a page.
-        segment_nbytes: lengths of the segments of a page's payload.
-        group_nbytes: bytes of the payload of each group.
+        n_groups: number of groups in a page.
+        segment_nbytes: lengths of the segments of a page's payload, in bytes.
+        group_nbytes: length of the payload of each group, in bytes.
     """
 
     def __init__(self, spec: KVSpec, page_size: int, layout: HostLayout, group: int) -> None:
-        """Works out which bytes go where, from the layout's own arithmetic.
+        """Computes which bytes go where.
+
+        Args:
+            spec: what a rank holds.
+            page_size: tokens in a page.
+            layout: of the host pool.
+            group: number of KV heads in one object.
 
         Raises:
-            SpecError: as ``head_group_specs``, or a component whose first dimension is not heads.
+            SpecError: as ``head_group_specs``, or the first dimension of a component is not heads.
         """
         self.n_groups = len(head_group_specs(spec, group))
         n_heads = spec.heads[1] - spec.heads[0]
         if any(component.shape[0] != n_heads for component in spec.components):
             shapes = [component.shape for component in spec.components]
-            raise SpecError(f"components of shapes {shapes} have no {n_heads} heads to cut by")
+            raise SpecError(f"components of shapes {shapes} cannot be cut into {n_heads} heads")
         shape = PoolShape(spec, page_size, n_pages=1)
         self.segment_nbytes = [stop - start for start, stop in layout.segments(shape, 0)]
         self._runs = list(_runs(_rows(shape, layout), group))
         self.group_nbytes = shape.page_nbytes // self.n_groups
 
     def split(self, payload: Page, groups: Bytes) -> None:
-        """Copies a page's payload to its groups.
+        """Copies the payload of a page to its groups.
 
         Args:
             payload: the segments of a page without its header.
-            groups: uint8 (n_groups, group_nbytes) with rows without gaps; is written.
+            groups: uint8 ``(n_groups, group_nbytes)``, each row contiguous; is written.
 
         Raises:
-            ValueError: the segments are not those of this layout.
+            ValueError: the segments do not have the lengths of this layout.
         """
         for whole, part in self._pairs(payload, groups):
             np.copyto(part, whole)
 
     def join(self, groups: Bytes, payload: Page) -> None:
-        """Copies groups to where they belong in a page's payload; see ``split``."""
+        """Copies groups to their places in the payload of a page; the inverse of ``split``."""
         for whole, part in self._pairs(payload, groups):
             np.copyto(whole, part)
 
     def _pairs(self, payload: Page, groups: Bytes) -> Iterator[tuple[Bytes, Bytes]]:
-        """Each run in the page and in its groups: (n_groups, n_rows, group_nbytes)."""
+        """Yields views of each run in page and groups, ``(n_groups, n_rows, group_nbytes)``."""
         found = [segment.nbytes for segment in payload]
         if found != self.segment_nbytes:
-            raise ValueError(
-                f"a page with segments of {found} bytes; expected {self.segment_nbytes}"
-            )
+            raise ValueError(f"expected segments of {self.segment_nbytes} bytes, found {found}")
         segments = [np.frombuffer(segment, np.uint8) for segment in payload]
         n_groups = self.n_groups
         for run in self._runs:
@@ -158,7 +162,7 @@ class HeadCut:
 
 
 def _rows(shape: PoolShape, layout: HostLayout) -> list[_Row]:
-    """Every row of page 0, in the order in which the object has them."""
+    """Returns every row of page 0, in the order of the object."""
     segments = layout.segments(shape, 0)
     by_start = sorted((start, index) for index, (start, _) in enumerate(segments))
     starts = [start for start, _ in by_start]
@@ -174,7 +178,7 @@ def _rows(shape: PoolShape, layout: HostLayout) -> list[_Row]:
 
 
 def _runs(rows: Sequence[_Row], group: int) -> Iterator[_Run]:
-    """Rows that can be copied at once, as few runs as possible."""
+    """Yields the rows merged into as few runs as possible."""
     group_starts = list(accumulate((row.head_nbytes * group for row in rows), initial=0))
     first = 0
     for n, row in enumerate(rows):

@@ -1,18 +1,19 @@
-"""Stores a rank's pages as one object for each group of KV heads, whoever holds how many.
+"""Stores the pages of a rank as one object for each group of KV heads.
 
-A rank of two holds twice the heads of a rank of four. With objects of the heads that a rank of four
-holds, the same objects serve both: each is, byte for byte and under the same key, what a rank with
-exactly those heads would store.
+With two ranks, each holds twice as many heads as with four. If each object holds the heads of one
+rank of four, both fleets share the objects: each is, byte for byte and under the same key, what a
+rank with exactly those heads would store.
 """
 
 from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar, cast
+from typing import ClassVar, Generic, TypeVar
 
 import numpy as np
 
@@ -30,14 +31,16 @@ from hicache_core.storage.base import (
 )
 from hicache_core.storage.heads.cut import Bytes, HeadCut, head_group_namespaces
 from hicache_core.storage.sealed import HEADER_NBYTES
-from hicache_core.storage.wrapper import BackendWrapper
+from hicache_core.storage.wrapper import Adapters, BackendWrapper
 from hicache_core.types import Page
 
+C = TypeVar("C")
+
 SLOT_NBYTES = 32 << 20
-"""About so much staging for each call at once: enough keys for a store to work on many."""
+"""Staging memory for each call, roughly: enough pages for a store to work in parallel."""
 
 SLOT_PAGES = 128
-"""And no more pages than a storage job has."""
+"""Maximum number of pages in it: those of one storage job."""
 
 
 class _Slot:
@@ -63,60 +66,61 @@ class _Slot:
         ]
 
 
-class _RegistersStaging:
+@dataclass(frozen=True, slots=True)
+class _OfGroups(Generic[C]):
+    """A capability of ``inner``, which knows groups, translated to pages."""
+
+    heads: HeadGroupBackend
+    inner: C
+
+
+class _RegistersStaging(_OfGroups[RegistersMemory]):
     def register_memory(self, _buffers: Sequence[memoryview]) -> None:
-        """Announces the staging memory: no other is read or written by ``inner``."""
-        here = cast("HeadGroupBackend", self)
-        cast(RegistersMemory, here.inner).register_memory([here.staging])
+        """Announces the staging memory instead: ``inner`` reads and writes no other memory."""
+        self.inner.register_memory([self.heads.staging])
 
 
-class _ListsPages:
+class _ListsPages(_OfGroups[Listable]):
     def list_keys(self, prefix: str) -> Iterator[str]:
-        """Pages of which all groups are listed, by their keys from outside."""
-        here = cast("HeadGroupBackend", self)
-        inner = cast(Listable, here.inner)
+        """Returns the keys of pages whose groups are all listed."""
         listed = [
-            {key[len(group) :] for key in inner.list_keys(group + rest)}
-            for group, rest in here.inner_prefixes(prefix)
+            {key[len(group) :] for key in self.inner.list_keys(group + rest)}
+            for group, rest in self.heads.inner_prefixes(prefix)
         ]
         hashes = set.intersection(*listed) if listed else set()
-        return (here.key_prefix + page_hash for page_hash in hashes)
+        return (self.heads.key_prefix + page_hash for page_hash in hashes)
 
 
-class _ClearsPages:
+class _ClearsPages(_OfGroups[Clearable]):
     def clear(self, prefix: str) -> int:
-        """Removes all groups; of how many pages there was anything."""
-        here = cast("HeadGroupBackend", self)
-        inner = cast(Clearable, here.inner)
-        counts = [inner.clear(group + rest) for group, rest in here.inner_prefixes(prefix)]
-        return max(counts, default=0)
+        """Removes all groups; returns how many pages had at least one."""
+        prefixes = self.heads.inner_prefixes(prefix)
+        return max((self.inner.clear(group + rest) for group, rest in prefixes), default=0)
 
 
-class _PinsPages:
+class _PinsPages(_OfGroups[Pins]):
     def pin(self, keys: Sequence[str], ttl_s: float) -> int:
-        """Pins all groups; how many pages are there whole."""
-        here = cast("HeadGroupBackend", self)
-        inner = cast(Pins, here.inner)
-        inner_keys = here.inner_keys(keys)
-        if inner.pin(inner_keys, ttl_s) == len(inner_keys):
+        """Pins all groups; returns how many pages are completely present."""
+        inner_keys = self.heads.inner_keys(keys)
+        if self.inner.pin(inner_keys, ttl_s) == len(inner_keys):
             return len(keys)
-        return sum(here.exists(key) for key in keys)
+        return sum(self.heads.exists(key) for key in keys)
 
 
 class HeadGroupBackend(BackendWrapper):
-    """Cuts each page into objects of ``group`` KV heads before it stores it, and joins them again.
+    """Cuts each page into objects of ``group`` KV heads to store it, and joins them to read it.
 
-    Stands above what seals, so each object is sealed and verified by itself. A page is there only
-    if all of its groups are; bytes go into a page only once all of its groups have arrived.
+    Wraps a sealed backend, so each object is sealed and checked by itself. A page is present only
+    if all of its groups are. It is written to only after all of its groups have arrived.
 
-    Keys from outside are ``<namespace of the rank>/<hash>``. Inside they are ``<namespace of the
-    heads>/<hash>``, and ``usage`` speaks of those.
+    Callers use keys ``<namespace of the rank>/<hash>``. The keys of ``inner`` are ``<namespace of
+    the heads>/<hash>``, and ``usage`` reports those namespaces.
 
-    Threads: as a backend's. ``n_slots`` calls copy at once; one more waits for at most
-    ``slot_timeout_s``, and then raises ``BackendTimeout``: all slots are with calls that hang.
+    Threads: as every backend. ``n_slots`` calls can copy at the same time. A further one blocks for
+    at most ``slot_timeout_s`` and then raises ``BackendTimeout``.
     """
 
-    translated: ClassVar[Mapping[type, type]] = MappingProxyType(
+    adapters: ClassVar[Adapters] = MappingProxyType(
         {
             RegistersMemory: _RegistersStaging,
             Listable: _ListsPages,
@@ -136,16 +140,17 @@ class HeadGroupBackend(BackendWrapper):
         n_slots: int,
         slot_timeout_s: float = 1.0,
     ) -> None:
-        """Allocates nothing; ``open`` does.
+        """Wraps ``inner``; ``open`` allocates the staging memory.
 
         Args:
-            inner: takes sealed pages.
+            inner: a sealed backend.
             spec: what this rank holds.
             page_size: tokens in a page.
             layout: name of the host layout.
-            group: KV heads of one object (``storage_head_group``).
-            n_slots: calls at once: as many as the worker has threads, and some for calls that hang.
-            slot_timeout_s: how long a call waits for staging memory.
+            group: number of KV heads in one object (``storage_head_group``).
+            n_slots: maximum number of calls at the same time: the threads of the worker, and some
+                more for calls that hang.
+            slot_timeout_s: how long a call waits for staging memory, in seconds.
 
         Raises:
             SpecError: ``group`` does not fit the heads of ``spec``.
@@ -166,7 +171,7 @@ class HeadGroupBackend(BackendWrapper):
 
     @property
     def staging_nbytes(self) -> int:
-        """Bytes of memory that ``open`` takes."""
+        """Bytes of memory that ``open`` allocates."""
         return self._n_slots * self._slot_nbytes
 
     def open(self) -> None:
@@ -181,7 +186,7 @@ class HeadGroupBackend(BackendWrapper):
         ]
 
     def close(self) -> None:
-        """Closes ``inner`` and lets the staging memory go, once no call uses it any more."""
+        """Closes ``inner`` and releases the staging memory; calls that use it keep their part."""
         self.inner.close()
         with self._changed:
             self._memory = None
@@ -258,25 +263,33 @@ class HeadGroupBackend(BackendWrapper):
         return self._memory
 
     def inner_keys(self, keys: Sequence[str]) -> list[str]:
-        """The keys of all groups, page by page, so that leading objects are leading pages."""
+        """Returns the keys of all groups, page by page: leading objects are leading pages."""
         result = []
         for key in keys:
             page_hash = key.removeprefix(self.key_prefix)
             if len(page_hash) == len(key):
                 raise ValueError(
-                    f"{key!r} is no key of this rank; its keys start {self.key_prefix!r}"
+                    f"{key!r} is not a key of this rank; its keys start with {self.key_prefix!r}"
                 )
             result += [prefix + page_hash for prefix in self._prefixes]
         return result
 
     def verdict(self, key: str, of_object: Callable[[str], str | None]) -> str | None:
-        """Why the page under ``key`` was refused: the verdict on one of its objects, or None."""
+        """Returns why the page under ``key`` was refused: the verdict on one of its objects.
+
+        Args:
+            key: of the page.
+            of_object: returns the verdict on an object, None if it was not refused.
+
+        Returns:
+            None if no object of the page was refused.
+        """
         return next(filter(None, map(of_object, self.inner_keys([key]))), None)
 
     def inner_prefixes(self, prefix: str) -> list[tuple[str, str]]:
-        """For keys from outside that start with ``prefix``: each group's prefix, and what follows.
+        """Returns, for page keys that start with ``prefix``, the prefix of each group and the rest.
 
-        None if no key from outside starts so.
+        Empty if no page key starts with ``prefix``.
         """
         if self.key_prefix.startswith(prefix):
             return [(group, "") for group in self._prefixes]
@@ -285,18 +298,18 @@ class HeadGroupBackend(BackendWrapper):
         return []
 
     def _segments(self, payload: memoryview) -> Page:
-        """A whole payload as the segments of a page."""
+        """Returns a payload in one piece as the segments of a page."""
         segments, start = [], 0
         for nbytes in self._cut.segment_nbytes:
             segments.append(payload[start : start + nbytes])
             start += nbytes
         if start != payload.nbytes:
-            raise ValueError(f"a payload of {payload.nbytes} bytes; a page has {start}")
+            raise ValueError(f"expected a payload of {start} bytes, found {payload.nbytes}")
         return segments
 
     @contextmanager
     def _slot(self) -> Iterator[_Slot]:
-        """Staging memory for one call; it comes back when the call returns, however late."""
+        """Yields staging memory for one call; it is returned when the call ends, however late."""
         with self._changed:
             ready = self._changed.wait_for(
                 lambda: self._free or self._memory is None, self._slot_timeout_s
@@ -304,7 +317,7 @@ class HeadGroupBackend(BackendWrapper):
             memory = self.staging
             if not ready:
                 raise BackendTimeout(
-                    f"no staging memory came free in {self._slot_timeout_s:g} s: "
+                    f"no staging memory became free in {self._slot_timeout_s:g} s: "
                     f"{self._n_slots} calls of backend {self.name!r} have not returned"
                 )
             slot = self._free.pop()

@@ -1,4 +1,4 @@
-"""The storage jobs that wait, and the order in which they start."""
+"""Waiting storage jobs, and the order in which they start."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from hicache_core.types import ExistsJob, Job, ReadJob, WriteJob
 
 READS_BEFORE_A_WRITE = 8
-"""So many questions and reads may go before a write that waits: writes come last but not never."""
+"""At most this many other jobs start before a waiting write, so that writes never starve."""
 
 
 class JobQueue:
-    """Jobs that have not started: questions go first, then reads, then writes.
+    """Jobs that have not started. ``ExistsJob`` go first, then reads, then writes.
 
-    Threads: the caller holds the lock of the worker whose queue this is.
+    Threads: the caller holds the lock of the worker that owns the queue.
     """
 
     def __init__(self) -> None:
@@ -30,12 +30,12 @@ class JobQueue:
         return job_id in self._exists or job_id in self._reads or job_id in self._writes
 
     def __iter__(self) -> Iterator[int]:
-        """The ids of all that wait, as of now."""
+        """Iterates over the ids of a snapshot of the waiting jobs."""
         return iter([*self._exists, *self._reads, *self._writes])
 
     @property
     def depths(self) -> dict[str, int]:
-        """How many wait, by kind."""
+        """Number of waiting jobs by kind."""
         return {
             "exists": len(self._exists),
             "read": len(self._reads),
@@ -44,11 +44,11 @@ class JobQueue:
 
     @property
     def write_nbytes(self) -> int:
-        """Bytes of the writes that wait."""
+        """Bytes of waiting writes."""
         return sum(job.nbytes for job in self._writes.values())
 
     def add(self, job: Job) -> None:
-        """Puts a job behind those of its kind."""
+        """Appends a job to those of its kind."""
         if isinstance(job, WriteJob):
             self._writes[job.job_id] = job
         elif isinstance(job, ReadJob):
@@ -57,7 +57,7 @@ class JobQueue:
             self._exists[job.job_id] = job
 
     def remove(self, job_id: int) -> Job:
-        """Takes a job out that will not start. Raises KeyError if it does not wait."""
+        """Removes and returns a waiting job that will not start. Raises KeyError if unknown."""
         if job_id in self._writes:
             return self._writes.pop(job_id)
         if job_id in self._exists:
@@ -65,10 +65,10 @@ class JobQueue:
         return self._reads.pop(job_id)
 
     def pop(self, fits: Callable[[ReadJob], bool], *, may_write: bool) -> Job | None:
-        """Takes out the job that is to start now; None if none may.
+        """Removes and returns the job to start now; None if none may start.
 
         Args:
-            fits: whether there is room for this read among those that run.
+            fits: returns whether a read may start beside those that run.
             may_write: whether a write may start.
         """
         may_read = bool(self._exists)

@@ -1,4 +1,4 @@
-"""Threads that carry out storage jobs, and the deadlines of those jobs."""
+"""Threads that run storage jobs, and the deadlines of those jobs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hicache_core.types import Job, JobResult, JobState, ReadJob, WriteJob
 logger = logging.getLogger(__name__)
 
 LOOK_INTERVAL_S = 0.1
-"""``wait`` looks at the deadlines at least so often: meanwhile a job may start, and time pass."""
+"""``wait`` checks deadlines at least this often: jobs may start while it waits."""
 
 NEVER = float("inf")
 
@@ -30,8 +30,8 @@ class _Running:
     Attributes:
         job: the job.
         start_s: when it started.
-        due_s: when it should have ended.
-        overdue: whether its OVERDUE result was given.
+        due_s: when its deadline ends.
+        overdue: whether its OVERDUE result was reported.
     """
 
     job: Job
@@ -43,30 +43,30 @@ class _Running:
 class StorageWorker(Worker):
     """Runs jobs on threads.
 
-    A write is refused when ``max_write_nbytes`` of writes wait or run; a read waits while
-    ``max_read_nbytes`` of reads run. A single job above the limit is still carried out, alone. With
-    more than one thread, writes leave one thread to the reads.
+    A write is refused while ``max_write_nbytes`` of writes wait or run. A read waits while
+    ``max_read_nbytes`` of reads run. A single job above the limit still runs, alone. With more than
+    one thread, one is never used for writes.
 
-    A thread whose job is overdue is no longer counted: another may start in its place, so that
-    healthy jobs go on, and when the overdue job returns there is one thread too many, which ends.
-    The bytes of an overdue read keep no other read waiting; those of an overdue write stay counted.
-    With ``max_overdue`` such threads no more are replaced: then jobs wait, and questions and reads
-    that wait too long are cancelled.
+    A thread with an overdue job does not count: another one may start in its place, so that other
+    jobs continue. When the overdue job returns, the surplus thread ends. The bytes of an overdue
+    read do not count towards ``max_read_nbytes``; those of an overdue write still count. At most
+    ``max_overdue`` threads are replaced. After that jobs wait, and those that wait too long are
+    cancelled (see ``Worker``).
 
-    Where the system has no more threads, those that run go on alone; with none, jobs fail at once.
+    If no further thread can be started, the existing ones do the work. If there is none, jobs fail
+    at once.
 
-    Worker threads start with the jobs that need them and end in ``close``. They are daemons: a
-    thread that hangs in a backend cannot be stopped, and must not keep the interpreter from
-    exiting.
+    Threads start with the first jobs that need them and end in ``close``. They are daemons: a
+    thread that hangs in a backend cannot be stopped and must not keep the interpreter from exiting.
 
     Args:
         backend: an open backend.
-        n_threads: at most so many jobs run at once, beside overdue ones.
-        max_read_nbytes: bytes of reads that run at once.
-        max_write_nbytes: bytes of writes that wait or run.
+        n_threads: maximum number of jobs that run at once, not counting overdue ones.
+        max_read_nbytes: maximum number of bytes of reads that run at once.
+        max_write_nbytes: maximum number of bytes of writes that wait or run.
         clock: seconds; only differences count.
-        deadline: seconds that a job may take; None for as long as it likes.
-        max_overdue: so many threads with an overdue job are replaced; 4 x ``n_threads`` if None.
+        deadline: returns the seconds that a job may take; None for no limit.
+        max_overdue: how many threads with overdue jobs are replaced; None for 4 x ``n_threads``.
     """
 
     def __init__(
@@ -90,19 +90,19 @@ class StorageWorker(Worker):
         self._clock = clock
         self._deadline = deadline
         self._lock = threading.Lock()
-        self._work = threading.Condition(self._lock)  # a job may be ready, or the end has come
+        self._work = threading.Condition(self._lock)  # a job may be ready, or the worker was closed
         self._news = threading.Condition(self._lock)  # a result arrived
-        self._quiet = threading.Condition(self._lock)  # no job waits or runs but overdue ones
+        self._quiet = threading.Condition(self._lock)  # all jobs have ended or are overdue
         self._waiting = JobQueue()
-        self._wait_until: dict[int, float] = {}  # of the questions and reads that wait
+        self._wait_until: dict[int, float] = {}  # of waiting jobs that are not writes
         self._running: dict[int, _Running] = {}
-        self._next_due_s = NEVER  # no deadline ends before this
+        self._next_due_s = NEVER  # no deadline ends earlier
         self._results: deque[JobResult] = deque()
         self._threads: list[threading.Thread] = []
         self._n_alive = 0  # threads that will look for another job
-        self._read_nbytes = 0  # of the reads that run and are not overdue
-        self._write_nbytes = 0  # of the writes that wait or run
-        self._n_writing = 0  # writes that run and are not overdue
+        self._read_nbytes = 0  # of running reads that are not overdue
+        self._write_nbytes = 0  # of waiting and running writes
+        self._n_writing = 0  # running writes that are not overdue
         self._n_overdue = 0
         self._closed = False
         self._n_accepted = 0
@@ -153,10 +153,10 @@ class StorageWorker(Worker):
         # docstring inherited
         with self._lock:
             if self._closed:
-                raise UseAfterClose("the storage worker is closed; it takes no more jobs")
+                raise UseAfterClose("the storage worker is closed and accepts no jobs")
             refused = [job for job in jobs if not self._accept(job)]
             self._start_threads()
-            self._work.notify()  # one thread, which wakes the next: that costs the owner less
+            self._work.notify()  # one thread, which wakes the next: cheaper for the owner
             return refused
 
     def cancel(self, job_id: int) -> bool:
@@ -170,7 +170,7 @@ class StorageWorker(Worker):
     def drain(self) -> list[JobResult]:
         # docstring inherited
         if not self._results and self._clock() < self._next_due_s:
-            return []  # seen without the lock, which busy threads hold; what comes now comes next
+            return []  # without the lock, which busy threads hold; later results are seen next time
         with self._lock:
             self._look_at_deadlines()
             results = list(self._results)
@@ -212,7 +212,7 @@ class StorageWorker(Worker):
         if abandoned:
             ids = ", ".join(str(job.job_id) for job in abandoned)
             logger.warning(
-                "backend %s still works on jobs %s after %.1f s; its threads are abandoned",
+                "backend %s still runs jobs %s after %.1f s; their threads are abandoned",
                 self._backend.name,
                 ids,
                 timeout_s,
@@ -246,12 +246,12 @@ class StorageWorker(Worker):
                     f"on {self._n_alive} threads where {self._max_alive()} may be"
                 )
             if not all(job_id in self._waiting for job_id in self._wait_until):
-                raise IntegrityError("a job that does not wait has a time to wait until")
+                raise IntegrityError("a job that is not waiting has a time limit for waiting")
 
-    # From here on: the caller holds the lock, but for _run.
+    # From here on the caller holds the lock, except for _run.
 
     def _accept(self, job: Job) -> bool:
-        """Puts a job into its queue, unless that is full."""
+        """Queues a job unless the write queue is full; returns whether it did."""
         if job.job_id in self._running or job.job_id in self._waiting:
             raise ValueError(f"job {job.job_id} was already submitted")
         if isinstance(job, WriteJob):
@@ -268,11 +268,11 @@ class StorageWorker(Worker):
         return not self._waiting and len(self._running) == self._n_overdue
 
     def _max_alive(self) -> int:
-        """So many threads may there be, stuck ones included."""
+        """Maximum number of threads, including those with overdue jobs."""
         return self._n_threads + min(self._n_overdue, self._max_overdue)
 
     def _start_threads(self) -> None:
-        """Starts more threads if all are busy and there may be more."""
+        """Starts threads while all are busy and more are allowed."""
         n_wanted = min(len(self._running) + len(self._waiting), self._max_alive())
         while self._n_alive < n_wanted and not self._closed:
             self._threads = [thread for thread in self._threads if thread.is_alive()]
@@ -280,14 +280,14 @@ class StorageWorker(Worker):
             thread = threading.Thread(target=self._run, name=name, daemon=True)
             try:
                 thread.start()
-            except RuntimeError as error:  # the system has none left
+            except RuntimeError as error:  # the system cannot start another one
                 self._go_on_without(error)
                 return
             self._threads.append(thread)
             self._n_alive += 1
 
     def _go_on_without(self, error: RuntimeError) -> None:
-        """No more threads can be had: with none that will look for a job, what waits has failed."""
+        """No thread can be started: if none is left to take jobs, the waiting ones fail."""
         if self._n_alive > self._n_overdue:
             return
         for job in [self._waiting.remove(job_id) for job_id in list(self._waiting)]:
@@ -299,7 +299,7 @@ class StorageWorker(Worker):
             self._settle(result)
 
     def _run(self) -> None:
-        """What a thread does until ``close``, or until there is one thread too many."""
+        """Runs jobs on a thread until ``close``, or until this thread is surplus."""
         while True:
             with self._lock:
                 job = self._next_job()
@@ -322,8 +322,8 @@ class StorageWorker(Worker):
             del job, result  # an idle thread must not keep pages alive
 
     def _next_job(self) -> Job | None:
-        """Takes the job that is to start now out of its queue."""
-        self._look_at_deadlines()  # what has waited too long does not start any more
+        """Removes and returns the job to start now; None if there is none."""
+        self._look_at_deadlines()  # a job that has waited too long must not start
         may_write = self._n_writing < max(1, self._n_threads - 1)
         job = self._waiting.pop(self._fits, may_write=may_write)
         if job is None:
@@ -338,11 +338,11 @@ class StorageWorker(Worker):
         return job
 
     def _fits(self, job: ReadJob) -> bool:
-        """Whether there is room for ``job`` among the reads that run."""
+        """Returns whether ``job`` may start beside the running reads."""
         return not self._read_nbytes or self._read_nbytes + job.nbytes <= self._max_read_nbytes
 
     def _due(self, now: float, job: Job) -> float:
-        """When a job must have ended, or must have started, whose time begins now."""
+        """Returns when the deadline of a job ends that starts, or starts to wait, at ``now``."""
         if self._deadline is None:
             return NEVER
         due_s = now + self._deadline(job)
@@ -350,9 +350,9 @@ class StorageWorker(Worker):
         return due_s
 
     def _look_at_deadlines(self) -> None:
-        """Tells of the jobs that have become overdue, and cancels those that waited too long.
+        """Reports jobs that have become overdue, and cancels those that have waited too long.
 
-        Costs a look at the clock while nothing is late; else it walks over all jobs once.
+        Costs one look at the clock while nothing is late; otherwise it visits every job once.
         """
         if self._next_due_s == NEVER or self._clock() < self._next_due_s:
             return
@@ -368,7 +368,7 @@ class StorageWorker(Worker):
         self._work.notify_all()
 
     def _set_overdue(self, running: _Running, now: float) -> None:
-        """From now on the job counts neither as one of the threads nor as one of the reads."""
+        """Reports the job as overdue: it no longer uses up a thread or bytes of reads."""
         job = running.job
         running.overdue = True
         self._n_overdue += 1
@@ -379,12 +379,12 @@ class StorageWorker(Worker):
         elapsed_s = now - running.start_s
         allowed_s = running.due_s - running.start_s
         error = (
-            f"has run for {elapsed_s:.1f} s and may take {allowed_s:.1f} s; it is left to itself"
+            f"has run for {elapsed_s:.1f} s but may take {allowed_s:.1f} s; nobody waits for it now"
         )
         self._tell(JobResult(job, JobState.OVERDUE, 0, error, elapsed_s, "BackendTimeout"))
 
     def _cancel(self, job_id: int) -> None:
-        """Takes a waiting job out of its queue and settles it."""
+        """Removes a waiting job and settles it as CANCELLED."""
         job = self._waiting.remove(job_id)
         self._wait_until.pop(job_id, None)
         if isinstance(job, WriteJob):
@@ -392,7 +392,7 @@ class StorageWorker(Worker):
         self._settle(JobResult(job, JobState.CANCELLED, 0))
 
     def _finish(self, result: JobResult) -> None:
-        """Settles a job that ran, and wakes a thread: its bytes may have kept another waiting."""
+        """Settles a job that ran, and wakes a thread: another job may have waited for its bytes."""
         job = result.job
         overdue = self._running.pop(job.job_id).overdue
         if isinstance(job, WriteJob):

@@ -27,6 +27,7 @@ RULES: tuple[Rule, ...] = (
     *lifetime.RULES,
     *races.RULES,
     *sharing.RULES,
+    *capabilities.ASKING,
     *capabilities.RULES,
     *races.DELETING,
     *seal.RULES,

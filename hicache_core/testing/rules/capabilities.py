@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Protocol, runtime_checkable
 
 from hicache_core.storage.base import (
     Clearable,
@@ -12,7 +12,11 @@ from hicache_core.storage.base import (
     Listable,
     RegistersMemory,
 )
+from hicache_core.storage.guard.backend import GuardedBackend
+from hicache_core.storage.guard.config import GuardConfig
+from hicache_core.storage.sealed import SealedBackend
 from hicache_core.storage.segments import nbytes_of, scatter
+from hicache_core.storage.wrapper import PASSED_ON
 from hicache_core.testing.content import content, page_difference, scribble
 from hicache_core.testing.features import Feature
 from hicache_core.testing.harness import (
@@ -20,14 +24,44 @@ from hicache_core.testing.harness import (
     expect,
     expect_hit,
     put_each,
+    required,
 )
 from hicache_core.testing.rules.rule import RuleBook
 
-_book = RuleBook("segments_of_every_shape", "miss_is_an_answer")
+_asking = RuleBook("opens")
+_book = RuleBook("segments_of_every_shape", "miss_is_an_answer", "says_what_it_can")
 rule = _book.rule
+ASKING = _asking.rules
 RULES = _book.rules
 
 _PAGE = (64, 960)
+
+
+@runtime_checkable
+class _OfTheFuture(Protocol):
+    """A capability that no backend knows."""
+
+    def do_what_no_backend_does(self) -> None:
+        """Does nothing: no class has this method."""
+
+
+@_asking.rule(
+    "capability gives what the class has the methods of, None for a kind that it does not know, "
+    "and wrappers pass the answer on."
+)
+def says_what_it_can(h: Harness) -> None:
+    backend = h.backend
+    wrapped = GuardedBackend(SealedBackend(backend), GuardConfig())
+    for kind in sorted(PASSED_ON, key=lambda kind: kind.__name__):
+        asked, found = f"capability({kind.__name__})", backend.capability(kind)
+        if found is None:
+            expect(not isinstance(backend, kind), f"{asked} is None, but the class has the methods")
+        else:
+            expect(isinstance(found, kind), f"{asked} gives a {type(found).__name__} that cannot")
+        can = found is not None or kind is HasStats  # the seal has statistics of its own
+        passed_on = wrapped.capability(kind) is not None
+        expect(passed_on == can, f"{asked} of a wrapper says {passed_on}; of the backend {can}")
+    expect(backend.capability(_OfTheFuture) is None, "capability of an unknown kind is not None")
 
 
 @rule(
@@ -65,7 +99,7 @@ def evicted_after_exists(h: Harness) -> None:
 
 @rule("list_keys gives the keys that start with its prefix, and no others.", requires=Feature.LIST)
 def lists_by_prefix(h: Harness) -> None:
-    backend = cast(Listable, h.backend)
+    backend = required(h.backend, Listable)
     keys = h.keys(5)
     h.put(h.backend, keys, _PAGE)
     listed = sorted(backend.list_keys(f"{h.namespace}/"))
@@ -78,7 +112,7 @@ def lists_by_prefix(h: Harness) -> None:
 
 @rule("clear removes what starts with its prefix, and counts it.", requires=Feature.CLEAR)
 def clears_by_prefix(h: Harness) -> None:
-    backend = cast(Clearable, h.backend)
+    backend = required(h.backend, Clearable)
     keys = h.keys(4)
     (foreign,) = h.remember([f"{h.namespace[::-1]}/{keys[0].partition('/')[2]}"])
     h.put(h.backend, [*keys, foreign], _PAGE)
@@ -96,7 +130,7 @@ def clears_by_prefix(h: Harness) -> None:
 @rule("stats gives numbers under names.", requires=Feature.STATS)
 def counts_in_stats(h: Harness) -> None:
     h.put(h.backend, h.keys(2), _PAGE)
-    stats = cast(HasStats, h.backend).stats()
+    stats = required(h.backend, HasStats).stats()
     for name, value in stats.items():
         fits = isinstance(name, str) and isinstance(value, (int, float))
         expect(fits, f"stats has {name!r}: {type(value).__name__}; a name and a number are due")
@@ -104,7 +138,7 @@ def counts_in_stats(h: Harness) -> None:
 
 @rule("diagnose yields findings, none of them an error on a good store.", requires=Feature.DIAGNOSE)
 def diagnoses(h: Harness) -> None:
-    findings = list(cast(Diagnosable, h.backend).diagnose())
+    findings = list(required(h.backend, Diagnosable).diagnose())
     expect(findings, "diagnose yields nothing; say at least that all is well")
     for finding in findings:
         expect(isinstance(finding, Finding), f"diagnose yields a {type(finding).__name__}")
@@ -117,7 +151,7 @@ def registered_memory(h: Harness) -> None:
     nbytes, n_pages = 4096, 4
     headers, payload = bytearray(64 * n_pages), bytearray(nbytes * n_pages)
     backend = h.another(register=False)
-    cast(RegistersMemory, backend).register_memory([memoryview(headers), memoryview(payload)])
+    required(backend, RegistersMemory).register_memory([memoryview(headers), memoryview(payload)])
     pages = [
         (
             memoryview(headers)[n * 64 : (n + 1) * 64],

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import cast
 
 from hicache_core.storage.base import Listable, Pins, ReportsUsage, StorageBackend
 from hicache_core.testing.features import Feature
-from hicache_core.testing.harness import Harness, expect, expect_hit, is_hit
+from hicache_core.testing.harness import Harness, expect, expect_hit, is_hit, required
 from hicache_core.testing.rules.rule import RuleBook
 
-_book = RuleBook("segments_of_every_shape", "miss_is_an_answer")
+_book = RuleBook("segments_of_every_shape", "miss_is_an_answer", "says_what_it_can")
 rule = _book.rule
 RULES = _book.rules
 
@@ -53,8 +52,9 @@ def expires(h: Harness) -> None:
         expect(backend.batch_exists(keys) == 0, "batch_exists counts an old object")
         expect(backend.get(keys[0]) is None, "get finds an old object")
         expect(h.leading_hits(backend, keys, _PAGE) == 0, "batch_get finds an old object")
-        if isinstance(backend, Listable):
-            expect(not list(backend.list_keys(keys[0])), "list_keys gives the key of an old object")
+        lists = backend.capability(Listable)
+        if lists is not None:
+            expect(not list(lists.list_keys(keys[0])), "list_keys gives the key of an old object")
 
 
 @rule(
@@ -76,7 +76,7 @@ def quota_by_namespace(h: Harness) -> None:
 
 @rule("pin counts the keys that are there, and changes none of them.", requires=Feature.PIN)
 def pin_counts_present(h: Harness) -> None:
-    pins = cast(Pins, h.backend)
+    pins = required(h.backend, Pins)
     keys, absent = h.keys(3), h.keys(2, "absent")
     h.put(h.backend, keys, _PAGE)
     mixed = [absent[0], keys[0], absent[1], *keys[1:]]
@@ -100,7 +100,7 @@ def pinned_goes_last(h: Harness) -> None:
     backend = h.another(h.target.quota)
     pinned, others = h.keys(2, "pinned"), h.keys(2 * _n_fitting(h), "others")
     _fill(h, backend, pinned)
-    cast(Pins, backend).pin(pinned, _LONG_S)
+    required(backend, Pins).pin(pinned, _LONG_S)
     _fill(h, backend, others)
     _expect_within_quota(h, backend, [*pinned, *others])
     expect(not backend.exists(others[0]), "the oldest object that is not pinned stayed")
@@ -115,7 +115,7 @@ def pinned_goes_last(h: Harness) -> None:
 )
 def pin_ends(h: Harness) -> None:
     backend = h.another(h.target.quota)
-    pins = cast(Pins, backend)
+    pins = required(backend, Pins)
     over, let_go = h.keys(1, "over"), h.keys(1, "let go")
     _fill(h, backend, [*over, *let_go])
     pins.pin(let_go, _LONG_S)
@@ -139,7 +139,7 @@ def all_pinned_makes_room(h: Harness) -> None:
     backend, keys = h.another(h.target.quota), h.keys(_n_fitting(h) + 3)
     for key in keys:
         _fill(h, backend, [key])
-        cast(Pins, backend).pin([key], _LONG_S)
+        required(backend, Pins).pin([key], _LONG_S)
     _expect_within_quota(h, backend, keys)
 
 
@@ -151,7 +151,7 @@ def _elsewhere(h: Harness, n_keys: int) -> list[str]:
 
 def _expect_usage(h: Harness, own: Sequence[str], others: Sequence[str]) -> None:
     """``usage`` gives the bytes of these objects, at the latest after a while."""
-    backend = cast(ReportsUsage, h.backend)
+    backend = required(h.backend, ReportsUsage)
     for namespace, keys in ((h.namespace, own), (h.namespace[::-1], others)):
         due = len(keys) * sum(_PAGE)
         _eventually(

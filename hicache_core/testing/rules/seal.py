@@ -3,25 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 from hicache_core.storage.base import Buffer, StorageBackend
 from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend, seal
 from hicache_core.storage.visiting import VisitsPages
-from hicache_core.storage.wrapper import BackendWrapper
+from hicache_core.storage.wrapper import Adapters, BackendWrapper
 from hicache_core.testing.content import content
 from hicache_core.testing.features import Feature
 from hicache_core.testing.harness import Harness, expect
 from hicache_core.testing.rules.rule import RuleBook
 from hicache_core.types import Page
 
-_book = RuleBook("delete_removes", "get_gives_its_own_bytes")
+_book = RuleBook("delete_removes", "get_gives_its_own_bytes", "says_what_it_can")
 RULES = _book.rules
 
 _NBYTES = 1000
 
 
+@dataclass(frozen=True, slots=True)
+class _BadVisits:
+    """As the link, for a backend that shows its pages while it reads them."""
+
+    link: _BadLink
+    inner: VisitsPages
+
+    def batch_get_visiting(
+        self, keys: Sequence[str], pages: Sequence[Page], arrived: Callable[[int], bool]
+    ) -> int:
+        """Spoils each page before it is shown."""
+
+        def spoilt(n: int) -> bool:
+            self.link.spoilt(pages[n][-1])
+            return arrived(n)
+
+        return self.inner.batch_get_visiting(keys, pages, spoilt)
+
+    def batch_set_visiting(
+        self, keys: Sequence[str], pages: Sequence[Page], leaving: Callable[[int], None]
+    ) -> int:
+        """Stores what is right."""
+        return self.inner.batch_set_visiting(keys, pages, leaving)
+
+
 class _BadLink(BackendWrapper):
     """Spoils what comes back: a byte of each page, another value with each read."""
+
+    adapters: ClassVar[Adapters] = {VisitsPages: _BadVisits}
 
     def __init__(self, inner: StorageBackend) -> None:
         super().__init__(inner)
@@ -31,48 +60,24 @@ class _BadLink(BackendWrapper):
 
     def get(self, key: str) -> Buffer | None:
         value = self.inner.get(key)
-        return None if value is None else self._spoilt(bytearray(value))
+        return None if value is None else self.spoilt(bytearray(value))
 
     def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
         n_filled = self.inner.batch_get(keys, pages)
         for page in pages[:n_filled]:
-            self._spoilt(page[-1])
+            self.spoilt(page[-1])
         return n_filled
 
-    def _spoilt(self, value: bytearray | memoryview) -> bytearray | memoryview:
+    def spoilt(self, value: bytearray | memoryview) -> bytearray | memoryview:
+        """``value`` with its last byte changed, unless it is the turn of a good read."""
         self._n_reads += 1
         if not 1 < self._n_reads <= 1 + self.n_good:
             value[-1] ^= self._n_reads % 255 + 1
         return value
 
 
-class _BadVisitedLink(_BadLink):
-    """As its base, for a backend that shows its pages while it reads them."""
-
-    inner: StorageBackend
-
-    def batch_get_visiting(
-        self, keys: Sequence[str], pages: Sequence[Page], arrived: Callable[[int], bool]
-    ) -> int:
-        """Spoils each page before it is shown."""
-        assert isinstance(self.inner, VisitsPages)
-
-        def spoilt(n: int) -> bool:
-            self._spoilt(pages[n][-1])
-            return arrived(n)
-
-        return self.inner.batch_get_visiting(keys, pages, spoilt)
-
-    def batch_set_visiting(
-        self, keys: Sequence[str], pages: Sequence[Page], leaving: Callable[[int], None]
-    ) -> int:
-        """Stores what is right."""
-        assert isinstance(self.inner, VisitsPages)
-        return self.inner.batch_set_visiting(keys, pages, leaving)
-
-
 def _behind_bad_link(backend: StorageBackend, n_good: int) -> SealedBackend:
-    link = (_BadVisitedLink if isinstance(backend, VisitsPages) else _BadLink)(backend)
+    link = _BadLink(backend)
     link.n_good = n_good
     return SealedBackend(link)
 

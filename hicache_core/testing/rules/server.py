@@ -301,8 +301,9 @@ def _shown_by(h: Harness) -> list[str]:
     backend = h.backend
     h.put(backend, keys, _PAGE)
     shown = [repr(backend), str(backend), repr(backend.config), str(backend.config)]
-    if isinstance(backend, HasStats):
-        shown.append(str(dict(backend.stats())))
-    if isinstance(backend, Diagnosable):
-        shown += [finding.message for finding in backend.diagnose()]
+    counts, diagnosable = backend.capability(HasStats), backend.capability(Diagnosable)
+    if counts is not None:
+        shown.append(str(dict(counts.stats())))
+    if diagnosable is not None:
+        shown += [finding.message for finding in diagnosable.diagnose()]
     return shown

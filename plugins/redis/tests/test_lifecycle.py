@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 from hicache_redis import RedisBackend
 from hicache_redis import backend as backend_module
-from hicache_redis.pins import Pins
+from hicache_redis.pins import PinRefresher
 
 from hicache_core.errors import BackendDenied, BackendUnavailable, UseAfterClose
 from hicache_core.storage import base
@@ -24,12 +24,12 @@ OTHER = NAMESPACE[::-1]
 
 
 @pytest.fixture
-def pins() -> Iterator[Callable[..., Pins]]:
+def pins() -> Iterator[Callable[..., PinRefresher]]:
     """Makes pins with a fast thread and closes them after the test."""
-    made: list[Pins] = []
+    made: list[PinRefresher] = []
 
-    def new(touch: Callable[[Sequence[bytes]], object], **options: object) -> Pins:
-        made.append(Pins(touch, **{"interval_s": 0.005, **options}))  # type: ignore[arg-type]
+    def new(touch: Callable[[Sequence[bytes]], object], **options: object) -> PinRefresher:
+        made.append(PinRefresher(touch, **{"interval_s": 0.005, **options}))  # type: ignore[arg-type]
         return made[-1]
 
     yield new
@@ -40,7 +40,9 @@ def pins() -> Iterator[Callable[..., Pins]]:
 @pytest.fixture
 def fast_touches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pinned keys are touched every 50 ms."""
-    monkeypatch.setattr(backend_module, "Pins", lambda touch: Pins(touch, interval_s=0.05))
+    monkeypatch.setattr(
+        backend_module, "PinRefresher", lambda touch: PinRefresher(touch, interval_s=0.05)
+    )
 
 
 def put(backend: RedisBackend, keys: list[str]) -> None:
@@ -62,7 +64,9 @@ def test_the_backend_has_both_capabilities(server: Valkey, opened: Open) -> None
     assert isinstance(backend, base.ReportsUsage)
 
 
-def test_pinned_keys_are_touched_until_their_time_is_over(pins: Callable[..., Pins]) -> None:
+def test_pinned_keys_are_touched_until_their_time_is_over(
+    pins: Callable[..., PinRefresher],
+) -> None:
     now, touched = [0.0], threading.Semaphore(0)
     seen: list[list[bytes]] = []
 
@@ -88,7 +92,7 @@ def test_pinned_keys_are_touched_until_their_time_is_over(pins: Callable[..., Pi
     assert len(pinned) == 0
 
 
-def test_a_server_that_is_away_ends_no_pin(pins: Callable[..., Pins]) -> None:
+def test_a_server_that_is_away_ends_no_pin(pins: Callable[..., PinRefresher]) -> None:
     n_calls = threading.Semaphore(0)
 
     def touch(_: Sequence[bytes]) -> None:

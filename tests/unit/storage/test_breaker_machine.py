@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from hicache_core.storage.guard.breaker import BreakerState, CircuitBreaker, Ticket, Verdict
+from hicache_core.storage.guard.breaker import BreakerState, CallOutcome, CircuitBreaker, Ticket
 from hicache_core.storage.guard.config import GuardConfig
 from tests.unit.storage.virtual import Clock
 
@@ -53,23 +53,23 @@ class Model:
         self.calls.append(call)
         return call
 
-    def end(self, call: Call, verdict: Verdict, now: float) -> None:
+    def end(self, call: Call, outcome: CallOutcome, now: float) -> None:
         self.calls.remove(call)
-        if verdict is Verdict.OK:
+        if outcome is CallOutcome.OK:
             self.successes.append(now)
-        if not call.hung and verdict is not Verdict.NOTHING:
-            self.judge(call, verdict, now)
+        if not call.hung and outcome is not CallOutcome.NOTHING:
+            self.judge(call, outcome, now)
 
     def find_hanging(self, now: float) -> None:
         for call in self.calls:
             if not call.hung and now - call.start >= ALLOWED_S:
                 call.hung = True
-                self.judge(call, Verdict.TIMED_OUT, now)
+                self.judge(call, CallOutcome.TIMED_OUT, now)
 
-    def judge(self, call: Call, verdict: Verdict, now: float) -> None:
+    def judge(self, call: Call, outcome: CallOutcome, now: float) -> None:
         if call.era != self.era:
             return
-        bad, slow = verdict is not Verdict.OK, now - call.start > SLOW_S
+        bad, slow = outcome is not CallOutcome.OK, now - call.start > SLOW_S
         if self.state == "half_open":
             if bad or slow:
                 return self.open(now)
@@ -81,7 +81,7 @@ class Model:
         self.judged.append((now, bad, slow))
         recent = [(b, s) for at, b, s in self.judged if at // 1 > now // 1 - 10]
         enough = len(recent) >= 3 and (bad or slow)
-        late = verdict is Verdict.TIMED_OUT or (bad and now - call.start >= ALLOWED_S)
+        late = outcome is CallOutcome.TIMED_OUT or (bad and now - call.start >= ALLOWED_S)
         if (
             (late and not any(at > call.start for at in self.successes))
             or (enough and sum(b for b, _ in recent) / len(recent) >= 0.5)
@@ -122,12 +122,12 @@ class BreakerMachine(RuleBasedStateMachine):
             self.open_calls.append((ticket, call))
 
     @precondition(lambda self: self.open_calls)
-    @rule(data=st.data(), verdict=st.sampled_from(Verdict))
-    def end(self, data: st.DataObject, verdict: Verdict) -> None:
+    @rule(data=st.data(), outcome=st.sampled_from(CallOutcome))
+    def end(self, data: st.DataObject, outcome: CallOutcome) -> None:
         n = data.draw(st.integers(0, len(self.open_calls) - 1))
         ticket, call = self.open_calls.pop(n)
-        self.breaker.leave(ticket, verdict, "an error")
-        self.model.end(call, verdict, self.clock.now)
+        self.breaker.leave(ticket, outcome, "an error")
+        self.model.end(call, outcome, self.clock.now)
 
     @rule(seconds=st.sampled_from((0.25, 0.5, 1.0, 2.0, 4.0, 10.0)))
     def pass_time(self, seconds: float) -> None:

@@ -419,9 +419,9 @@ def test_the_directory_is_made_but_not_its_parent(tmp_path: Path, open_file: Ope
 
 def test_a_path_that_is_a_file_is_an_error_at_open(tmp_path: Path, open_file: OpenFile) -> None:
     (tmp_path / "file").write_bytes(b"mine")
-    with pytest.raises(BackendUnavailable, match="give the path of a directory"):
+    with pytest.raises(BackendUnavailable, match="use the path of a directory"):
         open_file(path=tmp_path / "file")
-    with pytest.raises(BackendUnavailable, match="give the path of a directory"):
+    with pytest.raises(BackendUnavailable, match="use the path of a directory"):
         open_file(path=tmp_path / "file" / "store")
     assert (tmp_path / "file").read_bytes() == b"mine"
 

@@ -19,12 +19,13 @@ from hicache_core.errors import (
     BackendUnavailable,
     BreakerOpen,
 )
-from hicache_core.storage.base import Clearable, Listable
+from hicache_core.storage.base import Clearable, Listable, Pins, ReportsUsage
 from hicache_core.storage.guard.backend import GuardedBackend
 from hicache_core.storage.guard.breaker import BreakerState
 from hicache_core.storage.guard.config import GuardConfig
 from hicache_core.storage.memory import MemoryBackend, MemoryConfig
 from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
+from hicache_core.testing.harness import required
 from tests.unit.storage.virtual import CONTEXT, NBYTES, Clock, Told, blank, content, filled, key
 
 KEYS = [key(n) for n in range(4)]
@@ -97,15 +98,15 @@ def hang(store: Told) -> Iterator[Callable[[Callable[[], object]], InThread]]:
 def test_a_guard_looks_like_what_it_guards(store: Told) -> None:
     backend = guard(store)
     assert backend.name == "told"
-    assert isinstance(backend, Listable)
-    assert not isinstance(backend, Clearable)
+    assert backend.capability(Listable) is not None
+    assert backend.capability(Clearable) is None
 
 
 OTHER_CALLS: dict[str, Callable[[Any], object]] = {
-    "list": lambda backend: list(backend.list_keys("")),
-    "clear": lambda backend: backend.clear(""),
-    "pin": lambda backend: backend.pin(KEYS, 60.0),
-    "usage": lambda backend: backend.usage(),
+    "list": lambda backend: list(required(backend, Listable).list_keys("")),
+    "clear": lambda backend: required(backend, Clearable).clear(""),
+    "pin": lambda backend: required(backend, Pins).pin(KEYS, 60.0),
+    "usage": lambda backend: required(backend, ReportsUsage).usage(),
 }
 
 
@@ -191,7 +192,7 @@ def test_the_breaker_opens_at_the_error_rate_and_then_asks_nobody(store: Told) -
     n_calls = store.n_calls
     with pytest.raises(BreakerOpen) as caught:
         backend.batch_get(KEYS, blank(4))
-    for part in ("told", "connection refused", "open for 0.0 s", "next probe goes in 5.0 s"):
+    for part in ("told", "connection refused", "open for 0.0 s", "next probe is due in 5.0 s"):
         assert part in str(caught.value)
     assert store.n_calls == n_calls
     assert backend.status().short_circuits == 1
@@ -251,7 +252,7 @@ def test_a_store_that_hangs_opens_the_breaker_while_no_call_has_come_back(
     call = hang(lambda: backend.batch_exists(KEYS))
     clock.now += 1.8
     assert backend.status().state is BreakerState.CLOSED, "nobody has called since"
-    with pytest.raises(BreakerOpen, match=r"exists has not come back for 1\.8 s"):
+    with pytest.raises(BreakerOpen, match=r"exists has not returned for 1\.8 s"):
         backend.batch_exists(KEYS)
     assert (backend.status().n_in_flight, backend.status().n_hanging) == (1, 1)
     call.let_go()
@@ -291,7 +292,7 @@ def test_half_open_lets_one_probe_through_and_its_success_closes(
     backend = opened(store)
     clock.now += 5
     probe = hang(lambda: backend.batch_exists(KEYS))
-    with pytest.raises(BreakerOpen, match="a probe is under way"):
+    with pytest.raises(BreakerOpen, match="a probe is running"):
         backend.batch_exists(KEYS)
     assert backend.status().state is BreakerState.HALF_OPEN
     probe.let_go()

@@ -22,6 +22,7 @@ from hicache_core.storage.memory import MemoryBackend, MemoryConfig
 from hicache_core.storage.sealed import SealedBackend
 from hicache_core.storage.segments import join
 from hicache_core.testing.faults import StuckBackend
+from hicache_core.testing.harness import required
 from hicache_core.types import BackendContext, Page
 
 PAGE_SIZE = 4
@@ -292,16 +293,15 @@ def test_what_the_store_can_do_is_said_in_pages(store: MemoryBackend) -> None:
     rank = Rank(MHA, "page_first")
     backend = rank.grouped(SealedBackend(store), 2)
     backend.batch_set(rank.keys, rank.pages)
-    assert isinstance(backend, Listable)
-    assert isinstance(backend, Clearable)
-    assert not isinstance(backend, RegistersMemory)
-    assert sorted(backend.list_keys("")) == sorted(rank.keys)
-    assert list(backend.list_keys(rank.keys[3])) == [rank.keys[3]]
-    assert list(backend.list_keys("fedcba")) == []
+    lists, clears = required(backend, Listable), required(backend, Clearable)
+    assert backend.capability(RegistersMemory) is None
+    assert sorted(lists.list_keys("")) == sorted(rank.keys)
+    assert list(lists.list_keys(rank.keys[3])) == [rank.keys[3]]
+    assert list(lists.list_keys("fedcba")) == []
     store.delete([backend.inner_keys(rank.keys[:1])[1]])
-    assert sorted(backend.list_keys(backend.key_prefix)) == sorted(rank.keys[1:])
-    assert backend.clear("fedcba") == 0
-    assert backend.clear(backend.key_prefix) == N_PAGES
+    assert sorted(lists.list_keys(backend.key_prefix)) == sorted(rank.keys[1:])
+    assert clears.clear("fedcba") == 0
+    assert clears.clear(backend.key_prefix) == N_PAGES
     assert not objects(store)
 
 
@@ -326,8 +326,7 @@ def test_a_transport_registers_the_staging_and_meets_no_other_memory() -> None:
     inner = Registered(MemoryConfig(), BackendContext(namespace="0" * 16))
     rank = Rank(MHA, "layer_first")
     backend = rank.grouped(SealedBackend(inner), 2)
-    assert isinstance(backend, RegistersMemory)
-    backend.register_memory(rank.pool.buffers)
+    required(backend, RegistersMemory).register_memory(rank.pool.buffers)
     assert backend.batch_set(rank.keys, rank.pages) == N_PAGES
 
 
@@ -335,22 +334,22 @@ def test_a_pin_counts_whole_pages() -> None:
     inner = Registered(MemoryConfig(), BackendContext(namespace="0" * 16))
     rank = Rank(MHA, "layer_first")
     backend = rank.grouped(SealedBackend(inner), 2)
-    backend.register_memory(rank.pool.buffers)
+    required(backend, RegistersMemory).register_memory(rank.pool.buffers)
     backend.batch_set(rank.keys, rank.pages)
-    assert isinstance(backend, Pins)
-    assert backend.pin(rank.keys, 10.0) == N_PAGES
+    pins = required(backend, Pins)
+    assert pins.pin(rank.keys, 10.0) == N_PAGES
     inner.delete(backend.inner_keys(rank.keys[2:4])[1:6])
-    assert backend.pin(rank.keys, 10.0) == N_PAGES - 2
+    assert pins.pin(rank.keys, 10.0) == N_PAGES - 2
 
 
 def test_foreign_keys_and_pages_of_another_shape_are_refused(store: MemoryBackend) -> None:
     rank, other = Rank(MHA, "page_first"), Rank(MHA.shard(heads=(0, 4)), "page_first")
     backend = rank.grouped(SealedBackend(store), 2)
-    with pytest.raises(ValueError, match="is no key of this rank"):
+    with pytest.raises(ValueError, match="is not a key of this rank"):
         backend.batch_exists(other.keys)
     with pytest.raises(ValueError, match="segments of"):
         backend.batch_set(rank.keys, other.pages)
-    with pytest.raises(ValueError, match="a payload of 3 bytes"):
+    with pytest.raises(ValueError, match=r"expected a payload of \d+ bytes, found 3"):
         backend.set(rank.keys[0], b"abc")
     assert not objects(store)
     assert backend.batch_set(rank.keys, rank.pages) == N_PAGES  # no slot was lost

@@ -14,7 +14,15 @@ from hicache_core.errors import BackendError
 from hicache_core.storage.base import BackendConfig, Buffer, StorageBackend
 from hicache_core.storage.file.backend import FileBackend
 from hicache_core.storage.memory import MemoryBackend, MemoryConfig
-from hicache_core.storage.scrub import KINDS, REMOVED, UNKNOWN, Checked, Tally, judge, scrub
+from hicache_core.storage.scrub import (
+    KINDS,
+    REMOVED,
+    UNKNOWN,
+    ScrubResult,
+    ScrubTotals,
+    classify,
+    scrub,
+)
 from hicache_core.storage.sealed import HEADER_NBYTES, seal
 from hicache_core.types import BackendContext, Page
 
@@ -87,12 +95,12 @@ def test_every_object_is_judged_and_what_is_bad_is_removed(
 
 def test_an_empty_payload_and_other_keys_are_judged_too() -> None:
     key = key_of(1)
-    assert judge(key, sealed(key, 0)) == "good"
-    assert judge(key, b"HiCP") == "wrong_length"
-    assert judge(key, b"") == "unknown"
-    assert judge(key, bytes(100)) == "unknown"
-    assert judge(key, None) == "vanished"
-    assert judge("some/other", sealed(key)) == "unknown"
+    assert classify(key, sealed(key, 0)) == "good"
+    assert classify(key, b"HiCP") == "wrong_length"
+    assert classify(key, b"") == "unknown"
+    assert classify(key, bytes(100)) == "unknown"
+    assert classify(key, None) == "vanished"
+    assert classify("some/other", sealed(key)) == "unknown"
 
 
 def test_only_what_was_asked_for_is_checked() -> None:
@@ -228,23 +236,23 @@ def test_what_a_backend_cannot_do_is_said_before_anything_is_read() -> None:
     with pytest.raises(BackendError, match="'bare' cannot list its keys"):
         scrub(Bare(BackendConfig(), CONTEXT))
     listed = Listed(BackendConfig(), CONTEXT)
-    with pytest.raises(BackendError, match="cannot delete; scrub it with --dry-run"):
+    with pytest.raises(BackendError, match="cannot delete; use --dry-run"):
         scrub(listed)
-    assert list(scrub(listed, remove=False)) == [Checked(key_of(1), "vanished", 0)]
+    assert list(scrub(listed, remove=False)) == [ScrubResult(key_of(1), "vanished", 0)]
 
 
 def test_the_sums_are_by_namespace_and_kind() -> None:
-    tally = Tally()
+    totals = ScrubTotals()
     for checked in (
-        Checked(key_of(1), "good", 100),
-        Checked(key_of(2), "good", 50),
-        Checked(key_of(3, NAMESPACES[1]), "corrupt", 7, removed=True),
-        Checked("alien/x", "foreign", 1),
-        Checked("other", "foreign", 2),
-        Checked(key_of(4), "wrong_version", 3),
+        ScrubResult(key_of(1), "good", 100),
+        ScrubResult(key_of(2), "good", 50),
+        ScrubResult(key_of(3, NAMESPACES[1]), "corrupt", 7, removed=True),
+        ScrubResult("alien/x", "foreign", 1),
+        ScrubResult("other", "foreign", 2),
+        ScrubResult(key_of(4), "wrong_version", 3),
     ):
-        tally.add(checked)
-    assert tally.by_namespace() == {
+        totals.add(checked)
+    assert totals.by_namespace() == {
         "": {"foreign": {"objects": 2, "nbytes": 3}},
         NAMESPACES[0]: {
             "good": {"objects": 2, "nbytes": 150},
@@ -252,8 +260,8 @@ def test_the_sums_are_by_namespace_and_kind() -> None:
         },
         NAMESPACES[1]: {"corrupt": {"objects": 1, "nbytes": 7}},
     }
-    assert (tally.n_bad, tally.n_removed) == (3, 1)
-    assert {kind for _, kind in tally.objects} <= set(KINDS)
+    assert (totals.n_bad, totals.n_removed) == (3, 1)
+    assert {kind for _, kind in totals.objects} <= set(KINDS)
 
 
 def test_a_damaged_file_store_is_clean_afterwards(open_file: Callable[..., FileBackend]) -> None:

@@ -176,7 +176,7 @@ def test_a_key_of_another_form_is_an_error_at_the_edge(key: str) -> None:
         lambda: sealed.batch_set([key], [page(b"x")]),
     ]
     for call in calls:
-        with pytest.raises(ValueError, match="no page key"):
+        with pytest.raises(ValueError, match="not a page key"):
             call()
 
 

@@ -96,12 +96,13 @@ def test_a_page_overwritten_while_it_was_read_is_a_miss_and_no_damage(
 def test_a_wrapper_in_between_is_not_passed_over() -> None:
     assert issubclass(FileBackend, VisitsPages)
     inner = MemoryBackend(MemoryConfig(), BackendContext(namespace="0" * 16))
-    assert not isinstance(BackendWrapper(inner), VisitsPages)
+    assert BackendWrapper(inner).capability(VisitsPages) is None
 
 
 def test_a_wrapper_around_the_file_backend_sees_every_page(open_file: OpenFile) -> None:
     wrapper = BackendWrapper(open_file())
-    assert not isinstance(wrapper, VisitsPages)
+    assert wrapper.inner.capability(VisitsPages) is wrapper.inner
+    assert wrapper.capability(VisitsPages) is None
     sealed = SealedBackend(wrapper)
     assert sealed.batch_set(KEYS, pages(5)) == 5
     into = pages(5, bytes(3000))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Protocol, TypeVar, cast, runtime_checkable
 
 import pytest
 
@@ -10,7 +14,6 @@ from hicache_core.storage.base import (
     BackendConfig,
     Buffer,
     Clearable,
-    Diagnosable,
     HasStats,
     Listable,
     RegistersMemory,
@@ -18,11 +21,12 @@ from hicache_core.storage.base import (
 )
 from hicache_core.storage.memory import MemoryBackend, MemoryConfig
 from hicache_core.storage.sealed import SealedBackend
-from hicache_core.storage.wrapper import BackendWrapper
+from hicache_core.storage.wrapper import PASSED_ON, Adapters, BackendWrapper
 from hicache_core.types import BackendContext
 
+C = TypeVar("C")
+
 CONTEXT = BackendContext(namespace="0" * 16)
-CAPABILITIES = (RegistersMemory, Listable, Clearable, HasStats, Diagnosable)
 
 
 class Plain(StorageBackend):
@@ -70,32 +74,108 @@ def memory() -> MemoryBackend:
 )
 def test_a_wrapper_can_do_what_its_inner_can(inner: StorageBackend) -> None:
     wrapper = BackendWrapper(BackendWrapper(inner))
-    for capability in CAPABILITIES:
-        assert isinstance(wrapper, capability) == isinstance(inner, capability)
+    for kind in PASSED_ON:
+        assert (wrapper.capability(kind) is not None) == isinstance(inner, kind)
+        assert not isinstance(wrapper, kind), "asked of the object, not of its class"
 
 
 def test_capabilities_reach_the_inner_backend() -> None:
     inner = Registers(BackendConfig(), CONTEXT)
     wrapper = BackendWrapper(BackendWrapper(inner))
-    assert isinstance(wrapper, RegistersMemory)
+    registers = wrapper.capability(RegistersMemory)
+    assert registers is not None
     buffers = [memoryview(bytearray(4))]
-    wrapper.register_memory(buffers)
+    registers.register_memory(buffers)
     assert inner.seen is buffers
 
 
 def test_what_a_wrapper_defines_itself_goes_first() -> None:
     wrapper = Counts(memory(), start=3)
-    assert isinstance(wrapper, HasStats)
+    assert wrapper.capability(HasStats) is wrapper
     assert wrapper.stats() == {"own": 3}
-    assert isinstance(wrapper, Listable)
+    assert wrapper.capability(Listable) is wrapper.inner
+
+
+@runtime_checkable
+class MovesPages(Protocol):
+    """A capability of which wrappers must know before they pass it on."""
+
+    def move_pages(self) -> str: ...
+
+
+class Moves(Plain):
+    """Moves pages in a way of its own."""
+
+    def move_pages(self) -> str:
+        return "inner"
+
+
+@dataclass
+class Adapted:
+    """What a wrapper gives in the place of ``MovesPages``."""
+
+    wrapper: BackendWrapper
+    inner: MovesPages
+
+    def move_pages(self) -> str:
+        return f"{self.wrapper.name}, {self.inner.move_pages()}"
+
+
+class Adapts(BackendWrapper):
+    """Knows that capability."""
+
+    adapters: ClassVar[Adapters] = {MovesPages: Adapted}
+
+
+def test_what_a_wrapper_does_not_know_is_not_passed_on_without_an_adapter() -> None:
+    inner = Moves(BackendConfig(), CONTEXT)
+    assert BackendWrapper(inner).capability(MovesPages) is None
+    moves = Adapts(Adapts(inner)).capability(MovesPages)
+    assert moves is not None
+    assert moves.move_pages() == "plain, plain, inner"
+    assert Adapts(memory()).capability(MovesPages) is None, "an adapter needs what it adapts"
+
+
+class OneDirectory(StorageBackend):
+    """Has an object that lists for it, and only if its settings say so."""
+
+    name = "one directory"
+    get = Plain.get
+    exists = Plain.exists
+    set = Plain.set
+
+    def __init__(self, lister: Listable | None) -> None:
+        super().__init__(BackendConfig(), CONTEXT)
+        self.lister = lister
+
+    def capability(self, kind: type[C]) -> C | None:
+        if kind is Listable:
+            return cast("C | None", self.lister)
+        return super().capability(kind)
+
+
+def test_a_backend_may_leave_a_capability_to_another_object() -> None:
+    lister = memory()
+    assert SealedBackend(OneDirectory(lister)).capability(Listable) is lister
+    assert SealedBackend(OneDirectory(None)).capability(Listable) is None
+    assert SealedBackend(OneDirectory(lister)).capability(Clearable) is None
+
+
+def test_the_docs_name_every_capability_and_its_method() -> None:
+    text = (Path(__file__).resolve().parents[3] / "docs/write-a-backend.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)\(", text, re.MULTILINE)
+    methods = {
+        kind.__name__: [name for name in vars(kind) if not name.startswith("_")]
+        for kind in PASSED_ON
+    }
+    assert {name: [method] for name, method in rows} == methods
 
 
 def test_a_wrapper_has_the_name_and_settings_of_its_inner() -> None:
     wrapper = SealedBackend(memory())
     assert wrapper.name == "memory"
-    assert wrapper.Config is MemoryConfig
-    assert isinstance(wrapper, SealedBackend)
-    assert type(wrapper) is type(SealedBackend(memory()))
+    assert wrapper.config is wrapper.inner.config
+    assert type(wrapper) is SealedBackend
 
 
 def test_every_call_is_forwarded() -> None:
@@ -109,8 +189,9 @@ def test_every_call_is_forwarded() -> None:
     assert wrapper.get("k") == b"v"
     wrapper.delete(["k"])
     assert not wrapper.exists("k")
-    assert isinstance(wrapper, Clearable)
-    assert wrapper.clear("") == 1
+    clearable = wrapper.capability(Clearable)
+    assert clearable is not None
+    assert clearable.clear("") == 1
     wrapper.close()
 
 

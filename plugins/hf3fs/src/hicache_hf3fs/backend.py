@@ -1,8 +1,8 @@
 """The hf3fs backend: objects in slots of slab files, bound to their keys by a metadata store.
 
-A read looks its keys up, which leases their slots; reads slots, headers and footers in one go;
-counts what ended within the lease and carries the right header; and asks the metadata whether all
-is bound as before. A write reserves slots, writes them, and publishes.
+A read looks up its keys, which leases their slots, and reads slots with headers and footers. A page
+counts if it ended within the lease, has the right header, and is still bound to the same slot
+afterwards. A write reserves slots, writes them, and publishes them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from hicache_core.types import BackendContext, Page
 from hicache_hf3fs.config import Hf3fsConfig
 from hicache_hf3fs.diagnose import findings
 from hicache_hf3fs.metadata import Binding, SlabUnknown, Wanted, Written
-from hicache_hf3fs.moving import SlotRead, SlotWrite, slot_content, transfer_of
 from hicache_hf3fs.page_io import Transfer
 from hicache_hf3fs.slab import (
     FOOTER_NBYTES,
@@ -31,6 +30,7 @@ from hicache_hf3fs.slab import (
     MAX_KEY_NBYTES,
     translated,
 )
+from hicache_hf3fs.slot_transfers import SlotRead, SlotWrite, slot_content, transfer_of
 from hicache_hf3fs.store import Store, open_store
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ _FULL = (-errno.ENOSPC, -errno.EDQUOT)
 
 
 class Hf3fsBackend(StorageBackend):
-    """Slab files on 3FS, by USRBIO, or on any shared file system, by POSIX calls."""
+    """Slab files on 3FS (USRBIO) or on any shared file system (POSIX calls)."""
 
     name: ClassVar[str] = "hf3fs"
     Config: ClassVar[type[BackendConfig]] = Hf3fsConfig
@@ -132,14 +132,14 @@ class Hf3fsBackend(StorageBackend):
     def batch_get_visiting(
         self, keys: Sequence[str], pages: Sequence[Page], arrived: Callable[[int], bool]
     ) -> int:
-        """As ``batch_get``; each page is shown to ``arrived``, which may refuse it."""
+        """See ``VisitsPages``."""
         with self._call() as store:
             return self._get(store, keys, pages, arrived)
 
     def batch_set_visiting(
         self, keys: Sequence[str], pages: Sequence[Page], leaving: Callable[[int], None]
     ) -> int:
-        """As ``batch_set``; each page is shown to ``leaving`` before it is written."""
+        """See ``VisitsPages``."""
         wanted = [
             Wanted(_checked(key), nbytes_of(page)) for key, page in zip(keys, pages, strict=True)
         ]
@@ -163,30 +163,30 @@ class Hf3fsBackend(StorageBackend):
             self._delete(store, keys)
 
     def list_keys(self, prefix: str) -> Iterator[str]:
-        """Every key that starts with ``prefix``, as of now."""
+        """Returns the keys that start with ``prefix`` now."""
         with self._call() as store:
             return iter(list(store.metadata.keys(prefix)))
 
     def clear(self, prefix: str) -> int:
-        """Removes every key that starts with ``prefix``; how many there were."""
+        """Removes every key that starts with ``prefix``; returns how many there were."""
         with self._call() as store:
             return self._delete(store, list(store.metadata.keys(prefix)))
 
     def pin(self, keys: Sequence[str], ttl_s: float) -> int:
-        """Evicts ``keys`` last for ``ttl_s`` seconds, 0 ends that; how many of them are present."""
+        """See ``Pins``; a pin holds for all hosts that share the metadata."""
         with self._call() as store:
             return store.metadata.pin(keys, ttl_s) if keys else 0
 
     def usage(self) -> Mapping[str, int]:
-        """Bytes of stored objects by namespace, of all ranks and hosts that share the metadata."""
+        """Returns bytes by namespace, for all ranks and hosts that share the metadata."""
         with self._call() as store:
             return store.metadata.usage()
 
     def stats(self) -> Mapping[str, float]:
-        """Counts since ``open``, and the slots of this rank's slab by state.
+        """Returns counts since ``open``, and the slots of this rank's slab by state.
 
-        ``held_slots`` are reserved by writers, or wait for a lease to end; ``used_nbytes`` are
-        whole slots.
+        ``held_slots`` are reserved by writers or wait for the end of a lease. ``used_nbytes``
+        counts whole slots.
         """
         with self._call() as store:
             totals = store.metadata.totals(store.own.name)
@@ -201,17 +201,17 @@ class Hf3fsBackend(StorageBackend):
             }
 
     def diagnose(self) -> Iterator[Finding]:
-        """Mode, mount, room, slots, slabs of other sizes, and the metadata's answer."""
+        """Yields findings on mode, mount, free space, slots, other slabs and metadata."""
         with self._call() as store:
             yield from findings(self._settings, store)
         if trouble := self._calls.last_trouble:
-            yield Finding("warning", "store", f"{trouble}; it was opened anew")
+            yield Finding("warning", "store", f"{trouble}; it was reopened")
 
     def check_integrity(self) -> None:
-        """Every slot is in one state.
+        """Checks that every slot is in exactly one state.
 
         Raises:
-            IntegrityError: it is not so.
+            IntegrityError: the message says what is wrong.
         """
         with self._call() as store:
             store.metadata.check_integrity()
@@ -260,7 +260,7 @@ class Hf3fsBackend(StorageBackend):
     def _readable(
         store: Store, found: Sequence[Binding | None], pages: Sequence[Page]
     ) -> list[SlotRead]:
-        """The leading slots that are bound, reachable, and hold as much as their pages."""
+        """Returns the leading slots that are bound, reachable, and as long as their pages."""
         reads = []
         for binding, page in zip(found, pages, strict=True):
             if binding is None or binding.nbytes != nbytes_of(page):
@@ -275,7 +275,7 @@ class Hf3fsBackend(StorageBackend):
         return reads
 
     def _drop_damaged(self, store: Store, key: str, binding: Binding) -> None:
-        """Unbinds a slot that does not hold what it should, so that a new write can mend it."""
+        """Unbinds a slot with wrong content, so that the object can be written again."""
         n_deleted = 0
         with contextlib.suppress(BackendFull):  # it is a read: it needs no room
             n_deleted = store.metadata.delete([key], [binding.slot.generation])
@@ -295,7 +295,7 @@ class Hf3fsBackend(StorageBackend):
         pages: Sequence[Page],
         leaving: Callable[[int], None],
     ) -> int:
-        """As ``_set``; once more with the room of the metadata's log, if the disk is full."""
+        """As ``_set``; on a full disk frees the log of the metadata and tries again."""
         if not wanted:
             return 0
         try:
@@ -311,7 +311,7 @@ class Hf3fsBackend(StorageBackend):
         pages: Sequence[Page],
         leaving: Callable[[int], None],
     ) -> int:
-        """Writes and publishes what is not stored yet; how many leading objects are stored then."""
+        """Writes and publishes what is missing; returns how many leading objects are stored."""
         deadline = time.monotonic() + self._settings.write_lease_s
         try:
             slots = store.metadata.reserve(store.own.name, wanted)
@@ -337,7 +337,7 @@ class Hf3fsBackend(StorageBackend):
         deadline: float,
         leaving: Callable[[int], None],
     ) -> list[bool]:
-        """Writes reserved slots; which of them are published afterwards."""
+        """Writes and publishes reserved slots; returns which of them are published."""
         written = [write.written for write in writes]
         transfers = [
             transfer_of(store.own, one.slot.number, one.nbytes, write.buffers)
@@ -362,11 +362,11 @@ class Hf3fsBackend(StorageBackend):
         return [is_done and next(published) for is_done in done]
 
     def _delete(self, store: Store, keys: Sequence[str]) -> int:
-        """Wipes the headers, so that no rebuild finds the objects again, then unbinds them."""
+        """Wipes the headers, so that a rebuild does not find the objects, and unbinds them."""
         lease_s = min(_WIPE_LEASE_S, self._settings.lease_s)
         deadline = time.monotonic() + lease_s
         wipes = []
-        # Leased, so that nobody else writes there meanwhile; shortly, since it delays reuse.
+        # Leased, so that no other process writes there meanwhile; briefly, since it delays reuse.
         for binding in store.metadata.lookup(keys, lease_s):
             slab = store.slab(binding.slot.slab) if binding is not None else None
             if binding is not None and slab is not None:
@@ -385,12 +385,12 @@ class Hf3fsBackend(StorageBackend):
 
 def _checked(key: str) -> str:
     if not key or len(key) > MAX_KEY_NBYTES or not key.isascii():
-        raise ValueError(f"{key!r} is no key; a key is 1 to {MAX_KEY_NBYTES} ASCII characters")
+        raise ValueError(f"{key!r} is not a key; a key has 1 to {MAX_KEY_NBYTES} ASCII characters")
     return key
 
 
 def _raise_unless_full(store: Store, results: Sequence[int], transfers: Sequence[Transfer]) -> None:
-    """A full disk and a reservation that ran out end the count; anything else is a failure."""
+    """Raises unless each failure is a full disk or an expired reservation."""
     for result, transfer in zip(results, transfers, strict=True):
         if result != transfer.nbytes and result not in (*_FULL, -errno.ETIME):
             why = os.strerror(-result) if result < 0 else f"{result} of {transfer.nbytes} bytes"

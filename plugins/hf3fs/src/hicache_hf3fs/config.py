@@ -28,20 +28,20 @@ def _checked_url(url: SecretStr | None) -> SecretStr | None:
         scheme, separator, _ = url.get_secret_value().partition("://")
         if not separator or scheme not in SCHEMES:
             raise ValueError(
-                "metadata_url is no URL of a metadata store; write sqlite:///DIR/FILE, "
+                "metadata_url is not the URL of a metadata store; write sqlite:///DIR/FILE, "
                 "redis://HOST:PORT/DB, rediss://… or unix:///SOCKET"
             )
     return url
 
 
 def _from_file(path: Path) -> dict[str, Any]:
-    """What SGLang's file says; its keys that mean nothing here are named in the log."""
+    """Reads SGLang's file; logs its keys that have no meaning here."""
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as exc:
         raise ValueError(f"{ENVIRONMENT} names {path}, which cannot be read: {exc}") from exc
     if not isinstance(values, dict):
-        raise ValueError(f"{ENVIRONMENT} names {path}, which holds no JSON object")
+        raise ValueError(f"{ENVIRONMENT} names {path}, which does not contain a JSON object")
     unknown = values.keys() - {*_SHARED_KEYS, *_SGLANG_KEYS}
     if unknown:
         known = ", ".join(_SHARED_KEYS)
@@ -51,7 +51,7 @@ def _from_file(path: Path) -> dict[str, Any]:
         log_once(
             logger,
             logging.WARNING,
-            f"{path}: {' and '.join(ignored)} are of SGLang's metadata server, which is not used; "
+            f"{path}: {' and '.join(ignored)} belong to SGLang's metadata server, not used here; "
             "set metadata_url to a Redis that all hosts share",
         )
     return {key: values[key] for key in _SHARED_KEYS if key in values}
@@ -60,8 +60,8 @@ def _from_file(path: Path) -> dict[str, Any]:
 class Hf3fsConfig(BackendConfig):
     """Settings of the ``hf3fs`` backend.
 
-    ``file_path_prefix``, ``file_size``, ``numjobs`` and ``entries`` that are not set are taken from
-    the JSON file that ``SGLANG_HICACHE_HF3FS_CONFIG_PATH`` names, if it does.
+    If ``file_path_prefix``, ``file_size``, ``numjobs`` or ``entries`` is not set, it is read from
+    the JSON file named by ``SGLANG_HICACHE_HF3FS_CONFIG_PATH``, if that variable is set.
     """
 
     # A message of pydantic would otherwise quote metadata_url, and with it a password.
@@ -75,8 +75,8 @@ class Hf3fsConfig(BackendConfig):
     )
     slot_nbytes: Nbytes | None = Field(
         default=None,
-        description="largest object that fits a slot; without it the cache's own object size, or "
-        "4 MiB if that is not fixed",
+        description="largest object that fits into a slot; by default the object size of the "
+        "cache, or 4 MiB if that is not fixed",
     )
     mode: Literal["auto", "usrbio", "posix"] = Field(
         default="auto",
@@ -109,24 +109,24 @@ class Hf3fsConfig(BackendConfig):
     )
     lease_s: Seconds = Field(
         default=5.0,
-        description="a slot that was looked up is not reused for at least so long; a read that "
-        "takes longer is a miss",
+        description="how long a slot is not reused after it was looked up; a read that takes "
+        "longer is a miss",
     )
     write_lease_s: Seconds = Field(
         default=60.0,
-        description="a slot that was reserved and never published is free again after so long",
+        description="a slot that was reserved but never published is free again after this time",
     )
     ttl_s: TimeToLive = Field(
         default=None,
-        description="objects are gone so long after they were written; set the same everywhere",
+        description="objects expire after this time; set the same value everywhere",
     )
     namespace_quota_nbytes: Nbytes | None = Field(
         default=None,
-        description="cap on the bytes of one namespace, of all ranks together; its own least "
-        "recently used objects go first",
+        description="maximum bytes of one namespace, for all ranks together; its least recently "
+        "used objects are evicted",
     )
     fsync: bool = Field(
-        default=False, description="stored means on the medium: survives a power cut, costs speed"
+        default=False, description="write through to the medium: survives a power cut, is slower"
     )
 
     @model_validator(mode="before")

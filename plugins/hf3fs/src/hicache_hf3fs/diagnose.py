@@ -1,4 +1,4 @@
-"""What ``hicache doctor`` is told about a store."""
+"""The checks of ``hicache doctor hf3fs``."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _mode(settings: Hf3fsConfig, store: Store, kind: str) -> Iterator[Finding]:
                 "warning",
                 "rings",
                 f"{store.io.lost_rings} rings were lost to operations that 3FS never completed; "
-                "look at the mount's log",
+                "see the log of the mount",
             )
         return
     yield Finding("ok", "mode", f"posix on {kind} at {store.prefix.parent}")
@@ -71,20 +71,20 @@ def _slots(settings: Hf3fsConfig, store: Store) -> Iterator[Finding]:
         "ok",
         "slots",
         f"{totals.bound} of {totals.n_slots} slots of {store.own.slot_nbytes} bytes hold objects, "
-        f"{totals.held} are reserved or wait for a lease; {free_nbytes} bytes free beside the slab",
+        f"{totals.held} are reserved or wait for a lease; the disk has {free_nbytes} bytes free",
     )
     if totals.held * 4 > totals.n_slots:
         yield Finding(
             "warning",
             "slots",
-            "more than a quarter cannot be written for now; lower lease_s or raise file_size",
+            "more than a quarter cannot be written now; lower lease_s or raise file_size",
         )
     if store.own.n_slots * store.own.slot_nbytes > settings.file_size:
         yield Finding(
             "warning",
             "slab",
-            f"{store.own.path} is larger than file_size, since it was once made so; it does not "
-            "shrink: stop all processes and remove it to get the space back",
+            f"{store.own.path} was created larger than file_size and does not shrink; to get the "
+            "space back, stop all processes and remove it",
         )
     if store.rebuilt:
         yield Finding("warning", "metadata", "were lost; rebuilt from the slab when it was opened")
@@ -120,8 +120,8 @@ def _metadata(store: Store, kind: str) -> Iterator[Finding]:
             yield Finding(
                 "warning",
                 "metadata",
-                f"SQLite lies on {at}: it serves the processes of one host only, and needs a local "
-                "disk; set metadata_url to sqlite:///DIR/FILE there, or redis://… for many hosts",
+                f"the SQLite file is on {at}: SQLite needs a local disk and serves one host; set "
+                "metadata_url to sqlite:///DIR/FILE on a local disk, or redis://… for many hosts",
             )
         elif kind not in _HOST_LOCAL:
             yield Finding(

@@ -1,14 +1,14 @@
 """The contract of a metadata store: which slot is bound to which key, and until when.
 
-A slot of a slab is in one of these states; only ``now`` moves it from the third to the fourth.
+A slot of a slab is in one of these states. From the third it moves to the fourth by time alone.
 
-    bound       to a key; leased while somebody may be reading it
-    reserved    by a writer, until that writer publishes or its time is over
-    quarantined its key is gone, but a lease on it has not ended
-    free        everything else
+    bound       to a key; leased while a process may be reading it
+    reserved    by a writer, until it publishes or the reservation expires
+    quarantined no longer bound, but a lease on it has not ended
+    free        in all other cases
 
-A generation is the time of its reservation and a random number, so that none comes twice, not even
-after the store was lost and rebuilt; and so the age of an object is known wherever its slot is.
+A generation consists of the time of the reservation and a random number. So it never repeats, not
+even after the store was lost and rebuilt, and the age of an object is known from its slot.
 
     ms since 1970, 42 bits | random, 20 bits
 """
@@ -26,7 +26,7 @@ RANDOM_BITS = 20
 
 
 class Slot(NamedTuple):
-    """A place in a slab, and what the header and footer there must carry."""
+    """A place in a slab, and the generation that its header and footer must contain."""
 
     slab: str
     number: int
@@ -34,14 +34,14 @@ class Slot(NamedTuple):
 
 
 class Binding(NamedTuple):
-    """Where the object of a key lies, and its length."""
+    """The slot of an object, and its length."""
 
     slot: Slot
     nbytes: int
 
 
 class Wanted(NamedTuple):
-    """An object that is to be stored."""
+    """An object to be stored."""
 
     key: str
     nbytes: int
@@ -56,7 +56,7 @@ class Written(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A whole object that a scan found in a slab."""
+    """A complete object that a scan found in a slab."""
 
     number: int
     generation: int
@@ -65,7 +65,7 @@ class Found(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """How many slots of a slab are in which state; the rest is free."""
+    """The number of slots of a slab by state; the rest is free."""
 
     n_slots: int
     bound: int
@@ -73,7 +73,7 @@ class Totals(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """Times of a store, in seconds, and the cap on a namespace's bytes, as in the configuration."""
+    """Times in seconds, and the maximum bytes of a namespace, as in the configuration."""
 
     timeout_s: float
     lease_s: float
@@ -83,27 +83,27 @@ class Limits(NamedTuple):
 
 
 class SlabUnknown(LookupError):
-    """The store knows nothing of the slab: it is new, or the store was lost."""
+    """The slab is not registered: it is new, or the metadata were lost."""
 
 
 def new_generation(now_s: float) -> int:
-    """A number that no slot has carried before; ``now_s`` is in seconds since 1970."""
+    """Returns a number that no slot has had before; ``now_s`` is in seconds since 1970."""
     return int(now_s * 1000) << RANDOM_BITS | secrets.randbits(RANDOM_BITS)
 
 
 def oldest_generation(now_s: float, ttl_s: float | None) -> int:
-    """The first generation that is younger than ``ttl_s``: all below it are of expired objects."""
+    """Returns the first generation younger than ``ttl_s``; objects of lower ones are expired."""
     return 0 if ttl_s is None else max(0, int((now_s - ttl_s) * 1000) + 1) << RANDOM_BITS
 
 
 class MetadataStore(ABC):
     """Binds slots to keys, for all processes that share the slabs.
 
-    An object that is older than ``ttl_s`` is none: no method finds it, and its slot is free as soon
-    as somebody reserves.
+    No method finds an object that is older than ``ttl_s``; its slot becomes free with the next
+    reservation.
 
-    Threads: every method may be called from any thread. Each is atomic, and raises
-    ``BackendError`` if the store cannot answer.
+    Threads: every method may be called from any thread. Each is atomic, and raises ``BackendError``
+    if the store cannot answer.
     """
 
     where: str
@@ -111,105 +111,114 @@ class MetadataStore(ABC):
 
     @abstractmethod
     def open(self) -> None:
-        """Connects; makes what is missing."""
+        """Connects, and creates what is missing."""
 
     @abstractmethod
     def close(self) -> None:
         """Disconnects."""
 
     def trouble(self) -> str:
-        """Why it is of no use any more, though it is open; empty if it is well."""
+        """Returns why it has become unusable while open; empty if it is usable."""
         return ""
 
     def restart_log(self) -> None:  # noqa: B027 - a server has a disk of its own
-        """Lets the room of a log be used again, on a disk that is full."""
+        """Frees the space of the log, when the disk is full."""
 
     @abstractmethod
     def n_slots(self, slab: str) -> int | None:
-        """How many slots the store knows of a slab; None if it does not know the slab."""
+        """Returns the number of slots of a slab; None if it is not registered."""
 
     @abstractmethod
     def register(self, slab: str, n_slots: int, found: Sequence[Found]) -> None:
-        """Makes a slab known with what was found in it; of a known one only raises ``n_slots``."""
+        """Registers a slab with the objects found in it; only raises ``n_slots`` of a known one."""
 
     @abstractmethod
     def lookup(self, keys: Sequence[str], lease_s: float | None = None) -> list[Binding | None]:
-        """Where the objects lie. None of these slots is reused for the next ``lease_s`` seconds.
+        """Looks up objects, and leases their slots: none is reused for ``lease_s`` seconds.
 
-        Without ``lease_s`` it is that of the configuration.
+        Args:
+            keys: of the objects.
+            lease_s: None for that of the configuration.
+
+        Returns:
+            The binding of each key; None if it is absent.
         """
 
     @abstractmethod
     def leading(self, keys: Sequence[str]) -> int:
-        """How many leading keys are bound; grants no lease."""
+        """Returns how many leading keys are bound; leases nothing."""
 
     @abstractmethod
     def unchanged(self, keys: Sequence[str], bindings: Sequence[Binding]) -> int:
-        """How many leading keys are still bound as they were."""
+        """Returns how many leading keys still have these bindings."""
 
     @abstractmethod
     def reserve(self, slab: str, wanted: Sequence[Wanted]) -> list[Slot | None]:
-        """Slots for the leading objects, None for each that is stored already.
+        """Reserves slots for the leading objects; evicts others if needed.
 
-        The list ends where the room ended: no slot is free, and none that is bound may go; or the
-        namespace is at its cap, and nothing of it may go. The least recently used objects go first,
-        those that are pinned last, and none that is in ``wanted``. A slot that is leased is not
-        reused; its object goes all the same when its namespace has to shrink.
+        The least recently used objects are evicted first, pinned ones last, and none of ``wanted``.
+        A leased slot is not reused, but its object is evicted if its namespace must shrink.
+
+        Returns:
+            A slot for each object, None for one that is stored already. The list is shorter than
+            ``wanted`` if there is no further slot, or no further space in the namespace.
 
         Raises:
-            SlabUnknown: the slab was never registered, or the store was lost.
+            SlabUnknown: the slab was never registered, or the metadata were lost.
         """
 
     @abstractmethod
     def publish(self, written: Sequence[Written]) -> list[bool]:
-        """Binds what was written, in order.
+        """Binds written objects, in order.
 
-        False where the reservation is no longer the caller's, or the namespace is full by now.
+        Returns:
+            For each whether it is bound: not if the reservation has expired, or the namespace has
+            become full.
         """
 
     @abstractmethod
     def release(self, slots: Sequence[Slot]) -> None:
-        """Gives reserved slots back."""
+        """Releases reserved slots."""
 
     @abstractmethod
     def delete(self, keys: Sequence[str], generations: Sequence[int] | None = None) -> int:
-        """Unbinds ``keys``, or those that are bound with these generations; how many there were."""
+        """Unbinds ``keys``, or only those with these generations; returns how many there were."""
 
     @abstractmethod
     def keys(self, prefix: str) -> Iterator[str]:
-        """Every bound key that starts with ``prefix``."""
+        """Yields every bound key that starts with ``prefix``."""
 
     @abstractmethod
     def pin(self, keys: Sequence[str], ttl_s: float) -> int:
-        """For ``ttl_s`` seconds ``keys`` go last, 0 ends that now; how many of them are bound."""
+        """Pins ``keys`` for ``ttl_s`` seconds, 0 ends that; returns how many are bound."""
 
     @abstractmethod
     def usage(self) -> Mapping[str, int]:
-        """Bytes of the bound objects by namespace."""
+        """Returns the bytes of bound objects by namespace."""
 
     @abstractmethod
     def totals(self, slab: str) -> Totals:
-        """The states of a slab's slots."""
+        """Returns the number of a slab's slots by state."""
 
     @abstractmethod
     def check_integrity(self) -> None:
-        """Every used slot of every slab is in exactly one state; bytes by namespace add up.
+        """Checks that every used slot is in exactly one state and that bytes add up.
 
         Raises:
-            IntegrityError: it is not so.
+            IntegrityError: the message says what is wrong.
         """
 
     def findings(self) -> Iterator[Finding]:
-        """What ``hicache doctor`` should say of the store beside that it answers."""
+        """Yields further findings for ``hicache doctor``."""
         return iter(())
 
     def attach(self, slab: str, n_slots: int, scan: Callable[[], Iterable[Found]]) -> bool:
-        """Makes a slab known, with what ``scan`` finds if the store has not heard of it.
+        """Registers a slab; an unknown one with the objects that ``scan`` finds.
 
-        Nobody can reserve in a slab before it is registered, so the scan sees it at rest.
+        Slots can be reserved only after the registration, so nothing changes during the scan.
 
         Returns:
-            Whether anything was found that the store did not know.
+            Whether objects were found that the store did not know.
         """
         known = self.n_slots(slab)
         if known is not None and known >= n_slots:

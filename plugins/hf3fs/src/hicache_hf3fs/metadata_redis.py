@@ -61,10 +61,10 @@ _ERRORS: tuple[tuple[type[Exception], type[BackendError], str], ...] = (
     (redis.exceptions.AuthenticationError, BackendDenied, "check user and password"),
     (redis.exceptions.NoPermissionError, BackendDenied, "let this user run scripts on its keys"),
     (redis.exceptions.OutOfMemoryError, BackendFull, "raise the server's maxmemory"),
-    (redis.exceptions.TimeoutError, BackendTimeout, "raise metadata_timeout_s or look at its load"),
+    (redis.exceptions.TimeoutError, BackendTimeout, "raise metadata_timeout_s or check its load"),
     (redis.exceptions.ConnectionError, BackendUnavailable, "check that it runs and is reachable"),
     (redis.exceptions.ReadOnlyError, BackendUnavailable, "it is a replica; give the primary"),
-    (redis.exceptions.RedisError, BackendUnavailable, "see the text before"),
+    (redis.exceptions.RedisError, BackendUnavailable, "see the message before this"),
 )
 
 

@@ -317,7 +317,7 @@ class SqliteMetadata(MetadataStore):
         name = self._names.get(row.slab_id)
         types = (type(row.number), type(row.generation), type(row.nbytes), type(row.held_until))
         if types != (int, int, int, float) or not is_slab_name(name) or row.nbytes < 0:
-            raise sqlite3.OperationalError(f"a row of slots is none: {tuple(row)}")
+            raise sqlite3.OperationalError(f"a row of slots is invalid: {tuple(row)}")
 
     def _young(self, bound: dict[str, BoundRow]) -> dict[str, BoundRow]:
         """Those that are not expired."""

@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 
 
 class Transfer(NamedTuple):
-    """One stretch of a file and the memory that it is read into or written from, in order."""
+    """A range of a file, and the memory to read it into or write it from."""
 
     fd: int
     offset: int
@@ -17,7 +17,7 @@ class Transfer(NamedTuple):
 
 
 class PageIO(ABC):
-    """Moves bytes. Threads: ``read`` and ``write`` may be called from several at once."""
+    """Moves bytes between slots and memory. Several threads may call ``read`` and ``write``."""
 
     mode: ClassVar[str]
     """As in the configuration."""
@@ -27,13 +27,13 @@ class PageIO(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Releases it; no call is under way, and every file was removed."""
+        """Releases it; no call is running, and every file was removed."""
 
     def add_file(self, fd: int) -> None:  # noqa: B027 - POSIX files need no registration
         """Announces a descriptor that was just opened."""
 
     def remove_file(self, fd: int) -> None:  # noqa: B027 - see above
-        """Takes it back; called before the descriptor is closed."""
+        """Withdraws a descriptor; called before it is closed."""
 
     @abstractmethod
     def read(
@@ -43,9 +43,9 @@ class PageIO(ABC):
 
         Args:
             transfers: what to read.
-            deadline: by ``time.monotonic``; what ends later is no result any more.
-            arrived: called with the number of each transfer that is filled, from any thread and
-                while the bytes are in its cache; says whether they are what they should be.
+            deadline: by ``time.monotonic``; what ends later does not count.
+            arrived: called with the index of each transfer that was read, on any thread and while
+                the bytes are in its cache; returns whether they are right.
 
         Returns:
             For each transfer the bytes that were read, fewer at the end of the file, or a negative

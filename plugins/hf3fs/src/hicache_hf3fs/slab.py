@@ -4,8 +4,7 @@
     | header 256 | object nbytes                      | footer 16 | unused ...............|
 
 The header is a function of key, length and generation, so it is checked by building it again. The
-footer is written last and repeats the generation: a slot that was cut while it was written has not
-both.
+footer is written last and repeats the generation. If a write was interrupted, the two differ.
 """
 
 from __future__ import annotations
@@ -43,46 +42,46 @@ _NAME = re.compile(r"r(\d+)\.(\d+)")
 
 
 def slot_nbytes_for(object_nbytes: int) -> int:
-    """Length of a slot that holds objects of up to ``object_nbytes``."""
+    """Returns the length of a slot for objects of up to ``object_nbytes``."""
     return -(-(HEADER_NBYTES + object_nbytes + FOOTER_NBYTES) // _BLOCK_NBYTES) * _BLOCK_NBYTES
 
 
 def pack_header(key: str, nbytes: int, generation: int) -> bytes:
-    """The 256 bytes before an object."""
+    """Returns the 256 bytes before an object."""
     name = key.encode()
     packed = _HEADER.pack(_MAGIC, _VERSION, len(name), nbytes, generation, name)
     return packed + _DIGEST.pack(xxhash.xxh3_64_intdigest(packed))
 
 
 def pack_footer(generation: int) -> bytes:
-    """The 16 bytes behind an object."""
+    """Returns the 16 bytes after an object."""
     return _FOOTER.pack(generation, _END_MAGIC)
 
 
 def slab_name(rank: int, slot_nbytes: int) -> str:
-    """The name under which the metadata store knows the slab of a rank."""
+    """Returns the name of a rank's slab in the metadata store."""
     return f"r{rank}.{slot_nbytes}"
 
 
 def is_slab_name(name: object) -> bool:
-    """Whether ``slab_name`` makes such names."""
+    """Returns whether ``name`` has the form of ``slab_name``."""
     return isinstance(name, str) and _NAME.fullmatch(name) is not None
 
 
 def slabs_of(prefix: Path) -> list[str]:
-    """The names of all slabs of a prefix that have a file."""
+    """Returns the names of all slabs of a prefix that have a file."""
     start = f"{prefix.name}."
     found = (path.name.removeprefix(start) for path in prefix.parent.glob(f"{start}r*.slab"))
     return sorted(name for one in found if is_slab_name(name := one.removesuffix(".slab")))
 
 
 def slab_path(prefix: Path, name: str) -> Path:
-    """The file of a slab."""
+    """Returns the path of a slab's file."""
     return prefix.with_name(f"{prefix.name}.{name}.slab")
 
 
 class Slab:
-    """An open slab file. The owner closes it; reads and writes go through a ``PageIO``."""
+    """An open slab file. The owner closes it; a ``PageIO`` reads and writes it."""
 
     def __init__(self, path: Path, name: str, fd: int) -> None:
         match = _NAME.fullmatch(name)
@@ -94,7 +93,7 @@ class Slab:
 
     @classmethod
     def existing(cls, prefix: Path, name: str) -> Slab | None:
-        """The slab of any rank, None if its file is not there."""
+        """Opens the slab of any rank; None if it has no file."""
         path = slab_path(prefix, name)
         try:
             return cls(path, name, os.open(path, os.O_RDWR | os.O_CLOEXEC))
@@ -105,12 +104,12 @@ class Slab:
 
     @classmethod
     def allocated(cls, prefix: Path, name: str, file_nbytes: int) -> Slab:
-        """This rank's own slab, with at least ``file_nbytes`` reserved on the disk.
+        """Opens the slab of this rank, with at least ``file_nbytes`` reserved on the disk.
 
         Raises:
-            BackendFull: the file system has not that much room.
-            BackendDenied: it may not be written.
-            BackendUnavailable: the directory is not there.
+            BackendFull: the file system has too little free space.
+            BackendDenied: it is not writable.
+            BackendUnavailable: the directory does not exist.
         """
         path = slab_path(prefix, name)
         try:
@@ -133,21 +132,21 @@ class Slab:
 
     @property
     def n_slots(self) -> int:
-        """Whole slots of the file, as long as it is now."""
+        """Number of whole slots in the file now."""
         return os.fstat(self.fd).st_size // self.slot_nbytes
 
     @property
     def object_nbytes(self) -> int:
-        """Length of the largest object that fits a slot."""
+        """Length of the largest object that fits into a slot."""
         return self.slot_nbytes - HEADER_NBYTES - FOOTER_NBYTES
 
     @property
     def is_removed(self) -> bool:
-        """Whether its file has no name any more: what is written there is lost."""
+        """Returns whether its file was deleted: what is written there is lost."""
         return not os.fstat(self.fd).st_nlink
 
     def give_room(self, nbytes: int) -> bool:
-        """Gives the disk back its last slots, with the objects in them; whether it could."""
+        """Frees the disk space of its last slots and their objects; returns whether it could."""
         n_slots = min(self.n_slots, -(-nbytes // self.slot_nbytes))
         start = (self.n_slots - n_slots) * self.slot_nbytes
         length = n_slots * self.slot_nbytes
@@ -158,7 +157,7 @@ class Slab:
         os.close(self.fd)
 
     def scan(self) -> Iterator[Found]:
-        """Every slot that holds a whole object, in order; holes are passed over."""
+        """Yields every slot with a complete object, in order; skips holes."""
         number, n_slots = 0, self.n_slots
         while number < n_slots:
             try:
@@ -190,7 +189,7 @@ class Slab:
 
 
 def _locked(path: Path) -> int:
-    """A descriptor of the slab, made if it is missing, that no other process is allocating."""
+    """Opens the slab, creates it if it is missing, and locks it for allocation."""
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -202,11 +201,11 @@ def _locked(path: Path) -> int:
             return fd
         if os.fstat(fd).st_nlink:
             return fd
-        os.close(fd)  # somebody else's disk was full, and removed it again
+        os.close(fd)  # another process found the disk full and has removed it again
 
 
 def _allocate(path: Path, fd: int, nbytes: int) -> None:
-    """Reserves the space, so that a write into a slot cannot meet a full disk later."""
+    """Reserves the disk space, so that later writes into slots cannot fail on a full disk."""
     if _fallocate(fd, 0, 0, nbytes) == 0:
         return
     code = ctypes.get_errno()
@@ -225,7 +224,7 @@ def _allocate(path: Path, fd: int, nbytes: int) -> None:
 
 
 def translated(exc: OSError, path: Path, nbytes: int = 0) -> BackendError:
-    """The error of HiCache that says what to do."""
+    """Returns the ``BackendError`` for an error of the system."""
     if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         status = os.statvfs(path.parent)
         return BackendFull(
@@ -233,7 +232,7 @@ def translated(exc: OSError, path: Path, nbytes: int = 0) -> BackendError:
             f"{status.f_bavail * status.f_frsize}; lower file_size or make room ({exc.strerror})"
         )
     if exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return BackendDenied(f"slab {path} may not be written: {exc.strerror}; check owner, mount")
+        return BackendDenied(f"slab {path} is not writable: {exc.strerror}; check owner and mount")
     if exc.errno == errno.ENOENT:
         return BackendUnavailable(
             f"directory {path.parent} does not exist; mount the file system or create it"

@@ -51,18 +51,18 @@ def add_bounds(db: sqlite3.Connection, *, ttl: bool, quota: bool) -> None:
 _SIZE = "CAST(substr(name, instr(name, '.') + 1) AS INTEGER)"
 _RANK = "CAST(substr(name, 2, instr(name, '.') - 2) AS INTEGER)"
 _FAULTS = {
-    "a slab is none": (
+    "a slab has invalid values": (
         f"SELECT 1 FROM slabs WHERE typeof(name) != 'text' "
         f"OR name != 'r' || {_RANK} || '.' || {_SIZE} OR typeof(n_slots) != 'integer' "
         "OR typeof(fresh) != 'integer' OR fresh NOT BETWEEN 0 AND n_slots"
     ),
-    "a slot is none": (
+    "a slot has invalid values": (
         "SELECT 1 FROM slots LEFT JOIN slabs USING (slab_id) WHERE name IS NULL "
         "OR typeof(number) != 'integer' OR number NOT BETWEEN 0 AND fresh - 1 "
         "OR typeof(generation) != 'integer' OR generation < 0 OR typeof(held_until) != 'real' "
         "OR typeof(pinned_until) NOT IN ('null', 'real')"
     ),
-    "an object is none": (
+    "an object has invalid values": (
         "SELECT 1 FROM slots JOIN slabs USING (slab_id) WHERE key IS NOT NULL "
         f"AND (typeof(key) != 'text' OR length(key) NOT BETWEEN 1 AND {MAX_KEY_NBYTES} "
         "OR namespace IS NOT substr(key, 1, instr(key || '/', '/') - 1) "
@@ -147,7 +147,7 @@ class SqliteFile:
     def check_current(self) -> None:
         """Raises ``BackendUnavailable`` if the file is of no use any more."""
         if trouble := self.trouble():
-            raise BackendUnavailable(f"{trouble}; the store is opened anew by the next call")
+            raise BackendUnavailable(f"{trouble}; the next call reopens the store")
 
     def has_room(self) -> bool:
         """Whether its disk has room to spare."""

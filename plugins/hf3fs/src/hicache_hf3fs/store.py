@@ -1,4 +1,4 @@
-"""What an open backend holds: the way of the bytes, the metadata, and the slab files."""
+"""An open store: I/O of pages, metadata and slab files."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class Store:
         """This rank's slab.
 
         Raises:
-            BackendDenied: the store was opened to look only, so it has none.
+            BackendDenied: the store was opened for reading only, so it has none.
         """
         if self._own is None:
-            raise BackendDenied(f"{self.prefix} was opened to look only; nothing is stored")
+            raise BackendDenied(f"{self.prefix} was opened for reading only; nothing is stored")
         return self._own
 
     def trouble(self) -> str:
@@ -87,7 +87,7 @@ class Store:
         return rebuilt
 
     def slab(self, name: str) -> Slab | None:
-        """The slab of any rank; None if its file is gone."""
+        """Returns the slab of a rank; None if its file was removed."""
         found = self._slabs.get(name)
         if found is not None:
             return found
@@ -208,7 +208,11 @@ def _page_io(settings: Hf3fsConfig, prefix: Path) -> PageIO:
             iovec_nbytes=settings.iovec_nbytes,
             timeout_s=settings.io_timeout_s,
         )
-    why = f"{LIBRARY} is not installed" if library is None else f"{prefix.parent} is no 3FS mount"
+    why = (
+        f"{LIBRARY} is not installed"
+        if library is None
+        else f"{prefix.parent} is not in a 3FS mount"
+    )
     if settings.mode == "usrbio":
         raise BackendUnavailable(f"mode usrbio is not possible: {why}; set mode to auto or posix")
     why = "as configured" if settings.mode == "posix" else why

@@ -18,7 +18,7 @@ _ADVICE = "set master_metrics_port to the master's --metrics_port, and let it li
 
 
 class Admin:
-    """Asks a master by HTTP. Any thread; each question has a connection of its own."""
+    """Requests to a master's HTTP port. Any thread; each request has its own connection."""
 
     def __init__(self, config: MooncakeConfig) -> None:
         """Connects to nothing."""
@@ -27,7 +27,7 @@ class Admin:
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def keys(self, prefix: str) -> Iterator[str]:
-        """Every key that starts with ``prefix``, as of now; leases none of them.
+        """Returns the keys that start with ``prefix`` now; leases none of them.
 
         Raises:
             BackendError: the master cannot be asked.
@@ -36,7 +36,7 @@ class Admin:
         return (key for key in found if key and key.startswith(prefix))
 
     def sizes(self, keys: Iterator[str]) -> Iterator[tuple[str, int]]:
-        """The sizes of those objects that are still there, one copy of each; leases none of them.
+        """Returns the sizes of the objects that are present, one copy each; leases none.
 
         Raises:
             BackendError: the master cannot be asked, or answers something else.

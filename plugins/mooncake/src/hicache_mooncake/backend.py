@@ -1,4 +1,4 @@
-"""Pages in a Mooncake store, moved straight between registered host memory and the store."""
+"""Pages in a Mooncake store, moved directly between registered host memory and the store."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class MooncakeBackend(StorageBackend):
             self.client.close(self._release_memory)
 
     def register_memory(self, buffers: Sequence[memoryview]) -> None:
-        """Announces memory that pages lie in; called by the owner, before any page.
+        """Announces the memory of all pages; called by the owner, before any page.
 
         Raises:
             BackendError: the transport refused a buffer.
@@ -150,7 +150,7 @@ class MooncakeBackend(StorageBackend):
         )
 
     def clear(self, prefix: str) -> int:
-        """Removes every key that starts with ``prefix``, leased or not; how many there were."""
+        """Removes every key that starts with ``prefix``, leased or not; returns how many."""
         with self.client.using() as store:
             n = store.remove_by_regex(f"^{re.escape(prefix)}.*", True)
         if n < 0:
@@ -158,15 +158,15 @@ class MooncakeBackend(StorageBackend):
         return n
 
     def list_keys(self, prefix: str) -> Iterator[str]:
-        """Every key that starts with ``prefix``, as of now, from the master's HTTP port."""
+        """Returns the keys that start with ``prefix`` now, from the master's HTTP port."""
         with self.client.using():
             return self._admin.keys(prefix)
 
     def pin(self, keys: Sequence[str], ttl_s: float) -> int:
-        """Has the master evict ``keys`` last for ``ttl_s`` seconds; how many of them are present.
+        """See ``Pins``.
 
-        Mooncake knows this as a property of a write, so each object is read and written over
-        itself. While that lasts, it is a miss.
+        In Mooncake a pin is a property of a write, so each object is read and written again. It is
+        a miss during that time.
         """
         n_pinned = 0
         for key in keys:  # one at a time, so that close() need not wait for all of them
@@ -178,14 +178,14 @@ class MooncakeBackend(StorageBackend):
         return n_pinned
 
     def usage(self) -> Mapping[str, int]:
-        """Bytes of stored objects by namespace, one copy of each; asks for all of them."""
+        """Returns bytes by namespace, one copy of each object. Slow: asks for every object."""
         usage: Counter[str] = Counter()
         for key, nbytes in self._admin.sizes(self.list_keys("")):
             usage[namespace_of(key)] += nbytes
         return usage
 
     def stats(self) -> Mapping[str, float]:
-        """Misses, drops and staged pages by kind since ``open``; sizes of the memory in use."""
+        """Returns misses, drops and staged pages by kind since ``open``, and memory sizes."""
         with self._counts_lock:
             counts = {name: float(n) for name, n in self._counts.items()}
         dropped = sum(counts.get(f"dropped_{kind}", 0.0) for kind in set(DROPS.values()))
@@ -199,7 +199,7 @@ class MooncakeBackend(StorageBackend):
         }
 
     def diagnose(self) -> Iterator[Finding]:
-        """Findings about the library, the master, the transport, the memory and the lease."""
+        """Yields findings on library, master, transport, memory and lease."""
         return diagnose(self.client, self.stats())
 
     # How a batch moves
@@ -212,7 +212,7 @@ class MooncakeBackend(StorageBackend):
         staged: Callable[[Store, Sequence[str], Sequence[Page]], list[int]],
         leading: Callable[[Sequence[int], Sequence[int]], int],
     ) -> int:
-        """Moves a batch in calls of bounded size, up to the first page that fails."""
+        """Moves a batch in calls of limited size, up to the first page that fails."""
         if len(keys) != len(pages):
             raise ValueError(f"{len(keys)} keys do not fit {len(pages)} pages")
         with self.client.using() as store:
@@ -238,11 +238,11 @@ class MooncakeBackend(StorageBackend):
             return n_moved
 
     def _layout(self, pages: Sequence[Page]) -> list[Slices] | None:
-        """The pages in registered memory; None if they must be staged.
+        """Returns the places of the pages in registered memory; None if they must be staged.
 
         Raises:
-            IntegrityError: a page lies outside registered memory, which must not be. RDMA would
-                fail on it and tcp would not notice.
+            IntegrityError: a page is outside registered memory and must not be staged: RDMA would
+                fail on it, and tcp would not notice.
         """
         layout: list[Slices] = []
         staged = False
@@ -259,8 +259,8 @@ class MooncakeBackend(StorageBackend):
         required = self.settings.require_registered
         if required if required is not None else len(self._memory) > 0:
             raise IntegrityError(
-                f"page {n} of {n_pages} lies outside the {self._memory.nbytes} bytes of registered "
-                "memory; pass every buffer that holds pages to register_memory()"
+                f"page {n} of {n_pages} is outside the {self._memory.nbytes} bytes of registered "
+                "memory; pass every buffer with pages to register_memory()"
             )
 
     def _read_direct(
@@ -330,7 +330,7 @@ class MooncakeBackend(StorageBackend):
     # What came of it
 
     def _filled(self, codes: Sequence[int], sizes: Sequence[int]) -> int:
-        """How many leading codes are the size of their page; counts the miss that ended them."""
+        """Returns how many leading codes are the size of their page; counts the next as a miss."""
         for n, (code, size) in enumerate(zip(codes, sizes, strict=True)):
             if code != size:
                 self._missed(code if code < 0 else INVALID_PARAMS, "get")
@@ -338,7 +338,7 @@ class MooncakeBackend(StorageBackend):
         return len(codes)
 
     def _stored(self, codes: Sequence[int], sizes: Sequence[int]) -> int:
-        """How many leading codes say stored; counts the pages dropped behind them."""
+        """Returns how many leading codes mean stored; counts the other pages as dropped."""
         for n, code in enumerate(codes):
             if code not in (OK, ALREADY_EXISTS):
                 if code not in DROPS:
@@ -352,7 +352,7 @@ class MooncakeBackend(StorageBackend):
         """Counts a miss.
 
         Raises:
-            BackendError: ``code`` is a failure, no miss.
+            BackendError: ``code`` is a failure and not a miss.
         """
         if code not in MISSES:
             raise self.client.error(code, action)

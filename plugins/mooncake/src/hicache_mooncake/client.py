@@ -1,4 +1,4 @@
-"""One Mooncake client: loaded late, set up where it can be abandoned, never called out of turn."""
+"""One Mooncake client: loaded when needed, set up with a time limit, never called after close."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ INSTALL = (
 
 
 class Store(Protocol):
-    """The part of ``mooncake.store.MooncakeDistributedStore`` that is used here."""
+    """The part of ``mooncake.store.MooncakeDistributedStore`` that this plugin uses."""
 
     def setup(self, *args: Any, **kwargs: Any) -> int: ...
     def close(self) -> int: ...
@@ -82,7 +82,7 @@ def load_library() -> Any:
 
 
 def _limits(rpc_timeout_s: float) -> contextlib.AbstractContextManager[None]:
-    """Mooncake's own limits, which it reads from the environment during set-up only."""
+    """Sets Mooncake's own limits, which it reads from the environment during set-up only."""
     return variables(
         MC_RPC_TIMEOUT_MS=max(1, round(rpc_timeout_s * 1000)),
         MC_STORE_CLIENT_SETUP_RETRIES=1,
@@ -113,7 +113,7 @@ class Client:
         self._library: Any = None
 
     def open(self) -> None:
-        """Reaches the master, sets up in a child process, then here.
+        """Connects to the master, tries the set-up in a child process, then sets up here.
 
         Raises:
             BrokenBackend: Mooncake's client is not installed.
@@ -138,7 +138,7 @@ class Client:
         self._store, self._closing = store, False
 
     def close(self, release_memory: Callable[[], None]) -> None:
-        """Waits for calls in flight, lets the memory be unregistered and closes the store.
+        """Waits for running calls, unregisters memory and closes the store.
 
         Mooncake's close holds the interpreter's lock: 0.5 to 0.8 s, up to 6 s with a dead master.
         """
@@ -166,11 +166,11 @@ class Client:
 
     @contextlib.contextmanager
     def using(self) -> Iterator[Store]:
-        """The store, for one call or more; it is not closed meanwhile.
+        """Yields the store; it is not closed before the block ends.
 
         Raises:
             UseAfterClose: the client is not open.
-            BackendError: the master is gone.
+            BackendError: the master is lost.
         """
         with self._idle:
             store = self._opened()
@@ -200,18 +200,18 @@ class Client:
             )
 
     def unregister(self, address: int) -> None:
-        """Takes an announcement back."""
+        """Withdraws memory from the transport."""
         self._opened().unregister_buffer(address)
 
     def error(self, code: int, action: str) -> BackendError:
-        """The error for ``code``; an outage makes the following calls fail at once."""
+        """Returns the error for ``code``; after an outage, further calls fail at once."""
         error = failure(code, action, self.config.master_server_address)
         if code in OUTAGES:
             self._liveness.lost(error)
         return error
 
     def pinning(self, ttl_s: float) -> Any:
-        """As ``replication``, for objects that are pinned for ``ttl_s`` seconds, 0 for no more."""
+        """As ``replication``, for objects pinned for ``ttl_s`` seconds; 0 for not pinned."""
         replication = self._replicate_config(self._library)
         action = self._library.SoftPinAction
         replication.soft_pin_action = action.ENABLE if ttl_s > 0 else action.DISABLE
@@ -220,7 +220,7 @@ class Client:
         return replication
 
     def ping_s(self) -> float:
-        """Seconds that the master takes to answer."""
+        """Returns the seconds that the master takes to answer."""
         with self.using() as store:
             start = time.perf_counter()
             code = store.is_exist(PING_KEY)
@@ -254,7 +254,7 @@ class Client:
         return args, {} if config.tenant_id == "default" else tenant
 
     def _try_setup(self, hostname: str) -> None:
-        """Sets a client up in a child process (0.1 s), which is killed when it takes too long."""
+        """Sets up a client in a child process (0.1 s), which is killed after the time limit."""
         args, kwargs = self._arguments(hostname, 0)
         with _limits(self.config.rpc_timeout_s):
             environment = dict(os.environ)

@@ -16,12 +16,12 @@ NbytesOrNone = Annotated[int, BeforeValidator(parse_nbytes), Field(ge=0)]
 
 
 def _environment(name: str, default: str) -> Callable[[], str]:
-    """A default that is read from the environment when the config is made."""
+    """Returns a default that is read from the environment when the config is made."""
     return lambda: os.environ.get(name, default)
 
 
 def split_address(address: str) -> tuple[str, int] | None:
-    """Host and port of ``host:port``; None for the address of a cluster of masters (``etcd://…``).
+    """Returns host and port of ``host:port``; None for a cluster of masters (``etcd://…``).
 
     Raises:
         ValueError: the text is neither.
@@ -31,8 +31,8 @@ def split_address(address: str) -> tuple[str, int] | None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ValueError(
-            f"{address!r} is no address of a mooncake_master; set master_server_address or "
-            "MOONCAKE_MASTER to host:port, for instance 127.0.0.1:50051"
+            f"{address!r} is not an address of a mooncake_master; set master_server_address or "
+            "MOONCAKE_MASTER to host:port, for example 127.0.0.1:50051"
         )
     return host.strip("[]"), int(port)
 
@@ -40,7 +40,7 @@ def split_address(address: str) -> tuple[str, int] | None:
 class MooncakeConfig(BackendConfig):
     """Settings of the ``mooncake`` backend.
 
-    A key that is not set takes the value of its environment variable, then the default.
+    A setting that is not given is read from its environment variable, then from the default.
     """
 
     master_server_address: str = Field(
@@ -98,7 +98,7 @@ class MooncakeConfig(BackendConfig):
         default=2.0, description="limit for one answer of the master, or of another server"
     )
     retry_interval_s: Seconds = Field(
-        default=1.0, description="calls fail at once for so long after the master was lost"
+        default=1.0, description="how long calls fail at once after the master was lost"
     )
     ready_wait_s: Seconds = Field(
         default=0.5,
@@ -107,7 +107,7 @@ class MooncakeConfig(BackendConfig):
     )
     max_call_nbytes: Nbytes = Field(
         default=128 * 2**20,
-        description="bytes that one client call moves at most; keeps a read shorter than its lease",
+        description="maximum bytes of one client call; keeps reads shorter than their lease",
     )
     require_registered: bool | None = Field(
         default=None,
@@ -116,8 +116,8 @@ class MooncakeConfig(BackendConfig):
     )
     staging_nbytes: Nbytes = Field(
         default=64 * 2**20,
-        description="limit of the registered buffer for memory that is not registered; grows to it "
-        "when needed",
+        description="maximum size of the registered buffer for memory that is not registered; "
+        "grows when needed",
     )
 
     @field_validator("master_server_address")

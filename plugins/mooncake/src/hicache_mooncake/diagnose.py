@@ -1,4 +1,4 @@
-"""What `hicache doctor mooncake` looks at."""
+"""The checks of `hicache doctor mooncake`."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _library() -> Finding:
 def _admin(client: Client) -> Finding:
     address = split_address(client.config.master_server_address)
     if address is None:
-        return Finding("ok", "master health", "not asked: several masters")
+        return Finding("ok", "master health", "not checked: several masters")
     url = f"http://{address[0]}:{client.config.master_metrics_port}"
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
@@ -108,7 +108,7 @@ def _memory(client: Client, stats: Mapping[str, float]) -> Iterator[Finding]:
 
 
 def _lease(client: Client, stats: Mapping[str, float]) -> Finding:
-    """Writes a probe, leases it by a question, and sees whether the lease holds long enough."""
+    """Writes a probe, leases it, and checks that the lease lasts long enough."""
     if stats.get("misses_leases_expired"):
         return Finding(
             "error",

@@ -1,4 +1,4 @@
-"""Variables that Mooncake reads from the environment, set for a moment."""
+"""Sets environment variables for Mooncake, temporarily."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def variables(**values: object) -> Iterator[None]:
-    """Sets them for the length of the block, then puts back what was there."""
+    """Sets variables for the block, then restores the old values."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update({name: str(value) for name, value in values.items()})
     try:

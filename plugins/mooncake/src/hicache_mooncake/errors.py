@@ -1,6 +1,6 @@
-"""What Mooncake's negative codes mean: a miss, a dropped write, or a failure.
+"""The table of Mooncake's negative codes: a miss, a dropped write, or a failure.
 
-The one table of the plugin; a code that is not in it is a ``BackendError`` that names it.
+A code that is not in it becomes a ``BackendError`` that names it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ OUTAGES: dict[int, tuple[type[BackendError], str]] = {
 
 
 def failure(code: int, action: str, master: str) -> BackendError:
-    """The error for a code that is neither a miss nor a drop."""
+    """Returns the error for a code that is neither a miss nor a drop."""
     kind, what = OUTAGES.get(code, (BackendError, ""))
     if what:
         return kind(f"mooncake master {master} {what} (code {code}) on {action}")

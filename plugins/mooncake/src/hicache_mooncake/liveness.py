@@ -13,11 +13,11 @@ from hicache_core.errors import BackendError, BackendUnavailable
 class Liveness:
     """Lets calls through while the master lives, and fails them at once while it does not.
 
-    Mooncake's own calls block for seconds when the master is gone. A second connection to the
-    master's port, on which nothing is ever sent, tells the same in a microsecond: its end is closed
-    when the master's process ends. A master that hangs is found by a call that times out
-    (``lost``). After either, every call fails at once for ``retry_interval_s``; then one caller
-    connects and asks the master, and the others follow when it answered.
+    Mooncake's own calls block for seconds when the master has ended. A second connection to its
+    port, on which nothing is sent, shows that within a microsecond: it is closed when the process
+    of the master ends. A master that hangs is noticed by a call that times out (``lost``). After
+    either, every call fails at once for ``retry_interval_s``. Then one caller connects and calls
+    the master, and the others continue when it has answered.
 
     Any thread may call any method.
     """
@@ -33,10 +33,10 @@ class Liveness:
         """Connects to nothing.
 
         Args:
-            address: host and port of the master; None if there are several (nothing is watched).
-            connect_timeout_s: limit for the connection.
+            address: host and port of the master; None if there are several (no check is made).
+            connect_timeout_s: time limit for the connection.
             retry_interval_s: how long calls fail at once.
-            ping: asks the master anything; the error if it does not answer.
+            ping: calls the master; returns the error if it does not answer.
         """
         self._address = address
         self._connect_timeout_s = connect_timeout_s
@@ -49,10 +49,13 @@ class Liveness:
         self._is_trying = False
 
     def connect(self) -> str | None:
-        """Connects the canary; the local address that faces the master, None if nothing is watched.
+        """Opens the second connection.
+
+        Returns:
+            The local address that faces the master; None if there are several masters.
 
         Raises:
-            BackendUnavailable: nobody listens there, or not within the limit.
+            BackendUnavailable: nothing listens there, or it does not answer within the limit.
         """
         if self._address is None:
             return None
@@ -75,10 +78,10 @@ class Liveness:
         return str(canary.getsockname()[0])
 
     def check(self) -> None:
-        """Returns if the master is believed to live.
+        """Returns if the master seems to be alive.
 
         Raises:
-            BackendError: it is gone; raised at once, but for the one caller that tries it again.
+            BackendError: it is lost. Raised at once, except to the one caller that tries again.
         """
         if self._reason is None and self._canary_lives():
             return

@@ -17,16 +17,16 @@ _addressof = ctypes.addressof
 
 
 def address_of(view: memoryview) -> int:
-    """Address of the first byte.
+    """Returns the address of the first byte.
 
     Raises:
-        TypeError: the memory is read-only; ctypes gives no address of it.
+        TypeError: the memory is read-only, so ctypes gives no address.
     """
     return _addressof(_one_byte(view))
 
 
 class Slices(NamedTuple):
-    """A page as Mooncake takes it: parallel addresses and sizes, adjacent segments joined."""
+    """A page for Mooncake: addresses and sizes, with adjacent segments joined."""
 
     addresses: list[int]
     sizes: list[int]
@@ -59,10 +59,10 @@ class RegisteredMemory:
         return list(self._starts)
 
     def check_apart(self, view: memoryview) -> None:
-        """Returns if ``view`` overlaps no range.
+        """Checks that ``view`` overlaps no registered range.
 
         Raises:
-            IntegrityError: it does.
+            IntegrityError: it overlaps one.
         """
         start, end = address_of(view), address_of(view) + view.nbytes
         at = bisect_right(self._starts, start)
@@ -74,7 +74,7 @@ class RegisteredMemory:
             )
 
     def add(self, view: memoryview) -> None:
-        """Remembers a range that was registered and overlaps no other."""
+        """Adds a range that was registered and overlaps no other."""
         start = address_of(view)
         at = bisect_right(self._starts, start)
         self._starts.insert(at, start)
@@ -82,13 +82,13 @@ class RegisteredMemory:
         self._views.insert(at, view)
 
     def clear(self) -> None:
-        """Forgets every range and drops the references."""
+        """Removes all ranges and drops the references to them."""
         self._starts, self._ends, self._views = [], [], []
 
     def slices(self, page: Page) -> Slices | None:
-        """The page as addresses and sizes; None if a segment is not wholly in registered memory.
+        """Returns the page as slices; None if a segment is outside registered memory.
 
-        Segments that follow each other in one range become one slice:
+        Adjacent segments in the same range become one slice:
 
             segment   |--0--|--1--|        |--2--|
             slice     |-----0-----|        |--1--|
@@ -118,7 +118,7 @@ class RegisteredMemory:
 
 
 class Batch(NamedTuple):
-    """What is known of a batch before it is cut into calls, all as long as its keys."""
+    """A batch before it is cut into calls; every field has one entry for each key."""
 
     keys: Sequence[str]
     sizes: Sequence[int]
@@ -126,10 +126,15 @@ class Batch(NamedTuple):
 
 
 def runs(batch: Batch, max_nbytes: int, max_slices: int) -> Iterator[slice]:
-    """Consecutive stretches of a batch, each one call of the client.
+    """Cuts a batch into ranges, one for each call of the client.
 
-    A stretch is one page long or stays within both limits. No key occurs twice in it: Mooncake
-    would fill one of the two pages and report success for both.
+    A range has one page or stays within both limits. It has no key twice: Mooncake would fill one
+    of the two pages and report success for both.
+
+    Args:
+        batch: keys and places of the pages.
+        max_nbytes: maximum bytes of a call.
+        max_slices: maximum slices of a call.
     """
     start = nbytes = n_slices = 0
     seen: set[str] = set()
@@ -147,10 +152,10 @@ def runs(batch: Batch, max_nbytes: int, max_slices: int) -> Iterator[slice]:
 
 
 class SliceGate:
-    """Keeps the slices of all calls under way within a limit.
+    """Limits the slices of all running calls.
 
-    The tcp transport queues a thousand transfers for a peer, lets as many wait for a moment, and
-    fails what comes on top.
+    The tcp transport queues a thousand transfers for a peer, lets as many wait briefly, and fails
+    further ones.
     """
 
     def __init__(self, limit: int) -> None:
@@ -160,7 +165,7 @@ class SliceGate:
 
     @contextlib.contextmanager
     def passing(self, n_slices: int) -> Iterator[None]:
-        """Waits for room; more than the limit passes alone."""
+        """Blocks until the slices fit into the limit; more than the limit passes alone."""
         with self._room:
             self._room.wait_for(
                 lambda: not self._n_under_way or self._n_under_way + n_slices <= self.limit

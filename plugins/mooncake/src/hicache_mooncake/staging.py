@@ -1,4 +1,4 @@
-"""The way of pages outside registered memory: through one registered buffer."""
+"""Copies pages outside registered memory through one registered buffer."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ is refused. Sealed objects are 64 bytes at least, so they never meet it."""
 
 
 def may_be_empty(nbytes: int) -> bool:
-    """Whether an object of that size is, or could be taken for, an empty one."""
+    """Returns whether an object of that size is empty, or could be taken for an empty one."""
     return nbytes in {0, len(EMPTY)}
 
 
 class Staging:
-    """One registered buffer that pages are copied through, a call at a time.
+    """One registered buffer through which pages are copied, one call at a time.
 
     It is allocated when it is first needed and grows up to ``limit_nbytes``. Any thread may call
-    ``fetch``, ``read``, ``write`` and ``rewrite``; they wait for each other.
+    ``fetch``, ``read``, ``write`` and ``rewrite``; they block each other.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Staging:
         self._address = 0
 
     def fetch(self, store: Store, key: str) -> bytes | int:
-        """The object under ``key``, or Mooncake's negative code."""
+        """Returns the object under ``key``, or Mooncake's negative code."""
         size = store.get_size(key)
         if size < 0:
             return size
@@ -60,7 +60,7 @@ class Staging:
         return b"" if value == EMPTY else value
 
     def read(self, store: Store, keys: Sequence[str], pages: Sequence[Page]) -> list[int]:
-        """Fills the leading pages; a code for each page, its size in bytes if it was filled."""
+        """Reads leading pages; returns for each its size in bytes, or a negative code."""
         wanted = [nbytes_of(page) for page in pages]
         sizes = [size or len(EMPTY) for size in wanted]
         with self._lock:
@@ -83,10 +83,10 @@ class Staging:
     def write(
         self, store: Store, keys: Sequence[str], pages: Sequence[Page], replication: Any
     ) -> list[int]:
-        """Stores the pages; Mooncake's code for each.
+        """Stores pages; returns Mooncake's code for each.
 
         Raises:
-            BackendError: a page is just the bytes that stand for an empty object.
+            BackendError: a page consists of the bytes that represent an empty object.
         """
         sizes = [nbytes_of(page) or len(EMPTY) for page in pages]
         with self._lock:
@@ -98,8 +98,8 @@ class Staging:
                     _gather(page, place)
                     if place == EMPTY:
                         raise BackendError(
-                            f"{keys[n]} has the 16 bytes that stand for an empty object in "
-                            "Mooncake; they cannot be stored"
+                            f"{keys[n]} consists of the 16 bytes that represent an empty object in "
+                            "Mooncake; it cannot be stored"
                         )
                 else:
                     place[:] = EMPTY
@@ -107,10 +107,10 @@ class Staging:
             return store.batch_put_from(list(keys), addresses, sizes, replication)
 
     def rewrite(self, store: Store, key: str, replication: Any) -> int:
-        """Writes an object over itself, with other properties; Mooncake's code.
+        """Writes an object again, with other properties; returns Mooncake's code.
 
         Raises:
-            BackendError: it is larger than the buffer may be.
+            BackendError: it is larger than the maximum size of the buffer.
         """
         size = store.get_size(key)
         if size < 0:
@@ -123,12 +123,12 @@ class Staging:
             return store.upsert_from(key, self._address, size, replication)
 
     def release(self) -> None:
-        """Gives the buffer back."""
+        """Releases the buffer."""
         with self._lock:
             self._release()
 
     def _room(self, nbytes: int) -> memoryview:
-        """The buffer's first ``nbytes`` bytes, at ``_address``.
+        """Returns the first ``nbytes`` bytes of the buffer, which is at ``_address``.
 
         Raises:
             BackendError: more than ``limit_nbytes``, or the transport refused the memory.

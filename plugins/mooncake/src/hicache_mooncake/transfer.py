@@ -39,13 +39,13 @@ _SLICE = struct.Struct("<QQ")
 
 
 class MooncakeTransferConfig(PeerConfig):
-    """Settings beside those of every connecting backend.
+    """Settings of transfers over Mooncake, in addition to those of ``PeerConfig``.
 
     Attributes:
-        protocol: ``tcp``, or ``rdma`` where there is a device.
-        device_name: RDMA devices, by comma (``--disaggregation-ib-device``); empty lets Mooncake
-            choose.
-        metadata_server: ``P2PHANDSHAKE``; nodes tell each other where their engines are.
+        protocol: ``tcp``, or ``rdma`` if there is a device.
+        device_name: RDMA devices, separated by commas (``--disaggregation-ib-device``); empty lets
+            Mooncake choose.
+        metadata_server: ``P2PHANDSHAKE``: nodes send each other the addresses of their engines.
     """
 
     protocol: str = "tcp"
@@ -57,8 +57,8 @@ class MooncakeTransferConfig(PeerConfig):
     def _check_metadata_server(cls, value: str) -> str:
         if value != P2P:
             raise ValueError(
-                f"{value!r} is not used for transfers, whose nodes tell each other where their "
-                f"engines are; leave it out, or write {P2P}"
+                f"{value!r} is not used for transfers: nodes send each other the addresses of "
+                f"their engines; do not set it, or set it to {P2P}"
             )
         return value
 

@@ -1,7 +1,7 @@
-"""A set-up in a process that can be killed: ``python trial.py`` with the arguments on stdin.
+"""A trial set-up in a process that can be killed: ``python trial.py``, arguments on stdin.
 
-Mooncake's ``setup`` blocks for minutes, with the interpreter's lock held, when the master's port is
-open but nobody answers. The parent runs this file by its path, so that only Mooncake is imported.
+Mooncake's ``setup`` blocks for minutes and holds the interpreter's lock when the master's port is
+open but does not answer. The parent runs this file by its path, so that only Mooncake is imported.
 Prints one JSON object: ``{"code": 0}`` or ``{"error": "…"}``.
 """
 
@@ -11,7 +11,7 @@ import sys
 
 
 def main() -> None:
-    """Sets a client up without memory of its own, says what came of it, and ends at once."""
+    """Sets up a client without memory of its own, prints the result and exits at once."""
     arguments = json.load(sys.stdin)
     try:
         from mooncake.store import MooncakeDistributedStore

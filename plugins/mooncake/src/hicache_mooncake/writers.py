@@ -1,4 +1,4 @@
-"""Other processes that are writing the same objects."""
+"""Waiting for other processes that are writing the same objects."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ POLL_S = 0.002
 
 
 def n_settled(store: Store, keys: Sequence[str], wait_s: float) -> int:
-    """How many leading keys nobody is writing; those of others are waited for, up to ``wait_s``.
+    """Waits up to ``wait_s`` for other writers; returns how many leading keys have none.
 
-    Mooncake's client calls an object stored whose key was taken, also while another process still
-    writes it. That takes some milliseconds, unless the writer died: then the master gives the key
-    back after ``--put_start_discard_timeout_sec``. The start of a read tells the two from a whole
-    object and from none, in one question, and leases only what is there already.
+    Mooncake's client reports an object as stored when its key is taken, even while another process
+    is still writing it. That takes some milliseconds, unless the writer died: then the master frees
+    the key after ``--put_start_discard_timeout_sec``. The start of a read shows the state of all
+    keys in one request, and leases only complete objects.
+
+    Args:
+        store: of the client.
+        keys: of the objects.
+        wait_s: maximum time to block, in seconds.
     """
     stop_at = time.monotonic() + wait_s
     n = 0

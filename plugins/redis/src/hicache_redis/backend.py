@@ -22,7 +22,7 @@ from hicache_redis.diagnose import diagnose
 from hicache_redis.dispatch import Dispatcher
 from hicache_redis.errors import reply_error
 from hicache_redis.operations import Count, Fetch, FetchAny, Probe, Remove, Store, Touch
-from hicache_redis.pins import Pins
+from hicache_redis.pins import PinRefresher
 from hicache_redis.scan import measure, scan
 from hicache_redis.topology import Cluster, SingleServer, Topology
 
@@ -40,7 +40,7 @@ class RedisBackend(StorageBackend):
         self.settings = config
         self._prefix = config.key_prefix.encode()
         self._ttl_ms = None if config.ttl_s is None else max(1, round(config.ttl_s * 1000))
-        self._opened: tuple[Dispatcher, Lanes, Pins] | None = None
+        self._opened: tuple[Dispatcher, Lanes, PinRefresher] | None = None
 
     @property
     def dispatcher(self) -> Dispatcher:
@@ -54,7 +54,7 @@ class RedisBackend(StorageBackend):
         return self._opened[0]
 
     @property
-    def _pins(self) -> Pins:
+    def _pins(self) -> PinRefresher:
         if self._opened is None:
             raise UseAfterClose("the redis backend is not open; call open() first")
         return self._opened[2]
@@ -82,7 +82,7 @@ class RedisBackend(StorageBackend):
             topology.close()
             lanes.close()
             raise
-        pins = Pins(lambda keys: dispatcher.run(Touch(keys)))
+        pins = PinRefresher(lambda keys: dispatcher.run(Touch(keys)))
         self._opened = dispatcher, lanes, pins
 
     def close(self) -> None:
@@ -195,7 +195,7 @@ class RedisBackend(StorageBackend):
         return diagnose(self, self.dispatcher.topology, self.settings)
 
     def _whole(self, key: str) -> bytes:
-        """The key as it stands in the database."""
+        """Returns the key in the database, with the prefix."""
         return self._prefix + key.encode()
 
     def _store(self, keys: Sequence[str], pages: Sequence[Page]) -> Store:

@@ -64,7 +64,7 @@ class Channel(ABC):
 
     @abstractmethod
     def is_quiet(self) -> bool:
-        """Whether the connection stands and nothing has arrived on it; does not wait."""
+        """Returns whether the connection is open and nothing has arrived; does not block."""
 
 
 class PlainChannel(Channel):

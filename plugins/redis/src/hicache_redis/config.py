@@ -19,21 +19,21 @@ _URL_KEYS = {"scheme", "host", "port", "path", "db", "username", "password", "co
 
 
 def split_address(address: str, default_port: int) -> tuple[str, int]:
-    """Host and port of ``host``, ``host:port`` or ``[v6 address]:port``.
+    """Returns host and port of ``host``, ``host:port`` or ``[v6 address]:port``.
 
     Raises:
-        ValueError: the port is no port.
+        ValueError: the text is not such an address.
     """
     host, port = address, ""
     if address.startswith("[") or address.count(":") == 1:
         host, _, port = address.rpartition(":") if not address.endswith("]") else (address, "", "")
     if not host or (port and not (port.isdecimal() and 0 < int(port) < 65536)):
-        raise ValueError(f"{address!r} is no address; write host:port, for instance 10.0.0.7:6379")
+        raise ValueError(f"{address!r} is not an address; write host:port, as in 10.0.0.7:6379")
     return host.strip("[]"), int(port) if port else default_port
 
 
 def _parse(url: SecretStr) -> dict[str, Any]:
-    """What redis-py reads out of a URL."""
+    """Returns the connection settings that redis-py finds in a URL."""
     return dict(parse_url(url.get_secret_value()))  # type: ignore[no-untyped-call]
 
 
@@ -58,16 +58,16 @@ class RedisConfig(BackendConfig):
         description="`redis://[user:password@]host[:port][/db]`, `rediss://…` for TLS, or "
         "`unix:///path/to.sock`; it is never shown, since it may hold a password",
     )
-    username: str | None = Field(default=None, description="ACL user; goes before the URL's")
-    password: SecretStr | None = Field(default=None, description="goes before the URL's")
+    username: str | None = Field(default=None, description="ACL user; overrides that of the URL")
+    password: SecretStr | None = Field(default=None, description="overrides that of the URL")
     db: int | None = Field(
-        default=None, ge=0, description="number of the database; goes before the URL's"
+        default=None, ge=0, description="number of the database; overrides that of the URL"
     )
     cluster: bool = Field(
         default=False, description="the URL names one node of a Redis Cluster; keys go to shards"
     )
     nodes: Addresses = Field(
-        default=(), description="more `host:port` of the cluster, asked when the URL's is down"
+        default=(), description="more `host:port` of the cluster, used when the URL's is down"
     )
     sentinels: Addresses = Field(
         default=(),
@@ -110,24 +110,24 @@ class RedisConfig(BackendConfig):
         default=2,
         ge=1,
         le=64,
-        description="connections that move one large batch at once; in a cluster, shards",
+        description="connections that share one large batch; in a cluster, shards at once",
     )
     window_nbytes: Nbytes = Field(
         default=2 * 2**20,
-        description="a connection asks for the next pages while about so much is still to come; "
-        "bounds the reply buffers of the server",
+        description="a connection requests further pages while about this many bytes are still to "
+        "come; limits the reply buffers of the server",
     )
     retries: int = Field(
-        default=0, ge=0, le=10, description="how often a call is repeated after a lost connection"
+        default=0, ge=0, le=10, description="maximum number of retries after a lost connection"
     )
     node_retry_interval_s: Seconds = Field(
-        default=1.0, description="in a cluster: how long a shard that timed out is left alone"
+        default=1.0, description="in a cluster: how long a shard that timed out is not used"
     )
 
     @field_validator("url")
     @classmethod
     def _check_url(cls, value: SecretStr) -> SecretStr:
-        # redis-py quotes parts of the URL in some of its errors: they are told in our words.
+        # Some errors of redis-py quote parts of the URL, so we raise our own.
         try:
             parts = _parse(value)
         except ValueError:
@@ -138,11 +138,11 @@ class RedisConfig(BackendConfig):
         for key in parts:
             if key not in _URL_KEYS:
                 raise ValueError(
-                    f"the URL has a parameter {key!r}; only db may stand there, the rest are "
-                    "settings of their own"
+                    f"the URL has a parameter {key!r}; only db is allowed there, the rest are "
+                    "separate settings"
                 )
         if value.get_secret_value().startswith("unix://") and not parts.get("path"):
-            raise ValueError("the URL names no socket; write unix:///path/to.sock")
+            raise ValueError("the URL has no socket path; write unix:///path/to.sock")
         return value
 
     @model_validator(mode="after")

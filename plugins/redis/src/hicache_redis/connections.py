@@ -169,7 +169,7 @@ class Pool:
         self._put(wire)
 
     def close(self) -> None:
-        """Closes idle connections now and those in use when they come back."""
+        """Closes idle connections now, and those in use when they are returned."""
         with self._changed:
             self._closed = True
             idle, self._idle = self._idle, []

@@ -132,7 +132,7 @@ def _round_trip(backend: StorageBackend) -> Finding:
     if not n_stored:
         return Finding("error", "bandwidth", "the server had no room for an object of 4 MiB")
     if not n_filled or source != target:
-        return Finding("error", "bandwidth", "what was written did not come back")
+        return Finding("error", "bandwidth", "what was read is not what was written")
     write_rate, read_rate = (_PROBE_NBYTES / t / 1e6 for t in (written - start, read - written))
     return Finding(
         "ok", "bandwidth", f"4 MiB written at {write_rate:.0f} and read at {read_rate:.0f} MB/s"

@@ -20,11 +20,11 @@ _MAX_ROUNDS = 5  # a slot that is being moved may redirect twice; more is a clus
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a batch.
+    """The result of a batch.
 
     Attributes:
-        n_leading: leading keys answered with yes.
-        n_yes: keys answered with yes, wherever they stand.
+        n_leading: number of leading keys with a positive answer.
+        n_yes: number of all keys with a positive answer.
     """
 
     n_leading: int
@@ -32,10 +32,10 @@ class Outcome:
 
 
 class Dispatcher:
-    """Any thread.
+    """Sends each key of a batch to the server that has it. Any thread may call any method.
 
-    A server that cannot be reached makes its keys misses as long as another one works; when none
-    does, the error is raised. With one server that is the first error.
+    If a server cannot be reached, its keys are misses as long as another server works. If none
+    works, the error is raised; with a single server that is the first error.
     """
 
     def __init__(self, topology: Topology, lanes: Lanes, retries: int) -> None:
@@ -51,14 +51,14 @@ class Dispatcher:
             self.counts[name] += n
 
     def run(self, operation: Operation) -> Outcome:
-        """Asks for every key of the batch, redirected ones again.
+        """Runs the operation for every key of the batch, and again for redirected ones.
 
         Raises:
-            BackendError: no server works, or one refused for a reason that is no outage.
+            BackendError: no server works, or one raised an error other than an outage.
         """
         shares = self.topology.shares(operation)
         n_leading, n_yes = len(operation.keys), 0
-        if sum(len(share.indices) for share in shares) < n_leading:  # slots that nobody serves
+        if sum(len(share.indices) for share in shares) < n_leading:  # slots that no server has
             covered = {n for share in shares for n in share.indices}
             n_leading = next(n for n in range(n_leading) if n not in covered)
             self.count("unserved_batches", 1)
@@ -82,7 +82,7 @@ class Dispatcher:
     def _round(
         self, operation: Operation, shares: Sequence[Share]
     ) -> list[Progress | BackendError]:
-        """Runs all shares at once; an outage comes back as an error unless nothing works."""
+        """Runs all shares at once; returns outages as errors, raises if no server works."""
         if len(shares) == 1:
             came = [self._attempts(operation, shares[0])]
         else:
@@ -103,7 +103,7 @@ class Dispatcher:
         return came
 
     def _another_works(self, asked: set[Pool], failed: set[Pool]) -> bool:
-        """Whether a server beside the failed ones works; of those not asked a few are tried."""
+        """Returns whether any other server works; tries a few of those not used so far."""
         if asked != failed:
             return True
         others = [pool for pool in self.topology.pools() if pool not in asked]

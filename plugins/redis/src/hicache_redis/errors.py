@@ -1,4 +1,4 @@
-"""What error replies of the server and exceptions of redis-py mean: the one table of the plugin."""
+"""The table that translates error replies and exceptions of redis-py to errors of HiCache."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ REPLIES: dict[str, tuple[type[BackendError], str]] = {
     "READONLY": (BackendDenied, "it is a replica; point url at the primary, or set sentinels"),
     "OOM": (BackendFull, "set maxmemory-policy allkeys-lru, or raise maxmemory"),
     "MISCONF": (BackendFull, "it cannot save to its disk; turn its snapshots off: save ''"),
-    "NOREPLICAS": (BackendUnavailable, "it asks for replicas that are gone: min-replicas-to-write"),
-    "LOADING": (BackendUnavailable, "it reads its data set; wait, or turn its persistence off"),
+    "NOREPLICAS": (BackendUnavailable, "it lacks replicas: see min-replicas-to-write"),
+    "LOADING": (BackendUnavailable, "it is loading its data set; wait, or turn persistence off"),
     "MASTERDOWN": (BackendUnavailable, "it is a replica without its primary"),
     "CLUSTERDOWN": (BackendUnavailable, "see CLUSTER INFO; cluster-require-full-coverage no keeps "
                     "the other shards serving"),
@@ -32,12 +32,12 @@ REPLIES: dict[str, tuple[type[BackendError], str]] = {
 """First word of an error reply -> our error, and what to do."""
 
 MISSES = frozenset(["WRONGTYPE"])
-"""Replies to a read that mean "no object of ours": another program uses the key."""
+"""Replies to a read that are a miss: another program uses the key."""
 
 DROPS = frozenset(code for code, (kind, _) in REPLIES.items() if kind is BackendFull)
-"""Replies to a write that mean "dropped, go on"."""
+"""Replies to a write that mean that the object was dropped."""
 
-# The first that fits; what is not here is a BackendError.
+# The first that matches; other exceptions become a BackendError.
 EXCEPTIONS: tuple[tuple[type[Exception], type[BackendError], str], ...] = (
     (exceptions.AuthenticationError, BackendDenied, "check username and password"),
     (exceptions.AuthorizationError, BackendDenied, "give this user the rights of the README"),

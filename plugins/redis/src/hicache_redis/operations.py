@@ -22,7 +22,7 @@ class Operation(ABC):
     """The same request for each key of a batch; several wires may work on it at once.
 
     Attributes:
-        keys: the whole keys, as they stand in the database.
+        keys: the full keys in the database, including the prefix.
         nbytes: bytes of payload that the batch moves.
         step: keys that are asked for in one send; two steps are in flight at most.
         stops: whether nothing behind a key that was answered with no is of interest.
@@ -189,12 +189,12 @@ class Redirect:
 
 @dataclass(slots=True)
 class Progress:
-    """What came of one connection's part of a batch.
+    """The result of one connection's part of a batch.
 
     Attributes:
-        first_no: index of the first key that was answered with no; None if there is none.
-        n_yes: keys answered with yes, wherever they stand.
-        redirects: keys to ask for elsewhere; they are neither yes nor no yet.
+        first_no: index of the first key with a negative answer; None if there is none.
+        n_yes: number of keys with a positive answer.
+        redirects: keys to send to another server; they have no answer yet.
     """
 
     first_no: int | None = None
@@ -205,11 +205,11 @@ class Progress:
 def run(
     wire: Wire, server: str, operation: Operation, indices: Sequence[int], *, asking: bool = False
 ) -> Progress:
-    """Asks for ``operation.keys[n]`` for each n of ``indices`` over one connection, pipelined.
+    """Runs ``operation.keys[n]`` for each n of ``indices`` over one connection, pipelined.
 
     Two steps are in flight, so that the server always has the next requests while replies are
-    read, and never more than that: its reply buffers count as used memory, and would push pages
-    out. When it returns, nothing is owed on the wire.
+    read. More would fill its reply buffers, which count as used memory and would evict pages. When
+    this returns, no reply is outstanding.
 
     Args:
         wire: a quiet connection; it must be closed if this raises.

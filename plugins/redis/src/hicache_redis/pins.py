@@ -1,7 +1,7 @@
-"""Soft pins: keys that this process makes the most recently used, again and again, for a while.
+"""Soft pins: this process touches pinned keys every few seconds, so that they are evicted last.
 
-A Redis server cannot be told to keep a key. Under an LRU or LFU policy it evicts what was not used
-for long, or seldom; so a key that is touched every few seconds goes after all that is not.
+Redis has no command to keep a key. Under an LRU or LFU policy it evicts keys that were not used for
+long, or seldom, before keys that are touched regularly.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 TOUCH_INTERVAL_S = 5.0
 
 
-class Pins:
-    """Keys with the ends of their pins, and the thread that touches them; any thread may call."""
+class PinRefresher:
+    """Touches pinned keys on a thread of its own. Any thread may call any method."""
 
     def __init__(
         self,
@@ -30,10 +30,10 @@ class Pins:
         """Starts the thread; ``close`` ends it.
 
         Args:
-            touch: makes keys the most recently used; called on the thread, which outlives its
-                ``BackendError``.
-            interval_s: time from one touch to the next.
-            clock: seconds.
+            touch: makes keys the most recently used; called on the thread. A ``BackendError``
+                does not end the thread.
+            interval_s: seconds between two touches.
+            clock: seconds; only differences count.
         """
         self._touch = touch
         self._interval_s = interval_s
@@ -41,17 +41,17 @@ class Pins:
         self._ends: dict[bytes, float] = {}
         self._changed = threading.Condition()
         self._closed = False
-        # A daemon, since it waits without end: a script that ends before close must exit.
+        # A daemon, so that a script that ends without ``close`` exits.
         self._thread = threading.Thread(target=self._run, name="hicache-redis-pins", daemon=True)
         self._thread.start()
 
     def __len__(self) -> int:
-        """How many keys are pinned now."""
+        """Returns how many keys are pinned now."""
         with self._changed:
             return len(self._current())
 
     def pin(self, keys: Sequence[bytes], ttl_s: float) -> None:
-        """Touches ``keys`` for ``ttl_s`` seconds from now on, however long it was before."""
+        """Pins ``keys`` for ``ttl_s`` seconds from now on, replacing earlier pins."""
         end = self._clock() + ttl_s
         with self._changed:
             for key in keys:
@@ -62,14 +62,14 @@ class Pins:
             self._changed.notify()
 
     def close(self) -> None:
-        """Ends the thread, when the touch that is under way has ended; pins are forgotten."""
+        """Ends the thread after its current touch; all pins end."""
         with self._changed:
             self._closed = True
             self._changed.notify()
         self._thread.join()
 
     def _current(self) -> list[bytes]:
-        """The keys whose pins have not ended; the others are forgotten. Holds the lock."""
+        """Returns the keys whose pins have not ended; forgets the others. Needs the lock."""
         now = self._clock()
         self._ends = {key: end for key, end in self._ends.items() if end > now}
         return list(self._ends)

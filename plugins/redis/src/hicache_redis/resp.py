@@ -215,6 +215,6 @@ class Wire:
 
 def _garbage(line: bytes) -> BackendCorrupt:
     return BackendCorrupt(
-        f"the server sent {line[:32]!r} where a reply was due; is it a Redis server, and does a "
-        "proxy stand between that changes replies?"
+        f"the server sent {line[:32]!r} instead of a reply; check that it is a Redis server and "
+        "that no proxy changes its replies"
     )

@@ -137,7 +137,7 @@ class Cluster(Topology):
         for (address, asking), part in parts.items():
             host, _, port = address.rpartition(":")
             if not port.isdecimal():
-                raise BackendCorrupt(f"the cluster redirects to {address!r}, which is no address")
+                raise BackendCorrupt(f"the cluster redirects to {address!r}: not an address")
             shares.append(Share(self._pool((host, int(port))), sorted(part), asking))
         return shares
 
@@ -171,16 +171,16 @@ class Cluster(Topology):
                     self._refresh()
                 current = self._map or current
         if current is None:
-            raise BackendUnavailable("the cluster has not told its slots yet")
+            raise BackendUnavailable("the map of the cluster's slots is not known yet")
         return current
 
     def _refresh(self) -> None:
-        """Reads the map from a node that knows it; the caller holds the lock.
+        """Reads the map of slots from a node; the caller holds the lock.
 
-        Once there is a map, only a few nodes are tried: it comes soon again, and picks others.
+        If there is a map already, only a few random nodes are tried: the next call tries others.
 
         Raises:
-            BackendError: no node answers, and there is no older map to go on with.
+            BackendError: no node answers, and there is no older map.
         """
         self._next_refresh = time.monotonic() + _REFRESH_INTERVAL_S
         addresses = self._entry_points

@@ -1,4 +1,4 @@
-"""How old an object is, by the clock of the store that wrote it."""
+"""The age of an object, by the clock of the store."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from email.utils import parsedate_to_datetime
 from typing import TypeAlias
 
 Headers: TypeAlias = Mapping[str, str] | Message
-"""Names in lower case, or any case if it is a message."""
+"""A mapping has names in lower case; a message ignores case."""
 
 
 def seconds_of(date: str | None) -> float | None:
-    """Seconds since 1970 of a date as it stands in a header; None if it is none."""
+    """Returns the seconds since 1970 of a date in a header; None if it is not a date."""
     try:
         return parsedate_to_datetime(date).timestamp() if date else None
     except ValueError:
@@ -21,13 +21,13 @@ def seconds_of(date: str | None) -> float | None:
 
 
 def now_at_store(headers: Headers) -> float:
-    """The store's own time when it answered; this machine's if it does not say."""
+    """Returns the time of the store when it answered; that of this machine if unknown."""
     now_s = seconds_of(headers.get("date"))
     return time.time() if now_s is None else now_s
 
 
 def is_expired(headers: Headers, ttl_s: float | None) -> bool:
-    """Whether these headers are of an object that was written ``ttl_s`` ago or before.
+    """Returns whether the object with these headers was written at least ``ttl_s`` ago.
 
     Both dates are the store's, in whole seconds, so the clock of this machine does not matter.
     """

@@ -1,4 +1,4 @@
-"""Pages in an S3 bucket: streamed between the memory of pages and the store, several at once."""
+"""Pages in an S3 bucket, streamed between page memory and store over several connections."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hicache_core.storage.base import BackendConfig, Buffer, Finding, StorageBac
 from hicache_core.storage.segments import nbytes_of
 from hicache_core.types import BackendContext, Page
 from hicache_s3.config import S3Config
-from hicache_s3.crew import Crew
 from hicache_s3.diagnose import diagnose
 from hicache_s3.endpoint import Endpoint
 from hicache_s3.index import IndexCache, PackIndex
 from hicache_s3.objects import Counts, Objects
 from hicache_s3.pages import Alone, Found, Pages, is_pack_name, key_of, page_name
 from hicache_s3.reading import read_batch
+from hicache_s3.request_threads import RequestThreads
 from hicache_s3.search import Search
 from hicache_s3.usage import usage_by_namespace
 from hicache_s3.writing import pages_per_pack, write_batch
@@ -57,7 +57,9 @@ class S3Backend(StorageBackend):
         if self._store is not None:
             return
         settings = self.settings
-        objects = Objects(settings, Endpoint(settings), Crew(settings.threads), self._counts)
+        objects = Objects(
+            settings, Endpoint(settings), RequestThreads(settings.threads), self._counts
+        )
         try:
             _check_bucket(objects, creates=settings.create_bucket and self.context.creates)
         except BaseException:
@@ -98,7 +100,7 @@ class S3Backend(StorageBackend):
             rest = index.without(gone)
             if rest.slots:
                 # First the keys that stay lead to an index without those that go.
-                store.crew.run(partial(store.write_index, index=rest), rest.slots)
+                store.threads.run(partial(store.write_index, index=rest), rest.slots)
                 store.cache.add(rest)
             else:
                 names.append(index.pack_name)
@@ -112,7 +114,7 @@ class S3Backend(StorageBackend):
         def ask(n: int) -> Found:
             return store.find(keys[n], packed=search.stride > 1)
 
-        search.run(store.crew, ask)
+        search.run(store.threads, ask)
         return search.end
 
     def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
@@ -135,7 +137,7 @@ class S3Backend(StorageBackend):
         return n_stored
 
     def list_keys(self, prefix: str) -> Iterator[str]:
-        """Every key that starts with ``prefix``, a thousand at a time."""
+        """Yields every key that starts with ``prefix``; one request for a thousand keys."""
         listed = self._opened().objects.listed(page_name(prefix))
         return (key for name, _ in listed if (key := key_of(name)) is not None)
 
@@ -156,16 +158,16 @@ class S3Backend(StorageBackend):
         return len(keys)
 
     def usage(self) -> Mapping[str, int]:
-        """Bytes of pages by namespace: a listing, and a request for each pack, so it takes long."""
+        """Returns bytes by namespace. Slow: a listing, and one request for each pack."""
         return usage_by_namespace(self._opened())
 
     def stats(self) -> Mapping[str, float]:
-        """Pages and bytes read, written, missed and dropped since ``open``; busy answers."""
+        """Returns pages and bytes read, written, missed and dropped since ``open``, and retries."""
         store = self._opened()
         return {**self._counts.copy(), "known_packs": float(len(store.cache))}
 
     def diagnose(self) -> Iterator[Finding]:
-        """Findings about the bucket, the rights, the rules of expiry and the latency."""
+        """Yields findings on bucket, access rights, lifecycle rules and latency."""
         return diagnose(self._opened().objects)
 
     def _opened(self) -> Pages:
@@ -175,7 +177,7 @@ class S3Backend(StorageBackend):
         return store
 
     def _stride(self, page_nbytes: int) -> int:
-        """How many pages a pack is likely to have; ``page_nbytes`` is 0 if it is not known."""
+        """Returns how many pages a pack is likely to have; ``page_nbytes`` is 0 if unknown."""
         if not self.settings.pack:
             return 1
         if page_nbytes == 0:
@@ -183,9 +185,9 @@ class S3Backend(StorageBackend):
         return pages_per_pack(page_nbytes, self.settings.pack_nbytes)
 
     def _packs_of(self, store: Pages, keys: Sequence[str]) -> list[PackIndex]:
-        """The packs that hold any of ``keys``: those that the store names and those known here."""
+        """Returns the packs with any of ``keys``, from the store and from the cache."""
         search = Search(keys, 1, leading=False)
-        search.run(store.crew, lambda n: store.find(keys[n], packed=self.settings.pack))
+        search.run(store.threads, lambda n: store.find(keys[n], packed=self.settings.pack))
         found = [place for place in search.places if place and not isinstance(place, Alone)]
         known = [index for key in keys if (index := store.cache.find(key)) is not None]
         return list({index.pack_name: index for index in [*found, *known]}.values())

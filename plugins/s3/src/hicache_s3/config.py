@@ -1,4 +1,4 @@
-"""Settings of the ``s3`` backend; what is not set here is found as boto3 finds it."""
+"""Settings of the ``s3`` backend; boto3 finds the rest (credentials, region)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hicache_core.storage.base import BackendConfig
 from hicache_core.storage.settings import ConnectTimeout, Nbytes, Seconds, TimeToLive
 
 MIN_PART_NBYTES = 5 * 2**20
-"""S3 takes no smaller part of a multipart upload, except the last."""
+"""Minimum size of a part of a multipart upload in S3, except for the last one."""
 
 
 class S3Config(BackendConfig):
@@ -30,14 +30,14 @@ class S3Config(BackendConfig):
         default=None, description="URL of an S3-compatible server; AWS if not set"
     )
     region: str | None = Field(
-        default=None, description="region of the bucket; as boto3 finds it, else us-east-1"
+        default=None, description="region of the bucket; by default as boto3 finds it, or us-east-1"
     )
     access_key_id: SecretStr | None = Field(
-        default=None, description="with secret_access_key; as boto3 finds them if not set"
+        default=None, description="with secret_access_key; by default what boto3 finds"
     )
     secret_access_key: SecretStr | None = Field(default=None, description="with access_key_id")
     session_token: SecretStr | None = Field(
-        default=None, description="with temporary keys; they are not refreshed"
+        default=None, description="for temporary keys, which are not refreshed"
     )
     profile: str | None = Field(default=None, description="profile of the AWS config files")
     addressing_style: Literal["auto", "path", "virtual"] = Field(
@@ -50,42 +50,42 @@ class S3Config(BackendConfig):
         default=None, description="server-side encryption; the bucket's default if not set"
     )
     sse_kms_key_id: str | None = Field(default=None, description="KMS key, with sse aws:kms")
-    create_bucket: bool = Field(default=False, description="whether open() makes a missing bucket")
+    create_bucket: bool = Field(default=False, description="open() creates a missing bucket")
     threads: int = Field(
         default=8, ge=1, le=256, description="requests of one batch that run at the same time"
     )
     max_connections: int = Field(
-        default=64, ge=1, le=1024, description="connections of this process at most"
+        default=64, ge=1, le=1024, description="maximum number of connections of this process"
     )
     connect_timeout_s: ConnectTimeout = 2.0
     read_timeout_s: Seconds = Field(
-        default=5.0, description="limit for each wait for the server's next bytes"
+        default=5.0, description="time limit for the next bytes from the server"
     )
     retry_s: float = Field(
         default=2.0,
         ge=0,
-        description="how long a request is tried again after SlowDown and other 5xx answers",
+        description="how long a request is retried after SlowDown and other 5xx answers",
     )
     ttl_s: TimeToLive = Field(
         default=None,
-        description="objects that were written so long ago are misses; a rule of the bucket "
-        "removes them",
+        description="objects older than this are misses; a lifecycle rule of the bucket must "
+        "delete them",
     )
-    pack: bool = Field(default=True, description="whether small pages of one write are packed")
+    pack: bool = Field(
+        default=True, description="whether small pages of one write are packed into one object"
+    )
     pack_nbytes: Nbytes = Field(
-        default=8 * 2**20, description="size of a pack, to the nearest page"
+        default=8 * 2**20, description="size of a pack, rounded to whole pages"
     )
     multipart_nbytes: Nbytes = Field(
-        default=64 * 2**20, description="objects above this are written in parts"
+        default=64 * 2**20, description="larger objects are written in parts"
     )
-    part_nbytes: Nbytes = Field(
-        default=16 * 2**20, description="size of such a part; at least 5 MiB"
-    )
+    part_nbytes: Nbytes = Field(default=16 * 2**20, description="size of a part; at least 5 MiB")
     index_cache_packs: int = Field(
         default=1024, ge=1, description="packs whose index is kept in memory; about 10 KB each"
     )
     index_ttl_s: Seconds = Field(
-        default=300.0, description="how long such an index is trusted without asking"
+        default=300.0, description="how long a cached index is used without checking it"
     )
 
     @field_validator("endpoint_url")

@@ -1,4 +1,4 @@
-"""What `hicache doctor s3` looks at."""
+"""The checks of `hicache doctor s3`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the bucket is and how requests are signed: what boto3 and botocore know, asked once."""
+"""The address of the bucket and the signatures of requests, from boto3 and botocore."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ DEFAULT_REGION = "us-east-1"
 
 
 class Endpoint:
-    """The bucket's address, boto3's client for rare requests, and signatures for all others.
+    """The address of the bucket, boto3's client for rare requests, and signatures for the others.
 
     Attributes:
-        client: boto3's S3 client; thread-safe.
-        address: where pages are sent.
+        client: boto3's S3 client; any thread may use it.
+        address: of the server for pages.
         url: scheme, host and port.
-        path: what precedes an object's name in a request, ending in a slash.
-        region: the region that requests are signed for.
+        path: prefix of an object's name in a request; ends with a slash.
+        region: for which requests are signed.
     """
 
     def __init__(self, config: S3Config) -> None:
-        """Reads the configuration and boto3's own; connects to nothing but what gives credentials.
+        """Reads the settings and boto3's own; connects only to providers of credentials.
 
         Raises:
-            BackendDenied: no credentials are to be found.
+            BackendDenied: there are no credentials.
             BackendError: boto3 cannot use these settings.
         """
         self._client_config = Config(
@@ -97,7 +97,14 @@ class Endpoint:
         )
 
     def signed(self, method: str, target: str, headers: Mapping[str, str]) -> dict[str, str]:
-        """``headers`` with the host and a signature of now; 50 µs, and rarely a renewal of keys.
+        """Returns ``headers`` with the host and a current signature.
+
+        May renew temporary credentials, which blocks.
+
+        Args:
+            method: of the request.
+            target: path and query.
+            headers: to be signed too.
 
         Raises:
             BotoCoreError: temporary credentials could not be renewed.
@@ -110,7 +117,7 @@ class Endpoint:
         return {"Host": self._host, **dict(request.headers.items())}
 
     def secrets(self) -> Sequence[str]:
-        """What must not be shown, wherever boto3 found it."""
+        """Returns the secrets that must not be shown, wherever boto3 found them."""
         return self.mask.secrets
 
     def close(self) -> None:
@@ -120,13 +127,13 @@ class Endpoint:
 
 
 class _Located(Exception):
-    """Ends a request that is not meant to be sent."""
+    """Stops a request before it is sent."""
 
 
 def _sample_url(client: Any, bucket: str) -> str:
-    """The URL of an object ``x``: boto3 knows how bucket, region, style and endpoint make one.
+    """Returns the URL of an object ``x``, as boto3 builds it from bucket, region and endpoint.
 
-    A presigned URL would be that of the global endpoint, whatever the region.
+    A presigned URL would use the global endpoint for every region.
     """
     urls: list[str] = []
 

@@ -25,7 +25,7 @@ ABSENT = frozenset(["NoSuchKey", "NotFound"])
 BUSY = frozenset(
     ["SlowDown", "ServiceUnavailable", "InternalError", "RequestTimeout", "TooManyRequests"]
 )
-"""Codes that are tried again for a bounded time."""
+"""Codes after which a request is retried for a limited time."""
 
 _RIGHTS = "allow s3:GetObject, s3:PutObject, s3:DeleteObject and s3:ListBucket"
 _REGION = "set region (and endpoint_url) to the bucket's own"
@@ -34,12 +34,15 @@ FAILURES: dict[str, tuple[type[BackendError], str]] = {
     "NoSuchBucket": (BackendError, "create the bucket, or set create_bucket"),
     "InvalidBucketName": (BackendError, "set bucket to a legal name"),
     "AccessDenied": (BackendDenied, f"{_RIGHTS}; without ListBucket every miss looks like this"),
-    "AllAccessDisabled": (BackendDenied, "the bucket's owner has shut it off"),
-    "InvalidAccessKeyId": (BackendDenied, "the server knows no such access_key_id"),
+    "AllAccessDisabled": (BackendDenied, "the owner of the bucket has disabled all access"),
+    "InvalidAccessKeyId": (BackendDenied, "the server does not know this access_key_id"),
     "SignatureDoesNotMatch": (BackendDenied, "secret_access_key belongs to another access_key_id"),
     "ExpiredToken": (BackendDenied, "session_token has expired; temporary keys must be renewed"),
     "InvalidToken": (BackendDenied, "session_token is not valid for these keys"),
-    "RequestTimeTooSkewed": (BackendDenied, "set this machine's clock (NTP): it is minutes off"),
+    "RequestTimeTooSkewed": (
+        BackendDenied,
+        "set the clock of this machine (NTP): it is minutes off",
+    ),
     "PermanentRedirect": (BackendError, _REGION),
     "TemporaryRedirect": (BackendError, _REGION),
     "AuthorizationHeaderMalformed": (BackendDenied, _REGION),
@@ -54,7 +57,7 @@ FAILURES: dict[str, tuple[type[BackendError], str]] = {
     "TooManyRequests": (BackendUnavailable, "the store limits requests; use larger pages or pack"),
     "ServiceUnavailable": (BackendUnavailable, "the store is overloaded"),
     "InternalError": (BackendUnavailable, "see the log of the store"),
-    "RequestTimeout": (BackendTimeout, "the store waited in vain for the rest of a request"),
+    "RequestTimeout": (BackendTimeout, "the rest of a request did not reach the store in time"),
 }
 
 _STATUS_CODES = {

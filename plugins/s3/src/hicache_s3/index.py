@@ -1,13 +1,13 @@
-"""The index of a pack: which pages lie where in it.
+"""The index of a pack: the places of its pages.
 
-A pack is one object, the pages of one write end to end. Each of its pages also has a small object
-under the page's own key, and that holds the index of the whole pack:
+A pack is one object that holds the pages of one write, one after the other. In addition there is a
+small object under the key of each page, which holds the index of the whole pack:
 
     0        4          20         24
     | "HiS3" | pack id  | n_pages  | n_pages × (page hash 32, offset u32, length u32) |
 
-So whoever finds one page of a pack finds all of them, and no second service is needed.
-Little-endian. The namespace is that of the key under which the index is found.
+So one page of a pack leads to all of them, and no second service is needed. Little-endian. The
+namespace is that of the key under which the index is stored.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from hicache_core.storage.sealed import parse_key
 
 MAX_PACK_PAGES = 128
 MARK = ("x-amz-meta-hicache", "pack-index-1")
-"""The header that the index of a pack is written with; what reads knows an index without it."""
+"""Header of an index when it is written; readers also recognise an index without it."""
 
 _MAGIC = b"HiS3"
 _HEAD = struct.Struct("<4s16sI")
 _ENTRY = struct.Struct("<32sII")
 INDEX_NBYTES = _HEAD.size + MAX_PACK_PAGES * _ENTRY.size
-"""No index is longer."""
+"""Maximum length of an index."""
 
 
 def is_index_nbytes(nbytes: int) -> bool:
-    """Whether an index may be so long; a page may be so by chance."""
+    """Returns whether an index can have this length; a page may have it by chance."""
     return _HEAD.size < nbytes <= INDEX_NBYTES and (nbytes - _HEAD.size) % _ENTRY.size == 0
 
 
 class Slot(NamedTuple):
-    """Where a page lies in its pack, in bytes."""
+    """The place of a page in its pack, in bytes."""
 
     offset: int
     nbytes: int
@@ -53,7 +53,7 @@ class PackIndex:
     Attributes:
         namespace: 16 hex digits.
         pack_id: 32 hex digits; a function of the pages, so that the same write is the same pack.
-        slots: key of each page, and where it lies.
+        slots: the place of each page, by key.
     """
 
     namespace: str
@@ -62,7 +62,7 @@ class PackIndex:
 
     @classmethod
     def of(cls, sizes: Mapping[str, int]) -> Self:
-        """The index of a new pack.
+        """Makes the index of a new pack.
 
         Args:
             sizes: keys of one namespace, in the order of the pack, and the length of each page.
@@ -78,7 +78,7 @@ class PackIndex:
 
     @classmethod
     def decode(cls, namespace: str, data: bytes) -> Self | None:
-        """The index that ``encode`` wrote; None if these bytes are none."""
+        """Parses the bytes of an index; None if they are not one."""
         if len(data) < _HEAD.size:
             return None
         magic, pack_id, n_pages = _HEAD.unpack_from(data)
@@ -92,18 +92,18 @@ class PackIndex:
         return cls(namespace, pack_id.hex(), slots)
 
     def encode(self) -> bytes:
-        """The bytes of the index."""
+        """Returns the bytes of the index."""
         head = _HEAD.pack(_MAGIC, bytes.fromhex(self.pack_id), len(self.slots))
         return head + b"".join(_entries(self.slots))
 
     def without(self, keys: Collection[str]) -> PackIndex:
-        """The same pack when ``keys`` are no longer to be found in it."""
+        """Returns the index without ``keys``."""
         left = {key: slot for key, slot in self.slots.items() if key not in keys}
         return PackIndex(self.namespace, self.pack_id, left)
 
     @property
     def pack_name(self) -> str:
-        """Name of the pack's object below the prefix."""
+        """Name of the pack's object, without the prefix."""
         return f"packs/{self.namespace}/{self.pack_id}"
 
 
@@ -112,7 +112,7 @@ def _entries(slots: Mapping[str, Slot]) -> list[bytes]:
 
 
 class IndexCache:
-    """The indexes that were seen last, at most ``limit`` and for ``ttl_s`` each. Thread-safe."""
+    """The indexes used last: at most ``limit``, each for ``ttl_s``. Any thread may call it."""
 
     def __init__(
         self, limit: int, ttl_s: float, clock: Callable[[], float] = time.monotonic
@@ -128,7 +128,7 @@ class IndexCache:
         return len(self._packs)
 
     def find(self, key: str) -> PackIndex | None:
-        """The index that lists ``key``, if one is known."""
+        """Returns the index that lists ``key``; None if there is none in the cache."""
         with self._lock:
             name = self._pack_of.get(key)
             if name is None:
@@ -141,7 +141,7 @@ class IndexCache:
             return index
 
     def add(self, index: PackIndex) -> None:
-        """Remembers ``index``, in place of what was known of the same pack."""
+        """Adds ``index``; replaces an older one of the same pack."""
         with self._lock:
             self._drop(index.pack_name)
             for key in index.slots:
@@ -151,18 +151,18 @@ class IndexCache:
                 self._drop(next(iter(self._packs)))
 
     def drop(self, index: PackIndex) -> None:
-        """Forgets the pack of ``index``."""
+        """Removes the pack of ``index``."""
         with self._lock:
             self._drop(index.pack_name)
 
     def clear(self) -> None:
-        """Forgets all."""
+        """Removes everything."""
         with self._lock:
             self._packs.clear()
             self._pack_of.clear()
 
     def check_integrity(self) -> None:
-        """Every key that is known leads to a pack that lists it."""
+        """Checks that every key refers to a pack that lists it."""
         with self._lock:
             assert len(self._packs) <= self._limit
             for key, name in self._pack_of.items():

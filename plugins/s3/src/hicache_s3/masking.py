@@ -12,7 +12,7 @@ _LOGGERS = ("botocore.auth", "botocore.endpoint", "botocore.parsers")
 
 
 class Credentials(Protocol):
-    """Keys as botocore has them at one moment."""
+    """A snapshot of botocore's credentials."""
 
     access_key: str
     secret_key: str
@@ -20,10 +20,10 @@ class Credentials(Protocol):
 
 
 class LogMask(logging.Filter):
-    """Masks known secrets in what botocore logs, from ``install`` to ``remove``; drops nothing.
+    """Masks known secrets in botocore's log records, from ``install`` to ``remove``.
 
     Attributes:
-        secrets: what is masked.
+        secrets: the texts to mask.
     """
 
     def __init__(self, secrets: Iterable[str]) -> None:
@@ -31,7 +31,7 @@ class LogMask(logging.Filter):
         self.secrets: Sequence[str] = tuple(secrets)
 
     def hold(self, credentials: Credentials) -> None:
-        """Adds credentials that were found elsewhere, or renewed."""
+        """Adds credentials that boto3 found or renewed."""
         held = (credentials.access_key, credentials.secret_key, credentials.token)
         if any(text and text not in self.secrets for text in held):
             self.secrets = (*self.secrets, *(text for text in held if text))[-12:]
@@ -44,11 +44,11 @@ class LogMask(logging.Filter):
         return True
 
     def install(self) -> None:
-        """Begins."""
+        """Starts masking."""
         for name in _LOGGERS:
             logging.getLogger(name).addFilter(self)
 
     def remove(self) -> None:
-        """Ends; a second call does nothing."""
+        """Stops masking; a second call does nothing."""
         for name in _LOGGERS:
             logging.getLogger(name).removeFilter(self)

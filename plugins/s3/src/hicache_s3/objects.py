@@ -1,4 +1,4 @@
-"""Requests on the objects of one bucket: signed, bounded in time, repeated where that helps."""
+"""Requests on the objects of one bucket: signed, limited in time, retried if that helps."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from hicache_core.types import Page
 from hicache_s3.age import is_expired, now_at_store
 from hicache_s3.config import S3Config
 from hicache_s3.connections import Answer, Choose, Connections, Head, new_memory
-from hicache_s3.crew import Crew
 from hicache_s3.endpoint import Endpoint
 from hicache_s3.errors import ABSENT, BUSY, Refusal, lost, parse_refusal, refused, shown
+from hicache_s3.request_threads import RequestThreads
 
 DELETE_AT_ONCE = 1000
-"""DeleteObjects takes no more names."""
+"""Maximum number of names in DeleteObjects."""
 
 NOT_IN_RANGE = 416
 _FIRST_PAUSE_S = 0.05
@@ -41,7 +41,7 @@ class Counts:
     """Counters that many threads add to."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        """All of ``names`` are 0."""
+        """Starts with 0 for each of ``names``."""
         self._counter: Counter[str] = Counter(dict.fromkeys(names, 0))
         self._lock = threading.Lock()
 
@@ -51,21 +51,23 @@ class Counts:
             self._counter.update(amounts)
 
     def copy(self) -> dict[str, float]:
-        """Their values now."""
+        """Returns a snapshot of the counters."""
         with self._lock:
             return {name: float(value) for name, value in self._counter.items()}
 
 
 class Objects:
-    """The objects under one prefix of one bucket. Thread-safe.
+    """The objects under one prefix of one bucket. Any thread may call any method.
 
-    Every method raises a ``BackendError`` when the store cannot answer.
+    Every method raises a ``BackendError`` if the store cannot answer.
     """
 
-    def __init__(self, config: S3Config, endpoint: Endpoint, crew: Crew, counts: Counts) -> None:
+    def __init__(
+        self, config: S3Config, endpoint: Endpoint, threads: RequestThreads, counts: Counts
+    ) -> None:
         self.config = config
         self.endpoint = endpoint
-        self.crew = crew
+        self.threads = threads
         self._counts = counts
         self._connections = Connections(endpoint.address, config.max_connections)
         self._where = f"s3 bucket {config.bucket} at {endpoint.url}"
@@ -77,21 +79,21 @@ class Objects:
             self._write_headers[name] = config.sse_kms_key_id
 
     def close(self) -> None:
-        """Joins the crew and closes the connections."""
-        self.crew.close()
+        """Joins the threads and closes the connections."""
+        self.threads.close()
         self._connections.close()
         self.endpoint.close()
 
     def fetch(
         self, name: str, choose: Choose = new_memory, span: tuple[int, int] | None = None
     ) -> Answer | None:
-        """Reads an object; None if there is none, or its time is over.
+        """Reads an object; None if there is none or it has expired.
 
         Args:
-            name: its name below the prefix.
-            choose: where the body goes.
-            span: first byte and the one behind the last; the whole object if not given. The answer
-                has status 416 if the object ends before it begins.
+            name: its name, without the prefix.
+            choose: returns the memory for the body.
+            span: first byte, and the one after the last; None for the whole object. The status is
+                416 if the object is too short.
         """
         headers = {"Range": f"bytes={span[0]}-{span[1] - 1}"} if span else {}
 
@@ -101,7 +103,7 @@ class Objects:
         return self._young(self._request("GET", name, headers=headers, choose=choose_young))
 
     def look(self, name: str) -> Answer | None:
-        """The headers of an object; None if there is none, or its time is over."""
+        """Returns the headers of an object; None if there is none or it has expired."""
         return self._young(self._request("HEAD", name))
 
     def _young(self, answer: Answer | None) -> Answer | None:
@@ -110,7 +112,7 @@ class Objects:
         return answer
 
     def store(self, name: str, page: Page, headers: Mapping[str, str] | None = None) -> None:
-        """Writes an object; in parts if it is large, and still whole or not at all."""
+        """Writes an object. A large one is sent in parts, and appears when it is complete."""
         if nbytes_of(page) > self.config.multipart_nbytes:
             self._store_in_parts(name, page)
         else:
@@ -120,7 +122,7 @@ class Objects:
         self._counts.add(puts=1, written_nbytes=nbytes_of(page))
 
     def remove(self, names: Sequence[str]) -> None:
-        """Removes objects; those that are absent are passed over."""
+        """Removes objects; ignores absent ones."""
         if len(names) == 1:
             self._request("DELETE", names[0])
             return
@@ -136,18 +138,18 @@ class Objects:
                     raise self._refused(refusal, "delete")
 
     def names(self, prefix: str) -> Iterator[str]:
-        """Names below the prefix that start with ``prefix``; those whose time is over as well."""
+        """Yields the names that start with ``prefix``, including expired objects."""
         return (name for name, *_ in self._listing(prefix))
 
     def listed(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """Names that start with ``prefix``, and lengths, of objects whose time is not over."""
+        """Yields name and length of the objects that start with ``prefix`` and are not expired."""
         ttl_s = self.config.ttl_s
         for name, nbytes, age_s in self._listing(prefix):
             if ttl_s is None or age_s < ttl_s:
                 yield name, nbytes
 
     def _listing(self, prefix: str) -> Iterator[tuple[str, int, float]]:
-        """Names, lengths and ages in seconds, a thousand with each request."""
+        """Yields names, lengths and ages in seconds; one request for a thousand objects."""
         start = len(self.config.prefix)
         token: dict[str, str] = {}
         while True:
@@ -164,7 +166,7 @@ class Objects:
             token = {"ContinuationToken": page["NextContinuationToken"]}
 
     def create_bucket(self) -> None:
-        """Makes the bucket; that another process made it meanwhile is fine."""
+        """Creates the bucket; succeeds if another process has just created it."""
         region = self.endpoint.region
         where = {"CreateBucketConfiguration": {"LocationConstraint": region}}
         with self._control("CreateBucket", allowed="BucketAlreadyOwnedByYou"):
@@ -184,7 +186,7 @@ class Objects:
         body: Page = (),
         choose: Choose = new_memory,
     ) -> Answer | None:
-        """Sends until the store answers with something else than "busy"; None if it is absent."""
+        """Sends a request, and again while the store is busy; None if the object is absent."""
         target = self.endpoint.path + self.config.prefix + name + query
         give_up_at = time.monotonic() + self.config.retry_s
         for attempt in itertools.count():
@@ -219,7 +221,7 @@ class Objects:
             raise self._of_botocore(error, method) from None
 
     def _store_in_parts(self, name: str, page: Page) -> None:
-        """A multipart upload, its parts sent at once; the object appears when it is completed."""
+        """Uploads the parts in parallel; the object appears when the upload is completed."""
         client = self.endpoint.client
         where = {"Bucket": self.config.bucket, "Key": self.config.prefix + name}
         extra: dict[str, str] = {}
@@ -238,14 +240,14 @@ class Objects:
             tags[n] = answer.headers.get("ETag", "") if answer else ""
 
         try:
-            self.crew.run(send, range(len(parts)))
+            self.threads.run(send, range(len(parts)))
             listed = [{"PartNumber": n + 1, "ETag": tag} for n, tag in enumerate(tags)]
             with self._control("CompleteMultipartUpload"):
                 client.complete_multipart_upload(
                     **where, UploadId=upload, MultipartUpload={"Parts": listed}
                 )
         except BaseException:
-            # Parts that stay behind cost money; where even this fails, a lifecycle rule ends them.
+            # Parts that are left cost money; if this fails, a lifecycle rule must delete them.
             with contextlib.suppress(BotoCoreError, ClientError):
                 client.abort_multipart_upload(**where, UploadId=upload)
             raise
@@ -254,7 +256,7 @@ class Objects:
 
     @contextlib.contextmanager
     def _control(self, action: str, allowed: str = "") -> Iterator[None]:
-        """Around a call of boto3's client: its errors become ours."""
+        """Translates the errors of boto3's client in the block to ``BackendError``."""
         try:
             yield
         except ClientError as error:
@@ -280,7 +282,7 @@ class Objects:
 
 
 def total_nbytes(answer: Answer) -> int:
-    """Length of the whole object of which ``answer`` is (a part of) the body."""
+    """Returns the length of the object of which ``answer`` has the body or a part of it."""
     if answer.status == NOT_IN_RANGE:
         return 0
     whole = answer.headers.get("Content-Range", "").rpartition("/")[2]
@@ -288,7 +290,7 @@ def total_nbytes(answer: Answer) -> int:
 
 
 def split_page(page: Page, limit_nbytes: int) -> list[Page]:
-    """``page`` in parts of ``limit_nbytes``, the last one shorter; no byte is copied."""
+    """Cuts ``page`` into parts of ``limit_nbytes``, the last one shorter; copies nothing."""
     parts: list[list[memoryview]] = [[]]
     room = limit_nbytes
     for segment in page:

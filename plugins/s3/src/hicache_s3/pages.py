@@ -1,4 +1,4 @@
-"""What stands under the key of a page: the page itself, or the index of the pack that holds it."""
+"""Pages in a bucket: the object under a key is the page, or the index of the pack with it."""
 
 from __future__ import annotations
 
@@ -21,51 +21,51 @@ _PACK = re.compile(r"packs/[0-9a-f]{16}/[0-9a-f]{32}")
 
 
 class Alone(NamedTuple):
-    """A page that is an object of its own, of so many bytes."""
+    """A page that is an object of its own, with its length."""
 
     nbytes: int
 
 
 Found: TypeAlias = PackIndex | Alone | None
-"""Where a page is: in a pack, in an object of its own, or nowhere."""
+"""Where a page is: in a pack, in an object of its own, or nowhere (None)."""
 
 
 def page_name(key: str) -> str:
-    """Name of the object under a page's key, below the prefix."""
+    """Returns the name of the object for a page, without the prefix."""
     return f"pages/{key}"
 
 
 def key_of(name: str) -> str | None:
-    """The key of the page under a name below the prefix; None if another tool put it there."""
+    """Returns the key of the page with this name; None if the object is not one of ours."""
     key = name.removeprefix("pages/")
     return key if key != name and _KEY.fullmatch(key) else None
 
 
 def is_pack_name(name: str) -> bool:
-    """Whether an object below the prefix is a pack, by its name."""
+    """Returns whether a name is that of a pack."""
     return _PACK.fullmatch(name) is not None
 
 
 class Pages:
-    """Reads and writes pages and indexes; what it learns of packs goes into ``cache``.
+    """Reads and writes pages and indexes; adds the indexes it reads to ``cache``.
 
     Attributes:
-        objects: the bucket.
-        crew: the threads that take part in a batch.
-        cache: the packs that are known.
+        objects: of the bucket.
+        threads: for the requests of a batch.
+        cache: known indexes.
     """
 
     def __init__(self, objects: Objects, cache: IndexCache) -> None:
         self.objects = objects
-        self.crew = objects.crew
+        self.threads = objects.threads
         self.cache = cache
 
     def find(self, key: str, *, packed: bool) -> Found:
-        """Asks the store where the page is.
+        """Looks up where a page is.
 
         Args:
-            key: the page's key.
-            packed: whether an index is likelier than a page; a wrong guess costs a request.
+            key: of the page.
+            packed: whether an index is more likely than a page; a wrong guess costs a request.
         """
         name = page_name(key)
         answer = None if packed else self.objects.look(name)
@@ -81,11 +81,11 @@ class Pages:
         return self._found(key, answer)
 
     def read(self, key: str, page: Page) -> Found:
-        """Fills ``page`` if an object of its own and of its length is there.
+        """Reads a page that is an object of its own and has the length of ``page``.
 
         Returns:
-            An index if the page is in a pack (``page`` is untouched then); None if there is nothing
-            of this length.
+            An index if the page is in a pack (``page`` is unchanged then); None if there is no
+            object of this length.
         """
         nbytes = nbytes_of(page)
 
@@ -108,7 +108,7 @@ class Pages:
         return found
 
     def read_run(self, index: PackIndex, keys: Sequence[str], pages: Sequence[Page]) -> bool:
-        """Fills ``pages``, neighbours in the pack, by one request; False if the pack is gone."""
+        """Reads adjacent pages of a pack with one request; returns False if it is missing."""
         first, last = index.slots[keys[0]], index.slots[keys[-1]]
         span = (first.offset, last.offset + last.nbytes)
         place = tuple(itertools.chain.from_iterable(pages))
@@ -123,7 +123,7 @@ class Pages:
         return answer is not None and answer.body is place
 
     def value(self, key: str) -> memoryview | None:
-        """The whole page under ``key``, in memory of its own."""
+        """Returns the page under ``key`` in new memory; None if it is absent."""
         answer = self.objects.fetch(page_name(key))
         if answer is None or answer.body is None:
             return None
@@ -141,13 +141,13 @@ class Pages:
         return None
 
     def write_index(self, key: str, index: PackIndex) -> None:
-        """Makes ``key`` lead to ``index``."""
+        """Stores ``index`` under ``key``."""
         self.objects.store(page_name(key), (memoryview(index.encode()),), dict([MARK]))
 
     def forget(self, index: PackIndex) -> None:
-        """The pack is gone: removes the keys that lead to it, so that they can be written again."""
+        """Removes the keys of a missing pack, so that their pages can be written again."""
         self.cache.drop(index)
-        # Nobody asked for this: where it fails, the answer is still a miss.
+        # If this fails, the page is a miss all the same.
         with contextlib.suppress(BackendError):
             self.objects.remove([page_name(key) for key in index.slots])
 

@@ -1,4 +1,4 @@
-"""Reads a batch of pages: those that are objects of their own, and runs of those in packs."""
+"""Reads a batch of pages: single objects, and runs of pages in packs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hicache_s3.search import Search
 
 
 class Run(NamedTuple):
-    """Neighbours in a pack, read by one request; positions in the batch."""
+    """Adjacent pages of a pack, read with one request; ``start`` and ``stop`` index the batch."""
 
     pack: PackIndex
     start: int
@@ -21,13 +21,16 @@ class Run(NamedTuple):
 
 
 def read_batch(keys: Sequence[str], pages: Sequence[Page], *, stride: int, store: Pages) -> int:
-    """Fills leading pages; how many.
+    """Reads leading pages.
 
     Args:
-        keys: keys of the pages.
-        pages: memory to fill.
+        keys: one for each page.
+        pages: where to.
         stride: how many pages of this size a pack is likely to have; 1 if they are not packed.
-        store: the pages that are stored.
+        store: where from.
+
+    Returns:
+        How many leading pages were filled.
     """
     search = Search(keys, stride)
     search.know(store.cache.find)
@@ -38,15 +41,15 @@ def read_batch(keys: Sequence[str], pages: Sequence[Page], *, stride: int, store
         filled[n] = found is not None and not isinstance(found, PackIndex)
         return found
 
-    search.run(store.crew, ask)
+    search.run(store.threads, ask)
     lost = _read_runs(search, pages, filled, store)
     if lost:
-        # The packs may have been known for long, and the pages may be elsewhere by now: once more.
+        # The cached index may be old, and the pages may be elsewhere now: look them up again.
         for run in lost:
             store.cache.drop(run.pack)
             for n in range(run.start, run.stop):
                 search.places[n] = None
-        search.run(store.crew, ask)
+        search.run(store.threads, ask)
         for run in _read_runs(search, pages, filled, store):
             store.forget(run.pack)
             search.miss(run.start)
@@ -56,7 +59,7 @@ def read_batch(keys: Sequence[str], pages: Sequence[Page], *, stride: int, store
 def _read_runs(
     search: Search, pages: Sequence[Page], filled: list[bool], store: Pages
 ) -> list[Run]:
-    """Reads what lies in packs and is not filled yet; the runs whose pack is gone."""
+    """Reads pages in packs that are not filled yet; returns the runs whose pack is missing."""
     lost: list[Run] = []
 
     def read(run: Run) -> None:
@@ -66,12 +69,12 @@ def _read_runs(
         else:
             lost.append(run)
 
-    store.crew.run(read, _runs(search, pages, filled))
+    store.threads.run(read, _runs(search, pages, filled))
     return lost
 
 
 def _runs(search: Search, pages: Sequence[Page], filled: Sequence[bool]) -> list[Run]:
-    """The longest runs of leading pages; a slot of another length than its page is a miss."""
+    """Returns the longest runs of leading pages; a page of another length is a miss."""
     runs: list[Run] = []
     for n in range(search.end):
         index = search.places[n]

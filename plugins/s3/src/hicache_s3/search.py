@@ -1,37 +1,37 @@
-"""Finds where many pages are by asking about few of them."""
+"""Finds out where many pages are with few requests."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
 
-from hicache_s3.crew import Crew
 from hicache_s3.index import PackIndex
 from hicache_s3.pages import Alone, Found
+from hicache_s3.request_threads import RequestThreads
 
 
 class Search:
-    """Where each of ``keys`` is.
+    """Where the page of each of ``keys`` is.
 
-    One page of a pack leads to all of the pack, so it is enough to ask about every ``stride``-th
-    key; all that one answer covers need no question of their own:
+    The index under one page of a pack lists the whole pack. So it is enough to look up every
+    ``stride``-th key; one answer covers its neighbours:
 
         keys     0 1 2 3 4 5 6 7 8 9        stride 4, packs of 4 pages
         asked    x       x       x          one round of three requests at once
         known    0-3     4-7     8-11
 
     Attributes:
-        places: what is known of each key; None for those that are absent or were not asked for.
-        end: the first absent key, or the number of keys.
+        places: where each page is; None if it is absent or was not looked up.
+        end: index of the first absent key, or the number of keys.
     """
 
     def __init__(self, keys: Sequence[str], stride: int, *, leading: bool = True) -> None:
-        """Asks nothing yet.
+        """Makes no request yet.
 
         Args:
-            keys: keys, those of a pack side by side.
+            keys: of the pages; those of a pack are neighbours.
             stride: how many pages a pack is likely to have.
-            leading: whether keys behind the first absent one are of no interest.
+            leading: whether to ignore the keys after the first absent one.
         """
         self.keys = keys
         self.stride = stride
@@ -42,13 +42,13 @@ class Search:
         self._lock = threading.Lock()
 
     def know(self, find: Callable[[str], PackIndex | None]) -> None:
-        """Takes over what is known without asking."""
+        """Uses ``find`` for the places that are known without a request."""
         for n, key in enumerate(self.keys):
             if self.places[n] is None:
                 self.places[n] = find(key)
 
-    def run(self, crew: Crew, ask: Callable[[int], Found]) -> None:
-        """Calls ``ask`` with positions, from several threads, until all is known."""
+    def run(self, threads: RequestThreads, ask: Callable[[int], Found]) -> None:
+        """Calls ``ask`` with indexes of keys, on ``threads``, until every place is known."""
         while waiting := self._waiting():
             asked = waiting[:: self.stride]
             found: dict[int, Found] = {}
@@ -60,18 +60,18 @@ class Search:
                 if place is None:
                     self.miss(n)
 
-            crew.run(question, asked)
+            threads.run(question, asked)
             self._learn(found, waiting)
 
     def miss(self, n: int) -> None:
-        """Notes that the key at ``n`` is absent."""
+        """Records that the key at index ``n`` is absent."""
         with self._lock:
             self._absent.add(n)
             self.places[n] = None
             self.end = min(self.end, n)
 
     def _waiting(self) -> list[int]:
-        """Positions that have no answer yet."""
+        """Returns the indexes of keys without an answer."""
         stop = self.end if self._leading else len(self.keys)
         return [n for n in range(stop) if self.places[n] is None and n not in self._absent]
 

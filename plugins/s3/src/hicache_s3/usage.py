@@ -1,4 +1,4 @@
-"""How many bytes of pages each namespace has in the bucket."""
+"""The bytes of pages in a bucket, by namespace."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hicache_s3.pages import Pages, key_of, page_name
 
 
 def usage_by_namespace(store: Pages) -> Counter[str]:
-    """Lists all pages; asks one request for each pack, since a listing does not tell what is one.
+    """Lists all pages; needs one request for each pack, which a listing does not show as one.
 
     Raises:
         BackendError: the store cannot answer.
@@ -31,8 +31,8 @@ def usage_by_namespace(store: Pages) -> Counter[str]:
 
 
 def _resolved(store: Pages, keys: list[str]) -> dict[str, int]:
-    """The lengths of those pages under ``keys``, which stand there or in packs."""
-    asker = Pages(store.objects, IndexCache(1, 1.0))  # one of its own: the other has what is in use
+    """Returns the lengths of the pages under ``keys``, which may be in packs."""
+    asker = Pages(store.objects, IndexCache(1, 1.0))  # with its own cache, to keep the one in use
     known: dict[str, int] = {}
 
     def ask(key: str) -> None:
@@ -44,5 +44,5 @@ def _resolved(store: Pages, keys: list[str]) -> dict[str, int]:
         elif found is not None:
             known[key] = found.nbytes
 
-    store.crew.run(ask, keys)
+    store.threads.run(ask, keys)
     return {key: known[key] for key in keys if key in known}

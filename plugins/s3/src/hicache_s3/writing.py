@@ -1,4 +1,4 @@
-"""Writes a batch of pages: small neighbours into packs, the others one by one."""
+"""Writes a batch of pages: adjacent small ones into packs, the others one by one."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hicache_s3.pages import Alone, Found, Pages, page_name
 from hicache_s3.search import Search
 
 MIN_PACK_PAGES = 4
-"""Packs of fewer pages save too few requests to be worth their indexes."""
+"""Minimum number of pages in a pack: smaller ones save too few requests for their indexes."""
 
 
 def pages_per_pack(page_nbytes: int, pack_nbytes: int) -> int:
-    """How many pages of this size make a pack; 1 if they are too large to be packed."""
+    """Returns how many pages of this size make a pack; 1 if they are too large to be packed."""
     n_pages = min(MAX_PACK_PAGES, round(pack_nbytes / max(page_nbytes, 1)))
     return n_pages if n_pages >= MIN_PACK_PAGES else 1
 
@@ -26,13 +26,16 @@ def pages_per_pack(page_nbytes: int, pack_nbytes: int) -> int:
 def write_batch(
     keys: Sequence[str], pages: Sequence[Page], *, pack_nbytes: int, store: Pages
 ) -> int:
-    """Stores pages; how many leading ones are stored afterwards.
+    """Stores pages.
 
     Args:
-        keys: keys of the pages.
-        pages: their bytes.
+        keys: one for each page.
+        pages: what to store.
         pack_nbytes: size of a pack; 0 packs nothing.
         store: where to.
+
+    Returns:
+        How many leading pages are stored afterwards.
     """
     stored = _already_stored(keys, pages, pack_nbytes, store)
     sizes = [nbytes_of(page) for page in pages]
@@ -61,9 +64,9 @@ def write_batch(
         indexed.add(item[0])
 
     indexed: set[str] = set()
-    store.crew.run(write, groups)
-    # Only now, when the packs are whole, do keys lead to them.
-    store.crew.run(write_index, [(key, index) for index in indexes for key in index.slots])
+    store.threads.run(write, groups)
+    # Only now, when the packs are complete, may keys refer to them.
+    store.threads.run(write_index, [(key, index) for index in indexes for key in index.slots])
     for index in indexes:
         store.cache.add(index)
     alone = {keys[n] for n in range(len(keys)) if stored[n]}
@@ -74,10 +77,10 @@ def write_batch(
 def _already_stored(
     keys: Sequence[str], pages: Sequence[Page], pack_nbytes: int, store: Pages
 ) -> list[bool]:
-    """Which pages need not be written.
+    """Returns for each page whether it is stored already.
 
-    Keys are a chain: where the first is absent, so are the others, as good as always. That costs
-    one request; and what is written twice does no harm.
+    Keys form a chain: if the first one is absent the others nearly always are, so that takes one
+    request. Writing a page twice does no harm.
     """
     stored = [False] * len(keys)
     if not keys:
@@ -90,7 +93,7 @@ def _already_stored(
     def ask(n: int) -> Found:
         return store.find(keys[n], packed=search.stride > 1)
 
-    search.run(store.crew, ask)
+    search.run(store.threads, ask)
     for n, place in enumerate(search.places):
         if isinstance(place, Alone):
             stored[n] = place.nbytes == nbytes_of(pages[n])
@@ -102,13 +105,16 @@ def _already_stored(
 def plan(
     keys: Sequence[str], sizes: Sequence[int], wanted: Sequence[int], pack_nbytes: int
 ) -> list[list[int]]:
-    """The positions that are written together, each key once, in order.
+    """Groups the pages that are written as one object; each key once, in order.
 
     Args:
-        keys: keys of the batch.
-        sizes: length of each page.
-        wanted: positions to be written, ascending.
+        keys: of the batch.
+        sizes: length of each page in bytes.
+        wanted: indexes of the pages to write, ascending.
         pack_nbytes: size of a pack; 0 packs nothing.
+
+    Returns:
+        Indexes of the pages of each object.
     """
     groups: list[list[int]] = []
     seen: set[str] = set()
@@ -126,7 +132,7 @@ def plan(
 def _fits(
     keys: Sequence[str], sizes: Sequence[int], group: list[int], n: int, pack_nbytes: int
 ) -> bool:
-    """Whether the page at ``n`` goes on where ``group`` ends."""
+    """Returns whether the page at index ``n`` can be appended to ``group``."""
     before = group[-1]
     if before != n - 1 or sizes[before] != sizes[n]:
         return False

@@ -1,4 +1,4 @@
-"""What one call moves: slots that are read, with memory for header and footer, and written."""
+"""The transfers of one call: slots to read, with memory for header and footer, and to write."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hicache_hf3fs.slab import FOOTER_NBYTES, HEADER_NBYTES, Slab, pack_footer, 
 
 
 class SlotRead(NamedTuple):
-    """A slot that is being read, with the memory for its header and footer."""
+    """A slot that is being read, with memory for its header and footer."""
 
     transfer: Transfer
     header: bytearray
@@ -19,7 +19,7 @@ class SlotRead(NamedTuple):
     binding: Binding
 
     def holds(self, key: str) -> bool:
-        """Whether what was read is the object of ``key`` that the metadata speaks of."""
+        """Returns whether the bytes read are the object of ``key`` that the metadata describes."""
         generation = self.binding.slot.generation
         return self.footer == pack_footer(generation) and self.header == pack_header(
             key, self.binding.nbytes, generation
@@ -27,7 +27,7 @@ class SlotRead(NamedTuple):
 
 
 class SlotWrite(NamedTuple):
-    """A page of the call that goes to a reserved slot."""
+    """A page that is written to a reserved slot; ``position`` is its index in the call."""
 
     position: int
     written: Written
@@ -35,12 +35,19 @@ class SlotWrite(NamedTuple):
 
 
 def slot_content(want: Wanted, slot: Slot, page: Page) -> list[memoryview]:
-    """What stands in the slot: header, object, footer."""
+    """Returns the content of a slot: header, object, footer."""
     header = pack_header(want.key, want.nbytes, slot.generation)
     return [memoryview(header), *page, memoryview(pack_footer(slot.generation))]
 
 
 def transfer_of(slab: Slab, number: int, nbytes: int, buffers: list[memoryview]) -> Transfer:
-    """The way of one object between a slot and ``buffers``."""
+    """Returns the transfer of one object between a slot and ``buffers``.
+
+    Args:
+        slab: with the slot.
+        number: of the slot.
+        nbytes: length of the object.
+        buffers: memory of header, object and footer.
+    """
     total = HEADER_NBYTES + nbytes + FOOTER_NBYTES
     return Transfer(slab.fd, number * slab.slot_nbytes, total, buffers)

@@ -1,4 +1,4 @@
-"""Room on a full disk for the index of a file backend: what its store gives up for it."""
+"""Space for the index of a file backend on a full disk: a reserve, then the oldest objects."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from hicache_core.storage.file.records import RecordStore
 from hicache_core.storage.sqlite import ROOM_NBYTES
 
 RESERVE = "reserve"
-"""A file of the store's directory that goes when the disk is full and the index is to be opened."""
+"""A file that is deleted when the disk is full and the index must be opened."""
 
 _RESERVE_NBYTES = 256 << 10
 _MOST_PLACES = 1024
 
 
 def take_reserve(directory: Path, store: RecordStore) -> None:
-    """Makes the reserve, unless it is there or the disk is short of room."""
+    """Creates the reserve unless it exists or the disk is nearly full."""
     path = directory / RESERVE
     if not path.exists() and store.free_nbytes() > 4 * ROOM_NBYTES:
         path.write_bytes(bytes(_RESERVE_NBYTES))
 
 
 def give_reserve(directory: Path) -> bool:
-    """Gives the reserve back to the disk; whether there was one."""
+    """Deletes the reserve; returns whether there was one."""
     try:
         (directory / RESERVE).unlink()
     except FileNotFoundError:
@@ -35,10 +35,10 @@ def give_reserve(directory: Path) -> bool:
 
 
 def give_room(index: Path, store: RecordStore) -> list[Place]:
-    """Gives the disk back what is free in the segments, then the least recently used objects.
+    """Frees unused extents, then those of the least recently used objects.
 
-    The index is read as it lies on the disk, since opening it takes room. The caller is the only
-    one who uses the store, and drops the rows of what this returns.
+    Reads the file of the index directly, since opening it needs space. The caller is the only user
+    of the store, and deletes the rows of the returned places.
     """
     given: list[Place] = []
     for place in _spare(index):
@@ -52,7 +52,7 @@ def give_room(index: Path, store: RecordStore) -> list[Place]:
 
 
 def _spare(index: Path) -> list[Place]:
-    """What may go, the first first; nothing if the index cannot be read so."""
+    """Returns what may be freed, in order; empty if the index cannot be read."""
     where = f"TRUE ORDER BY key IS NOT NULL, {PINNED}, used_at LIMIT ?"
     uri = f"{index.absolute().as_uri()}?immutable=1"
     try:

@@ -1,4 +1,4 @@
-"""A few threads that share the requests of one batch."""
+"""Threads that share the requests of one batch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from hicache_core.errors import BackendError
 T = TypeVar("T")
 
 
-class Crew:
-    """Up to ``n_threads`` threads for a call, the caller's own among them. Thread-safe."""
+class RequestThreads:
+    """Up to ``n_threads`` threads for each call, including the caller's own.
+
+    Any thread may call any method.
+    """
 
     def __init__(self, n_threads: int) -> None:
         """Threads start when they are first needed."""
@@ -20,9 +23,9 @@ class Crew:
         self._pool = ThreadPoolExecutor(n_threads, thread_name_prefix="hicache-s3")
 
     def run(self, work: Callable[[T], None], items: Iterable[T]) -> None:
-        """``work`` of each item, begun in order; returns when all have ended.
+        """Calls ``work`` for each item, started in order; blocks until all calls have ended.
 
-        After the first ``BackendError`` no more items are begun, and it is raised in the end.
+        After the first ``BackendError`` no further call is started; it is raised at the end.
         """
         todo = list(items)
         shared = iter(todo)  # next() of a list's iterator is atomic
@@ -41,7 +44,7 @@ class Crew:
         try:
             share()
         finally:
-            # Those that have not begun never need to: the pool may be busy for another caller.
+            # Helpers that have not started are not needed: the pool may be busy for another caller.
             wait([helper for helper in helpers if not helper.cancel()])
         for helper in helpers:
             if not helper.cancelled():
@@ -50,7 +53,7 @@ class Crew:
             raise failures[0]
 
     def close(self) -> None:
-        """Joins the threads; calls that are under way go on with their callers alone."""
+        """Joins the threads; running calls continue on the threads of their callers."""
         self._pool.shutdown()
 
     def _call(self, share: Callable[[], None], n_helpers: int) -> list[Future[None]]:
@@ -58,6 +61,6 @@ class Crew:
         for _ in range(n_helpers):
             try:
                 helpers.append(self._pool.submit(share))
-            except RuntimeError:  # closed meanwhile
+            except RuntimeError:  # it was closed meanwhile
                 break
         return helpers
