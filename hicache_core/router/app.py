@@ -9,15 +9,19 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import httpx
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.requests import ClientDisconnect
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from hicache_core.router.asked import Asked, passed_on
 from hicache_core.router.nodes import DECODE, Nodes, RouterSettings
 from hicache_core.router.relay import Answer, Relay
 from hicache_core.router.single_use import SingleUse
+
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/generate")
 MAX_BODY_NBYTES = 32 << 20
@@ -35,8 +39,8 @@ def make_app(
     is_operator: Callable[[Scope], bool] = nobody,
     transport: httpx.AsyncBaseTransport | None = None,
     clock: Callable[[], float] = time.monotonic,
-) -> FastAPI:
-    """An ASGI application.
+) -> Starlette:
+    """An ASGI application. Bodies go on as they came: the nodes check them.
 
     Args:
         settings: the nodes, and how to treat them.
@@ -53,7 +57,7 @@ def make_app(
     relay = Relay(client, nodes, settings.secret)
 
     @asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         await nodes.check_all()
         watching = asyncio.create_task(nodes.watch())
         try:
@@ -64,19 +68,20 @@ def make_app(
                 await watching
             await client.aclose()
 
-    app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
-    for path in PATHS:
-        route = _route(relay, path, is_operator)
-        app.add_api_route(path, route, methods=["POST"], response_model=None)
-    _add_looks(app, nodes, relay, is_operator)
-    _add_models(app, client, nodes)
-    app.add_exception_handler(Exception, _broken)
-    return app
+    routes = [
+        *(Route(path, _route(relay, path, is_operator), methods=["POST"]) for path in PATHS),
+        Route("/health", _health(nodes), methods=["GET"]),
+        Route("/router/status", _status(nodes, relay, is_operator), methods=["GET"]),
+        Route("/v1/models", _models(client, nodes), methods=["GET"]),
+    ]
+    return Starlette(
+        routes=routes,
+        lifespan=lifespan,
+        exception_handlers={HTTPException: _nothing_here, Exception: _broken},
+    )
 
 
-def _route(
-    relay: Relay, path: str, is_operator: Callable[[Scope], bool]
-) -> Callable[[Request], Awaitable[Response]]:
+def _route(relay: Relay, path: str, is_operator: Callable[[Scope], bool]) -> Endpoint:
     async def route(http: Request) -> Response:
         try:
             raw = await _body(http)
@@ -171,20 +176,26 @@ def _problem(status: int, message: str) -> Response:
     return _plain(Answer.problem(status, message))
 
 
+def _nothing_here(_http: Request, error: Exception) -> Response:
+    """No such path, or not by this method."""
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
+
+
 def _broken(_http: Request, _error: Exception) -> Response:
     """What nobody thought of; uvicorn's log has it."""
     return _problem(500, "an error of the router; its log says more")
 
 
-def _add_looks(
-    app: FastAPI, nodes: Nodes, relay: Relay, is_operator: Callable[[Scope], bool]
-) -> None:
-    @app.get("/health")
-    async def health() -> Response:
+def _health(nodes: Nodes) -> Endpoint:
+    async def health(_http: Request) -> Response:
         up = any(node.is_up for node in nodes.all if node.role == DECODE)
         return JSONResponse({"status": "ok" if up else "no decode node is up"}, 200 if up else 503)
 
-    @app.get("/router/status")
+    return health
+
+
+def _status(nodes: Nodes, relay: Relay, is_operator: Callable[[Scope], bool]) -> Endpoint:
     async def status(http: Request) -> Response:
         if not is_operator(http.scope):
             return _problem(
@@ -193,9 +204,10 @@ def _add_looks(
         told = {"retried": relay.retried, "without_prefill": relay.without_prefill}
         return JSONResponse({"nodes": nodes.status(), **told})
 
+    return status
 
-def _add_models(app: FastAPI, client: httpx.AsyncClient, nodes: Nodes) -> None:
-    @app.get("/v1/models")
+
+def _models(client: httpx.AsyncClient, nodes: Nodes) -> Endpoint:
     async def models(http: Request) -> Response:
         node = nodes.pick(DECODE, "", "")
         if node is None:
@@ -208,3 +220,5 @@ def _add_models(app: FastAPI, client: httpx.AsyncClient, nodes: Nodes) -> None:
             nodes.failed(node, f"{type(error).__name__} {error}".strip())
             return _problem(503, f"{node.name} does not answer")
         return Response(answer.content, answer.status_code, media_type="application/json")
+
+    return models

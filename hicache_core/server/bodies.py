@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -12,16 +12,12 @@ from pydantic import (
     Tag,
     model_validator,
 )
-from pydantic_core import from_json
-from starlette.requests import Request
 
 from hicache_core.config.redact import MASK
 from hicache_core.config.sources import EXTRA
 from hicache_core.engine.request import Bootstrap
-from hicache_core.server.connections import body_taken
 from hicache_core.server.fields import refusal
 from hicache_core.server.forms import (
-    LONGEST,
     MAX_CHOICES,
     MAX_PROMPTS,
     MAX_TOKENS,
@@ -40,9 +36,6 @@ from hicache_core.server.forms import (
     TopP,
     one_or_many,
 )
-from hicache_core.server.problems import Problem
-
-B = TypeVar("B", bound=BaseModel)
 
 
 class Body(BaseModel):
@@ -309,38 +302,3 @@ def is_masked(value: object) -> bool:
     if isinstance(value, list):
         return any(map(is_masked, value))
     return value == MASK
-
-
-async def read_body(
-    request: Request, body_class: type[B], max_nbytes: int, longest: int | None = None
-) -> B:
-    """The body of a request.
-
-    Args:
-        request: whose body has not been read.
-        body_class: what it should be.
-        max_nbytes: of the body.
-        longest: tokens of a prompt; None for any number.
-
-    Raises:
-        Problem: 413 for one that is too large, 400 for one that is no JSON or no UTF-8.
-        ValidationError: it is not what ``body_class`` says.
-    """
-    too_large = Problem(413, f"the body is larger than {max_nbytes} bytes")
-    announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced[:20]) > max_nbytes:
-        raise too_large
-    raw = bytearray()
-    async for chunk in request.stream():
-        raw += chunk
-        if len(raw) > max_nbytes:
-            raise too_large
-    try:
-        # Two steps: a long list is refused by its length, not by what is wrong with each item.
-        value = from_json(raw)
-    except ValueError as error:
-        raise Problem(400, f"the body is no valid JSON: {error}") from None
-    finally:
-        del raw
-        body_taken(request.scope)
-    return body_class.model_validate(value, context={LONGEST: longest})

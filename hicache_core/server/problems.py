@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -25,6 +25,7 @@ _WORDS = {
     "int_type": "must be an integer",
     "int_from_float": "must be an integer",
     "float_type": "must be a number",
+    "float_parsing": "must be a number",
     "finite_number": "must be a finite number",
     "string_type": "must be text",
     "string_unicode": "must be text",
@@ -77,6 +78,21 @@ class Problem(Exception):
         }
 
 
+class ErrorDetail(BaseModel):
+    """What is wrong with a request, as OpenAI's clients read it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class ErrorAnswer(BaseModel):
+    """The body of every answer that is no success."""
+
+    error: ErrorDetail
+
+
 def json_answer(
     value: object, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
@@ -90,7 +106,7 @@ def problem_of(error: Exception) -> Problem:
         case Problem():
             problem = error
         case ValidationError():
-            problem = _invalid(error)
+            problem = invalid(error.errors(include_url=False, include_input=False))
         case ClientDisconnect():
             problem = Problem(499, "the client has left")
         case HTTPException():
@@ -114,9 +130,8 @@ def answer_problem(_request: Request, error: Exception) -> Response:
     return json_answer(problem.as_dict(), problem.status, problem.headers)
 
 
-def _invalid(error: ValidationError) -> Problem:
-    """A body that does not validate: the first clauses, without what was sent."""
-    details = error.errors(include_url=False, include_input=False)
+def invalid(details: Sequence[ErrorDetails]) -> Problem:
+    """A body or query that does not validate: the first clauses, without what was sent."""
     clauses = []
     for detail in details[:_MAX_CLAUSES]:
         where = ".".join(_path(detail))

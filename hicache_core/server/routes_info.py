@@ -38,8 +38,10 @@ def make_router(service: Service) -> APIRouter:
 
 
 def _add_health(router: APIRouter, service: Service) -> None:
-    @router.api_route("/health", methods=["GET", "HEAD"])
+    @router.head("/health", include_in_schema=False)
+    @router.get("/health")
     async def health() -> Response:
+        """Whether the engine runs, and no request is stuck."""
         status = service.engine.status()
         if status.error:
             raise Problem(503, f"the engine has stopped: {status.error}")
@@ -51,6 +53,7 @@ def _add_health(router: APIRouter, service: Service) -> None:
 
     @router.get("/health_generate")
     async def health_generate() -> Response:
+        """Whether the engine computes a token."""
         _, request_id = service.ledger.open(None, _HEALTH)
         request = EngineRequest(
             request_id, (0,), SamplingParams(max_new_tokens=1, temperature=0.0), _HEALTH
@@ -76,10 +79,12 @@ def _add_models(router: APIRouter, service: Service) -> None:
 
     @router.get("/v1/models")
     async def models() -> Response:
+        """The one model that is served, in OpenAI's list."""
         return json_answer({"object": "list", "data": [card]})
 
     @router.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
+        """The model of that name."""
         if name != served.name:
             raise Problem(404, f"no model {name!r} here; there is {served.name!r}")
         return json_answer(card)
@@ -87,6 +92,7 @@ def _add_models(router: APIRouter, service: Service) -> None:
     @router.get("/get_model_info")
     @router.get("/model_info")
     async def model_info() -> Response:
+        """What is served."""
         return json_answer(
             {
                 "model_path": settings.model_path,
@@ -102,6 +108,7 @@ def _add_models(router: APIRouter, service: Service) -> None:
     @router.get("/get_server_info")
     @router.get("/server_info")
     async def server_info() -> Response:
+        """The settings in force, where each came from, and the state of the engine."""
         status = service.engine.status()
         shown = asdict(replace(settings, cache=None, keys=None))  # type: ignore[arg-type]
         del shown["cache"], shown["keys"]
@@ -129,10 +136,12 @@ def _extra(service: Service) -> dict[str, object]:
 def _add_status(router: APIRouter, service: Service) -> None:
     @router.get("/hicache/status")
     async def status(http: Request) -> Response:
+        """The cache and the queue."""
         return json_answer(service.observation(is_admin=_is_admin(http)))
 
     @router.get("/metrics")
     async def metrics(http: Request) -> Response:
+        """The same for Prometheus."""
         if not service.settings.enable_metrics:
             raise Problem(404, "no metrics here: start the server with --enable-metrics")
         registry = CollectorRegistry(auto_describe=False)
@@ -142,6 +151,7 @@ def _add_status(router: APIRouter, service: Service) -> None:
 
     @router.get("/hicache/explain/{name:path}")
     async def explain(name: str, http: Request) -> Response:
+        """Where a request's tokens came from, and why not from the cache."""
         is_admin = _is_admin(http)
         namespace = namespace_of(
             http.headers.get(SALT_HEADER) or None, http.headers.get(EXTRA_KEY_HEADER) or None
