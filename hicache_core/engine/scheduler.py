@@ -32,7 +32,7 @@ Clock = Callable[[], float]
 
 
 class MakeScheduler(Protocol):
-    """Makes the scheduler of an engine: ``Scheduler`` itself, or what adds something to it."""
+    """Makes the scheduler of an engine: the class ``Scheduler``, or a function that extends one."""
 
     def __call__(
         self,
@@ -51,15 +51,16 @@ class MakeScheduler(Protocol):
 class Scheduler:
     """Continuous batching over the pages of one cache. Owner thread only.
 
-    Every decision follows from the requests, in the order in which they came, and from what the
-    cache says; never from a clock. So with several ranks all of them decide alike.
+    Decisions depend on the requests, in order of arrival, and on what the cache says; never on a
+    clock. So all ranks decide alike.
 
-    Room: a request is started when the pages of its prompt are there, and gets more page by page.
-    Where there is none, the request that is last in order gives up its pages (whole ones stay in
-    the cache) and waits again. The first in order never gives up: it ends, since it alone fits into
-    the pool, and so in turn does every other.
+    Room: a request starts when there are pages for its whole prompt, and then gets one page at a
+    time. If there is none, the request that is last in order gives up its pages (complete ones stay
+    in the cache) and waits again. The first in order never gives up. It fits into the pool alone,
+    so it ends; the same then holds for the next one.
 
-    Errors: what fails for one request ends that one. A batch that fails is computed one by one.
+    Errors: an error of one request ends that request only. A batch that fails is computed again,
+    one request at a time.
     """
 
     def __init__(
@@ -75,12 +76,12 @@ class Scheduler:
         """Joins its parts; ``connector`` and ``relay.listener`` may be set before the first call.
 
         Args:
-            cache: the prefixes; its device pool is the runner's.
-            runner: the model.
-            config: how much at once.
-            n_pages: of the device pool.
-            clock: seconds.
-            ranks: who computes the model together; None for this process alone.
+            cache: has the prefixes; its device pool is the runner's.
+            runner: computes the model.
+            config: limits on what runs at once.
+            n_pages: size of the device pool.
+            clock: seconds, monotonic.
+            ranks: the ranks that compute the model together; None for this process alone.
         """
         self.tally = Tally()
         self.relay = Relay()
@@ -103,12 +104,12 @@ class Scheduler:
 
     @property
     def n_waiting(self) -> int:
-        """Requests that wait."""
+        """Number of waiting requests."""
         return len(self._waiting) + self.connector.n_waiting
 
     @property
     def n_running(self) -> int:
-        """Requests that hold pages."""
+        """Number of requests that hold pages."""
         return len(self._running) + self.connector.n_running
 
     @property
@@ -149,7 +150,7 @@ class Scheduler:
             self.abort(request_id)
 
     def give_up(self) -> None:
-        """Lets go of all pages; nothing is stored and nobody told: something is broken."""
+        """Releases all pages after a failure; nothing is stored and no client is told."""
         for task in self._running.values():
             task.table.release()
         self.relay.give_up()
@@ -158,18 +159,23 @@ class Scheduler:
         self.connector.give_up()
 
     def close(self) -> None:
-        """Ends what works beside the scheduler; afterwards nobody touches pages of others."""
+        """Ends the connector; afterwards no transfer reads or writes pages."""
         self.connector.close()
 
     # What a connector calls, beside ``queue``.
 
     def may_start(self, task: Task, n_others: int) -> bool:
-        """Whether a request may have its pages now, beside ``n_others`` of the connector's."""
+        """Whether a request may get its pages now.
+
+        Args:
+            task: the request.
+            n_others: requests that the connector has started and the scheduler does not know yet.
+        """
         n_busy = len(self._running) + n_others
         return n_busy < self._config.max_running and self._has_room_for(task)
 
     def go_on(self, task: Task, token: int) -> None:
-        """The KV of a prompt is in the request's pages, and ``token`` the first of its answer."""
+        """Runs a request whose whole prompt is in its pages; ``token`` begins its answer."""
         task.note(first_scheduled=self._clock(), first_token=self._clock())
         task.n_computed = task.n_prompt
         self._running[task.request.request_id] = task
@@ -179,7 +185,10 @@ class Scheduler:
     # A step.
 
     def step(self) -> bool:
-        """Computes a chunk of prompts and one token of each running answer; whether it did any.
+        """Computes a chunk of prompts and one token of each running answer.
+
+        Returns:
+            Whether anything was computed.
 
         Raises:
             RankLost: another rank died, or does not answer.

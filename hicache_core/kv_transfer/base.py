@@ -23,13 +23,13 @@ class TransferConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class TransferContext:
-    """What a transfer backend may know of the process that uses it.
+    """What a transfer backend knows about the process that uses it.
 
     Attributes:
-        memory: the pages of this rank, in memory that the CPU reaches.
-        rank: this process among those that hold one model together.
-        world_size: how many those are.
-        on_notice: called from any thread when ``poll`` has something new; must not block.
+        memory: the pages of this rank, in memory that the CPU can address.
+        rank: index of this process among the ranks of one model.
+        world_size: number of ranks.
+        on_notice: called from any thread when ``poll`` has a new notice; must not block.
     """
 
     memory: PageMemory
@@ -43,7 +43,7 @@ class TransferState(enum.Enum):
 
     ARRIVED = "arrived"  # every row is in the pages, and its checksum was right
     SENT = "sent"  # every receiver has confirmed it
-    FAILED = "failed"  # the rows count for nothing
+    FAILED = "failed"  # the rows must not be used
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Notice:
         room: the number that names the request on both sides.
         state: how it ended.
         error: what went wrong, in words; empty unless FAILED.
-        error_kind: class name of the error; empty likewise.
+        error_kind: class name of the error; empty unless FAILED.
         note: what the sender gave to ``finish``; empty unless ARRIVED.
         nbytes: bytes of rows that were moved.
         elapsed_s: from ``offer`` or ``receive`` on.
@@ -74,9 +74,9 @@ class Notice:
 class KvTransferBackend(ABC):
     """Moves the KV of requests between the page memories of two nodes, layer by layer.
 
-    A request has a *room*, a number that both sides were told. The prefill node offers its pages in
-    the room and says of each layer which tokens are computed; the decode node receives what it
-    lacks into pages of its own. Who comes first waits for the other.
+    A request has a *room*, a number that both sides know. The prefill node offers its pages under
+    this number and reports, layer by layer, which tokens are computed. The decode node receives the
+    tokens that it lacks into pages of its own. Either side may come first and waits for the other.
 
     ::
 
@@ -88,11 +88,12 @@ class KvTransferBackend(ABC):
         finish(room, note)                 ──→      poll() → ARRIVED, note
         poll() → SENT
 
-    Threads: all methods are called by one thread, the owner of the pages, and none of them waits
-    for a peer, but for ``close``. Each room ends with one notice within its time, whatever the peer
-    does: dies, hangs, restarts, or was another model all along.
+    Threads: the owner of the pages calls all methods. Only ``close`` may wait for a peer. Each room
+    ends with exactly one notice within its ``timeout_s``, even if the peer dies, hangs, restarts or
+    serves another model.
 
-    Pages that a room names stay allocated, and rows that were sent unchanged, until its notice.
+    Until the notice of a room, the caller keeps its pages allocated and does not change rows that
+    it has sent.
     """
 
     name: ClassVar[str]
@@ -117,9 +118,9 @@ class KvTransferBackend(ABC):
 
     @abstractmethod
     def close(self, timeout_s: float = 5.0) -> None:
-        """Ends all rooms (FAILED) and all threads; a second call does nothing.
+        """Ends all rooms (FAILED) and all threads within about ``timeout_s``; idempotent.
 
-        Afterwards the page memory may be freed, and ``poll`` still gives the last notices.
+        Afterwards the page memory may be freed; ``poll`` still returns the last notices.
         """
 
     @property
@@ -134,46 +135,47 @@ class KvTransferBackend(ABC):
 
     @property
     def n_connections(self) -> int | None:
-        """Open connections to peers; None if nobody counts them. Any thread."""
+        """Number of open connections to peers; None if the backend does not count. Any thread."""
         return None
 
     @abstractmethod
     def introduce(self, addresses: Sequence[str]) -> None:
-        """Says where all ranks of this node are, by rank; called once, after ``open``.
+        """Takes the addresses of all ranks of this node, by rank. Called once, after ``open``.
 
-        Receivers that know only one of them are told the others.
+        A receiver that knows the address of one rank learns the others from it.
         """
 
     @abstractmethod
     def offer(self, room: int, n_tokens: int, timeout_s: float) -> None:
-        """Promises the rows of ``n_tokens`` tokens to whoever comes for the room.
+        """Offers the rows of ``n_tokens`` tokens to the receivers of a room; returns at once.
 
         Args:
-            room: below 2**63.
-            n_tokens: how many.
-            timeout_s: FAILED if not all receivers have everything by then.
+            room: number of the request, below 2**63.
+            n_tokens: length of the prompt.
+            timeout_s: the room fails if some receiver lacks rows by then.
 
         Raises:
-            TransferError: the room is taken.
+            TransferError: the number is in use.
         """
 
     @abstractmethod
     def send(self, room: int, pages: Sequence[int], layer: int, start: int, stop: int) -> None:
-        """Rows [start, stop) of ``layer`` are final; they go when a receiver wants them.
+        """Declares rows [start, stop) of ``layer`` final, so that receivers may have them.
 
-        Ranges of a layer follow each other without a gap. Nothing happens once the room has ended.
+        Returns at once. The ranges of a layer follow each other without a gap. A call for a room
+        that has ended does nothing.
 
         Args:
-            room: the request's.
-            pages: of tokens 0 to stop, in order; kept as they are.
-            layer: index among the layers that are held.
-            start: first token of the request.
-            stop: behind the last.
+            room: number of the request.
+            pages: ids of the pages of tokens 0 to stop, in order.
+            layer: index among the layers in memory.
+            start: position of the first token.
+            stop: position after the last token.
         """
 
     @abstractmethod
     def finish(self, room: int, note: bytes) -> None:
-        """All layers were sent; ``note`` (at most 64 KiB) is handed to every receiver."""
+        """Ends the sending of a room; every receiver gets ``note``, at most 64 KiB."""
 
     @abstractmethod
     def receive(
@@ -187,21 +189,26 @@ class KvTransferBackend(ABC):
         """Fetches rows [start, stop) of a request into ``pages``; returns at once.
 
         Args:
-            room: the request's.
-            addresses: of all ranks of the prefill node, or of one that was introduced to the
-                others; whose heads are asked for is worked out with them.
-            pages: of tokens 0 to stop; those before start are not touched.
-            tokens: (start, stop); a receiver that has a prefix already begins behind it.
-            timeout_s: FAILED if not everything has arrived by then.
+            room: number of the request.
+            addresses: of all ranks of the prefill node, or of one that knows the others. They
+                tell which rank has which heads.
+            pages: ids of the pages of tokens 0 to stop; rows before start are not written.
+            tokens: (start, stop); start is the length of the prefix that is here already.
+            timeout_s: the room fails if rows are missing by then.
 
         Raises:
-            TransferError: the room is taken.
+            TransferError: the number is in use.
         """
 
     @abstractmethod
     def cancel(self, room: int, reason: str) -> None:
-        """Gives up a room, as sender or receiver; its notice (FAILED) follows. Unknown: nothing."""
+        """Gives up a room, as sender or receiver; its notice (FAILED) follows.
+
+        Args:
+            room: number of the request; an unknown one is ignored.
+            reason: for the peer and for the notice.
+        """
 
     @abstractmethod
     def poll(self) -> list[Notice]:
-        """The rooms that have ended since the last call; fails those whose time is over."""
+        """Notices of the rooms that ended since the last call; fails rooms that are overdue."""

@@ -9,14 +9,14 @@ from hicache_core.kv_transfer.wire import Connection
 
 
 class Callers:
-    """Strangers until hands are shaken, guests afterwards; any thread.
+    """Counts connections: strangers before their handshake, guests after it. Any thread.
 
-    There may be ``limit`` of each. Whoever comes when strangers are too many pushes out the one
-    that has been a stranger for longest, so nobody keeps others away by saying nothing.
+    There may be ``limit`` of each. If there are too many strangers, a new one replaces the oldest,
+    so that silent connections cannot keep others out.
     """
 
     def __init__(self, limit: int) -> None:
-        """Nobody is here."""
+        """No connections yet."""
         self._limit = limit
         self._lock = threading.Lock()
         self._strangers: dict[Connection, None] = {}  # in the order in which they came

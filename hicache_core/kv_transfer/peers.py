@@ -42,24 +42,25 @@ MAX_ROOM = 2**63
 # How long a receiver may wait for a request that has not reached this node's engine.
 MAX_WAIT_S = 3600.0
 ACCEPT_PAUSE_S = 0.1
-"""Between two tries to accept a connection, while there are no file descriptors or threads."""
+"""Pause between two tries to accept a connection while file descriptors or threads run out."""
 FAULT_S = 1.0
-"""A try that failed counts as a fault for so long."""
+"""How long a failed try counts as a fault."""
 
 
 class PeerConfig(TransferConfig):
     """Settings of backends that connect.
 
     Attributes:
-        host: where to listen; an address that names no host (``0.0.0.0``) is for everybody, and
-            peers go on under the address at which they found this node.
-        port: 0 for any free one.
-        advertise: the host that peers are told, where it is not ``host``.
-        idle_timeout_s: a peer that makes no progress for so long is lost.
-        least_nbytes_per_s: rows that move slower than this are no progress.
-        ping_s: how often a sender says that it is there.
-        max_connections: receivers served at once, and as many that have not shaken hands yet.
-        secret: what both nodes must know, at least 16 characters; None where nothing is asked.
+        host: address to listen on; with ``0.0.0.0`` peers keep using the address under which they
+            reached this node.
+        port: to listen on; 0 for any free one.
+        advertise: host name or address for peers, if it differs from ``host``.
+        idle_timeout_s: a peer without progress for this long is lost.
+        least_nbytes_per_s: slower transfers count as no progress.
+        ping_s: how often a sender shows that it is alive.
+        max_connections: maximum number of receivers served at once; the same number of
+            connections may be in their handshake.
+        secret: shared by both nodes, at least 16 characters; None for no authentication.
     """
 
     host: str = "127.0.0.1"

@@ -40,13 +40,13 @@ def make_app(
     transport: httpx.AsyncBaseTransport | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Starlette:
-    """An ASGI application. Bodies go on as they came: the nodes check them.
+    """The router as an ASGI application. It does not check bodies; the nodes do.
 
     Args:
-        settings: the nodes, and how to treat them.
-        is_operator: whether a client, by its ASGI scope, may see where the nodes are.
-        transport: instead of the network, for tests.
-        clock: seconds.
+        settings: the nodes and how to use them.
+        is_operator: whether a client, given its ASGI scope, may see the nodes' addresses.
+        transport: replaces the network in tests.
+        clock: seconds, monotonic.
     """
     client = httpx.AsyncClient(
         transport=transport or SingleUse(),
@@ -147,7 +147,7 @@ async def _left(http: Request) -> None:
 
 
 class Relayed(StreamingResponse):
-    """An answer in pieces. At its end, or when the client has left, what was held is released."""
+    """An answer in pieces; its resources are released at its end, or when the client leaves."""
 
     def __init__(self, answer: Answer) -> None:
         """Of an answer with a ``rest``."""
@@ -183,7 +183,7 @@ def _nothing_here(_http: Request, error: Exception) -> Response:
 
 
 def _broken(_http: Request, _error: Exception) -> Response:
-    """What nobody thought of; uvicorn's log has it."""
+    """An unexpected error; uvicorn logs it."""
     return _problem(500, "an error of the router; its log says more")
 
 

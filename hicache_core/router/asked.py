@@ -17,7 +17,7 @@ _ROUTERS_OWN = "bootstrap_"
 
 
 def encoded(body: Mapping[str, Any]) -> bytes:
-    """A body for a node. Halves of characters go on as they came: the node refuses them."""
+    """A body for a node, as UTF-8. Lone surrogates are passed on: the node refuses them."""
     text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
     return text.encode("utf-8", "surrogatepass")
 
@@ -27,11 +27,11 @@ class Asked:
     """A request as the client sent it.
 
     Attributes:
-        path: at the node too.
-        body: the JSON object, without the fields that are the router's.
-        headers: those that the nodes get.
-        prompt: what affinity goes by.
-        tenant: who shares prefixes with whom.
+        path: of the call, the same at the node.
+        body: the JSON object, without fields that only the router may set.
+        headers: that are passed on to the nodes.
+        prompt: text by which affinity chooses a node.
+        tenant: requests with the same value may share prefixes.
     """
 
     path: str
@@ -42,10 +42,15 @@ class Asked:
 
     @classmethod
     def of(cls, path: str, raw: bytes, headers: Mapping[str, str]) -> Asked:
-        """Without what no client may say, and with the headers that are passed on.
+        """Parses a request; drops the fields and headers that clients must not set.
+
+        Args:
+            path: of the call.
+            raw: the body.
+            headers: of the client.
 
         Raises:
-            ValueError: no JSON object; NaN is no JSON, nor is what nests too deeply.
+            ValueError: the body is not a JSON object, has NaN in it, or is nested too deeply.
         """
         try:
             body = _without_rooms(_parsed(raw))
@@ -71,13 +76,13 @@ class Asked:
 
     @property
     def n_tokens(self) -> int:
-        """Of the prompt, estimated."""
+        """Estimated tokens of the prompt."""
         ids = self.body.get("input_ids")
         return len(ids) if isinstance(ids, list) else len(self.prompt) // CHARS_PER_TOKEN
 
     @property
     def n_new_tokens(self) -> int:
-        """Of the answer, at most; a guess where it is not said."""
+        """Maximum tokens of the answer; a guess if the client does not say."""
         sampling = self.body.get("sampling_params")
         inner = sampling.get("max_new_tokens") if isinstance(sampling, dict) else None
         asked = self.body.get("max_tokens") or self.body.get("max_completion_tokens") or inner
@@ -85,7 +90,7 @@ class Asked:
 
 
 def passed_on(headers: Mapping[str, str]) -> dict[str, str]:
-    """Of a client's headers those that nodes get."""
+    """The headers of a client that are passed on to the nodes."""
     return {name: value for name, value in headers.items() if name.lower() in _PASSED_ON}
 
 

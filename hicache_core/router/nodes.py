@@ -33,16 +33,16 @@ _UNFIT = (httpx.HTTPError, httpx.InvalidURL, ValueError, RecursionError)
 
 @dataclass(frozen=True, slots=True)
 class RouterSettings:
-    """What a router is told.
+    """Settings of a router.
 
     Attributes:
-        prefill: URLs of prefill nodes; may be empty, then decode nodes compute prompts too.
+        prefill: URLs of prefill nodes; if there are none, decode nodes compute prompts too.
         decode: URLs of decode nodes, at least one.
-        api_key: what nodes want of health checks, if anything; requests bring their own.
-        secret: what the nodes know too; None if they listen on this machine only.
-        by_prefix: whether a prompt goes where most of it was computed before.
-        interval_s: between two health checks.
-        silent_s: for a health check; then the node is down.
+        api_key: for health checks of the nodes; requests bring their own.
+        secret: shared with the nodes; None if they listen on this machine only.
+        by_prefix: whether to prefer the node that computed most of a prompt before.
+        interval_s: seconds between two health checks.
+        silent_s: a node that leaves a health check unanswered for this long is down.
     """
 
     prefill: Sequence[str]
@@ -65,10 +65,10 @@ class Node:
         is_up: whether it answered when it was asked last.
         transfer_address: where its KV is fetched, of a prefill node that has said so.
         faced_from: the router's own address on the way to it, as far as it is known.
-        tokens: under way at it, estimated.
-        requests: under way at it.
-        served: requests that it ended well.
-        failures: requests and probes that it did not.
+        tokens: estimated tokens of its running requests.
+        requests: number of its running requests.
+        served: requests that it answered.
+        failures: requests and health checks that failed.
         error: why it is down; empty while it is up.
         asked_s: when the health check was sent that it has not answered yet.
     """
@@ -105,7 +105,7 @@ class Node:
 
     @contextmanager
     def carrying(self, n_tokens: int) -> Iterator[None]:
-        """A request of so many tokens is under way."""
+        """Counts a running request of ``n_tokens`` tokens inside the block."""
         self.tokens += n_tokens
         self.requests += 1
         try:
@@ -154,7 +154,7 @@ class Nodes:
         self._affinity = {PREFILL: Affinity(), DECODE: Affinity()}
 
     async def watch(self) -> None:
-        """Asks every node after its health, for ever; one that is slow keeps no other waiting."""
+        """Checks the health of all nodes for ever; a slow node does not delay the others."""
         await asyncio.gather(*(self._watch(node) for node in self.all))
 
     async def check_all(self) -> None:
@@ -173,8 +173,8 @@ class Nodes:
     ) -> Node | None:
         """The node to use next; None if none is up.
 
-        The one that had the longest beginning of the prompt, unless it has much more to do than
-        the idlest one. One that is late with its health check is used if all are.
+        It prefers the node that computed the longest beginning of the prompt, unless that node is
+        much busier than the idlest one. A node whose health check is late is a last resort.
         """
         up = [n for n in self.all if n.role == role and n.is_up and n.url not in exclude]
         if not up:

@@ -34,11 +34,11 @@ class Answer:
     """What goes back to the client.
 
     Attributes:
-        status: HTTP's.
-        headers: those that are kept.
+        status: of HTTP.
+        headers: for the client.
         first: the whole body, or its first piece.
-        rest: the pieces behind it; None if there are none.
-        stack: what is to be released when the answer has ended.
+        rest: the further pieces; None if there are none.
+        stack: releases the node when the answer has ended.
         served_by: headers that say which nodes took part, for the operator.
     """
 
@@ -51,7 +51,7 @@ class Answer:
 
     @classmethod
     def problem(cls, status: int, message: str) -> Answer:
-        """An error of the router's own, in the shape of OpenAI's."""
+        """An error of the router itself, in OpenAI's shape."""
         return cls(
             status,
             {"content-type": "application/json"},
@@ -90,9 +90,9 @@ class Relay:
         self.without_prefill = 0
 
     async def ask(self, asked: Asked) -> Answer:
-        """The answer, complete or with its first piece; tries other nodes until a piece is there.
+        """The answer, complete or with its first piece. Until then it tries other nodes on failure.
 
-        The caller closes ``stack`` when it has sent everything, or the client has left.
+        The caller closes the answer's ``stack`` when all is sent, or when the client has left.
         """
         tried: set[str] = set()
         status, last, n_stricken = 503, "no decode node is up", 0

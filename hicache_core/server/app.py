@@ -1,4 +1,4 @@
-"""The application: all routes over one service, behind the door."""
+"""The application: all routes of one service, behind the access check."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ from hicache_core.server.forms import (
 
 
 class Body(BaseModel):
-    """A body, or a part of one. A field that would change the answer and cannot is refused."""
+    """A request body or a part of one. Unknown fields are refused unless they ask for nothing."""
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
@@ -52,7 +52,7 @@ class Body(BaseModel):
 
 
 class Tenant(Body):
-    """What separates the caches of those who share a server."""
+    """Fields that separate the caches of tenants."""
 
     cache_salt: Name | None = None
     extra_key: Name | None = None
@@ -75,9 +75,10 @@ class SamplingBody(Body):
 
 
 class Shared(Tenant):
-    """Where the two halves of a disaggregated request meet; SGLang's names. Routers fill them.
+    """A request that may be split between a prefill and a decode node.
 
-    ``bootstrap_proof`` is our router's: that it knows the secret of its nodes.
+    The router sets the fields ``bootstrap_*``, which have SGLang's names. ``bootstrap_proof`` shows
+    that the router knows the secret of its nodes.
     """
 
     bootstrap_host: Annotated[str, Field(min_length=1, max_length=255)] | None = None
@@ -133,14 +134,14 @@ class GenerateBody(Shared):
 
 
 class StreamOptions(Body):
-    """What a stream ends with."""
+    """What a stream reports about usage."""
 
     include_usage: bool | None = False
     continuous_usage_stats: bool | None = False
 
 
 class OpenAIBody(Shared):
-    """What both OpenAI calls have in common."""
+    """Fields of both OpenAI calls."""
 
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = 1
@@ -177,7 +178,7 @@ class CompletionBody(OpenAIBody):
 
 
 class Part(BaseModel):
-    """A piece of a message; text is all that we read."""
+    """A part of a message; only text is supported."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
@@ -192,7 +193,7 @@ class Part(BaseModel):
 
 
 class Message(BaseModel):
-    """One message of a chat; what clients keep in a history beside it is ignored."""
+    """One message of a chat; unknown fields are ignored, since histories contain many."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
@@ -264,9 +265,9 @@ class ChatBody(OpenAIBody):
 
 
 class AttachBody(BaseModel):
-    """``PUT /hicache/storage-backend``, in SGLang's shape and in that of the GET.
+    """``PUT /hicache/storage-backend``, with SGLang's fields or those that the GET returns.
 
-    What the GET says of the backends' state may be sent back, and is ignored.
+    ``backends``, which the GET adds, is ignored.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)

@@ -54,8 +54,8 @@ async def read_body(request: Request, body_class: type[B], limits: Limits) -> B:
         limits: of its size, and of the length of a prompt.
 
     Raises:
-        Problem: 413 for one that is too large, 400 for one that is no JSON or no UTF-8.
-        ValidationError: it is not what ``body_class`` says.
+        Problem: 413 if the body is too large, 400 if it is not JSON or not UTF-8.
+        ValidationError: it does not match ``body_class``.
     """
     max_nbytes = limits.max_body_nbytes
     too_large = Problem(413, f"the body is larger than {max_nbytes} bytes")

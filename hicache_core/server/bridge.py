@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class EngineFront(Protocol):
-    """What the server needs of an ``Engine``; its methods may be called from any thread."""
+    """The methods of ``Engine`` that the server uses; any thread may call them."""
 
     def submit(self, request: Request, on_output: Callable[[Output], None]) -> None:
         """Queues a request."""
@@ -71,7 +71,7 @@ class Asked:
 
 
 class Pending:
-    """One request under way; belongs to the event loop that submitted it."""
+    """One running request; used on the event loop that submitted it."""
 
     def __init__(self, asked: Asked) -> None:
         """Nothing is submitted yet."""
@@ -86,7 +86,7 @@ class Pending:
             self._loop.call_soon_threadsafe(self._outputs.put_nowait, output)
 
     def give_up(self) -> None:
-        """Wakes up who waits for outputs, since there will be none."""
+        """Wakes whoever waits for outputs: there will be no more."""
         self._outputs.put_nowait(None)
 
     async def outputs(self) -> AsyncIterator[Output]:
@@ -100,7 +100,7 @@ class Pending:
 
 
 class Bridge:
-    """Submits requests and sees to it that each ends: by its last output, or by an abort."""
+    """Submits requests and ensures that each ends, with its last output or an abort."""
 
     def __init__(
         self, engine: EngineFront, ledger: Ledger, figures: Figures, *, is_traced: bool = False
@@ -186,10 +186,10 @@ class Whole:
 
 
 async def growing(pending: Pending) -> AsyncIterator[Whole]:
-    """The answer after each step.
+    """Yields the answer so far, after each step.
 
     Raises:
-        Problem: the engine failed, or gave up.
+        Problem: the engine failed, or stopped.
     """
     whole: Whole | None = None
     async for output in pending.outputs():
@@ -205,7 +205,7 @@ async def growing(pending: Pending) -> AsyncIterator[Whole]:
 
 
 async def finished(pending: Pending) -> Whole:
-    """The answer when it has ended.
+    """Waits for the whole answer.
 
     Raises:
         Problem: as ``growing``; 499 if the client has left.

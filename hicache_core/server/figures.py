@@ -27,7 +27,7 @@ FINISH_REASONS = ("stop", "length", "abort", "error")
 
 
 class Figures:
-    """Counts what goes out; filled by the engine's thread, read from any.
+    """Counts outputs and times of requests. The engine's thread writes, any thread reads.
 
     Attributes:
         times: of the newest requests that have ended: ``ttft_s`` and ``total_s``.

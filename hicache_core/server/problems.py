@@ -1,4 +1,4 @@
-"""The problem: whatever a client is refused with, in the shape that OpenAI's clients read."""
+"""Problem: an error answer to a client, in OpenAI's shape."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _OWN_TAG = "~"
 
 
 class Problem(Exception):
-    """A request that is not served; ``status`` and message go to the client."""
+    """An error answer; ``status`` and message go to the client."""
 
     def __init__(
         self,
@@ -96,12 +96,12 @@ class ErrorAnswer(BaseModel):
 def json_answer(
     value: object, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """JSON in ASCII, so that no text in it can fail to be encoded."""
+    """A JSON response in ASCII, so that any text in it can be encoded."""
     return Response(json.dumps(value, default=str), status, headers, "application/json")
 
 
 def problem_of(error: Exception) -> Problem:
-    """Which problem an error of ours, of Starlette's or of pydantic's is for the client."""
+    """The error answer for an exception of HiCache, Starlette or pydantic."""
     match error:
         case Problem():
             problem = error

@@ -43,12 +43,12 @@ class Service:
     """Joins engine, prompts and figures; lives on the event loop.
 
     Attributes:
-        settings: what the server was started with.
+        settings: of the server.
         served: the model.
-        engine: who answers.
-        bridge: the way to it.
-        prompts: makes its requests.
-        watch: looks at the cache, as the operator may.
+        engine: computes the answers.
+        bridge: submits requests to the engine.
+        prompts: makes its requests from bodies.
+        watch: looks at the cache, with everything that the operator may see.
         history: samples of it; runs between ``open`` and ``close``.
         started_s: seconds since the epoch.
         role: prefill or decode; None for a server that does both.
@@ -61,7 +61,14 @@ class Service:
         engine: EngineFront,
         role: Role | None = None,
     ) -> None:
-        """``engine`` is open; ``close`` closes it. ``role`` is its half of a pair, if it is one."""
+        """Joins its parts.
+
+        Args:
+            settings: of the server.
+            served: the model.
+            engine: is open; ``close`` closes it.
+            role: of a prefill or decode server; None for one that does both.
+        """
         self.role = role
         self.settings = settings
         self.served = served
@@ -107,9 +114,12 @@ class Service:
     def explanation(
         self, request_id: str, name: str, *, is_admin: bool
     ) -> Mapping[str, object] | None:
-        """Where a request's tokens came from.
+        """Where a request's tokens came from; None if that is no longer known.
 
-        What another tenant has is for the operator alone.
+        Args:
+            request_id: the engine's id.
+            name: the tenant's name for it.
+            is_admin: True to show that another tenant has the prefix.
         """
         found = self.engine.cache.explain(request_id)
         if found is None:

@@ -22,7 +22,7 @@ _HEADERS = [
 
 
 class Pieces(Protocol):
-    """What a stream says."""
+    """The form of a stream."""
 
     def start(self, index: int) -> Iterator[object]:
         """Before the first step of an answer."""
@@ -88,7 +88,7 @@ class OpenAIPieces:
 
 
 class EventStream(Response):
-    """Submits requests and sends what comes of them, until they end or the client leaves."""
+    """Submits requests and streams their answers, until they end or the client leaves."""
 
     def __init__(
         self, bridge: Bridge, asked: Sequence[Asked], http: Request, pieces: Pieces
