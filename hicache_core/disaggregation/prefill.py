@@ -7,8 +7,8 @@ from array import array
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from hicache_core.disaggregation.figures import Figures
 from hicache_core.disaggregation.first_token import FirstToken
+from hicache_core.disaggregation.transfer_counts import TransferCounts
 from hicache_core.engine.connector import Connector
 from hicache_core.engine.request import Output, Request
 from hicache_core.engine.task import OnOutput, Task
@@ -25,11 +25,13 @@ class Outbox:
     been told, and computes the prompt itself.
     """
 
-    def __init__(self, transfer: KvTransferBackend, timeout_s: float, figures: Figures) -> None:
+    def __init__(
+        self, transfer: KvTransferBackend, timeout_s: float, counts: TransferCounts
+    ) -> None:
         """``transfer`` is open; a room that is not handed over in ``timeout_s`` has failed."""
         self._transfer = transfer
         self._timeout_s = timeout_s
-        self._figures = figures
+        self._counts = counts
         self._rooms: dict[str, int] = {}  # rooms without a notice, by request
         self._offered: set[str] = set()  # requests that have not ended
         self._complete: set[str] = set()
@@ -79,11 +81,11 @@ class Outbox:
         for notice in self._transfer.poll():
             self._rooms = {key: room for key, room in self._rooms.items() if room != notice.room}
             if notice.state is TransferState.SENT:
-                self._figures.sent += 1
-                self._figures.nbytes += notice.nbytes
+                self._counts.sent += 1
+                self._counts.nbytes += notice.nbytes
             else:
-                self._figures.failed += 1
-                self._figures.last_error = notice.error
+                self._counts.failed += 1
+                self._counts.last_error = notice.error
                 log.warning("KV of room %d was not sent: %s", notice.room, notice.error)
 
     def finish(self, request: Request, first: FirstToken | None) -> None:

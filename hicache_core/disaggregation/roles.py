@@ -10,9 +10,9 @@ from hicache_core.controller.controller import Controller
 from hicache_core.disaggregation.agreed import AgreedTransfer
 from hicache_core.disaggregation.counted import CountedTransfer
 from hicache_core.disaggregation.decode import DecodeConnector
-from hicache_core.disaggregation.figures import Figures
 from hicache_core.disaggregation.pool_memory import memory_of_pool
 from hicache_core.disaggregation.prefill import Outbox, PrefillConnector
+from hicache_core.disaggregation.transfer_counts import TransferCounts
 from hicache_core.engine.config import EngineConfig
 from hicache_core.engine.runner import Runner
 from hicache_core.engine.scheduler import Clock, Scheduler
@@ -57,7 +57,7 @@ class Role:
         if settings.mode not in MODES:
             raise ConfigError(f"mode {settings.mode!r} is none of: {', '.join(MODES)}")
         self.settings = settings
-        self.figures = Figures()
+        self.counts = TransferCounts()
         self._class = transfer_backend_class(settings.transfer_backend)
         self._config = transfer_settings(self._class, settings.transfer_settings or {})
         self._transfer: KvTransferBackend | None = None
@@ -87,12 +87,12 @@ class Role:
         transfer = self._open(memory_of_pool(runner.pool), ranks)
         timeout_s = self.settings.timeout_s
         if self.settings.mode == "prefill":
-            outbox = Outbox(transfer, timeout_s, self.figures)
-            scheduler.relay.listener = outbox
+            outbox = Outbox(transfer, timeout_s, self.counts)
+            scheduler.feed.listener = outbox
             scheduler.connector = PrefillConnector(outbox, transfer)
         else:
             scheduler.connector = DecodeConnector(
-                scheduler, cache, runner.vocabulary, transfer, timeout_s, self.figures
+                scheduler, cache, runner.vocabulary, transfer, timeout_s, self.counts
             )
         return scheduler
 
@@ -127,5 +127,5 @@ class Role:
             "disaggregation_mode": self.settings.mode,
             "disaggregation_transfer_backend": self.settings.transfer_backend,
             "disaggregation_transfer_address": self.address,
-            "disaggregation": asdict(self.figures),
+            "disaggregation": asdict(self.counts),
         }

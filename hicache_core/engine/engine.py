@@ -22,11 +22,11 @@ from hicache_core.engine import orders
 from hicache_core.engine.batch_check import check_batches
 from hicache_core.engine.config import EngineConfig, EngineStatus
 from hicache_core.engine.detokenize import TextStream
+from hicache_core.engine.feed import Listener
 from hicache_core.engine.limits import Limits
 from hicache_core.engine.logits_rules import LogitsRules
 from hicache_core.engine.model import LoadedModel
 from hicache_core.engine.page_table import PageTable
-from hicache_core.engine.relay import Listener
 from hicache_core.engine.request import Output, Request
 from hicache_core.engine.runner import Runner
 from hicache_core.engine.sampling import Sampler, check_sampling
@@ -59,7 +59,7 @@ _STALL_S = 0.005
 
 _ONE_RANK_ONLY = (
     "an engine on several ranks has a listener on each of them: let make_scheduler, which every "
-    "rank calls, put it into the scheduler's relay"
+    "rank calls, put it into the scheduler's feed"
 )
 
 
@@ -276,7 +276,7 @@ class Engine:
         """
         if self._ranks is not None:
             raise ConfigError(_ONE_RANK_ONLY)
-        self._scheduler.relay.listener = listener
+        self._scheduler.feed.listener = listener
 
     def status(self) -> EngineStatus:
         """What the engine does now."""
@@ -337,30 +337,30 @@ class Engine:
     def _serve(self) -> None:
         """Steps until everything that came before ``close`` is done, or its time is over."""
         while True:
-            turn, acts = self._next_turn()
+            given, acts = self._next_orders()
             for act in acts:
                 act()
-            if turn.is_over:
+            if given.is_over:
                 self._scheduler.abort_all()
                 self._scheduler.close()
-                self._scheduler.relay.give_up()
+                self._scheduler.feed.give_up()
             is_busy = self._scheduler.is_busy
-            if turn.closing and not is_busy:
+            if given.closing and not is_busy:
                 self._scheduler.close()
-                self._cache.close(turn.drain_s)
+                self._cache.close(given.drain_s)
                 return
             if not self._scheduler.step():
                 self._rest(is_busy)
 
-    def _next_turn(self) -> tuple[orders.Turn, Sequence[Act]]:
+    def _next_orders(self) -> tuple[orders.StepOrders, Sequence[Act]]:
         """What was ordered since the last step; with several ranks one collective, or two."""
         if self._ranks is not None and not self._leads:
             if main_has_ended():
                 raise RankLost(
                     f"the main thread of rank {self._ranks.rank} ended before the engine"
                 )
-            turn = orders.decode(self._ranks.first_text(""))
-            return turn, [self._act_of(order) for order in turn.orders]
+            given = orders.decode(self._ranks.first_text(""))
+            return given, [self._act_of(order) for order in given.orders]
         with self._changed:
             ordered = list(self._orders)
             self._orders.clear()
@@ -370,10 +370,12 @@ class Engine:
         if closing and self._deadline_s == inf:
             self._deadline_s = self._clock() + drain_s
         is_over = self._clock() >= self._deadline_s
-        turn = orders.Turn(tuple(order for order, _ in ordered if order), closing, is_over, drain_s)
+        given = orders.StepOrders(
+            tuple(order for order, _ in ordered if order), closing, is_over, drain_s
+        )
         if self._ranks is not None:
-            self._ranks.first_text(orders.encode(turn))
-        return turn, [act for _, act in ordered]
+            self._ranks.first_text(orders.encode(given))
+        return given, [act for _, act in ordered]
 
     def _act_of(self, order: orders.Order) -> Act:
         """What a rank other than 0 does for an order: the same, and nobody is told."""

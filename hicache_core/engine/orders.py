@@ -87,7 +87,7 @@ Order: TypeAlias = Add | Abort | Call
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class StepOrders:
     """What the ranks do before their next step.
 
     Attributes:
@@ -103,23 +103,25 @@ class Turn:
     drain_s: float = 0.0
 
 
-NOTHING = Turn()
+NOTHING = StepOrders()
 
 
-def encode(turn: Turn) -> str:
+def encode(given: StepOrders) -> str:
     """The orders as text; empty for ``NOTHING``."""
-    if turn == NOTHING:
+    if given == NOTHING:
         return ""
-    orders = [[type(order).__name__, asdict(order)] for order in turn.orders]
-    return json.dumps([orders, turn.closing, turn.is_over, turn.drain_s])
+    orders = [[type(order).__name__, asdict(order)] for order in given.orders]
+    return json.dumps([orders, given.closing, given.is_over, given.drain_s])
 
 
-def decode(text: str) -> Turn:
-    """The turn that ``encode`` made the text of."""
+def decode(text: str) -> StepOrders:
+    """The orders that ``encode`` turned into ``text``."""
     if not text:
         return NOTHING
     orders, closing, is_over, drain_s = json.loads(text)
-    return Turn(tuple(_order(name, fields) for name, fields in orders), closing, is_over, drain_s)
+    return StepOrders(
+        tuple(_order(name, fields) for name, fields in orders), closing, is_over, drain_s
+    )
 
 
 def _order(name: str, fields: dict[str, Any]) -> Order:

@@ -13,9 +13,9 @@ from hicache_core.controller.controller import Controller
 from hicache_core.engine.blame import Blame
 from hicache_core.engine.config import EngineConfig
 from hicache_core.engine.connector import Connector
+from hicache_core.engine.feed import KvFeed
 from hicache_core.engine.loads import Loads
 from hicache_core.engine.rate import Rate
-from hicache_core.engine.relay import Relay
 from hicache_core.engine.request import CachedTokens
 from hicache_core.engine.runner import Past, Runner, nothing
 from hicache_core.engine.tally import Tally
@@ -73,7 +73,7 @@ class Scheduler:
         clock: Clock,
         ranks: TensorRanks | None = None,
     ) -> None:
-        """Joins its parts; ``connector`` and ``relay.listener`` may be set before the first call.
+        """Joins its parts; ``connector`` and ``feed.listener`` may be set before the first call.
 
         Args:
             cache: has the prefixes; its device pool is the runner's.
@@ -84,7 +84,7 @@ class Scheduler:
             ranks: the ranks that compute the model together; None for this process alone.
         """
         self.tally = Tally()
-        self.relay = Relay()
+        self.feed = KvFeed()
         self.connector = Connector()
         self.loads = Loads(cache, is_alone=ranks is None)
         self.blame = Blame(cache, runner, ranks, self.tally, self._end)
@@ -116,7 +116,7 @@ class Scheduler:
     def is_busy(self) -> bool:
         """Whether a request waits or runs, or its pages or its client still wait for a transfer."""
         has_any = bool(self._waiting or self._running)
-        return has_any or self.relay.is_holding or self.connector.is_busy
+        return has_any or self.feed.is_holding or self.connector.is_busy
 
     @property
     def n_used_pages(self) -> int:
@@ -153,7 +153,7 @@ class Scheduler:
         """Releases all pages after a failure; nothing is stored and no client is told."""
         for task in self._running.values():
             task.table.release()
-        self.relay.give_up()
+        self.feed.give_up()
         self._running.clear()
         self._waiting.clear()
         self.connector.give_up()
@@ -194,7 +194,7 @@ class Scheduler:
             RankLost: another rank died, or does not answer.
         """
         self._cache.poll()
-        self.relay.step()
+        self.feed.step()
         self.connector.step()
         decoding = [task for task in self._in_order() if task.decodes]
         n_prefilled = self._prefill(self._config.chunk_tokens)
@@ -205,7 +205,7 @@ class Scheduler:
         return sorted(self._running.values(), key=lambda task: task.order)
 
     def _used_pages(self) -> set[int]:
-        beside = self.relay.pages() | self.connector.pages()
+        beside = self.feed.pages() | self.connector.pages()
         return beside.union(*(task.table.pages for task in self._running.values()))
 
     # Prompts.
@@ -285,7 +285,7 @@ class Scheduler:
         task.note(first_scheduled=self._clock())
         task.n_computed = loaded.n_tokens
         self._running[task.request.request_id] = self._waiting.pop(task.request.request_id)
-        self.relay.begin(task)
+        self.feed.begin(task)
         return True
 
     def _has_room_for(self, task: Task) -> bool:
@@ -334,7 +334,7 @@ class Scheduler:
                 start,
                 task.table.pages,
                 before_layer=before_layer,
-                after_layer=self.relay.after_layer(task, start + n_tokens),
+                after_layer=self.feed.after_layer(task, start + n_tokens),
             )
         except LoadFailed as error:
             log.warning("request %s starts over: %s", task.request.request_id, error)
@@ -441,7 +441,7 @@ class Scheduler:
 
     def _let_wait(self, task: Task) -> None:
         """Takes the pages away from a running request."""
-        self.relay.release(task)
+        self.feed.release(task)
         task.n_computed = 0
         self._waiting[task.request.request_id] = self._running.pop(task.request.request_id)
 
@@ -456,7 +456,7 @@ class Scheduler:
             self._cache.finish_prefetch(request_id)
         if self._running.pop(request_id, None) is not None and not error:
             self._store(task)
-        self.relay.release(task)
+        self.feed.release(task)
         self.tally.finished += 1
         self._progress(task)
         task.note(finished=self._clock())

@@ -25,10 +25,10 @@ from hicache_core.kv_transfer.base import (
 )
 from hicache_core.kv_transfer.callers import Callers
 from hicache_core.kv_transfer.carrier import Carrier
-from hicache_core.kv_transfer.receiving import Intake, Receiver, connection_to
+from hicache_core.kv_transfer.receiving import Receiver, ReceivingRoom, connection_to
 from hicache_core.kv_transfer.room import PastRooms, Room
 from hicache_core.kv_transfer.secret import MIN_LENGTH, SharedSecret
-from hicache_core.kv_transfer.sending import Offer, Sender
+from hicache_core.kv_transfer.sending import Sender, SendingRoom
 from hicache_core.kv_transfer.wire import (
     LEAST_NBYTES_PER_S,
     MAX_NOTE_NBYTES,
@@ -99,8 +99,8 @@ class PeerTransfer(KvTransferBackend):
         self._callers = Callers(config.max_connections)
         self._lock = threading.Lock()
         self._notices: deque[Notice] = deque()
-        self._offers: dict[int, Offer] = {}
-        self._intakes: dict[int, Intake] = {}
+        self._offers: dict[int, SendingRoom] = {}
+        self._intakes: dict[int, ReceivingRoom] = {}
         self._ended = PastRooms()
         self._closed = False
         secret = config.secret
@@ -179,7 +179,7 @@ class PeerTransfer(KvTransferBackend):
     def offer(self, room: int, n_tokens: int, timeout_s: float) -> None:
         # docstring inherited
         self._check_new(room, self._offers)
-        offer = Offer(room, n_tokens, timeout_s, self._clock, self._settled(self._offers))
+        offer = SendingRoom(room, n_tokens, timeout_s, self._clock, self._settled(self._offers))
         with self._sender.arrived:
             self._offers[room] = offer
             deserted = self._sender.deserted.pop(room, None)
@@ -210,7 +210,9 @@ class PeerTransfer(KvTransferBackend):
     ) -> None:
         # docstring inherited
         self._check_new(room, self._intakes)
-        intake = Intake(room, pages, tokens, timeout_s, self._clock, self._settled(self._intakes))
+        intake = ReceivingRoom(
+            room, pages, tokens, timeout_s, self._clock, self._settled(self._intakes)
+        )
         self._intakes[room] = intake
         intake.enter()
         try:
@@ -239,7 +241,9 @@ class PeerTransfer(KvTransferBackend):
     def _rooms(self) -> list[Room]:
         return [*self._offers.values(), *self._intakes.values()]
 
-    def _check_new(self, room: int, rooms: dict[int, Offer] | dict[int, Intake]) -> None:
+    def _check_new(
+        self, room: int, rooms: dict[int, SendingRoom] | dict[int, ReceivingRoom]
+    ) -> None:
         if self._closed or self._listener is None:
             raise UseAfterClose("the transfer backend is not open")
         if not 0 <= room < MAX_ROOM:
@@ -247,7 +251,9 @@ class PeerTransfer(KvTransferBackend):
         if room in rooms:
             raise TransferError(f"room {room} is taken by another request")
 
-    def _settled(self, rooms: dict[int, Offer] | dict[int, Intake]) -> Callable[[Notice], None]:
+    def _settled(
+        self, rooms: dict[int, SendingRoom] | dict[int, ReceivingRoom]
+    ) -> Callable[[Notice], None]:
         def settled(notice: Notice) -> None:
             if rooms is self._offers:
                 self._remember(notice)
@@ -263,7 +269,7 @@ class PeerTransfer(KvTransferBackend):
             self._ended.remember(notice.room, notice.error or "it was handed over already")
             self._sender.arrived.notify_all()
 
-    def _find(self, room: int) -> Offer | None:
+    def _find(self, room: int) -> SendingRoom | None:
         """The offer of a room; None if there was none yet. Called under ``arrived``.
 
         Raises:

@@ -30,7 +30,7 @@ class _Part:
     greeting: dict[str, Any]
 
 
-class Intake(Room):
+class ReceivingRoom(Room):
     """A room of the decode side: where the rows go."""
 
     def __init__(
@@ -63,7 +63,7 @@ class Receiver:
         self._carrier = carrier
         self._connect = connect
 
-    def run(self, intake: Intake, addresses: Sequence[str]) -> None:
+    def run(self, intake: ReceivingRoom, addresses: Sequence[str]) -> None:
         """Fetches everything; returns when no thread works for the room any more."""
         parts: list[_Part] = []
         try:
@@ -81,7 +81,9 @@ class Receiver:
                 part.peer.close()
             intake.leave()
 
-    def _greet_all(self, intake: Intake, addresses: Sequence[str], parts: list[_Part]) -> None:
+    def _greet_all(
+        self, intake: ReceivingRoom, addresses: Sequence[str], parts: list[_Part]
+    ) -> None:
         missing: list[Heads] = [self._memory.heads]
         known = list(addresses)
         while len(parts) < len(known):
@@ -101,7 +103,7 @@ class Receiver:
         if missing:
             raise TransferError(f"heads {missing} are on none of {', '.join(known)}")
 
-    def _fetch_all(self, intake: Intake, parts: Sequence[_Part]) -> bytes:
+    def _fetch_all(self, intake: ReceivingRoom, parts: Sequence[_Part]) -> bytes:
         """The note; parts but the first run on threads of their own. One that fails ends all."""
 
         def fetch(part: _Part) -> None:
@@ -124,7 +126,7 @@ class Receiver:
             raise TransferError("a part of the transfer failed")
         return note
 
-    def _fetch(self, intake: Intake, part: _Part) -> bytes:
+    def _fetch(self, intake: ReceivingRoom, part: _Part) -> bytes:
         start, stop = intake.tokens
         reached = [start] * self._memory.spec.num_layers
         n_computed: object = None
@@ -147,7 +149,9 @@ class Receiver:
                 raise TransferError(f"{part.peer.peer} sent an unexpected {frame.kind.name}")
             self._fetch_layer(intake, part, frame, reached)
 
-    def _fetch_layer(self, intake: Intake, part: _Part, frame: Frame, reached: list[int]) -> None:
+    def _fetch_layer(
+        self, intake: ReceivingRoom, part: _Part, frame: Frame, reached: list[int]
+    ) -> None:
         fits = frame.layer < len(reached) and frame.start == reached[frame.layer]
         if part.heads is None or not fits or not frame.start < frame.stop <= intake.tokens[1]:
             raise TransferError(

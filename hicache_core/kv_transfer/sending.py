@@ -29,7 +29,7 @@ class _Rows:
     stop: int
 
 
-class Offer(Room):
+class SendingRoom(Room):
     """A room of the prefill side: which rows are final so far."""
 
     def __init__(
@@ -92,7 +92,7 @@ class Sender:
         self,
         memory: PageMemory,
         carrier: Carrier,
-        find: Callable[[int], Offer | None],
+        find: Callable[[int], SendingRoom | None],
         ping_s: float,
     ) -> None:
         """``find`` looks an offer up by its room, and raises TransferError for one that has ended.
@@ -164,7 +164,7 @@ class Sender:
             offer.unwatch(peer)
             offer.leave()
 
-    def _wait_for_offer(self, peer: Connection, room: int) -> Offer:
+    def _wait_for_offer(self, peer: Connection, room: int) -> SendingRoom:
         """Pings while the request still waits for its turn on this node."""
         while True:
             with self.arrived:
@@ -184,14 +184,14 @@ class Sender:
         peer.renew()
         peer.send_json(Kind.PING, room, {"computed": self.n_computed})
 
-    def _check_range(self, offer: Offer, want: Want) -> None:
+    def _check_range(self, offer: SendingRoom, want: Want) -> None:
         if want.stop != offer.n_tokens:
             raise TransferError(
                 f"asked for tokens up to {want.stop} of a prompt of {offer.n_tokens}: the two "
                 "nodes did not get the same request"
             )
 
-    def _send_layers(self, peer: Connection, offer: Offer, want: Want) -> None:
+    def _send_layers(self, peer: Connection, offer: SendingRoom, want: Want) -> None:
         index = 0
         while True:
             item = offer.next(index, self._ping_s)

@@ -16,9 +16,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from hicache_core.router.asked import Asked, passed_on
+from hicache_core.router.client_request import ClientRequest, passed_on
+from hicache_core.router.forwarder import Answer, Forwarder
 from hicache_core.router.nodes import DECODE, Nodes, RouterSettings
-from hicache_core.router.relay import Answer, Relay
 from hicache_core.router.single_use import SingleUse
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -54,7 +54,7 @@ def make_app(
         trust_env=False,
     )
     nodes = Nodes(client, settings, clock)
-    relay = Relay(client, nodes, settings.secret)
+    forwarder = Forwarder(client, nodes, settings.secret)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
@@ -69,9 +69,9 @@ def make_app(
             await client.aclose()
 
     routes = [
-        *(Route(path, _route(relay, path, is_operator), methods=["POST"]) for path in PATHS),
+        *(Route(path, _route(forwarder, path, is_operator), methods=["POST"]) for path in PATHS),
         Route("/health", _health(nodes), methods=["GET"]),
-        Route("/router/status", _status(nodes, relay, is_operator), methods=["GET"]),
+        Route("/router/status", _status(nodes, forwarder, is_operator), methods=["GET"]),
         Route("/v1/models", _models(client, nodes), methods=["GET"]),
     ]
     return Starlette(
@@ -81,18 +81,18 @@ def make_app(
     )
 
 
-def _route(relay: Relay, path: str, is_operator: Callable[[Scope], bool]) -> Endpoint:
+def _route(forwarder: Forwarder, path: str, is_operator: Callable[[Scope], bool]) -> Endpoint:
     async def route(http: Request) -> Response:
         try:
             raw = await _body(http)
             if raw is None:
                 return _problem(413, f"the body is larger than {MAX_BODY_NBYTES} bytes")
-            asked = Asked.of(path, raw, dict(http.headers))
+            asked = ClientRequest.of(path, raw, dict(http.headers))
         except ClientDisconnect:
             return Response(status_code=499)
         except ValueError as error:
             return _problem(400, f"the body must be a JSON object: {str(error)[:200]}")
-        answer = await _while_connected(http, relay.ask(asked))
+        answer = await _while_connected(http, forwarder.ask(asked))
         if answer is None:
             return Response(status_code=499)
         if is_operator(http.scope):
@@ -100,7 +100,7 @@ def _route(relay: Relay, path: str, is_operator: Callable[[Scope], bool]) -> End
         if answer.rest is None:
             await answer.stack.aclose()
             return _plain(answer)
-        return Relayed(answer)
+        return StreamedAnswer(answer)
 
     return route
 
@@ -146,7 +146,7 @@ async def _left(http: Request) -> None:
         pass
 
 
-class Relayed(StreamingResponse):
+class StreamedAnswer(StreamingResponse):
     """An answer in pieces; its resources are released at its end, or when the client leaves."""
 
     def __init__(self, answer: Answer) -> None:
@@ -195,13 +195,13 @@ def _health(nodes: Nodes) -> Endpoint:
     return health
 
 
-def _status(nodes: Nodes, relay: Relay, is_operator: Callable[[Scope], bool]) -> Endpoint:
+def _status(nodes: Nodes, forwarder: Forwarder, is_operator: Callable[[Scope], bool]) -> Endpoint:
     async def status(http: Request) -> Response:
         if not is_operator(http.scope):
             return _problem(
                 403, "this is for the admin key; without one, for clients on this very machine"
             )
-        told = {"retried": relay.retried, "without_prefill": relay.without_prefill}
+        told = {"retried": forwarder.retried, "without_prefill": forwarder.without_prefill}
         return JSONResponse({"nodes": nodes.status(), **told})
 
     return status

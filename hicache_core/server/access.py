@@ -37,7 +37,7 @@ class Keys:
     transfer: str | None = field(default=None, repr=False)
 
 
-class Door:
+class AccessMiddleware:
     """ASGI middleware that checks keys.
 
     Without an admin key, a caller on this machine is the operator: over loopback, not through a

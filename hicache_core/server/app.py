@@ -17,7 +17,7 @@ from starlette.responses import Response
 from hicache_core.config.hosts import is_loopback
 from hicache_core.errors import HiCacheError
 from hicache_core.server import routes_admin, routes_generate, routes_info, routes_page
-from hicache_core.server.access import Door
+from hicache_core.server.access import AccessMiddleware
 from hicache_core.server.problems import ErrorAnswer, Problem, answer_problem, invalid
 from hicache_core.server.service import Service
 
@@ -58,7 +58,7 @@ def make_app(service: Service) -> FastAPI:
         app.add_exception_handler(error, answer_problem)
     app.add_exception_handler(RequestValidationError, _answer_query)
     settings = service.settings
-    app.add_middleware(Door, keys=settings.keys, is_private=is_loopback(settings.host))
+    app.add_middleware(AccessMiddleware, keys=settings.keys, is_private=is_loopback(settings.host))
     return app
 
 

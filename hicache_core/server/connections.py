@@ -63,7 +63,7 @@ def bounded(limits: ConnectionLimits | None = None) -> dict[str, Any]:
     """
     if limits is None:
         limits = ConnectionLimits(n_connections=_usual_connections())
-    return {"http": partial(Connection, Hall(limits)), "ws": "none", "backlog": _BACKLOG}
+    return {"http": partial(Connection, Connections(limits)), "ws": "none", "backlog": _BACKLOG}
 
 
 def _usual_connections() -> int:
@@ -90,7 +90,7 @@ _KEPT = (_Phase.ANSWERING, _Phase.CLOSING)
 _CLOSED_FIRST = {_Phase.WAITING: 0, _Phase.LEFTOVER: 1, _Phase.STUCK: 2, _Phase.RECEIVING: 3}
 
 
-class Hall:
+class Connections:
     """All connections of one server. Event loop only; the first connection starts it."""
 
     def __init__(self, limits: ConnectionLimits) -> None:
@@ -161,11 +161,11 @@ class Connection(H11Protocol):
         began_s: when it was made, or its last request began; the loop's time.
     """
 
-    def __init__(self, hall: Hall, **given: Any) -> None:
+    def __init__(self, connections: Connections, **given: Any) -> None:
         """``given``: what uvicorn gives its protocols."""
         super().__init__(**given)
         self.began_s = self.loop.time()
-        self._hall = hall
+        self._connections = connections
         self._held_nbytes = 0
         self._is_stuck = False
         self._seen: tuple[_Phase, object] | None = None
@@ -228,20 +228,20 @@ class Connection(H11Protocol):
 
     def _let_go(self) -> None:
         held, self._held_nbytes = self._held_nbytes, 0
-        self._hall.hold(-held)
+        self._connections.hold(-held)
 
     # What uvicorn and asyncio call.
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         # docstring inherited
         super().connection_made(transport)
-        self._hall.enter(self)
+        self._connections.enter(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         # docstring inherited
         super().connection_lost(exc)
         self._let_go()
-        self._hall.leave(self)
+        self._connections.leave(self)
 
     def data_received(self, data: bytes) -> None:
         # docstring inherited
@@ -251,7 +251,7 @@ class Connection(H11Protocol):
         super().data_received(data)
         if self.phase() in (_Phase.RECEIVING, _Phase.ANSWERING):
             self._held_nbytes += len(data)
-            self._hall.hold(len(data))
+            self._connections.hold(len(data))
 
     def on_response_complete(self) -> None:
         # docstring inherited

@@ -34,9 +34,9 @@ _PAUSE_S = 0.01
 
 
 def make_router(service: Service) -> APIRouter:
-    """The routes, over ``service``; the door lets only the operator in."""
+    """The routes, over ``service``; the access check lets only the operator in."""
     router = APIRouter(route_class=BodyRoute)
-    storage = StorageDesk(service)
+    storage = StorageAdmin(service)
 
     @router.get("/flush_cache")
     @router.post("/flush_cache")
@@ -73,7 +73,7 @@ def make_router(service: Service) -> APIRouter:
     return router
 
 
-class StorageDesk:
+class StorageAdmin:
     """What the operator may do to the tiers while requests run."""
 
     def __init__(self, service: Service) -> None:

@@ -20,7 +20,7 @@ from hicache_core.server.bodies import (
     OpenAIBody,
 )
 from hicache_core.server.body_route import BodyRoute
-from hicache_core.server.bridge import Asked, Whole, finished
+from hicache_core.server.bridge import FullAnswer, NamedRequest, finished
 from hicache_core.server.problems import json_answer
 from hicache_core.server.service import Service
 from hicache_core.server.stream import EventStream, GeneratePieces, OpenAIPieces
@@ -59,7 +59,7 @@ def make_router(service: Service) -> APIRouter:
 
 
 async def _openai(
-    service: Service, body: OpenAIBody, asked: Sequence[Asked], http: Request
+    service: Service, body: OpenAIBody, asked: Sequence[NamedRequest], http: Request
 ) -> Response:
     is_chat = isinstance(body, ChatBody)
     # One answer goes by its request's name, so that it can be asked for at /hicache/explain.
@@ -78,7 +78,7 @@ async def _openai(
     return json_answer(form.whole(await _all(service, asked, http)))
 
 
-async def _all(service: Service, asked: Sequence[Asked], http: Request) -> list[Whole]:
+async def _all(service: Service, asked: Sequence[NamedRequest], http: Request) -> list[FullAnswer]:
     """All answers, whole. If one fails, the others are given up."""
     async with service.bridge.running(asked, http) as pending:
         return list(await asyncio.gather(*(finished(waiting) for waiting in pending)))

@@ -15,7 +15,7 @@ from hicache_core.engine.request import Request as EngineRequest
 from hicache_core.engine.request import SamplingParams
 from hicache_core.observe.http import PROMETHEUS_TEXT
 from hicache_core.server.access import ADMIN
-from hicache_core.server.bridge import Asked, finished
+from hicache_core.server.bridge import NamedRequest, finished
 from hicache_core.server.problems import Problem, json_answer
 from hicache_core.server.prompts import namespace_of
 from hicache_core.server.service import Service
@@ -54,13 +54,13 @@ def _add_health(router: APIRouter, service: Service) -> None:
     @router.get("/health_generate")
     async def health_generate() -> Response:
         """Whether the engine computes a token."""
-        _, request_id = service.ledger.open(None, _HEALTH)
+        _, request_id = service.names.open(None, _HEALTH)
         request = EngineRequest(
             request_id, (0,), SamplingParams(max_new_tokens=1, temperature=0.0), _HEALTH
         )
         async with (
             asyncio.timeout(HEALTH_TIMEOUT_S),
-            service.bridge.running([Asked(request_id, request)], None) as pending,
+            service.bridge.running([NamedRequest(request_id, request)], None) as pending,
         ):
             await finished(pending[0])
         return json_answer({"status": "ok"})
@@ -156,9 +156,9 @@ def _add_status(router: APIRouter, service: Service) -> None:
         namespace = namespace_of(
             http.headers.get(SALT_HEADER) or None, http.headers.get(EXTRA_KEY_HEADER) or None
         )
-        found = service.ledger.find(name, namespace)
+        found = service.names.find(name, namespace)
         if found is None and is_admin:
-            found = service.ledger.find_any(name)
+            found = service.names.find_any(name)
         shown = found and service.explanation(found, name, is_admin=is_admin)
         if not shown:
             raise Problem(404, f"no record of a request {name!r}; only late ones are kept")

@@ -22,9 +22,9 @@ from hicache_core.integrations.model_check import vocabulary_of
 from hicache_core.observe.event_settings import events_config
 from hicache_core.server.app import make_app
 from hicache_core.server.connections import bounded
-from hicache_core.server.crew import Crew
 from hicache_core.server.models import load_model
 from hicache_core.server.prompts import Limits
+from hicache_core.server.rank_processes import RankProcesses
 from hicache_core.server.role import make_engine, role_of
 from hicache_core.server.service import ServedModel, Service
 from hicache_core.server.settings import ServerSettings, notices, with_secret
@@ -51,9 +51,9 @@ def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         for line in notices(asked, device):
             say(f"hicache: {line}")
-        with Crew(settings, device) as crew:
+        with RankProcesses(settings, device) as processes:
             model = load_model(settings.model_path, device)
-            engine = make_engine(settings, model, role, crew.meet(model))
+            engine = make_engine(settings, model, role, processes.meet(model))
             engine.open()
             try:
                 service = make_service(settings, model, engine, role)

@@ -14,9 +14,9 @@ from hicache_core.observe.metrics import CacheCollector
 from hicache_core.observe.snapshot import CacheSnapshot
 from hicache_core.observe.windows import Watch
 from hicache_core.server.bridge import Bridge, EngineFront
-from hicache_core.server.figures import Figures, ServerCollector
-from hicache_core.server.ledger import Ledger
 from hicache_core.server.prompts import Limits, Prompts
+from hicache_core.server.request_metrics import RequestMetrics, ServerCollector
+from hicache_core.server.request_names import RequestNames
 from hicache_core.server.rooms import Rooms
 from hicache_core.server.settings import ServerSettings
 
@@ -40,7 +40,7 @@ class ServedModel:
 
 
 class Service:
-    """Joins engine, prompts and figures; lives on the event loop.
+    """Joins engine, prompts and metrics. Event loop only.
 
     Attributes:
         settings: of the server.
@@ -74,13 +74,13 @@ class Service:
         self.served = served
         self.engine = engine
         self.started_s = time.time()
-        self.ledger = Ledger()
+        self.names = RequestNames()
         self.bridge = Bridge(
-            engine, self.ledger, Figures(), is_traced=settings.cache.hicache_tracing
+            engine, self.names, RequestMetrics(), is_traced=settings.cache.hicache_tracing
         )
         is_half = settings.disaggregation.mode != "null"
         rooms = Rooms(settings.keys.transfer) if is_half else None
-        self.prompts = Prompts(served.tokenizer, served.limits, self.ledger, rooms)
+        self.prompts = Prompts(served.tokenizer, served.limits, self.names, rooms)
         self.watch = Watch(self._snapshot)
         self.history = History(self.watch)
         self._watches = {True: self.watch, False: Watch(self._discreet_snapshot)}
@@ -108,7 +108,7 @@ class Service:
         labels = {"model_name": self.served.name}  # dashboards of SGLang choose by it
         return (
             CacheCollector(self._watches[is_admin], prefix=prefix, labels=labels),
-            ServerCollector(self.bridge.figures, self.engine.status, prefix, labels),
+            ServerCollector(self.bridge.metrics, self.engine.status, prefix, labels),
         )
 
     def explanation(
@@ -132,7 +132,7 @@ class Service:
 
     def recent(self, limit: int) -> list[Mapping[str, object]]:
         """Records of the newest requests, with their times once they have ended."""
-        times = self.bridge.figures.times
+        times = self.bridge.metrics.times
         return [
             {**found.as_dict(), **times.get(found.request_id, {})}
             for found in self.engine.cache.recent(limit)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hicache_s3.crew import Crew
+from hicache_s3.batch_threads import BatchThreads
 from hicache_s3.index import INDEX_NBYTES, MAX_PACK_PAGES, IndexCache, PackIndex
 from hicache_s3.pages import Alone, Found
 from hicache_s3.search import Search
@@ -50,10 +50,10 @@ def sealed_page(key: str) -> Page:
 
 
 @pytest.fixture(scope="module")
-def crew() -> Iterator[Crew]:
-    crew = Crew(3)
-    yield crew
-    crew.close()
+def threads() -> Iterator[BatchThreads]:
+    threads = BatchThreads(3)
+    yield threads
+    threads.close()
 
 
 # On a real server
@@ -366,7 +366,7 @@ def test_keys_that_are_no_page_keys_are_not_packed() -> None:
     st.booleans(),
 )
 def test_a_search_finds_what_asking_for_each_key_finds(
-    crew: Crew, kinds: list[str], stride: int, leading: bool
+    threads: BatchThreads, kinds: list[str], stride: int, leading: bool
 ) -> None:
     keys = keys_of(len(kinds))
     groups: list[list[int]] = []
@@ -387,7 +387,7 @@ def test_a_search_finds_what_asking_for_each_key_finds(
         asked.append(n)
         return truth[n]
 
-    search.run(crew, ask)
+    search.run(threads, ask)
     assert search.end == next((n for n, place in enumerate(truth) if place is None), len(keys))
     stop = search.end if leading else len(keys)
     assert search.places[:stop] == truth[:stop]

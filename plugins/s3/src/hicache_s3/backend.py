@@ -11,8 +11,8 @@ from hicache_core.errors import BackendError, UseAfterClose
 from hicache_core.storage.base import BackendConfig, Buffer, Finding, StorageBackend
 from hicache_core.storage.segments import nbytes_of
 from hicache_core.types import BackendContext, Page
+from hicache_s3.batch_threads import BatchThreads
 from hicache_s3.config import S3Config
-from hicache_s3.crew import Crew
 from hicache_s3.diagnose import diagnose
 from hicache_s3.endpoint import Endpoint
 from hicache_s3.index import IndexCache, PackIndex
@@ -57,7 +57,9 @@ class S3Backend(StorageBackend):
         if self._store is not None:
             return
         settings = self.settings
-        objects = Objects(settings, Endpoint(settings), Crew(settings.threads), self._counts)
+        objects = Objects(
+            settings, Endpoint(settings), BatchThreads(settings.threads), self._counts
+        )
         try:
             _check_bucket(objects, creates=settings.create_bucket and self.context.creates)
         except BaseException:
@@ -98,7 +100,7 @@ class S3Backend(StorageBackend):
             rest = index.without(gone)
             if rest.slots:
                 # First the keys that stay lead to an index without those that go.
-                store.crew.run(partial(store.write_index, index=rest), rest.slots)
+                store.threads.run(partial(store.write_index, index=rest), rest.slots)
                 store.cache.add(rest)
             else:
                 names.append(index.pack_name)
@@ -112,7 +114,7 @@ class S3Backend(StorageBackend):
         def ask(n: int) -> Found:
             return store.find(keys[n], packed=search.stride > 1)
 
-        search.run(store.crew, ask)
+        search.run(store.threads, ask)
         return search.end
 
     def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
@@ -185,7 +187,7 @@ class S3Backend(StorageBackend):
     def _packs_of(self, store: Pages, keys: Sequence[str]) -> list[PackIndex]:
         """The packs that hold any of ``keys``: those that the store names and those known here."""
         search = Search(keys, 1, leading=False)
-        search.run(store.crew, lambda n: store.find(keys[n], packed=self.settings.pack))
+        search.run(store.threads, lambda n: store.find(keys[n], packed=self.settings.pack))
         found = [place for place in search.places if place and not isinstance(place, Alone)]
         known = [index for key in keys if (index := store.cache.find(key)) is not None]
         return list({index.pack_name: index for index in [*found, *known]}.values())

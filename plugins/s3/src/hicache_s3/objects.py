@@ -24,9 +24,9 @@ from hicache_core.errors import BackendTimeout, BackendUnavailable
 from hicache_core.storage.segments import nbytes_of
 from hicache_core.types import Page
 from hicache_s3.age import is_expired, now_at_store
+from hicache_s3.batch_threads import BatchThreads
 from hicache_s3.config import S3Config
 from hicache_s3.connections import Answer, Choose, Connections, Head, new_memory
-from hicache_s3.crew import Crew
 from hicache_s3.endpoint import Endpoint
 from hicache_s3.errors import ABSENT, BUSY, Refusal, lost, parse_refusal, refused, shown
 
@@ -62,10 +62,12 @@ class Objects:
     Every method raises a ``BackendError`` when the store cannot answer.
     """
 
-    def __init__(self, config: S3Config, endpoint: Endpoint, crew: Crew, counts: Counts) -> None:
+    def __init__(
+        self, config: S3Config, endpoint: Endpoint, threads: BatchThreads, counts: Counts
+    ) -> None:
         self.config = config
         self.endpoint = endpoint
-        self.crew = crew
+        self.threads = threads
         self._counts = counts
         self._connections = Connections(endpoint.address, config.max_connections)
         self._where = f"s3 bucket {config.bucket} at {endpoint.url}"
@@ -77,8 +79,8 @@ class Objects:
             self._write_headers[name] = config.sse_kms_key_id
 
     def close(self) -> None:
-        """Joins the crew and closes the connections."""
-        self.crew.close()
+        """Joins the threads and closes the connections."""
+        self.threads.close()
         self._connections.close()
         self.endpoint.close()
 
@@ -238,7 +240,7 @@ class Objects:
             tags[n] = answer.headers.get("ETag", "") if answer else ""
 
         try:
-            self.crew.run(send, range(len(parts)))
+            self.threads.run(send, range(len(parts)))
             listed = [{"PartNumber": n + 1, "ETag": tag} for n, tag in enumerate(tags)]
             with self._control("CompleteMultipartUpload"):
                 client.complete_multipart_upload(

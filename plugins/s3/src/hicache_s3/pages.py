@@ -51,13 +51,13 @@ class Pages:
 
     Attributes:
         objects: the bucket.
-        crew: the threads that take part in a batch.
+        threads: the threads that take part in a batch.
         cache: the packs that are known.
     """
 
     def __init__(self, objects: Objects, cache: IndexCache) -> None:
         self.objects = objects
-        self.crew = objects.crew
+        self.threads = objects.threads
         self.cache = cache
 
     def find(self, key: str, *, packed: bool) -> Found:

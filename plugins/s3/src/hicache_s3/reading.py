@@ -38,7 +38,7 @@ def read_batch(keys: Sequence[str], pages: Sequence[Page], *, stride: int, store
         filled[n] = found is not None and not isinstance(found, PackIndex)
         return found
 
-    search.run(store.crew, ask)
+    search.run(store.threads, ask)
     lost = _read_runs(search, pages, filled, store)
     if lost:
         # The packs may have been known for long, and the pages may be elsewhere by now: once more.
@@ -46,7 +46,7 @@ def read_batch(keys: Sequence[str], pages: Sequence[Page], *, stride: int, store
             store.cache.drop(run.pack)
             for n in range(run.start, run.stop):
                 search.places[n] = None
-        search.run(store.crew, ask)
+        search.run(store.threads, ask)
         for run in _read_runs(search, pages, filled, store):
             store.forget(run.pack)
             search.miss(run.start)
@@ -66,7 +66,7 @@ def _read_runs(
         else:
             lost.append(run)
 
-    store.crew.run(read, _runs(search, pages, filled))
+    store.threads.run(read, _runs(search, pages, filled))
     return lost
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
-from hicache_s3.crew import Crew
+from hicache_s3.batch_threads import BatchThreads
 from hicache_s3.index import PackIndex
 from hicache_s3.pages import Alone, Found
 
@@ -47,7 +47,7 @@ class Search:
             if self.places[n] is None:
                 self.places[n] = find(key)
 
-    def run(self, crew: Crew, ask: Callable[[int], Found]) -> None:
+    def run(self, threads: BatchThreads, ask: Callable[[int], Found]) -> None:
         """Calls ``ask`` with positions, from several threads, until all is known."""
         while waiting := self._waiting():
             asked = waiting[:: self.stride]
@@ -60,7 +60,7 @@ class Search:
                 if place is None:
                     self.miss(n)
 
-            crew.run(question, asked)
+            threads.run(question, asked)
             self._learn(found, waiting)
 
     def miss(self, n: int) -> None:

@@ -44,5 +44,5 @@ def _resolved(store: Pages, keys: list[str]) -> dict[str, int]:
         elif found is not None:
             known[key] = found.nbytes
 
-    store.crew.run(ask, keys)
+    store.threads.run(ask, keys)
     return {key: known[key] for key in keys if key in known}

@@ -61,9 +61,9 @@ def write_batch(
         indexed.add(item[0])
 
     indexed: set[str] = set()
-    store.crew.run(write, groups)
+    store.threads.run(write, groups)
     # Only now, when the packs are whole, do keys lead to them.
-    store.crew.run(write_index, [(key, index) for index in indexes for key in index.slots])
+    store.threads.run(write_index, [(key, index) for index in indexes for key in index.slots])
     for index in indexes:
         store.cache.add(index)
     alone = {keys[n] for n in range(len(keys)) if stored[n]}
@@ -90,7 +90,7 @@ def _already_stored(
     def ask(n: int) -> Found:
         return store.find(keys[n], packed=search.stride > 1)
 
-    search.run(store.crew, ask)
+    search.run(store.threads, ask)
     for n, place in enumerate(search.places):
         if isinstance(place, Alone):
             stored[n] = place.nbytes == nbytes_of(pages[n])

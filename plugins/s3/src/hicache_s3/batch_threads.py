@@ -11,7 +11,7 @@ from hicache_core.errors import BackendError
 T = TypeVar("T")
 
 
-class Crew:
+class BatchThreads:
     """Up to ``n_threads`` threads for a call, the caller's own among them. Thread-safe."""
 
     def __init__(self, n_threads: int) -> None:

@@ -1,4 +1,4 @@
-"""Relay: one request at a prefill and a decode node at once, and its answer to the client."""
+"""Forwarder: one request at a prefill and a decode node at once, and its answer to the client."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 
 from hicache_core.kv_transfer.secret import room_proof
-from hicache_core.router.asked import Asked, encoded
+from hicache_core.router.client_request import ClientRequest, encoded
 from hicache_core.router.nodes import DECODE, PREFILL, Node, Nodes
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class _NodeFailed(Exception):
         self.struck = struck
 
 
-class Relay:
+class Forwarder:
     """Sends requests to pairs of nodes. Belongs to one event loop."""
 
     def __init__(self, client: httpx.AsyncClient, nodes: Nodes, secret: str | None = None) -> None:
@@ -89,7 +89,7 @@ class Relay:
         self.retried = 0
         self.without_prefill = 0
 
-    async def ask(self, asked: Asked) -> Answer:
+    async def ask(self, asked: ClientRequest) -> Answer:
         """The answer, complete or with its first piece. Until then it tries other nodes on failure.
 
         The caller closes the answer's ``stack`` when all is sent, or when the client has left.
@@ -118,7 +118,7 @@ class Relay:
             f"no node could serve the request; the last error: {last}",
         )
 
-    async def _attempt(self, asked: Asked, prefill: Node | None, decode: Node) -> Answer:
+    async def _attempt(self, asked: ClientRequest, prefill: Node | None, decode: Node) -> Answer:
         async with AsyncExitStack() as stack:
             computing: asyncio.Task[Answer | None] | None = None
             room: dict[str, Any] = {}
@@ -150,7 +150,9 @@ class Relay:
             room["bootstrap_proof"] = room_proof(self._secret, host, port, number)
         return room
 
-    async def _compute(self, asked: Asked, node: Node, room: Mapping[str, Any]) -> Answer | None:
+    async def _compute(
+        self, asked: ClientRequest, node: Node, room: Mapping[str, Any]
+    ) -> Answer | None:
         """The prefill half: None if it went well, or what the node has against the request."""
         body = {**asked.body, **room, "stream": False}
         body.pop("stream_options", None)
@@ -167,7 +169,7 @@ class Relay:
         return None
 
     async def _decode(
-        self, asked: Asked, node: Node, room: Mapping[str, Any], stack: AsyncExitStack
+        self, asked: ClientRequest, node: Node, room: Mapping[str, Any], stack: AsyncExitStack
     ) -> Answer:
         """The decode half, until the whole answer or its first piece is there."""
         stack.enter_context(node.carrying(asked.n_tokens + asked.n_new_tokens))
@@ -203,7 +205,7 @@ class Relay:
             text = json.dumps(_error(f"the answer broke off: {failure}", 502))
             yield f"data: {text}\n\n".encode()
 
-    def _request(self, asked: Asked, node: Node, body: Mapping[str, Any]) -> httpx.Request:
+    def _request(self, asked: ClientRequest, node: Node, body: Mapping[str, Any]) -> httpx.Request:
         headers = {**asked.headers, "content-type": "application/json"}
         return self._client.build_request(
             "POST", node.url + asked.path, content=encoded(body), headers=headers

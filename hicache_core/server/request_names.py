@@ -1,4 +1,4 @@
-"""The ledger: which of the engine's request ids belongs to which tenant's name for it."""
+"""RequestNames: the engine's id for each name that a tenant gave to a request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hicache_core.types import Namespace
 MAX_REQUESTS = 4096
 
 
-class Ledger:
+class RequestNames:
     """Maps the names that tenants give to their requests to the engine's random ids.
 
     Names are separate for each tenant: two may use the same ``rid``, and neither can ask about a

@@ -1,4 +1,4 @@
-"""Asked: a request as the router takes it from a client."""
+"""ClientRequest: a request as the router takes it from a client."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def encoded(body: Mapping[str, Any]) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ClientRequest:
     """A request as the client sent it.
 
     Attributes:
@@ -41,7 +41,7 @@ class Asked:
     tenant: str
 
     @classmethod
-    def of(cls, path: str, raw: bytes, headers: Mapping[str, str]) -> Asked:
+    def of(cls, path: str, raw: bytes, headers: Mapping[str, str]) -> ClientRequest:
         """Parses a request; drops the fields and headers that clients must not set.
 
         Args:
