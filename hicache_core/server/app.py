@@ -47,7 +47,7 @@ def make_app(service: Service) -> FastAPI:
         title="HiCache",
         version=version("hicache-core"),
         lifespan=lifespan,
-        docs_url=None,  # FastAPI's pages load scripts from elsewhere
+        docs_url=None,  # FastAPI's pages load scripts from another host; routes_info has one
         redoc_url=None,
         responses={"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}},
     )

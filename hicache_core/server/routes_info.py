@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from fastapi import APIRouter
 from prometheus_client import CollectorRegistry, generate_latest
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
 
 from hicache_core.config.redact import masked
 from hicache_core.engine.request import Request as EngineRequest
@@ -16,11 +16,13 @@ from hicache_core.engine.request import SamplingParams
 from hicache_core.observe.http import PROMETHEUS_TEXT
 from hicache_core.server.access import ADMIN
 from hicache_core.server.bridge import NamedRequest, finished
+from hicache_core.server.docs_page import docs_page
 from hicache_core.server.problems import Problem, json_answer
 from hicache_core.server.prompts import namespace_of
 from hicache_core.server.service import Service
 from hicache_core.types import Namespace
 
+DOCS_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 HEALTH_TIMEOUT_S = 20.0
 # What a health check leaves in the cache is of no use to anybody.
 _HEALTH = Namespace(extra_key="hicache health check")
@@ -31,10 +33,18 @@ EXTRA_KEY_HEADER = "x-hicache-extra-key"
 def make_router(service: Service) -> APIRouter:
     """The routes, over ``service``."""
     router = APIRouter()
+    _add_docs(router)
     _add_health(router, service)
     _add_models(router, service)
     _add_status(router, service)
     return router
+
+
+def _add_docs(router: APIRouter) -> None:
+    @router.get("/docs", include_in_schema=False)
+    async def docs(http: Request) -> Response:
+        page = docs_page(http.app.openapi())
+        return HTMLResponse(page, headers={"Content-Security-Policy": DOCS_POLICY})
 
 
 def _add_health(router: APIRouter, service: Service) -> None:
