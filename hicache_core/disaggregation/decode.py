@@ -27,7 +27,7 @@ class DecodeConnector(Connector):
         expected  →  fetching  →  running          (it arrived)
                               ↘  waiting → running (it did not: the prompt is computed here)
 
-    A request whose KV does not come is computed here like any other: later, but right.
+    A request whose KV does not come is computed here, like any other; only later.
     """
 
     def __init__(
@@ -42,12 +42,12 @@ class DecodeConnector(Connector):
         """Keeps its arguments.
 
         Args:
-            scheduler: which runs the requests.
-            cache: the scheduler's.
-            vocabulary: token ids are below it.
-            transfer: is open, and is closed with the scheduler.
-            timeout_s: what has not come by then is computed here.
-            counts: counted up.
+            scheduler: runs the requests.
+            cache: of the scheduler.
+            vocabulary: number of token ids.
+            transfer: is open; ``close`` closes it.
+            timeout_s: a prompt whose KV has not come by then is computed here.
+            counts: of this node, updated here.
         """
         self._scheduler = scheduler
         self._cache = cache
@@ -179,7 +179,7 @@ class DecodeConnector(Connector):
                 self._take(task, notice)
 
     def _take(self, task: Task, notice: Notice) -> None:
-        """Nobody writes into the pages of a request any more: it goes on, however that ended."""
+        """The transfer of a request has ended and no longer writes into its pages."""
         if notice.state is not TransferState.ARRIVED:
             self._compute_here(task, notice.error)
             return
@@ -198,7 +198,7 @@ class DecodeConnector(Connector):
         self._scheduler.go_on(task, first.token)
 
     def _compute_here(self, task: Task, error: str) -> None:
-        """The rows did not come, and nobody writes into the pages any more: starts like others."""
+        """The rows did not come: queues the request, to compute its prompt here."""
         request_id = task.request.request_id
         log.warning("request %s is computed here: %s", request_id, error)
         self._counts.failed += 1

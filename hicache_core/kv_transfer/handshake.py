@@ -1,4 +1,4 @@
-"""The handshake of two nodes: whether they hold the same model, and who sends which heads."""
+"""The handshake of two nodes: it checks that their models agree, and who sends which heads."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ MAX_RANKS = 256
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """What a sender says of itself.
+    """What a sender tells a receiver about itself.
 
     Attributes:
-        heads: that it holds.
-        carrier: what its carrier says.
-        others: where the other ranks of its node are.
+        heads: of the model that the sender has.
+        carrier: the greeting of its carrier.
+        others: addresses of the other ranks of its node.
     """
 
     heads: Heads
@@ -34,11 +34,11 @@ class Want:
     """What a receiver asks a sender for.
 
     Attributes:
-        heads: of the model; None for none of this sender's.
-        start: first token.
-        stop: behind the last.
-        rank: the receiver's.
-        n_receivers: how many ranks receive this room.
+        heads: of the model; None to ask this sender for no rows.
+        start: position of the first token.
+        stop: position after the last token.
+        rank: of the receiver.
+        n_receivers: number of ranks that receive this room.
     """
 
     heads: Heads | None
@@ -49,7 +49,7 @@ class Want:
 
 
 def hello_of(memory: PageMemory, rank: int, world_size: int) -> dict[str, Any]:
-    """What a receiver says first."""
+    """The first message of a receiver, as JSON."""
     return {
         "protocol": PROTOCOL,
         "identity": memory.identity(),
@@ -59,11 +59,11 @@ def hello_of(memory: PageMemory, rank: int, world_size: int) -> dict[str, Any]:
 
 
 def check_hello(hello: dict[str, Any], memory: PageMemory) -> None:
-    """Whether a receiver may have rows of ``memory``.
+    """Checks that a receiver may have rows of ``memory``.
 
     Raises:
-        PeerRefused: it speaks another version, or its model, dtype, page size or layers differ;
-            the message names each difference.
+        PeerRefused: its protocol version, model, dtype, page size or layers differ; the message
+            names each difference.
     """
     if hello.get("protocol") != PROTOCOL:
         raise PeerRefused(
@@ -87,17 +87,17 @@ def check_hello(hello: dict[str, Any], memory: PageMemory) -> None:
 def welcome_of(
     memory: PageMemory, carrier: dict[str, Any], others: Sequence[str]
 ) -> dict[str, Any]:
-    """WELCOME, as JSON."""
+    """The content of a WELCOME frame, as JSON."""
     return {"heads": list(memory.heads), "carrier": carrier, "others": list(others)}
 
 
 def welcomed_of(value: dict[str, Any], address: str) -> Welcome:
-    """WELCOME of the sender at ``address``, checked.
+    """Reads the WELCOME of the sender at ``address``.
 
-    Another rank may tell an address that is of no use here; it is reached as this sender was.
+    If another rank's address cannot be used from here, the host of this sender replaces it.
 
     Raises:
-        TransferError: it has not the right form.
+        TransferError: the message is malformed.
     """
     host = address.rpartition(":")[0]
     try:
@@ -116,15 +116,15 @@ def welcomed_of(value: dict[str, Any], address: str) -> Welcome:
 
 
 def want_of(heads: Heads | None, tokens: tuple[int, int]) -> dict[str, Any]:
-    """WANT, as JSON."""
+    """The content of a WANT frame, as JSON."""
     return {"heads": heads, "start": tokens[0], "stop": tokens[1]}
 
 
 def wanted_of(value: dict[str, Any], hello: dict[str, Any], memory: PageMemory) -> Want:
-    """WANT, checked.
+    """Reads a WANT.
 
     Raises:
-        TransferError: it has not the right form, or asks for what is not here.
+        TransferError: the message is malformed, or asks for rows that are not here.
     """
     heads = value.get("heads")
     rank, n_receivers = hello.get("rank"), hello.get("world_size")
@@ -148,7 +148,7 @@ def wanted_of(value: dict[str, Any], hello: dict[str, Any], memory: PageMemory) 
 
 
 def divide(missing: Sequence[Heads], offered: Heads) -> tuple[Heads | None, list[Heads]]:
-    """What to ask a sender of ``offered`` for, and what is still missing then.
+    """Which heads to ask a sender of ``offered`` for, and which are still missing then.
 
     ::
 

@@ -1,4 +1,4 @@
-"""PeerTransfer: what every transfer backend over connections shares: listener, rooms, notices."""
+"""PeerTransfer: the common part of transfer backends over connections: listener, rooms, notices."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class PeerConfig(TransferConfig):
 
 
 class PeerTransfer(KvTransferBackend):
-    """A transfer backend whose rooms are conversations; the carrier moves the rows."""
+    """A transfer backend with one conversation for each receiver; a carrier moves the rows."""
 
     Config = PeerConfig
 

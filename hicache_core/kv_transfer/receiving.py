@@ -31,7 +31,7 @@ class _Part:
 
 
 class ReceivingRoom(Room):
-    """A room of the decode side: where the rows go."""
+    """A room on the decode side: says where the rows go."""
 
     def __init__(
         self,
@@ -42,7 +42,16 @@ class ReceivingRoom(Room):
         clock: Callable[[], float],
         settled: Callable[[Notice], None],
     ) -> None:
-        """Nothing has arrived yet."""
+        """Nothing has arrived yet.
+
+        Args:
+            number: of the room.
+            pages: ids of the pages of tokens 0 to stop.
+            tokens: (start, stop) of the rows to fetch.
+            timeout_s: the room fails when this time is over.
+            clock: seconds, monotonic.
+            settled: called once, with the notice.
+        """
         super().__init__(number, timeout_s, clock, settled)
         self.pages = tuple(pages)
         self.tokens = tokens
@@ -64,7 +73,7 @@ class Receiver:
         self._connect = connect
 
     def run(self, intake: ReceivingRoom, addresses: Sequence[str]) -> None:
-        """Fetches everything; returns when no thread works for the room any more."""
+        """Fetches all rows; returns when no thread works for the room any more."""
         parts: list[_Part] = []
         try:
             with contextlib.suppress(HiCacheError), intake.failing():
@@ -175,10 +184,10 @@ class Receiver:
 def connection_to(
     address: str, deadline: float, patience: Patience, clock: Callable[[], float]
 ) -> Connection:
-    """A connection to ``host:port``.
+    """Opens a connection to ``host:port``.
 
     Raises:
-        TransferError: nobody answers there.
+        TransferError: no node answers there.
     """
     host, _, port = address.rpartition(":")
     left_s = min(patience.idle_timeout_s, deadline - clock())

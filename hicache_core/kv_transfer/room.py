@@ -18,7 +18,7 @@ N_REMEMBERED = 4096
 
 
 class PastRooms(OrderedDict[int, str]):
-    """The last rooms that ended in some way, and why; the oldest are forgotten."""
+    """The rooms that ended last, each with the reason; the oldest are forgotten."""
 
     def remember(self, room: int, why: str) -> None:
         """Keeps ``room``."""
@@ -28,10 +28,10 @@ class PastRooms(OrderedDict[int, str]):
 
 
 class Room:
-    """Connections that work for a room, and how it ends. Every method from any thread.
+    """The connections of a room, and its outcome. Any thread.
 
-    The notice comes when the outcome is decided *and* no thread works for the room any more, so
-    that nobody touches its pages afterwards.
+    The notice comes once the outcome is decided *and* no thread works for the room any more, so
+    that no thread touches its pages afterwards.
     """
 
     def __init__(
@@ -41,7 +41,14 @@ class Room:
         clock: Callable[[], float],
         settled: Callable[[Notice], None],
     ) -> None:
-        """``settled`` is called once, with the notice."""
+        """Not decided yet.
+
+        Args:
+            number: of the room.
+            timeout_s: the room fails when this time is over.
+            clock: seconds, monotonic.
+            settled: called once, with the notice.
+        """
         self.number = number
         self.started_at = clock()
         self.deadline = self.started_at + timeout_s
@@ -58,17 +65,17 @@ class Room:
 
     @property
     def decided(self) -> bool:
-        """Whether it is known how the room ends."""
+        """Whether the outcome is decided."""
         return self._outcome is not None
 
     @property
     def n_connections(self) -> int:
-        """Connections that work for it."""
+        """Number of connections that work for the room."""
         with self.changed:
             return len(self._connections)
 
     def enter(self) -> bool:
-        """A thread begins to work for the room; False if it is too late for that."""
+        """Registers a thread that works for the room; False if the room has ended."""
         with self.changed:
             if self._outcome is not None:
                 return False
@@ -76,17 +83,17 @@ class Room:
             return True
 
     def leave(self) -> None:
-        """The thread has ended its work: it touches no page of the room any more."""
+        """Unregisters a thread, which must not touch pages of the room afterwards."""
         with self.changed:
             self._n_workers -= 1
         self._tell()
 
     @contextlib.contextmanager
     def failing(self) -> Iterator[None]:
-        """Whatever goes wrong in the block fails the room at once.
+        """An exception inside the block fails the room at once.
 
         Raises:
-            HiCacheError: what went wrong; TransferError for what nobody has foreseen.
+            HiCacheError: the exception; TransferError for an unexpected one.
         """
         try:
             yield
@@ -103,7 +110,7 @@ class Room:
         """Shuts ``connection`` down as soon as the room fails.
 
         Raises:
-            TransferError: it has failed already.
+            TransferError: the room has failed already.
         """
         with self.changed:
             if self._outcome is TransferState.FAILED:
@@ -116,16 +123,16 @@ class Room:
             self._connections.discard(connection)
 
     def count(self, nbytes: int) -> None:
-        """So many bytes of rows were moved."""
+        """Adds ``nbytes`` of rows to the count."""
         with self.changed:
             self.nbytes += nbytes
 
     def succeed(self, outcome: TransferState, note: bytes = b"") -> None:
-        """The room ends well, unless it has ended before."""
+        """Decides that the room succeeds, unless it is decided already."""
         self._decide(outcome, note=note)
 
     def fail(self, error: HiCacheError) -> None:
-        """The room ends badly, unless it has ended before; what is under way is cut off."""
+        """Decides that the room fails, unless it is decided already; shuts its connections down."""
         self._decide(TransferState.FAILED, error=error)
 
     def _decide(

@@ -30,7 +30,7 @@ class _Rows:
 
 
 class SendingRoom(Room):
-    """A room of the prefill side: which rows are final so far."""
+    """A room on the prefill side: records which rows are final so far."""
 
     def __init__(
         self,
@@ -40,7 +40,15 @@ class SendingRoom(Room):
         clock: Callable[[], float],
         settled: Callable[[Notice], None],
     ) -> None:
-        """Nothing is final yet."""
+        """No row is final yet.
+
+        Args:
+            number: of the room.
+            n_tokens: length of the prompt.
+            timeout_s: the room fails when this time is over.
+            clock: seconds, monotonic.
+            settled: called once, with the notice.
+        """
         super().__init__(number, timeout_s, clock, settled)
         self.n_tokens = n_tokens
         self._log: list[_Rows] = []
@@ -49,19 +57,26 @@ class SendingRoom(Room):
         self._confirmed: set[int] = set()
 
     def add(self, pages: Sequence[int], layer: int, start: int, stop: int) -> None:
-        """Rows of a layer are final."""
+        """Records that rows [start, stop) of a layer are final.
+
+        Args:
+            pages: ids of the pages of tokens 0 to stop.
+            layer: index among the layers in memory.
+            start: position of the first token.
+            stop: position after the last token.
+        """
         with self.changed:
             self._log.append(_Rows(pages, layer, start, stop))
             self.changed.notify_all()
 
     def finish(self, note: bytes) -> None:
-        """All rows are."""
+        """Records that all rows are final; ``note`` follows them."""
         with self.changed:
             self._last_words, self._finished = note, True
             self.changed.notify_all()
 
     def next(self, index: int, timeout_s: float) -> _Rows | bytes | None:
-        """Entry ``index`` of what is final, the note behind the last, or None if time is over.
+        """Entry ``index`` of the final rows, the note after the last, or None after ``timeout_s``.
 
         Raises:
             TransferError: the room has failed.
@@ -77,7 +92,7 @@ class SendingRoom(Room):
             return self._last_words if self._finished else None
 
     def confirm(self, rank: int, n_receivers: int) -> None:
-        """The receiver ``rank`` of ``n_receivers`` has everything."""
+        """Records that receiver ``rank`` of ``n_receivers`` has all rows."""
         with self.changed:
             self._confirmed.add(rank)
             complete = len(self._confirmed) >= n_receivers
@@ -86,7 +101,7 @@ class SendingRoom(Room):
 
 
 class Sender:
-    """Answers receivers that connect: shakes hands, waits for the offer, sends its layers."""
+    """Serves receivers that connect: handshake, wait for the offer, send its layers."""
 
     def __init__(
         self,
@@ -110,9 +125,9 @@ class Sender:
         self.deserted = PastRooms()  # those that nobody waits for, and why
 
     def serve(self, peer: Connection, admit: Callable[[], None]) -> None:
-        """The whole conversation with one receiver; returns when it is over.
+        """Holds the whole conversation with one receiver; returns when it is over.
 
-        ``admit`` is called once hands are shaken; raises TransferError if there is no place.
+        ``admit`` is called after the handshake; it raises TransferError if the node is full.
         """
         room = -1
         try:
