@@ -13,11 +13,11 @@ from hicache_core.config.settings import HiCacheConfig
 from hicache_core.controller.controller import Controller
 from hicache_core.controller.explain import Explainer, Explanation
 from hicache_core.controller.parts import Parts
-from hicache_core.observe.desk import Desk
 from hicache_core.observe.event_settings import events_config
 from hicache_core.observe.history import History
 from hicache_core.observe.http import StatusPages, StatusServer
 from hicache_core.observe.journal import Journal, Journals
+from hicache_core.observe.on_demand import OnDemand
 from hicache_core.observe.snapshot import CacheSnapshot
 from hicache_core.observe.tracing import spans
 from hicache_core.observe.windows import Watch
@@ -54,7 +54,7 @@ class Observers:
         self._rank = rank
         self._explainer = Explainer(clock) if config.hicache_explain else None
         self._events = _events(config.kv_events_config) if rank == 0 else None
-        self._picture: Desk[TreePicture] = Desk()
+        self._picture: OnDemand[TreePicture] = OnDemand()
         self._history: History | None = None
         self._server: StatusServer | None = None
         self._cache: Controller | None = None

@@ -11,8 +11,10 @@ from urllib.error import HTTPError, URLError
 from urllib.request import ProxyHandler, Request, build_opener
 
 import click
+from pydantic import TypeAdapter, ValidationError
 
 from hicache_core.config.redact import masked_text
+from hicache_core.observe.windows import Observation
 
 DEFAULT_URLS = ("http://127.0.0.1:30000", "http://127.0.0.1:9477")
 """The default addresses of ``hicache serve`` and of a status server."""
@@ -89,6 +91,21 @@ def ask(url: str, path: str, *, key: str | None = None) -> Any:
         ) from error
     except ValueError as error:
         raise click.ClickException(f"the answer from {shown} is not JSON") from error
+
+
+def observed(answer: Any, url: str) -> Observation:
+    """The status in what the server at ``url`` answered.
+
+    Raises:
+        click.ClickException: the answer comes from another version.
+    """
+    try:
+        return TypeAdapter(Observation).validate_python(answer)
+    except ValidationError as error:
+        raise click.ClickException(
+            f"this version cannot read the status of {masked_text(url)} "
+            f"({error.error_count()} fields differ); does the cache run another version?"
+        ) from error
 
 
 def ask_if_there(url: str, path: str, *, key: str | None = None) -> Any:

@@ -21,8 +21,8 @@ from hicache_core.bench.replay import Replay, run_replay
 from hicache_core.bench.result import Record, as_json, summary
 from hicache_core.bench.traces import read_trace
 from hicache_core.cli._bench_view import results
+from hicache_core.cli._cache_view import console
 from hicache_core.cli._out_file import OutFile
-from hicache_core.cli._status_view import console
 from hicache_core.errors import ConfigError
 
 Run = Callable[[Client, Callable[[Record], None]], Awaitable[list[Record]]]

@@ -12,7 +12,7 @@ import click
 
 from hicache_core.errors import ConfigError
 
-_NEEDED = ("fastapi", "httpx", "uvicorn")
+_NEEDED = ("httpx", "starlette", "uvicorn")
 if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
     raise ConfigError(
         f"hicache router needs {', '.join(missing)}: pip install 'hicache-core[router]'"

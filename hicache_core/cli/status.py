@@ -7,12 +7,9 @@ import time
 from typing import Any
 
 import click
-from pydantic import TypeAdapter, ValidationError
 
-from hicache_core.cli._ask import ask, asks
-from hicache_core.cli._status_view import console, view
-from hicache_core.config.redact import masked_text
-from hicache_core.observe.windows import Observation
+from hicache_core.cli._ask import ask, asks, observed
+from hicache_core.cli._cache_view import console, status_view
 
 
 @click.command("status")
@@ -43,11 +40,4 @@ def _show(answer: Any, *, as_json: bool, url: str) -> None:
     if as_json:
         click.echo(json.dumps(answer))
         return
-    try:
-        seen = TypeAdapter(Observation).validate_python(answer)
-    except ValidationError as error:
-        raise click.ClickException(
-            f"this version cannot read the status of {masked_text(url)} "
-            f"({error.error_count()} fields differ); does the cache run another version?"
-        ) from error
-    console(least_width=110).print(view(seen))
+    console(least_width=110).print(status_view(observed(answer, url)))

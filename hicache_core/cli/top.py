@@ -7,16 +7,13 @@ import time
 from typing import Any
 
 import click
-from pydantic import TypeAdapter, ValidationError
 from rich.console import RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from hicache_core.cli._ask import ask, ask_if_there, asks, base_of
-from hicache_core.cli._status_view import console
-from hicache_core.cli._top_view import Moment, Rates, rates_of, top_view
+from hicache_core.cli._ask import ask, ask_if_there, asks, base_of, observed
+from hicache_core.cli._cache_view import Moment, Rates, console, rates_of, top_view
 from hicache_core.config.redact import masked_text
-from hicache_core.observe.windows import Observation
 
 
 @click.command("top")
@@ -60,20 +57,13 @@ def command(*, url: str, once: bool, interval_s: float, api_key: str | None) -> 
 def _look(url: str, key: str | None, before: Moment | None) -> Moment:
     """Asks the server once; rates come from its history since the sample before ``before``."""
     answer = ask(url, "/hicache/status", key=key)
-    try:
-        seen = TypeAdapter(Observation).validate_python(answer)
-    except ValidationError as error:
-        raise click.ClickException(
-            f"this version cannot read the status of {masked_text(url)} "
-            f"({error.error_count()} fields differ); does the cache run another version?"
-        ) from error
     after = 0 if before is None else before.last_sample - Rates.SPAN
     history = ask_if_there(url, f"/hicache/history?after={max(0, after)}", key=key)
     samples: list[dict[str, Any]] = history.get("samples", [])
     requests = ask_if_there(url, "/hicache/requests?limit=200", key=key).get("requests", [])
     return Moment(
         url=masked_text(base_of(url)),
-        seen=seen,
+        seen=observed(answer, url),
         rates=rates_of(samples),
         requests=requests,
         engine=answer.get("engine") or ask_if_there(url, "/hicache/engine", key=key),

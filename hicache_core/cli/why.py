@@ -11,8 +11,8 @@ from typing import Any
 
 import click
 
+from hicache_core.cli._cache_choice import CacheDescription, CacheRef, choose, summary
 from hicache_core.cli._prompt import packed_prompt
-from hicache_core.cli._whose import Named, Whose, choose, summary
 from hicache_core.config.sources import read_inline
 from hicache_core.plugin.manager import backend_settings
 from hicache_core.storage.base import StorageBackend
@@ -78,7 +78,7 @@ def command(ctx: click.Context, /, *, prompt: str, as_json: bool, **options: Any
 def _answer(tokens: bytes, options: Mapping[str, Any]) -> Answer:
     recipe = Recipe.named(options["backend"], read_inline(options["config"], what="--config: "))
     names = ("namespace", "model", "dtype", "page_size", "layout")
-    named = Named(
+    named = CacheDescription(
         fingerprint=options["model_fingerprint"], **{name: options[name] for name in names}
     )
     with _opened(
@@ -88,27 +88,27 @@ def _answer(tokens: bytes, options: Mapping[str, Any]) -> Answer:
         for name in (options["namespace"], *options["other_namespace"]):
             if name is not None and name not in known:
                 known[name] = read_manifest(backend, name)
-        whose = choose(named, known)
-        question = _question(tokens, whose, known, options)
+        cache = choose(named, known)
+        question = _question(tokens, cache, known, options)
         # Some stores keep a place for each namespace, or need to know the size of an object.
-        with _opened(recipe, _context(whose)) as own:
+        with _opened(recipe, _context(cache)) as own:
             return why(own, question)
 
 
 def _question(
     tokens: bytes,
-    whose: Whose,
+    cache: CacheRef,
     known: Mapping[str, Manifest | None],
     options: Mapping[str, Any],
 ) -> Question:
     request = Namespace(options["extra_key"], options["cache_salt"], options["lora_id"])
-    others = {name: manifest for name, manifest in known.items() if name != whose.namespace}
-    return Question(tokens, whose.page_size, whose.namespace, request, whose.manifest, others)
+    others = {name: manifest for name, manifest in known.items() if name != cache.namespace}
+    return Question(tokens, cache.page_size, cache.namespace, request, cache.manifest, others)
 
 
-def _context(whose: Whose) -> BackendContext:
-    nbytes = 0 if whose.manifest is None else whose.manifest.object_nbytes
-    return BackendContext(whose.namespace, object_nbytes=nbytes, creates=False)
+def _context(cache: CacheRef) -> BackendContext:
+    nbytes = 0 if cache.manifest is None else cache.manifest.object_nbytes
+    return BackendContext(cache.namespace, object_nbytes=nbytes, creates=False)
 
 
 @contextlib.contextmanager

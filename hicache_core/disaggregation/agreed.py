@@ -1,4 +1,4 @@
-"""AgreedTransfer: the transfers of one rank, which end alike and at once on all ranks of a node."""
+"""AgreedTransfer: transfers that end with the same outcome in the same step on all ranks."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _ELSEWHERE = "the transfer failed on another rank"
 
 
 class AgreedTransfer(TransferWrapper):
-    """A backend of which every rank of a node has one; each moves its own heads.
+    """The transfer backend of one rank; each rank of a node has one and moves its own heads.
 
-    A room ends well if it does so on every rank. Once it has failed on one, the others give it up.
-    Its notice comes on all ranks in the same ``poll``, after its pages are at rest on all of them;
-    so what follows from notices is the same everywhere.
+    A room succeeds if it succeeds on every rank. If it fails on one, the others cancel it. Its
+    notice comes in the same ``poll`` on all ranks, when no rank's transfer uses its pages any more,
+    so that all ranks decide alike.
 
     Every rank makes the same calls in the same order. ``open`` is a collective, and so is ``poll``
     while a room has not ended. A room is offered or received here, not both.
 
     Raises:
-        RankLost: from both, when another rank is gone.
+        RankLost: from ``open`` and ``poll``, when another rank is lost.
     """
 
     name = "agreed"

@@ -1,4 +1,4 @@
-"""CountedTransfer: a transfer backend that counts what goes through it, for metrics."""
+"""CountedTransfer: a transfer backend that counts rows, bytes and outcomes for metrics."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ BOUNDS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
 class CountedTransfer(TransferWrapper):
-    """Passes everything on to ``inner``, and counts by its notices.
+    """Passes all calls on to ``inner`` and counts its notices.
 
-    ``status`` may be called from any thread; single numbers may be an instant apart.
+    Any thread may call ``status``; its numbers may differ by calls that are just running.
     """
 
     name = "counted"
@@ -37,7 +37,7 @@ class CountedTransfer(TransferWrapper):
         self._seconds = Distribution(BOUNDS_S)
 
     def status(self) -> TransferStatus:
-        """What was moved so far."""
+        """The counts so far."""
         nbytes = dict(self._nbytes)
         return TransferStatus(
             backend=self._inner.name,

@@ -7,8 +7,8 @@ from array import array
 from collections.abc import Iterable
 
 from hicache_core.controller.controller import Controller
-from hicache_core.disaggregation.figures import Figures
 from hicache_core.disaggregation.first_token import FirstToken
+from hicache_core.disaggregation.transfer_counts import TransferCounts
 from hicache_core.engine.connector import Connector
 from hicache_core.engine.page_table import PageTable
 from hicache_core.engine.scheduler import Scheduler
@@ -27,7 +27,7 @@ class DecodeConnector(Connector):
         expected  →  fetching  →  running          (it arrived)
                               ↘  waiting → running (it did not: the prompt is computed here)
 
-    A request whose KV does not come is computed here like any other: later, but right.
+    A request whose KV does not come is computed here, like any other; only later.
     """
 
     def __init__(
@@ -37,24 +37,24 @@ class DecodeConnector(Connector):
         vocabulary: int,
         transfer: KvTransferBackend,
         timeout_s: float,
-        figures: Figures,
+        counts: TransferCounts,
     ) -> None:
         """Keeps its arguments.
 
         Args:
-            scheduler: which runs the requests.
-            cache: the scheduler's.
-            vocabulary: token ids are below it.
-            transfer: is open, and is closed with the scheduler.
-            timeout_s: what has not come by then is computed here.
-            figures: counted up.
+            scheduler: runs the requests.
+            cache: of the scheduler.
+            vocabulary: number of token ids.
+            transfer: is open; ``close`` closes it.
+            timeout_s: a prompt whose KV has not come by then is computed here.
+            counts: of this node, updated here.
         """
         self._scheduler = scheduler
         self._cache = cache
         self._vocabulary = vocabulary
         self._transfer = transfer
         self._timeout_s = timeout_s
-        self._figures = figures
+        self._counts = counts
         self._expected: dict[str, Task] = {}
         self._fetching: dict[int, Task] = {}
         self._abandoned: dict[int, PageTable] = {}
@@ -179,7 +179,7 @@ class DecodeConnector(Connector):
                 self._take(task, notice)
 
     def _take(self, task: Task, notice: Notice) -> None:
-        """Nobody writes into the pages of a request any more: it goes on, however that ended."""
+        """The transfer of a request has ended and no longer writes into its pages."""
         if notice.state is not TransferState.ARRIVED:
             self._compute_here(task, notice.error)
             return
@@ -192,17 +192,17 @@ class DecodeConnector(Connector):
             task.may_load = False
             self._compute_here(task, "what was on this device already did not get there")
             return
-        self._figures.received += 1
-        self._figures.nbytes += notice.nbytes
+        self._counts.received += 1
+        self._counts.nbytes += notice.nbytes
         task.cached = first.cached
         self._scheduler.go_on(task, first.token)
 
     def _compute_here(self, task: Task, error: str) -> None:
-        """The rows did not come, and nobody writes into the pages any more: starts like others."""
+        """The rows did not come: queues the request, to compute its prompt here."""
         request_id = task.request.request_id
         log.warning("request %s is computed here: %s", request_id, error)
-        self._figures.failed += 1
-        self._figures.recomputed += 1
-        self._figures.last_error = error
+        self._counts.failed += 1
+        self._counts.recomputed += 1
+        self._counts.last_error = error
         task.table.release()
         self._scheduler.queue(task)

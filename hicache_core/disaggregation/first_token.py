@@ -1,4 +1,4 @@
-"""FirstToken: what a prefill node says beside the rows."""
+"""FirstToken: what a prefill node sends with the rows."""
 
 from __future__ import annotations
 
@@ -28,10 +28,15 @@ class FirstToken:
 
     @classmethod
     def unpack(cls, note: bytes, n_prompt: int, vocabulary: int) -> FirstToken:
-        """From a note about a prompt of ``n_prompt`` tokens, none of them ``vocabulary`` or above.
+        """Reads a note.
+
+        Args:
+            note: from a peer.
+            n_prompt: tokens of the prompt.
+            vocabulary: number of token ids.
 
         Raises:
-            TransferError: it is none; what the peer said is not repeated.
+            TransferError: the note is malformed; the message does not quote it.
         """
         try:
             fields = json.loads(note)
@@ -42,7 +47,7 @@ class FirstToken:
                 f"the prefill node sent no first token: {type(error).__name__}"
             ) from error
         if not all(type(n) is int and n >= 0 for n in (token, device, host, storage)):
-            raise TransferError("the prefill node sent a first token that is no number")
+            raise TransferError("the prefill node sent a first token that is not a number")
         if token >= vocabulary:
             raise TransferError(
                 f"the prefill node sent a first token that is none of this model's {vocabulary}"

@@ -15,7 +15,7 @@ def memory_of_pool(pool: DevicePool) -> PageMemory:
     """The pool's pages as bytes; nothing is copied.
 
     Raises:
-        SpecError: the pool is not in memory that the CPU reaches, or a layer has gaps.
+        SpecError: the pool is not in memory that the CPU can address, or a layer has gaps.
     """
     if pool.device.type != "cpu":
         raise SpecError(

@@ -7,8 +7,8 @@ from array import array
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from hicache_core.disaggregation.figures import Figures
 from hicache_core.disaggregation.first_token import FirstToken
+from hicache_core.disaggregation.transfer_counts import TransferCounts
 from hicache_core.engine.connector import Connector
 from hicache_core.engine.request import Output, Request
 from hicache_core.engine.task import OnOutput, Task
@@ -19,17 +19,19 @@ log = logging.getLogger(__name__)
 
 
 class Outbox:
-    """Hands the KV of prompts to a transfer backend: the engine's ``Listener``. Owner thread only.
+    """Sends the KV of prompts by a transfer backend: a ``Listener``. Owner thread only.
 
-    A room is offered once. A request that has to start over is not sent again: its decode node has
-    been told, and computes the prompt itself.
+    A room is offered once. A request that starts over is not sent again: its decode node has heard
+    of the failure, and computes the prompt itself.
     """
 
-    def __init__(self, transfer: KvTransferBackend, timeout_s: float, figures: Figures) -> None:
+    def __init__(
+        self, transfer: KvTransferBackend, timeout_s: float, counts: TransferCounts
+    ) -> None:
         """``transfer`` is open; a room that is not handed over in ``timeout_s`` has failed."""
         self._transfer = transfer
         self._timeout_s = timeout_s
-        self._figures = figures
+        self._counts = counts
         self._rooms: dict[str, int] = {}  # rooms without a notice, by request
         self._offered: set[str] = set()  # requests that have not ended
         self._complete: set[str] = set()
@@ -70,7 +72,7 @@ class Outbox:
         return request_id in self._rooms
 
     def leave(self, request_id: str) -> None:
-        """Nobody wants the rows of a request any more; its notice follows."""
+        """Cancels the room of a request whose client has left; its notice follows."""
         if (room := self._rooms.get(request_id)) is not None:
             self._transfer.cancel(room, "the client has left")
 
@@ -79,15 +81,15 @@ class Outbox:
         for notice in self._transfer.poll():
             self._rooms = {key: room for key, room in self._rooms.items() if room != notice.room}
             if notice.state is TransferState.SENT:
-                self._figures.sent += 1
-                self._figures.nbytes += notice.nbytes
+                self._counts.sent += 1
+                self._counts.nbytes += notice.nbytes
             else:
-                self._figures.failed += 1
-                self._figures.last_error = notice.error
+                self._counts.failed += 1
+                self._counts.last_error = notice.error
                 log.warning("KV of room %d was not sent: %s", notice.room, notice.error)
 
     def finish(self, request: Request, first: FirstToken | None) -> None:
-        """The request has ended: with its first token, or without."""
+        """Ends a request: sends its first token, or cancels its room if ``first`` is None."""
         if request.bootstrap is None:
             return
         request_id = request.request_id
@@ -104,13 +106,13 @@ class Outbox:
 class PrefillConnector(Connector):
     """Ends requests with a room at their first token, and keeps them until their KV was fetched.
 
-    Their pages are held until the transfer has said its last word: a sender reads from them. Their
-    clients are told then, too: whoever has not heard may still leave, and the pages go with him.
+    The pages are kept until the notice of the transfer, which reads them. The client gets its
+    output at that moment, too; until then it can still abort the request and so free the pages.
     Requests without a room are answered here, as by any server.
     """
 
     def __init__(self, outbox: Outbox, transfer: KvTransferBackend) -> None:
-        """``outbox`` listens to the scheduler and sends by ``transfer``, which ends with it."""
+        """``outbox`` sends by ``transfer``, which ``close`` closes."""
         self._outbox = outbox
         self._transfer = transfer
         self._last_words: dict[str, Callable[[], None]] = {}  # of requests that wait to be fetched

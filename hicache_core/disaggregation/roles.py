@@ -10,9 +10,9 @@ from hicache_core.controller.controller import Controller
 from hicache_core.disaggregation.agreed import AgreedTransfer
 from hicache_core.disaggregation.counted import CountedTransfer
 from hicache_core.disaggregation.decode import DecodeConnector
-from hicache_core.disaggregation.figures import Figures
 from hicache_core.disaggregation.pool_memory import memory_of_pool
 from hicache_core.disaggregation.prefill import Outbox, PrefillConnector
+from hicache_core.disaggregation.transfer_counts import TransferCounts
 from hicache_core.engine.config import EngineConfig
 from hicache_core.engine.runner import Runner
 from hicache_core.engine.scheduler import Clock, Scheduler
@@ -29,13 +29,13 @@ TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class RoleSettings:
-    """What a role is made of.
+    """Settings of a role.
 
     Attributes:
-        mode: prefill or decode.
+        mode: ``prefill`` or ``decode``.
         transfer_backend: name of an installed transfer backend.
-        transfer_settings: its own settings; not shown, since a secret may be among them.
-        timeout_s: a request whose KV is not handed over by then is computed by the decode node.
+        transfer_settings: of that backend; not shown in a repr, since they may hold a secret.
+        timeout_s: the decode node computes a prompt whose KV has not arrived by then.
     """
 
     mode: str
@@ -45,19 +45,19 @@ class RoleSettings:
 
 
 class Role:
-    """One half: give ``make_scheduler`` to the engine, and tell the router the ``address``."""
+    """A prefill or decode node: the engine gets ``make_scheduler``, the router the ``address``."""
 
     def __init__(self, settings: RoleSettings) -> None:
         """Loads the transfer backend's class; opens nothing.
 
         Raises:
-            ConfigError: an unknown mode, or settings that the backend does not have.
-            PluginError: the backend cannot be used.
+            ConfigError: the mode is unknown, or a setting is wrong.
+            PluginError: the backend is not installed, or does not load.
         """
         if settings.mode not in MODES:
             raise ConfigError(f"mode {settings.mode!r} is none of: {', '.join(MODES)}")
         self.settings = settings
-        self.figures = Figures()
+        self.counts = TransferCounts()
         self._class = transfer_backend_class(settings.transfer_backend)
         self._config = transfer_settings(self._class, settings.transfer_settings or {})
         self._transfer: KvTransferBackend | None = None
@@ -73,10 +73,10 @@ class Role:
         clock: Clock,
         ranks: TensorRanks | None = None,
     ) -> Scheduler:
-        """A scheduler whose connector is this half; opens the transfer backend over its pages.
+        """Makes a scheduler with this role's connector, and opens the transfer backend.
 
-        Takes the arguments of ``Scheduler``. With several ranks each has its own role, and all of
-        them enter this.
+        The arguments are those of ``Scheduler``. With several ranks each has a role of its own, and
+        all of them call this: opening is a collective.
 
         Raises:
             TransferError, BrokenBackend: the backend does not open.
@@ -87,12 +87,12 @@ class Role:
         transfer = self._open(memory_of_pool(runner.pool), ranks)
         timeout_s = self.settings.timeout_s
         if self.settings.mode == "prefill":
-            outbox = Outbox(transfer, timeout_s, self.figures)
-            scheduler.relay.listener = outbox
+            outbox = Outbox(transfer, timeout_s, self.counts)
+            scheduler.feed.listener = outbox
             scheduler.connector = PrefillConnector(outbox, transfer)
         else:
             scheduler.connector = DecodeConnector(
-                scheduler, cache, runner.vocabulary, transfer, timeout_s, self.figures
+                scheduler, cache, runner.vocabulary, transfer, timeout_s, self.counts
             )
         return scheduler
 
@@ -109,7 +109,7 @@ class Role:
 
     @property
     def address(self) -> str:
-        """Where decode nodes fetch KV, of this rank; empty before the engine is open."""
+        """Address at which decode nodes fetch KV of this rank; empty before the engine is open."""
         return "" if self._transfer is None else self._transfer.address
 
     @property
@@ -118,7 +118,7 @@ class Role:
         return "" if self._transfer is None else self._transfer.fault
 
     def transfers(self) -> list[TransferStatus]:
-        """What this rank moved, for metrics; nothing before the engine is open."""
+        """The transfers of this rank for metrics; empty before the engine is open."""
         return [] if self._counted is None else [self._counted.status()]
 
     def status(self) -> dict[str, Any]:
@@ -127,5 +127,5 @@ class Role:
             "disaggregation_mode": self.settings.mode,
             "disaggregation_transfer_backend": self.settings.transfer_backend,
             "disaggregation_transfer_address": self.address,
-            "disaggregation": asdict(self.figures),
+            "disaggregation": asdict(self.counts),
         }

@@ -1,4 +1,4 @@
-"""TransferWrapper: a transfer backend around another one; what it does not change goes through."""
+"""TransferWrapper: a transfer backend around another one; passes on what it does not change."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hicache_core.kv_transfer.base import KvTransferBackend, Notice
 
 
 class TransferWrapper(KvTransferBackend):
-    """Passes every call on to ``inner``; a subclass says what it adds."""
+    """Passes every call on to ``inner``; subclasses override methods."""
 
     def __init__(self, inner: KvTransferBackend) -> None:
         """``inner`` is not open yet."""

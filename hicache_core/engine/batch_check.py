@@ -1,4 +1,4 @@
-"""Check of a model before it is batched: whether company changes what it computes."""
+"""Checks a model before it is batched: other sequences in a batch must not change its results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _N_SEQUENCES = 8
 
 
 def check_batches(model: Any, spec: KVSpec, probe: Probe) -> None:
-    """Makes sure that a model computes the same in chunks, and beside others of other lengths.
+    """Checks that a model computes the same in chunks, and in a batch with other lengths.
 
     A prompt is computed by a Runner in two chunks; then the last tokens of several of its prefixes,
     in one batch. They share the pages of the prompt, since each writes the row that is there
@@ -35,7 +35,7 @@ def check_batches(model: Any, spec: KVSpec, probe: Probe) -> None:
         probe: the prompt, and what the model gives for it whole.
 
     Raises:
-        SpecError: it does not; says in what.
+        SpecError: the results differ; the message says where.
     """
     text = model.config.get_text_config(decoder=True)
     if "local" in (getattr(text, "attention_layers", None) or ()):

@@ -1,4 +1,4 @@
-"""Blame: what an error ends, one request or the engine."""
+"""Blame: decides whether an error ends one request or the engine."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from hicache_core.errors import IntegrityError, RankLost, UseAfterClose
 log = logging.getLogger(__name__)
 
 OF_THE_ENGINE = (IntegrityError, RankLost, UseAfterClose)
-"""Errors that are no single request's."""
+"""Errors that concern the whole engine."""
 
 
 class Blame:
     """Ends the request at which something failed, so that the others go on. Owner thread only.
 
-    The engine ends all the same where going on could be wrong: the cache does not add up, the
-    device answers no more, or an error is not there on all ranks.
+    The engine itself ends where going on could give wrong results: the cache is inconsistent, the
+    device no longer answers, or only some of the ranks met the error.
     """
 
     def __init__(
@@ -35,7 +35,15 @@ class Blame:
         tally: Tally,
         end: Callable[[Task, tuple[int, ...], str, str, str], None],
     ) -> None:
-        """``end`` is the scheduler's: tokens, text, reason, and the error in words."""
+        """Keeps its arguments.
+
+        Args:
+            cache: checked after each error.
+            runner: says whether the device still answers.
+            ranks: who computes the model together; None for this process alone.
+            tally: counts the requests that failed.
+            end: ends a request with its last tokens, text, finish reason and error message.
+        """
         self._cache = cache
         self._runner = runner
         self._ranks = ranks
@@ -44,18 +52,18 @@ class Blame:
 
     @contextlib.contextmanager
     def on(self, task: Task) -> Iterator[None]:
-        """What fails inside ends ``task``, and nothing else; raises as ``fail``."""
+        """An exception inside the block ends ``task`` and nothing else; raises as ``fail``."""
         try:
             yield
         except Exception as error:  # whatever it is: the others have nothing to do with it
             self.fail(task, error)
 
     def fail(self, task: Task, error: Exception) -> None:
-        """Ends ``task``, at which ``error`` came.
+        """Ends ``task`` because of ``error``.
 
         Raises:
             Whatever ``check`` raises.
-            IntegrityError: the cache did not outlive the error.
+            IntegrityError: the cache is inconsistent after the error.
         """
         self.check(error)
         log.error("request %s failed", task.request.request_id, exc_info=error)
@@ -66,12 +74,12 @@ class Blame:
         self._cache.check_integrity()
 
     def check(self, error: Exception) -> None:
-        """Returns if ``error`` may be one request's; every rank that met it must come here.
+        """Returns if ``error`` concerns one request only; every rank that met it calls this.
 
         Raises:
-            The error itself, if it is none of a request's.
-            RankLost: another rank has no error at this point: they can no longer go on together.
-            RuntimeError: the device answers no more.
+            The error itself, if it concerns the engine.
+            RankLost: another rank did not meet the error, so the ranks are no longer in step.
+            RuntimeError: the device no longer answers.
         """
         if isinstance(error, OF_THE_ENGINE):
             raise error

@@ -12,17 +12,17 @@ class EngineConfig:
     """Settings of the engine; those of the cache are a ``HiCacheConfig``.
 
     Attributes:
-        max_running: sequences that run at once, at most.
-        max_waiting: requests that wait, at most; one more is refused with ``QueueFull``.
-        chunk_tokens: prompt tokens computed in one step, at most.
+        max_running: maximum number of sequences that run at once.
+        max_waiting: maximum number of queued requests; further ones get ``QueueFull``.
+        chunk_tokens: maximum number of prompt tokens computed in one step.
         device_tokens: room of the device tier in tokens; None for what ``mem_fraction_static``
             leaves on a GPU, and on a CPU for ``CPU_DEVICE_TOKENS`` or one context, the larger.
-        context_length: prompt and answer together, at most; None for what the model was made for.
+        context_length: maximum tokens of prompt and answer together; None for the model's own.
         mem_fraction_static: part of a GPU's memory for weights and device tier together.
-        offload_stride: while decoding, every so many whole pages of a sequence go to the cache, and
-            so to host and storage; 0 for only at the end.
-        stall_timeout_s: a request without progress for so long is a sign that the engine is stuck;
-            longer than any step takes.
+        offload_stride: while a sequence is decoded, its new pages go to the cache, and so to host
+            and storage, each time it has this many; 0 stores them at the end only.
+        stall_timeout_s: a request that makes no progress for this long is reported as stalled; set
+            it longer than any step takes.
     """
 
     max_running: int = 8
@@ -62,11 +62,11 @@ class EngineStatus:
         used_slots: tokens of the device pages that running requests hold.
         tokens_per_s: new tokens, over the last ten seconds.
         prefill_tokens_per_s: prompt tokens computed, over the last ten seconds.
-        finished: requests that ended, for whatever reason, since the start.
-        aborted: those of them that the client left.
-        failed: those of them that ended with an error.
-        preempted: how often a running request had to wait again for lack of room.
-        context_length: prompt and answer together, at most.
+        finished: requests that have ended since the start, for any reason.
+        aborted: requests among them whose client left.
+        failed: requests among them that ended with an error.
+        preempted: how often a running request went back to the queue for lack of pages.
+        context_length: maximum tokens of prompt and answer together.
         error: why the engine stopped; empty while it runs.
         stalled: which request makes no progress, for how long; empty while all of them do.
     """

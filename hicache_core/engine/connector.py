@@ -26,7 +26,7 @@ class Connector:
 
     @property
     def is_busy(self) -> bool:
-        """Whether the engine has to go on stepping for its sake."""
+        """Whether it needs further steps of the engine."""
         return False
 
     def pages(self) -> set[int]:
@@ -54,7 +54,7 @@ class Connector:
         """A request has ended; ``tokens`` are the last ones of its answer."""
 
     def give_up(self) -> None:
-        """Lets go of all requests and pages; nobody is told: something is broken."""
+        """Releases all requests and pages after a failure; no client is told."""
 
     def close(self) -> None:
-        """Ends the transfers; afterwards nobody touches pages of others."""
+        """Ends the transfers; afterwards none of them reads or writes pages."""

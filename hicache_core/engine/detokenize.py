@@ -10,8 +10,8 @@ _INCOMPLETE = "\ufffd"
 class TextStream:
     """Turns tokens into text that never has to be taken back.
 
-    Held back are tokens that end inside a character, and text that may be the beginning of a stop
-    text. The pieces together are what the tokenizer makes of all tokens up to the first stop text.
+    It holds back tokens that end inside a character, and text that may begin a stop text. The
+    pieces together equal what the tokenizer makes of all tokens up to the first stop text.
     """
 
     def __init__(
@@ -33,18 +33,18 @@ class TextStream:
         self._held = ""
 
     def push(self, token: int, *, may_stop: bool = True) -> tuple[str, bool]:
-        """Adds a token: the text that is certain now, and whether a stop text is complete.
+        """Adds a token; returns the text that is final now, and whether a stop text is complete.
 
         Args:
             token: its id.
-            may_stop: False lets a stop text that this token completes pass as any other.
+            may_stop: False treats a stop text that this token completes as ordinary text.
         """
         self._ids.append(token)
         self._held += self._decoded(is_last=False)
         return self._cut(may_stop=may_stop)
 
     def finish(self) -> str:
-        """What is left when no more tokens come."""
+        """The text that was held back, once the last token has been added."""
         text = self._held + self._decoded(is_last=True)
         self._held = ""
         found = self._first_stop(text)

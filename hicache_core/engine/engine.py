@@ -1,4 +1,4 @@
-"""Engine: a model, its cache, and the thread that runs both; the front that others call."""
+"""Engine: a model, its cache and the thread that runs both, with methods for other threads."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from hicache_core.engine import orders
 from hicache_core.engine.batch_check import check_batches
 from hicache_core.engine.config import EngineConfig, EngineStatus
 from hicache_core.engine.detokenize import TextStream
+from hicache_core.engine.feed import Listener
 from hicache_core.engine.limits import Limits
 from hicache_core.engine.logits_rules import LogitsRules
 from hicache_core.engine.model import LoadedModel
 from hicache_core.engine.page_table import PageTable
-from hicache_core.engine.relay import Listener
 from hicache_core.engine.request import Output, Request
 from hicache_core.engine.runner import Runner
 from hicache_core.engine.sampling import Sampler, check_sampling
@@ -52,30 +52,31 @@ OnOutput = Callable[[Output], None]
 Act = Callable[[], None]
 
 _IDLE_S = 0.02
-"""So often an engine without requests looks after its cache, whose writes still go on."""
+"""An engine without requests polls its cache this often, since writes may still be running."""
 
 _STALL_S = 0.005
-"""So long it waits for news of storage when no request can be computed."""
+"""How long it waits for storage when no request can be computed."""
 
 _ONE_RANK_ONLY = (
     "an engine on several ranks has a listener on each of them: let make_scheduler, which every "
-    "rank calls, put it into the scheduler's relay"
+    "rank calls, put it into the scheduler's feed"
 )
 
 
 class Engine:
     """Answers requests with a model whose prefixes come from HiCache.
 
-    One thread of its own runs everything between ``open`` and ``close``. All public methods may be
-    called from any thread; ``call``, ``call_all`` and ``close``, which wait, from any but that one.
+    The engine's own thread runs everything between ``open`` and ``close``. Any thread may call the
+    public methods, except that the engine's thread must not call ``call``, ``call_all`` or
+    ``close``, which wait for it.
 
-    With several ranks each process has an engine with the same arguments. Requests and calls go to
-    that of rank 0, which tells the others once a step; of theirs, only ``open`` and ``join`` are
-    called. Once a rank is gone, all of them stop, and every request ends with ``error``.
-    ``identity`` is the model's, from ``open`` on: tell it of weights that change unseen.
+    With several ranks, each process has an engine with the same arguments. Requests and calls go to
+    the engine of rank 0, which tells the others once a step; on the others only ``open`` and
+    ``join`` are called. When a rank is lost, all ranks stop and every request ends with ``error``.
+    ``identity`` is the model's, from ``open`` on: tell it about weights that change in place.
 
-    When the main thread ends before ``close`` was called, the engine ends too: what runs is
-    aborted, and what is not written yet is lost.
+    If the main thread ends before ``close`` was called, the engine ends too: running requests are
+    aborted, and writes that have not finished are lost.
     """
 
     def __init__(
@@ -121,10 +122,10 @@ class Engine:
         """Builds pools and cache, and starts the thread.
 
         Raises:
-            SpecError: the model cannot be cached, or not be batched; says why.
+            SpecError: the model cannot be cached or batched; the message says why.
             NotEnoughMemory, ConfigError, PluginError, BackendError: as ``HiCache``.
             ConfigError: the model cannot be split over the ranks, its generation config asks for
-                what the engine does not do, or ``context_length`` is beyond what it may be.
+                something that the engine cannot do, or ``context_length`` is too large.
             RankLost: another rank could not open its engine.
         """
         model = self._model.model
@@ -158,10 +159,10 @@ class Engine:
         self._thread.start()
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Takes no more requests, finishes those it has, drains backups; may be called twice.
+        """Refuses new requests, finishes the present ones and drains backups; idempotent.
 
-        What is not finished when ``timeout_s`` is over ends with ``abort``; the cache then gets as
-        long once more for its writes.
+        Requests that have not ended after ``timeout_s`` end with ``abort``; the cache then has the
+        same time again for its writes.
         """
         with self._changed:
             self._drain_s = timeout_s
@@ -171,7 +172,7 @@ class Engine:
             self._thread.join()
 
     def join(self) -> None:
-        """Returns when the thread has ended: on ranks other than 0, once rank 0's does."""
+        """Blocks until the engine's thread has ended; other ranks end together with rank 0."""
         if self._thread is not None:
             self._thread.join()
 
@@ -180,14 +181,15 @@ class Engine:
 
         Args:
             request: what to answer.
-            on_output: called on the engine's thread, at most once a step, the last time with a
+            on_output: called on the engine's thread, at most once a step; the last output has a
                 ``finish_reason``. It must neither block nor raise.
 
         Raises:
             QueueFull: ``max_waiting`` requests wait already.
-            InvalidTokens: the prompt is empty, no tokens of this model, or longer than context or
-                device pool; or a request of this id is under way.
-            ConfigError: sampling parameters out of range, or a hook that no fingerprint names.
+            InvalidTokens: the prompt is empty, has unknown token ids, or does not fit into the
+                context or the device pool; or a request with this id has not ended.
+            ConfigError: a sampling parameter is out of range, or the model has a hook that is not
+                part of its fingerprint.
             UseAfterClose: the engine is not open, closing, or has stopped.
         """
         check_sampling(request.sampling)
@@ -216,7 +218,7 @@ class Engine:
             self._changed.notify()
 
     def abort(self, request_id: str) -> None:
-        """Ends a request with ``abort``, whatever its state; of one that has ended, nothing."""
+        """Ends a request with ``abort``, whatever its state; does nothing if it has ended."""
         with self._changed:
             if request_id in self._tasks:
                 act = partial(self._scheduler.abort, request_id)
@@ -224,19 +226,23 @@ class Engine:
                 self._changed.notify()
 
     def call(self, work: Callable[[HiCache], T], timeout_s: float) -> T:
-        """Runs ``work`` on the engine's thread, between two steps; its result.
+        """Runs ``work`` on the engine's thread, between two steps, and returns its result.
 
-        With several ranks it runs on rank 0 only, so that it may look, and change nothing.
+        With several ranks it runs on rank 0 only, so it must not change the cache.
+
+        Args:
+            work: gets the cache.
+            timeout_s: how long to wait for it.
 
         Raises:
-            TimeoutError: it was not done in time; it may still be done later.
+            TimeoutError: it did not run in time; it may still run later.
             UseAfterClose: the engine is closed.
             Whatever ``work`` raises.
         """
         return self._order(None, work, timeout_s)
 
     def call_all(self, method: str, *arguments: object, timeout_s: float) -> Any:
-        """Calls a method of the cache on the engine's thread, on every rank; rank 0's result.
+        """Calls a method of the cache on every rank's engine thread; returns rank 0's result.
 
         Args:
             method: one of ``ALLOWED_CALLS``.
@@ -244,7 +250,7 @@ class Engine:
             timeout_s: as of ``call``.
 
         Raises:
-            ConfigError: no such method may be called.
+            ConfigError: ``method`` is not one of ``ALLOWED_CALLS``.
             As ``call``.
         """
         call = orders.call_of(method, arguments)
@@ -252,25 +258,25 @@ class Engine:
 
     @property
     def cache(self) -> HiCache:
-        """The cache. Only its ``snapshot`` and ``explain`` are for other threads: see ``call``."""
+        """The cache. Other threads may use its ``snapshot`` and ``explain``; see also ``call``."""
         return self._cache
 
     @property
     def pool(self) -> DevicePool:
-        """The device pages; other threads may read those that their caller keeps locked."""
+        """The device pages; other threads may read pages that stay locked meanwhile."""
         return self._pool
 
     def listen(self, listener: Listener) -> None:
-        """Has ``listener`` told of the KV of prompts; to be called between ``open`` and ``submit``.
+        """Tells ``listener`` about the KV of prompts. Call it after ``open``, before ``submit``.
 
-        ``close`` waits for the pages that it holds, until its time is over: end the listener first.
+        ``close`` waits at most its own time for pages that the listener holds: end it first.
 
         Raises:
             ConfigError: the engine has several ranks.
         """
         if self._ranks is not None:
             raise ConfigError(_ONE_RANK_ONLY)
-        self._scheduler.relay.listener = listener
+        self._scheduler.feed.listener = listener
 
     def status(self) -> EngineStatus:
         """What the engine does now."""
@@ -331,30 +337,30 @@ class Engine:
     def _serve(self) -> None:
         """Steps until everything that came before ``close`` is done, or its time is over."""
         while True:
-            turn, acts = self._next_turn()
+            given, acts = self._next_orders()
             for act in acts:
                 act()
-            if turn.is_over:
+            if given.is_over:
                 self._scheduler.abort_all()
                 self._scheduler.close()
-                self._scheduler.relay.give_up()
+                self._scheduler.feed.give_up()
             is_busy = self._scheduler.is_busy
-            if turn.closing and not is_busy:
+            if given.closing and not is_busy:
                 self._scheduler.close()
-                self._cache.close(turn.drain_s)
+                self._cache.close(given.drain_s)
                 return
             if not self._scheduler.step():
                 self._rest(is_busy)
 
-    def _next_turn(self) -> tuple[orders.Turn, Sequence[Act]]:
+    def _next_orders(self) -> tuple[orders.StepOrders, Sequence[Act]]:
         """What was ordered since the last step; with several ranks one collective, or two."""
         if self._ranks is not None and not self._leads:
             if main_has_ended():
                 raise RankLost(
                     f"the main thread of rank {self._ranks.rank} ended before the engine"
                 )
-            turn = orders.decode(self._ranks.first_text(""))
-            return turn, [self._act_of(order) for order in turn.orders]
+            given = orders.decode(self._ranks.first_text(""))
+            return given, [self._act_of(order) for order in given.orders]
         with self._changed:
             ordered = list(self._orders)
             self._orders.clear()
@@ -364,10 +370,12 @@ class Engine:
         if closing and self._deadline_s == inf:
             self._deadline_s = self._clock() + drain_s
         is_over = self._clock() >= self._deadline_s
-        turn = orders.Turn(tuple(order for order, _ in ordered if order), closing, is_over, drain_s)
+        given = orders.StepOrders(
+            tuple(order for order, _ in ordered if order), closing, is_over, drain_s
+        )
         if self._ranks is not None:
-            self._ranks.first_text(orders.encode(turn))
-        return turn, [act for _, act in ordered]
+            self._ranks.first_text(orders.encode(given))
+        return given, [act for _, act in ordered]
 
     def _act_of(self, order: orders.Order) -> Act:
         """What a rank other than 0 does for an order: the same, and nobody is told."""

@@ -31,7 +31,7 @@ class Generation:
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """Speed behind the first token; 0 where there is no second."""
+        """Tokens a second after the first one; 0.0 for an answer of one token."""
         elapsed = self.total_s - self.ttft_s
         return (len(self.tokens) - 1) / elapsed if elapsed > 0 else 0.0
 

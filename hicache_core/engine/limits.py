@@ -1,4 +1,4 @@
-"""Limits: what a model and its device pool can take."""
+"""Limits: the longest requests that a model and its device pool can serve."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Limits:
 
     Attributes:
         n_slots: tokens of the device pool, in whole pages.
-        context_length: prompt and answer together, at most.
-        vocabulary: tokens that the model knows.
-        eos_token_ids: what ends an answer.
+        context_length: maximum tokens of prompt and answer together.
+        vocabulary: number of token ids; valid ids are below it.
+        eos_token_ids: tokens that end an answer.
     """
 
     n_slots: int
@@ -42,11 +42,17 @@ class Limits:
 
     @classmethod
     def of(cls, loaded: LoadedModel, spec: KVSpec, config: EngineConfig, page_size: int) -> Limits:
-        """Those of a model under a configuration.
+        """The limits of a model under a configuration.
+
+        Args:
+            loaded: the model and its tokenizer.
+            spec: of its KV.
+            config: of the engine.
+            page_size: tokens of a page.
 
         Raises:
-            NotEnoughMemory: ``mem_fraction_static`` leaves no page.
-            ConfigError: the context is longer than the one up to which KV is the same.
+            NotEnoughMemory: ``mem_fraction_static`` leaves no room for a page.
+            ConfigError: ``context_length`` exceeds the length from which the model's KV changes.
         """
         model = loaded.model
         context_length = _context_length(model, config)
@@ -55,12 +61,12 @@ class Limits:
         return cls(n_pages * page_size, context_length, vocabulary_of(model), _ends(loaded))
 
     def agreed(self, ranks: RankGroup, page_size: int) -> Limits:
-        """The same, with the room of the rank that has least; a collective."""
+        """The same limits with the smallest device pool of all ranks. A collective."""
         (n_pages,) = agree_all(ranks, [self.n_slots // page_size])
         return replace(self, n_slots=n_pages * page_size)
 
     def n_new_max(self, request: Request) -> int:
-        """Tokens of the request's answer at most: what is asked, or what there is room for.
+        """Maximum tokens of the request's answer: what it asks for, or what fits.
 
         Raises:
             InvalidTokens: the prompt is empty, has unknown tokens, or leaves no room.

@@ -1,4 +1,4 @@
-"""Loads: the copies to the device that are under way, and the waits for them."""
+"""Loads: the running copies from host to device, and the waits for them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ _SETTLE_S = 0.001
 
 
 class Loads:
-    """What requests wait for that stand on pages of the host. Owner thread only."""
+    """Waits for pages that are copied from the host. Owner thread only."""
 
     def __init__(self, cache: Controller, *, is_alone: bool) -> None:
-        """``is_alone``: no other rank computes the same forwards."""
+        """``is_alone``: True if no other rank computes the same forwards."""
         self._cache = cache
         self._is_alone = is_alone
 
     def wait_layer(self, layer: int) -> None:
-        """Returns when a layer's pages are there, or with several ranks, will never be.
+        """Blocks until a layer's pages are there; with several ranks also until they failed.
 
-        A rank that left a forward would leave the others in it; all start over after it.
+        A rank that left a forward early would leave the others waiting in it, so all ranks finish
+        the forward and start the request over.
 
         Raises:
-            LoadFailed: they will never be, and nobody else waits.
+            LoadFailed: the pages will not come, and this process computes alone.
         """
         try:
             self._cache.wait_layer(layer)
@@ -35,7 +36,7 @@ class Loads:
                 raise
 
     def have_arrived(self, task: Task) -> bool:
-        """Whether a request's prefix is there; from then on something may be stored below it."""
+        """Whether a request's prefix has arrived; only then may pages be stored below it."""
         settle_loads(self._cache)
         if self._cache.n_failed_loads == task.n_failed_loads:
             return True
@@ -45,7 +46,7 @@ class Loads:
 
 
 def settle_loads(cache: Controller) -> None:
-    """Returns when every copy to the device has ended, and all ranks know how."""
+    """Blocks until every copy to the device has ended and all ranks know the outcome."""
     while not cache.loads_settled:
         cache.wait(_SETTLE_S)
         cache.poll()

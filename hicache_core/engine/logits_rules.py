@@ -56,7 +56,7 @@ _NEUTRAL: dict[str, tuple[float, ...]] = {
 
 
 class LogitsRules:
-    """What is done to the logits of every answer of a model. Any thread."""
+    """Rules that change the logits of every answer of a model. Any thread."""
 
     def __init__(self, made: Sequence[LogitsProcessor] = (), begin: Sequence[int] = ()) -> None:
         """Keeps its arguments; ``of`` reads them from a model.
@@ -70,10 +70,10 @@ class LogitsRules:
 
     @classmethod
     def of(cls, model: Any) -> LogitsRules:
-        """Those that ``model.generate`` follows by default.
+        """The rules that ``model.generate`` follows by default.
 
         Raises:
-            ConfigError: the model's generation config asks for something that is not done here.
+            ConfigError: the generation config has a setting that the engine does not support.
         """
         config = getattr(model, "generation_config", None)
         if wrong := [name for name in _NOT_DONE if _value(config, name) is not None]:
@@ -94,7 +94,7 @@ class LogitsRules:
         return cls(made, _value(config, _BEGIN) or ())
 
     def applied(self, logits: torch.Tensor, tokens: array[int], position: int) -> torch.Tensor:
-        """The logits of the next token after all rules; the given ones are left alone.
+        """The logits of the next token after all rules; the input is not changed.
 
         Args:
             logits: (vocabulary,), float32.

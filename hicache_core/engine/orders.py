@@ -1,4 +1,4 @@
-"""Orders: what rank 0 of an engine was asked, in the form in which the other ranks hear of it."""
+"""Orders: what rank 0 of an engine was asked to do, as text for the other ranks."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A method of the cache, one of ``ALLOWED_CALLS``.
+    """A call of a cache method, one of ``ALLOWED_CALLS``.
 
     Attributes:
         method: its name.
@@ -71,12 +71,12 @@ def call_of(method: str, arguments: tuple[object, ...]) -> Call:
 
 
 def called(call: Call, cache: Controller) -> Any:
-    """What the method returns. Owner thread."""
+    """Calls the method and returns its result. Owner thread."""
     return getattr(cache, call.method)(*call.arguments)
 
 
 def follow(call: Call, cache: Controller) -> None:
-    """Calls the method on a rank that has nobody to tell what comes of it. Owner thread."""
+    """Calls the method on a rank other than 0, which answers no one. Owner thread."""
     try:
         called(call, cache)
     except HiCacheError as error:  # the same on rank 0, who tells
@@ -87,14 +87,14 @@ Order: TypeAlias = Add | Abort | Call
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class StepOrders:
     """What the ranks do before their next step.
 
     Attributes:
-        orders: in the order in which they came.
-        closing: the engine ends when nothing is left to do.
-        is_over: the time for that is over; what is left is aborted.
-        drain_s: time for the writes at the end.
+        orders: in the order of their arrival.
+        closing: True if the engine ends as soon as its requests have ended.
+        is_over: True if the time for that has passed, and the remaining requests are aborted.
+        drain_s: seconds for the last writes.
     """
 
     orders: tuple[Order, ...] = ()
@@ -103,23 +103,25 @@ class Turn:
     drain_s: float = 0.0
 
 
-NOTHING = Turn()
+NOTHING = StepOrders()
 
 
-def encode(turn: Turn) -> str:
-    """As text; empty if there is nothing to do."""
-    if turn == NOTHING:
+def encode(given: StepOrders) -> str:
+    """The orders as text; empty for ``NOTHING``."""
+    if given == NOTHING:
         return ""
-    orders = [[type(order).__name__, asdict(order)] for order in turn.orders]
-    return json.dumps([orders, turn.closing, turn.is_over, turn.drain_s])
+    orders = [[type(order).__name__, asdict(order)] for order in given.orders]
+    return json.dumps([orders, given.closing, given.is_over, given.drain_s])
 
 
-def decode(text: str) -> Turn:
-    """The turn that ``encode`` made the text of."""
+def decode(text: str) -> StepOrders:
+    """The orders that ``encode`` turned into ``text``."""
     if not text:
         return NOTHING
     orders, closing, is_over, drain_s = json.loads(text)
-    return Turn(tuple(_order(name, fields) for name, fields in orders), closing, is_over, drain_s)
+    return StepOrders(
+        tuple(_order(name, fields) for name, fields in orders), closing, is_over, drain_s
+    )
 
 
 def _order(name: str, fields: dict[str, Any]) -> Order:

@@ -25,8 +25,8 @@ class PageTable:
 
     Attributes:
         pages: ids in the device pool, one for each page of the sequence, in order.
-        is_sent: somebody else reads ``pages`` beside the engine, and may do so until ``release``:
-            then they stay as they are, mine where the tree has others.
+        is_sent: True if a transfer reads ``pages``. Until ``release`` they then stay the same, even
+            where the tree has other pages with the same tokens.
     """
 
     def __init__(self, cache: Controller, namespace: Namespace, priority: int) -> None:

@@ -17,7 +17,7 @@ EachLayer = Callable[[int], None]
 
 
 def nothing(layer: int) -> None:
-    """What is done at a layer where nothing is to be done."""
+    """A layer callback that does nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,8 @@ class Past:
 
     Attributes:
         last_token: its id.
-        n_tokens: tokens in pages, which is the position of ``last_token``.
-        pages: with room for one token more.
+        n_tokens: tokens in pages; also the position of ``last_token``.
+        pages: ids of its pages, with room for one more token.
     """
 
     last_token: int

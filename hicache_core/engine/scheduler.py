@@ -13,9 +13,9 @@ from hicache_core.controller.controller import Controller
 from hicache_core.engine.blame import Blame
 from hicache_core.engine.config import EngineConfig
 from hicache_core.engine.connector import Connector
+from hicache_core.engine.feed import KvFeed
 from hicache_core.engine.loads import Loads
 from hicache_core.engine.rate import Rate
-from hicache_core.engine.relay import Relay
 from hicache_core.engine.request import CachedTokens
 from hicache_core.engine.runner import Past, Runner, nothing
 from hicache_core.engine.tally import Tally
@@ -32,7 +32,7 @@ Clock = Callable[[], float]
 
 
 class MakeScheduler(Protocol):
-    """Makes the scheduler of an engine: ``Scheduler`` itself, or what adds something to it."""
+    """Makes the scheduler of an engine: the class ``Scheduler``, or a function that extends one."""
 
     def __call__(
         self,
@@ -51,15 +51,16 @@ class MakeScheduler(Protocol):
 class Scheduler:
     """Continuous batching over the pages of one cache. Owner thread only.
 
-    Every decision follows from the requests, in the order in which they came, and from what the
-    cache says; never from a clock. So with several ranks all of them decide alike.
+    Decisions depend on the requests, in order of arrival, and on what the cache says; never on a
+    clock. So all ranks decide alike.
 
-    Room: a request is started when the pages of its prompt are there, and gets more page by page.
-    Where there is none, the request that is last in order gives up its pages (whole ones stay in
-    the cache) and waits again. The first in order never gives up: it ends, since it alone fits into
-    the pool, and so in turn does every other.
+    Room: a request starts when there are pages for its whole prompt, and then gets one page at a
+    time. If there is none, the request that is last in order gives up its pages (complete ones stay
+    in the cache) and waits again. The first in order never gives up. It fits into the pool alone,
+    so it ends; the same then holds for the next one.
 
-    Errors: what fails for one request ends that one. A batch that fails is computed one by one.
+    Errors: an error of one request ends that request only. A batch that fails is computed again,
+    one request at a time.
     """
 
     def __init__(
@@ -72,18 +73,18 @@ class Scheduler:
         clock: Clock,
         ranks: TensorRanks | None = None,
     ) -> None:
-        """Joins its parts; ``connector`` and ``relay.listener`` may be set before the first call.
+        """Joins its parts; ``connector`` and ``feed.listener`` may be set before the first call.
 
         Args:
-            cache: the prefixes; its device pool is the runner's.
-            runner: the model.
-            config: how much at once.
-            n_pages: of the device pool.
-            clock: seconds.
-            ranks: who computes the model together; None for this process alone.
+            cache: has the prefixes; its device pool is the runner's.
+            runner: computes the model.
+            config: limits on what runs at once.
+            n_pages: size of the device pool.
+            clock: seconds, monotonic.
+            ranks: the ranks that compute the model together; None for this process alone.
         """
         self.tally = Tally()
-        self.relay = Relay()
+        self.feed = KvFeed()
         self.connector = Connector()
         self.loads = Loads(cache, is_alone=ranks is None)
         self.blame = Blame(cache, runner, ranks, self.tally, self._end)
@@ -103,19 +104,19 @@ class Scheduler:
 
     @property
     def n_waiting(self) -> int:
-        """Requests that wait."""
+        """Number of waiting requests."""
         return len(self._waiting) + self.connector.n_waiting
 
     @property
     def n_running(self) -> int:
-        """Requests that hold pages."""
+        """Number of requests that hold pages."""
         return len(self._running) + self.connector.n_running
 
     @property
     def is_busy(self) -> bool:
         """Whether a request waits or runs, or its pages or its client still wait for a transfer."""
         has_any = bool(self._waiting or self._running)
-        return has_any or self.relay.is_holding or self.connector.is_busy
+        return has_any or self.feed.is_holding or self.connector.is_busy
 
     @property
     def n_used_pages(self) -> int:
@@ -149,27 +150,32 @@ class Scheduler:
             self.abort(request_id)
 
     def give_up(self) -> None:
-        """Lets go of all pages; nothing is stored and nobody told: something is broken."""
+        """Releases all pages after a failure; nothing is stored and no client is told."""
         for task in self._running.values():
             task.table.release()
-        self.relay.give_up()
+        self.feed.give_up()
         self._running.clear()
         self._waiting.clear()
         self.connector.give_up()
 
     def close(self) -> None:
-        """Ends what works beside the scheduler; afterwards nobody touches pages of others."""
+        """Ends the connector; afterwards no transfer reads or writes pages."""
         self.connector.close()
 
     # What a connector calls, beside ``queue``.
 
     def may_start(self, task: Task, n_others: int) -> bool:
-        """Whether a request may have its pages now, beside ``n_others`` of the connector's."""
+        """Whether a request may get its pages now.
+
+        Args:
+            task: the request.
+            n_others: requests that the connector has started and the scheduler does not know yet.
+        """
         n_busy = len(self._running) + n_others
         return n_busy < self._config.max_running and self._has_room_for(task)
 
     def go_on(self, task: Task, token: int) -> None:
-        """The KV of a prompt is in the request's pages, and ``token`` the first of its answer."""
+        """Runs a request whose whole prompt is in its pages; ``token`` begins its answer."""
         task.note(first_scheduled=self._clock(), first_token=self._clock())
         task.n_computed = task.n_prompt
         self._running[task.request.request_id] = task
@@ -179,13 +185,16 @@ class Scheduler:
     # A step.
 
     def step(self) -> bool:
-        """Computes a chunk of prompts and one token of each running answer; whether it did any.
+        """Computes a chunk of prompts and one token of each running answer.
+
+        Returns:
+            Whether anything was computed.
 
         Raises:
             RankLost: another rank died, or does not answer.
         """
         self._cache.poll()
-        self.relay.step()
+        self.feed.step()
         self.connector.step()
         decoding = [task for task in self._in_order() if task.decodes]
         n_prefilled = self._prefill(self._config.chunk_tokens)
@@ -196,7 +205,7 @@ class Scheduler:
         return sorted(self._running.values(), key=lambda task: task.order)
 
     def _used_pages(self) -> set[int]:
-        beside = self.relay.pages() | self.connector.pages()
+        beside = self.feed.pages() | self.connector.pages()
         return beside.union(*(task.table.pages for task in self._running.values()))
 
     # Prompts.
@@ -276,7 +285,7 @@ class Scheduler:
         task.note(first_scheduled=self._clock())
         task.n_computed = loaded.n_tokens
         self._running[task.request.request_id] = self._waiting.pop(task.request.request_id)
-        self.relay.begin(task)
+        self.feed.begin(task)
         return True
 
     def _has_room_for(self, task: Task) -> bool:
@@ -325,7 +334,7 @@ class Scheduler:
                 start,
                 task.table.pages,
                 before_layer=before_layer,
-                after_layer=self.relay.after_layer(task, start + n_tokens),
+                after_layer=self.feed.after_layer(task, start + n_tokens),
             )
         except LoadFailed as error:
             log.warning("request %s starts over: %s", task.request.request_id, error)
@@ -432,7 +441,7 @@ class Scheduler:
 
     def _let_wait(self, task: Task) -> None:
         """Takes the pages away from a running request."""
-        self.relay.release(task)
+        self.feed.release(task)
         task.n_computed = 0
         self._waiting[task.request.request_id] = self._running.pop(task.request.request_id)
 
@@ -447,7 +456,7 @@ class Scheduler:
             self._cache.finish_prefetch(request_id)
         if self._running.pop(request_id, None) is not None and not error:
             self._store(task)
-        self.relay.release(task)
+        self.feed.release(task)
         self.tally.finished += 1
         self._progress(task)
         task.note(finished=self._clock())

@@ -22,10 +22,10 @@ _MLP_COLUMNS = ("mlp.gate_proj", "mlp.up_proj")
 
 
 def check_split(config: Any, n_ranks: int) -> None:
-    """Makes sure that a model can be split; reads its configuration only.
+    """Checks that a model can be split over ``n_ranks``; reads its configuration only.
 
     Raises:
-        ConfigError: it cannot be split over ``n_ranks``; says what it can be split over.
+        ConfigError: it cannot; the message names the numbers of ranks that are possible.
     """
     if n_ranks == 1:
         return
@@ -47,7 +47,7 @@ def check_split(config: Any, n_ranks: int) -> None:
 
 
 def shard(model: Any, spec: KVSpec, ranks: TensorRanks) -> KVSpec:
-    """Leaves of ``model`` what this rank computes; enters no collective.
+    """Cuts ``model`` down to what this rank computes; enters no collective.
 
     Query, key, value, gate and up projections keep the rank's outputs (whole heads), output and
     down projections the rank's inputs, and their results are added up over the ranks in each
@@ -56,7 +56,7 @@ def shard(model: Any, spec: KVSpec, ranks: TensorRanks) -> KVSpec:
     Args:
         model: a transformers ``…ForCausalLM`` in eval mode; cut in place.
         spec: of its whole KV.
-        ranks: who computes together.
+        ranks: the ranks that compute it together.
 
     Returns:
         The spec of the heads that this rank keeps.

@@ -1,4 +1,4 @@
-"""Tally: how many requests went which way."""
+"""Tally: counts requests by how they ended."""
 
 from __future__ import annotations
 

@@ -117,7 +117,14 @@ class Task:
     def emit(
         self, tokens: tuple[int, ...], text: str, finish_reason: str | None, error: str = ""
     ) -> None:
-        """Tells the client."""
+        """Sends an output to the client.
+
+        Args:
+            tokens: new since the last output.
+            text: what they add.
+            finish_reason: None while more is to come.
+            error: what went wrong, for ``error``.
+        """
         self._on_output(
             Output(
                 request_id=self.request.request_id,
@@ -133,7 +140,7 @@ class Task:
         )
 
     def tell_by(self, through: Callable[[OnOutput, Output], None]) -> None:
-        """Has ``through`` decide when the client is told; it gets who tells, and the output."""
+        """Passes each output to ``through``, with the function that sends it to the client."""
         self._on_output = partial(through, self._on_output)
 
     def note(self, **times: float) -> None:
@@ -143,7 +150,13 @@ class Task:
 
 
 def cached_of(match: Match, loaded: Match, from_storage: int) -> CachedTokens:
-    """Where the tokens were that need not be computed."""
+    """Cached tokens of a prompt by tier.
+
+    Args:
+        match: what the cache had.
+        loaded: what is on the device after the load.
+        from_storage: tokens that a prefetch brought.
+    """
     if loaded.n_tokens < match.n_tokens:  # no room on the device for what the host has
         return CachedTokens(device=loaded.n_tokens)
     storage = min(from_storage, match.n_host_tokens)

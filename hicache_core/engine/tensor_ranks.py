@@ -16,12 +16,13 @@ MEET_S = 10.0
 
 
 class TensorRanks(TorchRankGroup):
-    """A rank group that also adds up what its ranks computed, and tells what rank 0 decided.
+    """A rank group that also sums tensors over its ranks and distributes decisions of rank 0.
 
-    One thread of each rank enters everything, the cache's agreements among it, in the same order.
+    One thread of each rank calls all methods, in the same order on each rank; this includes the
+    collectives of the cache.
 
     Attributes:
-        meet_s: so much later may an error come on one rank than on another.
+        meet_s: seconds by which an error may come later on one rank than on another.
 
     Raises:
         RankLost: from every method, as the base's.
@@ -43,13 +44,13 @@ class TensorRanks(TorchRankGroup):
         return total.to(part.device, part.dtype)
 
     def first_numbers(self, numbers: Sequence[int]) -> list[int]:
-        """Those of rank 0; every rank gives as many."""
+        """The numbers of rank 0; each rank passes the same count."""
         told = torch.tensor(list(numbers), dtype=torch.int64)
         self._broadcast(told)
         return [int(number) for number in told]
 
     def first_text(self, text: str) -> str:
-        """That of rank 0; what the others give does not matter."""
+        """The text of rank 0; the others' argument is ignored."""
         data = text.encode()
         (length,) = self.first_numbers([len(data)])
         if length == 0:

@@ -1,4 +1,4 @@
-"""Watchdog: says which request makes no progress, for whoever asks whether the engine is well."""
+"""Watchdog: finds a request that makes no progress, for health checks."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from hicache_core.engine.task import Task
 
 
 class Watchdog:
-    """Looks at requests from outside: the engine's own thread may be the one that is stuck."""
+    """Looks at requests from another thread, since the engine's own may be stuck."""
 
     def __init__(self, limit_s: float, clock: Callable[[], float]) -> None:
-        """Without progress for more than ``limit_s`` of ``clock``, a request is stalled."""
+        """A request without progress for more than ``limit_s`` seconds of ``clock`` is stalled."""
         self._limit_s = limit_s
         self._clock = clock
 
     def look(self, tasks: Iterable[Task], progressed_s: float) -> str:
-        """A sentence on the first request that is stalled; empty if none is. Any thread.
+        """A sentence about the first stalled request; empty if none is stalled. Any thread.
 
         A request whose answer is being decoded gets a token each step. Any other waits for its
         turn: it is stalled only while nobody else makes progress either.

@@ -24,13 +24,13 @@ class TransferConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class TransferContext:
-    """What a transfer backend may know about the process that uses it.
+    """What a transfer backend knows about the process that uses it.
 
     Attributes:
-        memory: the pages of this rank, in memory that the CPU can access.
-        rank: number of this process among those that hold one model together.
-        world_size: number of these processes.
-        on_notice: called on any thread when ``poll`` has something new; must not block.
+        memory: the pages of this rank, in memory that the CPU can address.
+        rank: index of this process among the ranks of one model.
+        world_size: number of ranks.
+        on_notice: called from any thread when ``poll`` has a new notice; must not block.
     """
 
     memory: PageMemory
@@ -44,7 +44,7 @@ class TransferState(enum.Enum):
 
     ARRIVED = "arrived"  # every row is in the pages, and its checksum was right
     SENT = "sent"  # every receiver has confirmed it
-    FAILED = "failed"  # the rows count for nothing
+    FAILED = "failed"  # the rows must not be used
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +56,9 @@ class Notice:
     Attributes:
         room: the number that identifies the request on both sides.
         state: how it ended.
-        error: the failure, in words; empty unless FAILED.
+        error: what went wrong, in words; empty unless FAILED.
         error_kind: class name of the error; empty unless FAILED.
-        note: the bytes that the sender gave to ``finish``; empty unless ARRIVED.
+        note: what the sender gave to ``finish``; empty unless ARRIVED.
         nbytes: bytes of rows that were moved.
         elapsed_s: seconds since ``offer`` or ``receive``.
     """
@@ -75,9 +75,9 @@ class Notice:
 class KvTransferBackend(ABC):
     """Moves the KV of requests between the page memories of two nodes, layer by layer.
 
-    A request has a *room*, a number that both sides know. The prefill node offers its pages in the
-    room and reports for each layer which tokens are computed. The decode node receives the tokens
-    that it lacks into pages of its own. The side that comes first waits for the other.
+    A request has a *room*, a number that both sides know. The prefill node offers its pages under
+    this number and reports, layer by layer, which tokens are computed. The decode node receives the
+    tokens that it lacks into pages of its own. Either side may come first and waits for the other.
 
     ::
 
@@ -89,11 +89,12 @@ class KvTransferBackend(ABC):
         finish(room, note)                 ──→      poll() → ARRIVED, note
         poll() → SENT
 
-    Threads: one thread, the owner of the pages, calls all methods. Only ``close`` waits for a peer.
-    Each room ends with one notice within its time, even if the peer dies, hangs, restarts or has
-    another model.
+    Threads: the owner of the pages calls all methods. Only ``close`` may wait for a peer. Each room
+    ends with exactly one notice within its ``timeout_s``, even if the peer dies, hangs, restarts or
+    serves another model.
 
-    Until the notice, the pages of a room stay allocated, and rows that were sent do not change.
+    Until the notice of a room, the caller keeps its pages allocated and does not change rows that
+    it has sent.
     """
 
     name: ClassVar[str]
@@ -118,9 +119,9 @@ class KvTransferBackend(ABC):
 
     @abstractmethod
     def close(self, timeout_s: float = 5.0) -> None:
-        """Ends all rooms (FAILED) and all threads; a second call does nothing.
+        """Ends all rooms (FAILED) and all threads within about ``timeout_s``; idempotent.
 
-        Afterwards the page memory may be freed, and ``poll`` still gives the last notices.
+        Afterwards the page memory may be freed; ``poll`` still returns the last notices.
         """
 
     @property
@@ -135,46 +136,47 @@ class KvTransferBackend(ABC):
 
     @property
     def n_connections(self) -> int | None:
-        """Open connections to peers; None if they are not counted. Any thread."""
+        """Number of open connections to peers; None if the backend does not count. Any thread."""
         return None
 
     @abstractmethod
     def introduce(self, addresses: Sequence[str]) -> None:
-        """Takes the addresses of all ranks of this node, by rank; called once, after ``open``.
+        """Takes the addresses of all ranks of this node, by rank. Called once, after ``open``.
 
-        Receivers that know only one of them learn the others from it.
+        A receiver that knows the address of one rank learns the others from it.
         """
 
     @abstractmethod
     def offer(self, room: int, n_tokens: int, timeout_s: float) -> None:
-        """Promises the rows of ``n_tokens`` tokens to the receivers of a room.
+        """Offers the rows of ``n_tokens`` tokens to the receivers of a room; returns at once.
 
         Args:
             room: number of the request, below 2**63.
-            n_tokens: tokens of the prompt.
-            timeout_s: seconds after which the room is FAILED unless all receivers have everything.
+            n_tokens: length of the prompt.
+            timeout_s: the room fails if some receiver lacks rows by then.
 
         Raises:
-            TransferError: the room is taken.
+            TransferError: the number is in use.
         """
 
     @abstractmethod
     def send(self, room: int, pages: Sequence[int], layer: int, start: int, stop: int) -> None:
-        """Reports that rows [start, stop) of ``layer`` are final, so that receivers can get them.
+        """Declares rows [start, stop) of ``layer`` final, so that receivers may have them.
 
-        Ranges of a layer follow each other without a gap. Does nothing if the room has ended.
+        Returns at once. The ranges of a layer follow each other without a gap. A call for a room
+        that has ended does nothing.
 
         Args:
             room: number of the request.
-            pages: pages of tokens 0 to stop, in order; the caller does not change them.
-            layer: index among the layers of this rank.
-            start: first token.
-            stop: the token after the last one.
+            pages: ids of the pages of tokens 0 to stop, in order.
+            layer: index among the layers in memory.
+            start: position of the first token.
+            stop: position after the last token.
         """
 
     @abstractmethod
     def finish(self, room: int, note: bytes) -> None:
-        """Reports that all layers are final; every receiver gets ``note`` (at most 64 KiB)."""
+        """Ends the sending of a room; every receiver gets ``note``, at most 64 KiB."""
 
     @abstractmethod
     def receive(
@@ -189,23 +191,25 @@ class KvTransferBackend(ABC):
 
         Args:
             room: number of the request.
-            addresses: of all ranks of the prefill node, or of one that was introduced to the
-                others; the handshakes decide which rank sends which heads.
-            pages: pages of tokens 0 to stop; those before start are not touched.
-            tokens: (start, stop); a receiver that has a prefix already begins after it.
-            timeout_s: seconds after which the room is FAILED unless everything has arrived.
+            addresses: of all ranks of the prefill node, or of one that knows the others. They
+                tell which rank has which heads.
+            pages: ids of the pages of tokens 0 to stop; rows before start are not written.
+            tokens: (start, stop); start is the length of the prefix that is here already.
+            timeout_s: the room fails if rows are missing by then.
 
         Raises:
-            TransferError: the room is taken.
+            TransferError: the number is in use.
         """
 
     @abstractmethod
     def cancel(self, room: int, reason: str) -> None:
         """Gives up a room, as sender or receiver; its notice (FAILED) follows.
 
-        Does nothing for an unknown room.
+        Args:
+            room: number of the request; an unknown one is ignored.
+            reason: for the peer and for the notice.
         """
 
     @abstractmethod
     def poll(self) -> list[Notice]:
-        """The rooms that have ended since the last call; fails those whose time is over."""
+        """Notices of the rooms that ended since the last call; fails rooms that are overdue."""

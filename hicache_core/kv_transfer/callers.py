@@ -9,14 +9,14 @@ from hicache_core.kv_transfer.wire import Connection
 
 
 class Callers:
-    """Connections: strangers before the handshake, guests after it. Any thread.
+    """Counts connections: strangers before their handshake, guests after it. Any thread.
 
-    There may be ``limit`` of each. If there are too many strangers, a new one cuts off the oldest,
+    There may be ``limit`` of each. If there are too many strangers, a new one replaces the oldest,
     so that silent connections cannot keep others out.
     """
 
     def __init__(self, limit: int) -> None:
-        """Starts without connections."""
+        """No connections yet."""
         self._limit = limit
         self._lock = threading.Lock()
         self._strangers: dict[Connection, None] = {}  # in the order in which they came

@@ -25,7 +25,7 @@ class Carrier(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Unregisters the memory; all rooms have ended."""
+        """Unregisters the memory; called when all rooms have ended."""
 
     @abstractmethod
     def greeting(self, reached_at: str) -> dict[str, Any]:

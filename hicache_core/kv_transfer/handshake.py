@@ -1,4 +1,4 @@
-"""The handshake of two nodes: they compare models and decide which rank sends which heads."""
+"""The handshake of two nodes: it checks that their models agree, and who sends which heads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Welcome:
     """What a sender tells a receiver about itself.
 
     Attributes:
-        heads: KV heads that it holds.
+        heads: of the model that the sender has.
         carrier: the greeting of its carrier.
         others: addresses of the other ranks of its node.
     """
@@ -34,10 +34,10 @@ class Want:
     """What a receiver asks a sender for.
 
     Attributes:
-        heads: KV heads of the model; None if it wants none of this sender.
-        start: first token.
-        stop: the token after the last one.
-        rank: rank of the receiver.
+        heads: of the model; None to ask this sender for no rows.
+        start: position of the first token.
+        stop: position after the last token.
+        rank: of the receiver.
         n_receivers: number of ranks that receive this room.
     """
 
@@ -49,13 +49,7 @@ class Want:
 
 
 def hello_of(memory: PageMemory, rank: int, world_size: int) -> dict[str, Any]:
-    """HELLO, the first message of a receiver, as JSON.
-
-    Args:
-        memory: page memory of the receiver.
-        rank: its rank.
-        world_size: number of ranks of its node.
-    """
+    """The first message of a receiver, as JSON."""
     return {
         "protocol": PROTOCOL,
         "identity": memory.identity(),
@@ -65,11 +59,11 @@ def hello_of(memory: PageMemory, rank: int, world_size: int) -> dict[str, Any]:
 
 
 def check_hello(hello: dict[str, Any], memory: PageMemory) -> None:
-    """Checks that a receiver may get rows of ``memory``.
+    """Checks that a receiver may have rows of ``memory``.
 
     Raises:
-        PeerRefused: it has another protocol version, or its model, dtype, page size or layers
-            differ; the message names each difference.
+        PeerRefused: its protocol version, model, dtype, page size or layers differ; the message
+            names each difference.
     """
     if hello.get("protocol") != PROTOCOL:
         raise PeerRefused(
@@ -93,23 +87,17 @@ def check_hello(hello: dict[str, Any], memory: PageMemory) -> None:
 def welcome_of(
     memory: PageMemory, carrier: dict[str, Any], others: Sequence[str]
 ) -> dict[str, Any]:
-    """WELCOME, the answer of a sender, as JSON.
-
-    Args:
-        memory: page memory of the sender.
-        carrier: the greeting of its carrier.
-        others: addresses of the other ranks of its node.
-    """
+    """The content of a WELCOME frame, as JSON."""
     return {"heads": list(memory.heads), "carrier": carrier, "others": list(others)}
 
 
 def welcomed_of(value: dict[str, Any], address: str) -> Welcome:
-    """Parses WELCOME of the sender at ``address``.
+    """Reads the WELCOME of the sender at ``address``.
 
-    If the address of another rank is not reachable from here, the host of this sender is used.
+    If another rank's address cannot be used from here, the host of this sender replaces it.
 
     Raises:
-        TransferError: it is malformed.
+        TransferError: the message is malformed.
     """
     host = address.rpartition(":")[0]
     try:
@@ -128,20 +116,15 @@ def welcomed_of(value: dict[str, Any], address: str) -> Welcome:
 
 
 def want_of(heads: Heads | None, tokens: tuple[int, int]) -> dict[str, Any]:
-    """WANT, as JSON."""
+    """The content of a WANT frame, as JSON."""
     return {"heads": heads, "start": tokens[0], "stop": tokens[1]}
 
 
 def wanted_of(value: dict[str, Any], hello: dict[str, Any], memory: PageMemory) -> Want:
-    """Parses and checks WANT.
-
-    Args:
-        value: the JSON object.
-        hello: HELLO of the same receiver.
-        memory: page memory of the sender.
+    """Reads a WANT.
 
     Raises:
-        TransferError: it is malformed, or asks for heads that are not here.
+        TransferError: the message is malformed, or asks for rows that are not here.
     """
     heads = value.get("heads")
     rank, n_receivers = hello.get("rank"), hello.get("world_size")
@@ -165,7 +148,7 @@ def wanted_of(value: dict[str, Any], hello: dict[str, Any], memory: PageMemory) 
 
 
 def divide(missing: Sequence[Heads], offered: Heads) -> tuple[Heads | None, list[Heads]]:
-    """The heads to ask a sender of ``offered`` for, and those that are still missing then.
+    """Which heads to ask a sender of ``offered`` for, and which are still missing then.
 
     ::
 

@@ -17,9 +17,9 @@ class PageMemory:
     """The pages of one rank, as bytes.
 
     Attributes:
-        spec: shape of a token's row, and the heads of the model that this rank holds.
+        spec: layout of a token's row, and the heads of the model that this rank has.
         page_size: tokens of a page.
-        n_pages: pages.
+        n_pages: number of pages.
         regions: ``regions[component][layer]``, a writable memoryview of bytes in which page p
             starts at ``p * page_size * row_nbytes`` of the component.
     """
@@ -30,7 +30,7 @@ class PageMemory:
     regions: Sequence[Sequence[memoryview]]
 
     def __post_init__(self) -> None:
-        """Raises SpecError for regions that do not hold the pages of the spec."""
+        """Raises SpecError if the regions do not match the pages of the spec."""
         if len(self.regions) != len(self.spec.components):
             raise SpecError(
                 f"need regions of {len(self.spec.components)} components, got {len(self.regions)}"
@@ -45,7 +45,7 @@ class PageMemory:
                 )
 
     def identity(self) -> dict[str, object]:
-        """What must be equal on both sides, except the heads that they hold; JSON types only."""
+        """What must be equal on both sides, whichever heads they have; JSON types only."""
         start, stop, total = self.spec.heads
         return {
             "model_fingerprint": self.spec.model_fingerprint,
@@ -59,7 +59,7 @@ class PageMemory:
 
     @property
     def heads(self) -> Heads:
-        """The KV heads of the model that this rank holds."""
+        """The KV heads of the model that this rank has."""
         return self.spec.heads[:2]
 
     def segments(
@@ -71,11 +71,11 @@ class PageMemory:
         divided. If all heads of this rank are wanted, adjacent pages are one segment.
 
         Args:
-            layer: index among the layers of this rank.
-            pages: pages of the sequence, from its token 0 on.
-            start: first token.
-            stop: the token after the last one.
-            heads: some or all of the heads of this rank.
+            layer: index among the layers in memory.
+            pages: ids of the pages of the sequence, from its token 0 on.
+            start: position of the first token.
+            stop: position after the last token.
+            heads: a part of the heads that this rank has.
         """
         first, last = self.heads
         if not first <= heads[0] < heads[1] <= last:

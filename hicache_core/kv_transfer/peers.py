@@ -1,4 +1,4 @@
-"""PeerTransfer: the shared part of transfer backends over connections: listener, rooms, notices."""
+"""PeerTransfer: the common part of transfer backends over connections: listener, rooms, notices."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from hicache_core.kv_transfer.base import (
 )
 from hicache_core.kv_transfer.callers import Callers
 from hicache_core.kv_transfer.carrier import Carrier
-from hicache_core.kv_transfer.receiving import Intake, Receiver, connection_to
+from hicache_core.kv_transfer.receiving import Receiver, ReceivingRoom, connection_to
 from hicache_core.kv_transfer.room import PastRooms, Room
 from hicache_core.kv_transfer.secret import MIN_LENGTH, SharedSecret
-from hicache_core.kv_transfer.sending import Offer, Sender
+from hicache_core.kv_transfer.sending import Sender, SendingRoom
 from hicache_core.kv_transfer.wire import (
     LEAST_NBYTES_PER_S,
     MAX_NOTE_NBYTES,
@@ -42,24 +42,25 @@ MAX_ROOM = 2**63
 # How long a receiver may wait for a request that has not reached this node's engine.
 MAX_WAIT_S = 3600.0
 ACCEPT_PAUSE_S = 0.1
-"""Seconds between attempts to accept a connection while file descriptors or threads run out."""
+"""Pause between two tries to accept a connection while file descriptors or threads run out."""
 FAULT_S = 1.0
-"""Seconds for which a failed attempt counts as a fault."""
+"""How long a failed try counts as a fault."""
 
 
 class PeerConfig(TransferConfig):
     """Settings of backends that connect.
 
     Attributes:
-        host: address to listen on; ``0.0.0.0`` is for all interfaces, and peers then keep using
-            the address at which they reached this node.
-        port: port to listen on; 0 for any free port.
-        advertise: the host that peers are told, if it differs from ``host``.
-        idle_timeout_s: a peer is lost if it makes no progress for so many seconds.
-        least_nbytes_per_s: rows that move slower than this do not count as progress.
-        ping_s: seconds between two signs of life of a sender.
-        max_connections: receivers served at the same time; as many more may be in the handshake.
-        secret: secret that both nodes must know, at least 16 characters; None for no check.
+        host: address to listen on; with ``0.0.0.0`` peers keep using the address under which they
+            reached this node.
+        port: to listen on; 0 for any free one.
+        advertise: host name or address for peers, if it differs from ``host``.
+        idle_timeout_s: a peer without progress for this long is lost.
+        least_nbytes_per_s: slower transfers count as no progress.
+        ping_s: how often a sender shows that it is alive.
+        max_connections: maximum number of receivers served at once; the same number of
+            connections may be in their handshake.
+        secret: shared by both nodes, at least 16 characters; None for no authentication.
     """
 
     host: str = "127.0.0.1"
@@ -73,7 +74,7 @@ class PeerConfig(TransferConfig):
 
 
 class PeerTransfer(KvTransferBackend):
-    """A transfer backend whose rooms use connections; the carrier moves the rows."""
+    """A transfer backend with one conversation for each receiver; a carrier moves the rows."""
 
     Config = PeerConfig
 
@@ -98,8 +99,8 @@ class PeerTransfer(KvTransferBackend):
         self._callers = Callers(config.max_connections)
         self._lock = threading.Lock()
         self._notices: deque[Notice] = deque()
-        self._offers: dict[int, Offer] = {}
-        self._intakes: dict[int, Intake] = {}
+        self._offers: dict[int, SendingRoom] = {}
+        self._intakes: dict[int, ReceivingRoom] = {}
         self._ended = PastRooms()
         self._closed = False
         secret = config.secret
@@ -178,7 +179,7 @@ class PeerTransfer(KvTransferBackend):
     def offer(self, room: int, n_tokens: int, timeout_s: float) -> None:
         # docstring inherited
         self._check_new(room, self._offers)
-        offer = Offer(room, n_tokens, timeout_s, self._clock, self._settled(self._offers))
+        offer = SendingRoom(room, n_tokens, timeout_s, self._clock, self._settled(self._offers))
         with self._sender.arrived:
             self._offers[room] = offer
             deserted = self._sender.deserted.pop(room, None)
@@ -209,7 +210,9 @@ class PeerTransfer(KvTransferBackend):
     ) -> None:
         # docstring inherited
         self._check_new(room, self._intakes)
-        intake = Intake(room, pages, tokens, timeout_s, self._clock, self._settled(self._intakes))
+        intake = ReceivingRoom(
+            room, pages, tokens, timeout_s, self._clock, self._settled(self._intakes)
+        )
         self._intakes[room] = intake
         intake.enter()
         try:
@@ -238,7 +241,9 @@ class PeerTransfer(KvTransferBackend):
     def _rooms(self) -> list[Room]:
         return [*self._offers.values(), *self._intakes.values()]
 
-    def _check_new(self, room: int, rooms: dict[int, Offer] | dict[int, Intake]) -> None:
+    def _check_new(
+        self, room: int, rooms: dict[int, SendingRoom] | dict[int, ReceivingRoom]
+    ) -> None:
         if self._closed or self._listener is None:
             raise UseAfterClose("the transfer backend is not open")
         if not 0 <= room < MAX_ROOM:
@@ -246,7 +251,9 @@ class PeerTransfer(KvTransferBackend):
         if room in rooms:
             raise TransferError(f"room {room} is taken by another request")
 
-    def _settled(self, rooms: dict[int, Offer] | dict[int, Intake]) -> Callable[[Notice], None]:
+    def _settled(
+        self, rooms: dict[int, SendingRoom] | dict[int, ReceivingRoom]
+    ) -> Callable[[Notice], None]:
         def settled(notice: Notice) -> None:
             if rooms is self._offers:
                 self._remember(notice)
@@ -262,7 +269,7 @@ class PeerTransfer(KvTransferBackend):
             self._ended.remember(notice.room, notice.error or "it was handed over already")
             self._sender.arrived.notify_all()
 
-    def _find(self, room: int) -> Offer | None:
+    def _find(self, room: int) -> SendingRoom | None:
         """The offer of a room; None if there was none yet. Called under ``arrived``.
 
         Raises:

@@ -30,8 +30,8 @@ class _Part:
     greeting: dict[str, Any]
 
 
-class Intake(Room):
-    """A room of the decode side: where the rows go."""
+class ReceivingRoom(Room):
+    """A room on the decode side: says where the rows go."""
 
     def __init__(
         self,
@@ -42,14 +42,14 @@ class Intake(Room):
         clock: Callable[[], float],
         settled: Callable[[Notice], None],
     ) -> None:
-        """Starts without rows.
+        """Nothing has arrived yet.
 
         Args:
             number: of the room.
-            pages: where tokens 0 to stop go.
-            tokens: (start, stop) of the rows that are wanted.
-            timeout_s: seconds until the room fails.
-            clock: seconds, increasing.
+            pages: ids of the pages of tokens 0 to stop.
+            tokens: (start, stop) of the rows to fetch.
+            timeout_s: the room fails when this time is over.
+            clock: seconds, monotonic.
             settled: called once, with the notice.
         """
         super().__init__(number, timeout_s, clock, settled)
@@ -78,8 +78,8 @@ class Receiver:
         self._carrier = carrier
         self._connect = connect
 
-    def run(self, intake: Intake, addresses: Sequence[str]) -> None:
-        """Fetches everything; returns when all threads of the room have ended."""
+    def run(self, intake: ReceivingRoom, addresses: Sequence[str]) -> None:
+        """Fetches all rows; returns when no thread works for the room any more."""
         parts: list[_Part] = []
         try:
             with contextlib.suppress(HiCacheError), intake.failing():
@@ -96,7 +96,9 @@ class Receiver:
                 part.peer.close()
             intake.leave()
 
-    def _greet_all(self, intake: Intake, addresses: Sequence[str], parts: list[_Part]) -> None:
+    def _greet_all(
+        self, intake: ReceivingRoom, addresses: Sequence[str], parts: list[_Part]
+    ) -> None:
         missing: list[Heads] = [self._memory.heads]
         known = list(addresses)
         while len(parts) < len(known):
@@ -116,7 +118,7 @@ class Receiver:
         if missing:
             raise TransferError(f"heads {missing} are on none of {', '.join(known)}")
 
-    def _fetch_all(self, intake: Intake, parts: Sequence[_Part]) -> bytes:
+    def _fetch_all(self, intake: ReceivingRoom, parts: Sequence[_Part]) -> bytes:
         """The note; parts but the first run on threads of their own. One that fails ends all."""
 
         def fetch(part: _Part) -> None:
@@ -139,7 +141,7 @@ class Receiver:
             raise TransferError("a part of the transfer failed")
         return note
 
-    def _fetch(self, intake: Intake, part: _Part) -> bytes:
+    def _fetch(self, intake: ReceivingRoom, part: _Part) -> bytes:
         start, stop = intake.tokens
         reached = [start] * self._memory.spec.num_layers
         n_computed: object = None
@@ -162,7 +164,9 @@ class Receiver:
                 raise TransferError(f"{part.peer.peer} sent an unexpected {frame.kind.name}")
             self._fetch_layer(intake, part, frame, reached)
 
-    def _fetch_layer(self, intake: Intake, part: _Part, frame: Frame, reached: list[int]) -> None:
+    def _fetch_layer(
+        self, intake: ReceivingRoom, part: _Part, frame: Frame, reached: list[int]
+    ) -> None:
         fits = frame.layer < len(reached) and frame.start == reached[frame.layer]
         if part.heads is None or not fits or not frame.start < frame.stop <= intake.tokens[1]:
             raise TransferError(
@@ -186,16 +190,10 @@ class Receiver:
 def connection_to(
     address: str, deadline: float, patience: Patience, clock: Callable[[], float]
 ) -> Connection:
-    """Connects to a prefill node.
-
-    Args:
-        address: ``host:port``.
-        deadline: by ``clock``; the connection fails after it.
-        patience: how long the peer may be without progress.
-        clock: seconds, increasing.
+    """Opens a connection to ``host:port``.
 
     Raises:
-        TransferError: nothing answers there.
+        TransferError: no node answers there.
     """
     host, _, port = address.rpartition(":")
     left_s = min(patience.idle_timeout_s, deadline - clock())

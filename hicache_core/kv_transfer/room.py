@@ -18,7 +18,7 @@ N_REMEMBERED = 4096
 
 
 class PastRooms(OrderedDict[int, str]):
-    """The last rooms that ended in some way, and why; the oldest are forgotten."""
+    """The rooms that ended last, each with the reason; the oldest are forgotten."""
 
     def remember(self, room: int, why: str) -> None:
         """Keeps ``room``."""
@@ -28,10 +28,10 @@ class PastRooms(OrderedDict[int, str]):
 
 
 class Room:
-    """The connections of a room, and how it ends. Every method may be called on any thread.
+    """The connections of a room, and its outcome. Any thread.
 
-    The notice comes when the outcome is decided *and* all threads of the room have ended, so that
-    its pages are not accessed afterwards.
+    The notice comes once the outcome is decided *and* no thread works for the room any more, so
+    that no thread touches its pages afterwards.
     """
 
     def __init__(
@@ -41,12 +41,12 @@ class Room:
         clock: Callable[[], float],
         settled: Callable[[Notice], None],
     ) -> None:
-        """Starts without connections.
+        """Not decided yet.
 
         Args:
             number: of the room.
-            timeout_s: seconds until the room fails.
-            clock: seconds, increasing.
+            timeout_s: the room fails when this time is over.
+            clock: seconds, monotonic.
             settled: called once, with the notice.
         """
         self.number = number
@@ -65,12 +65,12 @@ class Room:
 
     @property
     def decided(self) -> bool:
-        """Whether the outcome of the room is decided."""
+        """Whether the outcome is decided."""
         return self._outcome is not None
 
     @property
     def n_connections(self) -> int:
-        """Connections that work for it."""
+        """Number of connections that work for the room."""
         with self.changed:
             return len(self._connections)
 
@@ -83,17 +83,17 @@ class Room:
             return True
 
     def leave(self) -> None:
-        """Unregisters a thread; it no longer accesses pages of the room."""
+        """Unregisters a thread, which must not touch pages of the room afterwards."""
         with self.changed:
             self._n_workers -= 1
         self._tell()
 
     @contextlib.contextmanager
     def failing(self) -> Iterator[None]:
-        """Fails the room at once if the block raises.
+        """An exception inside the block fails the room at once.
 
         Raises:
-            HiCacheError: the error of the block; other errors become a TransferError.
+            HiCacheError: the exception; TransferError for an unexpected one.
         """
         try:
             yield
@@ -110,7 +110,7 @@ class Room:
         """Shuts ``connection`` down as soon as the room fails.
 
         Raises:
-            TransferError: it has failed already.
+            TransferError: the room has failed already.
         """
         with self.changed:
             if self._outcome is TransferState.FAILED:
@@ -123,16 +123,16 @@ class Room:
             self._connections.discard(connection)
 
     def count(self, nbytes: int) -> None:
-        """Adds bytes of rows that were moved."""
+        """Adds ``nbytes`` of rows to the count."""
         with self.changed:
             self.nbytes += nbytes
 
     def succeed(self, outcome: TransferState, note: bytes = b"") -> None:
-        """Ends the room as a success, unless it has ended before."""
+        """Decides that the room succeeds, unless it is decided already."""
         self._decide(outcome, note=note)
 
     def fail(self, error: HiCacheError) -> None:
-        """Ends the room as a failure, unless it has ended before; cuts its connections."""
+        """Decides that the room fails, unless it is decided already; shuts its connections down."""
         self._decide(TransferState.FAILED, error=error)
 
     def _decide(

@@ -1,4 +1,4 @@
-"""SharedSecret: nodes and their router prove to each other that they know the same secret."""
+"""SharedSecret: nodes and their router prove to each other that they know the secret."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _HINT = "start both nodes with the same --disaggregation-secret"
 
 
 class SharedSecret:
-    """Between two nodes: challenge and response by HMAC-SHA256, both ways, before anything else.
+    """Challenge and response between two nodes, both ways, by HMAC-SHA256 (RFC 2104).
 
-    The secret itself is never sent.
+    It comes before anything else on a connection. The secret itself is never sent.
 
     ::
 
@@ -29,18 +29,18 @@ class SharedSecret:
                  PROOF of (decode, both nonces)  →
                                                  ←  PROOF of (prefill, both nonces)
 
-    Without a secret nothing is checked. It keeps strangers out; it does not encrypt.
+    Without a secret there is no challenge. The secret authenticates; it does not encrypt.
     """
 
     def __init__(self, secret: str | None) -> None:
-        """Keeps it; None for none."""
+        """Keeps the secret; None for no authentication."""
         self._key = None if secret is None else secret.encode()
 
     def prove_to(self, peer: Connection) -> None:
-        """The decode node's part, on a new connection.
+        """Plays the decode node's part on a new connection.
 
         Raises:
-            PeerRefused: one of the two does not know the secret of the other.
+            PeerRefused: the two nodes have different secrets.
             TransferError: the connection was lost.
         """
         if self._key is None:
@@ -61,7 +61,7 @@ class SharedSecret:
             raise PeerRefused(f"{peer.peer} has another shared secret; {_HINT}")
 
     def admit(self, peer: Connection) -> bool:
-        """The prefill node's part; returns False, and tells the other node, if it is refused."""
+        """Plays the prefill node's part; False if the peer was refused, which it has been told."""
         if self._key is None:
             return True
         try:
@@ -94,14 +94,14 @@ class SharedSecret:
 
 
 def room_proof(secret: str, host: str, port: int, room: int) -> str:
-    """The proof that a router knows the secret, for one room: HMAC-SHA256, 64 hexadecimal digits.
+    """The router's proof that it named a room: HMAC-SHA256, 64 hexadecimal digits.
 
-    A client that sees the proof can name only the same room again, and a room is used once.
+    A third party that reads it can name the same room again, but no other; a room is used once.
 
     Args:
-        secret: shared by the router and its nodes.
-        host: the bootstrap host of the request.
-        port: the bootstrap port.
+        secret: of the nodes and the router.
+        host: of the prefill node.
+        port: of the prefill node.
         room: number of the request.
     """
     words = f"hicache-room {room} {port} {host}"

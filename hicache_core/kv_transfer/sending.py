@@ -29,8 +29,8 @@ class _Rows:
     stop: int
 
 
-class Offer(Room):
-    """A room of the prefill side: which rows are final so far."""
+class SendingRoom(Room):
+    """A room on the prefill side: records which rows are final so far."""
 
     def __init__(
         self,
@@ -40,13 +40,13 @@ class Offer(Room):
         clock: Callable[[], float],
         settled: Callable[[Notice], None],
     ) -> None:
-        """Starts without final rows.
+        """No row is final yet.
 
         Args:
             number: of the room.
-            n_tokens: tokens of the prompt.
-            timeout_s: seconds until the room fails.
-            clock: seconds, increasing.
+            n_tokens: length of the prompt.
+            timeout_s: the room fails when this time is over.
+            clock: seconds, monotonic.
             settled: called once, with the notice.
         """
         super().__init__(number, timeout_s, clock, settled)
@@ -57,26 +57,26 @@ class Offer(Room):
         self._confirmed: set[int] = set()
 
     def add(self, pages: Sequence[int], layer: int, start: int, stop: int) -> None:
-        """Adds final rows of a layer.
+        """Records that rows [start, stop) of a layer are final.
 
         Args:
-            pages: pages of tokens 0 to stop, in order.
-            layer: index among the layers of this rank.
-            start: first token.
-            stop: the token after the last one.
+            pages: ids of the pages of tokens 0 to stop.
+            layer: index among the layers in memory.
+            start: position of the first token.
+            stop: position after the last token.
         """
         with self.changed:
             self._log.append(_Rows(pages, layer, start, stop))
             self.changed.notify_all()
 
     def finish(self, note: bytes) -> None:
-        """Marks all rows as final."""
+        """Records that all rows are final; ``note`` follows them."""
         with self.changed:
             self._last_words, self._finished = note, True
             self.changed.notify_all()
 
     def next(self, index: int, timeout_s: float) -> _Rows | bytes | None:
-        """The final rows number ``index``, the note after the last ones, or None after the timeout.
+        """Entry ``index`` of the final rows, the note after the last, or None after ``timeout_s``.
 
         Raises:
             TransferError: the room has failed.
@@ -92,7 +92,7 @@ class Offer(Room):
             return self._last_words if self._finished else None
 
     def confirm(self, rank: int, n_receivers: int) -> None:
-        """Records that receiver ``rank`` of ``n_receivers`` has everything."""
+        """Records that receiver ``rank`` of ``n_receivers`` has all rows."""
         with self.changed:
             self._confirmed.add(rank)
             complete = len(self._confirmed) >= n_receivers
@@ -101,13 +101,13 @@ class Offer(Room):
 
 
 class Sender:
-    """Answers receivers that connect: shakes hands, waits for the offer, sends its layers."""
+    """Serves receivers that connect: handshake, wait for the offer, send its layers."""
 
     def __init__(
         self,
         memory: PageMemory,
         carrier: Carrier,
-        find: Callable[[int], Offer | None],
+        find: Callable[[int], SendingRoom | None],
         ping_s: float,
     ) -> None:
         """Serves nothing yet. Notify ``arrived`` when the answer of ``find`` changes.
@@ -129,9 +129,9 @@ class Sender:
         self.deserted = PastRooms()  # those that nobody waits for, and why
 
     def serve(self, peer: Connection, admit: Callable[[], None]) -> None:
-        """Serves one receiver; returns when the connection is done.
+        """Holds the whole conversation with one receiver; returns when it is over.
 
-        ``admit`` is called after the handshake, and raises TransferError if there are too many.
+        ``admit`` is called after the handshake; it raises TransferError if the node is full.
         """
         room = -1
         try:
@@ -183,7 +183,7 @@ class Sender:
             offer.unwatch(peer)
             offer.leave()
 
-    def _wait_for_offer(self, peer: Connection, room: int) -> Offer:
+    def _wait_for_offer(self, peer: Connection, room: int) -> SendingRoom:
         """Pings while the request still waits for its turn on this node."""
         while True:
             with self.arrived:
@@ -203,14 +203,14 @@ class Sender:
         peer.renew()
         peer.send_json(Kind.PING, room, {"computed": self.n_computed})
 
-    def _check_range(self, offer: Offer, want: Want) -> None:
+    def _check_range(self, offer: SendingRoom, want: Want) -> None:
         if want.stop != offer.n_tokens:
             raise TransferError(
                 f"asked for tokens up to {want.stop} of a prompt of {offer.n_tokens}: the two "
                 "nodes did not get the same request"
             )
 
-    def _send_layers(self, peer: Connection, offer: Offer, want: Want) -> None:
+    def _send_layers(self, peer: Connection, offer: SendingRoom, want: Want) -> None:
         index = 0
         while True:
             item = offer.next(index, self._ping_s)

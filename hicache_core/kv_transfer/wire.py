@@ -1,4 +1,4 @@
-"""Frames between two nodes: one fixed header, then JSON, rows or nothing; and their time limits."""
+"""Frames between two nodes: a fixed header, then JSON, rows or nothing; connections with limits."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ class Kind(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A frame's header.
+    """The header of a frame.
 
     Attributes:
-        kind: what it is.
-        room: the request's.
-        layer: index among the layers of the rank; for LAYER.
-        start: first token; for LAYER.
-        stop: the token after the last one; for LAYER.
-        nbytes: bytes after the header.
-        checksum: xxh3-64 of the rows (LAYER) or of the bytes after the header.
+        kind: of the frame.
+        room: number of the request.
+        layer: for LAYER, index among the layers in memory.
+        start: for LAYER, position of the first token.
+        stop: for LAYER, position after the last token.
+        nbytes: bytes that follow the header.
+        checksum: xxh3-64 of the rows (LAYER) or of the bytes that follow.
     """
 
     kind: Kind
@@ -75,11 +75,11 @@ def checksum_of(segments: Sequence[memoryview | bytes]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long a peer may be without progress.
+    """How long a peer may make no progress.
 
     Attributes:
-        idle_timeout_s: a peer is lost if it makes no progress for so many seconds.
-        least_nbytes_per_s: bytes that move slower do not count as progress.
+        idle_timeout_s: a peer without progress for this long is lost.
+        least_nbytes_per_s: slower transfers count as no progress.
     """
 
     idle_timeout_s: float
@@ -87,10 +87,10 @@ class Patience:
 
 
 class Connection:
-    """A socket for frames; the peer must make progress, and everything ends before ``deadline``.
+    """A socket for frames whose peer must make progress, and which ends before ``deadline``.
 
-    ``renew`` records progress. Between two calls, bytes extend the time at the least rate, so a
-    byte now and then is not enough. One thread sends and receives; any other may call
+    ``renew`` reports progress. Between two calls, received bytes extend the time at the least rate,
+    so that a byte now and then does not. One thread sends and receives; any thread may call
     ``shutdown``.
     """
 
@@ -122,7 +122,7 @@ class Connection:
 
     @property
     def reached_at(self) -> str:
-        """The address of this machine to which the peer is connected; empty once it is lost."""
+        """The local address of the connection; empty once the connection is lost."""
         try:
             return str(self._sock.getsockname()[0])
         except OSError:
@@ -133,16 +133,16 @@ class Connection:
         self._progress_at = self._clock()
 
     def shutdown(self) -> None:
-        """Ends both directions: a running call, on any thread, fails at once."""
+        """Ends both directions, so that a running call in any thread fails at once."""
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Releases the socket; by the thread that uses it."""
+        """Releases the socket; called by the thread that uses it."""
         self._sock.close()
 
     def send(self, frame: Frame, segments: Sequence[memoryview | bytes] = ()) -> None:
-        """Sends a header and what follows it; a peer that takes nothing for too long is lost."""
+        """Sends a header and its content; a peer that reads nothing for too long is lost."""
         header = _HEADER.pack(
             _MAGIC,
             frame.kind,
@@ -184,8 +184,8 @@ class Connection:
         """The next header.
 
         Raises:
-            TransferError: the connection ended, is silent, or has another protocol.
-            PeerRefused: the peer refused.
+            TransferError: the connection ended, the peer is silent, or it sent no frame.
+            PeerRefused: the peer refused the request.
         """
         raw = bytearray(_HEADER.size)
         self.receive_into([memoryview(raw)])
@@ -207,7 +207,7 @@ class Connection:
         return frame.room, self.json_of(frame)
 
     def json_of(self, frame: Frame) -> dict[str, Any]:
-        """What follows the header of ``frame``, as a JSON object."""
+        """Receives the content of ``frame`` as a JSON object."""
         try:
             value = json.loads(self.text_of(frame))
         except (ValueError, RecursionError) as error:
@@ -219,7 +219,7 @@ class Connection:
         return value
 
     def text_of(self, frame: Frame) -> bytes:
-        """What follows the header of ``frame``, checked."""
+        """Receives the content of ``frame`` and checks its checksum."""
         if frame.nbytes > MAX_JSON_NBYTES:
             raise TransferError(
                 f"{self.peer} sent {frame.nbytes} bytes in {frame.kind.name}; "

@@ -23,9 +23,9 @@ def prompt_of(body: Mapping[str, Any]) -> str:
 
 
 class Affinity:
-    """Remembers for each beginning of a prompt the node that had it last.
+    """Remembers, for each beginning of a prompt, the node that computed it last.
 
-    An approximation by characters: it decides where a request goes, never what is reused.
+    It compares characters, not tokens: it chooses a node and never decides what is reused.
     """
 
     def __init__(self, max_entries: int = MAX_ENTRIES) -> None:
@@ -48,9 +48,9 @@ class Affinity:
             self._nodes.popitem(last=False)
 
     def lookup(self, prompt: str, tenant: str) -> str | None:
-        """The node that had the longest beginning of this prompt, if that was most of the prompt.
+        """The node that computed the longest beginning of this prompt, if that is most of it.
 
-        So a system prompt that all requests share does not send all of them to one node.
+        Otherwise a shared system prompt would send every request to one node.
         """
         found, n_known = None, 0
         keys = list(_beginnings(prompt, tenant))

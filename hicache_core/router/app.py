@@ -9,15 +9,19 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import httpx
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.requests import ClientDisconnect
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from hicache_core.router.asked import Asked, passed_on
+from hicache_core.router.client_request import ClientRequest, passed_on
+from hicache_core.router.forwarder import Answer, Forwarder
 from hicache_core.router.nodes import DECODE, Nodes, RouterSettings
-from hicache_core.router.relay import Answer, Relay
 from hicache_core.router.single_use import SingleUse
+
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/generate")
 MAX_BODY_NBYTES = 32 << 20
@@ -35,14 +39,14 @@ def make_app(
     is_operator: Callable[[Scope], bool] = nobody,
     transport: httpx.AsyncBaseTransport | None = None,
     clock: Callable[[], float] = time.monotonic,
-) -> FastAPI:
-    """An ASGI application.
+) -> Starlette:
+    """The router as an ASGI application. It does not check bodies; the nodes do.
 
     Args:
-        settings: the nodes, and how to treat them.
-        is_operator: whether a client, by its ASGI scope, may see where the nodes are.
-        transport: instead of the network, for tests.
-        clock: seconds.
+        settings: the nodes and how to use them.
+        is_operator: whether a client, given its ASGI scope, may see the nodes' addresses.
+        transport: replaces the network in tests.
+        clock: seconds, monotonic.
     """
     client = httpx.AsyncClient(
         transport=transport or SingleUse(),
@@ -50,10 +54,10 @@ def make_app(
         trust_env=False,
     )
     nodes = Nodes(client, settings, clock)
-    relay = Relay(client, nodes, settings.secret)
+    forwarder = Forwarder(client, nodes, settings.secret)
 
     @asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         await nodes.check_all()
         watching = asyncio.create_task(nodes.watch())
         try:
@@ -64,30 +68,31 @@ def make_app(
                 await watching
             await client.aclose()
 
-    app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
-    for path in PATHS:
-        route = _route(relay, path, is_operator)
-        app.add_api_route(path, route, methods=["POST"], response_model=None)
-    _add_looks(app, nodes, relay, is_operator)
-    _add_models(app, client, nodes)
-    app.add_exception_handler(Exception, _broken)
-    return app
+    routes = [
+        *(Route(path, _route(forwarder, path, is_operator), methods=["POST"]) for path in PATHS),
+        Route("/health", _health(nodes), methods=["GET"]),
+        Route("/router/status", _status(nodes, forwarder, is_operator), methods=["GET"]),
+        Route("/v1/models", _models(client, nodes), methods=["GET"]),
+    ]
+    return Starlette(
+        routes=routes,
+        lifespan=lifespan,
+        exception_handlers={HTTPException: _nothing_here, Exception: _broken},
+    )
 
 
-def _route(
-    relay: Relay, path: str, is_operator: Callable[[Scope], bool]
-) -> Callable[[Request], Awaitable[Response]]:
+def _route(forwarder: Forwarder, path: str, is_operator: Callable[[Scope], bool]) -> Endpoint:
     async def route(http: Request) -> Response:
         try:
             raw = await _body(http)
             if raw is None:
                 return _problem(413, f"the body is larger than {MAX_BODY_NBYTES} bytes")
-            asked = Asked.of(path, raw, dict(http.headers))
+            asked = ClientRequest.of(path, raw, dict(http.headers))
         except ClientDisconnect:
             return Response(status_code=499)
         except ValueError as error:
             return _problem(400, f"the body must be a JSON object: {str(error)[:200]}")
-        answer = await _while_connected(http, relay.ask(asked))
+        answer = await _while_connected(http, forwarder.ask(asked))
         if answer is None:
             return Response(status_code=499)
         if is_operator(http.scope):
@@ -95,7 +100,7 @@ def _route(
         if answer.rest is None:
             await answer.stack.aclose()
             return _plain(answer)
-        return Relayed(answer)
+        return StreamedAnswer(answer)
 
     return route
 
@@ -141,8 +146,8 @@ async def _left(http: Request) -> None:
         pass
 
 
-class Relayed(StreamingResponse):
-    """An answer in pieces. At its end, or when the client has left, what was held is released."""
+class StreamedAnswer(StreamingResponse):
+    """An answer in pieces; its resources are released at its end, or when the client leaves."""
 
     def __init__(self, answer: Answer) -> None:
         """Of an answer with a ``rest``."""
@@ -171,31 +176,38 @@ def _problem(status: int, message: str) -> Response:
     return _plain(Answer.problem(status, message))
 
 
+def _nothing_here(_http: Request, error: Exception) -> Response:
+    """No such path, or not by this method."""
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
+
+
 def _broken(_http: Request, _error: Exception) -> Response:
-    """What nobody thought of; uvicorn's log has it."""
+    """An unexpected error; uvicorn logs it."""
     return _problem(500, "an error of the router; its log says more")
 
 
-def _add_looks(
-    app: FastAPI, nodes: Nodes, relay: Relay, is_operator: Callable[[Scope], bool]
-) -> None:
-    @app.get("/health")
-    async def health() -> Response:
+def _health(nodes: Nodes) -> Endpoint:
+    async def health(_http: Request) -> Response:
         up = any(node.is_up for node in nodes.all if node.role == DECODE)
         return JSONResponse({"status": "ok" if up else "no decode node is up"}, 200 if up else 503)
 
-    @app.get("/router/status")
+    return health
+
+
+def _status(nodes: Nodes, forwarder: Forwarder, is_operator: Callable[[Scope], bool]) -> Endpoint:
     async def status(http: Request) -> Response:
         if not is_operator(http.scope):
             return _problem(
                 403, "this is for the admin key; without one, for clients on this very machine"
             )
-        told = {"retried": relay.retried, "without_prefill": relay.without_prefill}
+        told = {"retried": forwarder.retried, "without_prefill": forwarder.without_prefill}
         return JSONResponse({"nodes": nodes.status(), **told})
 
+    return status
 
-def _add_models(app: FastAPI, client: httpx.AsyncClient, nodes: Nodes) -> None:
-    @app.get("/v1/models")
+
+def _models(client: httpx.AsyncClient, nodes: Nodes) -> Endpoint:
     async def models(http: Request) -> Response:
         node = nodes.pick(DECODE, "", "")
         if node is None:
@@ -208,3 +220,5 @@ def _add_models(app: FastAPI, client: httpx.AsyncClient, nodes: Nodes) -> None:
             nodes.failed(node, f"{type(error).__name__} {error}".strip())
             return _problem(503, f"{node.name} does not answer")
         return Response(answer.content, answer.status_code, media_type="application/json")
+
+    return models

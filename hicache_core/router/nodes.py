@@ -38,11 +38,11 @@ class RouterSettings:
     Attributes:
         prefill: URLs of prefill nodes; if there are none, decode nodes compute prompts too.
         decode: URLs of decode nodes, at least one.
-        api_key: API key for health checks; requests have their own.
-        secret: secret shared with the nodes; None if they listen on this machine only.
+        api_key: for health checks of the nodes; requests bring their own.
+        secret: shared with the nodes; None if they listen on this machine only.
         by_prefix: whether to prefer the node that computed most of a prompt before.
         interval_s: seconds between two health checks.
-        silent_s: seconds without an answer after which a node is down.
+        silent_s: a node that leaves a health check unanswered for this long is down.
     """
 
     prefill: Sequence[str]
@@ -62,12 +62,12 @@ class Node:
         url: its address, without a slash at the end.
         role: prefill or decode.
         number: among the nodes of its role, from 1.
-        is_up: whether it answered the last health check.
-        transfer_address: where KV of a prefill node is fetched, if it has told that.
-        faced_from: the router's own address on the interface towards it, if known.
-        tokens: tokens of its unfinished requests, estimated.
-        requests: its unfinished requests.
-        served: requests that it completed.
+        is_up: whether it answered when it was asked last.
+        transfer_address: where its KV is fetched, of a prefill node that has said so.
+        faced_from: the router's own address on the way to it, as far as it is known.
+        tokens: estimated tokens of its running requests.
+        requests: number of its running requests.
+        served: requests that it answered.
         failures: requests and health checks that failed.
         error: why it is down; empty while it is up.
         asked_s: when the health check was sent that it has not answered yet.
@@ -105,7 +105,7 @@ class Node:
 
     @contextmanager
     def carrying(self, n_tokens: int) -> Iterator[None]:
-        """Counts a request of so many tokens while the context is open."""
+        """Counts a running request of ``n_tokens`` tokens inside the block."""
         self.tokens += n_tokens
         self.requests += 1
         try:
@@ -160,7 +160,7 @@ class Nodes:
         self._affinity = {PREFILL: Affinity(), DECODE: Affinity()}
 
     async def watch(self) -> None:
-        """Checks the health of every node, for ever; a slow node does not delay the others."""
+        """Checks the health of all nodes for ever; a slow node does not delay the others."""
         await asyncio.gather(*(self._watch(node) for node in self.all))
 
     async def check_all(self) -> None:
@@ -179,14 +179,8 @@ class Nodes:
     ) -> Node | None:
         """The node to use next; None if none is up.
 
-        It is the node that had the longest beginning of the prompt, unless it has much more to do
-        than the least loaded one. A node that is late with its health check is used if all are.
-
-        Args:
-            role: prefill or decode.
-            prompt: text of the prompt, for affinity.
-            tenant: requests of one tenant share prefixes.
-            exclude: nodes that have failed at this request.
+        It prefers the node that computed the longest beginning of the prompt, unless that node is
+        much busier than the idlest one. A node whose health check is late is a last resort.
         """
         up = [n for n in self.all if n.role == role and n.is_up and n.url not in exclude]
         if not up:

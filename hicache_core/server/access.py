@@ -1,4 +1,4 @@
-"""The door: who may call what. Keys are compared in constant time and never shown."""
+"""Access: who may call what. Keys are compared in constant time and never shown."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _BY_PROXY = ("forwarded", "x-forwarded-for", "x-real-ip")
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """What callers must know; None where nothing is asked.
+    """The secrets of a server; None where none is required.
 
     Attributes:
-        api: of everybody.
-        admin: of the operator; opens the rest as well.
-        transfer: of the other half, where prefill and decode are apart.
+        api: required of every caller.
+        admin: of the operator; also accepted in place of ``api``.
+        transfer: shared by prefill and decode nodes.
     """
 
     api: str | None = field(default=None, repr=False)
@@ -37,19 +37,24 @@ class Keys:
     transfer: str | None = field(default=None, repr=False)
 
 
-class Door:
+class AccessMiddleware:
     """ASGI middleware that checks keys.
 
-    Without an admin key, the operator is who calls from this very machine: over loopback, not
-    through a proxy, and not from a page in a browser.
+    Without an admin key, a caller on this machine is the operator: over loopback, not through a
+    proxy, and not from a page in a browser.
 
-    A server for this machine alone, without keys, answers no page of another site: what a browser
-    here shows could otherwise send prompts, or read the answers by bending a name of its own to
-    this machine.
+    A server on loopback without keys refuses requests from pages of other sites. Otherwise any page
+    in a browser on this machine could send prompts, or read answers by DNS rebinding.
     """
 
     def __init__(self, app: ASGIApp, keys: Keys, *, is_private: bool) -> None:
-        """Stands before ``app``; ``is_private``: the server listens on loopback."""
+        """Wraps ``app``.
+
+        Args:
+            app: gets the requests that are let through.
+            keys: to check.
+            is_private: True if the server listens on loopback only.
+        """
         self._app = app
         self._keys = keys
         self._is_private = is_private
@@ -100,12 +105,12 @@ class Door:
 
 
 def check_priority(priority: int, most: int, scope: Scope) -> None:
-    """Raises Problem for a priority that is not for clients to ask for.
+    """Raises Problem if a client asks for a priority above its limit.
 
     Args:
-        priority: what a request asks for.
-        most: what every client may ask for.
-        scope: of the request, behind the door.
+        priority: of the request.
+        most: maximum for clients without the admin key.
+        scope: ASGI scope of the request, after the access check.
     """
     if priority > most and not scope.get(HAS_ADMIN_KEY):
         raise Problem(
@@ -128,7 +133,7 @@ def _same(shown: str, key: str | None) -> bool:
 
 
 def is_operator(scope: Scope, keys: Keys) -> bool:
-    """Whether a request is the operator's, at a server that asks for no other key."""
+    """Whether a request comes from the operator, at a server without an API key."""
     headers = Headers(scope=scope)
     if keys.admin is None:
         return _is_local(scope, headers)

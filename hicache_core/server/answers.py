@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hicache_core.engine.request import CachedTokens
-from hicache_core.server.bridge import Whole
+from hicache_core.server.bridge import FullAnswer
 
 DONE = b"data: [DONE]\n\n"
 
@@ -22,7 +22,7 @@ def by_tier(cached: CachedTokens) -> dict[str, int]:
     return {"device": cached.device, "host": cached.host, "storage": cached.storage}
 
 
-def generated(whole: Whole) -> dict[str, object]:
+def generated(whole: FullAnswer) -> dict[str, object]:
     """An answer of ``/generate``, finished or not: text and tokens from the start."""
     last = whole.last
     reason: dict[str, object] | None = None
@@ -67,7 +67,7 @@ class OpenAIForm:
     reports_cache: bool
     details: bool
 
-    def whole(self, answers: Sequence[Whole]) -> dict[str, object]:
+    def whole(self, answers: Sequence[FullAnswer]) -> dict[str, object]:
         """The answer to a client that does not stream."""
         choices = []
         for index, answer in enumerate(answers):
@@ -100,7 +100,7 @@ class OpenAIForm:
         delta = {"content": text} if text else {}
         return self._piece(index, delta if self.kind == "chat" else text, finish_reason)
 
-    def end(self, answers: Sequence[Whole], *, usage: bool) -> dict[str, object] | None:
+    def end(self, answers: Sequence[FullAnswer], *, usage: bool) -> dict[str, object] | None:
         """The last piece, without a choice: usage, and the split by tier if asked for."""
         extension = self._extension(answers)
         if not usage and not extension:
@@ -110,7 +110,7 @@ class OpenAIForm:
             piece["usage"] = self.usage(answers)
         return piece
 
-    def usage(self, answers: Sequence[Whole]) -> dict[str, object]:
+    def usage(self, answers: Sequence[FullAnswer]) -> dict[str, object]:
         """Tokens in and out; the prompt of several choices counts once."""
         prompts = answers[:: self.n_choices]
         n_prompt = sum(answer.last.prompt_tokens for answer in prompts)
@@ -128,7 +128,7 @@ class OpenAIForm:
             }
         return usage
 
-    def _extension(self, answers: Sequence[Whole]) -> dict[str, object]:
+    def _extension(self, answers: Sequence[FullAnswer]) -> dict[str, object]:
         if not self.details:
             return {}
         cached = by_tier(_sum(answers[:: self.n_choices]))
@@ -156,7 +156,7 @@ class OpenAIForm:
         }
 
 
-def _sum(answers: Sequence[Whole]) -> CachedTokens:
+def _sum(answers: Sequence[FullAnswer]) -> CachedTokens:
     return CachedTokens(
         device=sum(answer.last.cached.device for answer in answers),
         host=sum(answer.last.cached.host for answer in answers),

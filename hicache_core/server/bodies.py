@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -12,16 +12,12 @@ from pydantic import (
     Tag,
     model_validator,
 )
-from pydantic_core import from_json
-from starlette.requests import Request
 
 from hicache_core.config.redact import MASK
 from hicache_core.config.sources import EXTRA
 from hicache_core.engine.request import Bootstrap
-from hicache_core.server.connections import body_taken
 from hicache_core.server.fields import refusal
 from hicache_core.server.forms import (
-    LONGEST,
     MAX_CHOICES,
     MAX_PROMPTS,
     MAX_TOKENS,
@@ -40,13 +36,10 @@ from hicache_core.server.forms import (
     TopP,
     one_or_many,
 )
-from hicache_core.server.problems import Problem
-
-B = TypeVar("B", bound=BaseModel)
 
 
 class Body(BaseModel):
-    """A body, or a part of one. A field that would change the answer and cannot is refused."""
+    """A request body or a part of one. Unknown fields are refused unless they ask for nothing."""
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
@@ -59,7 +52,7 @@ class Body(BaseModel):
 
 
 class Tenant(Body):
-    """What separates the caches of those who share a server."""
+    """Fields that separate the caches of tenants."""
 
     cache_salt: Name | None = None
     extra_key: Name | None = None
@@ -82,9 +75,10 @@ class SamplingBody(Body):
 
 
 class Shared(Tenant):
-    """Where the two halves of a disaggregated request meet; SGLang's names. Routers fill them.
+    """A request that may be split between a prefill and a decode node.
 
-    ``bootstrap_proof`` is our router's: that it knows the secret of its nodes.
+    The router sets the fields ``bootstrap_*``, which have SGLang's names. ``bootstrap_proof`` shows
+    that the router knows the secret of its nodes.
     """
 
     bootstrap_host: Annotated[str, Field(min_length=1, max_length=255)] | None = None
@@ -140,14 +134,14 @@ class GenerateBody(Shared):
 
 
 class StreamOptions(Body):
-    """What a stream ends with."""
+    """What a stream reports about usage."""
 
     include_usage: bool | None = False
     continuous_usage_stats: bool | None = False
 
 
 class OpenAIBody(Shared):
-    """What both OpenAI calls have in common."""
+    """Fields of both OpenAI calls."""
 
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = 1
@@ -184,7 +178,7 @@ class CompletionBody(OpenAIBody):
 
 
 class Part(BaseModel):
-    """A piece of a message; text is all that we read."""
+    """A part of a message; only text is supported."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
@@ -199,7 +193,7 @@ class Part(BaseModel):
 
 
 class Message(BaseModel):
-    """One message of a chat; what clients keep in a history beside it is ignored."""
+    """One message of a chat; unknown fields are ignored, since histories contain many."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
@@ -271,9 +265,9 @@ class ChatBody(OpenAIBody):
 
 
 class AttachBody(BaseModel):
-    """``PUT /hicache/storage-backend``, in SGLang's shape and in that of the GET.
+    """``PUT /hicache/storage-backend``, with SGLang's fields or those that the GET returns.
 
-    What the GET says of the backends' state may be sent back, and is ignored.
+    ``backends``, which the GET adds, is ignored.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
@@ -309,38 +303,3 @@ def is_masked(value: object) -> bool:
     if isinstance(value, list):
         return any(map(is_masked, value))
     return value == MASK
-
-
-async def read_body(
-    request: Request, body_class: type[B], max_nbytes: int, longest: int | None = None
-) -> B:
-    """The body of a request.
-
-    Args:
-        request: whose body has not been read.
-        body_class: what it should be.
-        max_nbytes: of the body.
-        longest: tokens of a prompt; None for any number.
-
-    Raises:
-        Problem: 413 for one that is too large, 400 for one that is no JSON or no UTF-8.
-        ValidationError: it is not what ``body_class`` says.
-    """
-    too_large = Problem(413, f"the body is larger than {max_nbytes} bytes")
-    announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced[:20]) > max_nbytes:
-        raise too_large
-    raw = bytearray()
-    async for chunk in request.stream():
-        raw += chunk
-        if len(raw) > max_nbytes:
-            raise too_large
-    try:
-        # Two steps: a long list is refused by its length, not by what is wrong with each item.
-        value = from_json(raw)
-    except ValueError as error:
-        raise Problem(400, f"the body is no valid JSON: {error}") from None
-    finally:
-        del raw
-        body_taken(request.scope)
-    return body_class.model_validate(value, context={LONGEST: longest})

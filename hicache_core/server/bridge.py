@@ -13,9 +13,9 @@ from starlette.requests import Request as HttpRequest
 
 from hicache_core.engine.request import Output, Request
 from hicache_core.observe.tracing import Origin, traceparent
-from hicache_core.server.figures import Figures
-from hicache_core.server.ledger import Ledger
 from hicache_core.server.problems import Problem
+from hicache_core.server.request_metrics import RequestMetrics
+from hicache_core.server.request_names import RequestNames
 
 if TYPE_CHECKING:
     from hicache_core.build.cache import HiCache
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class EngineFront(Protocol):
-    """What the server needs of an ``Engine``; its methods may be called from any thread."""
+    """The methods of ``Engine`` that the server uses; any thread may call them."""
 
     def submit(self, request: Request, on_output: Callable[[Output], None]) -> None:
         """Queues a request."""
@@ -58,7 +58,7 @@ class EngineFront(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class NamedRequest:
     """One prompt on its way to the engine.
 
     Attributes:
@@ -71,9 +71,9 @@ class Asked:
 
 
 class Pending:
-    """One request under way; belongs to the event loop that submitted it."""
+    """One running request; used on the event loop that submitted it."""
 
-    def __init__(self, asked: Asked) -> None:
+    def __init__(self, asked: NamedRequest) -> None:
         """Nothing is submitted yet."""
         self.asked = asked
         self.has_ended = False
@@ -86,7 +86,7 @@ class Pending:
             self._loop.call_soon_threadsafe(self._outputs.put_nowait, output)
 
     def give_up(self) -> None:
-        """Wakes up who waits for outputs, since there will be none."""
+        """Wakes whoever waits for outputs: there will be no more."""
         self._outputs.put_nowait(None)
 
     async def outputs(self) -> AsyncIterator[Output]:
@@ -100,20 +100,25 @@ class Pending:
 
 
 class Bridge:
-    """Submits requests and sees to it that each ends: by its last output, or by an abort."""
+    """Submits requests and ensures that each ends, with its last output or an abort."""
 
     def __init__(
-        self, engine: EngineFront, ledger: Ledger, figures: Figures, *, is_traced: bool = False
+        self,
+        engine: EngineFront,
+        names: RequestNames,
+        metrics: RequestMetrics,
+        *,
+        is_traced: bool = False,
     ) -> None:
         """Starts nothing; ``is_traced``: spans of the cache stand below those of the calls."""
         self._is_traced = is_traced
         self.engine = engine
-        self.ledger = ledger
-        self.figures = figures
+        self.names = names
+        self.metrics = metrics
 
     @asynccontextmanager
     async def running(
-        self, asked: Sequence[Asked], http: HttpRequest | None
+        self, asked: Sequence[NamedRequest], http: HttpRequest | None
     ) -> AsyncIterator[list[Pending]]:
         """Submits all of ``asked`` or none; aborts at the end, or when the client leaves.
 
@@ -134,10 +139,10 @@ class Bridge:
             if gone is not None:
                 gone.cancel()
             for one in asked:
-                self.ledger.close(one.name, one.request.namespace)
+                self.names.close(one.name, one.request.namespace)
             self._abort(pending)
 
-    def _of(self, asked: Asked, http: HttpRequest | None) -> Request:
+    def _of(self, asked: NamedRequest, http: HttpRequest | None) -> Request:
         """The request, with what its client calls it and the span that it belongs to."""
         if not self._is_traced:
             return asked.request
@@ -146,7 +151,7 @@ class Bridge:
 
     def _counted(self, waiting: Pending) -> Callable[[Output], None]:
         def on_output(output: Output) -> None:
-            self.figures.take(output)
+            self.metrics.take(output)
             waiting.on_output(output)
 
         return on_output
@@ -165,7 +170,7 @@ class Bridge:
 
 
 @dataclass(frozen=True, slots=True)
-class Whole:
+class FullAnswer:
     """An answer from its first token to its last.
 
     Attributes:
@@ -175,42 +180,44 @@ class Whole:
         last: the last output.
     """
 
-    asked: Asked
+    asked: NamedRequest
     text: str
     tokens: tuple[int, ...]
     last: Output
 
-    def plus(self, output: Output) -> Whole:
+    def plus(self, output: Output) -> FullAnswer:
         """With what one more step brought."""
-        return Whole(self.asked, self.text + output.text, self.tokens + output.new_tokens, output)
+        return FullAnswer(
+            self.asked, self.text + output.text, self.tokens + output.new_tokens, output
+        )
 
 
-async def growing(pending: Pending) -> AsyncIterator[Whole]:
-    """The answer after each step.
+async def growing(pending: Pending) -> AsyncIterator[FullAnswer]:
+    """Yields the answer so far, after each step.
 
     Raises:
-        Problem: the engine failed, or gave up.
+        Problem: the engine failed, or stopped.
     """
-    whole: Whole | None = None
+    whole: FullAnswer | None = None
     async for output in pending.outputs():
         if output.finish_reason == "error":
             raise Problem(500, output.error or "the engine failed at this request")
         if output.finish_reason == "abort":
             raise Problem(503, "the request was given up: the server is shutting down")
         if whole is None:
-            whole = Whole(pending.asked, output.text, output.new_tokens, output)
+            whole = FullAnswer(pending.asked, output.text, output.new_tokens, output)
         else:
             whole = whole.plus(output)
         yield whole
 
 
-async def finished(pending: Pending) -> Whole:
-    """The answer when it has ended.
+async def finished(pending: Pending) -> FullAnswer:
+    """Waits for the whole answer.
 
     Raises:
         Problem: as ``growing``; 499 if the client has left.
     """
-    last: Whole | None = None
+    last: FullAnswer | None = None
     async for whole in growing(pending):
         last = whole
     if last is None or not pending.has_ended:

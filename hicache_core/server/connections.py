@@ -1,4 +1,4 @@
-"""Connections: how many there may be, how long each may say nothing, how much they may send."""
+"""Connections: limits on their number, their silence and the bytes that they send."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ _TOO_MANY = Problem(503, "too many connections have requests under way; try agai
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
-    """What clients may take of a server's connections and memory.
+    """Limits on a server's connections and on the memory of request bodies.
 
     Attributes:
-        n_connections: at once; beyond it, those that only wait are closed, the oldest first.
-        patience_s: for the headers of a request, and for an answer that its client does not read.
-        window_s: a body must bring ``window_nbytes`` in every window until it has arrived.
-        window_nbytes: see there.
-        body_nbytes: of all bodies together that have not been read by their routes; beyond it, the
-            oldest one that has not arrived is given up.
+        n_connections: maximum number at once; beyond it, idle ones are closed, the oldest first.
+        patience_s: for the headers of a request, and for a client that does not read its answer.
+        window_s: an arriving body must bring ``window_nbytes`` in each window of this length.
+        window_nbytes: see ``window_s``.
+        body_nbytes: maximum bytes of all bodies that routes have not read yet; beyond it, the
+            oldest one that is still arriving is refused.
     """
 
     n_connections: int = MAX_CONNECTIONS
@@ -56,14 +56,14 @@ class ConnectionLimits:
 
 
 def bounded(limits: ConnectionLimits | None = None) -> dict[str, Any]:
-    """Arguments of ``uvicorn.Config`` and ``uvicorn.run`` that keep a server's connections bounded.
+    """Arguments of ``uvicorn.Config`` and ``uvicorn.run`` that limit a server's connections.
 
-    Without ``limits`` they are the usual ones, and connections take half of the files that this
-    process may open; that number is raised as far as the system allows.
+    Without ``limits`` the defaults apply, and connections may use half of the file descriptors of
+    this process; their number is raised as far as the system allows.
     """
     if limits is None:
         limits = ConnectionLimits(n_connections=_usual_connections())
-    return {"http": partial(Connection, Hall(limits)), "ws": "none", "backlog": _BACKLOG}
+    return {"http": partial(Connection, Connections(limits)), "ws": "none", "backlog": _BACKLOG}
 
 
 def _usual_connections() -> int:
@@ -90,11 +90,11 @@ _KEPT = (_Phase.ANSWERING, _Phase.CLOSING)
 _CLOSED_FIRST = {_Phase.WAITING: 0, _Phase.LEFTOVER: 1, _Phase.STUCK: 2, _Phase.RECEIVING: 3}
 
 
-class Hall:
-    """All connections of one server. Lives on its event loop; the first connection starts it."""
+class Connections:
+    """All connections of one server. Event loop only; the first connection starts it."""
 
     def __init__(self, limits: ConnectionLimits) -> None:
-        """Nobody is here."""
+        """No connections yet."""
         self.limits = limits
         self._inside: set[Connection] = set()
         self._body_nbytes = 0
@@ -102,7 +102,7 @@ class Hall:
         self._said_s = float("-inf")
 
     def enter(self, one: Connection) -> None:
-        """Takes a connection; one that only waits goes for it if there are too many."""
+        """Adds a connection; if there are too many, an idle one is closed for it."""
         self._inside.add(one)
         if not self._is_sweeping:
             self._is_sweeping = True
@@ -116,7 +116,7 @@ class Hall:
         self._inside.discard(one)
 
     def hold(self, nbytes: int) -> None:
-        """Counts bytes of bodies; less than 0 for those that are gone."""
+        """Adds ``nbytes`` of bodies to the count; negative when they are released."""
         self._body_nbytes += nbytes
         while self._body_nbytes > self.limits.body_nbytes:
             arriving = [one for one in self._inside if one.phase() is _Phase.RECEIVING]
@@ -155,17 +155,17 @@ class Hall:
 
 
 class Connection(H11Protocol):
-    """Uvicorn's connection, with an end to its patience.
+    """Uvicorn's connection with time limits.
 
     Attributes:
         began_s: when it was made, or its last request began; the loop's time.
     """
 
-    def __init__(self, hall: Hall, **given: Any) -> None:
+    def __init__(self, connections: Connections, **given: Any) -> None:
         """``given``: what uvicorn gives its protocols."""
         super().__init__(**given)
         self.began_s = self.loop.time()
-        self._hall = hall
+        self._connections = connections
         self._held_nbytes = 0
         self._is_stuck = False
         self._seen: tuple[_Phase, object] | None = None
@@ -228,20 +228,20 @@ class Connection(H11Protocol):
 
     def _let_go(self) -> None:
         held, self._held_nbytes = self._held_nbytes, 0
-        self._hall.hold(-held)
+        self._connections.hold(-held)
 
     # What uvicorn and asyncio call.
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         # docstring inherited
         super().connection_made(transport)
-        self._hall.enter(self)
+        self._connections.enter(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         # docstring inherited
         super().connection_lost(exc)
         self._let_go()
-        self._hall.leave(self)
+        self._connections.leave(self)
 
     def data_received(self, data: bytes) -> None:
         # docstring inherited
@@ -251,7 +251,7 @@ class Connection(H11Protocol):
         super().data_received(data)
         if self.phase() in (_Phase.RECEIVING, _Phase.ANSWERING):
             self._held_nbytes += len(data)
-            self._hall.hold(len(data))
+            self._connections.hold(len(data))
 
     def on_response_complete(self) -> None:
         # docstring inherited
@@ -283,7 +283,7 @@ def _answer(problem: Problem) -> Iterator[h11.Event]:
 
 
 def body_taken(scope: Any) -> None:
-    """Says that the body of a request has been read and is no longer held; a no-op elsewhere."""
+    """Reports that a request's body was read and released; does nothing under another server."""
     let_go: Callable[[], None] | None = (scope.get("extensions") or {}).get(BODY_TAKEN)
     if let_go is not None:
         let_go()

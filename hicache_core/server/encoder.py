@@ -18,10 +18,10 @@ _LEAST_TOKEN_NBYTES = 64
 
 
 class Encoder:
-    """Two lanes, each with a thread and a tokenizer of its own: no short text waits for a long one.
+    """Two lanes, each with its own thread and tokenizer: short texts never wait for long ones.
 
-    A text of more bytes than the context's tokens can have is refused before it is looked at, so
-    that a lane is never taken for longer than the longest prompt takes.
+    A text with more bytes than the tokens of a context can have is refused at once, so that a lane
+    is never busy for longer than the longest valid prompt takes.
     """
 
     def __init__(self, tokenizer: Any, context_length: int) -> None:
@@ -47,10 +47,10 @@ class Encoder:
             )
 
     async def encode(self, text: str, *, special: bool) -> tuple[int, ...]:
-        """The tokens of a text, ``special`` ones around it as the tokenizer adds them.
+        """The tokens of a text; ``special``: with the special tokens that the tokenizer adds.
 
         Raises:
-            Problem: it is too long, or has no token.
+            Problem: the text is too long, or has no tokens.
         """
 
         def work(tokenizer: Any) -> tuple[int, ...]:
@@ -62,7 +62,7 @@ class Encoder:
         return tokens
 
     async def aside(self, work: Callable[[Any], T], nbytes: int) -> T:
-        """What ``work`` makes with a tokenizer of ``nbytes`` of text.
+        """Runs ``work`` with a tokenizer on the lane for ``nbytes`` of text; its result.
 
         Raises:
             Problem: the text is too long.

@@ -1,4 +1,4 @@
-"""Fields of a body: which are refused, and by which values a client does not ask for them."""
+"""Unknown fields of a body: which are refused, and which values are neutral."""
 
 from __future__ import annotations
 
@@ -109,12 +109,12 @@ WITHOUT_EFFECT = frozenset(
 
 
 def refusal(name: str, value: object, known: Iterable[str]) -> str:
-    """Why a field cannot be taken, in words; empty if it can.
+    """Why an unknown field is refused, in words; empty if it can be ignored.
 
     Args:
-        name: of a field that the body has no use for.
-        value: what it says.
-        known: the fields that the body has, for a word on which was meant.
+        name: of the field.
+        value: of the field.
+        known: fields of the body, for a hint at a misspelt one.
     """
     if name in WITHOUT_EFFECT or _asks_for_nothing(value, NOT_SUPPORTED.get(name, ())):
         return ""

@@ -12,13 +12,13 @@ from hicache_core.observe.page.answers import HEADERS, PageData, not_found, page
 
 
 def page_router(data: PageData, *, dependencies: Sequence[Depends] = ()) -> APIRouter:
-    """Routes for an app; the page's own files are open to all, its data asks ``dependencies``.
+    """Routes for a FastAPI app. The page's files are public; its data requires ``dependencies``.
 
-    Routes of the app that lie below ``/hicache/`` as well are to be added before this router.
+    Add other routes below ``/hicache/`` to the app before this router.
 
     Args:
         data: what to show; called on FastAPI's threads.
-        dependencies: of every route that tells something, such as one that checks a key.
+        dependencies: of the routes with data, such as one that checks a key.
     """
     router = APIRouter()
 

@@ -1,11 +1,11 @@
-"""The problem: whatever a client is refused with, in the shape that OpenAI's clients read."""
+"""Problem: an error answer to a client, in OpenAI's shape."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -25,6 +25,7 @@ _WORDS = {
     "int_type": "must be an integer",
     "int_from_float": "must be an integer",
     "float_type": "must be a number",
+    "float_parsing": "must be a number",
     "finite_number": "must be a finite number",
     "string_type": "must be text",
     "string_unicode": "must be text",
@@ -47,7 +48,7 @@ _OWN_TAG = "~"
 
 
 class Problem(Exception):
-    """A request that is not served; ``status`` and message go to the client."""
+    """An error answer; ``status`` and message go to the client."""
 
     def __init__(
         self,
@@ -77,20 +78,35 @@ class Problem(Exception):
         }
 
 
+class ErrorDetail(BaseModel):
+    """What is wrong with a request, as OpenAI's clients read it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class ErrorAnswer(BaseModel):
+    """The body of every answer that is no success."""
+
+    error: ErrorDetail
+
+
 def json_answer(
     value: object, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """JSON in ASCII, so that no text in it can fail to be encoded."""
+    """A JSON response in ASCII, so that any text in it can be encoded."""
     return Response(json.dumps(value, default=str), status, headers, "application/json")
 
 
 def problem_of(error: Exception) -> Problem:
-    """Which problem an error of ours, of Starlette's or of pydantic's is for the client."""
+    """The error answer for an exception of HiCache, Starlette or pydantic."""
     match error:
         case Problem():
             problem = error
         case ValidationError():
-            problem = _invalid(error)
+            problem = invalid(error.errors(include_url=False, include_input=False))
         case ClientDisconnect():
             problem = Problem(499, "the client has left")
         case HTTPException():
@@ -114,9 +130,8 @@ def answer_problem(_request: Request, error: Exception) -> Response:
     return json_answer(problem.as_dict(), problem.status, problem.headers)
 
 
-def _invalid(error: ValidationError) -> Problem:
-    """A body that does not validate: the first clauses, without what was sent."""
-    details = error.errors(include_url=False, include_input=False)
+def invalid(details: Sequence[ErrorDetails]) -> Problem:
+    """A body or query that does not validate: the first clauses, without what was sent."""
     clauses = []
     for detail in details[:_MAX_CLAUSES]:
         where = ".".join(_path(detail))

@@ -15,11 +15,11 @@ from hicache_core.server.bodies import (
     SamplingBody,
     Shared,
 )
-from hicache_core.server.bridge import Asked
+from hicache_core.server.bridge import NamedRequest
 from hicache_core.server.chat import rendered
 from hicache_core.server.encoder import Encoder
-from hicache_core.server.ledger import Ledger
 from hicache_core.server.problems import Problem
+from hicache_core.server.request_names import RequestNames
 from hicache_core.server.rooms import Rooms
 from hicache_core.types import Namespace
 
@@ -43,19 +43,19 @@ class Prompts:
     """Makes the engine's requests."""
 
     def __init__(
-        self, tokenizer: Any, limits: Limits, ledger: Ledger, rooms: Rooms | None = None
+        self, tokenizer: Any, limits: Limits, names: RequestNames, rooms: Rooms | None = None
     ) -> None:
         """``tokenizer`` is transformers'; no ``rooms``: none taken. ``close`` ends the encoder."""
         self.limits = limits
         self._rooms = rooms
         self._encoder = Encoder(tokenizer, limits.context_length)
-        self._ledger = ledger
+        self._names = names
 
     def close(self) -> None:
         """Ends the encoder."""
         self._encoder.close()
 
-    async def of_generate(self, body: GenerateBody) -> list[Asked]:
+    async def of_generate(self, body: GenerateBody) -> list[NamedRequest]:
         """One for each prompt and choice, in order."""
         prompts = body.prompts
         given = body.sampling_params or SamplingBody()
@@ -70,7 +70,7 @@ class Prompts:
             asked += _choices(tokens, params, name, own.n or 1)
         return self._opened(asked, body, body.priority or 0)
 
-    async def of_completion(self, body: CompletionBody) -> list[Asked]:
+    async def of_completion(self, body: CompletionBody) -> list[NamedRequest]:
         """One for each prompt and choice, in order."""
         asked = []
         prompts = body.prompts
@@ -83,7 +83,7 @@ class Prompts:
             asked += _choices(tokens, params, name, body.n or 1)
         return self._opened(asked, body, body.priority or 0)
 
-    async def of_chat(self, body: ChatBody) -> list[Asked]:
+    async def of_chat(self, body: ChatBody) -> list[NamedRequest]:
         """One for each choice."""
         nbytes = sum(len(message.text) for message in body.messages)
         text = await self._encoder.aside(lambda tokenizer: rendered(tokenizer, body), nbytes)
@@ -98,21 +98,21 @@ class Prompts:
         wanted: Sequence[tuple[tuple[int, ...], SamplingParams, str | None]],
         body: Shared,
         priority: int,
-    ) -> list[Asked]:
+    ) -> list[NamedRequest]:
         """Gives each its id; all or none."""
         room = None if self._rooms is None else self._rooms.room_of(body)
         if room is not None and len(wanted) != 1:
             raise Problem(400, f"a bootstrap_room is for one prompt; here are {len(wanted)}")
         namespace = namespace_of(body.cache_salt, body.extra_key)
-        asked: list[Asked] = []
+        asked: list[NamedRequest] = []
         try:
             for tokens, sampling, wanted_name in wanted:
-                name, request_id = self._ledger.open(wanted_name, namespace)
+                name, request_id = self._names.open(wanted_name, namespace)
                 request = Request(request_id, tokens, sampling, namespace, priority, room)
-                asked.append(Asked(name, request))
+                asked.append(NamedRequest(name, request))
         except Problem:
             for one in asked:
-                self._ledger.close(one.name, namespace)
+                self._names.close(one.name, namespace)
             raise
         return asked
 

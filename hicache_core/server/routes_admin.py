@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
@@ -15,7 +15,8 @@ from hicache_core.build.storage import CHAIN, DYNAMIC
 from hicache_core.config.redact import masked
 from hicache_core.config.settings import HiCacheConfig
 from hicache_core.config.sources import EXTRA
-from hicache_core.server.bodies import AttachBody, read_body
+from hicache_core.server.bodies import AttachBody
+from hicache_core.server.body_route import BodyRoute
 from hicache_core.server.problems import Problem, json_answer
 from hicache_core.server.service import Service
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 CALL_TIMEOUT_S = 10.0
 STORAGE_TIMEOUT_S = 60.0
-MAX_FLUSH_TIMEOUT_S = 600.0
+FlushTimeout = Annotated[float, Query(ge=0, le=600, allow_inf_nan=False)]
 POLICIES = ("hicache_storage_prefetch_policy", "hicache_write_policy")
 PUT = "PUT /hicache/storage-backend"
 DELETE = "DELETE /hicache/storage-backend"
@@ -32,32 +33,37 @@ _PAUSE_S = 0.01
 
 
 def make_router(service: Service) -> APIRouter:
-    """The routes, over ``service``; the door lets only the operator in."""
-    router = APIRouter()
-    storage = StorageDesk(service)
+    """The routes, over ``service``; the access check lets only the operator in."""
+    router = APIRouter(route_class=BodyRoute)
+    storage = StorageAdmin(service)
 
-    @router.api_route("/flush_cache", methods=["GET", "POST"])
-    async def flush_cache(http: Request) -> Response:
-        await storage.flush(_seconds(http.query_params.get("timeout", "0")))
+    @router.get("/flush_cache")
+    @router.post("/flush_cache")
+    async def flush_cache(timeout: FlushTimeout = 0.0) -> Response:
+        """Empties device and host, as soon as nothing is in use; waits ``timeout`` seconds."""
+        await storage.flush(timeout)
         return PlainTextResponse("Cache flushed.\n")
 
     @router.get("/hicache/storage-backend")
     async def show() -> Response:
+        """The storage backend, its settings without secrets, and its state."""
         return json_answer(storage.shown())
 
     @router.put("/hicache/storage-backend")
-    async def attach(http: Request) -> Response:
-        body = await read_body(http, AttachBody, service.served.limits.max_body_nbytes)
+    async def attach(_http: Request, body: AttachBody) -> Response:
+        """Opens a storage backend and uses it in place of the present one."""
         await storage.attach(body)
         return PlainTextResponse("HiCache storage backend attached.\n")
 
     @router.delete("/hicache/storage-backend")
     async def detach() -> Response:
+        """Goes on without storage."""
         await storage.detach()
         return PlainTextResponse("HiCache storage backend detached.\n")
 
     @router.post("/hicache/storage-backend/clear")
     async def clear() -> Response:
+        """Removes what servers of this kind have stored."""
         n = await storage.clear()
         return PlainTextResponse(
             f"Hierarchical cache storage backend cleared: {n} objects of this server's namespace.\n"
@@ -66,7 +72,7 @@ def make_router(service: Service) -> APIRouter:
     return router
 
 
-class StorageDesk:
+class StorageAdmin:
     """What the operator may do to the tiers while requests run."""
 
     def __init__(self, service: Service) -> None:
@@ -205,15 +211,3 @@ def _names_a_class(name: str, settings: Mapping[str, object]) -> bool:
     return name == DYNAMIC or any(
         isinstance(link, dict) and link.get("backend") == DYNAMIC for link in links
     )
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds <= MAX_FLUSH_TIMEOUT_S:
-        raise Problem(
-            400, f"timeout must be a number of seconds from 0 to {MAX_FLUSH_TIMEOUT_S:.0f}"
-        )
-    return seconds

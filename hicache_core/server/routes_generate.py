@@ -18,9 +18,9 @@ from hicache_core.server.bodies import (
     CompletionBody,
     GenerateBody,
     OpenAIBody,
-    read_body,
 )
-from hicache_core.server.bridge import Asked, Whole, finished
+from hicache_core.server.body_route import BodyRoute
+from hicache_core.server.bridge import FullAnswer, NamedRequest, finished
 from hicache_core.server.problems import json_answer
 from hicache_core.server.service import Service
 from hicache_core.server.stream import EventStream, GeneratePieces, OpenAIPieces
@@ -28,14 +28,13 @@ from hicache_core.server.stream import EventStream, GeneratePieces, OpenAIPieces
 
 def make_router(service: Service) -> APIRouter:
     """The routes, over ``service``."""
-    router = APIRouter()
-    limits = service.served.limits
-    max_nbytes, longest = limits.max_body_nbytes, limits.context_length
+    router = APIRouter(route_class=BodyRoute)
     most = service.settings.max_client_priority
 
-    @router.api_route("/generate", methods=["POST", "PUT"])
-    async def generate(http: Request) -> Response:
-        body = await read_body(http, GenerateBody, max_nbytes, longest)
+    @router.put("/generate", include_in_schema=False)
+    @router.post("/generate")
+    async def generate(http: Request, body: GenerateBody) -> Response:
+        """SGLang's: answers one prompt or several, in one piece or as server-sent events."""
         check_priority(body.priority or 0, most, http.scope)
         asked = await service.prompts.of_generate(body)
         single = not body.is_batch and len(asked) == 1
@@ -45,14 +44,14 @@ def make_router(service: Service) -> APIRouter:
         return json_answer(answers[0] if single else answers)
 
     @router.post("/v1/completions")
-    async def completions(http: Request) -> Response:
-        body = await read_body(http, CompletionBody, max_nbytes, longest)
+    async def completions(http: Request, body: CompletionBody) -> Response:
+        """OpenAI's: completes one prompt or several."""
         check_priority(body.priority or 0, most, http.scope)
         return await _openai(service, body, await service.prompts.of_completion(body), http)
 
     @router.post("/v1/chat/completions")
-    async def chat(http: Request) -> Response:
-        body = await read_body(http, ChatBody, max_nbytes, longest)
+    async def chat(http: Request, body: ChatBody) -> Response:
+        """OpenAI's: answers the last message of a chat."""
         check_priority(body.priority or 0, most, http.scope)
         return await _openai(service, body, await service.prompts.of_chat(body), http)
 
@@ -60,7 +59,7 @@ def make_router(service: Service) -> APIRouter:
 
 
 async def _openai(
-    service: Service, body: OpenAIBody, asked: Sequence[Asked], http: Request
+    service: Service, body: OpenAIBody, asked: Sequence[NamedRequest], http: Request
 ) -> Response:
     is_chat = isinstance(body, ChatBody)
     # One answer goes by its request's name, so that it can be asked for at /hicache/explain.
@@ -79,7 +78,7 @@ async def _openai(
     return json_answer(form.whole(await _all(service, asked, http)))
 
 
-async def _all(service: Service, asked: Sequence[Asked], http: Request) -> list[Whole]:
+async def _all(service: Service, asked: Sequence[NamedRequest], http: Request) -> list[FullAnswer]:
     """All answers, whole. If one fails, the others are given up."""
     async with service.bridge.running(asked, http) as pending:
         return list(await asyncio.gather(*(finished(waiting) for waiting in pending)))

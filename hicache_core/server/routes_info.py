@@ -8,19 +8,21 @@ from dataclasses import asdict, replace
 from fastapi import APIRouter
 from prometheus_client import CollectorRegistry, generate_latest
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
 
 from hicache_core.config.redact import masked
 from hicache_core.engine.request import Request as EngineRequest
 from hicache_core.engine.request import SamplingParams
 from hicache_core.observe.http import PROMETHEUS_TEXT
 from hicache_core.server.access import ADMIN
-from hicache_core.server.bridge import Asked, finished
+from hicache_core.server.bridge import NamedRequest, finished
+from hicache_core.server.docs_page import docs_page
 from hicache_core.server.problems import Problem, json_answer
 from hicache_core.server.prompts import namespace_of
 from hicache_core.server.service import Service
 from hicache_core.types import Namespace
 
+DOCS_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 HEALTH_TIMEOUT_S = 20.0
 # What a health check leaves in the cache is of no use to anybody.
 _HEALTH = Namespace(extra_key="hicache health check")
@@ -31,15 +33,25 @@ EXTRA_KEY_HEADER = "x-hicache-extra-key"
 def make_router(service: Service) -> APIRouter:
     """The routes, over ``service``."""
     router = APIRouter()
+    _add_docs(router)
     _add_health(router, service)
     _add_models(router, service)
     _add_status(router, service)
     return router
 
 
+def _add_docs(router: APIRouter) -> None:
+    @router.get("/docs", include_in_schema=False)
+    async def docs(http: Request) -> Response:
+        page = docs_page(http.app.openapi())
+        return HTMLResponse(page, headers={"Content-Security-Policy": DOCS_POLICY})
+
+
 def _add_health(router: APIRouter, service: Service) -> None:
-    @router.api_route("/health", methods=["GET", "HEAD"])
+    @router.head("/health", include_in_schema=False)
+    @router.get("/health")
     async def health() -> Response:
+        """Whether the engine runs, and no request is stuck."""
         status = service.engine.status()
         if status.error:
             raise Problem(503, f"the engine has stopped: {status.error}")
@@ -51,13 +63,14 @@ def _add_health(router: APIRouter, service: Service) -> None:
 
     @router.get("/health_generate")
     async def health_generate() -> Response:
-        _, request_id = service.ledger.open(None, _HEALTH)
+        """Whether the engine computes a token."""
+        _, request_id = service.names.open(None, _HEALTH)
         request = EngineRequest(
             request_id, (0,), SamplingParams(max_new_tokens=1, temperature=0.0), _HEALTH
         )
         async with (
             asyncio.timeout(HEALTH_TIMEOUT_S),
-            service.bridge.running([Asked(request_id, request)], None) as pending,
+            service.bridge.running([NamedRequest(request_id, request)], None) as pending,
         ):
             await finished(pending[0])
         return json_answer({"status": "ok"})
@@ -76,10 +89,12 @@ def _add_models(router: APIRouter, service: Service) -> None:
 
     @router.get("/v1/models")
     async def models() -> Response:
+        """The one model that is served, in OpenAI's list."""
         return json_answer({"object": "list", "data": [card]})
 
     @router.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
+        """The model of that name."""
         if name != served.name:
             raise Problem(404, f"no model {name!r} here; there is {served.name!r}")
         return json_answer(card)
@@ -87,6 +102,7 @@ def _add_models(router: APIRouter, service: Service) -> None:
     @router.get("/get_model_info")
     @router.get("/model_info")
     async def model_info() -> Response:
+        """What is served."""
         return json_answer(
             {
                 "model_path": settings.model_path,
@@ -102,6 +118,7 @@ def _add_models(router: APIRouter, service: Service) -> None:
     @router.get("/get_server_info")
     @router.get("/server_info")
     async def server_info() -> Response:
+        """The settings in force, where each came from, and the state of the engine."""
         status = service.engine.status()
         shown = asdict(replace(settings, cache=None, keys=None))  # type: ignore[arg-type]
         del shown["cache"], shown["keys"]
@@ -129,10 +146,12 @@ def _extra(service: Service) -> dict[str, object]:
 def _add_status(router: APIRouter, service: Service) -> None:
     @router.get("/hicache/status")
     async def status(http: Request) -> Response:
+        """The cache and the queue."""
         return json_answer(service.observation(is_admin=_is_admin(http)))
 
     @router.get("/metrics")
     async def metrics(http: Request) -> Response:
+        """The same for Prometheus."""
         if not service.settings.enable_metrics:
             raise Problem(404, "no metrics here: start the server with --enable-metrics")
         registry = CollectorRegistry(auto_describe=False)
@@ -142,13 +161,14 @@ def _add_status(router: APIRouter, service: Service) -> None:
 
     @router.get("/hicache/explain/{name:path}")
     async def explain(name: str, http: Request) -> Response:
+        """Where a request's tokens came from, and why not from the cache."""
         is_admin = _is_admin(http)
         namespace = namespace_of(
             http.headers.get(SALT_HEADER) or None, http.headers.get(EXTRA_KEY_HEADER) or None
         )
-        found = service.ledger.find(name, namespace)
+        found = service.names.find(name, namespace)
         if found is None and is_admin:
-            found = service.ledger.find_any(name)
+            found = service.names.find_any(name)
         shown = found and service.explanation(found, name, is_admin=is_admin)
         if not shown:
             raise Problem(404, f"no record of a request {name!r}; only late ones are kept")

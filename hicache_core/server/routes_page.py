@@ -7,7 +7,7 @@ from dataclasses import asdict
 from fastapi import APIRouter, Depends
 from starlette.requests import Request
 
-from hicache_core.observe.desk import Made
+from hicache_core.observe.on_demand import Aged
 from hicache_core.observe.page.answers import PageData
 from hicache_core.radix.picture import TreePicture
 from hicache_core.server.access import ADMIN
@@ -22,8 +22,8 @@ def make_router(service: Service) -> APIRouter:
     """The routes, over ``service``; to be added last, since others lie below ``/hicache/`` too."""
     engine = service.engine
 
-    def tree() -> Made[TreePicture]:
-        return Made(engine.call(lambda cache: cache.picture(), PATIENCE_S), 0.0)
+    def tree() -> Aged[TreePicture]:
+        return Aged(engine.call(lambda cache: cache.picture(), PATIENCE_S), 0.0)
 
     data = PageData(
         service.watch,

@@ -22,9 +22,9 @@ from hicache_core.integrations.model_check import vocabulary_of
 from hicache_core.observe.event_settings import events_config
 from hicache_core.server.app import make_app
 from hicache_core.server.connections import bounded
-from hicache_core.server.crew import Crew
 from hicache_core.server.models import load_model
 from hicache_core.server.prompts import Limits
+from hicache_core.server.rank_processes import RankProcesses
 from hicache_core.server.role import make_engine, role_of
 from hicache_core.server.service import ServedModel, Service
 from hicache_core.server.settings import ServerSettings, notices, with_secret
@@ -33,14 +33,14 @@ log = logging.getLogger(__name__)
 
 
 def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
-    """Serves until SIGTERM or SIGINT; returns when backups are drained, or their time is over.
+    """Serves until SIGTERM or SIGINT, then drains backups for a limited time and returns.
 
     Args:
-        settings: of everything.
+        settings: of server, engine and cache.
         say: prints a line for the operator.
 
     Raises:
-        HiCacheError: the server cannot start; nothing is left running.
+        HiCacheError: the server cannot start; everything that was started has ended.
     """
     asked, settings = settings, with_secret(settings)
     role = role_of(settings)
@@ -51,9 +51,9 @@ def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         for line in notices(asked, device):
             say(f"hicache: {line}")
-        with Crew(settings, device) as crew:
+        with RankProcesses(settings, device) as processes:
             model = load_model(settings.model_path, device)
-            engine = make_engine(settings, model, role, crew.meet(model))
+            engine = make_engine(settings, model, role, processes.meet(model))
             engine.open()
             try:
                 service = make_service(settings, model, engine, role)
@@ -81,7 +81,7 @@ def make_service(
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn's, with a word when it listens, that ends when there is nobody to answer."""
+    """Uvicorn's server; calls back when it listens, and ends when the engine has ended."""
 
     def __init__(
         self, config: uvicorn.Config, on_ready: Callable[[], None], has_ended: Callable[[], bool]
@@ -134,7 +134,7 @@ def _signals_are_no_deaths() -> Iterator[None]:
 
 @contextmanager
 def _listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A bound socket, so that a port that is taken shows before a model is loaded.
+    """A bound socket, so that a port in use is reported before a model is loaded.
 
     Raises:
         ConfigError: the address is taken, or not one of this machine.

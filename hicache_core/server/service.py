@@ -14,9 +14,9 @@ from hicache_core.observe.metrics import CacheCollector
 from hicache_core.observe.snapshot import CacheSnapshot
 from hicache_core.observe.windows import Watch
 from hicache_core.server.bridge import Bridge, EngineFront
-from hicache_core.server.figures import Figures, ServerCollector
-from hicache_core.server.ledger import Ledger
 from hicache_core.server.prompts import Limits, Prompts
+from hicache_core.server.request_metrics import RequestMetrics, ServerCollector
+from hicache_core.server.request_names import RequestNames
 from hicache_core.server.rooms import Rooms
 from hicache_core.server.settings import ServerSettings
 
@@ -40,15 +40,15 @@ class ServedModel:
 
 
 class Service:
-    """Joins engine, prompts and figures; lives on the event loop.
+    """Joins engine, prompts and metrics. Event loop only.
 
     Attributes:
-        settings: what the server was started with.
+        settings: of the server.
         served: the model.
-        engine: who answers.
-        bridge: the way to it.
-        prompts: makes its requests.
-        watch: looks at the cache, as the operator may.
+        engine: computes the answers.
+        bridge: submits requests to the engine.
+        prompts: makes its requests from bodies.
+        watch: looks at the cache, with everything that the operator may see.
         history: samples of it; runs between ``open`` and ``close``.
         started_s: seconds since the epoch.
         role: prefill or decode; None for a server that does both.
@@ -61,19 +61,26 @@ class Service:
         engine: EngineFront,
         role: Role | None = None,
     ) -> None:
-        """``engine`` is open; ``close`` closes it. ``role`` is its half of a pair, if it is one."""
+        """Joins its parts.
+
+        Args:
+            settings: of the server.
+            served: the model.
+            engine: is open; ``close`` closes it.
+            role: of a prefill or decode server; None for one that does both.
+        """
         self.role = role
         self.settings = settings
         self.served = served
         self.engine = engine
         self.started_s = time.time()
-        self.ledger = Ledger()
+        self.names = RequestNames()
         self.bridge = Bridge(
-            engine, self.ledger, Figures(), is_traced=settings.cache.hicache_tracing
+            engine, self.names, RequestMetrics(), is_traced=settings.cache.hicache_tracing
         )
         is_half = settings.disaggregation.mode != "null"
         rooms = Rooms(settings.keys.transfer) if is_half else None
-        self.prompts = Prompts(served.tokenizer, served.limits, self.ledger, rooms)
+        self.prompts = Prompts(served.tokenizer, served.limits, self.names, rooms)
         self.watch = Watch(self._snapshot)
         self.history = History(self.watch)
         self._watches = {True: self.watch, False: Watch(self._discreet_snapshot)}
@@ -101,15 +108,18 @@ class Service:
         labels = {"model_name": self.served.name}  # dashboards of SGLang choose by it
         return (
             CacheCollector(self._watches[is_admin], prefix=prefix, labels=labels),
-            ServerCollector(self.bridge.figures, self.engine.status, prefix, labels),
+            ServerCollector(self.bridge.metrics, self.engine.status, prefix, labels),
         )
 
     def explanation(
         self, request_id: str, name: str, *, is_admin: bool
     ) -> Mapping[str, object] | None:
-        """Where a request's tokens came from.
+        """Where a request's tokens came from; None if that is no longer known.
 
-        What another tenant has is for the operator alone.
+        Args:
+            request_id: the engine's id.
+            name: the tenant's name for it.
+            is_admin: True to show that another tenant has the prefix.
         """
         found = self.engine.cache.explain(request_id)
         if found is None:
@@ -122,7 +132,7 @@ class Service:
 
     def recent(self, limit: int) -> list[Mapping[str, object]]:
         """Records of the newest requests, with their times once they have ended."""
-        times = self.bridge.figures.times
+        times = self.bridge.metrics.times
         return [
             {**found.as_dict(), **times.get(found.request_id, {})}
             for found in self.engine.cache.recent(limit)

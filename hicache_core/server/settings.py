@@ -1,4 +1,4 @@
-"""ServerSettings: what a server was started with, checked; and what of it has no effect here."""
+"""ServerSettings: the checked settings of a server, and notices about those without effect."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Disaggregation:
         mode: ``null`` for one server that does both, ``prefill`` or ``decode``.
         transfer_backend: how KV goes from one to the other.
         ib_device: names of RDMA devices, separated by commas; empty for none.
-        offload: whether a decode server gives what it generates to host and storage.
-        bootstrap_port: where a prefill server hands KV over; 0 for any free one.
+        offload: whether a decode server stores what it generates on host and storage.
+        bootstrap_port: on which a prefill server offers KV; 0 for any free one.
     """
 
     mode: str = "null"
@@ -42,7 +42,7 @@ class Disaggregation:
     bootstrap_port: int = 0
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for what contradicts itself."""
+        """Raises ConfigError for settings that contradict each other."""
         if self.ib_device and not _IB_DEVICE.fullmatch(self.ib_device):
             raise ConfigError(
                 f"--disaggregation-ib-device {self.ib_device!r} is no list of device names; "
@@ -56,13 +56,13 @@ class Disaggregation:
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """Everything that the command line of a server says.
+    """All settings of a server.
 
     Attributes:
         model_path: a folder, a GGUF file, or ``smollm2``.
-        cache: of the cache; ``enable_hierarchical_cache`` is as SGLang means it.
-        engine: of the engine.
-        keys: what callers must know.
+        cache: settings of the cache; ``enable_hierarchical_cache`` has SGLang's default.
+        engine: settings of the engine.
+        keys: that callers must send.
         host: the address to listen on.
         port: 0 for any free one.
         tp: processes that compute the model together.
@@ -70,10 +70,10 @@ class ServerSettings:
         served_model_name: what clients see; empty for the model's own.
         enable_metrics: whether ``/metrics`` answers.
         enable_cache_report: whether usage says what was cached.
-        shutdown_timeout_s: for requests under way, and then for backups.
-        disaggregation: prefill and decode apart.
-        max_client_priority: the highest that a client without the admin key may ask for.
-        without_effect: flags that were given and mean nothing to this server.
+        shutdown_timeout_s: seconds for running requests at the end, and again for backups.
+        disaggregation: settings of prefill and decode on different servers.
+        max_client_priority: maximum priority of clients without the admin key.
+        without_effect: flags that were given and have no effect on this server.
     """
 
     model_path: str
@@ -94,7 +94,7 @@ class ServerSettings:
 
 
 def goes_over_rdma(disaggregation: Disaggregation, devices: Path = DEVICES) -> bool:
-    """Whether the devices that were named are there, and the transfer backend can use them."""
+    """Whether the named devices exist and the transfer backend can use them."""
     named = disaggregation.ib_device.split(",")
     return disaggregation.transfer_backend == "mooncake" and all(
         (devices / name).exists() for name in named if name
@@ -102,10 +102,14 @@ def goes_over_rdma(disaggregation: Disaggregation, devices: Path = DEVICES) -> b
 
 
 def as_sglang_means(config: HiCacheConfig, *, offload: bool) -> HiCacheConfig:
-    """The same, with host and storage only where they were asked for.
+    """The same configuration with SGLang's defaults for host and storage.
 
-    SGLang's server has the device tier alone unless ``--enable-hierarchical-cache`` is given; a
-    decode server that offloads has them too, and frees host pages as they are stored.
+    SGLang's server has only the device tier unless ``--enable-hierarchical-cache`` is given. A
+    decode server that offloads has all tiers, and frees host pages once they are stored.
+
+    Args:
+        config: from all sources; what somebody set is not changed.
+        offload: True for a decode server that offloads.
     """
     if offload:
         meant = {HIERARCHICAL: True, RETENTION: "free_once_stored"}
@@ -117,7 +121,7 @@ def as_sglang_means(config: HiCacheConfig, *, offload: bool) -> HiCacheConfig:
 
 
 def notices(settings: ServerSettings, device: str) -> Iterator[str]:
-    """What was asked and has no effect here, and what the operator should know; one line each.
+    """Yields a line for each setting without effect, and for each risk of the configuration.
 
     Args:
         settings: as given.
@@ -151,9 +155,9 @@ def notices(settings: ServerSettings, device: str) -> Iterator[str]:
 
 
 def with_secret(settings: ServerSettings) -> ServerSettings:
-    """The same, with a secret that nobody knows where one is needed and none was given.
+    """The same settings with a random secret, if one is needed and none was given.
 
-    A prefill or decode node that other machines can reach then believes nobody.
+    A prefill or decode node that other machines can reach then trusts no peer.
     """
     if not _lacks_secret(settings):
         return settings

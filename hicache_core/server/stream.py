@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from hicache_core.server.answers import DONE, OpenAIForm, event, generated
 from hicache_core.server.bodies import StreamOptions
-from hicache_core.server.bridge import Asked, Bridge, Pending, Whole, growing
+from hicache_core.server.bridge import Bridge, FullAnswer, NamedRequest, Pending, growing
 from hicache_core.server.problems import Problem
 
 _HEADERS = [
@@ -22,17 +22,17 @@ _HEADERS = [
 
 
 class Pieces(Protocol):
-    """What a stream says."""
+    """The form of a stream."""
 
     def start(self, index: int) -> Iterator[object]:
         """Before the first step of an answer."""
         ...
 
-    def step(self, index: int, whole: Whole) -> Iterator[object]:
+    def step(self, index: int, whole: FullAnswer) -> Iterator[object]:
         """After each step."""
         ...
 
-    def end(self, answers: Sequence[Whole]) -> Iterator[object]:
+    def end(self, answers: Sequence[FullAnswer]) -> Iterator[object]:
         """When all answers have ended."""
         ...
 
@@ -48,12 +48,12 @@ class GeneratePieces:
         # docstring inherited
         yield from ()
 
-    def step(self, index: int, whole: Whole) -> Iterator[object]:
+    def step(self, index: int, whole: FullAnswer) -> Iterator[object]:
         # docstring inherited
         piece = generated(whole)
         yield piece if self._single else {**piece, "index": index}
 
-    def end(self, answers: Sequence[Whole]) -> Iterator[object]:  # noqa: ARG002 - likewise
+    def end(self, answers: Sequence[FullAnswer]) -> Iterator[object]:  # noqa: ARG002 - likewise
         # docstring inherited
         yield from ()
 
@@ -74,24 +74,24 @@ class OpenAIPieces:
         if (piece := self._form.start(index)) is not None:
             yield piece
 
-    def step(self, index: int, whole: Whole) -> Iterator[object]:
+    def step(self, index: int, whole: FullAnswer) -> Iterator[object]:
         # docstring inherited
         last = whole.last
         if last.text or last.finish_reason is not None:
             piece = self._form.piece(index, last.text, last.finish_reason)
             yield {**piece, "usage": self._form.usage([whole])} if self._all_along else piece
 
-    def end(self, answers: Sequence[Whole]) -> Iterator[object]:
+    def end(self, answers: Sequence[FullAnswer]) -> Iterator[object]:
         # docstring inherited
         if (piece := self._form.end(answers, usage=self._usage)) is not None:
             yield piece
 
 
 class EventStream(Response):
-    """Submits requests and sends what comes of them, until they end or the client leaves."""
+    """Submits requests and streams their answers, until they end or the client leaves."""
 
     def __init__(
-        self, bridge: Bridge, asked: Sequence[Asked], http: Request, pieces: Pieces
+        self, bridge: Bridge, asked: Sequence[NamedRequest], http: Request, pieces: Pieces
     ) -> None:
         """Nothing is submitted before the response is awaited, so it may still be refused."""
         self.status_code = 200
@@ -115,7 +115,7 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": b""})
 
     async def _events(self, pending: Sequence[Pending]) -> AsyncIterator[bytes]:
-        wholes: dict[int, Whole] = {}
+        wholes: dict[int, FullAnswer] = {}
         try:
             async for index, whole in _merged(pending):
                 if index not in wholes:
@@ -133,7 +133,7 @@ class EventStream(Response):
         yield DONE
 
 
-async def _merged(pending: Sequence[Pending]) -> AsyncIterator[tuple[int, Whole]]:
+async def _merged(pending: Sequence[Pending]) -> AsyncIterator[tuple[int, FullAnswer]]:
     """The steps of several answers, as they come.
 
     Raises:
@@ -143,7 +143,7 @@ async def _merged(pending: Sequence[Pending]) -> AsyncIterator[tuple[int, Whole]
         async for whole in growing(pending[0]):
             yield 0, whole
         return
-    steps: asyncio.Queue[tuple[int, Whole] | Problem | None] = asyncio.Queue()
+    steps: asyncio.Queue[tuple[int, FullAnswer] | Problem | None] = asyncio.Queue()
 
     async def follow(index: int) -> None:
         try:

@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from tests.engine.test_relay import listening
+from tests.engine.test_kv_feed import listening
 from tests.engine.world import PAGE_SIZE, Desk, cache_config, desk, greedy, plain, prompt_of
 
 N_WORLDS = 30

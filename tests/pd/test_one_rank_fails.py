@@ -117,7 +117,7 @@ def test_all_ranks_compute_what_one_of_them_did_not_get(tmp_path: Path) -> None:
             assert answer.tokens == plain(WHOLE, prompt, 12)
         assert left.wait().finish_reason == "abort"
         n_lost = sum(room.room % 2 for room in rooms)
-        figures = decode.role.figures
+        figures = decode.role.counts
         assert (figures.received, figures.recomputed) == (len(rooms) - n_lost, n_lost)
         assert n_lost > 0
         assert "rank 1: no prefill node answers at 127.0.0.1:1" in figures.last_error

@@ -94,12 +94,12 @@ def test_the_decode_half_goes_on_where_the_prefill_half_stopped(n_prompt: int) -
         assert answering.wait().finish_reason == "length"
         assert answering.tokens == plain(model_of(), prompt, 12)
         assert computing.wait().completion_tokens == 1
-        assert decode.role.figures.received == 1
+        assert decode.role.counts.received == 1
         assert decode.engine.status().prefill_tokens_per_s == 0.0
         while not prefill.role.transfers()[0].outcomes:
             prefill.engine.call(lambda _: None, 10.0)
         (sent,), (received,) = prefill.role.transfers(), decode.role.transfers()
-        assert sent.nbytes["sent"] == received.nbytes["received"] == decode.role.figures.nbytes
+        assert sent.nbytes["sent"] == received.nbytes["received"] == decode.role.counts.nbytes
         assert received.rows["received"] == n_prompt * model_of().model.config.num_hidden_layers
         assert received.outcomes == {"arrived": 1}
 
@@ -125,8 +125,8 @@ def test_many_requests_at_once() -> None:
         for prompt, answer in zip(prompts, answers, strict=True):
             answer.wait()
             assert answer.tokens == plain(model_of(), prompt, 12)
-        assert decode.role.figures.received == 10
-        assert decode.role.figures.recomputed == 0
+        assert decode.role.counts.received == 10
+        assert decode.role.counts.recomputed == 0
 
 
 def test_what_both_have_already_is_neither_computed_nor_sent() -> None:
@@ -139,7 +139,7 @@ def test_what_both_have_already_is_neither_computed_nor_sent() -> None:
             _, answer = decode.ask(longer, room)
             last = answer.wait()
             assert answer.tokens == plain(model_of(), longer, 12)
-            nbytes.append(decode.role.figures.nbytes - sum(nbytes))
+            nbytes.append(decode.role.counts.nbytes - sum(nbytes))
         assert last.cached == CachedTokens(device=40)
         assert [n * 40 // nbytes[0] for n in nbytes] == [40, 8]
 
@@ -176,7 +176,7 @@ def test_who_asks_a_prefill_half_is_answered_when_the_rows_were_fetched() -> Non
         assert computing.outputs == []
         decode.ask(prompt, room)[1].wait()
         assert computing.wait().completion_tokens == 1
-        assert prefill.role.figures.sent == 1
+        assert prefill.role.counts.sent == 1
 
 
 def test_a_client_that_leaves_while_the_decode_half_has_no_slot_frees_the_prefill_half() -> None:
@@ -193,7 +193,7 @@ def test_a_client_that_leaves_while_the_decode_half_has_no_slot_frees_the_prefil
         leave(prefill, *computing)
         leave(decode, *answering)
         wait_until(lambda: prefill.engine.status().used_slots == 0)
-        assert prefill.role.figures.last_error == "the client has left"
+        assert prefill.role.counts.last_error == "the client has left"
         leave(decode, busy_id, busy)
 
 
@@ -223,7 +223,7 @@ def test_a_request_that_the_prefill_half_gives_up_is_computed_by_the_decode_half
         prefill.engine.abort(request_id)
         answering.wait()
         assert answering.tokens == plain(model_of(), prompt, 12)
-        assert decode.role.figures.recomputed == 1
+        assert decode.role.counts.recomputed == 1
 
 
 @pytest.mark.parametrize("note", [b"[" * 60_000, b'{"token": 1099511627776, "cached": [0, 0, 0]}'])
@@ -238,7 +238,7 @@ def test_nonsense_of_a_prefill_half_costs_its_own_request(
         _, answering = decode.ask(prompt, room)
         answering.wait()
         assert answering.tokens == plain(model_of(), prompt, 12)
-        assert decode.role.figures.recomputed == 1
+        assert decode.role.counts.recomputed == 1
         _, answering = decode.ask(other, None)
         answering.wait()
         assert answering.tokens == plain(model_of(), other, 12)
@@ -250,7 +250,7 @@ def test_without_a_prefill_half_the_decode_half_computes() -> None:
         _, answering = decode.ask(prompt, Bootstrap("127.0.0.1", 1, 5))
         answering.wait()
         assert answering.tokens == plain(model_of(), prompt, 12)
-        assert "no prefill node answers at 127.0.0.1:1" in decode.role.figures.last_error
+        assert "no prefill node answers at 127.0.0.1:1" in decode.role.counts.last_error
 
 
 def test_a_half_with_another_secret_is_refused_and_the_decode_half_computes() -> None:
@@ -262,8 +262,8 @@ def test_a_half_with_another_secret_is_refused_and_the_decode_half_computes() ->
         answering.wait()
         leave(prefill, *computing)
         assert answering.tokens == plain(model_of(), prompt, 12)
-        assert decode.role.figures.recomputed == 1
-        assert "different shared secrets" in decode.role.figures.last_error
+        assert decode.role.counts.recomputed == 1
+        assert "different shared secrets" in decode.role.counts.last_error
 
 
 def test_a_prefill_half_that_ends_in_the_middle_is_no_loss() -> None:
@@ -341,7 +341,7 @@ def test_equal_prompts_in_flight_at_once_end_in_a_pool_that_one_of_them_nearly_f
         for answer, n in zip(answers, n_new, strict=True):
             answer.wait()
             assert answer.tokens == plain(model_of(), prompt, n)
-        assert decode.role.figures.received == 2
+        assert decode.role.counts.received == 2
 
 
 def test_another_prefill_node_is_served_what_the_decode_node_generated(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from hicache_core.server.connections import ConnectionLimits, Hall, body_taken, bounded
+from hicache_core.server.connections import ConnectionLimits, Connections, body_taken, bounded
 
 pytestmark = pytest.mark.anyio
 
@@ -172,10 +172,12 @@ def test_a_want_of_files_is_said_once_and_not_a_thousand_times(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     loop = asyncio.new_event_loop()
-    hall = Hall(ConnectionLimits())
+    connections = Connections(ConnectionLimits())
     with caplog.at_level(logging.ERROR):
         for _ in range(1000):
-            hall._on_loop_error(loop, {"message": "", "exception": OSError(24, "too many files")})
+            connections._on_loop_error(
+                loop, {"message": "", "exception": OSError(24, "too many files")}
+            )
     loop.close()
     assert len(caplog.records) == 1
     assert "new connections must wait" in caplog.text

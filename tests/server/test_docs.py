@@ -12,8 +12,8 @@ from hicache_core.config.settings import HiCacheConfig
 from hicache_core.engine.config import EngineStatus
 from hicache_core.observe.catalogue import SERIES
 from hicache_core.server import routes_admin, routes_generate, routes_info
-from hicache_core.server.figures import Figures, ServerCollector
 from hicache_core.server.prompts import Limits
+from hicache_core.server.request_metrics import RequestMetrics, ServerCollector
 from hicache_core.server.service import ServedModel, Service
 from hicache_core.server.settings import ServerSettings
 
@@ -50,7 +50,7 @@ def test_every_call_is_named() -> None:
 
 def test_every_series_of_the_server_is_named_and_no_series_of_the_cache() -> None:
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(ServerCollector(Figures(), lambda: STATUS, ""))
+    registry.register(ServerCollector(RequestMetrics(), lambda: STATUS, ""))
     lines = generate_latest(registry).decode().splitlines()
     names = {line.split()[2] for line in lines if line.startswith("# TYPE")}
     assert len(names) == 9

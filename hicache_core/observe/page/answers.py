@@ -11,8 +11,8 @@ from typing import NamedTuple
 from urllib.parse import parse_qs, unquote
 
 from hicache_core.config.redact import masked
-from hicache_core.observe.desk import Made
 from hicache_core.observe.history import History
+from hicache_core.observe.on_demand import Aged
 from hicache_core.observe.windows import Watch
 from hicache_core.radix.picture import TreePicture
 
@@ -55,7 +55,7 @@ class PageData:
     history: History | None = None
     explain: Callable[[str], Record | None] | None = None
     requests: Callable[[int], Sequence[Record]] | None = None
-    tree: Callable[[], Made[TreePicture] | None] | None = None
+    tree: Callable[[], Aged[TreePicture] | None] | None = None
     engine: Callable[[], Record] | None = None
 
 
@@ -149,7 +149,7 @@ def _requests(data: PageData, limit: int) -> Record | None:
     return {"requests": list(data.requests(max(0, min(limit, MAX_REQUESTS))))}
 
 
-def _tree(tree: Callable[[], Made[TreePicture] | None] | None) -> Record | None:
+def _tree(tree: Callable[[], Aged[TreePicture] | None] | None) -> Record | None:
     if tree is None:
         return None
     made = tree()

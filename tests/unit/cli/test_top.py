@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from hicache_core.cli import _ask
-from hicache_core.cli._top_view import Moment, top_view
+from hicache_core.cli._cache_view import Moment, top_view
 from hicache_core.cli.status import command as status_command
 from hicache_core.cli.top import command
 from hicache_core.observe import http
@@ -154,7 +155,7 @@ def test_no_number_is_cut_in_a_window_of_80_columns() -> None:
     assert "12,345" in row
     assert "TiB" in text
     for tier in ("device", "host", "storage"):
-        (line,) = [line for line in text.splitlines() if line.startswith(tier)]
+        (line,) = [line for line in text.splitlines() if re.match(f"{tier} .*hit tokens", line)]
         assert "123,456,789 hit tokens" in line
     assert "88% of 16,000,000 tokens" in text
 

@@ -1,4 +1,4 @@
-"""The page's data: history, the owner's desk, and the answers of both servers."""
+"""The page's data: history, values on demand, and the answers of both servers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from fastapi import Depends, FastAPI, HTTPException
 from fastapi.testclient import TestClient
 
 from hicache_core.controller.explain import Reason
-from hicache_core.observe.desk import Desk, Made
 from hicache_core.observe.history import History
+from hicache_core.observe.on_demand import Aged, OnDemand
 from hicache_core.observe.page.answers import PageData, page_answer
 from hicache_core.observe.snapshot import CacheSnapshot, OperationStatus
 from hicache_core.observe.windows import Watch
@@ -36,7 +36,7 @@ def page_data() -> PageData:
         history,
         {record["request_id"]: record for record in RECORDS}.get,
         lambda limit: RECORDS[:limit],
-        lambda: Made(TreePicture((), 0, False), 0.5),
+        lambda: Aged(TreePicture((), 0, False), 0.5),
         lambda: {"running": 1},
     )
 
@@ -83,41 +83,41 @@ def test_an_open_history_samples_by_itself_and_ends_with_close() -> None:
     assert not [t for t in threading.enumerate() if t.name == "hicache-history"]
 
 
-# The desk.
+# On demand.
 
 
 def test_nothing_is_made_while_nobody_asks() -> None:
-    desk: Desk[int] = Desk(clock=lambda: 0.0)
-    desk.serve(lambda: pytest.fail("nobody asked"))
-    assert desk.ask(0.0) is None
-    desk.serve(lambda: 7)
-    assert desk.ask(0.0) == Made(7, 0.0)
+    on_demand: OnDemand[int] = OnDemand(clock=lambda: 0.0)
+    on_demand.serve(lambda: pytest.fail("nobody asked"))
+    assert on_demand.ask(0.0) is None
+    on_demand.serve(lambda: 7)
+    assert on_demand.ask(0.0) == Aged(7, 0.0)
 
 
 def test_what_is_fresh_is_not_made_again_and_a_wish_ends() -> None:
     now = [0.0]
     made: list[float] = []
-    desk: Desk[float] = Desk(min_age_s=1.0, wish_s=10.0, clock=lambda: now[0])
+    on_demand: OnDemand[float] = OnDemand(min_age_s=1.0, wish_s=10.0, clock=lambda: now[0])
 
     def make() -> float:
         made.append(now[0])
         return now[0]
 
-    desk.ask(0.0)
+    on_demand.ask(0.0)
     for now[0] in (1.0, 1.5, 2.5, 9.0, 10.5, 11.0):
-        desk.serve(make)
+        on_demand.serve(make)
     assert made == [1.0, 2.5, 9.0]
-    answer = desk.ask(0.0)
-    assert answer == Made(9.0, 2.0)
+    answer = on_demand.ask(0.0)
+    assert answer == Aged(9.0, 2.0)
 
 
 def test_who_asks_waits_for_the_owner() -> None:
-    desk: Desk[str] = Desk()
-    answers: list[Made[str] | None] = []
-    asker = threading.Thread(target=lambda: answers.append(desk.ask(60.0)))
+    on_demand: OnDemand[str] = OnDemand()
+    answers: list[Aged[str] | None] = []
+    asker = threading.Thread(target=lambda: answers.append(on_demand.ask(60.0)))
     asker.start()
     while asker.is_alive():
-        desk.serve(lambda: "made by the owner")
+        on_demand.serve(lambda: "made by the owner")
     asker.join()
     assert answers[0] is not None
     assert answers[0].value == "made by the owner"

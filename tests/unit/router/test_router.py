@@ -16,9 +16,9 @@ from starlette.types import Scope
 
 from hicache_core.kv_transfer.secret import room_proof
 from hicache_core.router.affinity import BLOCK_CHARS, Affinity
-from hicache_core.router.app import MAX_BODY_NBYTES, Relayed, make_app
+from hicache_core.router.app import MAX_BODY_NBYTES, StreamedAnswer, make_app
+from hicache_core.router.forwarder import Answer
 from hicache_core.router.nodes import DECODE, LATE_S, Nodes, RouterSettings
-from hicache_core.router.relay import Answer
 
 P1, P2, D1, D2 = "http://p1", "http://p2", "http://d1", "http://d2"
 PROMPT = "once upon a time " * 40
@@ -405,7 +405,7 @@ def test_what_a_request_held_is_released_though_its_client_never_took_a_piece() 
         async def send(_message: Any) -> None:
             await asyncio.Event().wait()
 
-        await Relayed(answer)({"type": "http"}, receive, send)
+        await StreamedAnswer(answer)({"type": "http"}, receive, send)
 
     asyncio.run(play())
     assert released == [True]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from starlette.testclient import TestClient
 
 from hicache_core.cli import router
 from hicache_core.errors import ConfigError
@@ -47,3 +50,19 @@ def test_nodes_elsewhere_without_a_secret_are_said_at_start(
     assert len(apps) == 1
     assert ("--disaggregation-secret" in result.output) is warned
     assert SECRET not in result.output
+
+
+def test_a_router_needs_no_fastapi() -> None:
+    code = "import sys; sys.modules['fastapi'] = None; import hicache_core.cli.router"
+    child = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert child.returncode == 0, child.stderr
+
+
+def test_a_path_that_is_not_there_is_answered_in_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, (app,) = started(monkeypatch, "--decode", "http://127.0.0.1:1")
+    client = TestClient(app)
+    for method, path, status in (("GET", "/nothing", 404), ("GET", "/generate", 405)):
+        answer = client.request(method, path)
+        assert (answer.status_code, set(answer.json())) == (status, {"detail"})

@@ -1,4 +1,4 @@
-"""Figures of the server: what its clients were given and how long it took, for metrics."""
+"""RequestMetrics: counts and times of requests, and the series made of them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _MAX_TIMES = 1024
 FINISH_REASONS = ("stop", "length", "abort", "error")
 
 
-class Figures:
-    """Counts what goes out; filled by the engine's thread, read from any.
+class RequestMetrics:
+    """Counts outputs and times of requests. The engine's thread writes, any thread reads.
 
     Attributes:
         times: of the newest requests that have ended: ``ttft_s`` and ``total_s``.
@@ -66,7 +66,7 @@ class ServerCollector(Collector):
 
     def __init__(
         self,
-        figures: Figures,
+        metrics: RequestMetrics,
         status: Callable[[], EngineStatus],
         prefix: str,
         labels: Mapping[str, str] | None = None,
@@ -74,12 +74,12 @@ class ServerCollector(Collector):
         """Reads nothing yet.
 
         Args:
-            figures: what is counted.
+            metrics: what is counted.
             status: what the engine does now.
             prefix: before every name.
             labels: on every series, such as ``model_name``.
         """
-        self._figures = figures
+        self._metrics = metrics
         self._status = status
         self._prefix = prefix
         self._names = tuple(labels or {})
@@ -87,20 +87,23 @@ class ServerCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """All of them."""
-        figures, status = self._figures, self._status()
+        metrics, status = self._metrics, self._status()
         gauges = {
             "num_running_reqs": ("Requests being computed.", status.running),
-            "num_queue_reqs": ("Requests that wait.", status.waiting),
+            "num_queue_reqs": ("Queued requests.", status.waiting),
             "engine_stalled": ("1 while a request makes no progress.", bool(status.stalled)),
-            "gen_throughput": ("New tokens a second, of late.", status.tokens_per_s),
+            "gen_throughput": (
+                "Generated tokens per second, over the last ten seconds.",
+                status.tokens_per_s,
+            ),
         }
         for name, (meaning, value) in gauges.items():
             gauge = GaugeMetricFamily(self._prefix + name, meaning, labels=self._names)
             gauge.add_metric(self._values, value)
             yield gauge
         counters = {
-            "prompt_tokens": ("Prompt tokens of ended requests.", figures.prompt_tokens),
-            "generation_tokens": ("New tokens.", figures.new_tokens),
+            "prompt_tokens": ("Prompt tokens of ended requests.", metrics.prompt_tokens),
+            "generation_tokens": ("Generated tokens.", metrics.new_tokens),
         }
         for name, (meaning, count) in counters.items():
             counter = CounterMetricFamily(self._prefix + name, meaning, labels=self._names)
@@ -108,14 +111,22 @@ class ServerCollector(Collector):
             yield counter
         requests = CounterMetricFamily(
             self._prefix + "num_requests",
-            "Requests that ended, by how.",
+            "Ended requests by finish reason.",
             labels=[*self._names, "finish_reason"],
         )
-        for reason, n in sorted(figures.finished.items()):
+        for reason, n in sorted(metrics.finished.items()):
             requests.add_metric([*self._values, reason], n)
         yield requests
-        yield self._times("time_to_first_token_seconds", "Until the first token.", figures.ttft_s)
-        yield self._times("e2e_request_latency_seconds", "Until the last token.", figures.total_s)
+        yield self._times(
+            "time_to_first_token_seconds",
+            "Seconds from arrival to the first token.",
+            metrics.ttft_s,
+        )
+        yield self._times(
+            "e2e_request_latency_seconds",
+            "Seconds from arrival to the last token.",
+            metrics.total_s,
+        )
 
     def _times(self, name: str, meaning: str, times: Distribution) -> Metric:
         histogram = times.histogram()

@@ -1,4 +1,4 @@
-"""Asked: a request as the router takes it from a client."""
+"""ClientRequest: a request as the router takes it from a client."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _ROUTERS_OWN = "bootstrap_"
 
 
 def encoded(body: Mapping[str, Any]) -> bytes:
-    """A body for a node. Halves of characters go on as they came: the node refuses them."""
+    """A body for a node, as UTF-8. Lone surrogates are passed on: the node refuses them."""
     text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
     return text.encode("utf-8", "surrogatepass")
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ClientRequest:
     """A request as the client sent it.
 
     Attributes:
-        path: of the URL; the same at the nodes.
-        body: the JSON object, without the fields that only a router may set.
-        headers: headers that are passed on to the nodes.
-        prompt: text that affinity uses.
-        tenant: requests of one tenant share prefixes.
+        path: of the call, the same at the node.
+        body: the JSON object, without fields that only the router may set.
+        headers: that are passed on to the nodes.
+        prompt: text by which affinity chooses a node.
+        tenant: requests with the same value may share prefixes.
     """
 
     path: str
@@ -41,16 +41,16 @@ class Asked:
     tenant: str
 
     @classmethod
-    def of(cls, path: str, raw: bytes, headers: Mapping[str, str]) -> Asked:
-        """Parses a request, without the fields and headers that a client may not send to nodes.
+    def of(cls, path: str, raw: bytes, headers: Mapping[str, str]) -> ClientRequest:
+        """Parses a request; drops the fields and headers that clients must not set.
 
         Args:
-            path: of the URL.
+            path: of the call.
             raw: the body.
             headers: of the client.
 
         Raises:
-            ValueError: the body is not a JSON object, has a NaN, or nests too deeply.
+            ValueError: the body is not a JSON object, has NaN in it, or is nested too deeply.
         """
         try:
             body = _without_rooms(_parsed(raw))
@@ -76,13 +76,13 @@ class Asked:
 
     @property
     def n_tokens(self) -> int:
-        """Of the prompt, estimated."""
+        """Estimated tokens of the prompt."""
         ids = self.body.get("input_ids")
         return len(ids) if isinstance(ids, list) else len(self.prompt) // CHARS_PER_TOKEN
 
     @property
     def n_new_tokens(self) -> int:
-        """Of the answer, at most; a guess where it is not said."""
+        """Maximum tokens of the answer; a guess if the client does not say."""
         sampling = self.body.get("sampling_params")
         inner = sampling.get("max_new_tokens") if isinstance(sampling, dict) else None
         asked = self.body.get("max_tokens") or self.body.get("max_completion_tokens") or inner
@@ -90,7 +90,7 @@ class Asked:
 
 
 def passed_on(headers: Mapping[str, str]) -> dict[str, str]:
-    """Of a client's headers those that nodes get."""
+    """The headers of a client that are passed on to the nodes."""
     return {name: value for name, value in headers.items() if name.lower() in _PASSED_ON}
 
 

@@ -1,4 +1,4 @@
-"""The desk: what other threads want to see is made by the owner thread, when it passes by."""
+"""OnDemand: a value that the owner thread makes when another thread wants to see it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Generic, NamedTuple, TypeVar
 T = TypeVar("T")
 
 
-class Made(NamedTuple, Generic[T]):
+class Aged(NamedTuple, Generic[T]):
     """Something made, and how many seconds ago."""
 
     value: T
     age_s: float
 
 
-class Desk(Generic[T]):
+class OnDemand(Generic[T]):
     """Lets other threads ask for something that only the owner thread can make.
 
     The owner calls ``serve`` once a step; if nobody asks, that costs one comparison. A thread that
@@ -62,7 +62,7 @@ class Desk(Generic[T]):
             self._made = (value, now)
             self._changed.notify_all()
 
-    def ask(self, patience_s: float) -> Made[T] | None:
+    def ask(self, patience_s: float) -> Aged[T] | None:
         """What was made last, once it is fresh or ``patience_s`` are over; None if nothing was.
 
         Any thread but the owner's.
@@ -72,7 +72,7 @@ class Desk(Generic[T]):
             self._wanted_until = asked + self._wish_s
             self._changed.wait_for(lambda: self._is_fresh(asked), patience_s)
             made = self._made
-        return None if made is None else Made(made[0], max(0.0, self._clock() - made[1]))
+        return None if made is None else Aged(made[0], max(0.0, self._clock() - made[1]))
 
     def _is_fresh(self, now: float) -> bool:
         return self._made is not None and now - self._made[1] < self._min_age_s

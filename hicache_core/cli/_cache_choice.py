@@ -19,7 +19,7 @@ _NAMESPACE = re.compile(r"[0-9a-f]{16}")
 
 
 @dataclass(frozen=True, slots=True)
-class Whose:
+class CacheRef:
     """The cache whose keys a command looks up.
 
     Attributes:
@@ -34,7 +34,7 @@ class Whose:
 
 
 @dataclass(frozen=True, slots=True)
-class Named:
+class CacheDescription:
     """What the user said about the cache; None or empty where nothing was said.
 
     Attributes:
@@ -54,7 +54,7 @@ class Named:
     layout: str | None = None
 
 
-def choose(named: Named, known: Mapping[str, Manifest | None]) -> Whose:
+def choose(named: CacheDescription, known: Mapping[str, Manifest | None]) -> CacheRef:
     """The one cache that ``named`` describes.
 
     Args:
@@ -72,7 +72,7 @@ def choose(named: Named, known: Mapping[str, Manifest | None]) -> Whose:
         return _by_model(named, named.model, manifests)
     found = [manifest for manifest in manifests if _fits(named, manifest)]
     if len(found) == 1:
-        return Whose(found[0].namespace, found[0].page_size, found[0])
+        return CacheRef(found[0].namespace, found[0].page_size, found[0])
     said = "several caches fit" if found else "no cache fits"
     there = "; ".join(map(summary, found or manifests)) or "no manifest"
     raise ConfigError(
@@ -95,15 +95,15 @@ def summary(manifest: Manifest) -> str:
 
 def _by_digest(
     namespace: str, page_size: int | None, known: Mapping[str, Manifest | None]
-) -> Whose:
+) -> CacheRef:
     if _NAMESPACE.fullmatch(namespace) is None:
         raise ConfigError(f"--namespace {namespace!r}: a storage namespace is 16 hex digits")
     manifest = known.get(namespace)
     own = None if manifest is None else manifest.page_size
-    return Whose(namespace, page_size or own or DEFAULT_PAGE_SIZE, manifest)
+    return CacheRef(namespace, page_size or own or DEFAULT_PAGE_SIZE, manifest)
 
 
-def _by_model(named: Named, folder: Path, manifests: list[Manifest]) -> Whose:
+def _by_model(named: CacheDescription, folder: Path, manifests: list[Manifest]) -> CacheRef:
     fingerprints = {str(manifest.fields.get("model_fingerprint")) for manifest in manifests}
     fitting = sorted(text for text in fingerprints if text.startswith(named.fingerprint))
     if len(fitting) != 1 and not named.fingerprint:
@@ -118,7 +118,7 @@ def _by_model(named: Named, folder: Path, manifests: list[Manifest]) -> Whose:
     page_size = named.page_size or DEFAULT_PAGE_SIZE
     described = describe_namespace(spec.identity(), page_size, named.layout or DEFAULT_LAYOUT)
     manifest = Manifest.of(described)
-    return Whose(manifest.namespace, page_size, manifest)
+    return CacheRef(manifest.namespace, page_size, manifest)
 
 
 def _model_config(folder: Path) -> object:
@@ -133,7 +133,7 @@ def _model_config(folder: Path) -> object:
     return config
 
 
-def _fits(named: Named, manifest: Manifest) -> bool:
+def _fits(named: CacheDescription, manifest: Manifest) -> bool:
     fields = manifest.fields
     return (
         str(fields.get("model_fingerprint")).startswith(named.fingerprint)

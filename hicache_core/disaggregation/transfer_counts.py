@@ -1,4 +1,4 @@
-"""Figures of a role: what became of the requests that two nodes share."""
+"""TransferCounts: what became of the requests that two nodes share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(slots=True)
-class Figures:
+class TransferCounts:
     """Counted by the engine's thread, read by any.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Sends one request to a prefill and a decode node, and the answer to the client."""
+"""Forwarder: one request at a prefill and a decode node at once, and its answer to the client."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 
 from hicache_core.kv_transfer.secret import room_proof
-from hicache_core.router.asked import Asked, encoded
+from hicache_core.router.client_request import ClientRequest, encoded
 from hicache_core.router.nodes import DECODE, PREFILL, Node, Nodes
 
 log = logging.getLogger(__name__)
@@ -34,12 +34,12 @@ class Answer:
     """The answer to the client.
 
     Attributes:
-        status: HTTP status.
-        headers: headers of the node that are kept.
+        status: of HTTP.
+        headers: for the client.
         first: the whole body, or its first piece.
-        rest: the following pieces; None if there are none.
-        stack: releases everything when the answer has ended.
-        served_by: headers that name the nodes that took part, for the operator.
+        rest: the further pieces; None if there are none.
+        stack: releases the node when the answer has ended.
+        served_by: headers that say which nodes took part, for the operator.
     """
 
     status: int
@@ -51,7 +51,7 @@ class Answer:
 
     @classmethod
     def problem(cls, status: int, message: str) -> Answer:
-        """An error of the router's own, in the shape of OpenAI's."""
+        """An error of the router itself, in OpenAI's shape."""
         return cls(
             status,
             {"content-type": "application/json"},
@@ -75,7 +75,7 @@ class _NodeFailed(Exception):
         self.struck = struck
 
 
-class Relay:
+class Forwarder:
     """Sends requests to pairs of nodes. Belongs to one event loop."""
 
     def __init__(self, client: httpx.AsyncClient, nodes: Nodes, secret: str | None = None) -> None:
@@ -92,10 +92,10 @@ class Relay:
         self.retried = 0
         self.without_prefill = 0
 
-    async def ask(self, asked: Asked) -> Answer:
-        """The answer, complete or with its first piece; until then it tries other nodes.
+    async def ask(self, asked: ClientRequest) -> Answer:
+        """The answer, complete or with its first piece. Until then it tries other nodes on failure.
 
-        The caller closes ``stack`` when it has sent everything or the client has left.
+        The caller closes the answer's ``stack`` when all is sent, or when the client has left.
         """
         tried: set[str] = set()
         status, last, n_stricken = 503, "no decode node is up", 0
@@ -121,7 +121,7 @@ class Relay:
             f"no node could serve the request; the last error: {last}",
         )
 
-    async def _attempt(self, asked: Asked, prefill: Node | None, decode: Node) -> Answer:
+    async def _attempt(self, asked: ClientRequest, prefill: Node | None, decode: Node) -> Answer:
         async with AsyncExitStack() as stack:
             computing: asyncio.Task[Answer | None] | None = None
             room: dict[str, Any] = {}
@@ -153,7 +153,9 @@ class Relay:
             room["bootstrap_proof"] = room_proof(self._secret, host, port, number)
         return room
 
-    async def _compute(self, asked: Asked, node: Node, room: Mapping[str, Any]) -> Answer | None:
+    async def _compute(
+        self, asked: ClientRequest, node: Node, room: Mapping[str, Any]
+    ) -> Answer | None:
         """The prefill half: None if it went well, or what the node has against the request."""
         body = {**asked.body, **room, "stream": False}
         body.pop("stream_options", None)
@@ -170,7 +172,7 @@ class Relay:
         return None
 
     async def _decode(
-        self, asked: Asked, node: Node, room: Mapping[str, Any], stack: AsyncExitStack
+        self, asked: ClientRequest, node: Node, room: Mapping[str, Any], stack: AsyncExitStack
     ) -> Answer:
         """The decode half, until the whole answer or its first piece is there."""
         stack.enter_context(node.carrying(asked.n_tokens + asked.n_new_tokens))
@@ -206,7 +208,7 @@ class Relay:
             text = json.dumps(_error(f"the answer broke off: {failure}", 502))
             yield f"data: {text}\n\n".encode()
 
-    def _request(self, asked: Asked, node: Node, body: Mapping[str, Any]) -> httpx.Request:
+    def _request(self, asked: ClientRequest, node: Node, body: Mapping[str, Any]) -> httpx.Request:
         headers = {**asked.headers, "content-type": "application/json"}
         return self._client.build_request(
             "POST", node.url + asked.path, content=encoded(body), headers=headers

@@ -1,4 +1,4 @@
-"""The ledger: which of the engine's request ids belongs to which tenant's name for it."""
+"""RequestNames: the engine's id for each name that a tenant gave to a request."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from hicache_core.types import Namespace
 MAX_REQUESTS = 4096
 
 
-class Ledger:
-    """Names of requests. The engine's ids are ours and random; a tenant's own are his alone.
+class RequestNames:
+    """Maps the names that tenants give to their requests to the engine's random ids.
 
-    So two tenants may use the same ``rid``, and none can ask for a request of another.
+    Names are separate for each tenant: two may use the same ``rid``, and neither can ask about a
+    request of the other.
     """
 
     def __init__(self) -> None:
@@ -23,10 +24,10 @@ class Ledger:
         self._live: set[tuple[str, Namespace]] = set()
 
     def open(self, name: str | None, namespace: Namespace) -> tuple[str, str]:
-        """A new request: the name that its tenant knows, and the engine's id.
+        """Registers a request; returns the tenant's name and the engine's id for it.
 
         Raises:
-            Problem: the tenant has a request of that name under way.
+            Problem: the tenant has a running request of that name.
         """
         request_id = uuid.uuid4().hex
         name = name or request_id
@@ -45,11 +46,11 @@ class Ledger:
         self._live.discard((name, namespace))
 
     def find(self, name: str, namespace: Namespace) -> str | None:
-        """The engine's id of the last request that this tenant called so."""
+        """The engine's id of the tenant's latest request of that name; None if unknown."""
         return self._ids.get((name, namespace))
 
     def find_any(self, name: str) -> str | None:
-        """The engine's id of the last request that anybody called so; for the operator."""
+        """The engine's id of the latest request of that name of any tenant; for the operator."""
         for (known, _), request_id in reversed(self._ids.items()):
             if name in (known, request_id):
                 return request_id

@@ -1,4 +1,4 @@
-"""Relay: tells a listener of KV as it is computed, and keeps its pages while it reads them."""
+"""KvFeed: tells a listener of KV as it is computed, and keeps its pages while it reads them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Listener(Protocol):
         ...
 
 
-class Relay:
+class KvFeed:
     """Stands between the scheduler and a listener, if there is one. Owner thread only."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Crew: the processes that compute one served model together."""
+"""RankProcesses: the processes that compute one served model together."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _LOAD_S = timedelta(days=1)
 _GO = "go"
 
 
-class Crew:
+class RankProcesses:
     """Ranks 1 to n-1 of a server, each a process; this process is rank 0.
 
     They end by themselves when rank 0's engine is closed, and when this process is gone. Whatever

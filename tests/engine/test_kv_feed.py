@@ -54,7 +54,7 @@ class Recorder:
 def listening(it: Desk) -> Recorder:
     """A recorder that listens."""
     recorder = Recorder(it)
-    it.scheduler.relay.listener = recorder
+    it.scheduler.feed.listener = recorder
     return recorder
 
 
