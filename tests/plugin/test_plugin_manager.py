@@ -144,7 +144,7 @@ def test_malformed_metadata_harm_nobody(site: Any) -> None:
     )
     info = info_of("odd")
     assert (info.distribution, info.version, info.status) == ("", "", "broken")
-    assert "module 'not a module!' is not there" in info.error
+    assert "module 'not a module!' is missing" in info.error
     with pytest.raises(BrokenBackend, match="'odd' of an unknown distribution does not load"):
         backend_class("odd")
     assert backend_class("memory").name == "memory"

@@ -135,7 +135,7 @@ def test_conversations_of_sharegpt_are_sent_as_they_stand(
         ('{"a": 1}\n{"b": 2}', "line 1: unknown trace format with the fields a;"),
         ("[1]", "object 1: expected a JSON object, found 1"),
         ("{", "line 1: not valid JSON"),
-        ('{"hash_ids": [1]}', r"no request of a trace: KeyError\('timestamp'\)"),
+        ('{"hash_ids": [1]}', r"a field is missing or wrong: KeyError\('timestamp'\)"),
         (json.dumps(line(0, 513, 1)), "513 tokens do not fit 1 blocks of 512"),
         (json.dumps(line(0, 512, 1, 2)), "512 tokens do not fit 2 blocks of 512.*tokens 256"),
         (

@@ -81,7 +81,7 @@ def test_a_prompt_shorter_than_a_page_is_said_to_be_so_and_no_success(
     result = ask("1,2,3")
     assert result.exit_code == 1
     assert "shorter than a page" in result.output
-    assert "no miss" not in result.output
+    assert "not a miss" not in result.output
 
 
 @pytest.mark.parametrize("prompt", [IDS, f"[{IDS}]", "@prompt.json", f" {IDS}, "])
