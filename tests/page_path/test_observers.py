@@ -107,7 +107,7 @@ def test_pool_pages_add_up(world: World) -> None:
 
 def test_events_without_their_package_or_with_a_wrong_setting_are_config_errors() -> None:
     config = HiCacheConfig(page_size=PAGE_SIZE, kv_events_config={"endpont": "tcp://127.0.0.1:*"})
-    with pytest.raises(ConfigError, match="no setting 'endpont'"):
+    with pytest.raises(ConfigError, match="unknown setting 'endpont'"):
         HiCache(config, SPEC, DevicePool(SPEC, PAGE_SIZE, 4))
 
 
