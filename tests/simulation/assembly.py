@@ -42,7 +42,7 @@ from hicache_core.types import BackendContext
 from tests.simulation.clock import InvariantBroken, Process, VirtualClock
 from tests.simulation.copies import SimCopyQueue
 from tests.simulation.engine import Engine
-from tests.simulation.ledger import Ledger
+from tests.simulation.journal_replay import JournalReplay
 from tests.simulation.link import Link, Weather
 from tests.simulation.memory import device_pool, host_pool
 from tests.simulation.setup import Setup
@@ -113,14 +113,14 @@ class Rank:
         process: its tasks and events.
         engine: the requests, the controller, the device pool.
         jobs: its table of jobs.
-        ledger: what the journal was told.
+        replay: what the journal was told.
         workers: of every storage that was attached, the latest last.
     """
 
     process: Process
     engine: Engine
     jobs: AuditedJobs
-    ledger: Ledger
+    replay: JournalReplay
     workers: list[SimWorker] = field(default_factory=list)
 
 
@@ -164,7 +164,7 @@ def open_rank(world: World, group: RankGroup) -> Rank:
     policies = eviction_policy(setup.device_eviction), eviction_policy(setup.host_eviction)
     opener = Opener(world, process, group, host)
     clock = world.local_clock(rank)
-    explainer, ledger = Explainer(clock), Ledger()
+    explainer, replay = Explainer(clock), JournalReplay()
     parts = Parts(
         page_size=setup.page_size,
         tree=RadixTree(setup.page_size, *policies),
@@ -183,13 +183,13 @@ def open_rank(world: World, group: RankGroup) -> Rank:
         batch_pages=setup.batch_pages,
         retention=RETENTIONS[setup.retention],
         explainer=explainer,
-        journal=Journals([explainer, ledger]),
+        journal=Journals([explainer, replay]),
     )
     if setup.starts_with_storage:
         assert parts.storage is not None
         parts.storage.open(STORES[0], {})
     return Rank(
-        process, Engine(Controller(parts), device, setup.shard(rank)), jobs, ledger, opener.workers
+        process, Engine(Controller(parts), device, setup.shard(rank)), jobs, replay, opener.workers
     )
 
 

@@ -10,17 +10,17 @@ from hicache_core.radix.node import Node, Received
 from hicache_core.types import ExistsJob, ReadJob
 from tests.simulation.clock import InvariantBroken
 from tests.simulation.engine import Engine
-from tests.simulation.ledger import Ledger
+from tests.simulation.journal_replay import JournalReplay
 from tests.simulation.worker import SimWorker
 
 Snapshot = list[tuple[object, ...]]
 
 
-def check_rank(engine: Engine, workers: Sequence[SimWorker], ledger: Ledger) -> None:
+def check_rank(engine: Engine, workers: Sequence[SimWorker], replay: JournalReplay) -> None:
     """Everything that one rank alone can tell."""
     engine.cache.check_integrity()
     nodes = engine.cache.parts.tree.nodes()
-    ledger.check(engine.cache, nodes)
+    replay.check(engine.cache, nodes)
     check_device_owners(engine, nodes)
     check_questions(engine.cache, nodes)
     for worker in workers:

@@ -412,7 +412,7 @@ class Schedule:
     def _check(self) -> None:
         self._is_touched = False
         for rank in self._ranks:
-            checks.check_rank(rank.engine, rank.workers, rank.ledger)
+            checks.check_rank(rank.engine, rank.workers, rank.replay)
             cache = rank.engine.cache
             self.tally["steps_with_orphaned_pages"] += cache._write_path.n_orphaned_pages > 0
             reads = cache._prefetch_path

@@ -122,7 +122,7 @@ def test_reporting_twice_or_what_is_unknown_is_our_bug() -> None:
     job_id = jobs.add(lambda _: None)
     jobs.report(job_id, 1)
     for bad in (job_id, job_id + 1):
-        with pytest.raises(IntegrityError, match="reported twice or never"):
+        with pytest.raises(IntegrityError, match="reported twice, or never"):
             jobs.report(bad, 1)
 
 

@@ -1,4 +1,4 @@
-"""A listener to the journal that rebuilds from it what each tier holds."""
+"""Rebuilds from the journal alone what each tier holds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hicache_core.types import Tier
 from tests.simulation.clock import InvariantBroken
 
 
-class Ledger(Journal):
+class JournalReplay(Journal):
     """The pages of each tier by digest, from what was told alone."""
 
     def __init__(self) -> None:
