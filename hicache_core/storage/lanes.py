@@ -35,7 +35,9 @@ class Lanes:
             self._pool = ThreadPoolExecutor(n_lanes - 1, thread_name_prefix=name)
 
     def split(self, n_items: int, nbytes: int) -> list[range]:
-        """Cuts ``range(n_items)`` into contiguous parts of at least ``SPLIT_NBYTES`` each.
+        """Cuts ``range(n_items)`` into up to ``n_lanes`` contiguous parts.
+
+        There are fewer parts if they would have less than ``SPLIT_NBYTES`` on average.
 
         Args:
             n_items: items of the work.

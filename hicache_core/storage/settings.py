@@ -37,7 +37,7 @@ Seconds = Annotated[float, Field(gt=0)]
 """A positive time in seconds."""
 
 ConnectTimeout = Annotated[Seconds, Field(description="limit for establishing a connection")]
-"""What ``connect_timeout_s`` is in every backend that has it; the default is the backend's own."""
+"""The type of ``connect_timeout_s`` in every backend that has it; defaults differ."""
 
 TimeToLive = Annotated[Seconds | None, Field(description="objects expire after this time")]
-"""What ``ttl_s`` is in every backend that has it: None keeps objects for ever."""
+"""The type of ``ttl_s`` in every backend that has it; None keeps objects forever."""

@@ -18,10 +18,10 @@ from hicache_core.errors import (
 )
 from hicache_core.storage.base import Buffer, StorageBackend
 from hicache_core.storage.guard.breaker import BreakerState, CallOutcome, CircuitBreaker, Ticket
+from hicache_core.storage.guard.call_recorder import CallRecorder, OperationStatus
 from hicache_core.storage.guard.capabilities import ADAPTERS
 from hicache_core.storage.guard.config import GuardConfig
 from hicache_core.storage.guard.failed_keys import FailedKeys
-from hicache_core.storage.guard.latency import CallRecorder, OperationStatus
 from hicache_core.storage.segments import nbytes_of
 from hicache_core.storage.wrapper import BackendWrapper
 from hicache_core.types import Page

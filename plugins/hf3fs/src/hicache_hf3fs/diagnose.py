@@ -17,7 +17,7 @@ _NOT_COHERENT = {"nfs", "nfs4", "cifs", "smb3"}
 
 
 def findings(settings: Hf3fsConfig, store: Store) -> Iterator[Finding]:
-    """Mode and mount, room, slots, slabs of other sizes, metadata."""
+    """Yields findings on mode and mount, free space, slots, other slabs and metadata."""
     kind = filesystem_of(store.prefix.parent)
     yield from _mode(settings, store, kind)
     yield from _slots(settings, store)
@@ -26,7 +26,7 @@ def findings(settings: Hf3fsConfig, store: Store) -> Iterator[Finding]:
 
 
 def filesystem_of(directory: Path) -> str:
-    """The type of the file system that holds ``directory``, as the mount table says."""
+    """Returns the type of the file system of ``directory``, from the mount table."""
     best, kind = "", "unknown"
     real = f"{directory.resolve()}/"
     for line in Path("/proc/self/mounts").read_text().splitlines():

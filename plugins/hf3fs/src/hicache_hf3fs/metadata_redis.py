@@ -12,7 +12,7 @@ All names start with ``{hicache-hf3fs:<store>}:``; the braces keep them on one n
     held:<slab>   zset    slot number -> when its reservation or quarantine ends; free if past
     gen:<slab>    hash    slot number -> generation of the reservation
 
-Times are of the server's clock; only the time in a generation is of the writer's.
+Times are those of the server's clock; only the time in a generation is that of the writer.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _ERRORS: tuple[tuple[type[Exception], type[BackendError], str], ...] = (
 
 
 class RedisMetadata(MetadataStore):
-    """Scripts on one server; a connection for each thread that is in a call."""
+    """Runs scripts on one server, with one connection for each thread that is in a call."""
 
     def __init__(self, url: str, store_id: str, limits: Limits) -> None:
         self.where = masked_text(url)
@@ -242,12 +242,12 @@ class RedisMetadata(MetadataStore):
         return [_parsed(value, oldest) for value in values]
 
     def _oldest(self) -> int:
-        """Objects of a generation below are expired."""
+        """Returns the first generation that is not expired."""
         ttl_s = self._limits.ttl_s
         return 0 if ttl_s is None else oldest_generation(time.time(), ttl_s)
 
     def _drop_expired(self) -> None:
-        """All of them, in parts that keep nobody waiting."""
+        """Drops expired objects in small parts, so that no other call waits long."""
         while self._limits.ttl_s is not None and self._run("let_go"):
             pass
 
@@ -258,7 +258,7 @@ class RedisMetadata(MetadataStore):
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
-        """Raises the ``BackendError`` that fits what redis-py raises, but for an unknown slab."""
+        """Translates errors of redis-py to ``BackendError``, except those for an unknown slab."""
         try:
             yield
         except redis.exceptions.RedisError as exc:
@@ -272,7 +272,7 @@ class RedisMetadata(MetadataStore):
 
 
 def _parsed(value: str | None, oldest: int = 0) -> Binding | None:
-    """What stands in ``bind``, None if its generation is below ``oldest``."""
+    """Parses a value of ``bind``; None if its generation is below ``oldest``."""
     if not value:
         return None
     try:

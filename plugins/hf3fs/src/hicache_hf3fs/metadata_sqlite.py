@@ -1,7 +1,7 @@
 """Metadata in an SQLite database on a local disk, for all processes of one host.
 
-Times are of the host's monotonic clock, which no clock adjustment moves; after a reboot all holds
-are over, since their holders are, and so are all pins. Only ages are of the calendar.
+Times are those of the host's monotonic clock, which is never adjusted. After a reboot all holds and
+pins have ended, since their processes have. Only ages use the calendar.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MEMORY_ROWS = 100_000
 
 
 class SqliteMetadata(MetadataStore):
-    """Two connections: one writes; one reads, which in WAL mode never waits for a writer."""
+    """Two connections: one writes, one reads. In WAL mode reads never wait for writers."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class SqliteMetadata(MetadataStore):
             self._take_room()
 
     def _take_room(self) -> None:
-        """Grows database and log ahead, so that a change needs no room on a disk that got full."""
+        """Grows database and log in advance, so that changes need no space on a full disk."""
         with self._writing() as db:
             db.execute("INSERT INTO boots VALUES (zeroblob(?))", (room_nbytes(db),))
         with self._writing() as db:
@@ -134,7 +134,7 @@ class SqliteMetadata(MetadataStore):
         now = self._clock()
         if any(row.held_until < now + lease_s for row in bound.values()):
             # A lease is given for twice its time, so that most lookups of a hot key only read.
-            # On a full disk there is none: then the second look alone tells what was overwritten.
+            # Not on a full disk: then only the second lookup shows what was overwritten.
             until, found = now + 2 * lease_s, list(bound)
             with contextlib.suppress(BackendFull), self._writing() as db:
                 for part in _chunks(found):
@@ -248,7 +248,7 @@ class SqliteMetadata(MetadataStore):
     def usage(self) -> Mapping[str, int]:
         with self._reading():
             pass  # it is open
-        # By a connection of its own: it looks at every slot, and no lookup has to wait for that.
+        # With a connection of its own: it reads every slot, and no lookup must wait for that.
         with self._file.translated(), contextlib.closing(self._file.connection()) as db:
             rows = db.execute(
                 "SELECT namespace, sum(nbytes) FROM slots "
@@ -298,7 +298,7 @@ class SqliteMetadata(MetadataStore):
     def _bound(
         self, keys: Sequence[str], db: sqlite3.Connection | None = None
     ) -> dict[str, BoundRow]:
-        """The rows of those keys that are bound and not expired."""
+        """Returns the rows of the keys that are bound and not expired."""
         if db is None:
             with self._reading() as reader:
                 return self._young(self._remembered(keys, reader))
@@ -313,21 +313,21 @@ class SqliteMetadata(MetadataStore):
         return self._young(bound)
 
     def _check_row(self, row: BoundRow) -> None:
-        """Raises ``sqlite3.DatabaseError`` if the row cannot be."""
+        """Raises ``sqlite3.DatabaseError`` if the row is invalid."""
         name = self._names.get(row.slab_id)
         types = (type(row.number), type(row.generation), type(row.nbytes), type(row.held_until))
         if types != (int, int, int, float) or not is_slab_name(name) or row.nbytes < 0:
             raise sqlite3.OperationalError(f"a row of slots is invalid: {tuple(row)}")
 
     def _young(self, bound: dict[str, BoundRow]) -> dict[str, BoundRow]:
-        """Those that are not expired."""
+        """Returns the rows that are not expired."""
         oldest = self._oldest()
         if not oldest:
             return bound
         return {key: row for key, row in bound.items() if row.generation >= oldest}
 
     def _oldest(self) -> int:
-        """Objects of a generation below are expired."""
+        """Returns the first generation that is not expired."""
         ttl_s = self._limits.ttl_s
         return 0 if ttl_s is None else oldest_generation(self._calendar(), ttl_s)
 
@@ -336,9 +336,9 @@ class SqliteMetadata(MetadataStore):
         return Room(db, self._clock(), oldest=self._oldest(), quota=quota)
 
     def _remembered(self, keys: Sequence[str], db: sqlite3.Connection) -> dict[str, BoundRow]:
-        """As ``_bound``, but asks only for what was not asked since the last commit of anybody.
+        """As ``_bound``, with a cache that is valid until any process commits.
 
-        So a read that asks twice, before and after, pays once if nobody wrote meanwhile.
+        So a read, which looks up its keys before and after, needs one query if nothing changed.
         """
         (version,) = db.execute("PRAGMA data_version").fetchone()
         if version != self._version or len(self._memory) > _MEMORY_ROWS:
@@ -363,7 +363,7 @@ class SqliteMetadata(MetadataStore):
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        """The writing connection, in a transaction that ends with the block."""
+        """Yields the writing connection, in a transaction that ends with the block."""
         with self._write_lock, self._file.translated():
             db = self._writer
             if db is None:
@@ -380,7 +380,7 @@ class SqliteMetadata(MetadataStore):
 
 
 def _chunks(keys: Sequence[str]) -> Iterator[Sequence[str]]:
-    """The keys in parts that one statement takes."""
+    """Yields the keys in parts that fit into one statement."""
     return (keys[start : start + _CHUNK] for start in range(0, len(keys), _CHUNK))
 
 

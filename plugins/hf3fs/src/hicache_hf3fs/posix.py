@@ -15,7 +15,7 @@ _IOV_MAX = os.sysconf("SC_IOV_MAX")
 
 
 class PosixIO(PageIO):
-    """Any file system. A large call is shared by up to ``n_threads`` threads."""
+    """For any file system. Up to ``n_threads`` threads share a large call."""
 
     mode: ClassVar[str] = "posix"
 
@@ -60,7 +60,7 @@ class PosixIO(PageIO):
 
 
 def _vectored(call: Callable[[int, list[memoryview], int], int], transfer: Transfer) -> int:
-    """One ``preadv`` or ``pwritev``, nearly always; how many bytes went, or a negative errno."""
+    """Moves a transfer, nearly always in one call; returns its bytes or a negative errno."""
     fd, offset, nbytes, buffers = transfer
     done = 0
     try:
@@ -81,7 +81,7 @@ def _vectored(call: Callable[[int, list[memoryview], int], int], transfer: Trans
 
 
 def _behind(buffers: list[memoryview], nbytes: int) -> list[memoryview]:
-    """What is left of the buffers behind the first ``nbytes``; none of them empty."""
+    """Returns the buffers after the first ``nbytes``; none of them is empty."""
     for n, buffer in enumerate(buffers):
         if nbytes < buffer.nbytes:
             rest = [buffer[nbytes:], *buffers[n + 1 :]]

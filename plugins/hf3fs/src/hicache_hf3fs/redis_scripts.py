@@ -389,7 +389,7 @@ ALL = {
 
 
 def limits(ttl_s: float | None, namespace_quota_nbytes: int | None) -> str:
-    """The line that tells a script the limits of its caller."""
+    """Returns the line that passes the limits of the caller to a script."""
     ttl = "nil" if ttl_s is None else repr(float(ttl_s))
     quota = "nil" if namespace_quota_nbytes is None else str(namespace_quota_nbytes)
     return f"local TTL, QUOTA = {ttl}, {quota}\n"

@@ -1,7 +1,7 @@
-"""The database file of the SQLite metadata: made once, checked, and made anew when damaged.
+"""The database file of the SQLite metadata: creating, checking, and replacing a damaged one.
 
-Every process that has it open holds a shared lock on ``<file>.lock``. Who makes the file, the first
-time or anew, holds the exclusive one: so there are never two databases that speak of one slab.
+Every process that has it open holds a shared lock on ``<file>.lock``. Creating or replacing the
+file needs the exclusive lock. So there are never two databases for one slab.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _POLL_S = 0.02
 
 
 def counts_bytes(db: sqlite3.Connection) -> bool:
-    """Whether the bytes of each namespace are counted, for somebody's quota."""
+    """Returns whether the bytes of each namespace are counted, for a quota."""
     return db.execute("SELECT 1 FROM sqlite_master WHERE name = 'spaces'").fetchone() is not None
 
 
 def add_bounds(db: sqlite3.Connection, *, ttl: bool, quota: bool) -> None:
-    """Makes what an age limit and a quota need, if it is missing; the caller is in a transaction.
+    """Creates what a TTL or a quota needs, if it is missing; the caller is in a transaction.
 
-    Whoever has the database open follows: triggers and indexes are the database's own.
+    It applies to every process: triggers and indexes belong to the database.
     """
     script = FOR_TTL if ttl else ""
     if quota and not counts_bytes(db):
@@ -82,7 +82,7 @@ SELECT 1 FROM (SELECT namespace, sum(nbytes) AS nbytes FROM slots WHERE key IS N
 
 
 class SqliteFile:
-    """Opens the database, under the lock that keeps it the only one."""
+    """Opens the database under the lock that makes it the only one."""
 
     def __init__(self, path: Path, timeout_s: float) -> None:
         self._path = path
@@ -96,7 +96,7 @@ class SqliteFile:
         self._identity: tuple[int, int] | None = None
 
     def open(self) -> sqlite3.Connection:
-        """A connection to a database that is whole and of this version.
+        """Returns a connection to an intact database of this version.
 
         Raises:
             BackendCorrupt: it is missing or damaged while other processes use what it was.
@@ -126,18 +126,18 @@ class SqliteFile:
             raise
 
     def connection(self) -> sqlite3.Connection:
-        """One more connection. What a power cut may take, a scan of the slabs gives back."""
+        """Returns a new connection. A scan of the slabs restores what a power cut destroys."""
         return self._database.connect(self._timeout_s)
 
     def translated(self) -> contextlib.AbstractContextManager[None]:
-        """Raises the ``BackendError`` that fits what SQLite raises."""
+        """Translates errors of SQLite to ``BackendError``."""
         return self._database.translated(self._damaged)
 
     def _damaged(self) -> None:
         self._is_damaged = True
 
     def trouble(self) -> str:
-        """Why it is of no use any more, though it is open; empty if it is well."""
+        """Returns why it has become unusable while open; empty if it is usable."""
         if self._is_damaged:
             return f"metadata {self._path} is damaged"
         if self._database.identity() != self._identity:
@@ -145,23 +145,23 @@ class SqliteFile:
         return ""
 
     def check_current(self) -> None:
-        """Raises ``BackendUnavailable`` if the file is of no use any more."""
+        """Raises ``BackendUnavailable`` if the file has become unusable."""
         if trouble := self.trouble():
             raise BackendUnavailable(f"{trouble}; the next call reopens the store")
 
     def has_room(self) -> bool:
-        """Whether its disk has room to spare."""
+        """Returns whether its disk has enough free space."""
         status = os.statvfs(self._path.parent)
         return status.f_bavail * status.f_frsize > 4 * ROOM_NBYTES
 
     def put_aside(self) -> None:
-        """Takes a damaged file out of the way: whoever uses it notices then. Held: the lock."""
+        """Renames a damaged file, so that other users notice. The caller holds the lock."""
         if self._database.identity() == self._identity:
             with contextlib.suppress(FileNotFoundError):
                 self._path.replace(self._path.with_name(self._path.name + ".damaged"))
 
     def close(self) -> None:
-        """Gives up the lock; a damaged file is put aside before."""
+        """Renames the file if it is damaged, and releases the lock."""
         if self._is_damaged and self._lock_fd >= 0:
             self.put_aside()
         self._is_damaged = False
@@ -188,7 +188,7 @@ class SqliteFile:
         return True
 
     def _sound(self) -> sqlite3.Connection | None:
-        """A connection to the database, None if it is missing or damaged. Holds the shared lock."""
+        """Returns a connection; None if the file is missing or damaged. Needs the shared lock."""
         if not self._path.exists():
             return None
         connection = None
@@ -210,7 +210,7 @@ class SqliteFile:
             raise
 
     def _check(self, connection: sqlite3.Connection) -> None:
-        if is_empty(connection):  # whoever made it was killed before it was done
+        if is_empty(connection):  # its creator was killed before it had finished
             raise BackendCorrupt(f"metadata {self._path} is empty")
         self._database.check(connection)
         if counts_bytes(connection) and connection.execute(_BYTES_DIFFER).fetchone() is not None:
@@ -218,7 +218,7 @@ class SqliteFile:
         connection.execute("BEGIN IMMEDIATE")
         boot_id = _BOOT_ID.read_text().strip()
         if connection.execute("SELECT boot_id FROM boots").fetchone() != (boot_id,):
-            # The clock began anew: nobody of before lives, and all of now comes after.
+            # The clock started again at boot: all earlier processes have ended.
             connection.execute("DELETE FROM boots")
             connection.execute("INSERT INTO boots VALUES (?)", (boot_id,))
             connection.execute(
@@ -228,7 +228,7 @@ class SqliteFile:
         connection.execute("COMMIT")
 
     def _make(self) -> None:
-        """An empty database in place of what is there. Holds the exclusive lock."""
+        """Replaces the file by an empty database. Needs the exclusive lock."""
         for suffix in ("-wal", "-shm"):
             self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
         if self._path.exists():

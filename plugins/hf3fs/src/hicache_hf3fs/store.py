@@ -29,7 +29,7 @@ DEFAULT_OBJECT_NBYTES = 4 << 20
 
 
 class Store:
-    """Metadata, data path and slabs; slabs of other ranks are opened when first read."""
+    """Metadata, page I/O and slabs. Slabs of other ranks are opened when they are first read."""
 
     def __init__(self, prefix: Path, io: PageIO, metadata: MetadataStore) -> None:
         self.prefix = prefix
@@ -42,7 +42,7 @@ class Store:
 
     @property
     def own(self) -> Slab:
-        """This rank's slab.
+        """The slab of this rank.
 
         Raises:
             BackendDenied: the store was opened for reading only, so it has none.
@@ -58,7 +58,7 @@ class Store:
         return self.metadata.trouble()
 
     def open(self, name: str, file_nbytes: int) -> None:
-        """Allocates this rank's slab and makes it known."""
+        """Allocates the slab of this rank and registers it."""
         slab = Slab.allocated(self.prefix, name, file_nbytes)
         try:
             self.io.add_file(slab.fd)
@@ -70,13 +70,13 @@ class Store:
         self.attach_others()
 
     def attach_others(self) -> None:
-        """Makes slabs of other ranks known, whose rank may not run any more."""
+        """Registers the slabs of other ranks, which may no longer run."""
         for name in slabs_of(self.prefix):
             if self.metadata.n_slots(name) is None and (slab := self.slab(name)) is not None:
                 self.metadata.attach(name, slab.n_slots, slab.scan)
 
     def attach(self) -> bool:
-        """Makes the own slab known to the metadata; whether objects were found in it."""
+        """Registers the slab of this rank; returns whether it contained objects."""
         rebuilt = self.metadata.attach(self.own.name, self.own.n_slots, self.own.scan)
         if rebuilt:
             logger.warning(
@@ -105,21 +105,21 @@ class Store:
             return self._slabs[name]
 
     def is_lost(self, binding: Binding | None) -> TypeGuard[Binding]:
-        """Whether its slab was removed, though the directory is there."""
+        """Returns whether the slab was removed while its directory still exists."""
         if binding is None or self.slab(binding.slot.slab) is not None:
             return False
         return self._own is not None and self._own.path.exists()
 
     def slab_path(self, binding: Binding) -> Path:
-        """The file that a binding speaks of."""
+        """Returns the file of a binding."""
         return slab_path(self.prefix, binding.slot.slab)
 
     def io_stats(self) -> Mapping[str, float]:
-        """What only one of the modes counts."""
+        """Returns the counters of the current mode."""
         return {"lost_rings": self.io.lost_rings} if isinstance(self.io, UsrbioIO) else {}
 
     def close(self) -> None:
-        """Takes the files back from the data path, closes them, and disconnects."""
+        """Withdraws the files from page I/O, closes them, and disconnects."""
         for slab in self._slabs.values():
             self.io.remove_file(slab.fd)  # before the descriptor's number can be another file's
             slab.close()
@@ -129,7 +129,7 @@ class Store:
 
 
 def open_store(settings: Hf3fsConfig, context: BackendContext) -> Store:
-    """Everything connected and allocated; if anything fails, nothing is left open."""
+    """Connects and allocates everything; if anything fails, nothing stays open."""
     prefix = settings.file_path_prefix.absolute()
     if not prefix.parent.is_dir():
         raise BackendUnavailable(
@@ -158,7 +158,7 @@ def open_store(settings: Hf3fsConfig, context: BackendContext) -> Store:
 
 
 def _open_metadata(store: Store, name: str) -> None:
-    """Opens it; on a full disk this rank's slab gives up some slots for it."""
+    """Opens the metadata; on a full disk the slab of this rank frees some slots."""
     try:
         store.metadata.open()
     except BackendFull as exc:
@@ -175,10 +175,10 @@ def _open_metadata(store: Store, name: str) -> None:
 
 
 def _looking(settings: Hf3fsConfig, prefix: Path) -> Store:
-    """The store as it is, for who only looks: no slab is made.
+    """Opens the store for reading only; creates no slab.
 
     Raises:
-        BackendUnavailable: there is none.
+        BackendUnavailable: there is no store.
     """
     if not slabs_of(prefix):
         raise BackendUnavailable(f"{prefix} has no slab; check file_path_prefix")
@@ -195,7 +195,7 @@ def _looking(settings: Hf3fsConfig, prefix: Path) -> Store:
 
 
 def _page_io(settings: Hf3fsConfig, prefix: Path) -> PageIO:
-    """The mode that is asked for, or that is possible here; said once in the log."""
+    """Returns the page I/O of the mode that is set or possible here; logs it once."""
     library = load_library() if settings.mode != "posix" else None
     mount = mount_of(library, prefix.parent) if library is not None else None
     if library is not None and mount is not None:
@@ -221,7 +221,7 @@ def _page_io(settings: Hf3fsConfig, prefix: Path) -> PageIO:
 
 
 def _metadata(settings: Hf3fsConfig, prefix: Path) -> MetadataStore:
-    """The metadata store that the URL names."""
+    """Returns the metadata store named by the URL."""
     url = settings.metadata_url.get_secret_value() if settings.metadata_url else ""
     limits = Limits(
         settings.metadata_timeout_s,
@@ -245,7 +245,7 @@ def _metadata(settings: Hf3fsConfig, prefix: Path) -> MetadataStore:
 
 
 def _store_id(prefix: Path) -> str:
-    """What names the slabs of this prefix in a Redis, on every host and under every mount path."""
+    """Returns an id of this prefix for Redis, equal on all hosts and mount paths."""
     path = prefix.with_name(f"{prefix.name}.store")
     try:
         with path.open("x") as file:
@@ -255,7 +255,7 @@ def _store_id(prefix: Path) -> str:
     except OSError as exc:
         raise BackendUnavailable(f"{path} cannot be written: {exc.strerror}") from exc
     deadline = time.monotonic() + 1.0
-    while True:  # whoever made it may not have written it yet
+    while True:  # its creator may not have written it yet
         store_id = path.read_text()
         if len(store_id) == 16:
             return store_id

@@ -1,8 +1,8 @@
 """The USRBIO mode: reads and writes of a 3FS mount through rings in shared memory.
 
-3FS moves bytes between its servers and an *iovec*, shared memory that it knows. Pages do not lie in
-it, so each page is copied once between the iovec and its own memory; the copy of one piece overlaps
-with the transfer of others.
+3FS moves bytes between its servers and an *iovec*, shared memory that it knows. Pages are in other
+memory, so each page is copied once to or from the iovec. The copy of one piece overlaps with the
+transfer of others.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ALIGNMENT = 4096
 
 
 def load_library() -> Any | None:
-    """3FS's client, None where it is not installed."""
+    """Returns 3FS's client; None if it is not installed."""
     try:
         return importlib.import_module(LIBRARY)
     except ImportError:
@@ -34,13 +34,13 @@ def load_library() -> Any | None:
 
 
 def mount_of(library: Any, path: Path) -> str | None:
-    """The 3FS mount that ``path`` lies in, None if it lies in none."""
+    """Returns the 3FS mount that contains ``path``; None if there is none."""
     found = library.extract_mount_point(str(path))
     return str(found) if found else None
 
 
 class _Piece(NamedTuple):
-    """A part of a transfer that fits a cell; ``start`` counts from the transfer's first byte."""
+    """A part of a transfer that fits into a cell; ``start`` is its offset in the transfer."""
 
     transfer: int
     start: int
@@ -48,19 +48,19 @@ class _Piece(NamedTuple):
 
 
 class _Visit(NamedTuple):
-    """Who is told of each transfer: ``arrived`` when reading, ``leaving`` when writing."""
+    """The callbacks of a call: ``arrived`` for reads, ``leaving`` for writes."""
 
     arrived: Callable[[int], bool] | None = None
     leaving: Callable[[int], None] | None = None
 
     @property
     def reads(self) -> bool:
-        """The direction."""
+        """Whether it reads."""
         return self.arrived is not None
 
 
 class _Ring:
-    """A ring for reads, one for writes, and the memory that both use, cut into equal cells."""
+    """A ring for reads, one for writes, and their common memory, cut into equal cells."""
 
     def __init__(self, library: Any, mount: str, entries: int, iovec_nbytes: int) -> None:
         self.cell_nbytes = max(_ALIGNMENT, iovec_nbytes // entries // _ALIGNMENT * _ALIGNMENT)
@@ -80,7 +80,7 @@ class _Ring:
         self._view = memoryview(self._memory.buf)
 
     def close(self) -> None:
-        """Takes the memory away from 3FS, then gives it back to the system."""
+        """Withdraws the memory from 3FS, then releases it."""
         self._rings.clear()
         self._iovec = None  # removes its link in the mount
         self._view.release()
@@ -90,7 +90,7 @@ class _Ring:
     def run(
         self, transfers: Sequence[Transfer], visit: _Visit, *, deadline: float, timeout_s: float
     ) -> list[int]:
-        """Moves all transfers, as many pieces at once as there are cells.
+        """Moves all transfers; each cell moves one piece at a time.
 
         Raises:
             BackendTimeout: nothing was completed for ``timeout_s``; this object must not be used
@@ -136,7 +136,7 @@ class _Ring:
 
 
 class _Batch:
-    """The transfers of one call, cut into pieces; their pages, and what came of each so far."""
+    """The transfers of one call, cut into pieces, with their results so far."""
 
     def __init__(self, transfers: Sequence[Transfer], visit: _Visit, cell_nbytes: int) -> None:
         self.transfers = transfers
@@ -149,11 +149,11 @@ class _Batch:
         )
 
     def next_piece(self) -> _Piece | None:
-        """The next to be moved, None at the end."""
+        """Returns the next piece to move; None at the end."""
         return next(self._pieces, None)
 
     def begins(self, piece: _Piece, memory: memoryview) -> None:
-        """Fills the cell with what is written."""
+        """Copies a piece to be written into its cell."""
         if self.visit.leaving is None:
             return
         if piece.start == 0:
@@ -164,7 +164,7 @@ class _Batch:
             at += part.nbytes
 
     def ended(self, piece: _Piece, result: int, memory: memoryview) -> None:
-        """Takes what was read out of the cell; the first error of a transfer stays."""
+        """Copies a piece that was read from its cell; keeps the first error of each transfer."""
         n = piece.transfer
         if self._results[n] < 0:
             return
@@ -182,7 +182,7 @@ class _Batch:
             self._results[n] = -errno.EBADMSG
 
     def results_at_end(self, *, late: bool) -> list[int]:
-        """The results; what was never begun, or was read too late, is ``-ETIME``."""
+        """Returns the results; ``-ETIME`` for what was not started, or read too late."""
         never_begun = {piece.transfer for piece in self._pieces}
         if late and self.visit.reads:
             never_begun = set(range(len(self.transfers)))
@@ -191,13 +191,13 @@ class _Batch:
         return self._results
 
     def _parts(self, piece: _Piece, nbytes: int) -> Iterator[memoryview]:
-        """The memory of the page that a piece, or its first ``nbytes``, lies in."""
+        """Returns the page memory of a piece, or of its first ``nbytes``."""
         buffers = self.transfers[piece.transfer].buffers
         return _window(buffers, piece.start, piece.start + nbytes)
 
 
 class UsrbioIO(PageIO):
-    """Rings on one 3FS mount. A call uses one pair of rings and waits for it if all are in use."""
+    """Rings on one 3FS mount. A call uses one pair, and waits while all are in use."""
 
     mode: ClassVar[str] = "usrbio"
 
@@ -264,7 +264,7 @@ class UsrbioIO(PageIO):
         try:
             results = ring.run(transfers, visit, deadline=deadline, timeout_s=self._timeout_s)
         except BaseException:
-            # What it has under way may still write to its memory: nobody uses that again.
+            # Its running transfers may still write to its memory, so that is never used again.
             with self._lock:
                 self._lost.append(ring)
                 self.lost_rings += 1
@@ -274,7 +274,7 @@ class UsrbioIO(PageIO):
         return results
 
     def _take_ring(self) -> _Ring:
-        """An idle ring, or a new one for one that was lost; no more than ``numjobs`` of those."""
+        """Returns an idle ring, or a new one for a lost one, at most ``numjobs`` times."""
         try:
             return self._idle.get_nowait()
         except queue.Empty:
@@ -290,7 +290,7 @@ class UsrbioIO(PageIO):
             raise BackendTimeout(
                 f"no ring of 3FS at {self.mount} was free within {self._timeout_s} s; "
                 f"{len(self._lost)} were lost to operations that never ended: raise numjobs, or "
-                "look at the mount and reopen"
+                "check the mount and reopen"
             ) from None
 
     def _replacement(self) -> _Ring:
@@ -303,7 +303,7 @@ class UsrbioIO(PageIO):
 
 
 def _window(buffers: Sequence[memoryview], start: int, stop: int) -> Iterator[memoryview]:
-    """The parts of the buffers that hold bytes ``start`` to ``stop`` of their concatenation."""
+    """Yields the parts of the buffers with bytes ``start`` to ``stop`` of all of them."""
     at = 0
     for buffer in buffers:
         end = at + buffer.nbytes

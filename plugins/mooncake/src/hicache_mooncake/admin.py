@@ -13,7 +13,7 @@ from urllib.parse import quote
 from hicache_core.errors import BackendCorrupt, BackendError, BackendTimeout, BackendUnavailable
 from hicache_mooncake.config import MooncakeConfig, split_address
 
-_KEYS_AT_ONCE = 64  # they stand in the URL
+_KEYS_AT_ONCE = 64  # they are in the URL
 _ADVICE = "set master_metrics_port to the master's --metrics_port, and let it listen for this host"
 
 

@@ -43,7 +43,7 @@ Write = Callable[[Store, Sequence[str], Sequence[T]], list[int]]
 """Stores a batch of pages, or of their slices in registered memory; Mooncake's code for each."""
 
 MAX_SLICES = 1024
-"""Slices under way at once: what the tcp transport queues for one peer unless told otherwise."""
+"""Maximum number of slices in flight: the default queue of the tcp transport for one peer."""
 
 
 class MooncakeBackend(StorageBackend):

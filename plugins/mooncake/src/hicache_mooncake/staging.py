@@ -16,7 +16,7 @@ from hicache_mooncake.errors import INVALID_PARAMS
 from hicache_mooncake.memory import address_of
 
 EMPTY = bytes.fromhex("9d1f6c0b7ae84e52b3c85f0e21d7a694")
-"""Mooncake stores no empty object; these 16 bytes stand for one. A real object of just these bytes
+"""Mooncake cannot store empty objects; these 16 bytes represent one. A real object of these bytes
 is refused. Sealed objects are 64 bytes at least, so they never meet it."""
 
 

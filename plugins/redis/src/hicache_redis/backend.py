@@ -1,4 +1,4 @@
-"""Pages in Redis or Valkey, moved between the socket and page memory without a copy."""
+"""Pages in Redis or Valkey, moved between socket and page memory without a copy."""
 
 from __future__ import annotations
 
@@ -141,14 +141,14 @@ class RedisBackend(StorageBackend):
         return n_stored
 
     def list_keys(self, prefix: str) -> Iterator[str]:
-        """Every key that starts with ``prefix``, in no order; one may come twice while it runs."""
+        """Yields every key that starts with ``prefix``, in any order; some perhaps twice."""
         start = len(self._prefix)
         for keys in scan(self.dispatcher.topology, self._whole(prefix)):
             for key in keys:
                 yield key[start:].decode(errors="replace")
 
     def clear(self, prefix: str) -> int:
-        """Removes every key that starts with ``prefix``; how many there were."""
+        """Removes every key that starts with ``prefix``; returns how many there were."""
         dispatcher = self.dispatcher
         n_removed = 0
         for keys in scan(dispatcher.topology, self._whole(prefix)):
@@ -157,9 +157,9 @@ class RedisBackend(StorageBackend):
         return n_removed
 
     def pin(self, keys: Sequence[str], ttl_s: float) -> int:
-        """Touches ``keys`` now, and every few seconds until ``ttl_s`` has passed.
+        """See ``Pins``. Touches ``keys`` now, and every few seconds until ``ttl_s`` has passed.
 
-        It ends with this backend. How well it keeps them depends on the server's policy.
+        The pin ends with this backend. Its effect depends on the eviction policy of the server.
         """
         dispatcher = self.dispatcher
         whole = [self._whole(key) for key in keys]
@@ -170,7 +170,7 @@ class RedisBackend(StorageBackend):
         return n_present
 
     def usage(self) -> Mapping[str, int]:
-        """Bytes of stored objects by namespace: asks for each key, so it takes its time."""
+        """Returns bytes by namespace. Slow: asks for every key."""
         usage: Counter[str] = Counter()
         start = len(self._prefix)
         for key, nbytes in measure(self.dispatcher.topology, self._prefix):
@@ -178,7 +178,7 @@ class RedisBackend(StorageBackend):
         return usage
 
     def stats(self) -> Mapping[str, float]:
-        """Counters since ``open`` and the connections; asks no server."""
+        """Returns counters since ``open`` and numbers of connections; calls no server."""
         dispatcher = self.dispatcher
         pools = dispatcher.topology.pools()
         known = ("dropped_writes", "wrong_size_objects", "shard_failures", "redirects",
@@ -191,7 +191,7 @@ class RedisBackend(StorageBackend):
         }
 
     def diagnose(self) -> Iterator[Finding]:
-        """What `hicache doctor` shows; writes, reads and removes one object of its own."""
+        """Yields findings for `hicache doctor`; writes, reads and removes one object of its own."""
         return diagnose(self, self.dispatcher.topology, self.settings)
 
     def _whole(self, key: str) -> bytes:

@@ -20,7 +20,7 @@ _JOINED_NBYTES = 16384  # one TLS record
 
 
 def advance(buffers: list[memoryview], first: int, n_bytes: int) -> int:
-    """Takes ``n_bytes`` off ``buffers[first:]``; the index of the first that is not used up."""
+    """Removes ``n_bytes`` from ``buffers[first:]``; returns the index of the first that is left."""
     while n_bytes:
         nbytes = buffers[first].nbytes
         if n_bytes < nbytes:
@@ -32,7 +32,7 @@ def advance(buffers: list[memoryview], first: int, n_bytes: int) -> int:
 
 
 def _views(buffers: Sequence[Chunk]) -> list[memoryview]:
-    """Byte views of those that are not empty: a socket call cannot tell 0 bytes from the end."""
+    """Returns byte views of non-empty chunks: for a socket call, 0 bytes mean the end."""
     return [memoryview(buffer) for buffer in buffers if len(buffer)]
 
 
@@ -43,8 +43,8 @@ def _lost() -> ConnectionResetError:
 class Channel(ABC):
     """Bytes to and from one server. One thread at a time.
 
-    Every call raises ``TimeoutError`` when nothing moves for the set time, and ``OSError`` when the
-    connection is lost; after either it must be closed, since what was moved is not known.
+    Every call raises ``TimeoutError`` if nothing moves for the time limit, and ``OSError`` if the
+    connection is lost. After either it must be closed, since it is unknown what was moved.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -60,7 +60,7 @@ class Channel(ABC):
 
     @abstractmethod
     def receive(self, buffer: memoryview) -> int:
-        """Receives what is there, at least one byte, at most ``buffer``; how many bytes."""
+        """Receives at least one byte and at most ``buffer``; returns how many bytes."""
 
     @abstractmethod
     def is_quiet(self) -> bool:
@@ -68,10 +68,10 @@ class Channel(ABC):
 
 
 class PlainChannel(Channel):
-    """TCP or unix socket: one system call for many buffers, with the GIL released throughout.
+    """TCP or unix socket: one system call for many buffers, with the GIL released.
 
-    The time limit is the kernel's (SO_RCVTIMEO), not Python's: a Python timeout would make the
-    socket non-blocking, and each piece that arrives would cost two calls and a turn of the GIL.
+    The time limit is the kernel's (SO_RCVTIMEO). A timeout of Python would make the socket
+    non-blocking, and each piece that arrives would take two calls and the GIL.
     """
 
     def __init__(self, sock: socket.socket, timeout_s: float) -> None:
@@ -171,11 +171,11 @@ class TlsChannel(Channel):
 
 
 def channel_of(sock: socket.socket, timeout_s: float) -> Channel:
-    """The channel that fits ``sock``, which must be connected.
+    """Returns the channel for a connected socket.
 
     Args:
         sock: its timeout is changed.
-        timeout_s: how long nothing may move.
+        timeout_s: time limit for calls in which nothing moves, in seconds.
     """
     if isinstance(sock, ssl.SSLSocket):
         return TlsChannel(sock, timeout_s)

@@ -165,7 +165,7 @@ class RedisConfig(BackendConfig):
 
     @property
     def url_parts(self) -> dict[str, Any]:
-        """What redis-py reads out of the URL; may hold a password."""
+        """What redis-py finds in the URL; may contain a password."""
         return _parse(self.url)
 
     @property
@@ -175,7 +175,7 @@ class RedisConfig(BackendConfig):
 
     @property
     def socket_path(self) -> str | None:
-        """The unix socket, if the URL names one."""
+        """Path of the unix socket, if the URL has one."""
         path = self.url_parts.get("path")
         return None if path is None else str(path)
 
@@ -192,7 +192,7 @@ class RedisConfig(BackendConfig):
 
     @property
     def credentials(self) -> tuple[str | None, str | None]:
-        """User and password in force; not to be shown."""
+        """User and password in use; must not be shown."""
         parts = self.url_parts
         password = self.password.get_secret_value() if self.password else parts.get("password")
         return self.username or parts.get("username"), password

@@ -22,7 +22,7 @@ from hicache_redis.resp import Wire
 
 
 class Dialer:
-    """Opens connections as the settings say. Any thread."""
+    """Opens connections according to the settings. Any thread may call it."""
 
     def __init__(self, config: RedisConfig) -> None:
         self._config = config
@@ -48,7 +48,7 @@ class Dialer:
             }
 
     def dial(self, address: tuple[str, int] | str) -> Wire:
-        """A new connection, authenticated and with the database selected.
+        """Returns a new connection, authenticated and with the database selected.
 
         Args:
             address: host and port, or the path of a unix socket.
@@ -68,7 +68,7 @@ class Dialer:
         return Wire(channel, connection.disconnect)
 
     def primary(self) -> tuple[str, int]:
-        """Where the Sentinels say that the primary is.
+        """Returns the address of the primary, from the Sentinels.
 
         Raises:
             BackendError: none of them knows.
@@ -111,10 +111,10 @@ def shown(address: tuple[str, int] | str) -> str:
 
 
 class Pool:
-    """The connections to one server; each is used by one thread at a time. Any thread.
+    """The connections to one server; one thread at a time uses each. Any thread may call it.
 
-    A connection goes back only if nothing is owed on it. Whatever was interrupted is closed: its
-    next reply would be taken for the answer to another question.
+    A connection is returned only if no reply is outstanding. After an interruption it is closed:
+    otherwise its next reply would be taken for the answer to another request.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Pool:
             server: the address, for messages.
             dial: opens a connection.
             config: limits.
-            rests: after a timeout, refuse at once for ``node_retry_interval_s``.
+            rests: whether to refuse calls for ``node_retry_interval_s`` after a timeout.
         """
         self.server = server
         self.n_opened = 0
@@ -147,13 +147,13 @@ class Pool:
 
     @contextlib.contextmanager
     def lease(self, action: str) -> Iterator[Wire]:
-        """A quiet connection, for the length of a ``with``.
+        """Yields a connection without outstanding replies, for the block.
 
         Args:
             action: what it is for, for messages.
 
         Raises:
-            BackendError: there is none; also in place of an ``OSError`` of the body.
+            BackendError: there is no connection; also for an ``OSError`` of the block.
         """
         wire = self._take()
         try:
@@ -179,7 +179,7 @@ class Pool:
             wire.close()
 
     def drop_idle(self) -> None:
-        """Closes what is idle: the server has changed its role."""
+        """Closes idle connections: the server has changed its role."""
         with self._changed:
             idle, self._idle = self._idle, []
             self._n_open -= len(idle)
@@ -210,7 +210,7 @@ class Pool:
         return wire
 
     def _wait_for_room(self) -> None:
-        """Waits until a connection is idle or may be opened; the caller holds the lock."""
+        """Blocks until a connection is idle or may be opened; the caller holds the lock."""
         if time.monotonic() < self._rests_until:
             raise BackendUnavailable(f"redis {self.server} timed out lately and is left alone")
         free = bool(self._idle) or self._changed.wait_for(

@@ -1,4 +1,4 @@
-"""What ``hicache doctor redis`` finds out about the servers."""
+"""The checks of ``hicache doctor redis``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _N_PINGS = 20
 
 
 def diagnose(backend: StorageBackend, topology: Topology, config: RedisConfig) -> Iterator[Finding]:
-    """Findings about every server, then about one object's way there and back.
+    """Yields findings on every server, then on writing and reading one object.
 
     Raises:
         BackendError: a server cannot be asked.
@@ -72,7 +72,7 @@ def _server(pool: Pool, wire: Wire) -> Iterator[Finding]:
 
 
 def _info(wire: Wire) -> Mapping[str, str]:
-    """INFO as a dict; empty if this user may not ask."""
+    """Returns INFO as a dict; empty if this user has no right to it."""
     reply = wire.call(b"INFO")
     if not isinstance(reply, bytes):
         return {}

@@ -1,4 +1,4 @@
-"""Runs a batch on its servers, in parallel, and makes one count of what came back."""
+"""Runs a batch on its servers in parallel, and combines the results into one count."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class Dispatcher:
         return any(map(_answers, random.sample(others, min(len(others), _MAX_ASKED))))
 
     def _attempts(self, operation: Operation, share: Share) -> Progress | BackendError:
-        """Runs a share, again after a lost connection as often as the settings allow."""
+        """Runs a share; retries after a lost connection up to the limit of the settings."""
         for attempt in range(self._retries + 1):
             result = self._attempt(operation, share)
             if not isinstance(result, BackendUnavailable) or attempt == self._retries:
@@ -129,7 +129,7 @@ class Dispatcher:
 
 
 def _answers(pool: Pool) -> bool:
-    """Whether the server answers anything at all."""
+    """Returns whether the server answers at all."""
     try:
         with pool.lease("answer") as wire:
             wire.call(b"PING")

@@ -62,12 +62,12 @@ class ErrorReply(str):
 
 
 def reply_error(reply: ErrorReply, server: str, action: str) -> BackendError:
-    """The error for an error reply.
+    """Returns the error for an error reply.
 
     Args:
-        reply: what the server said.
+        reply: of the server.
         server: its address, for the message.
-        action: what was asked of it, for the message.
+        action: what was requested, for the message.
     """
     # A server that does not know a command quotes its arguments, which may be credentials.
     text = reply.partition(", with args")[0]
@@ -78,7 +78,7 @@ def reply_error(reply: ErrorReply, server: str, action: str) -> BackendError:
 
 
 def failure(error: Exception, server: str, action: str) -> BackendError:
-    """The error for an exception of redis-py or of a socket."""
+    """Returns the error for an exception of redis-py or of a socket."""
     if isinstance(error, BackendError):
         return error
     text = str(error).partition(", with args")[0] or type(error).__name__

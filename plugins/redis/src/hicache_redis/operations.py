@@ -1,4 +1,4 @@
-"""What is asked for each key of a batch, and how one connection is kept full of it."""
+"""The requests of a batch, and how they are pipelined over one connection."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Operation(ABC):
     Attributes:
         keys: the full keys in the database, including the prefix.
         nbytes: bytes of payload that the batch moves.
-        step: keys that are asked for in one send; two steps are in flight at most.
-        stops: whether nothing behind a key that was answered with no is of interest.
+        step: number of keys in one send; at most two steps are in flight.
+        stops: whether to ignore the keys after the first negative answer.
     """
 
     verb: ClassVar[str]
@@ -40,14 +40,14 @@ class Operation(ABC):
 
     @abstractmethod
     def request(self, n: int) -> list[Chunk]:
-        """The command for ``keys[n]``."""
+        """Returns the command for ``keys[n]``."""
 
     def answer(self, wire: Wire, n: int) -> bool | ErrorReply:  # noqa: ARG002 - Fetch needs it
-        """Reads the whole reply for ``keys[n]``: yes, no, or what the server complains about."""
+        """Reads the reply for ``keys[n]``: yes, no, or an error reply."""
         return self.verdict(wire.read_reply())
 
     def verdict(self, reply: Reply) -> bool | ErrorReply:
-        """What a short reply means."""
+        """Returns the meaning of a short reply."""
         if isinstance(reply, ErrorReply):
             return reply
         if isinstance(reply, int):
@@ -56,7 +56,7 @@ class Operation(ABC):
 
 
 class Fetch(Operation):
-    """Fills pages. An object of another length than its page is a miss; its bytes are skipped."""
+    """Reads pages. An object that is not as long as its page is a miss; its bytes are skipped."""
 
     verb = "read"
 
@@ -85,7 +85,7 @@ class Fetch(Operation):
 
 
 class FetchAny(Operation):
-    """Reads objects of unknown length into memory of their own, found in ``values``."""
+    """Reads objects of unknown length into new memory, which is in ``values``."""
 
     verb = "read"
 
@@ -107,7 +107,7 @@ class FetchAny(Operation):
 
 
 class Store(Operation):
-    """Stores pages; no is what a full server says."""
+    """Stores pages; a full server answers no."""
 
     verb = "write"
 
@@ -135,7 +135,7 @@ class Store(Operation):
 
 
 class Count(Operation):
-    """Asks which keys are present."""
+    """Checks which keys are present."""
 
     verb = "look up"
 
@@ -155,7 +155,7 @@ class Remove(Operation):
 
 
 class Touch(Operation):
-    """Makes keys the most recently used; yes for those that are there."""
+    """Makes keys the most recently used; yes for those that are present."""
 
     verb = "pin"
     stops = False
@@ -165,7 +165,7 @@ class Touch(Operation):
 
 
 class Probe(Operation):
-    """Asks for the right to write, and writes nothing: XX stores only over what is there."""
+    """Tests the right to write without writing: XX stores only if the key exists."""
 
     verb = "write"
 
@@ -180,7 +180,7 @@ class Probe(Operation):
 
 @dataclass(frozen=True, slots=True)
 class Redirect:
-    """The server said that the slot of ``keys[index]`` is, or is going, elsewhere."""
+    """The server says that the slot of ``keys[index]`` has moved, or is moving, to another one."""
 
     index: int
     address: str
@@ -212,14 +212,14 @@ def run(
     this returns, no reply is outstanding.
 
     Args:
-        wire: a quiet connection; it must be closed if this raises.
+        wire: a connection without outstanding replies; it must be closed if this raises.
         server: its address, for messages.
-        operation: what to ask.
-        indices: ascending.
-        asking: the slots are on their way to this server, which answers only when asked so.
+        operation: the batch.
+        indices: of its keys, ascending.
+        asking: send ASKING before each request: the slots are moving to this server.
 
     Raises:
-        BackendError, OSError: the batch ends; what is in flight is lost.
+        BackendError, OSError: the batch has failed; the requests in flight are lost.
     """
     progress = Progress()
     n_sent = n_read = 0
@@ -244,7 +244,7 @@ def run(
 
 
 def _note(progress: Progress, n: int, answer: bool | ErrorReply, context: tuple[str, str]) -> None:
-    """Enters the answer for ``keys[n]``."""
+    """Records the answer for ``keys[n]``."""
     if isinstance(answer, ErrorReply):
         if answer.code not in ("MOVED", "ASK"):
             raise reply_error(answer, *context)

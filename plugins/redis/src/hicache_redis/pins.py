@@ -82,7 +82,7 @@ class PinRefresher:
                 logger.warning("%d pinned keys were not touched: %s", len(keys), exc)
 
     def _next(self) -> list[bytes]:
-        """Waits until keys are pinned, and an interval long; the keys, none at the end."""
+        """Blocks until keys are pinned, and for an interval; returns them, empty at the end."""
         with self._changed:
             while not self._closed:
                 self._changed.wait_for(lambda: self._closed or self._ends)

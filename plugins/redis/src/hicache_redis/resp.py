@@ -1,4 +1,4 @@
-"""The Redis protocol on a channel: commands as bytes, replies straight into page memory."""
+"""The Redis protocol on a channel: commands as bytes, replies directly into page memory."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ _SIMPLE: dict[bytes, Callable[[bytes], Reply]] = {
 
 
 def command(*words: bytes) -> bytes:
-    """A command of the protocol: an array of bulk strings."""
+    """Returns a command of the protocol: an array of bulk strings."""
     parts = [b"*%d\r\n" % len(words)]
     parts += [b"$%d\r\n%b\r\n" % (len(word), word) for word in words]
     return b"".join(parts)
 
 
 def set_command(key: bytes, page: Page, nbytes: int, ttl_ms: int | None) -> list[Chunk]:
-    """``SET key page [PX ttl_ms]`` as buffers to gather: the page's segments stand among them.
+    """Returns ``SET key page [PX ttl_ms]`` as buffers, with the segments of the page.
 
     Args:
-        key: the whole key.
-        page: segments of ``nbytes`` bytes together.
+        key: in the database.
+        page: segments of ``nbytes`` bytes in total.
         nbytes: length of the object.
-        ttl_ms: life of the object in milliseconds; for ever if None.
+        ttl_ms: lifetime of the object in milliseconds; None for no limit.
     """
     n_words, tail = 3, _CRLF
     if ttl_ms is not None:
@@ -59,14 +59,14 @@ def set_command(key: bytes, page: Page, nbytes: int, ttl_ms: int | None) -> list
 class Wire:
     """A connection that speaks RESP2 or RESP3. One thread at a time.
 
-    Lines are read through a buffer of 16 KiB. Of a payload no more than that ever passes through
-    it; the rest is received where it belongs.
+    Lines are read through a buffer of 16 KiB. At most that much of a payload passes through it; the
+    rest is received directly in its place.
 
-    Any exception leaves requests and replies out of step: the wire must be closed.
+    After any exception the wire must be closed: requests and replies are out of step.
     """
 
     def __init__(self, channel: Channel, close: Callable[[], None]) -> None:
-        """Wraps a connection whose handshake is over.
+        """Wraps a connection after its handshake.
 
         Args:
             channel: the connection.
@@ -90,16 +90,16 @@ class Wire:
         return self.read_reply()
 
     def is_quiet(self) -> bool:
-        """Whether the connection stands and owes nothing; does not wait."""
+        """Returns whether the connection is open without outstanding replies; does not block."""
         return self._start == self._stop and self._channel.is_quiet()
 
     def read_length(self) -> int | ErrorReply | None:
-        """Reads the head of a bulk string: its length, None for null, or an error reply.
+        """Reads the head of a bulk string; returns its length, None for null, or an error reply.
 
         The payload of that length must be read next, by ``read_payload`` or ``skip_payload``.
 
         Raises:
-            BackendCorrupt: it is another kind of reply.
+            BackendCorrupt: the reply is of another kind.
         """
         line = self._reply_line()
         kind = line[:1]
@@ -131,7 +131,7 @@ class Wire:
             raise _garbage(bytes(self._end))
 
     def skip_payload(self, nbytes: int) -> None:
-        """Reads a payload of ``nbytes`` bytes and forgets it."""
+        """Reads a payload of ``nbytes`` bytes and drops it."""
         scrap = memoryview(bytearray(min(nbytes, 1 << 18)))
         while nbytes > len(scrap):
             n_buffered = min(self._stop - self._start, nbytes)
@@ -143,7 +143,7 @@ class Wire:
         self.read_payload([scrap[:nbytes]])
 
     def read_reply(self) -> Reply:
-        """Reads one whole reply of any kind; maps come as flat lists."""
+        """Reads one reply of any kind; returns maps as flat lists."""
         line = self._reply_line()
         kind, body = line[:1], line[1:]
         try:
@@ -154,7 +154,7 @@ class Wire:
         return self._read_long(line)
 
     def _read_long(self, line: bytes) -> Reply:
-        """The rest of a reply whose head says how long it is."""
+        """Reads the rest of a reply with a length in its head."""
         kind, length = line[:1], self._number(line)
         if kind in b"$=!":
             if length < 0:
@@ -171,7 +171,7 @@ class Wire:
         raise _garbage(line)
 
     def _reply_line(self) -> bytes:
-        """The first line of the next reply; what the server pushes between replies is dropped."""
+        """Returns the first line of the next reply; drops push messages between replies."""
         while True:
             line = self._line()
             if line[:1] == b">":

@@ -1,4 +1,4 @@
-"""Enumerates the keys of every server, and the lengths of their objects."""
+"""Lists the keys of every server, and the lengths of their objects."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _GLOB = re.compile(rb"([*?\[\]\\^])")
 
 
 def scan(topology: Topology, prefix: bytes) -> Iterator[list[bytes]]:
-    """The keys that start with ``prefix``, in lists as the servers hand them out.
+    """Yields the keys that start with ``prefix``, in the lists that the servers return.
 
-    Each list is asked for when it is wanted; no connection is held in between.
+    Each list is requested when it is needed; no connection is held in between.
 
     Raises:
-        BackendError: a server cannot be asked; a listing without its keys would be no listing.
+        BackendError: a server does not answer: the list would be incomplete.
     """
     for _, keys in _scan(topology, prefix):
         yield keys
 
 
 def measure(topology: Topology, prefix: bytes) -> Iterator[tuple[bytes, int]]:
-    """The keys that start with ``prefix``, each once, with the lengths of their objects.
+    """Yields the keys that start with ``prefix``, each once, with the lengths of their objects.
 
-    What comes or goes meanwhile may be missed. No key becomes more recently used by it.
+    Keys that are stored or removed meanwhile may be missed. Does not count as a use of any key.
 
     Raises:
         BackendError: a server cannot be asked.
@@ -49,7 +49,7 @@ def measure(topology: Topology, prefix: bytes) -> Iterator[tuple[bytes, int]]:
 
 
 def _lengths(pool: Pool, keys: Sequence[bytes]) -> list[Reply]:
-    """What the server answers when it is asked for the lengths; asking touches no key."""
+    """Returns the lengths of objects, without counting as a use of their keys."""
     with pool.lease("measure objects") as wire:
         asked = [command(b"STRLEN", key) for key in keys]
         wire.send([command(b"CLIENT", b"NO-TOUCH", b"ON"), *asked, command(*_TOUCH_AGAIN)])
@@ -61,7 +61,7 @@ def _lengths(pool: Pool, keys: Sequence[bytes]) -> list[Reply]:
 
 
 def _scan(topology: Topology, prefix: bytes) -> Iterator[tuple[Pool, list[bytes]]]:
-    """The server that was asked, and keys of it."""
+    """Yields each server with some of its keys."""
     pattern = _GLOB.sub(rb"\\\1", prefix) + b"*"
     for pool in topology.pools():
         cursor = b"0"

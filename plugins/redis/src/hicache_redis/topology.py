@@ -1,4 +1,4 @@
-"""Which server holds which key: one server, a primary that Sentinels name, or a cluster."""
+"""The server of each key: a single server, a primary named by Sentinels, or a cluster."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _MAX_ASKED = 3
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """The part of a batch that one connection takes.
+    """The part of a batch for one connection.
 
     Attributes:
-        pool: where the connection comes from.
-        indices: which keys, ascending.
+        pool: of the server.
+        indices: of the keys, ascending.
         asking: see ``operations.run``.
     """
 
@@ -41,22 +41,22 @@ class Share:
 
 
 class Topology(ABC):
-    """Splits batches over servers and connections. Any thread."""
+    """Splits batches over servers and connections. Any thread may call any method."""
 
     @abstractmethod
     def pools(self) -> list[Pool]:
-        """Every server that takes keys now."""
+        """Returns every server that has slots now."""
 
     @abstractmethod
     def shares(self, operation: Operation) -> list[Share]:
-        """The batch in parts; a key without a part has no server."""
+        """Splits a batch; a key in none of the shares has no server."""
 
     @abstractmethod
     def follow(self, redirects: Sequence[Redirect]) -> list[Share]:
-        """Parts for what was redirected; they are to be asked in this order."""
+        """Returns the shares of redirected keys, in the order to run them."""
 
     def failed(self, pool: Pool) -> None:
-        """Hears that a server could not be reached, or has become a replica."""
+        """Is called when a server cannot be reached or has become a replica."""
         pool.drop_idle()
 
     @abstractmethod
@@ -65,7 +65,7 @@ class Topology(ABC):
 
 
 class SingleServer(Topology):
-    """One server, or the primary that Sentinels name; large batches go over several connections."""
+    """One server, or the primary named by Sentinels. Large batches use several connections."""
 
     def __init__(self, config: RedisConfig, dialer: Dialer, lanes: Lanes) -> None:
         """Connects to nothing."""
@@ -95,14 +95,14 @@ class SingleServer(Topology):
 
 @dataclass(frozen=True)
 class _Map:
-    """Who serves which slot: an index into ``pools``, or -1."""
+    """The server of each slot: an index into ``pools``, or -1 if it has none."""
 
     pools: tuple[Pool, ...]
     owner_of_slot: tuple[int, ...]
 
 
 class Cluster(Topology):
-    """A Redis Cluster: every shard gets its keys over a connection of its own, some at a time."""
+    """A Redis Cluster. Each shard gets its keys over its own connection, some shards at a time."""
 
     def __init__(self, config: RedisConfig, dialer: Dialer) -> None:
         """Connects to nothing; the map is read when it is first needed."""
@@ -218,7 +218,7 @@ class Cluster(Topology):
 
 
 def _ranges(reply: Reply, asked_host: str) -> Iterator[tuple[int, int, tuple[str, int]]]:
-    """First slot, last slot and primary out of a reply to CLUSTER SLOTS."""
+    """Yields first slot, last slot and primary from a reply to CLUSTER SLOTS."""
     for first, last, primary, *_ in cast("list[list[Any]]", reply):
         # An empty host means the one that was asked; "?" is a node that does not know its own.
         host = bytes(primary[0] or b"").decode()

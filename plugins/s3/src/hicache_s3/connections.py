@@ -1,4 +1,4 @@
-"""HTTP connections that send from, and receive into, the memory of pages."""
+"""HTTP connections that send from page memory and receive into it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from hicache_core.storage.segments import nbytes_of
 from hicache_core.types import Page
 
 MAX_DRAIN_NBYTES = 64 << 10
-"""An unwanted body up to this is read, so that its connection can serve again."""
+"""An unwanted body up to this length is read, so that its connection can be reused."""
 
 LEAST_BYTES_PER_S = 8 << 10
-"""An answer that comes slower than this has come to a standstill."""
+"""An answer that is slower than this has stalled."""
 
 _MAX_VECTORS = 512  # IOV_MAX is 1024
 _NO_BODY = frozenset([204, 304])
@@ -43,7 +43,7 @@ class Head(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """An answer whose body has been read, or dropped.
+    """An answer whose body was read or dropped.
 
     Attributes:
         status: HTTP status.
@@ -57,14 +57,14 @@ class Answer(NamedTuple):
 
 
 Choose = Callable[[Head], Page | None]
-"""Where an answer's body goes: segments of its exact length, or None to drop it."""
+"""Returns the memory for a body: segments of its exact length, or None to drop it."""
 
 
 def new_memory(head: Head) -> Page:
-    """Memory of its own for a body of any length.
+    """Returns new memory for a body of any length.
 
     Raises:
-        OSError: no memory is so large: the server does not mean it.
+        OSError: there is not so much memory; the announced length is hardly right.
     """
     try:
         return (memoryview(bytearray(head.nbytes)),)
@@ -75,7 +75,7 @@ def new_memory(head: Head) -> Page:
 
 @dataclass(frozen=True)
 class Address:
-    """Where the server is and how long it is waited for.
+    """The address of the server, and time limits.
 
     Attributes:
         host: name or address.
@@ -93,7 +93,7 @@ class Address:
 
 
 class Connections:
-    """Up to ``limit`` connections to one server, kept open between requests. Thread-safe."""
+    """Up to ``limit`` connections to one server, kept open. Any thread may call any method."""
 
     def __init__(self, address: Address, limit: int) -> None:
         self.address = address
@@ -106,10 +106,17 @@ class Connections:
     def exchange(
         self, method: str, target: str, headers: Mapping[str, str], body: Page, choose: Choose
     ) -> Answer:
-        """One request and its answer.
+        """Sends a request and reads its answer.
 
-        A connection that was kept open may have been closed by the server meanwhile: a request
-        that is lost on such a one is sent once more, on a new connection.
+        The server may have closed a connection that was kept open. A request that is lost on such
+        a connection is sent again on a new one.
+
+        Args:
+            method: of HTTP.
+            target: path and query.
+            headers: signed.
+            body: segments to send; only read.
+            choose: returns the memory for the body of the answer.
 
         Raises:
             OSError, http.client.HTTPException: the server cannot be reached, or was lost.
@@ -136,7 +143,7 @@ class Connections:
             self._slots.release()
 
     def close(self) -> None:
-        """Closes the idle connections now, the others as soon as their answer is there."""
+        """Closes idle connections now, and the others after their answer."""
         with self._lock:
             self._closed = True
         self._drop_idle()
@@ -146,7 +153,7 @@ class Connections:
             return self._idle.pop() if self._idle else None
 
     def _drop_idle(self) -> None:
-        """Closes what is idle: what is true of one is likely true of all."""
+        """Closes idle connections: they are likely in the same state as the failed one."""
         with self._lock:
             idle, self._idle = self._idle, []
         for sock in idle:
@@ -197,7 +204,7 @@ class Connections:
 
 
 class _Paced(io.RawIOBase):
-    """Reads one answer from a socket, and gives up when it drips.
+    """Reads one answer from a socket, and gives up if it is too slow.
 
     A limit for each wait is not enough: a server that sends a byte now and then would hold its
     reader for hours.
@@ -210,7 +217,7 @@ class _Paced(io.RawIOBase):
         self._nbytes = 0
 
     def makefile(self, _mode: str) -> io.BufferedReader:
-        """What ``HTTPResponse`` asks a socket for."""
+        """The method of a socket that ``HTTPResponse`` calls."""
         return io.BufferedReader(self)
 
     def readable(self) -> bool:
@@ -228,7 +235,7 @@ class _Paced(io.RawIOBase):
 
 
 def send(sock: socket.socket, buffers: Iterable[memoryview]) -> None:
-    """Sends ``buffers`` one after the other, in as few calls as the socket allows."""
+    """Sends ``buffers`` in order, in as few calls as possible."""
     if isinstance(sock, ssl.SSLSocket):  # it has no sendmsg
         for buffer in buffers:
             sock.sendall(buffer)
@@ -251,7 +258,7 @@ def _send_vectors(sock: socket.socket, vectors: Sequence[memoryview]) -> None:
 
 
 def _read(response: http.client.HTTPResponse, method: str, choose: Choose) -> tuple[Answer, bool]:
-    """The answer, and whether its body was read to the end."""
+    """Returns the answer, and whether its body was read to the end."""
     status, headers = response.status, response.msg
     if method == "HEAD" or status in _NO_BODY:
         response.read()

@@ -1,6 +1,6 @@
 """What S3's error codes mean here: the one table of the plugin.
 
-A code that is not in it is a ``BackendError`` that names it; an absent object is no error at all.
+A code that is not in it is a ``BackendError`` that names it; an absent object is not an error.
 """
 
 from __future__ import annotations

@@ -152,10 +152,10 @@ class Pages:
             self.objects.remove([page_name(key) for key in index.slots])
 
     def _found(self, key: str, answer: Answer) -> Found:
-        """What ``answer`` is, which may be an index.
+        """Returns what is under ``key``, from an answer that may be an index.
 
-        Tools that copy a bucket lose the mark, so an index is known by its own bytes. What has the
-        mark and is no index is damaged.
+        Tools that copy a bucket may lose the mark, so an index is recognised by its content. An
+        object with the mark that is not an index is damaged.
         """
         body = answer.body if answer.body is not None else ()
         index = PackIndex.decode(key.partition("/")[0], b"".join(body))
@@ -170,5 +170,5 @@ def _is_marked(headers: Message) -> bool:
 
 
 def _may_be_index(headers: Message, nbytes: int) -> bool:
-    """Whether an object may be the index of a pack; pages are seldom so short."""
+    """Returns whether an object may be an index; pages are rarely that short."""
     return _is_marked(headers) or is_index_nbytes(nbytes)
