@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -87,6 +87,21 @@ class LeakWatch:
         held = allocator.n_pages - allocator.n_free - cache.parts.tree.n_device_pages
         if held:
             self._wrong.append(f"at close: {held} device pages were neither inserted nor freed")
+
+
+@pytest.fixture(autouse=True)
+def leak_watch() -> Iterator[None]:
+    """Fails a test that leaves caches, locks, pages, threads or descriptors behind.
+
+    It begins before the test's own fixtures and ends after them; those of the module are not its
+    business.
+    """
+    watch = LeakWatch()
+    watch.start()
+    yield
+    wrong = watch.stop()
+    if wrong:
+        pytest.fail("\n".join(["the test leaks", *wrong]), pytrace=False)
 
 
 def _threads() -> set[str]:

@@ -1,4 +1,4 @@
-"""Wheels of this repository, built once, and environments made of them."""
+"""Wheels of this repository, built once a run, and environments made of them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.wheels import PLUGINS, Installed, built, environment
+from tests.shared_folders import shared_folder
 
 
 @pytest.fixture(scope="session")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return built(tmp_path_factory.mktemp("wheels"))
+    return shared_folder(tmp_path_factory, "wheels", built) / "dist"
 
 
 @pytest.fixture(scope="session")

@@ -14,15 +14,9 @@ from click.testing import CliRunner
 
 from hicache_core.cli.demo import command
 from hicache_core.errors import ConfigError, UnknownBackend
-from tests.unit.engine.tiny_chat_model import save_tiny_chat_model
 
 TIERS = {"device", "host", "storage"}
 SERVED_BY = {1: None, 2: "device", 3: "host", 4: "storage", 5: "device", 6: "device"}
-
-
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_tiny_chat_model(tmp_path_factory.mktemp("tiny")))
 
 
 def run(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
@@ -65,12 +59,12 @@ def check_document(document: dict[str, Any]) -> None:
 
 
 def test_every_tier_serves_its_turn_and_the_tokens_are_identical(
-    tiny_model: str, tmp_path: Path
+    tiny_folder: Path, tmp_path: Path
 ) -> None:
     picture = tmp_path / "demo.png"
     process, document = run(
         tmp_path,
-        *("--model", tiny_model, "--max-new-tokens", "8", "--threads", "1"),
+        *("--model", str(tiny_folder), "--max-new-tokens", "8", "--threads", "1"),
         *("--plot", str(picture)),
     )
     assert process.returncode == 0, process.stderr + process.stdout
@@ -83,12 +77,12 @@ def test_every_tier_serves_its_turn_and_the_tokens_are_identical(
     assert left == {"demo.json", "demo.png"}, "the storage folder is removed at the end"
 
 
-def test_a_corrupted_page_fails_loudly(tiny_model: str, tmp_path: Path) -> None:
+def test_a_corrupted_page_fails_loudly(tiny_folder: Path, tmp_path: Path) -> None:
     """The comparison is real: one page of other numbers, and the demo ends with status 1."""
     kept = tmp_path / "kept"
     process, document = run(
         tmp_path,
-        *("--model", tiny_model, "--max-new-tokens", "8", "--threads", "1"),
+        *("--model", str(tiny_folder), "--max-new-tokens", "8", "--threads", "1"),
         *("--corrupt", "--keep", str(kept), "--page-size", "32"),
         *("--hicache-io-backend", "direct", "--hicache-mem-layout", "page_first_direct"),
     )
@@ -101,10 +95,10 @@ def test_a_corrupted_page_fails_loudly(tiny_model: str, tmp_path: Path) -> None:
     assert any(kept.iterdir()), "--keep keeps what was stored"
 
 
-def test_a_backend_that_forgets_at_a_restart_is_told(tiny_model: str, tmp_path: Path) -> None:
+def test_a_backend_that_forgets_at_a_restart_is_told(tiny_folder: Path, tmp_path: Path) -> None:
     process, document = run(
         tmp_path,
-        *("--model", tiny_model, "--max-new-tokens", "4", "--threads", "1"),
+        *("--model", str(tiny_folder), "--max-new-tokens", "4", "--threads", "1"),
         *("--backend", "memory"),
     )
     assert process.returncode == 1

@@ -14,7 +14,6 @@ from tests.end_to_end.test_demo import check_document, run
 from tests.servers.mooncake import running_mooncake
 from tests.servers.valkey import running
 from tests.servers.weed import Weed, settings
-from tests.unit.engine.tiny_chat_model import save_tiny_chat_model
 
 
 @contextmanager
@@ -51,13 +50,14 @@ def posix_mount(directory: Path) -> Iterator[dict[str, Any]]:
         pytest.param("hf3fs", posix_mount, marks=pytest.mark.full),
     ],
 )
-def test_the_demo_runs_on_the_plugin(tmp_path: Path, backend: str, store: Any) -> None:
+def test_the_demo_runs_on_the_plugin(
+    tiny_folder: Path, tmp_path: Path, backend: str, store: Any
+) -> None:
     """A restarted process is served from the store; every answer is the same as without cache."""
-    model = save_tiny_chat_model(tmp_path / "model")
     with store(tmp_path) as config:
         process, document = run(
             tmp_path,
-            *("--model", str(model), "--max-new-tokens", "4", "--threads", "1"),
+            *("--model", str(tiny_folder), "--max-new-tokens", "4", "--threads", "1"),
             *("--backend", backend, "--backend-config", json.dumps(config)),
         )
     assert process.returncode == 0, process.stderr + process.stdout

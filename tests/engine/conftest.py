@@ -2,19 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from tests.leaks import leak_watch
 
-import pytest
-
-from tests.leaks import LeakWatch
-
-
-@pytest.fixture(autouse=True)
-def leak_watch() -> Iterator[None]:
-    """Fails a test that leaves caches, locks, pages, threads or descriptors behind."""
-    watch = LeakWatch()
-    watch.start()
-    yield
-    wrong = watch.stop()
-    if wrong:
-        pytest.fail("\n".join(["the test leaks", *wrong]), pytrace=False)
+__all__ = ["leak_watch"]

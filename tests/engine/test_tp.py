@@ -19,8 +19,9 @@ from hicache_core.integrations.transformers import fingerprint_of_model, kv_spec
 from hicache_core.kv.keys import storage_namespace
 from hicache_core.types import CachedTokens, Namespace
 from tests.engine.test_engine import Client, request
-from tests.engine.tp_world import CONTEXT, PATIENCE_S, engine_of_ranks, sharded_logits, split_model
+from tests.engine.tp_world import PATIENCE_S, engine_of_ranks, sharded_logits, split_model
 from tests.engine.world import PAGE_SIZE, greedy, plain, prompt_of
+from tests.fork_server import CONTEXT
 from tests.page_path.tiny_models import tiny_model
 
 WHOLE = LoadedModel("llama", split_model(), None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,13 +20,12 @@ from hicache_core.engine.shard import shard
 from hicache_core.engine.tensor_ranks import TensorRanks
 from hicache_core.integrations.transformers import kv_spec_of
 from tests.engine.world import cache_config
+from tests.fork_server import CONTEXT
 from tests.page_path.tiny_models import tiny_model
 
 PATIENCE_S = 60.0
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
 BIASES = {"llama": {"attention_bias": True, "mlp_bias": True}}
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.engine.tp_world"])
 
 _meetings = itertools.count()
 

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from tests.leaks import LeakWatch
+from tests.leaks import leak_watch
 from tests.page_path import backends
+from tests.page_path.tiny_models import ARCHITECTURES, tiny_model
 from tests.page_path.world import World
 
+__all__ = ["leak_watch", "model", "worlds"]
 
-@pytest.fixture(autouse=True)
-def leak_watch() -> Iterator[None]:
-    """Fails a test that leaves something behind.
 
-    It begins before the test's own fixtures and ends after them; those of the module are not its
-    business.
-    """
-    watch = LeakWatch()
-    watch.start()
-    yield
-    wrong = watch.stop()
-    if wrong:
-        pytest.fail("\n".join(["the test leaks", *wrong]), pytrace=False)
+@pytest.fixture(params=sorted(ARCHITECTURES))
+def model(request: pytest.FixtureRequest) -> Any:
+    """A tiny model of each architecture, which the test may change."""
+    return tiny_model(request.param)
 
 
 @pytest.fixture

@@ -14,15 +14,10 @@ from hicache_core.integrations.paged_cache import PagedCache
 from hicache_core.kv.spec import KVSpec
 from hicache_core.pools.device import DevicePool
 
-from .tiny_models import ARCHITECTURES, prompt_of, tiny_model
+from .tiny_models import prompt_of
 
 PAGE_SIZE = 4
 N_PAGES = 32
-
-
-@pytest.fixture(params=sorted(ARCHITECTURES))
-def model(request: pytest.FixtureRequest) -> Any:
-    return tiny_model(request.param)
 
 
 def pool_for(model: Any, dtype: str = "float32") -> DevicePool:

@@ -25,15 +25,10 @@ from hicache_core.integrations.transformers import (
 )
 from hicache_core.types import Namespace
 
-from .tiny_models import ARCHITECTURES, COMMON, prompt_of, tiny_model
+from .tiny_models import COMMON, prompt_of, tiny_model
 
 PAGE_SIZE = 4
 NEW_TOKENS = 6
-
-
-@pytest.fixture(params=sorted(ARCHITECTURES))
-def model(request: pytest.FixtureRequest) -> Any:
-    return tiny_model(request.param)
 
 
 class World:

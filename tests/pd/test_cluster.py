@@ -7,27 +7,14 @@ from pathlib import Path
 
 import httpx
 import pytest
-import torch
 
-from hicache_core.engine.model import LoadedModel, load_folder
+from hicache_core.engine.model import LoadedModel
 from tests.pd.cluster import Cluster
 from tests.pd.reference import plain_answer
 from tests.pd.scene import Shape, check_hits, check_tokens, ids_of, play
 from tests.servers.valkey import Valkey, running
-from tests.unit.engine.tiny_chat_model import save_tiny_chat_model
 
 PAGE_SIZE = 8
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_chat_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def plain(folder: Path) -> LoadedModel:
-    """The same model without any cache of ours."""
-    return load_folder(folder, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +24,9 @@ def valkey() -> Iterator[Valkey]:
 
 
 @pytest.fixture(scope="module")
-def cluster(folder: Path, valkey: Valkey) -> Iterator[Cluster]:
+def cluster(tiny_folder: Path, valkey: Valkey) -> Iterator[Cluster]:
     made = Cluster(
-        str(folder),
+        str(tiny_folder),
         "redis",
         {"url": valkey.url},
         page_size=PAGE_SIZE,
@@ -49,10 +36,10 @@ def cluster(folder: Path, valkey: Valkey) -> Iterator[Cluster]:
     made.close()
 
 
-def test_tokens_and_hits_of_four_conversations(cluster: Cluster, plain: LoadedModel) -> None:
-    shape = Shape(plain.model.config.vocab_size, PAGE_SIZE, n_turns=3)
+def test_tokens_and_hits_of_four_conversations(cluster: Cluster, tiny_chat: LoadedModel) -> None:
+    shape = Shape(tiny_chat.model.config.vocab_size, PAGE_SIZE, n_turns=3)
     turns = play(cluster, shape)
-    check_tokens(turns, lambda prompt, n_new: plain_answer(plain, prompt, n_new))
+    check_tokens(turns, lambda prompt, n_new: plain_answer(tiny_chat, prompt, n_new))
     check_hits(turns, shape)
     assert {turn.prefill for turn in turns} == {node.url for node in cluster.prefill}
     figures = cluster.figures(cluster.decode)
@@ -69,22 +56,24 @@ def test_tokens_and_hits_of_four_conversations(cluster: Cluster, plain: LoadedMo
     assert [line.rsplit(" ", 1)[1] for line in arrived] == ["12.0"]
 
 
-def test_a_prefill_node_is_killed_and_started_again(cluster: Cluster, plain: LoadedModel) -> None:
+def test_a_prefill_node_is_killed_and_started_again(
+    cluster: Cluster, tiny_chat: LoadedModel
+) -> None:
     def between(turn: int) -> None:
         if turn == 1:
             cluster.kill_prefill(0)
         elif turn == 2:
             cluster.restart_prefill(0)
 
-    shape = Shape(plain.model.config.vocab_size, PAGE_SIZE, n_turns=3, n_user=22)
+    shape = Shape(tiny_chat.model.config.vocab_size, PAGE_SIZE, n_turns=3, n_user=22)
     turns = play(cluster, shape, between)
-    check_tokens(turns, lambda prompt, n_new: plain_answer(plain, prompt, n_new))
+    check_tokens(turns, lambda prompt, n_new: plain_answer(tiny_chat, prompt, n_new))
     assert {turn.prefill for turn in turns if turn.turn == 1} == {cluster.prefill[1].url}
     assert cluster.prefill[0].url in {turn.prefill for turn in turns if turn.turn == 2}
 
 
-def test_a_stream_of_the_openai_form_goes_through(cluster: Cluster, plain: LoadedModel) -> None:
-    shape = Shape(plain.model.config.vocab_size, PAGE_SIZE)
+def test_a_stream_of_the_openai_form_goes_through(cluster: Cluster, tiny_chat: LoadedModel) -> None:
+    shape = Shape(tiny_chat.model.config.vocab_size, PAGE_SIZE)
     body = {
         "model": "any",
         "prompt": list(ids_of(shape, 30, "stream")),

@@ -16,8 +16,9 @@ from hicache_core.engine.engine import Engine, EngineConfig
 from hicache_core.engine.model import LoadedModel
 from hicache_core.engine.tensor_ranks import TensorRanks
 from hicache_core.kv_transfer.tcp import TcpTransfer
-from tests.engine.tp_world import CONTEXT, PATIENCE_S, split_model
+from tests.engine.tp_world import PATIENCE_S, split_model
 from tests.engine.world import cache_config, plain, prompt_of
+from tests.fork_server import CONTEXT
 from tests.pd.test_roles import SETTINGS, Half, room_at
 
 WHOLE = LoadedModel("llama", split_model(), None)

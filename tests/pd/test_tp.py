@@ -10,27 +10,14 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 
-from hicache_core.engine.model import LoadedModel, load_folder
+from hicache_core.engine.model import LoadedModel
 from tests.pd.cluster import PATIENCE_S, Child, Cluster
 from tests.pd.reference import plain_answer
 from tests.pd.scene import Shape, Turn, check_hits, check_tokens, ids_of, play
-from tests.unit.engine.tiny_chat_model import save_tiny_chat_model
 
 PAGE_SIZE = 8
 TP = (2, 1)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_chat_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def plain(folder: Path) -> LoadedModel:
-    """The same model without any cache of ours."""
-    return load_folder(folder, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +26,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster(folder: Path, store: Path) -> Iterator[Cluster]:
+def cluster(tiny_folder: Path, store: Path) -> Iterator[Cluster]:
     """Nodes that store head by head, so that all of them share one store."""
     made = Cluster(
-        str(folder),
+        str(tiny_folder),
         "file",
         {"path": str(store)},
         page_size=PAGE_SIZE,
@@ -53,13 +40,13 @@ def cluster(folder: Path, store: Path) -> Iterator[Cluster]:
     made.close()
 
 
-def shape_of(plain: LoadedModel, **changes: int) -> Shape:
-    return Shape(plain.model.config.vocab_size, PAGE_SIZE, **changes)
+def shape_of(tiny_chat: LoadedModel, **changes: int) -> Shape:
+    return Shape(tiny_chat.model.config.vocab_size, PAGE_SIZE, **changes)
 
 
-def check_answers(turns: list[Turn], plain: LoadedModel) -> None:
+def check_answers(turns: list[Turn], tiny_chat: LoadedModel) -> None:
     """All of them are the plain model's."""
-    check_tokens(turns, lambda prompt, n_new: plain_answer(plain, prompt, n_new))
+    check_tokens(turns, lambda prompt, n_new: plain_answer(tiny_chat, prompt, n_new))
 
 
 def apart(
@@ -89,24 +76,24 @@ def address_of(node: Child) -> str:
     return address
 
 
-def test_every_pair_of_one_and_two_ranks(cluster: Cluster, plain: LoadedModel) -> None:
+def test_every_pair_of_one_and_two_ranks(cluster: Cluster, tiny_chat: LoadedModel) -> None:
     pairs = [(prefill, decode) for prefill in cluster.prefill for decode in cluster.decodes]
     nbytes = []
     for n, (prefill, decode) in enumerate(pairs):
-        prompt = ids_of(shape_of(plain), 54, f"pair {n}")
+        prompt = ids_of(shape_of(tiny_chat), 54, f"pair {n}")
         answer = apart(prefill, decode, prompt, address_of(prefill), n)
-        assert answer["output_ids"] == plain_answer(plain, prompt, 8)
+        assert answer["output_ids"] == plain_answer(tiny_chat, prompt, 8)
         figures = cluster.figures(decode)
         assert (figures["received"], figures["recomputed"]) == (n // 2 + 1, 0)
         nbytes.append(figures["nbytes"] // figures["received"])
     assert len(set(nbytes)) == 1, "the same rows, however many ranks move them"
 
 
-def test_tokens_and_hits_of_four_conversations(cluster: Cluster, plain: LoadedModel) -> None:
+def test_tokens_and_hits_of_four_conversations(cluster: Cluster, tiny_chat: LoadedModel) -> None:
     """What a decode node of two ranks generated is found by prefill nodes of two and of one."""
-    shape = shape_of(plain, n_turns=3)
+    shape = shape_of(tiny_chat, n_turns=3)
     turns = play(cluster, shape)
-    check_answers(turns, plain)
+    check_answers(turns, tiny_chat)
     check_hits(turns, shape)
     assert {turn.prefill for turn in turns} == {node.url for node in cluster.prefill}
     figures = [cluster.figures(node) for node in cluster.decodes]
@@ -115,7 +102,7 @@ def test_tokens_and_hits_of_four_conversations(cluster: Cluster, plain: LoadedMo
 
 
 def test_storage_goes_and_comes_on_both_sides(
-    cluster: Cluster, plain: LoadedModel, store: Path
+    cluster: Cluster, tiny_chat: LoadedModel, store: Path
 ) -> None:
     prefill, decode = cluster.prefill[0], cluster.decodes[0]
     attach = {
@@ -125,9 +112,9 @@ def test_storage_goes_and_comes_on_both_sides(
     for n, has_storage in enumerate((False, True)):
         for node in (prefill, decode):
             node.call("PUT" if has_storage else "DELETE", "/hicache/storage-backend", json=attach)
-        prompt = ids_of(shape_of(plain), 50, f"storage {n}")
+        prompt = ids_of(shape_of(tiny_chat), 50, f"storage {n}")
         answer = apart(prefill, decode, prompt, address_of(prefill), 50 + n)["output_ids"]
-        assert answer == plain_answer(plain, prompt, 8)
+        assert answer == plain_answer(tiny_chat, prompt, 8)
         cluster.settle()
         prefill.call("POST", "/flush_cache", params={"timeout": PATIENCE_S})
         body = {"input_ids": [*prompt, *answer], "sampling_params": {"max_new_tokens": 1}}
@@ -138,12 +125,12 @@ def test_storage_goes_and_comes_on_both_sides(
 
 
 def test_a_rank_of_a_prefill_node_dies_while_its_kv_is_awaited(
-    cluster: Cluster, plain: LoadedModel
+    cluster: Cluster, tiny_chat: LoadedModel
 ) -> None:
     """Both decode nodes compute what they waited for; the router goes on with the other node."""
     broken = cluster.prefill[0]
     address = address_of(broken)
-    prompts = [ids_of(shape_of(plain), 40, f"awaited {n}") for n in range(2)]
+    prompts = [ids_of(shape_of(tiny_chat), 40, f"awaited {n}") for n in range(2)]
     with ThreadPoolExecutor(2) as clients:
         asked = [
             clients.submit(apart, None, decode, prompt, address, 100 + n)
@@ -153,13 +140,13 @@ def test_a_rank_of_a_prefill_node_dies_while_its_kv_is_awaited(
             cluster.wait_until(lambda: is_fetching(decode), "it waits for rows")  # noqa: B023
         broken.kill_rank(1)
         answers = [future.result()["output_ids"] for future in asked]
-    assert answers == [plain_answer(plain, prompt, 8) for prompt in prompts]
+    assert answers == [plain_answer(tiny_chat, prompt, 8) for prompt in prompts]
     for decode in cluster.decodes:
         figures = cluster.figures(decode)
         assert figures["recomputed"] == 1
         assert "time" not in figures["last_error"], "it need not wait for its time to be over"
-    turns = play(cluster, shape_of(plain, n_turns=1, n_user=23))
-    check_answers(turns, plain)
+    turns = play(cluster, shape_of(tiny_chat, n_turns=1, n_user=23))
+    check_answers(turns, tiny_chat)
     assert {turn.prefill for turn in turns} == {cluster.prefill[1].url}
 
 
@@ -169,7 +156,7 @@ def is_fetching(decode: Child) -> bool:
     return running > 0
 
 
-def test_a_rank_of_a_decode_node_dies(cluster: Cluster, plain: LoadedModel) -> None:
+def test_a_rank_of_a_decode_node_dies(cluster: Cluster, tiny_chat: LoadedModel) -> None:
     cluster.decodes[0].kill_rank(1)
-    turns = play(cluster, shape_of(plain, n_turns=1, n_user=24))
-    check_answers(turns, plain)
+    turns = play(cluster, shape_of(tiny_chat, n_turns=1, n_user=24))
+    check_answers(turns, tiny_chat)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
@@ -12,17 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tests.fork_server import CONTEXT
 from tests.ranks.rank import serve
 
 HARD_TIMEOUT_S = 60.0
 """Longer than anything here takes on a machine that is busy with other things."""
-
-
-def _context() -> Any:
-    """Processes forked from one that has imported torch: each costs milliseconds, not seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.ranks.rank"])
-    return context
 
 
 class RankFailed(Exception):
@@ -48,14 +41,13 @@ class Fleet:
             timeout_s: of the group.
             group_args: more arguments of the group, for each rank.
         """
-        context = _context()
         store = f"file://{directory / 'meeting'}"
         self.pipes: list[Connection] = []
         self.processes: list[Any] = []
         for rank in range(n_ranks):
-            ours, theirs = context.Pipe()
+            ours, theirs = CONTEXT.Pipe()
             extra = group_args[rank] if group_args else {}
-            process = context.Process(
+            process = CONTEXT.Process(
                 target=serve, args=(theirs, rank, n_ranks, store, timeout_s, extra)
             )
             process.start()

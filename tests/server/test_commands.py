@@ -13,13 +13,11 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 
-from hicache_core.engine.model import LoadedModel, load_folder
+from hicache_core.engine.model import LoadedModel
 from tests.server.process import ServerProcess, server_process
 from tests.server.tiny import ROOM, commands, tiny_server
 from tests.servers.mooncake import running_mooncake
-from tests.unit.engine.tiny_chat_model import save_tiny_chat_model
 
 COMMANDS = commands()
 PROMPT = [3 + n % 40 for n in range(330)]  # five whole pages of 64, and ten tokens
@@ -28,16 +26,6 @@ DISAGGREGATED = [name for name, flags in COMMANDS.items() if "--disaggregation-m
 HOST_USED = "hicache_host_used_tokens"
 HOST_TOTAL = "hicache_host_total_tokens"
 BACKED_UP = "backuped_tokens_total"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_chat_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> LoadedModel:
-    return load_folder(folder, torch.float32)
 
 
 def flags_of(name: str, **changes: str) -> list[str]:
@@ -54,40 +42,40 @@ def test_the_table_has_every_command() -> None:
 
 
 @pytest.mark.anyio
-async def test_without_the_flag_there_is_the_device_tier_alone(model: LoadedModel) -> None:
-    async with tiny_server(model, ["--model-path", "tiny", *ROOM]) as s:
+async def test_without_the_flag_there_is_the_device_tier_alone(tiny_chat: LoadedModel) -> None:
+    async with tiny_server(tiny_chat, ["--model-path", "tiny", *ROOM]) as s:
         await s.ask(PROMPT)
         assert (await s.ask(PROMPT))["cached_tokens_details"]["device"] == PAGES
         assert HOST_TOTAL not in await s.metrics()
 
 
 @pytest.mark.anyio
-async def test_the_flag_brings_the_host_tier(model: LoadedModel) -> None:
+async def test_the_flag_brings_the_host_tier(tiny_chat: LoadedModel) -> None:
     name = "--page-size 64, --enable-hierarchical-cache"
-    async with tiny_server(model, [*COMMANDS[name], *ROOM]) as s:
+    async with tiny_server(tiny_chat, [*COMMANDS[name], *ROOM]) as s:
         assert (await s.metrics())[HOST_TOTAL] > 0
         assert (await s.info())["page_size"] == 64
 
 
 @pytest.mark.anyio
-async def test_the_ratio_is_of_the_device_pool(model: LoadedModel) -> None:
-    async with tiny_server(model, [*COMMANDS["--hicache-ratio 2"], *ROOM]) as s:
+async def test_the_ratio_is_of_the_device_pool(tiny_chat: LoadedModel) -> None:
+    async with tiny_server(tiny_chat, [*COMMANDS["--hicache-ratio 2"], *ROOM]) as s:
         assert (await s.metrics())[HOST_TOTAL] == 2 * (await s.info())["max_total_num_tokens"]
 
 
 @pytest.mark.anyio
-async def test_a_size_overrides_the_ratio(model: LoadedModel) -> None:
+async def test_a_size_overrides_the_ratio(tiny_chat: LoadedModel) -> None:
     flags = flags_of("--hicache-size 100", hicache_size="0.01")
-    async with tiny_server(model, [*flags, *ROOM]) as s:
+    async with tiny_server(tiny_chat, [*flags, *ROOM]) as s:
         page_nbytes = s.engine.cache.snapshot().page_nbytes
         assert (await s.metrics())[HOST_TOTAL] == 10_000_000 // page_nbytes * 64
         assert "hicache_size overrides the ratio" in s.said
 
 
 @pytest.mark.anyio
-async def test_write_through_fills_host_pages_at_once(model: LoadedModel) -> None:
+async def test_write_through_fills_host_pages_at_once(tiny_chat: LoadedModel) -> None:
     name = "--hicache-write-policy write_through"
-    async with tiny_server(model, [*COMMANDS[name], *ROOM]) as s:
+    async with tiny_server(tiny_chat, [*COMMANDS[name], *ROOM]) as s:
         assert (await s.metrics())[HOST_USED] == 0
         await s.ask(PROMPT)
         await s.settle()
@@ -108,9 +96,9 @@ async def test_write_through_fills_host_pages_at_once(model: LoadedModel) -> Non
     ],
 )
 async def test_layout_and_io_backend_are_in_force(
-    model: LoadedModel, name: str, layout: str, io_backend: str
+    tiny_chat: LoadedModel, name: str, layout: str, io_backend: str
 ) -> None:
-    async with tiny_server(model, [*COMMANDS[name], *ROOM]) as s:
+    async with tiny_server(tiny_chat, [*COMMANDS[name], *ROOM]) as s:
         info = await s.info()
         assert (info["hicache_mem_layout"], info["hicache_io_backend"]) == (layout, io_backend)
         assert ("using layer_first" in s.said) == (name == "page_first with direct")
@@ -122,7 +110,7 @@ async def test_layout_and_io_backend_are_in_force(
 @pytest.mark.anyio
 @pytest.mark.parametrize("policy", ["best_effort", "wait_complete", "timeout"])
 async def test_prefetch_policies_after_a_restart(
-    model: LoadedModel, tmp_path: Path, policy: str
+    tiny_chat: LoadedModel, tmp_path: Path, policy: str
 ) -> None:
     extra = {"path": str(tmp_path), "prefetch_timeout_base": 60}
     flags = [
@@ -131,11 +119,11 @@ async def test_prefetch_policies_after_a_restart(
         "--hicache-storage-backend-extra-config",
         json.dumps(extra),
     ]
-    async with tiny_server(model, flags) as s:
+    async with tiny_server(tiny_chat, flags) as s:
         first = await s.ask(PROMPT)
         await s.settle()
         assert (await s.metrics())[BACKED_UP] == PAGES
-    async with tiny_server(model, flags) as s:
+    async with tiny_server(tiny_chat, flags) as s:
         again = await s.ask(PROMPT)
         metrics = await s.metrics()
     assert again["output_ids"] == first["output_ids"]
@@ -182,21 +170,21 @@ def hf3fs_environment(tmp_path: Path) -> dict[str, str]:
     return {"SGLANG_HICACHE_HF3FS_CONFIG_PATH": str(tmp_path / "hf3fs.json")}
 
 
-def test_deployment_with_hf3fs(folder: Path, tmp_path: Path) -> None:
+def test_deployment_with_hf3fs(tiny_folder: Path, tmp_path: Path) -> None:
     """Tokens are backed up; SIGTERM drains; after a restart the prefix comes from storage."""
     flags, env = for_this_machine("Deployment with HF3FS"), hf3fs_environment(tmp_path)
-    with server_process(folder, flags, env) as server:
+    with server_process(tiny_folder, flags, env) as server:
         assert "rank 1 of 2 is process" in "\n".join(server.lines)
         assert asked(server)["cached_tokens"] == 0
         assert server.stop() == 0  # what is not durable yet is drained
-    with server_process(folder, flags, env) as server:
+    with server_process(tiny_folder, flags, env) as server:
         assert asked(server)["cached_tokens_details"]["storage"] == PAGES
         assert asked(server)["cached_tokens_details"]["device"] == PAGES
         assert server.metrics()['cached_tokens_total{cache_source="storage"}'] == PAGES
         assert server.stop() == 0
 
 
-def test_deployment_with_mooncake(folder: Path, tmp_path: Path) -> None:
+def test_deployment_with_mooncake(tiny_folder: Path, tmp_path: Path) -> None:
     with running_mooncake(tmp_path) as master:
         env = {
             "MOONCAKE_TE_META_DATA_SERVER": "P2PHANDSHAKE",
@@ -206,7 +194,9 @@ def test_deployment_with_mooncake(folder: Path, tmp_path: Path) -> None:
             "MOONCAKE_MASTER": master.address,
             "MOONCAKE_LOCAL_HOSTNAME": "127.0.0.1",
         }
-        with server_process(folder, for_this_machine("Deployment with Mooncake"), env) as server:
+        with server_process(
+            tiny_folder, for_this_machine("Deployment with Mooncake"), env
+        ) as server:
             asked(server)
             backed_up(server)
             flushed = httpx.post(f"{server.url}/flush_cache", params={"timeout": 30}, timeout=60)
@@ -254,23 +244,23 @@ def custom_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 @pytest.mark.anyio
 async def test_a_dynamic_backend_is_loaded_and_gets_the_pages(
-    model: LoadedModel, custom_backend: Path
+    tiny_chat: LoadedModel, custom_backend: Path
 ) -> None:
-    async with tiny_server(model, [*COMMANDS["Dynamic backend"], *ROOM]) as s:
+    async with tiny_server(tiny_chat, [*COMMANDS["Dynamic backend"], *ROOM]) as s:
         await s.ask(PROMPT)
         await s.settle()
         assert (await s.metrics())[BACKED_UP] == PAGES
         assert len(list(custom_backend.iterdir())) >= 5
 
 
-def test_disaggregation(folder: Path, tmp_path: Path) -> None:
+def test_disaggregation(tiny_folder: Path, tmp_path: Path) -> None:
     """KV goes from one to the other; what is generated is backed up; both have the same tokens."""
     env = hf3fs_environment(tmp_path)
     with ExitStack() as stack:
         with ThreadPoolExecutor(2) as starters:
             both = [for_this_machine(name) for name in DISAGGREGATED]
             prefill, decode = starters.map(
-                lambda flags: stack.enter_context(server_process(folder, flags, env)), both
+                lambda flags: stack.enter_context(server_process(tiny_folder, flags, env)), both
             )
         assert "mlx5_0 has no effect" in "\n".join(prefill.lines)
         for node in (prefill, decode):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,18 +13,16 @@ import openai
 import pytest
 
 from tests.server.process import ServerProcess, server_process
-from tests.unit.engine.tiny_chat_model import save_tiny_chat_model
 
 QUESTION = "What is the first thing that the keeper does ? " * 12
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def server(tiny_folder: Path) -> Iterator[ServerProcess]:
     """One server for the module; its last test stops it."""
-    folder = save_tiny_chat_model(tmp_path_factory.mktemp("model") / "tiny")
     flags = ["--page-size", "8", "--enable-hierarchical-cache", "--enable-metrics"]
     flags += ["--enable-cache-report", "--max-total-tokens", "2048", "--served-model-name", "small"]
-    with server_process(folder, flags, {"HICACHE_API_KEY": "the-key"}) as process:
+    with server_process(tiny_folder, flags, {"HICACHE_API_KEY": "the-key"}) as process:
         yield process
 
 

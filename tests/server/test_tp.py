@@ -14,7 +14,6 @@ import psutil
 import pytest
 
 from tests.server.process import PATIENCE_S, ServerProcess, environment, server_process
-from tests.unit.engine.tiny_chat_model import save_tiny_chat_model
 
 FLAGS = ["--tp", "2", "--page-size", "16", "--max-total-tokens", "1024"]
 STORAGE = [
@@ -25,14 +24,9 @@ STORAGE = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_chat_model(tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[ServerProcess]:
+def server(tiny_folder: Path) -> Iterator[ServerProcess]:
     """A server with storage; the last test that uses it ends it."""
-    with server_process(folder, [*FLAGS, *STORAGE]) as started:
+    with server_process(tiny_folder, [*FLAGS, *STORAGE]) as started:
         yield started
 
 
@@ -81,15 +75,15 @@ def test_a_rank_that_dies_ends_the_server_and_says_so(server: ServerProcess) -> 
     assert "rank 1 (process" in said
 
 
-def test_when_the_server_is_killed_its_other_processes_end(folder: Path) -> None:
-    with server_process(folder, FLAGS) as server:
+def test_when_the_server_is_killed_its_other_processes_end(tiny_folder: Path) -> None:
+    with server_process(tiny_folder, FLAGS) as server:
         worker = worker_of(server)
         server.process.send_signal(signal.SIGKILL)
         worker.wait(PATIENCE_S)
 
 
-def test_a_model_that_cannot_be_split_is_refused_in_words(folder: Path) -> None:
-    command = [sys.executable, "-m", "hicache_core.launch_server", "--model-path", str(folder)]
+def test_a_model_that_cannot_be_split_is_refused_in_words(tiny_folder: Path) -> None:
+    command = [sys.executable, "-m", "hicache_core.launch_server", "--model-path", str(tiny_folder)]
     ended = subprocess.run(
         [*command, "--port", "0", "--tp", "4"],
         env=environment(),

@@ -5,16 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from hicache_core.build import observers as build_observers
-from hicache_core.engine.model import load_folder
+from hicache_core.engine.model import LoadedModel
 from hicache_core.observe import tracing
 from tests.server.tiny import ROOM, TinyServer, tiny_server
-from tests.unit.engine.tiny_chat_model import save_tiny_chat_model
 
 PROMPT = [3 + n % 40 for n in range(70)]
 
@@ -46,10 +44,12 @@ async def call(server: TinyServer, number: int) -> None:
 
 @pytest.mark.anyio
 async def test_every_span_of_the_cache_is_a_child_of_its_call(
-    tmp_path: Path, exported: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+    tiny_chat: LoadedModel,
+    tmp_path: Path,
+    exported: InMemorySpanExporter,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HICACHE_TRACING", "true")
-    model = load_folder(save_tiny_chat_model(tmp_path / "tiny"), torch.float32)
     flags = [
         *("--model-path", "tiny", *ROOM, "--enable-hierarchical-cache", "--page-size", "16"),
         *("--hicache-storage-backend", "file", "--hicache-storage-backend-extra-config"),
@@ -57,7 +57,7 @@ async def test_every_span_of_the_cache_is_a_child_of_its_call(
         *("--hicache-storage-prefetch-policy", "wait_complete"),
     ]
     for number in (1, 2):  # the second server finds in storage what the first has left
-        async with tiny_server(model, flags) as server:
+        async with tiny_server(tiny_chat, flags) as server:
             await call(server, number)
             await server.settle()
     ended = exported.get_finished_spans()

@@ -18,7 +18,6 @@ from hicache_core.kv.spec import KVSpec
 from hicache_core.storage.file.backend import FileBackend, FileConfig
 from hicache_core.storage.manifest import Manifest
 from hicache_core.types import Namespace
-from tests.unit.engine.tiny_chat_model import save_tiny_chat_model
 from tests.unit.storage.test_why import CONTEXT, MANIFEST, SALTED, keys_of, manifest_of, put
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "why-a-miss.md"
@@ -134,11 +133,10 @@ def test_a_cache_that_stored_nothing_is_described_by_its_model(
 
 
 def test_a_text_is_tokenized(
-    fill: Callable[..., None], ask: Callable[..., Result], tmp_path: Path
+    fill: Callable[..., None], ask: Callable[..., Result], tiny_folder: Path
 ) -> None:
     fill()
-    model = save_tiny_chat_model(tmp_path / "model")
-    found = document(ask("one two three four five", "--tokenizer", str(model), "--json"))
+    found = document(ask("one two three four five", "--tokenizer", str(tiny_folder), "--json"))
     assert isinstance(found["n_tokens"], int)
     assert found["n_tokens"] > 3
 

@@ -21,42 +21,28 @@ from hicache_core.storage.workers.executor import run_job
 from hicache_core.storage.workers.queue import READS_BEFORE_A_WRITE
 from hicache_core.storage.workers.worker import StorageWorker
 from hicache_core.types import (
-    BackendContext,
-    ExistsJob,
     Job,
     JobResult,
     JobState,
-    ReadJob,
     WriteJob,
 )
 from tests.no_threads import no_threads
+from tests.unit.storage.jobs import CONTEXT, NBYTES, BatchesOnly, exists, read, write
 from tests.unit.storage.threads import storage_threads
 
-CONTEXT = BackendContext(namespace="0" * 16)
-NBYTES = 4
 
-
-class Gated(StorageBackend):
+class Gated(BatchesOnly):
     """Records what starts; every batch call waits until the test lets one through."""
 
     name = "gated"
 
     def __init__(self) -> None:
-        super().__init__(BackendConfig(), CONTEXT)
+        super().__init__()
         self.started: list[str] = []
         self.gate = threading.Semaphore(0)
         self.now_running = 0
         self.most_running = 0
         self._lock = threading.Lock()
-
-    def get(self, key: str) -> Buffer | None:
-        raise NotImplementedError
-
-    def exists(self, key: str) -> bool:
-        raise NotImplementedError
-
-    def set(self, key: str, value: Buffer) -> None:
-        raise NotImplementedError
 
     def _pass(self, keys: Sequence[str]) -> int:
         with self._lock:
@@ -68,29 +54,8 @@ class Gated(StorageBackend):
             self.now_running -= 1
         return len(keys)
 
-    def batch_exists(self, keys: Sequence[str]) -> int:
-        return self._pass(keys)
-
-    def batch_get(self, keys: Sequence[str], pages: Sequence[Sequence[memoryview]]) -> int:
-        return self._pass(keys)
-
-    def batch_set(self, keys: Sequence[str], pages: Sequence[Sequence[memoryview]]) -> int:
-        return self._pass(keys)
-
     def let_through(self, n: int = 10_000) -> None:
         self.gate.release(n)
-
-
-def exists(job_id: int) -> ExistsJob:
-    return ExistsJob(job_id, [f"e{job_id}"])
-
-
-def read(job_id: int, nbytes: int = NBYTES) -> ReadJob:
-    return ReadJob(job_id, [f"r{job_id}"], [[memoryview(bytearray(nbytes))]], nbytes)
-
-
-def write(job_id: int, nbytes: int = NBYTES) -> WriteJob:
-    return WriteJob(job_id, [f"w{job_id}"], [[memoryview(bytearray(nbytes))]], nbytes)
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -12,22 +12,19 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from hicache_core.storage.base import BackendConfig, Buffer, StorageBackend
+from hicache_core.storage.base import StorageBackend
 from hicache_core.storage.workers.executor import GIB, Deadlines
 from hicache_core.storage.workers.worker import StorageWorker
 from hicache_core.types import (
-    BackendContext,
-    ExistsJob,
     Job,
     JobResult,
     JobState,
     ReadJob,
     WriteJob,
 )
+from tests.unit.storage.jobs import BatchesOnly, exists, read, write
 from tests.unit.storage.threads import storage_threads
 
-CONTEXT = BackendContext(namespace="0" * 16)
-NBYTES = 4
 DEADLINE_S = 2.0
 
 
@@ -41,30 +38,21 @@ class Clock:
         return self.now
 
 
-class Stuck(StorageBackend):
-    """Every call stays until the test lets the job of that key go."""
+class Stuck(BatchesOnly):
+    """Every call stays until the test lets the job of that number go."""
 
     name = "stuck"
 
     def __init__(self) -> None:
-        super().__init__(BackendConfig(), CONTEXT)
+        super().__init__()
         self.news = threading.Condition()
         self.started: list[str] = []
         self.inside: set[str] = set()
         self.may_go: set[str] = set()
         self.all_may_go = False
 
-    def get(self, key: str) -> Buffer | None:
-        raise NotImplementedError
-
-    def exists(self, key: str) -> bool:
-        raise NotImplementedError
-
-    def set(self, key: str, value: Buffer) -> None:
-        raise NotImplementedError
-
-    def _stay(self, keys: Sequence[str]) -> int:
-        (key,) = keys
+    def _pass(self, keys: Sequence[str]) -> int:
+        (key,) = (key[1:] for key in keys)
         with self.news:
             self.started.append(key)
             self.inside.add(key)
@@ -73,15 +61,6 @@ class Stuck(StorageBackend):
             self.inside.remove(key)
             self.news.notify_all()
         return 1
-
-    def batch_exists(self, keys: Sequence[str]) -> int:
-        return self._stay(keys)
-
-    def batch_get(self, keys: Sequence[str], pages: Sequence[Sequence[memoryview]]) -> int:
-        return self._stay(keys)
-
-    def batch_set(self, keys: Sequence[str], pages: Sequence[Sequence[memoryview]]) -> int:
-        return self._stay(keys)
 
     def until_started(self, *keys: str) -> None:
         with self.news:
@@ -96,18 +75,6 @@ class Stuck(StorageBackend):
         with self.news:
             self.all_may_go = True
             self.news.notify_all()
-
-
-def exists(job_id: int) -> ExistsJob:
-    return ExistsJob(job_id, [str(job_id)])
-
-
-def read(job_id: int, nbytes: int = NBYTES) -> ReadJob:
-    return ReadJob(job_id, [str(job_id)], [[memoryview(bytearray(nbytes))]], nbytes)
-
-
-def write(job_id: int, nbytes: int = NBYTES) -> WriteJob:
-    return WriteJob(job_id, [str(job_id)], [[memoryview(bytearray(nbytes))]], nbytes)
 
 
 @pytest.fixture
@@ -263,7 +230,7 @@ def test_so_many_stuck_threads_are_replaced_and_no_more(stuck: Stuck, clock: Clo
     assert worker.close(20) == []
 
 
-def test_bytes_of_an_overdue_read_block_no_other_read_and_those_of_a_write_stay_counted(
+def test_bytes_of_an_overdue_read_block_no_other_read_and_those_of_a_write_pass_counted(
     stuck: Stuck, clock: Clock
 ) -> None:
     worker = make(stuck, clock, n_threads=3, max_read_nbytes=4, max_write_nbytes=8)
