@@ -7,6 +7,7 @@
 #   make check   format, lint, types, import layers, tests; FULL=1 as above
 #   make bench   print the benchmark tables (BENCH="--quick --only transfer" narrows them)
 #   make soak    simulate SOAK_SCHEDULES lives, then run the cache under faults for SOAK_SECONDS
+#   make dist    build and check sdists and wheels in dist/; DIST_PYTHONS adds interpreters, PROJECT_URL links
 #   make docs    write the benchmark tables into docs/benchmarks.md
 
 PYTHON ?= python3
@@ -16,6 +17,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 READY := $(VENV)/.ready
 TESTS_READY := $(VENV)/.tests-ready
+RELEASE := $(VENV)/release
+RELEASE_READY := $(RELEASE)/.ready
+DIST ?= dist
+DIST_PYTHONS ?=
 BENCH ?=
 SOAK_SCHEDULES ?= 200000
 SOAK_SECONDS ?= 600
@@ -24,7 +29,7 @@ FULL ?=
 PYTEST ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-pd test check format lint types layers bench soak docs clean
+.PHONY: help setup demo demo-pd test check format lint types layers bench soak docs dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -85,6 +90,14 @@ soak: $(TESTS_READY)
 
 docs: $(TESTS_READY)
 	$(BIN)/python -m benchmarks --json benchmarks/results/latest.json --docs docs/benchmarks.md $(BENCH)
+
+$(RELEASE_READY): requirements-release.txt constraints.txt
+	@test -x $(RELEASE)/bin/python || $(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip --disable-pip-version-check --quiet install --constraint constraints.txt --requirement requirements-release.txt
+	@touch $(RELEASE_READY)
+
+dist: $(RELEASE_READY)
+	$(RELEASE)/bin/python tools/dist.py --out $(DIST) $(DIST_PYTHONS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
