@@ -252,8 +252,8 @@ class CostAware(Admission):
     def _probe(self, candidate: PrefetchCandidate, free_s: float) -> int:
         """Pages of a probe, or 0 while the budget does not pay for one.
 
-        The largest size counts that costs no more than computing the request once more; where none
-        is so cheap, the smallest.
+        It is the largest size that costs no more than computing the request once more, or the
+        smallest if none is so cheap.
         """
         sizes = [min(candidate.n_found, FIRST_PROBE_PAGES)]
         while sizes[-1] * GROWTH <= candidate.n_found:

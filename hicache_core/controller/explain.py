@@ -31,7 +31,7 @@ class Reason(enum.Enum):
     BELOW_THRESHOLD = "below_threshold"  # too few tokens to ask storage for, or too few found
     DEADLINE = "deadline"  # storage was too slow
     DECLINED = "declined"  # loading was expected to take longer than computing
-    BREAKER_OPEN = "breaker_open"  # the store failed before, and is not asked for a while
+    BREAKER_OPEN = "breaker_open"  # the store failed before, so its breaker keeps questions away
     STORAGE_ERROR = "storage_error"  # the store failed
     CORRUPT = "corrupt"  # the stored page was not valid
     VANISHED = "vanished"  # storage said it had the page, and then did not deliver it

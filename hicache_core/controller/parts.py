@@ -216,7 +216,7 @@ class Parts:
         """Checks tree and pools, and that every page is free or has an owner; slow, for tests.
 
         Args:
-            n_orphaned: host pages that belong to stores and reads, and to the tree no more.
+            n_orphaned: host pages of unsettled stores and reads whose nodes have left the tree.
 
         Raises:
             IntegrityError: says what does not add up.

@@ -86,7 +86,11 @@ def _check_copies(node: Node) -> None:
     )
     if parent.parent is not None:
         _require(parent.lock_count >= node.lock_count, node, "a parent has its child's locks")
-        _require(parent.host_lock_count >= node.host_lock_count, node, "host locks likewise")
+        _require(
+            parent.host_lock_count >= node.host_lock_count,
+            node,
+            "a parent has its child's host locks",
+        )
         _require(parent.hit_count >= node.hit_count, node, "a hit counts for the whole path")
         _require(parent.priority >= node.priority, node, "a prefix has the highest priority")
 
