@@ -49,7 +49,13 @@ class Want:
 
 
 def hello_of(memory: PageMemory, rank: int, world_size: int) -> dict[str, Any]:
-    """The first message of a receiver, as JSON."""
+    """The first message of a receiver, as JSON.
+
+    Args:
+        memory: page memory of the receiver.
+        rank: its rank.
+        world_size: number of ranks of its node.
+    """
     return {
         "protocol": PROTOCOL,
         "identity": memory.identity(),
@@ -87,7 +93,13 @@ def check_hello(hello: dict[str, Any], memory: PageMemory) -> None:
 def welcome_of(
     memory: PageMemory, carrier: dict[str, Any], others: Sequence[str]
 ) -> dict[str, Any]:
-    """The content of a WELCOME frame, as JSON."""
+    """The content of a WELCOME frame, as JSON.
+
+    Args:
+        memory: page memory of the sender.
+        carrier: the greeting of its carrier.
+        others: addresses of the other ranks of its node.
+    """
     return {"heads": list(memory.heads), "carrier": carrier, "others": list(others)}
 
 
@@ -122,6 +134,11 @@ def want_of(heads: Heads | None, tokens: tuple[int, int]) -> dict[str, Any]:
 
 def wanted_of(value: dict[str, Any], hello: dict[str, Any], memory: PageMemory) -> Want:
     """Reads a WANT.
+
+    Args:
+        value: the JSON object.
+        hello: the first message of the same receiver.
+        memory: page memory of the sender.
 
     Raises:
         TransferError: the message is malformed, or asks for rows that are not here.

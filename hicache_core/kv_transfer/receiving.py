@@ -190,7 +190,13 @@ class Receiver:
 def connection_to(
     address: str, deadline: float, patience: Patience, clock: Callable[[], float]
 ) -> Connection:
-    """Opens a connection to ``host:port``.
+    """Opens a connection to a prefill node.
+
+    Args:
+        address: ``host:port``.
+        deadline: when the transfer must have ended, by ``clock``.
+        patience: how long the peer may be without progress.
+        clock: seconds, increasing.
 
     Raises:
         TransferError: no node answers there.

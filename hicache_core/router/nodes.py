@@ -181,6 +181,12 @@ class Nodes:
 
         It prefers the node that computed the longest beginning of the prompt, unless that node is
         much busier than the idlest one. A node whose health check is late is a last resort.
+
+        Args:
+            role: prefill or decode.
+            prompt: text of the prompt, for affinity.
+            tenant: requests of one tenant share prefixes.
+            exclude: URLs of nodes that are not used.
         """
         up = [n for n in self.all if n.role == role and n.is_up and n.url not in exclude]
         if not up:
