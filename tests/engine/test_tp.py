@@ -11,7 +11,7 @@ import pytest
 
 from hicache_core.config.settings import HiCacheConfig
 from hicache_core.engine.model import LoadedModel
-from hicache_core.engine.orders import Abort, Add, Call, Turn, decode, encode
+from hicache_core.engine.orders import Abort, Add, Call, StepOrders, decode, encode
 from hicache_core.engine.request import Bootstrap, Request, SamplingParams
 from hicache_core.engine.shard import check_split
 from hicache_core.errors import ConfigError, UseAfterClose
@@ -114,10 +114,11 @@ def test_orders_arrive_as_they_were_given() -> None:
         bootstrap=Bootstrap("node", 5, 6),
     )
     call = Call("attach_storage", ("file", {"path": "p"}))
-    turn = Turn((Add(full, 3, 9, 4), Abort("b"), call), closing=True, is_over=True, drain_s=1.5)
-    assert decode(encode(turn)) == turn
-    assert encode(Turn()) == ""
-    assert decode("") == Turn()
+    orders = (Add(full, 3, 9, 4), Abort("b"), call)
+    given = StepOrders(orders, closing=True, is_over=True, drain_s=1.5)
+    assert decode(encode(given)) == given
+    assert encode(StepOrders()) == ""
+    assert decode("") == StepOrders()
 
 
 def test_answers_are_those_of_one_rank_from_every_tier(tmp_path: Path) -> None:
