@@ -1,13 +1,14 @@
-"""The tiny chat model that servers and demos run, made once a run."""
+"""The models that servers and demos run, made once a run."""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.shared_folders import shared_folder
+from tests.shared_folders import one_at_a_time, shared_folder
 
 if TYPE_CHECKING:
     from hicache_core.engine.model import LoadedModel
@@ -29,3 +30,18 @@ def tiny_chat(tiny_folder: Path) -> LoadedModel:
     from hicache_core.engine.model import load_folder
 
     return load_folder(tiny_folder, torch.float32)
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """The real model; no test changes it.
+
+    A first load converts its weights, and every later one, in any process, reads the result.
+    """
+    import torch
+
+    from hicache_core.engine.model import find_smollm2, load_gguf
+
+    with one_at_a_time(tmp_path_factory, "smollm2"), warnings.catch_warnings():
+        warnings.simplefilter("default")  # transformers' GGUF reader uses what numpy deprecates
+        return load_gguf(find_smollm2(), torch.float32)

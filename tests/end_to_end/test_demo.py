@@ -108,6 +108,7 @@ def test_a_backend_that_forgets_at_a_restart_is_told(tiny_folder: Path, tmp_path
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("smollm2")  # converted by then
 def test_smollm2_answers_the_same_from_every_tier(tmp_path: Path) -> None:
     """The demo itself, on real weights; only the answers are shorter."""
     process, document = run(tmp_path, "--max-new-tokens", "8")

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hicache_core.engine.detokenize import TextStream
-from hicache_core.engine.model import find_smollm2
+from hicache_core.engine.model import LoadedModel
 from tests.engine.world import ByteTokenizer
 
 TEXTS = st.text(alphabet="abcäß€漢🙂👩‍🚀 \n", max_size=24)
@@ -88,13 +88,9 @@ def test_without_a_tokenizer_there_is_no_text() -> None:
 
 
 @pytest.mark.slow
-def test_a_real_tokenizer_gives_the_same_text_in_pieces() -> None:
+def test_a_real_tokenizer_gives_the_same_text_in_pieces(smollm2: LoadedModel) -> None:
     """SmolLM2's: bytes that are no character of their own, and spaces inside tokens."""
-    import torch
-
-    from hicache_core.engine.model import load_gguf
-
-    tokenizer = load_gguf(find_smollm2(), torch.float32).tokenizer
+    tokenizer = smollm2.tokenizer
     text = "Grüße, 漢字 and 🙂👩‍🚀!  Two spaces,\n\ta tab; naïve café – it's done."
     ids = tokenizer(text)["input_ids"]
     stream = TextStream(tokenizer)

@@ -114,9 +114,8 @@ def test_orders_arrive_as_they_were_given() -> None:
         bootstrap=Bootstrap("node", 5, 6),
     )
     call = Call("attach_storage", ("file", {"path": "p"}))
-    given = StepOrders(
-        (Add(full, 3, 9, 4), Abort("b"), call), closing=True, is_over=True, drain_s=1.5
-    )
+    orders = (Add(full, 3, 9, 4), Abort("b"), call)
+    given = StepOrders(orders, closing=True, is_over=True, drain_s=1.5)
     assert decode(encode(given)) == given
     assert encode(StepOrders()) == ""
     assert decode("") == StepOrders()

@@ -177,13 +177,13 @@ def test_a_read_past_its_lease_is_a_miss(emulation: Any, opened: Open) -> None:
 def test_closing_leaves_no_shared_memory_and_no_link(
     emulation: Any, opened: Open, tmp_path: Path
 ) -> None:
-    before = set(os.listdir("/dev/shm"))
     backend = open_small(emulation, opened, numjobs=3)
     links = tmp_path / "3fs-virt" / "iovs"
-    assert len(list(links.iterdir())) == 3
+    shared = [link.readlink() for link in links.iterdir()]
+    assert [memory.exists() for memory in shared] == [True] * 3
     backend.close()
     assert list(links.iterdir()) == []
-    assert set(os.listdir("/dev/shm")) <= before
+    assert [memory.exists() for memory in shared] == [False] * 3
 
 
 @pytest.mark.real_3fs
