@@ -8,6 +8,7 @@
 #   make bench   print the benchmark tables (BENCH="--quick --only transfer" narrows them)
 #   make soak    simulate SOAK_SCHEDULES lives, then run the cache under faults for SOAK_SECONDS
 #   make dist    build and check sdists and wheels in dist/; DIST_PYTHONS adds interpreters, PROJECT_URL links
+#   make api     write docs/api.md from the docstrings
 #   make docs    write the benchmark tables into docs/benchmarks.md
 
 PYTHON ?= python3
@@ -29,7 +30,7 @@ FULL ?=
 PYTEST ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-pd test check format lint types layers bench soak docs dist clean
+.PHONY: help setup demo demo-pd test check format lint types layers bench soak docs api dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -90,6 +91,9 @@ soak: $(TESTS_READY)
 
 docs: $(TESTS_READY)
 	$(BIN)/python -m benchmarks --json benchmarks/results/latest.json --docs docs/benchmarks.md $(BENCH)
+
+api: $(TESTS_READY)
+	$(BIN)/python -m tools.api
 
 $(RELEASE_READY): requirements-release.txt constraints.txt
 	@test -x $(RELEASE)/bin/python || $(PYTHON) -m venv $(RELEASE)

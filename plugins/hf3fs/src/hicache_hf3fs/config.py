@@ -10,10 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, SecretStr, model_validator
 
-from hicache_core.process.logs import log_once
+from hicache_core.plugin.backends import Nbytes, Seconds, TimeToLive, default_lanes, log_once
 from hicache_core.storage.base import BackendConfig
-from hicache_core.storage.lanes import default_lanes
-from hicache_core.storage.settings import Nbytes, Seconds, TimeToLive
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,6 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from hicache_core.config.redact import masked_text
 from hicache_core.errors import (
     BackendCorrupt,
     BackendDenied,
@@ -36,6 +35,7 @@ from hicache_core.errors import (
     BackendUnavailable,
     IntegrityError,
 )
+from hicache_core.plugin.backends import masked_text
 from hicache_core.storage.base import Finding
 from hicache_hf3fs import redis_scripts as scripts
 from hicache_hf3fs.metadata import (

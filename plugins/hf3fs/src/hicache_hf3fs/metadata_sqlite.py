@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from hicache_core.errors import BackendError, BackendFull, IntegrityError, UseAfterClose
+from hicache_core.plugin.backends import room_nbytes
 from hicache_core.storage.base import namespace_of
-from hicache_core.storage.sqlite import room_nbytes
 from hicache_hf3fs.metadata import (
     Binding,
     Found,

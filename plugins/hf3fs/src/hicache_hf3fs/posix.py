@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
-from hicache_core.storage.lanes import Lanes
+from hicache_core.plugin.backends import Lanes
 from hicache_hf3fs.page_io import PageIO, Transfer
 
 _IOV_MAX = os.sysconf("SC_IOV_MAX")

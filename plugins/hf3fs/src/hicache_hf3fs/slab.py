@@ -23,7 +23,7 @@ from pathlib import Path
 import xxhash
 
 from hicache_core.errors import BackendDenied, BackendError, BackendFull, BackendUnavailable
-from hicache_core.process.logs import log_once
+from hicache_core.plugin.backends import log_once
 from hicache_hf3fs.metadata import Found
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from hicache_core.errors import BackendCorrupt, BackendDenied, BackendUnavailable
-from hicache_core.storage.sqlite import ROOM_NBYTES, Database, is_empty
+from hicache_core.plugin.backends import ROOM_NBYTES, Database, is_empty
 from hicache_hf3fs.slab import FOOTER_NBYTES, HEADER_NBYTES, MAX_KEY_NBYTES
 from hicache_hf3fs.sqlite_rows import FOR_QUOTA, FOR_TTL, SCHEMA
 

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from hicache_core.errors import BackendDenied, BackendFull, BackendUnavailable, ConfigError
-from hicache_core.process.logs import log_once
-from hicache_core.storage.sqlite import ROOM_NBYTES
+from hicache_core.plugin.backends import ROOM_NBYTES, log_once
 from hicache_core.types import BackendContext
 from hicache_hf3fs.config import Hf3fsConfig
 from hicache_hf3fs.metadata import Binding, Limits, MetadataStore

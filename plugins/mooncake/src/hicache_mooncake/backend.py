@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar, TypeVar
 
 from hicache_core.errors import BackendFull, IntegrityError
+from hicache_core.plugin.backends import nbytes_of
 from hicache_core.storage.base import (
     BackendConfig,
     Buffer,
@@ -17,7 +18,6 @@ from hicache_core.storage.base import (
     StorageBackend,
     namespace_of,
 )
-from hicache_core.storage.segments import nbytes_of
 from hicache_core.types import BackendContext, Page
 from hicache_mooncake.admin import Admin
 from hicache_mooncake.client import Client, Store

@@ -8,8 +8,8 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, field_validator
 
+from hicache_core.plugin.backends import ConnectTimeout, Nbytes, Seconds, parse_nbytes
 from hicache_core.storage.base import BackendConfig
-from hicache_core.storage.settings import ConnectTimeout, Nbytes, Seconds, parse_nbytes
 
 NbytesOrNone = Annotated[int, BeforeValidator(parse_nbytes), Field(ge=0)]
 """A number of bytes, also as text with a unit; 0 is allowed."""

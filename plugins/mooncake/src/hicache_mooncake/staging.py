@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 from hicache_core.errors import BackendError
-from hicache_core.storage.segments import nbytes_of, scatter
+from hicache_core.plugin.backends import nbytes_of, scatter
 from hicache_core.types import Page
 from hicache_mooncake.client import Store
 from hicache_mooncake.errors import INVALID_PARAMS

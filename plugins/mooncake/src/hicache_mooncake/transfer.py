@@ -16,14 +16,21 @@ from typing import Any
 
 from pydantic import field_validator
 
-from hicache_core.config.hosts import WILDCARDS, is_loopback, joined
 from hicache_core.errors import BrokenBackend, TransferError
-from hicache_core.kv_transfer.base import KvTransferBackend, TransferContext
-from hicache_core.kv_transfer.carrier import Carrier
-from hicache_core.kv_transfer.page_memory import PageMemory
-from hicache_core.kv_transfer.peers import PeerConfig, PeerTransfer
-from hicache_core.kv_transfer.wire import Connection, Frame
 from hicache_core.plugin import hookimpl
+from hicache_core.plugin.transfers import (
+    WILDCARDS,
+    Carrier,
+    Connection,
+    Frame,
+    KvTransferBackend,
+    PageMemory,
+    PeerConfig,
+    PeerTransfer,
+    TransferContext,
+    is_loopback,
+    joined,
+)
 from hicache_mooncake.client import INSTALL
 from hicache_mooncake.environment import variables
 from hicache_mooncake.memory import address_of

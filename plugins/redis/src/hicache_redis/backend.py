@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 from hicache_core.errors import BackendUnavailable, UseAfterClose
+from hicache_core.plugin.backends import Lanes
 from hicache_core.storage.base import (
     BackendConfig,
     Buffer,
@@ -14,7 +15,6 @@ from hicache_core.storage.base import (
     StorageBackend,
     namespace_of,
 )
-from hicache_core.storage.lanes import Lanes
 from hicache_core.types import BackendContext, Page
 from hicache_redis.config import RedisConfig
 from hicache_redis.connections import Dialer

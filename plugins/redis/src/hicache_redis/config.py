@@ -8,9 +8,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, ConfigDict, Field, SecretStr, field_validator, model_validator
 from redis.connection import parse_url
 
-from hicache_core.config.redact import masked_text
+from hicache_core.plugin.backends import ConnectTimeout, Nbytes, Seconds, TimeToLive, masked_text
 from hicache_core.storage.base import BackendConfig
-from hicache_core.storage.settings import ConnectTimeout, Nbytes, Seconds, TimeToLive
 
 DEFAULT_PORT = 6379
 DEFAULT_SENTINEL_PORT = 26379

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hicache_core.errors import BackendError, BackendTimeout, BackendUnavailable
-from hicache_core.storage.lanes import Lanes
+from hicache_core.plugin.backends import Lanes
 from hicache_redis.connections import Pool
 from hicache_redis.operations import Operation, Progress, Redirect, run
 from hicache_redis.topology import Share, Topology

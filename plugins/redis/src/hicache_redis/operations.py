@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from hicache_core.errors import BackendCorrupt
-from hicache_core.storage.segments import nbytes_of
+from hicache_core.plugin.backends import nbytes_of
 from hicache_core.types import Page
 from hicache_redis.channel import Chunk
 from hicache_redis.errors import DROPS, MISSES, ErrorReply, reply_error

@@ -14,7 +14,7 @@ from typing import Any, cast
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
 from hicache_core.errors import BackendCorrupt, BackendError, BackendUnavailable
-from hicache_core.storage.lanes import Lanes
+from hicache_core.plugin.backends import Lanes
 from hicache_redis.config import DEFAULT_PORT, RedisConfig, split_address
 from hicache_redis.connections import Dialer, Pool, shown
 from hicache_redis.errors import ErrorReply, reply_error

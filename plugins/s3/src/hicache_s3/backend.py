@@ -8,8 +8,8 @@ from functools import partial
 from typing import ClassVar
 
 from hicache_core.errors import BackendError, UseAfterClose
+from hicache_core.plugin.backends import nbytes_of
 from hicache_core.storage.base import BackendConfig, Buffer, Finding, StorageBackend
-from hicache_core.storage.segments import nbytes_of
 from hicache_core.types import BackendContext, Page
 from hicache_s3.config import S3Config
 from hicache_s3.diagnose import diagnose

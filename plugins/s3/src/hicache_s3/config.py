@@ -7,8 +7,8 @@ from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field, SecretStr, field_validator, model_validator
 
+from hicache_core.plugin.backends import ConnectTimeout, Nbytes, Seconds, TimeToLive
 from hicache_core.storage.base import BackendConfig
-from hicache_core.storage.settings import ConnectTimeout, Nbytes, Seconds, TimeToLive
 
 MIN_PART_NBYTES = 5 * 2**20
 """Minimum size of a part of a multipart upload in S3, except for the last one."""

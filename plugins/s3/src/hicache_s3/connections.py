@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 from hicache_core.errors import BackendTimeout
-from hicache_core.storage.segments import nbytes_of
+from hicache_core.plugin.backends import nbytes_of
 from hicache_core.types import Page
 
 MAX_DRAIN_NBYTES = 64 << 10

@@ -10,7 +10,6 @@ import ssl
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from hicache_core.config.redact import MASK, masked_text
 from hicache_core.errors import (
     BackendDenied,
     BackendError,
@@ -18,6 +17,7 @@ from hicache_core.errors import (
     BackendTimeout,
     BackendUnavailable,
 )
+from hicache_core.plugin.backends import MASK, masked_text
 
 ABSENT = frozenset(["NoSuchKey", "NotFound"])
 """Codes that mean "no such object": a miss."""

@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
-from hicache_core.storage.sealed import parse_key
+from hicache_core.plugin.backends import parse_key
 
 MAX_PACK_PAGES = 128
 MARK = ("x-amz-meta-hicache", "pack-index-1")

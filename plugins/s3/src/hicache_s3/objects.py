@@ -21,7 +21,7 @@ from botocore.exceptions import (
 )
 
 from hicache_core.errors import BackendTimeout, BackendUnavailable
-from hicache_core.storage.segments import nbytes_of
+from hicache_core.plugin.backends import nbytes_of
 from hicache_core.types import Page
 from hicache_s3.age import is_expired, now_at_store
 from hicache_s3.config import S3Config

@@ -10,7 +10,7 @@ from email.message import Message
 from typing import NamedTuple, TypeAlias
 
 from hicache_core.errors import BackendError
-from hicache_core.storage.segments import nbytes_of, scatter
+from hicache_core.plugin.backends import nbytes_of, scatter
 from hicache_core.types import Page
 from hicache_s3.connections import Answer, Head, new_memory
 from hicache_s3.index import INDEX_NBYTES, MARK, IndexCache, PackIndex, is_index_nbytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from hicache_core.storage.segments import nbytes_of
+from hicache_core.plugin.backends import nbytes_of
 from hicache_core.types import Page
 from hicache_s3.index import PackIndex
 from hicache_s3.pages import Found, Pages

@@ -6,8 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 from hicache_core.errors import BackendFull
-from hicache_core.storage.sealed import parse_key
-from hicache_core.storage.segments import nbytes_of
+from hicache_core.plugin.backends import nbytes_of, parse_key
 from hicache_core.types import Page
 from hicache_s3.index import MAX_PACK_PAGES, PackIndex
 from hicache_s3.pages import Alone, Found, Pages, page_name
