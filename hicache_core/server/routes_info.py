@@ -36,6 +36,7 @@ def make_router(service: Service) -> APIRouter:
     _add_docs(router)
     _add_health(router, service)
     _add_models(router, service)
+    _add_infos(router, service)
     _add_status(router, service)
     return router
 
@@ -98,6 +99,10 @@ def _add_models(router: APIRouter, service: Service) -> None:
         if name != served.name:
             raise Problem(404, f"no model {name!r} here; there is {served.name!r}")
         return json_answer(card)
+
+
+def _add_infos(router: APIRouter, service: Service) -> None:
+    served, settings = service.served, service.settings
 
     @router.get("/get_model_info")
     @router.get("/model_info")
