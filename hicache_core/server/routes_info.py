@@ -78,7 +78,7 @@ def _add_health(router: APIRouter, service: Service) -> None:
 
 
 def _add_models(router: APIRouter, service: Service) -> None:
-    served, settings = service.served, service.settings
+    served = service.served
     card = {
         "id": served.name,
         "object": "model",
