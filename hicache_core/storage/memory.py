@@ -106,6 +106,13 @@ class MemoryBackend(StorageBackend):
         context: BackendContext,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Stores its arguments; opens nothing.
+
+        Args:
+            config: the settings.
+            context: what the backend may know about the cache.
+            clock: seconds; only differences count.
+        """
         super().__init__(config, context)
         self._settings = config
         self._clock = clock

@@ -46,6 +46,13 @@ class FileBackend(StorageBackend):
         context: BackendContext,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """Stores its arguments; opens nothing.
+
+        Args:
+            config: the settings.
+            context: what the backend may know about the cache.
+            clock: seconds since the epoch.
+        """
         super().__init__(config, context)
         self._settings = config
         self._clock = clock

@@ -78,6 +78,13 @@ class FileDirectory:
     """
 
     def __init__(self, path: Path, *, timeout_s: float, durable: bool) -> None:
+        """Opens nothing; ``open`` does.
+
+        Args:
+            path: of the directory.
+            timeout_s: how long to wait for locks of other processes, in seconds.
+            durable: every transaction and new file reaches the disk before it is used.
+        """
         self.path = path
         self._timeout_s = timeout_s
         self.store = RecordStore(path / "segments", durable=durable)

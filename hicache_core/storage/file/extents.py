@@ -45,13 +45,26 @@ def select(connection: sqlite3.Connection, where: str, *parameters: float) -> li
 
 
 def unused(connection: sqlite3.Connection, capacity: int, n: int) -> list[Place]:
-    """Returns up to ``n`` free extents whose length is not ``capacity``."""
+    """Returns up to ``n`` free extents whose length is not ``capacity``.
+
+    Args:
+        connection: in a transaction.
+        capacity: in bytes; 0 for every free extent.
+        n: maximum number of extents.
+    """
     where = "key IS NULL AND owner IS NULL AND capacity != ? LIMIT ?"
     return select(connection, where, capacity, n)
 
 
 def oldest(connection: sqlite3.Connection, n: int, kept: frozenset[int], now: float) -> list[Place]:
-    """Returns up to ``n`` least recently used objects outside ``kept``; pinned ones last."""
+    """Returns up to ``n`` least recently used objects outside ``kept``; pinned ones last.
+
+    Args:
+        connection: in a transaction.
+        n: maximum number of extents.
+        kept: ids of extents that must not be evicted.
+        now: seconds since the epoch; decides which pins have ended.
+    """
     for pins in (UNPINNED, PINNED):
         where = f"key IS NOT NULL AND {pins} ORDER BY used_at LIMIT ?"
         places = select(connection, where, now, n + len(kept))
@@ -62,7 +75,14 @@ def oldest(connection: sqlite3.Connection, n: int, kept: frozenset[int], now: fl
 
 
 def mark(connection: sqlite3.Connection, owner: int, places: Sequence[Place], seq: int) -> None:
-    """Claims ``places`` for ``owner``."""
+    """Claims ``places`` for ``owner``.
+
+    Args:
+        connection: in a transaction.
+        owner: number of the process's claim.
+        places: to be claimed; their objects are dropped.
+        seq: number of this change, and the generation of the next records.
+    """
     connection.executemany(
         f"UPDATE extents SET {EMPTY}, owner = ?, generation = ?, seq = ? WHERE extent_id = ?",
         ((owner, seq, seq, place.extent_id) for place in places),
@@ -70,7 +90,14 @@ def mark(connection: sqlite3.Connection, owner: int, places: Sequence[Place], se
 
 
 def free(connection: sqlite3.Connection, owner: int, extents: Iterable[Extent], seq: int) -> None:
-    """Frees those of ``extents`` that are still claimed by ``owner``."""
+    """Frees those of ``extents`` that are still claimed by ``owner``.
+
+    Args:
+        connection: in a transaction.
+        owner: number of the process's claim.
+        extents: to be freed.
+        seq: number of this change.
+    """
     connection.executemany(
         "UPDATE extents SET owner = NULL, seq = ? WHERE extent_id = ? AND owner = ?",
         ((seq, extent.extent_id, owner) for extent in extents),

@@ -77,6 +77,13 @@ class FileIndex:
     """
 
     def __init__(self, path: Path, *, timeout_s: float, durable: bool) -> None:
+        """Opens nothing; ``connect`` does.
+
+        Args:
+            path: of the database file.
+            timeout_s: how long to wait for transactions of other processes, in seconds.
+            durable: every transaction reaches the disk before it ends.
+        """
         self.path = path
         self._database = Database(
             *(path, "index", APPLICATION_ID, FORMAT_VERSION, _SCHEMA, FAULTS),
@@ -377,7 +384,13 @@ class FileIndex:
 
 
 def move(connection: sqlite3.Connection, counter: str, by: int = 1) -> int:
-    """Adds ``by`` to a counter; returns its new value."""
+    """Adds ``by`` to a counter; returns its new value.
+
+    Args:
+        connection: in a transaction.
+        counter: name of the counter.
+        by: what to add.
+    """
     row = connection.execute(
         "UPDATE counters SET value = value + ? WHERE name = ? RETURNING value", (by, counter)
     ).fetchone()

@@ -22,6 +22,13 @@ class FileQuota:
     """
 
     def __init__(self, index: FileIndex, nbytes: int | None, clock: Callable[[], float]) -> None:
+        """Does nothing yet; ``trim`` enforces the quota on what is stored.
+
+        Args:
+            index: of the store.
+            nbytes: maximum bytes of each namespace; None for no quota.
+            clock: seconds since the epoch.
+        """
         self._index = index
         self._nbytes = nbytes
         self._clock = clock

@@ -213,7 +213,13 @@ class RecordStore:
             os.fdatasync(self._file(segment).fd)
 
     def punch(self, segment: int, offset: int, nbytes: int) -> bool:
-        """Frees the disk space of a range; returns False if the file system cannot do that."""
+        """Frees the disk space of a range; returns False if the file system cannot do that.
+
+        Args:
+            segment: number of the file.
+            offset: first byte of the range.
+            nbytes: length of the range.
+        """
         fd = self._file(segment).fd
         return bool(_fallocate(fd, _FALLOC_FL_PUNCH_HOLE_KEEP_SIZE, offset, nbytes) == 0)
 

@@ -59,6 +59,15 @@ class FileSpace:
         quota: FileQuota,
         clock: Callable[[], float],
     ) -> None:
+        """Allocates nothing yet; the caller sets ``max_nbytes`` and ``owner``.
+
+        Args:
+            index: of the store.
+            store: its segment files.
+            ttl_s: age in seconds after which objects expire; None for never.
+            quota: of the namespaces.
+            clock: seconds since the epoch.
+        """
         self._index = index
         self._store = store
         self._ttl_s = ttl_s

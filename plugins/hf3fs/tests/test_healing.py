@@ -168,7 +168,7 @@ def test_who_only_looks_makes_no_slab_and_reads_any_size_of_slot(
     looking.open()
     assert sorted(looking.list_keys("")) == sorted(backend.list_keys(""))
     assert [checked.kind for checked in scrub(looking)] == ["unknown"] * 5
-    with pytest.raises(BackendDenied, match="look only"):
+    with pytest.raises(BackendDenied, match="for reading only"):
         looking.set("a", b"x")
     looking.delete([key_of(1)])
     assert not backend.exists(key_of(1))

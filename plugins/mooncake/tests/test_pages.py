@@ -163,9 +163,9 @@ def test_an_empty_object_is_kept_apart_from_every_other(backend: MooncakeBackend
 def test_the_bytes_that_stand_for_an_empty_object_are_refused(backend: MooncakeBackend) -> None:
     memory = registered(backend, 4096)
     memory[:16] = EMPTY
-    with pytest.raises(BackendError, match="stand for an empty object"):
+    with pytest.raises(BackendError, match="represent an empty object"):
         backend.set(key(0), EMPTY)
-    with pytest.raises(BackendError, match="stand for an empty object"):
+    with pytest.raises(BackendError, match="represent an empty object"):
         backend.batch_set([key(0)], [page_of(memory, 0, 16)])
     assert not backend.exists(key(0))
 

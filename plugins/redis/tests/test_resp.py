@@ -87,7 +87,7 @@ def test_error_replies_are_told_from_text() -> None:
 def test_what_is_no_reply_is_an_error_and_never_data(
     reading: Callable[[bytes], Wire], data: bytes
 ) -> None:
-    with pytest.raises(BackendCorrupt, match="where a reply was due"):
+    with pytest.raises(BackendCorrupt, match="instead of a reply"):
         reading(data).read_reply()
 
 

@@ -233,5 +233,5 @@ def test_a_small_store_keeps_its_objects_when_it_is_opened_on_a_full_disk(
 def test_a_read_only_mount_is_an_error_at_open(
     mounted: Callable[[str], Path], open_file: OpenFile
 ) -> None:
-    with pytest.raises(BackendDenied, match="can be written"):
+    with pytest.raises(BackendDenied, match="use a writable path"):
         open_file(path=mounted("ro") / "store")

@@ -130,7 +130,13 @@ class MetadataStore(ABC):
 
     @abstractmethod
     def register(self, slab: str, n_slots: int, found: Sequence[Found]) -> None:
-        """Registers a slab with the objects found in it; only raises ``n_slots`` of a known one."""
+        """Registers a slab with the objects found in it; only raises ``n_slots`` of a known one.
+
+        Args:
+            slab: its name.
+            n_slots: number of its slots.
+            found: the objects in it; ignored if the slab is known.
+        """
 
     @abstractmethod
     def lookup(self, keys: Sequence[str], lease_s: float | None = None) -> list[Binding | None]:
@@ -216,6 +222,11 @@ class MetadataStore(ABC):
         """Registers a slab; an unknown one with the objects that ``scan`` finds.
 
         Slots can be reserved only after the registration, so nothing changes during the scan.
+
+        Args:
+            slab: its name.
+            n_slots: number of its slots.
+            scan: returns the objects in it; called only for an unknown slab.
 
         Returns:
             Whether objects were found that the store did not know.

@@ -72,6 +72,13 @@ class RedisMetadata(MetadataStore):
     """Runs scripts on one server, with one connection for each thread that is in a call."""
 
     def __init__(self, url: str, store_id: str, limits: Limits) -> None:
+        """Connects to nothing; ``open`` does.
+
+        Args:
+            url: of the server.
+            store_id: id of the store, a part of all names.
+            limits: times and quota.
+        """
         self.where = masked_text(url)
         self._base = f"{{hicache-hf3fs:{store_id}}}:"
         self._url = url

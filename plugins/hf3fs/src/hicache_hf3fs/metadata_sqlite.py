@@ -47,6 +47,14 @@ class SqliteMetadata(MetadataStore):
         clock: Callable[[], float] = time.monotonic,
         calendar: Callable[[], float] = time.time,
     ) -> None:
+        """Opens nothing; ``open`` does.
+
+        Args:
+            path: of the database file.
+            limits: times and quota.
+            clock: seconds of the host's monotonic clock.
+            calendar: seconds since 1970, for ages.
+        """
         self.where = str(path)
         self._file = SqliteFile(path, limits.timeout_s)
         self._limits = limits

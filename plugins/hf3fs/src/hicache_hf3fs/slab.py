@@ -47,7 +47,13 @@ def slot_nbytes_for(object_nbytes: int) -> int:
 
 
 def pack_header(key: str, nbytes: int, generation: int) -> bytes:
-    """Returns the 256 bytes before an object."""
+    """Returns the 256 bytes before an object.
+
+    Args:
+        key: of the object.
+        nbytes: length of the object.
+        generation: of the slot's reservation.
+    """
     name = key.encode()
     packed = _HEADER.pack(_MAGIC, _VERSION, len(name), nbytes, generation, name)
     return packed + _DIGEST.pack(xxhash.xxh3_64_intdigest(packed))
@@ -105,6 +111,11 @@ class Slab:
     @classmethod
     def allocated(cls, prefix: Path, name: str, file_nbytes: int) -> Slab:
         """Opens the slab of this rank, with at least ``file_nbytes`` reserved on the disk.
+
+        Args:
+            prefix: path that the names of slab files start with.
+            name: of the slab.
+            file_nbytes: minimum length of its file.
 
         Raises:
             BackendFull: the file system has too little free space.
@@ -224,7 +235,13 @@ def _allocate(path: Path, fd: int, nbytes: int) -> None:
 
 
 def translated(exc: OSError, path: Path, nbytes: int = 0) -> BackendError:
-    """Returns the ``BackendError`` for an error of the system."""
+    """Returns the ``BackendError`` for an error of the system.
+
+    Args:
+        exc: the error.
+        path: of the slab file.
+        nbytes: bytes that were needed, for messages about a full disk.
+    """
     if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         status = os.statvfs(path.parent)
         return BackendFull(

@@ -35,7 +35,13 @@ class SlotWrite(NamedTuple):
 
 
 def slot_content(want: Wanted, slot: Slot, page: Page) -> list[memoryview]:
-    """Returns the content of a slot: header, object, footer."""
+    """Returns the content of a slot: header, object, footer.
+
+    Args:
+        want: the object.
+        slot: reserved for it.
+        page: its bytes.
+    """
     header = pack_header(want.key, want.nbytes, slot.generation)
     return [memoryview(header), *page, memoryview(pack_footer(slot.generation))]
 

@@ -36,6 +36,11 @@ def add_bounds(db: sqlite3.Connection, *, ttl: bool, quota: bool) -> None:
     """Creates what a TTL or a quota needs, if it is missing; the caller is in a transaction.
 
     It applies to every process: triggers and indexes belong to the database.
+
+    Args:
+        db: in a transaction.
+        ttl: whether a TTL is set.
+        quota: whether a quota is set.
     """
     script = FOR_TTL if ttl else ""
     if quota and not counts_bytes(db):

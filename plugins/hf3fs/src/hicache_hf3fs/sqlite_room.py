@@ -65,7 +65,15 @@ class Room:
         return numbers
 
     def hold(self, slab: SlabRow, name: str, number: int, until: float, now_s: float) -> Slot:
-        """Reserves a slot that was taken."""
+        """Reserves a slot that was taken.
+
+        Args:
+            slab: its row.
+            name: of the slab.
+            number: of the slot.
+            until: end of the reservation, by the host's monotonic clock.
+            now_s: seconds since 1970, for the generation.
+        """
         slot = Slot(name, number, new_generation(now_s))
         self._db.execute(
             "INSERT OR REPLACE INTO slots (slab_id, number, generation, held_until) "

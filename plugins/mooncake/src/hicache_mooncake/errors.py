@@ -49,7 +49,13 @@ OUTAGES: dict[int, tuple[type[BackendError], str]] = {
 
 
 def failure(code: int, action: str, master: str) -> BackendError:
-    """Returns the error for a code that is neither a miss nor a drop."""
+    """Returns the error for a code that is neither a miss nor a drop.
+
+    Args:
+        code: Mooncake's negative code.
+        action: what was requested, for the message.
+        master: its address, for the message.
+    """
     kind, what = OUTAGES.get(code, (BackendError, ""))
     if what:
         return kind(f"mooncake master {master} {what} (code {code}) on {action}")

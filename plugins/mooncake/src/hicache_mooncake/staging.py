@@ -38,6 +38,13 @@ class Staging:
         register: Callable[[int, int], None],
         unregister: Callable[[int], None],
     ) -> None:
+        """Allocates nothing yet.
+
+        Args:
+            limit_nbytes: maximum size of the buffer.
+            register: announces memory to the transport; called with address and length.
+            unregister: withdraws memory; called with its address.
+        """
         self.limit_nbytes = limit_nbytes
         self._lock = threading.Lock()
         self._register = register
@@ -60,7 +67,13 @@ class Staging:
         return b"" if value == EMPTY else value
 
     def read(self, store: Store, keys: Sequence[str], pages: Sequence[Page]) -> list[int]:
-        """Reads leading pages; returns for each its size in bytes, or a negative code."""
+        """Reads leading pages; returns for each its size in bytes, or a negative code.
+
+        Args:
+            store: of the client.
+            keys: one for each page.
+            pages: where to.
+        """
         wanted = [nbytes_of(page) for page in pages]
         sizes = [size or len(EMPTY) for size in wanted]
         with self._lock:
@@ -85,6 +98,12 @@ class Staging:
     ) -> list[int]:
         """Stores pages; returns Mooncake's code for each.
 
+        Args:
+            store: of the client.
+            keys: one for each page.
+            pages: what to store.
+            replication: Mooncake's properties of the objects.
+
         Raises:
             BackendError: a page consists of the bytes that represent an empty object.
         """
@@ -108,6 +127,11 @@ class Staging:
 
     def rewrite(self, store: Store, key: str, replication: Any) -> int:
         """Writes an object again, with other properties; returns Mooncake's code.
+
+        Args:
+            store: of the client.
+            key: of the object.
+            replication: its new properties.
 
         Raises:
             BackendError: it is larger than the maximum size of the buffer.

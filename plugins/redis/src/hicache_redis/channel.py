@@ -20,7 +20,13 @@ _JOINED_NBYTES = 16384  # one TLS record
 
 
 def advance(buffers: list[memoryview], first: int, n_bytes: int) -> int:
-    """Removes ``n_bytes`` from ``buffers[first:]``; returns the index of the first that is left."""
+    """Removes ``n_bytes`` from ``buffers[first:]``; returns the index of the first that is left.
+
+    Args:
+        buffers: what is being moved; changed in place.
+        first: index of the first buffer that is left.
+        n_bytes: bytes that were moved.
+    """
     while n_bytes:
         nbytes = buffers[first].nbytes
         if n_bytes < nbytes:

@@ -22,6 +22,11 @@ _N_PINGS = 20
 def diagnose(backend: StorageBackend, topology: Topology, config: RedisConfig) -> Iterator[Finding]:
     """Yields findings on every server, then on writing and reading one object.
 
+    Args:
+        backend: open.
+        topology: its servers.
+        config: its settings.
+
     Raises:
         BackendError: a server cannot be asked.
     """

@@ -39,6 +39,13 @@ class Dispatcher:
     """
 
     def __init__(self, topology: Topology, lanes: Lanes, retries: int) -> None:
+        """Connects to nothing.
+
+        Args:
+            topology: the servers, and which keys they have.
+            lanes: threads that share a batch.
+            retries: maximum number of retries after a lost connection.
+        """
         self.topology = topology
         self.counts: Counter[str] = Counter()
         self._lanes = lanes

@@ -78,7 +78,13 @@ def reply_error(reply: ErrorReply, server: str, action: str) -> BackendError:
 
 
 def failure(error: Exception, server: str, action: str) -> BackendError:
-    """Returns the error for an exception of redis-py or of a socket."""
+    """Returns the error for an exception of redis-py or of a socket.
+
+    Args:
+        error: what was raised.
+        server: its address, for the message.
+        action: what was requested, for the message.
+    """
     if isinstance(error, BackendError):
         return error
     text = str(error).partition(", with args")[0] or type(error).__name__

@@ -32,6 +32,13 @@ class Operation(ABC):
     stops: ClassVar[bool] = True
 
     def __init__(self, keys: Sequence[bytes], nbytes: int = 0, window_nbytes: int = 0) -> None:
+        """Prepares the batch; sends nothing.
+
+        Args:
+            keys: the full keys in the database, including the prefix.
+            nbytes: bytes of payload that the batch moves.
+            window_nbytes: bytes that may be in flight on a connection.
+        """
         self.keys = keys
         self.nbytes = nbytes
         self.step = _SMALL_STEP

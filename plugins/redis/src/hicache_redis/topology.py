@@ -68,7 +68,13 @@ class SingleServer(Topology):
     """One server, or the primary named by Sentinels. Large batches use several connections."""
 
     def __init__(self, config: RedisConfig, dialer: Dialer, lanes: Lanes) -> None:
-        """Connects to nothing."""
+        """Connects to nothing.
+
+        Args:
+            config: the settings.
+            dialer: opens connections.
+            lanes: threads over which large batches are split.
+        """
         self._lanes = lanes
         address = config.socket_path or config.address
 

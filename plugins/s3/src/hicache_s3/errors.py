@@ -88,7 +88,13 @@ class Refusal(NamedTuple):
 
 
 def parse_refusal(status: int, body: bytes, region: str | None = None) -> Refusal:
-    """Reads an error answer; ``region`` is the header ``x-amz-bucket-region``."""
+    """Reads an error answer.
+
+    Args:
+        status: of HTTP.
+        body: XML, or empty.
+        region: the header ``x-amz-bucket-region``.
+    """
     found = dict(_ELEMENT.findall(body.decode("utf-8", "replace")))
     code = found.get("Code") or _STATUS_CODES.get(status, f"HTTP {status}")
     where = found.get("Region") or region
@@ -101,7 +107,13 @@ def parse_refusal(status: int, body: bytes, region: str | None = None) -> Refusa
 
 
 def refused(refusal: Refusal, action: str, secrets: Iterable[str] = ()) -> BackendError:
-    """The error for an answer that is neither success nor a miss."""
+    """Returns the error for an answer that is neither a success nor a miss.
+
+    Args:
+        refusal: the answer.
+        action: what was requested, for the message.
+        secrets: texts to mask in the message.
+    """
     kind, advice = FAILURES.get(refusal.code, (BackendError, "see the S3 list of error codes"))
     said = f": {refusal.message}" if refusal.message else ""
     return kind(shown(f"{action}: {refusal.code} ({refusal.status}){said}; {advice}", secrets))

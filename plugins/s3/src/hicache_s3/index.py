@@ -117,6 +117,13 @@ class IndexCache:
     def __init__(
         self, limit: int, ttl_s: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
+        """Starts empty.
+
+        Args:
+            limit: maximum number of indexes.
+            ttl_s: how long an index is used, in seconds.
+            clock: seconds; only differences count.
+        """
         self._limit = limit
         self._ttl_s = ttl_s
         self._clock = clock

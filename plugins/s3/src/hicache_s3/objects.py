@@ -65,6 +65,14 @@ class Objects:
     def __init__(
         self, config: S3Config, endpoint: Endpoint, threads: RequestThreads, counts: Counts
     ) -> None:
+        """Connects to nothing.
+
+        Args:
+            config: the settings.
+            endpoint: address and signatures.
+            threads: for the parts of large objects, and for batches.
+            counts: counters to add to.
+        """
         self.config = config
         self.endpoint = endpoint
         self.threads = threads
@@ -112,7 +120,13 @@ class Objects:
         return answer
 
     def store(self, name: str, page: Page, headers: Mapping[str, str] | None = None) -> None:
-        """Writes an object. A large one is sent in parts, and appears when it is complete."""
+        """Writes an object. A large one is sent in parts, and appears when it is complete.
+
+        Args:
+            name: its name, without the prefix.
+            page: its bytes.
+            headers: further headers; not for objects in parts.
+        """
         if nbytes_of(page) > self.config.multipart_nbytes:
             self._store_in_parts(name, page)
         else:

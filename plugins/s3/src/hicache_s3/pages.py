@@ -108,7 +108,13 @@ class Pages:
         return found
 
     def read_run(self, index: PackIndex, keys: Sequence[str], pages: Sequence[Page]) -> bool:
-        """Reads adjacent pages of a pack with one request; returns False if it is missing."""
+        """Reads adjacent pages of a pack with one request; returns False if it is missing.
+
+        Args:
+            index: of the pack.
+            keys: of adjacent pages.
+            pages: where to.
+        """
         first, last = index.slots[keys[0]], index.slots[keys[-1]]
         span = (first.offset, last.offset + last.nbytes)
         place = tuple(itertools.chain.from_iterable(pages))
