@@ -30,7 +30,7 @@ def test_a_missing_bucket_is_named_or_made(make_backend: MakeBackend) -> None:
 def test_wrong_keys_are_denied(make_backend: MakeBackend) -> None:
     with pytest.raises(BackendDenied, match=r"secret_access_key belongs to another"):
         make_backend(secret_access_key="wrong-secret")
-    with pytest.raises(BackendDenied, match=r"knows no such access_key_id"):
+    with pytest.raises(BackendDenied, match=r"does not know this access_key_id"):
         make_backend(access_key_id="AKNOBODY")
 
 
