@@ -1,14 +1,13 @@
 """The Redis backend beside a bare socket and beside redis-py, on one Valkey server.
 
-Each table is one size of page. Every row moves the same pages of one batch over loopback TCP,
-split among the workers; rows take turns, so that the noise of the machine hits them alike.
+Every row moves the same pages of one batch over loopback TCP, split among the workers.
 """
 
 from __future__ import annotations
 
+import queue
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -16,17 +15,24 @@ from typing import Any
 import redis
 from hicache_redis import RedisBackend, RedisConfig
 
-from benchmarks.harness import Row, measure
-from hicache_core.storage.base import StorageBackend
+from benchmarks.contest import (
+    N_PAGES,
+    NAMESPACE,
+    SIZES,
+    WORKERS,
+    Contender,
+    Contest,
+    backend_contender,
+    keys_of,
+)
+from benchmarks.harness import Row
 from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
-from hicache_core.types import BackendContext, Page
+from hicache_core.types import BackendContext
 from tests.servers.valkey import Valkey, running
 
-SIZES = (256 << 10, 1 << 20, 4 << 20, 8 << 20)
-N_PAGES = 128
-NAMESPACE = "be0c4a5de0000000"
 PREFIX = "hicache:"
-WORKERS = (1, 4)
+BARE = "bare socket"
+SEALED = "hicache sealed"
 
 
 class BareClient:
@@ -104,135 +110,79 @@ class StockClient:
 class Bench:
     """The pages of one size, and every client that moves them."""
 
-    def __init__(self, server: Valkey, nbytes: int, n_pages: int, stack: ExitStack) -> None:
+    def __init__(self, server: Valkey, size: str, n_pages: int, stack: ExitStack) -> None:
         """Connects everything; ``stack`` disconnects it."""
-        self.keys = [f"{NAMESPACE}/{n:064x}" for n in range(n_pages)]
-        whole = [memoryview(bytearray(nbytes)) for _ in range(n_pages)]
-        self.whole: list[memoryview] = whole
-        self.pages: list[Page] = [(w[:HEADER_NBYTES], w[HEADER_NBYTES:]) for w in whole]
-        for n, page in enumerate(whole):
-            page[HEADER_NBYTES:] = n.to_bytes(1) * (nbytes - HEADER_NBYTES)
-        self.bare = [BareClient(server.port) for _ in range(max(WORKERS))]
+        self.size, self.nbytes = size, SIZES[size]
+        self.keys = keys_of("redis", n_pages)
+        self.whole = [memoryview(bytearray(self.nbytes)) for _ in range(n_pages)]
+        for n, page in enumerate(self.whole):
+            page[HEADER_NBYTES:] = n.to_bytes(1) * (self.nbytes - HEADER_NBYTES)
+        self.bare: queue.SimpleQueue[BareClient] = queue.SimpleQueue()
+        for _ in range(max(WORKERS)):
+            client = BareClient(server.port)
+            self.bare.put(client)
+            stack.callback(client.close)
         self.stock = StockClient(server.port)
-        self.plain = RedisBackend(RedisConfig.model_validate({"url": server.url}), _CONTEXT)
+        stack.callback(self.stock.close)
+        config = RedisConfig.model_validate({"url": server.url})
+        self.plain = RedisBackend(config, BackendContext(NAMESPACE))
         self.sealed = SealedBackend(self.plain)
         self.sealed.open()
-        for close in (*(bare.close for bare in self.bare), self.stock.close, self.sealed.close):
-            stack.callback(close)
-        self.threads = stack.enter_context(ThreadPoolExecutor(max(WORKERS)))
+        stack.callback(self.sealed.close)
 
-    def split(self, n_workers: int, move: Callable[[int, slice], object]) -> None:
-        """``move(worker, part)`` for every worker's part of the batch, at once."""
-        n_each = len(self.keys) // n_workers
-        parts = [slice(n * n_each, (n + 1) * n_each) for n in range(n_workers)]
-        if n_workers == 1:
-            move(0, parts[0])
-        else:
-            list(self.threads.map(move, range(n_workers), parts))
+    def contest(self) -> Contest:
+        """Everybody, on the whole batch."""
+        pages = [(page[:HEADER_NBYTES], page[HEADER_NBYTES:]) for page in self.whole]
+        ours = partial(backend_contender, keys=lambda: self.keys, pages=pages)
+        stock = self.stock
+        everyone = [
+            Contender(BARE, self._by_socket(BareClient.read), self._by_socket(BareClient.write)),
+            ours("hicache", self.plain, hit_target="≤ 1.3 × bare (about 25 us more)"),
+            ours(SEALED, self.sealed, target="≥ 0.85 × bare from 1 MiB on"),
+            Contender(
+                "redis-py get, set",
+                self._of_part(stock.get_into),
+                self._of_part(stock.set),
+                baseline=SEALED,
+                target="reads ≤ 0.4 × hicache sealed at 4 and 8 MiB",
+            ),
+            Contender("redis-py mget", self._of_part(stock.mget_into), baseline=SEALED),
+            Contender(
+                "redis-py get, dropped",
+                self._of_part(lambda keys, _: stock.get(keys)),
+                baseline=SEALED,
+            ),
+        ]
+        return Contest("Redis", self.size, self.nbytes, len(self.keys), everyone, BARE)
 
-    def read_backend(self, backend: StorageBackend, _: int, part: slice) -> None:
-        """``batch_get`` of a part."""
-        keys = self.keys[part]
-        assert backend.batch_get(keys, self.pages[part]) == len(keys)
+    def _of_part(
+        self, move: Callable[[Sequence[str], Sequence[memoryview]], object]
+    ) -> Callable[[Sequence[int]], None]:
+        def work(part: Sequence[int]) -> None:
+            move([self.keys[n] for n in part], [self.whole[n] for n in part])
 
-    def write_backend(self, backend: StorageBackend, _: int, part: slice) -> None:
-        """``batch_set`` of a part."""
-        keys = self.keys[part]
-        assert backend.batch_set(keys, self.pages[part]) == len(keys)
+        return work
 
-    def moves(self) -> dict[str, Callable[[int, slice], object]]:
-        """What each row does with a part of the batch."""
-        keys, whole = self.keys, self.whole
-        return {
-            "write, bare socket": lambda n, p: self.bare[n].write(keys[p], whole[p]),
-            "write, hicache": partial(self.write_backend, self.plain),
-            "write, hicache sealed": partial(self.write_backend, self.sealed),
-            "write, redis-py set": lambda _, p: self.stock.set(keys[p], whole[p]),
-            "read, bare socket": lambda n, p: self.bare[n].read(keys[p], whole[p]),
-            "read, hicache": partial(self.read_backend, self.plain),
-            "read, hicache sealed": partial(self.read_backend, self.sealed),
-            "read, redis-py get": lambda _, p: self.stock.get_into(keys[p], whole[p]),
-            "read, redis-py mget": lambda _, p: self.stock.mget_into(keys[p], whole[p]),
-            "read, redis-py get, dropped": lambda _, p: self.stock.get(keys[p]),
-        }
+    def _by_socket(
+        self, move: Callable[[BareClient, Sequence[str], Sequence[memoryview]], object]
+    ) -> Callable[[Sequence[int]], None]:
+        """A socket serves one worker at a time; there is one for each of them."""
 
-    def single_reads(self) -> dict[str, Callable[[], object]]:
-        """One page, by each client."""
-        key, part = self.keys[:1], slice(0, 1)
-        return {
-            "hit, bare socket": lambda: self.bare[0].read(key, self.whole[:1]),
-            "hit, hicache": partial(self.read_backend, self.plain, 0, part),
-            "hit, hicache sealed": partial(self.read_backend, self.sealed, 0, part),
-            "hit, redis-py get": lambda: self.stock.get(key),
-        }
+        def work(part: Sequence[int]) -> None:
+            client = self.bare.get()
+            self._of_part(partial(move, client))(part)
+            self.bare.put(client)
 
-
-_CONTEXT = BackendContext(NAMESPACE)
-_TARGETS = {
-    "write, hicache sealed": ">= 0.85 x bare from 1 MiB on",
-    "read, hicache sealed": ">= 0.85 x bare from 1 MiB on",
-    "read, redis-py get": "<= 0.4 x read, hicache sealed at 4 and 8 MiB",
-    "hit, hicache": "<= 1.3 x bare (about 25 us more, whatever the size)",
-}
-_SEALED_READ = "read, hicache sealed"
-_BASELINES = {
-    "read, redis-py get": _SEALED_READ,
-    "read, redis-py mget": _SEALED_READ,
-    "read, redis-py get, dropped": _SEALED_READ,
-}
-
-
-def _in_turns(
-    calls: Mapping[str, Callable[[], object]], repeat: int, number: int = 1
-) -> dict[str, tuple[list[float], list[float]]]:
-    """Seconds and CPU seconds of each call, one sample of each after the other."""
-    samples: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in calls}
-    for _ in range(repeat):
-        for name, call in calls.items():
-            wall, cpu = measure(call, repeat=1, number=number)
-            samples[name][0].extend(wall)
-            samples[name][1].extend(cpu)
-    return samples
+        return work
 
 
 def rows(quick: bool) -> Iterator[Row]:
     """Throughput of batches by 1 and 4 workers, then the latency of one page."""
-    n_pages, repeat = (16, 3) if quick else (N_PAGES, 7)
+    n_pages, n_turns = (16, 3) if quick else (N_PAGES, 7)
     limits = ("--maxmemory", "6gb", "--maxmemory-policy", "allkeys-lru")
-    for nbytes in SIZES:
+    for size in SIZES:
         with running(*limits) as server, ExitStack() as stack:
-            bench = Bench(server, nbytes, n_pages, stack)
-            size = f"{nbytes >> 20} MiB" if nbytes >> 20 else f"{nbytes >> 10} KiB"
+            contest = Bench(server, size, n_pages, stack).contest()
             for n_workers in WORKERS:
-                title = f"Redis, {n_pages} pages of {size}, {n_workers} worker(s)"
-                yield from _throughput(bench, title, n_workers, repeat)
-            yield from _latency(bench, f"Redis, one page of {size}", repeat)
-
-
-def _throughput(bench: Bench, title: str, n_workers: int, repeat: int) -> Iterator[Row]:
-    calls = {name: partial(bench.split, n_workers, move) for name, move in bench.moves().items()}
-    n_mb = sum(page.nbytes for page in bench.whole) / 1e6
-    for name, (wall, cpu) in _in_turns(calls, repeat).items():
-        base = _BASELINES.get(name, f"{name.partition(',')[0]}, bare socket")
-        yield Row(
-            table=title,
-            name=name,
-            unit="MB/s",
-            samples=[n_mb / s for s in wall],
-            cpu_samples=[n_mb / max(s, 1e-6) for s in cpu],
-            baseline=None if base == name else base,
-            target=_TARGETS.get(name),
-        )
-
-
-def _latency(bench: Bench, title: str, repeat: int) -> Iterator[Row]:
-    for name, (wall, cpu) in _in_turns(bench.single_reads(), 2 * repeat, number=100).items():
-        yield Row(
-            table=title,
-            name=name,
-            unit="us",
-            samples=[s * 1e6 for s in wall],
-            cpu_samples=[s * 1e6 for s in cpu],
-            baseline=None if name == "hit, bare socket" else "hit, bare socket",
-            target=_TARGETS.get(name),
-        )
+                yield from contest.throughput(n_workers, n_turns)
+            yield from contest.latency(2 * n_turns, number=100)

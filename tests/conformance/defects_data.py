@@ -52,6 +52,25 @@ class MissRaises(RightBackend):
         return self.objects[key]
 
 
+class RemembersMisses(RightBackend):
+    """miss_is_an_answer"""
+
+    missed: set[str]
+
+    def open(self) -> None:
+        super().open()
+        self.missed = set()
+
+    def get(self, key: str) -> Buffer | None:
+        value = super().get(key)
+        if value is None:
+            self.missed.add(key)
+        return value
+
+    def exists(self, key: str) -> bool:
+        return super().exists(key) and key not in self.missed
+
+
 class CountsAllPresent(RightBackend):
     """exists_counts_leading"""
 

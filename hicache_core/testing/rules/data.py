@@ -59,7 +59,10 @@ def segments_of_every_shape(h: Harness) -> None:
         h.expect_pages(h.backend, keys, shape)
 
 
-@rule("A key that is not there is None, False or 0, never an error.", needs=("get_after_set",))
+@rule(
+    "A key that is not there is None, False or 0, never an error; what is stored then is there.",
+    needs=("get_after_set",),
+)
 def miss_is_an_answer(h: Harness) -> None:
     keys = h.keys(3)
     value = h.backend.get(keys[0])
@@ -69,6 +72,12 @@ def miss_is_an_answer(h: Harness) -> None:
     expect(n_present == 0, f"batch_exists of absent keys is {n_present}")
     n_filled = h.backend.batch_get(keys, [h.blank(_PAGE) for _ in keys])
     expect(n_filled == 0, f"batch_get of absent keys is {n_filled}")
+    put_each(h.backend, keys, 4096)
+    expect(h.backend.exists(keys[0]), "exists says no to a key that was a miss before it was set")
+    n_present = h.backend.batch_exists(keys)
+    expect(n_present == 3, f"batch_exists counts {n_present} of 3 keys that were misses before")
+    for key in keys:
+        expect_hit(h.backend, key, 4096)
 
 
 @rule(

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import botocore.session
 import pytest
 from hicache_s3 import S3Backend, S3Config
 
 from hicache_core.types import BackendContext
 from plugins.s3.tests.world import NAMESPACE
 from tests.servers.weed import Weed, settings
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _models_are_read_once() -> Iterator[None]:
+    """boto3 reads botocore's model of S3 anew for each session, 0.1 s; the tests open hundreds."""
+    with pytest.MonkeyPatch.context() as patch:
+        shared = functools.cache(botocore.session.create_loader)
+        patch.setattr(botocore.session, "create_loader", shared)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -63,9 +63,9 @@ def test_the_count_ends_at_a_hole_wherever_it_is(make_backend: MakeBackend, pack
         keys = keys_of(7, f"hole {hole}")
         put(backend, keys[:hole])
         put(backend, keys[hole + 1 :])
-        for fresh in (other, make_backend(pack=pack)):
-            assert fresh.batch_exists(keys) == hole
-            assert hits(fresh, keys) == hole
+        for _ in ("it knows none of the packs", "it knows them"):
+            assert other.batch_exists(keys) == hole
+            assert hits(other, keys) == hole
 
 
 def test_an_object_of_another_length_is_a_miss(make_backend: MakeBackend, pack: bool) -> None:
