@@ -12,15 +12,20 @@ ROOT = Path(__file__).parent
 
 LONGEST = (
     "tests/simulation/test_simulation.py",
-    "tests/conformance/test_kit.py",
-    "tests/conformance/test_built_in.py",
-    "plugins/redis/tests/test_kit.py",
-    "plugins/s3/tests/test_conformance.py",
-    "plugins/hf3fs/tests/test_conformance.py",
+    "tests/end_to_end/test_dist.py",
+    "tests/pd/test_smollm2.py",
     "tests/end_to_end/test_documents.py",
-    "tests/conformance/test_chains.py",
-    "tests/page_path/test_transformers_model.py",
-    "tests/conformance/test_dynamic_classes.py",
+    "tests/end_to_end/test_demo.py",
+    "plugins/s3/tests/test_conformance.py",
+    "tests/conformance/test_kit.py",
+    "plugins/redis/tests/test_kit.py",
+    "tests/pd/test_tp.py",
+    "tests/end_to_end/test_demo_on_plugins.py",
+    "tests/end_to_end/test_readme.py",
+    "tests/end_to_end/test_wheels.py",
+    "tests/conformance/test_docs.py",
+    "tests/pd/test_cluster.py",
+    "plugins/hf3fs/tests/test_conformance.py",
 )
 """Files that take longest, in order: they start first, so that no worker ends with one of them."""
 
@@ -42,7 +47,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("full")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("full")]
-    rank = {ROOT / file: n for n, file in enumerate(LONGEST)}
+    rank = {(ROOT / file).resolve(strict=True): n for n, file in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
