@@ -1,13 +1,18 @@
 """Writes the small stores that a later version has to serve: run it with the version to keep.
 
     python -m tests.compatibility.make_store file tests/compatibility/stores/file-0.1.0.tar.xz
+    python -m tests.compatibility.make_store redis redis-0.1.0.json.xz '{"url": "redis://…"}'
 
-It uses public names only, so the same script ran with the old version and runs with this one.
+It uses public names only, so the same script ran with the old version and runs with this one. Of a
+server it keeps the objects by name, which have to be there alone.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
+import lzma
 import sys
 import tarfile
 import tempfile
@@ -16,7 +21,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import boto3
+import redis
 import torch
+from botocore.config import Config
 
 from hicache_core import DevicePool, HiCache, HiCacheConfig, KVSpec, Namespace
 
@@ -47,7 +55,7 @@ STORES: dict[str, dict[str, Any]] = {
         "numjobs": 1,
     },
 }
-"""The settings of each store; paths are inside the folder that is kept."""
+"""The settings of each store that is a folder; paths are inside the one that is kept."""
 
 
 def worlds() -> list[tuple[KVSpec, str]]:
@@ -69,8 +77,8 @@ def row_bytes(
     return hashlib.shake_256(text.encode()).digest(nbytes)
 
 
-def settings(folder: Path, backend: str) -> dict[str, Any]:
-    """The settings of a store, with its paths inside ``folder``."""
+def settings_in(folder: Path, backend: str) -> dict[str, Any]:
+    """The settings of a store that is a folder, with its paths inside ``folder``."""
     paths = ("path", "file_path_prefix")
     return {
         name: str(folder / value) if name in paths else value
@@ -80,17 +88,16 @@ def settings(folder: Path, backend: str) -> dict[str, Any]:
 
 @contextmanager
 def opened(
-    folder: Path, backend: str, spec: KVSpec, layout: str
+    backend: str, settings: dict[str, Any], spec: KVSpec, layout: str
 ) -> Iterator[tuple[HiCache, DevicePool]]:
-    """A cache over the store in ``folder``."""
+    """A cache over a store."""
     config = HiCacheConfig(
         page_size=PAGE_SIZE,
         hicache_ratio=2.0,
         hicache_mem_layout=layout,
         hicache_io_backend=IO_BACKENDS[layout],
         hicache_storage_backend=backend,
-        hicache_storage_backend_extra_config={"prefetch_threshold": PAGE_SIZE}
-        | settings(folder, backend),
+        hicache_storage_backend_extra_config={"prefetch_threshold": PAGE_SIZE} | settings,
         hicache_storage_prefetch_policy="wait_complete",
     )
     pool = DevicePool(spec, PAGE_SIZE, 64)
@@ -120,19 +127,57 @@ def store_prompt(cache: HiCache, pool: DevicePool, ids: list[int], namespace: Na
     cache.unlock(match.node)
 
 
-def store_all(folder: Path, backend: str) -> None:
+def store_all(backend: str, settings: dict[str, Any]) -> None:
     """Stores the pages of all requests, in every world."""
-    (folder / "kv").mkdir()
     for spec, layout in worlds():
-        with opened(folder, backend, spec, layout) as (cache, pool):
+        with opened(backend, settings, spec, layout) as (cache, pool):
             for ids, namespace in REQUESTS:
                 store_prompt(cache, pool, ids, namespace)
 
 
-def main(backend: str, archive: str) -> None:
+def objects_of(backend: str, settings: dict[str, Any]) -> dict[str, bytes]:
+    """Every object of a server, by its name there."""
+    if backend == "redis":
+        with redis.Redis.from_url(settings["url"]) as client:
+            return {key.decode(): client.get(key) for key in sorted(client.scan_iter())}
+    bucket = s3_bucket(settings)
+    return {one.key: one.get()["Body"].read() for one in bucket.objects.all()}
+
+
+def put_objects(backend: str, settings: dict[str, Any], objects: dict[str, bytes]) -> None:
+    """Puts the objects back into an empty server."""
+    if backend == "redis":
+        with redis.Redis.from_url(settings["url"]) as client:
+            client.mset(objects)
+        return
+    bucket = s3_bucket(settings)
+    for name, content in objects.items():
+        bucket.put_object(Key=name, Body=content)
+
+
+def s3_bucket(settings: dict[str, Any]) -> Any:
+    """The bucket of the settings, through a plain client."""
+    session = boto3.Session(settings["access_key_id"], settings["secret_access_key"])
+    plain = Config(
+        s3={"addressing_style": "path"},
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    where = {"endpoint_url": settings["endpoint_url"], "region_name": "us-east-1"}
+    return session.resource("s3", config=plain, **where).Bucket(settings["bucket"])
+
+
+def main(backend: str, archive: str, settings: str = "") -> None:
     """Makes a store and packs it."""
+    if settings:
+        store_all(backend, json.loads(settings))
+        objects = objects_of(backend, json.loads(settings))
+        text = {name: base64.b64encode(content).decode() for name, content in objects.items()}
+        Path(archive).write_bytes(lzma.compress(json.dumps(text, indent=0).encode()))
+        return
     with tempfile.TemporaryDirectory() as folder:
-        store_all(Path(folder), backend)
+        (Path(folder) / "kv").mkdir()
+        store_all(backend, settings_in(Path(folder), backend))
         with tarfile.open(archive, "w:xz") as tar:
             tar.add(Path(folder) / "kv", "kv")
 
