@@ -47,7 +47,7 @@ def test_usrbio_that_is_not_possible_fails_at_open(
     tmp_path: Path, emulation: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF3FS_EMULATION_MOUNT")
-    with pytest.raises(BackendUnavailable, match="is no 3FS mount; set mode"):
+    with pytest.raises(BackendUnavailable, match="is not in a 3FS mount; set mode"):
         new_backend(tmp_path / "kv", mode="usrbio").open()
 
 
