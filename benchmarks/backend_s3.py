@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import shutil
 import sys
 import tempfile
@@ -116,6 +117,7 @@ class World:
         self.pages = pages_in(self.memory, n_pages, self.nbytes)
         self.payloads = [payload for _, payload in self.pages]
         self.label = ""
+        self._turns = itertools.count()
         self._open = contextlib.ExitStack()
         self._pool = self._open.enter_context(ThreadPoolExecutor(N_THREADS))
         shared = {
@@ -163,9 +165,9 @@ class World:
         """Closes the backends."""
         self._open.close()
 
-    def begin(self, turn: int) -> None:
-        """From now on everybody works on the objects of this turn."""
-        self.label = f"turn{turn}"
+    def begin(self, _: int) -> None:
+        """From now on everybody works on new objects: one that is there is not written again."""
+        self.label = f"turn{next(self._turns)}"
 
     def keys(self) -> list[str]:
         """Keys of the batch in this turn."""

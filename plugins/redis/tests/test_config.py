@@ -66,14 +66,14 @@ def test_a_unix_url_names_its_socket() -> None:
         ({"sentinels": ["h"]}, "sentinel_master"),
         ({"sentinels": ["h"], "sentinel_master": "m", "cluster": True}, "exclude each other"),
         ({"nodes": ["h:1"]}, "set cluster to true"),
-        ({"nodes": ["h:x"], "cluster": True}, "not an address"),
+        ({"nodes": ["h:x"], "cluster": True}, "is not an address"),
         ({"url": "unix:///s", "cluster": True}, "one server"),
         ({"url": "redis://h/1", "cluster": True}, "no database 1"),
         ({"key_prefix": "{a}", "cluster": True}, "brace"),
         ({"tls_ca_file": "/ca.pem"}, "not rediss://"),
         ({"max_connections": 0}, "greater than or equal to 1"),
         ({"socket_timeout_s": 0}, "greater than 0"),
-        ({"window_nbytes": "much"}, "not a size"),
+        ({"window_nbytes": "much"}, "is not a size"),
         ({"protocol": 4}, "2 or 3"),
     ],
 )
@@ -95,7 +95,7 @@ def test_addresses_may_leave_the_port_out(text: str, address: tuple[str, int]) -
 
 @pytest.mark.parametrize("text", ["", ":7", "h:0", "h:65536", "h:seven"])
 def test_what_is_no_address_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="not an address"):
+    with pytest.raises(ValueError, match="is not an address"):
         split_address(text, 1)
 
 
