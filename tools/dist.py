@@ -147,17 +147,20 @@ def problems(wheel: Path, url: str) -> list[str]:
 def main() -> None:
     """Builds all, then checks all."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "dist", help="emptied first")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "dist", help="older distributions in it go"
+    )
     parser.add_argument(
         "pythons", nargs="*", help="further interpreters to build native wheels for"
     )
     given = parser.parse_args()
     url = os.environ.get(URL, "").rstrip("/")
-    shutil.rmtree(given.out, ignore_errors=True)
-    given.out.mkdir(parents=True)
+    given.out.mkdir(parents=True, exist_ok=True)
+    for old in [*given.out.glob("*.whl"), *given.out.glob("*.tar.gz")]:
+        old.unlink()
     for project in PROJECTS:
         build(project, given.out, given.pythons, url)
-    files = sorted(given.out.iterdir())
+    files = sorted([*given.out.glob("*.whl"), *given.out.glob("*.tar.gz")])
     wheels = [file for file in files if file.suffix == ".whl"]
     run(sys.executable, "-m", "twine", "check", "--strict", *files)
     run(sys.executable, "-m", "check_wheel_contents", *wheels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+import zipfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from tools import changes
-from tools.dist import PROJECTS, ROOT, absolute_links
+from tools.dist import PROJECTS, ROOT, absolute_links, problems
 
 TABLES: dict[Path, dict[str, Any]] = {
     path: tomllib.loads((path / "pyproject.toml").read_text())["project"] for path in PROJECTS
@@ -94,6 +95,37 @@ def test_links_of_a_long_description_become_absolute() -> None:
 
 def test_without_a_url_they_become_text() -> None:
     assert absolute_links(TEXT, PAGE, "", "1.2.3") == "core up [x](https://example.org/x)  c"
+
+
+def a_wheel(folder: Path, name: str, page: str, *files: str, url: str = "") -> Path:
+    """A wheel with that description, and empty files."""
+    with zipfile.ZipFile(folder / name, "w") as archive:
+        urls = f"Project-URL: Source, {url}\n" if url else ""
+        head = f"Metadata-Version: 2.4\nName: x\nVersion: {CORE['version']}\n{urls}\n"
+        archive.writestr("x.dist-info/METADATA", head + page)
+        for file in files:
+            archive.writestr(file, "")
+    return folder / name
+
+
+def test_a_wheel_that_is_not_fit_for_an_index_is_told(tmp_path: Path) -> None:
+    licence, typed = "x.dist-info/licenses/LICENSE", "x/py.typed"
+    right = a_wheel(tmp_path, "x-1-py3-none-any.whl", "[a](https://b)", licence, typed)
+    assert problems(right, "") == []
+    wrong = {
+        "has no licence": a_wheel(tmp_path, "a-1-py3-none-any.whl", "", typed),
+        "has no py.typed": a_wheel(tmp_path, "b-1-py3-none-any.whl", "", licence),
+        "not absolute": a_wheel(tmp_path, "c-1-py3-none-any.whl", "[a](b.md)", licence, typed),
+        "no platform": a_wheel(tmp_path, "d-1-cp311-cp311-linux_x86_64.whl", "", licence, typed),
+        "were not compiled": a_wheel(
+            tmp_path, "e-1-cp311-cp311-manylinux_2_17_x86_64.whl", "", licence, typed, "x/_n.c"
+        ),
+        "its URLs": a_wheel(tmp_path, "f-1-py3-none-any.whl", "", licence, typed, url="https://c"),
+    }
+    for says, wheel in wrong.items():
+        (line,) = problems(wheel, "")
+        assert says in line
+    assert "its URLs" in problems(right, "https://example.org/hicache")[0]
 
 
 def test_every_file_of_a_change_is_fit_for_the_changelog() -> None:
