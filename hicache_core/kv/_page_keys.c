@@ -218,10 +218,10 @@ static PyObject *page_digests_portable(PyObject *module, PyObject *args) {
     return digests_of_args(args, compress_portable);
 }
 
-/* One id as u32; -1 with an exception set where it is none. bool is no token id. */
+/* One id as u32; -1 with an exception set where it is none. A bool is not a token id. */
 static int64_t id_of(PyObject *item) {
     if (PyBool_Check(item)) {
-        PyErr_SetString(PyExc_TypeError, "a bool is no token id");
+        PyErr_SetString(PyExc_TypeError, "expected a token id, got a bool");
         return -1;
     }
     PyObject *index = PyNumber_Index(item);

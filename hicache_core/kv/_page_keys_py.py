@@ -34,7 +34,7 @@ def page_digests(tokens: bytes, page_size: int, parent: bytes) -> bytes:
 def pack_ids(ids: list[int] | tuple[int, ...]) -> bytes:
     """Pack a list or tuple of token ids as little-endian u32; TypeError or OverflowError if bad."""
     if bool in set(map(type, ids)):
-        raise TypeError("a bool is no token id")
+        raise TypeError("expected a token id, got a bool")
     packed = array("I", ids)
     if byteorder == "big":
         packed.byteswap()

@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-/* Sets the marks of ids[0 .. n - 1]; returns the first that is no page or is set so already. */
+/* Sets the marks of ids[0 .. n - 1]; returns the first that is not a page or is set so already. */
 static Py_ssize_t set_marks(char *marks, Py_ssize_t n_pages, const int32_t *ids, Py_ssize_t n, char value)
 {
     for (Py_ssize_t i = 0; i < n; i++) {
@@ -21,7 +21,7 @@ static Py_ssize_t set_marks(char *marks, Py_ssize_t n_pages, const int32_t *ids,
 PyDoc_STRVAR(flip_doc,
              "flip(marks, page_ids, value)\n--\n\n"
              "Sets the mark, 0 or 1, of each of the int32 page_ids. False, and nothing is changed,\n"
-             "if one is no page, is marked so already, or is named twice.");
+             "if one is not a page, is marked so already, or is named twice.");
 
 static PyObject *flip(PyObject *self, PyObject *args)
 {

@@ -88,7 +88,7 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
-    """The body of every answer that is no success."""
+    """The body of every answer that reports an error."""
 
     error: ErrorDetail
 

@@ -169,7 +169,7 @@ class Prompts:
         if min(ids) < 0 or max(ids) >= size:
             wrong = next(token for token in ids if not 0 <= token < size)
             raise Problem(
-                400, f"{wrong} is no token id of this model; they are from 0 to {size - 1}"
+                400, f"{wrong} is not a token id of this model; token ids are from 0 to {size - 1}"
             )
         return tuple(ids)
 

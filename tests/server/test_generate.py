@@ -152,8 +152,8 @@ async def test_an_openai_stream_ends_with_usage_if_asked(n: int) -> None:
     [
         ("/generate", {}, "either text or input_ids"),
         ("/generate", {"text": "a", "input_ids": [1]}, "either text or input_ids"),
-        ("/generate", {"input_ids": [-1]}, "-1 is no token id"),
-        ("/generate", {"input_ids": [VOCAB]}, "no token id"),
+        ("/generate", {"input_ids": [-1]}, "-1 is not a token id"),
+        ("/generate", {"input_ids": [VOCAB]}, "not a token id"),
         ("/generate", {"input_ids": [3] * 512}, "512"),
         ("/generate", {"text": 5}, "text"),
         ("/generate", {"input_ids": [3], "sampling_params": {"max_new_tokens": -1}}, "max_new"),
