@@ -73,7 +73,7 @@ def load_folder(folder: Path, dtype: torch.dtype) -> LoadedModel:
         ConfigError: the folder holds no such model.
     """
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder} is no model folder: it has no config.json")
+        raise ConfigError(f"{folder} is not a model folder: it has no config.json")
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return LoadedModel(folder.name, model.eval(), tokenizer)

@@ -241,7 +241,7 @@ class Nodes:
         with contextlib.suppress(ValueError, AttributeError):
             address = str(answer.json().get("disaggregation_transfer_address") or "")
         if not address and node.is_up:
-            log.warning("%s is no prefill node: it has no transfer address", node.url)
+            log.warning("%s is not a prefill node: it has no transfer address", node.url)
         node.transfer_address = address
 
     async def _get(self, node: Node, path: str) -> httpx.Response:

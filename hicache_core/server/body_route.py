@@ -71,7 +71,7 @@ async def read_body(request: Request, body_class: type[B], limits: Limits) -> B:
         # Two steps: a long list is refused by its length, not by what is wrong with each item.
         value = from_json(raw)
     except ValueError as error:
-        raise Problem(400, f"the body is no valid JSON: {error}") from None
+        raise Problem(400, f"the body is not valid JSON: {error}") from None
     finally:
         del raw
         body_taken(request.scope)

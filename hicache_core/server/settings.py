@@ -45,7 +45,7 @@ class Disaggregation:
         """Raises ConfigError for settings that contradict each other."""
         if self.ib_device and not _IB_DEVICE.fullmatch(self.ib_device):
             raise ConfigError(
-                f"--disaggregation-ib-device {self.ib_device!r} is no list of device names; "
+                f"--disaggregation-ib-device {self.ib_device!r} is not a list of device names; "
                 "write mlx5_0 or mlx5_0,mlx5_1"
             )
         if self.offload and self.mode != "decode":

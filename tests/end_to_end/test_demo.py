@@ -150,7 +150,7 @@ def test_a_file_that_cannot_be_written_is_told_before_a_model_is_loaded(
 def test_a_process_that_cannot_load_the_model_says_why(tmp_path: Path) -> None:
     process, document = run(tmp_path, "--model", str(tmp_path))
     assert process.returncode == 2
-    assert "is no model folder: it has no config.json" in process.stderr
+    assert "is not a model folder: it has no config.json" in process.stderr
     assert document == {}
 
 

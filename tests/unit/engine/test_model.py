@@ -44,7 +44,7 @@ def test_weights_of_the_dtype_that_is_computed_in_are_mapped_not_copied(tmp_path
 
 
 def test_a_folder_without_a_model_is_named_in_the_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"is no model folder: it has no config\.json"):
+    with pytest.raises(ConfigError, match=r"is not a model folder: it has no config\.json"):
         load_folder(tmp_path, torch.float32)
 
 
