@@ -68,7 +68,7 @@ class Blame:
         self.check(error)
         log.error("request %s failed", task.request.request_id, exc_info=error)
         self._tally.failed += 1
-        settle_loads(self._cache)  # that of its prefix may be under way
+        settle_loads(self._cache)  # the load of its prefix may still run
         what = f"this request failed in the engine: {type(error).__name__}: {error}"
         self._end(task, (), "", "error", what)
         self._cache.check_integrity()

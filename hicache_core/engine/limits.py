@@ -73,11 +73,12 @@ class Limits:
         """
         tokens = request.tokens
         if not tokens:
-            raise InvalidTokens("the prompt is empty: there is no token to answer to")
+            raise InvalidTokens("the prompt is empty; send at least one token")
         if not 0 <= min(tokens) <= max(tokens) < self.vocabulary:
+            wrong = max(tokens) if min(tokens) >= 0 else min(tokens)
             raise InvalidTokens(
-                f"token {max(tokens) if min(tokens) >= 0 else min(tokens)} is none of this model; "
-                f"its vocabulary has {self.vocabulary}"
+                f"token id {wrong} does not exist in this model; its vocabulary has "
+                f"{self.vocabulary} tokens"
             )
         for name, limit in (("context", self.context_length), ("device pool", self.n_slots)):
             if len(tokens) >= limit:
@@ -92,7 +93,7 @@ class Limits:
     def check_id(request_id: str, under_way: Collection[str]) -> None:
         """Raises InvalidTokens: a request of this id has not ended."""
         if request_id in under_way:
-            raise InvalidTokens(f"request {request_id!r} is under way already; use another id")
+            raise InvalidTokens(f"request {request_id!r} is still running; use another id")
 
 
 def _context_length(model: Any, config: EngineConfig) -> int:

@@ -24,7 +24,7 @@ class SamplingParams:
         seed: equal seeds give equal answers, whatever runs beside; None for one by chance.
         ignore_eos: the model's own end-of-sequence tokens do not end the answer.
         min_new_tokens: before so many tokens, nothing ends the answer but ``max_new_tokens``.
-        skip_special_tokens: leave special tokens out of the text.
+        skip_special_tokens: True to leave special tokens out of the text.
     """
 
     max_new_tokens: int = 128

@@ -74,8 +74,8 @@ class AccessMiddleware:
         if self._is_private and self._keys.api is None and not _is_of_this_site(headers):
             return Problem(
                 403,
-                "this server is for this machine alone and has no keys, so it answers no page of "
-                "another site; start it with --api-key",
+                "this server listens on loopback without keys, so it refuses requests from pages "
+                "of other sites; start it with --api-key",
             )
         shown = _bearer(headers)
         is_admin = _same(shown, self._keys.admin)
@@ -95,7 +95,7 @@ class AccessMiddleware:
             return None
         if self._keys.admin is None:
             return Problem(
-                403, "without --admin-api-key, this call is for clients on this very machine"
+                403, "without --admin-api-key, this call is for clients on this machine only"
             )
         if not shown:
             return Problem(

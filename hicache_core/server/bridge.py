@@ -110,7 +110,14 @@ class Bridge:
         *,
         is_traced: bool = False,
     ) -> None:
-        """Starts nothing; ``is_traced``: spans of the cache stand below those of the calls."""
+        """Starts nothing.
+
+        Args:
+            engine: computes the requests.
+            names: of the requests, released when they end.
+            metrics: counts their outputs.
+            is_traced: True to make spans of the cache children of the span of the call.
+        """
         self._is_traced = is_traced
         self.engine = engine
         self.names = names
@@ -201,9 +208,9 @@ async def growing(pending: Pending) -> AsyncIterator[FullAnswer]:
     whole: FullAnswer | None = None
     async for output in pending.outputs():
         if output.finish_reason == "error":
-            raise Problem(500, output.error or "the engine failed at this request")
+            raise Problem(500, output.error or "the engine failed while it computed this request")
         if output.finish_reason == "abort":
-            raise Problem(503, "the request was given up: the server is shutting down")
+            raise Problem(503, "the request was aborted: the server is shutting down")
         if whole is None:
             whole = FullAnswer(pending.asked, output.text, output.new_tokens, output)
         else:

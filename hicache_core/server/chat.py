@@ -31,7 +31,7 @@ def rendered(tokenizer: Any, body: ChatBody) -> str:
         if name in _RESERVED or name in inspect.signature(tokenizer.apply_chat_template).parameters:
             raise Problem(
                 400,
-                f"chat_template_kwargs: {name!r} is not for clients to set",
+                f"chat_template_kwargs: clients must not set {name!r}",
                 param="chat_template_kwargs",
             )
     if body.reasoning_effort is not None:

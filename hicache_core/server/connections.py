@@ -21,7 +21,7 @@ from hicache_core.server.problems import Problem
 log = logging.getLogger(__name__)
 
 BODY_TAKEN = "hicache.body_taken"
-"""The extension of a request's scope that says: its body is no longer in memory."""
+"""Key in a request's scope: a function to call when its body is no longer in memory."""
 
 MAX_CONNECTIONS = 4096
 
@@ -31,8 +31,8 @@ _SWEEPS_A_WINDOW = 10
 _SAY_AGAIN_S = 10.0
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _TOO_SLOW = Problem(408, "the request did not arrive in time")
-_TOO_MUCH = Problem(503, "too many bytes of bodies are on their way; try again later")
-_TOO_MANY = Problem(503, "too many connections have requests under way; try again later")
+_TOO_MUCH = Problem(503, "too many bytes of request bodies are arriving; try again later")
+_TOO_MANY = Problem(503, "too many connections are busy; try again later")
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ _WORDS = {
     "model_attributes_type": "must be an object",
     "too_short": "must not be empty",
     "string_too_short": "must not be empty",
-    "too_long": "at most {max_length} entries are allowed; here are {actual_length}",
+    "too_long": "at most {max_length} entries are allowed, got {actual_length}",
     "string_too_long": "at most {max_length} characters are allowed",
     "greater_than": "must be greater than {gt}",
     "greater_than_equal": "must be at least {ge}",
@@ -88,7 +88,7 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
-    """The body of every answer that reports an error."""
+    """The body of every error answer."""
 
     error: ErrorDetail
 
@@ -114,13 +114,15 @@ def problem_of(error: Exception) -> Problem:
         case QueueFull():
             problem = Problem(503, str(error), headers={"Retry-After": str(RETRY_AFTER_S)})
         case UseAfterClose() | RankLost():
-            problem = Problem(503, "the engine takes no more requests: it is ending, or has failed")
+            problem = Problem(
+                503, "the engine accepts no more requests: it is shutting down, or has failed"
+            )
         case HiCacheError():
             problem = Problem(400, masked_text(str(error)))
         case TimeoutError():
-            problem = Problem(503, "the engine did not come to it in time; it is busy or stuck")
+            problem = Problem(503, "the engine did not answer in time; it is busy or stuck")
         case _:
-            problem = Problem(500, "an error of the server; its log says more")
+            problem = Problem(500, "internal error; see the log of the server")
     return problem
 
 

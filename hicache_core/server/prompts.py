@@ -130,14 +130,14 @@ class Prompts:
         if max_new > room:
             raise Problem(
                 400,
-                f"{n_prompt} tokens of prompt and {max_new} new tokens are more than this "
-                f"server's context of {self.limits.context_length}",
+                f"{n_prompt} prompt tokens and {max_new} new tokens exceed this server's "
+                f"context of {self.limits.context_length}",
             )
         if sampling.min_new_tokens > max_new:
             raise Problem(
                 400,
-                f"at least {sampling.min_new_tokens} new tokens, but at most "
-                f"{max_new}: they contradict each other",
+                f"the minimum of {sampling.min_new_tokens} new tokens is above the maximum of "
+                f"{max_new}",
             )
         return replace(sampling, max_new_tokens=max_new)
 
@@ -169,7 +169,7 @@ class Prompts:
         if min(ids) < 0 or max(ids) >= size:
             wrong = next(token for token in ids if not 0 <= token < size)
             raise Problem(
-                400, f"{wrong} is not a token id of this model; token ids are from 0 to {size - 1}"
+                400, f"token id {wrong} does not exist in this model; ids are 0 to {size - 1}"
             )
         return tuple(ids)
 

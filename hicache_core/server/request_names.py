@@ -33,7 +33,9 @@ class RequestNames:
         name = name or request_id
         key = (name, namespace)
         if key in self._live:
-            raise Problem(400, f"rid {name[:100]!r} is the name of a request under way")
+            raise Problem(
+                400, f"a request with rid {name[:100]!r} is still running; use another rid"
+            )
         self._live.add(key)
         self._ids[key] = request_id
         self._ids.move_to_end(key)

@@ -35,8 +35,8 @@ class Rooms:
             if not is_loopback(room.host):
                 raise Problem(
                     403,
-                    "without --disaggregation-secret this node takes rooms on this very machine; "
-                    "start router and nodes with the same one",
+                    "without --disaggregation-secret this node accepts only rooms on this machine; "
+                    "start router and nodes with the same secret",
                     param="bootstrap_host",
                 )
             return room
@@ -44,8 +44,8 @@ class Rooms:
         if not hmac.compare_digest(proof.encode(), (body.bootstrap_proof or "").encode()):
             raise Problem(
                 403,
-                "this node takes rooms from its router alone; start router and nodes with the same "
-                "--disaggregation-secret",
+                "this node accepts rooms from its router only; start router and nodes with the "
+                "same --disaggregation-secret",
                 param="bootstrap_room",
             )
         return room

@@ -92,8 +92,8 @@ class StorageAdmin:
             if time.monotonic() >= until:
                 raise Problem(
                     400,
-                    "the cache was not flushed: requests, copies or storage jobs are under "
-                    "way; try again, or with ?timeout=<seconds>",
+                    "the cache was not flushed: requests, copies or storage jobs are still "
+                    "running; try again, or with ?timeout=<seconds>",
                 )
             await asyncio.sleep(_PAUSE_S)
 
@@ -130,8 +130,8 @@ class StorageAdmin:
         if _names_a_class(name, settings) and self._service.settings.keys.admin is None:
             raise Problem(
                 403,
-                "to load a class by its name is for those who know the admin key, and this server "
-                "has none: start it with --admin-api-key, or with that backend",
+                "loading a class by its name requires the admin key, and this server has none: "
+                "start it with --admin-api-key, or with that backend",
             )
         attaching = await self._call_all("attach_storage", name, settings)
         await _ended(attaching, f"backend {name!r} is still being opened; look again later")
@@ -176,7 +176,9 @@ class StorageAdmin:
             **{key: value for key in POLICIES if (value := getattr(body, key)) is not None},
         )
         if wanted.hicache_storage_backend is None:
-            raise Problem(400, "name a backend, or detach with DELETE")
+            raise Problem(
+                400, "hicache_storage_backend is none; name a backend, or detach with DELETE"
+            )
         return wanted
 
     def _changed(

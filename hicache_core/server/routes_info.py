@@ -176,7 +176,7 @@ def _add_status(router: APIRouter, service: Service) -> None:
             found = service.names.find_any(name)
         shown = found and service.explanation(found, name, is_admin=is_admin)
         if not shown:
-            raise Problem(404, f"no record of a request {name!r}; only late ones are kept")
+            raise Problem(404, f"no record of request {name!r}; only the latest requests are kept")
         return json_answer(shown)
 
 

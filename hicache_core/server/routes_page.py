@@ -37,4 +37,4 @@ def make_router(service: Service) -> APIRouter:
 
 def _operator(request: Request) -> None:
     if not request.scope[ADMIN]:
-        raise Problem(403, "what the page shows is for the operator: send the admin key")
+        raise Problem(403, "the data of the page is for the operator: send the admin key")

@@ -136,7 +136,7 @@ def test_more_than_max_waiting_are_refused() -> None:
     [
         ([], "empty"),
         ([512], "vocabulary has 512"),
-        ([-1], "token -1"),
+        ([-1], "token id -1"),
         (list(range(64)), "device pool has room for 64"),
     ],
 )
@@ -169,7 +169,7 @@ def test_an_id_under_way_is_refused_and_free_again_afterwards() -> None:
     client = Client()
     with engine_of() as engine:
         engine.submit(request("r", prompt_of(9), greedy(200)), client)
-        with pytest.raises(InvalidTokens, match="under way"):
+        with pytest.raises(InvalidTokens, match="still running"):
             engine.submit(request("r", prompt_of(9)), Client())
         engine.abort("r")
         client.wait()

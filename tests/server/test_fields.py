@@ -65,8 +65,8 @@ async def test_what_asks_for_nothing_is_taken() -> None:
     [
         ("/v1/completions", {**COMPLETION, "temprature": 0.5}, "did you mean 'temperature'?"),
         ("/generate", {"text": "a", "sampling_params": {"tempratur": 1}}, "sampling_params: temp"),
-        ("/generate", {"input_ids": [[3]] * 65}, "at most 64 entries are allowed; here are 65"),
-        ("/v1/completions", {"prompt": ["a"] * 65}, "at most 64 entries are allowed; here are 65"),
+        ("/generate", {"input_ids": [[3]] * 65}, "at most 64 entries are allowed, got 65"),
+        ("/v1/completions", {"prompt": ["a"] * 65}, "at most 64 entries are allowed, got 65"),
         ("/generate", {"input_ids": [3, "a"]}, "input_ids.1: must be an integer"),
         ("/generate", {"text": "a", "sampling_params": 3}, "sampling_params: must be an object"),
         ("/v1/completions", {**COMPLETION, "max_tokens": "2"}, "max_tokens: must be an integer"),

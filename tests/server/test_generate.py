@@ -152,8 +152,8 @@ async def test_an_openai_stream_ends_with_usage_if_asked(n: int) -> None:
     [
         ("/generate", {}, "either text or input_ids"),
         ("/generate", {"text": "a", "input_ids": [1]}, "either text or input_ids"),
-        ("/generate", {"input_ids": [-1]}, "-1 is not a token id"),
-        ("/generate", {"input_ids": [VOCAB]}, "not a token id"),
+        ("/generate", {"input_ids": [-1]}, "token id -1 does not exist"),
+        ("/generate", {"input_ids": [VOCAB]}, "does not exist"),
         ("/generate", {"input_ids": [3] * 512}, "512"),
         ("/generate", {"text": 5}, "text"),
         ("/generate", {"input_ids": [3], "sampling_params": {"max_new_tokens": -1}}, "max_new"),
@@ -167,7 +167,7 @@ async def test_an_openai_stream_ends_with_usage_if_asked(n: int) -> None:
         ("/v1/completions", {}, "prompt"),
         ("/v1/completions", {"prompt": ""}, "prompt"),
         ("/v1/completions", {"prompt": IDS, "echo": True}, "echo is not supported"),
-        ("/v1/completions", {"prompt": IDS, "min_tokens": 5, "max_tokens": 2}, "contradict"),
+        ("/v1/completions", {"prompt": IDS, "min_tokens": 5, "max_tokens": 2}, "above the maximum"),
         ("/v1/chat/completions", {"messages": []}, "messages"),
         ("/v1/chat/completions", {"messages": [{"role": "x", "content": ""}]}, "role"),
         ("/v1/chat/completions", {"messages": [{"role": "user"}]}, "content"),
@@ -258,7 +258,7 @@ async def test_a_name_is_refused_while_it_is_in_use_and_free_afterwards() -> Non
             await asyncio.sleep(0.001)
         again = await s.client.post("/generate", json=body)
         assert again.status_code == 400
-        assert "under way" in again.json()["error"]["message"]
+        assert "still running" in again.json()["error"]["message"]
         s.engine.gate.set()
         assert (await first).status_code == 200
         assert (await s.client.post("/generate", json=body)).status_code == 200
