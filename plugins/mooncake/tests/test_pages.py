@@ -206,7 +206,7 @@ def test_a_page_outside_registered_memory_is_refused_once_memory_is_registered(
     memory = registered(backend, 4096)
     foreign = memoryview(bytearray(4096))
     for call in (backend.batch_set, backend.batch_get):
-        with pytest.raises(IntegrityError, match="page 1 of 2 lies outside"):
+        with pytest.raises(IntegrityError, match="page 1 of 2 is outside"):
             call(keys(2), [page_of(memory, 0, 64), (memory[:64], foreign[:64])])
     assert backend.batch_exists(keys(2)) == 0
 

@@ -97,7 +97,7 @@ def test_a_host_that_is_not_there_is_an_error() -> None:
 
 
 def test_a_metadata_server_is_refused_since_nobody_would_ask_it() -> None:
-    with pytest.raises(ValueError, match="leave it out, or write P2PHANDSHAKE"):
+    with pytest.raises(ValueError, match="do not set it, or set it to P2PHANDSHAKE"):
         MooncakeTransferConfig(metadata_server="http://127.0.0.1:8080/metadata")
     assert MooncakeTransferConfig(metadata_server="P2PHANDSHAKE") == MooncakeTransferConfig()
 
