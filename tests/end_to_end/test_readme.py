@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.end_to_end.wheels import Installed
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 
 
+@pytest.mark.full
 def test_the_library_example_computes_once_and_loads_in_a_second_process(
     installed: Installed, tmp_path: Path
 ) -> None:

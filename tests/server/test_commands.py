@@ -170,6 +170,7 @@ def hf3fs_environment(tmp_path: Path) -> dict[str, str]:
     return {"SGLANG_HICACHE_HF3FS_CONFIG_PATH": str(tmp_path / "hf3fs.json")}
 
 
+@pytest.mark.full
 def test_deployment_with_hf3fs(tiny_folder: Path, tmp_path: Path) -> None:
     """Tokens are backed up; SIGTERM drains; after a restart the prefix comes from storage."""
     flags, env = for_this_machine("Deployment with HF3FS"), hf3fs_environment(tmp_path)
@@ -184,6 +185,7 @@ def test_deployment_with_hf3fs(tiny_folder: Path, tmp_path: Path) -> None:
         assert server.stop() == 0
 
 
+@pytest.mark.full
 def test_deployment_with_mooncake(tiny_folder: Path, tmp_path: Path) -> None:
     with running_mooncake(tmp_path) as master:
         env = {
@@ -253,6 +255,7 @@ async def test_a_dynamic_backend_is_loaded_and_gets_the_pages(
         assert len(list(custom_backend.iterdir())) >= 5
 
 
+@pytest.mark.full
 def test_disaggregation(tiny_folder: Path, tmp_path: Path) -> None:
     """KV goes from one to the other; what is generated is backed up; both have the same tokens."""
     env = hf3fs_environment(tmp_path)

@@ -52,6 +52,11 @@ def free_port() -> int:
         return port
 
 
+def n_claims() -> int:
+    """How many descriptors of this process are claims of ports, and so no leak."""
+    return len(_claims)
+
+
 def launch(
     command: Sequence[str | Path], log: Path, is_ready: Callable[[], bool], cwd: Path | None = None
 ) -> subprocess.Popen[bytes]:

@@ -116,7 +116,7 @@ def test_a_missing_package_is_named_in_the_error(monkeypatch: pytest.MonkeyPatch
         find_smollm2()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.filterwarnings("default")  # transformers' GGUF reader uses what numpy deprecates
 def test_smollm2_answers_and_its_converted_folder_holds_the_parsed_weights(
     tmp_path: Path,
