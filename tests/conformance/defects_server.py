@@ -170,7 +170,9 @@ class FillsLater(TcpBackend):
         for _ in range(100):
             time.sleep(0.02)
             with contextlib.suppress(BackendError, UseAfterClose):
-                scatter(self.get(key) or b"", page)
+                value = self.get(key)
+                if value is not None:  # or the rule has ended, and its keys are gone
+                    scatter(value, page)
                 return
 
 
