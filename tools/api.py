@@ -149,19 +149,19 @@ def entry(name: str, value: object, module: ModuleType) -> Iterator[str]:
     """One name: what it is, its arguments, its docstring."""
     if found := assigned(name, module):
         yield f"### `{name}`\n"
-        yield f"```py\n{found[0]}\n```\n"
+        yield f"```text\n{found[0]}\n```\n"
         yield from described(found[1])
     elif inspect.isclass(value):
         yield f"### class `{name}`\n"
         if not issubclass(value, BaseModel | Exception | Enum):
-            yield f"```py\n{name}{signature(value)}\n```\n"
+            yield f"```text\n{name}{signature(value)}\n```\n"
         yield from described(value.__doc__ if "__doc__" in vars(value) else None)
         if not issubclass(value, Exception):
             yield from members(value)
     else:
         yield f"### `{name}`\n"
         if callable(value):
-            yield f"```py\n{name}{signature(value)}\n```\n"
+            yield f"```text\n{name}{signature(value)}\n```\n"
             yield from described(value.__doc__)
 
 
