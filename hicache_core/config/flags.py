@@ -28,7 +28,8 @@ def config_flags(command: Command) -> Command:
             option = click.option(names, key, default=None, help=text)
         else:
             allowed = allowed_values(HiCacheConfig, key)
-            help_text = f"{text} [{allowed}; default {default_text(info.default)}]"
+            bounds = f"{allowed}; " if allowed else ""
+            help_text = f"{text} [{bounds}default {default_text(info.default)}]"
             option = click.option(
                 flag_name(key), key, default=None, metavar="VALUE", help=help_text
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -46,7 +46,8 @@ def config_error(
         sources: where each value came from, if that is known.
         prefix: put before each key, such as ``backend_config.``.
     """
-    details = error.errors(include_url=False, include_context=False)
+    found = error.errors(include_url=False, include_context=False)
+    details = [detail for detail in found if not _follows(detail, found)]
     clauses = [_explain(detail, model, sources or {}, prefix) for detail in details]
     return ConfigError("; ".join(clauses))
 
@@ -55,10 +56,11 @@ def _explain(
     detail: ErrorDetails, model: type[BaseModel], sources: Mapping[str, str], prefix: str
 ) -> str:
     if not detail["loc"]:  # a rule over several settings: its message names them
-        return f"{prefix.rstrip('.')} {_message(detail)}".strip()
-    key = str(detail["loc"][0])
+        return f"{prefix.rstrip('.')}: {_message(detail)}" if prefix else _message(detail)
+    first = str(detail["loc"][0])
     path = prefix + ".".join(str(part) for part in detail["loc"])
-    source = sources.get(prefix.rstrip(".") or key, "")
+    source = sources.get(prefix.rstrip(".") or first, "")
+    model, key = _owner(model, detail["loc"])
     where = f" (from {source})" if source and source != ARGUMENT else ""
     if key in _OF_SGLANG and detail["type"] == "extra_forbidden":
         return f"{path}{where}: this setting exists in SGLang only; {_OF_SGLANG[key]}"
@@ -68,15 +70,42 @@ def _explain(
         return f"{path}{where}: unknown setting{hint}{names}"
     if detail["type"] == "missing":
         return f"{path}{where}: this setting is required{_meaning(model, key)}"
-    if key == EXTRA:  # the value may be text that holds passwords, and is not quoted
+    if first == EXTRA:  # the value may be text that holds passwords, and is not quoted
         return f"{path}{where}: {_message(detail)}"
-    shown = repr(masked(detail["input"], key))
+    shown = repr(masked(masked(detail["input"], first), key))
     shown = shown if len(shown) <= 100 else shown[:97] + "..."
     allowed = allowed_values(model, key) if key in model.model_fields else ""
     hint = nearest(str(detail["input"]), allowed.split(", "))
     return f"{path} = {shown}{where}: " + (
         f"allowed: {allowed}{hint}" if allowed else _message(detail)
     )
+
+
+def _follows(detail: ErrorDetails, found: Sequence[ErrorDetails]) -> bool:
+    """Whether a list is too short only because items of it are wrong: those are in ``found``."""
+    loc = detail["loc"]
+    inside = any(len(one["loc"]) > len(loc) and one["loc"][: len(loc)] == loc for one in found)
+    return detail["type"] == "too_short" and inside
+
+
+def _owner(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[type[BaseModel], str]:
+    """The settings that have the innermost setting named in ``loc``, and its name there."""
+    key = str(loc[0])
+    for part in loc[1:]:
+        info = model.model_fields.get(key)
+        inner = None if info is None else _model_in(info.annotation)
+        if inner is None:
+            break
+        if isinstance(part, str):
+            model, key = inner, part
+    return model, key
+
+
+def _model_in(annotation: object) -> type[BaseModel] | None:
+    """The settings that a field of this type holds, itself or in a container; None if none."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)
 
 
 def _meaning(model: type[BaseModel], key: str) -> str:

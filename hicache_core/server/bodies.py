@@ -286,7 +286,9 @@ class AttachBody(BaseModel):
         ):
             raise ValueError(f"give {EXTRA} or {EXTRA}_json, not both")
         if is_masked(self.hicache_storage_backend_extra_config):
-            raise ValueError(f"{EXTRA} has a value {MASK}, which stands for a secret; write it out")
+            raise ValueError(
+                f"{EXTRA} has a value {MASK}, which hides a secret; give the secret itself"
+            )
         return self
 
     @property

@@ -1,1 +1,1 @@
-"""L3: storage backends and what stands between them and the controller. Imports no torch."""
+"""L3: storage backends, and the layers between them and the controller. Imports no torch."""

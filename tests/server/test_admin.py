@@ -271,7 +271,7 @@ async def test_what_the_get_shows_the_put_takes_and_nothing_unknown(tmp_path: Pa
         for wrong, said in (
             ({"extra_config": {}}, "extra_config: there is no such field"),
             ({"hicache_storage_backend_extra_config_json": "{}"}, "not both"),
-            ({"hicache_storage_backend_extra_config": {"password": "***"}}, "write it out"),
+            ({"hicache_storage_backend_extra_config": {"password": "***"}}, "secret itself"),
         ):
             refused = await s.client.put(path, json={**body, **wrong})
             assert refused.status_code == 400

@@ -96,6 +96,13 @@ def test_links_between_the_documents_lead_somewhere() -> None:
     assert broken == []
 
 
+def test_each_decision_has_a_number_of_its_own() -> None:
+    pages = sorted((ROOT / "docs/decisions").glob("*.md"))
+    numbers = [page.name[:4] for page in pages]
+    assert numbers == [f"{n:04}" for n in range(1, len(pages) + 1)]
+    assert [page.read_text()[2:6] for page in pages] == numbers
+
+
 @pytest.mark.parametrize(
     "module",
     [
@@ -154,5 +161,35 @@ def test_pages_and_help_are_free_of_turns_of_phrase_that_read_as_translated() ->
     assert len(texts) > 200
     found = [
         f"{where}: {match[0]}" for where, text in texts.items() for match in RIDDLES.finditer(text)
+    ]
+    assert found == []
+
+
+NAME_OF_ARGUMENT = re.compile(r"(?m)^ +\w+: ")
+
+
+def _sentences(file: Path) -> Iterator[tuple[str, str]]:
+    """The docstrings of a module, and the texts that it raises or logs."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        where = f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield where, NAME_OF_ARGUMENT.sub("", ast.get_docstring(node) or "")
+        if isinstance(node, ast.Raise) or (isinstance(node, ast.Call) and _logs(node)):
+            for part in ast.walk(node):
+                if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                    yield where, part.value
+
+
+def _logs(call: ast.Call) -> bool:
+    return isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) == "log"
+
+
+def test_docstrings_and_messages_are_free_of_them_too() -> None:
+    files = [*ROOT.glob("hicache_core/**/*.py"), *ROOT.glob("plugins/*/src/**/*.py")]
+    found = [
+        f"{where}: {match[0]}"
+        for file in files
+        for where, text in _sentences(file)
+        for match in RIDDLES.finditer(text)
     ]
     assert found == []

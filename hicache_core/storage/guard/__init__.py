@@ -1,1 +1,1 @@
-"""The guard: what stands between the cache and a store that may be slow, failing or gone."""
+"""The guard: protects the cache from a store that is slow, failing or gone."""

@@ -46,8 +46,8 @@ class _OfTheFuture(Protocol):
 
 
 @_asking.rule(
-    "capability gives what the class has the methods of, None for a kind that it does not know, "
-    "and wrappers pass the answer on."
+    "capability returns an object for each kind whose methods the class has and None for an "
+    "unknown kind; wrappers pass the answer on."
 )
 def says_what_it_can(h: Harness) -> None:
     backend = h.backend
@@ -65,7 +65,7 @@ def says_what_it_can(h: Harness) -> None:
 
 
 @rule(
-    "delete removes its keys, passes over absent ones, touches no others.", requires=Feature.DELETE
+    "delete removes its keys, ignores absent ones, and touches no others.", requires=Feature.DELETE
 )
 def delete_removes(h: Harness) -> None:
     keys, absent = h.keys(5), h.keys(2, "absent")
@@ -81,7 +81,7 @@ def delete_removes(h: Harness) -> None:
 
 
 @rule(
-    "A key that goes between exists and get is a miss, and ends the count.",
+    "A key that is removed between exists and get is a miss, and ends the count.",
     requires=Feature.DELETE,
     needs=("delete_removes", "get_counts_leading"),
 )
@@ -127,7 +127,7 @@ def clears_by_prefix(h: Harness) -> None:
     h.expect_pages(h.backend, keys, _PAGE)
 
 
-@rule("stats gives numbers under names.", requires=Feature.STATS)
+@rule("stats returns numbers by name.", requires=Feature.STATS)
 def counts_in_stats(h: Harness) -> None:
     h.put(h.backend, h.keys(2), _PAGE)
     stats = required(h.backend, HasStats).stats()
@@ -136,7 +136,10 @@ def counts_in_stats(h: Harness) -> None:
         expect(fits, f"stats has {name!r}: {type(value).__name__}; a name and a number are due")
 
 
-@rule("diagnose yields findings, none of them an error on a good store.", requires=Feature.DIAGNOSE)
+@rule(
+    "diagnose yields findings; on a healthy store none of them is an error.",
+    requires=Feature.DIAGNOSE,
+)
 def diagnoses(h: Harness) -> None:
     findings = list(required(h.backend, Diagnosable).diagnose())
     expect(findings, "diagnose yields nothing; say at least that all is well")

@@ -30,7 +30,7 @@ rule = _book.rule
 RULES = _book.rules
 
 
-@rule("What set stored, exists says is there and get gives back; bytes, bytearray or memoryview.")
+@rule("exists and get find what set has stored, whether it was bytes, bytearray or a memoryview.")
 def get_after_set(h: Harness) -> None:
     for key, kind in zip(h.keys(3), (bytes, bytearray, memoryview), strict=True):
         h.backend.set(key, kind(content(key, 4096)))
@@ -38,7 +38,7 @@ def get_after_set(h: Harness) -> None:
         expect_hit(h.backend, key, 4096)
 
 
-@rule("Pages that batch_set stored come back by batch_get, and by get.", needs=("get_after_set",))
+@rule("batch_get and get return the pages that batch_set has stored.", needs=("get_after_set",))
 def batch_round_trip(h: Harness) -> None:
     keys, singles = h.keys(4), h.keys(4, "set")
     h.put(h.backend, keys, _PAGE)
@@ -60,7 +60,8 @@ def segments_of_every_shape(h: Harness) -> None:
 
 
 @rule(
-    "A key that is not there is None, False or 0, never an error; what is stored then is there.",
+    "An absent key is answered with None, False or 0, never with an error, and is found "
+    "once it is stored.",
     needs=("get_after_set",),
 )
 def miss_is_an_answer(h: Harness) -> None:
@@ -104,7 +105,7 @@ def get_counts_leading(h: Harness) -> None:
         expect(n_filled == hole, f"page {hole} of 6 is missing; batch_get is {n_filled}")
 
 
-@rule("A batch of nothing answers 0.", needs=("batch_round_trip",))
+@rule("An empty batch is answered with 0.", needs=("batch_round_trip",))
 def empty_batch(h: Harness) -> None:
     answers = (h.backend.batch_exists([]), h.backend.batch_get([], []), h.backend.batch_set([], []))
     expect(answers == (0, 0, 0), f"batch_exists, batch_get, batch_set of no key are {answers}")
@@ -162,7 +163,7 @@ def set_only_reads(h: Harness) -> None:
         expect(not wrong, f"batch_set changed the page that it was given: {wrong}")
 
 
-@rule("What get returned stays as it is through later calls.", needs=("get_after_set",))
+@rule("Later calls do not change what get has returned.", needs=("get_after_set",))
 def get_gives_its_own_bytes(h: Harness) -> None:
     keys, later = h.keys(8), h.keys(8, "later")
     put_each(h.backend, keys, 4096)
@@ -176,7 +177,7 @@ def get_gives_its_own_bytes(h: Harness) -> None:
         expect(not wrong, f"a value that get returned has changed since: {wrong}")
 
 
-@rule("Equal page hashes in two namespaces are two objects.", needs=("miss_is_an_answer",))
+@rule("Equal page hashes in two namespaces name two objects.", needs=("miss_is_an_answer",))
 def namespaces_are_apart(h: Harness) -> None:
     (ours,) = h.keys(1)
     page_hash = ours.partition("/")[2]

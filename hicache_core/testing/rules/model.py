@@ -16,7 +16,7 @@ RULES = _book.rules
 
 
 @_book.rule(
-    "Any sequence of calls answers as the memory backend does.",
+    "Any sequence of calls is answered as by the memory backend.",
     requires=Feature.HYPOTHESIS,
     patience=5,
 )

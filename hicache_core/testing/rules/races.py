@@ -25,7 +25,7 @@ _deleting = RuleBook("delete_removes", "all_or_nothing")
 DELETING = _deleting.rules
 
 
-@rule("Many threads at once each read what they have stored themselves.")
+@rule("Many threads at a time: each reads what it has stored.")
 def threads_do_not_mix(h: Harness) -> None:
     backend = h.backend
 
@@ -87,7 +87,7 @@ def re_put_stays_readable(h: Harness) -> None:
 
 
 @_deleting.rule(
-    "A read during a deletion gives the whole object or a miss.", requires=Feature.DELETE
+    "A read during a deletion returns the whole object or a miss.", requires=Feature.DELETE
 )
 def delete_while_reading(h: Harness) -> None:
     backend, keys, nbytes = h.backend, h.keys(4), h.nbytes(h.settings.race_nbytes)

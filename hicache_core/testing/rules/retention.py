@@ -20,7 +20,8 @@ _POLL_S = 0.01
 
 
 @rule(
-    "usage says how many bytes each namespace takes: stored twice counts once, deleted no more.",
+    "usage returns the bytes of each namespace; an object stored twice counts once, a "
+    "deleted one not at all.",
     requires=(Feature.USAGE, Feature.DELETE),
     needs=("re_put", "delete_removes"),
 )
@@ -35,7 +36,7 @@ def usage_by_namespace(h: Harness) -> None:
 
 
 @rule(
-    "With a TTL, an object is there while it is young, and gone for every call when it is older.",
+    "With a TTL, every call finds an object before it expires, and none afterwards.",
     requires=Feature.TTL,
 )
 def expires(h: Harness) -> None:
@@ -58,7 +59,7 @@ def expires(h: Harness) -> None:
 
 
 @rule(
-    "A namespace over its quota loses its own oldest objects, never those of another namespace.",
+    "A namespace above its quota loses its own oldest objects, never those of another namespace.",
     requires=Feature.QUOTA,
 )
 def quota_by_namespace(h: Harness) -> None:
@@ -74,7 +75,7 @@ def quota_by_namespace(h: Harness) -> None:
         expect(is_hit(backend, key, _nbytes(h)), "another namespace's object had to go")
 
 
-@rule("pin counts the keys that are there, and changes none of them.", requires=Feature.PIN)
+@rule("pin counts the keys that are present, and changes none of them.", requires=Feature.PIN)
 def pin_counts_present(h: Harness) -> None:
     pins = required(h.backend, Pins)
     keys, absent = h.keys(3), h.keys(2, "absent")
@@ -92,7 +93,7 @@ def pin_counts_present(h: Harness) -> None:
 
 
 @rule(
-    "A pinned object stays while younger ones that are not pinned have to go.",
+    "A pinned object stays while newer objects without a pin are evicted.",
     requires=(Feature.PIN, Feature.QUOTA),
     needs=("quota_by_namespace", "pin_counts_present"),
 )
@@ -109,7 +110,7 @@ def pinned_goes_last(h: Harness) -> None:
 
 
 @rule(
-    "A pin ends when its time is over, or at once with 0 seconds: then the object goes as others.",
+    "A pin ends after its time, or at once with 0 seconds; the object is then evicted like others.",
     requires=(Feature.PIN, Feature.QUOTA),
     needs=("quota_by_namespace", "pin_counts_present"),
 )
@@ -131,7 +132,7 @@ def pin_ends(h: Harness) -> None:
 
 
 @rule(
-    "When all that could go is pinned, pinned objects make room: what is stored is there.",
+    "When everything is pinned, pinned objects are evicted, so that new objects can be stored.",
     requires=(Feature.PIN, Feature.QUOTA),
     needs=("quota_by_namespace", "pin_counts_present"),
 )

@@ -94,7 +94,8 @@ def _sealed(h: Harness, key: str) -> Page:
 
 
 @_book.rule(
-    "Behind the seal, a reader with a bad link removes nothing; what is damaged in the store goes.",
+    "Behind the seal, a reader whose link damages bytes removes nothing; an object "
+    "damaged in the store is removed.",
     requires=Feature.DELETE,
 )
 def bad_link_removes_nothing(h: Harness) -> None:

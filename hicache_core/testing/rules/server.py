@@ -91,7 +91,7 @@ def _expect_recovery(h: Harness, backend: StorageBackend, key: str, state: str) 
 
 
 @rule(
-    "With its server dead, every call raises BackendUnavailable or BackendTimeout, soon.",
+    "While the server is dead, every call soon raises BackendUnavailable or BackendTimeout.",
     requires=Feature.CONTROL,
     patience=3,
 )
@@ -104,7 +104,7 @@ def dead_server(h: Harness) -> None:
 
 
 @rule(
-    "open() with the server dead raises BackendUnavailable or BackendTimeout, soon.",
+    "While the server is dead, open() soon raises BackendUnavailable or BackendTimeout.",
     requires=Feature.CONTROL,
 )
 def open_without_server(h: Harness) -> None:
@@ -117,7 +117,7 @@ def open_without_server(h: Harness) -> None:
 
 
 @rule(
-    "After the server was restarted, the same instance works again.",
+    "The same instance works again after a restart of the server.",
     requires=Feature.CONTROL,
     needs=("dead_server",),
 )
@@ -132,7 +132,7 @@ def restarted_server(h: Harness) -> None:
 
 
 @rule(
-    "With its server frozen, every call raises BackendUnavailable or BackendTimeout, soon.",
+    "While the server is frozen, every call soon raises BackendUnavailable or BackendTimeout.",
     requires=Feature.CONTROL,
     patience=3,
 )
@@ -145,7 +145,7 @@ def frozen_server(h: Harness) -> None:
 
 
 @rule(
-    "After the server was thawed, late answers are not taken for those of later questions.",
+    "Once the server continues, late answers are not taken for answers to later calls.",
     requires=Feature.CONTROL,
     needs=("frozen_server",),
 )
@@ -163,7 +163,7 @@ def thawed_server(h: Harness) -> None:
 
 
 @rule(
-    "A page is not written to after batch_get has raised.",
+    "Nothing writes to a page after batch_get has raised.",
     requires=Feature.CONTROL,
     needs=("thawed_server",),
 )
@@ -182,7 +182,7 @@ def page_left_alone_after_error(h: Harness) -> None:
 
 
 @rule(
-    "A server that dies in the middle of batches costs errors and short counts, never wrong bytes.",
+    "A server that dies during batches causes errors and short counts, never wrong bytes.",
     requires=Feature.CONTROL,
     needs=("restarted_server",),
     patience=3,
@@ -192,7 +192,7 @@ def killed_in_mid_batch(h: Harness) -> None:
 
 
 @rule(
-    "A server that freezes in the middle of batches costs errors, never wrong bytes.",
+    "A server that freezes during batches causes errors, never wrong bytes.",
     requires=Feature.CONTROL,
     needs=("page_left_alone_after_error",),
     patience=3,
@@ -234,7 +234,8 @@ def _disturb(h: Harness, disturbance: contextlib.AbstractContextManager[None]) -
 
 
 @rule(
-    "A full store ends batch_set's count and makes set raise BackendFull; what counts is there.",
+    "A full store ends batch_set's count and makes set raise BackendFull; the counted "
+    "pages are stored.",
     requires=Feature.SMALL_STORE,
     patience=2,
 )
@@ -270,7 +271,7 @@ class _Listener(logging.Handler):
 
 
 @rule(
-    "No secret among the settings shows in a log, repr, error, statistic or finding.",
+    "No secret of the settings appears in a log, repr, error, statistic or finding.",
     requires=Feature.SECRETS,
 )
 def secrets_stay_hidden(h: Harness) -> None:

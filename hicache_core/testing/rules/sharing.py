@@ -54,7 +54,7 @@ def close_leaves_the_others(h: Harness) -> None:
 
 
 @rule(
-    "Two processes read what the other has stored, one after the other and at once.",
+    "Two processes read what the other has stored, in turn and at the same time.",
     requires=Feature.SECOND_PROCESS,
     needs=("instances_share", "re_put"),
 )
@@ -80,8 +80,8 @@ def _expect_all_hits(verdicts: list[str], how: str) -> None:
 
 
 @rule(
-    "A process that is killed while it stores leaves whole objects or none; its keys can be stored"
-    " again, at once or after a while, and what is said to be stored then is.",
+    "A process that is killed while it stores leaves whole objects or none. Its keys can "
+    "be stored again, at once or after a while, and are then found.",
     requires=Feature.SECOND_PROCESS,
     needs=("two_processes",),
     patience=5,

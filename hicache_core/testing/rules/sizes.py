@@ -17,7 +17,7 @@ RULES = _book.rules
 
 
 @rule(
-    "An object that is not as long as its page is a miss for batch_get.",
+    "batch_get treats an object of another length than its page as a miss.",
     needs=("get_counts_leading",),
 )
 def wrong_size_is_a_miss(h: Harness) -> None:
@@ -48,7 +48,7 @@ def stays_in_its_page(h: Harness) -> None:
         )
 
 
-@rule("An object of no bytes is an object, not a miss.")
+@rule("An empty object is an object, not a miss.")
 def empty_object(h: Harness) -> None:
     single, *keys = h.keys(3)
     h.backend.set(single, b"")

@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 from pydantic import ValidationError
 
+from hicache_core.config.messages import config_error
 from hicache_core.errors import (
     BackendDenied,
     BackendError,
@@ -454,6 +455,25 @@ def test_a_hanging_link_opens_its_guard_and_the_next_call_passes_it_over(make: M
     next(waiting)
     reading.join(20)
     assert first == filled(KEYS[:2])
+
+
+def test_a_wrong_setting_of_a_link_is_explained_by_the_settings_of_a_link() -> None:
+    def message(links: object) -> str:
+        with pytest.raises(ValidationError) as caught:
+            ChainConfig.model_validate({"links": links})
+        return str(config_error(caught.value, ChainConfig, prefix="chain."))
+
+    assert message([{"backend": "memory", "nam": "x"}]) == (
+        "chain.links.0.nam: unknown setting; did you mean 'name'?"
+    )
+    assert message([{"backend": "memory", "guard": {"retrys": 1}}]) == (
+        "chain.links.0.guard.retrys: unknown setting; did you mean 'retries'?"
+    )
+    assert message([{}]).startswith(
+        "chain.links.0.backend: this setting is required (name of the backend"
+    )
+    assert message([]).startswith("chain.links = []: ")
+    assert message([{"backend": "memory"}] * 2).startswith("chain: two links are named 'memory'")
 
 
 def test_settings_of_a_chain_are_checked() -> None:
