@@ -265,7 +265,13 @@ class Parts:
                 self.tell_stored(Tier.HOST, node)
 
     def tell_removed(self, tier: Tier, node: Node, cause: str) -> None:
-        """Counts, and tells the journal, that ``tier`` is about to lose the pages of ``node``."""
+        """Counts, and tells the journal, that a tier is about to lose pages.
+
+        Args:
+            tier: the tier.
+            node: whose pages leave it.
+            cause: as in ``Journal.removed``.
+        """
         self.removals.add(tier, cause, node.n_pages)
         if self.journal is not None:
             self.journal.removed(tier, self.page_run(node), cause)

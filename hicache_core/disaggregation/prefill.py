@@ -28,7 +28,13 @@ class Outbox:
     def __init__(
         self, transfer: KvTransferBackend, timeout_s: float, counts: TransferCounts
     ) -> None:
-        """``transfer`` is open; a room that is not handed over in ``timeout_s`` has failed."""
+        """Starts without rooms.
+
+        Args:
+            transfer: open.
+            timeout_s: a room that is not handed over by then has failed.
+            counts: of this node, updated here.
+        """
         self._transfer = transfer
         self._timeout_s = timeout_s
         self._counts = counts

@@ -30,7 +30,13 @@ class PageTable:
     """
 
     def __init__(self, cache: Controller, namespace: Namespace, priority: int) -> None:
-        """Empty; ``begin`` fills it."""
+        """Starts empty; ``begin`` fills it.
+
+        Args:
+            cache: whose pages the table holds.
+            namespace: of the request.
+            priority: of its pages, under the priority eviction policy.
+        """
         self.pages = array("i")
         self.is_sent = False
         self._cache = cache

@@ -49,7 +49,16 @@ class Task:
         sampler: Sampler,
         stream: TextStream,
     ) -> None:
-        """Keeps its arguments; ``number`` counts the requests in the order of their arrival."""
+        """Keeps its arguments.
+
+        Args:
+            request: what was asked.
+            number: counts the requests in the order of their arrival.
+            on_output: called with each output.
+            table: the pages of the request, empty.
+            sampler: chooses the tokens of the answer.
+            stream: makes text of them.
+        """
         self.request = request
         self.table = table
         self.tokens = array("I", request.tokens)

@@ -96,7 +96,13 @@ class OpenAIForm:
         return self._piece(index, {"role": "assistant", "content": ""}, None)
 
     def piece(self, index: int, text: str, finish_reason: str | None) -> dict[str, object]:
-        """What one step brought."""
+        """One piece of the stream: the text of one step.
+
+        Args:
+            index: number of the choice, from 0.
+            text: new text; may be empty.
+            finish_reason: why the choice ended; None if it goes on.
+        """
         delta = {"content": text} if text else {}
         return self._piece(index, delta if self.kind == "chat" else text, finish_reason)
 

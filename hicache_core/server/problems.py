@@ -58,7 +58,14 @@ class Problem(Exception):
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        """``param`` names the field that is wrong, if it is one."""
+        """Keeps its arguments.
+
+        Args:
+            status: of the HTTP answer.
+            message: for the client.
+            param: the field that is wrong; None if it is not a field.
+            headers: of the HTTP answer.
+        """
         super().__init__(message)
         self.status = status
         self.message = message
@@ -96,7 +103,13 @@ class ErrorAnswer(BaseModel):
 def json_answer(
     value: object, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """A JSON response in ASCII, so that any text in it can be encoded."""
+    """A JSON response in ASCII, so that any text in it can be encoded.
+
+    Args:
+        value: the body; what JSON does not know is written as text.
+        status: of the HTTP answer.
+        headers: further headers.
+    """
     return Response(json.dumps(value, default=str), status, headers, "application/json")
 
 

@@ -45,7 +45,14 @@ class Prompts:
     def __init__(
         self, tokenizer: Any, limits: Limits, names: RequestNames, rooms: Rooms | None = None
     ) -> None:
-        """``tokenizer`` is transformers'; no ``rooms``: none taken. ``close`` ends the encoder."""
+        """Starts the encoder; ``close`` ends it.
+
+        Args:
+            tokenizer: that of the model, from transformers.
+            limits: what a request may ask for.
+            names: gives each request its id.
+            rooms: checks the rooms that requests name; None ignores them.
+        """
         self.limits = limits
         self._rooms = rooms
         self._encoder = Encoder(tokenizer, limits.context_length)

@@ -118,7 +118,16 @@ class RankProcesses:
 
 
 def work(rank: int, port: int, settings: ServerSettings, device: str) -> None:
-    """A rank's whole life, as the main function of its process; ends with status 1 if it fails."""
+    """Runs a rank from start to end, as the main function of its process.
+
+    The process exits with status 1 if the rank fails.
+
+    Args:
+        rank: number of this rank, from 1.
+        port: of the store of rank 0 through which the ranks meet, on this machine.
+        settings: of the server, the same on all ranks.
+        device: where torch puts the model, such as ``cpu``.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # rank 0 says when the end has come
     logging.basicConfig(

@@ -36,7 +36,14 @@ def make_engine(
     role: Role | None,
     ranks: TensorRanks | None = None,
 ) -> Engine:
-    """The engine of a rank, not open yet."""
+    """The engine of a rank, not open yet.
+
+    Args:
+        settings: of the server.
+        model: the weights; with several ranks the engine cuts it.
+        role: prefill or decode; None for both.
+        ranks: the ranks of the server; None for a single one.
+    """
     make_scheduler = Scheduler if role is None else role.make_scheduler
     return Engine(
         model, settings.cache, settings.engine, ranks=ranks, make_scheduler=make_scheduler

@@ -74,7 +74,14 @@ def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
 def make_service(
     settings: ServerSettings, model: LoadedModel, engine: Engine, role: Role | None = None
 ) -> Service:
-    """The service over an open engine."""
+    """The service over an open engine.
+
+    Args:
+        settings: of the server.
+        model: what the engine computes; its name and tokenizer are used.
+        engine: open.
+        role: prefill or decode; None for both.
+    """
     limits = Limits(engine.status().context_length, vocabulary_of(model.model))
     name = settings.served_model_name or model.name
     return Service(settings, ServedModel(name, model.tokenizer, limits), engine, role)

@@ -93,7 +93,14 @@ class EventStream(Response):
     def __init__(
         self, bridge: Bridge, asked: Sequence[NamedRequest], http: Request, pieces: Pieces
     ) -> None:
-        """Nothing is submitted before the response is awaited, so it may still be refused."""
+        """Submits nothing before the response is awaited, so requests may still be refused then.
+
+        Args:
+            bridge: to the engine.
+            asked: the requests, submitted together or not at all.
+            http: the client's request, which tells when the client has left.
+            pieces: makes the pieces of the stream.
+        """
         self.status_code = 200
         self.background = None
         self._bridge = bridge
