@@ -153,9 +153,14 @@ def entry(name: str, value: object, module: ModuleType) -> Iterator[str]:
         yield from described(found[1])
     elif inspect.isclass(value):
         yield f"### class `{name}`\n"
-        if not issubclass(value, BaseModel | Exception | Enum):
+        is_made = not issubclass(value, BaseModel | Exception | Enum)
+        if is_made:
             yield f"```text\n{name}{signature(value)}\n```\n"
         yield from described(value.__doc__ if "__doc__" in vars(value) else None)
+        start = inspect.getattr_static(value, "__init__")
+        if is_made and inspect.isfunction(start) and start.__doc__:
+            yield "**`__init__`**\n"
+            yield from described(start.__doc__)
         if not issubclass(value, Exception):
             yield from members(value)
     else:

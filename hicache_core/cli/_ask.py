@@ -109,7 +109,13 @@ def observed(answer: Any, url: str) -> Observation:
 
 
 def ask_if_there(url: str, path: str, *, key: str | None = None) -> Any:
-    """As :func:`ask`, but returns ``{}`` where :func:`ask` would raise."""
+    """As :func:`ask`, but returns ``{}`` where :func:`ask` would raise.
+
+    Args:
+        url: as for :func:`ask`.
+        path: as for :func:`ask`.
+        key: as for :func:`ask`.
+    """
     try:
         return ask(url, path, key=key)
     except click.ClickException:

@@ -20,7 +20,7 @@ class OutFile(click.Path):
         super().__init__(dir_okay=False, writable=True, path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """Returns the path; a path that cannot be written is a usage error."""
+        # docstring inherited; a path that cannot be written is a usage error
         file = Path(os.fsdecode(super().convert(value, param, ctx)))
         folder = file.absolute().parent
         if not folder.is_dir():

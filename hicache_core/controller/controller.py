@@ -335,7 +335,8 @@ class Controller:
         """As ``insert``, for pages that another server computed, and may be storing already.
 
         They go down with the next ``insert`` of this prefix or a longer one. Storage is asked then,
-        in the background, and pages that it has are not written.
+        in the background, and pages that it has are not written. The arguments ``tokens``,
+        ``device_pages``, ``namespace`` and ``priority`` are those of ``insert``.
         """
         result = self._put(tokens, device_pages, namespace, priority)
         self._write_path.received.mark(result.new_nodes)

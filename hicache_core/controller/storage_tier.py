@@ -138,7 +138,13 @@ class StorageTier:
         return clearing
 
     def submit(self, attachment: Attachment, job: Job, judge: Judge | None = None) -> None:
-        """As ``submit_all``, for one job."""
+        """As ``submit_all``, for one job.
+
+        Args:
+            attachment: the backend whose worker gets the job.
+            job: a question, a read or a write.
+            judge: as for ``submit_all``.
+        """
         self.submit_all(attachment, [job], judge)
 
     def submit_all(

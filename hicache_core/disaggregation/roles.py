@@ -75,8 +75,16 @@ class Role:
     ) -> Scheduler:
         """Makes a scheduler with this role's connector, and opens the transfer backend.
 
-        The arguments are those of ``Scheduler``. With several ranks each has a role of its own, and
-        all of them call this: opening is a collective.
+        With several ranks each has a role of its own, and all of them call this: opening is a
+        collective.
+
+        Args:
+            cache: as for ``Scheduler``.
+            runner: as for ``Scheduler``; the transfer backend moves rows of its pool.
+            config: as for ``Scheduler``.
+            n_pages: size of the device pool.
+            clock: seconds, monotonic.
+            ranks: the ranks that compute the model together; None for this process alone.
 
         Raises:
             TransferError, BrokenBackend: the backend does not open.

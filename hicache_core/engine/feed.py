@@ -29,6 +29,14 @@ class Listener(Protocol):
 
         For each layer the calls follow each other without gaps, from 0 on; a request that starts
         over begins at 0 again, in other pages.
+
+        Args:
+            request: whose prompt it is.
+            pages: ids in the device pool, one for each page of the sequence, in order. The array
+                may change after the call, so a listener that keeps it copies it.
+            layer: index among the layers in memory.
+            start: position of the first token.
+            stop: position after the last token.
         """
         ...
 

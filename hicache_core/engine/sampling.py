@@ -61,9 +61,13 @@ class Sampler:
         self._ends = frozenset(own).union(params.stop_token_ids)
 
     def choose(self, logits: torch.Tensor, position: int, tokens: array[int] | None = None) -> int:
-        """The token at ``position`` of the answer, by its logits (vocabulary,), float32.
+        """The token at ``position`` of the answer.
 
-        ``tokens``, an array of type I, are prompt and answer so far: the model's rules need them.
+        Args:
+            logits: (vocabulary,), float32; not changed.
+            position: of the token in the answer, from 0.
+            tokens: prompt and answer so far, an array of type I, which the model's rules need;
+                None to choose without these rules.
         """
         params = self._params
         if tokens is not None:

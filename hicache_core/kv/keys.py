@@ -200,12 +200,6 @@ class PageKeys(Sequence[str]):
 
     So the scheduler gives a job its keys at no cost, and a storage thread computes them, without
     Python's lock if the native module is built. A slice shares the computed digests.
-
-    Args:
-        storage_namespace: prefix of every key.
-        tokens: packed token ids of the pages; a view must be of immutable bytes.
-        page_size: tokens in a page.
-        parent: digest of the page before the first, or the chain's seed.
     """
 
     def __init__(
@@ -215,6 +209,14 @@ class PageKeys(Sequence[str]):
         page_size: int,
         parent: bytes = b"",
     ) -> None:
+        """Hashes nothing yet.
+
+        Args:
+            storage_namespace: prefix of every key.
+            tokens: packed token ids of the pages; a view must be of immutable bytes.
+            page_size: tokens in a page.
+            parent: digest of the page before the first, or the chain's seed.
+        """
         n_pages = len(tokens) // (page_size * TOKEN_NBYTES)
         self._chain = _Chain(storage_namespace, tokens, page_size, parent)
         self._range = range(n_pages)

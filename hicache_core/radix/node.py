@@ -80,6 +80,14 @@ class Node:
     def __init__(
         self, parent: Node | None, key: bytes, tokens: bytes | memoryview, n_pages: int
     ) -> None:
+        """In no tier yet; the caller puts it among the children of ``parent``.
+
+        Args:
+            parent: the node that holds the pages before; None for a root.
+            key: packed tokens of the first page (the seed, for a root).
+            tokens: packed tokens of all its pages; empty for a root.
+            n_pages: number of its pages; 0 for a root.
+        """
         self.parent = parent
         self.children: dict[bytes, Node] = {}
         self.key = key

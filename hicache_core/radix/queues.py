@@ -30,6 +30,13 @@ class QueueEntry(Entry):
     __slots__ = ("queue", "uses")
 
     def __init__(self, node: Node | None, queue: int, uses: int = 0) -> None:
+        """Rests: it is in no queue yet.
+
+        Args:
+            node: has this place; None for the head of a queue.
+            queue: ``NEW`` or ``PROVEN``.
+            uses: first value of the policy's count.
+        """
         super().__init__(node)
         self.queue = queue
         self.uses = uses

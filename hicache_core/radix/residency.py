@@ -98,7 +98,13 @@ class Residency:
         return pages
 
     def renew(self, node: Node, *, used: bool = False, inserted: bool = False) -> None:
-        """Tell both orders that the path to ``node`` was matched (``used``) or inserted."""
+        """Tell both orders that a path was matched or inserted.
+
+        Args:
+            node: the end of the path.
+            used: it was matched.
+            inserted: it was inserted, and a node of it is new on the device.
+        """
         touch_device = self.device_order.touch(used=used, inserted=inserted)
         touch_host = self.host_order.touch(used=used, inserted=False)
         for at in path_to_root(node):

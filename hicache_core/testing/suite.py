@@ -70,7 +70,15 @@ class StorageBackendTests:
         quota_store: Recipe | None,
         expiring_store: Recipe | None,
     ) -> Target:
-        """The backend under test, with all fixtures."""
+        """The backend under test, with all fixtures.
+
+        Args:
+            recipe: the fixture of that name.
+            store_control: the fixture of that name; None without ``Feature.CONTROL``.
+            small_store: the fixture of that name; None without ``Feature.SMALL_STORE``.
+            quota_store: the fixture of that name; None without ``Feature.QUOTA``.
+            expiring_store: the fixture of that name; None without ``Feature.TTL``.
+        """
         return Target(recipe, store_control, small_store, quota_store, expiring_store)
 
     @classmethod

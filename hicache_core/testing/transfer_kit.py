@@ -88,7 +88,7 @@ class HeldMemory(PageMemory):
     def segments(
         self, layer: int, pages: Sequence[int], start: int, stop: int, heads: tuple[int, int]
     ) -> list[memoryview]:
-        """As promised, but not at once."""
+        # docstring inherited; the answer comes late, to any thread but the owner
         found = PageMemory.segments(self, layer, pages, start, stop, heads)
         if threading.current_thread() is not self.owner:
             self.asked.set()
@@ -256,7 +256,13 @@ class TransferKit:
     def test_prefill_and_decode_may_be_divided_differently(
         self, n_senders: int, n_receivers: int, introduced: bool
     ) -> None:
-        """A receiver knows all senders, or one that was introduced to the others."""
+        """A receiver knows all senders, or one that was introduced to the others.
+
+        Args:
+            n_senders: ranks of the prefill side.
+            n_receivers: ranks of the decode side.
+            introduced: whether the senders know each other, and a receiver one of them.
+        """
         whole = memory_of(spec_of(), seed=5)
         prefills = [self._shard(whole, rank, n_senders) for rank in range(n_senders)]
         decodes = [self._shard(None, rank, n_receivers) for rank in range(n_receivers)]

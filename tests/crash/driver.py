@@ -21,7 +21,7 @@ from pathlib import Path
 
 from hicache_core.storage.file.records import BLOCK_NBYTES
 from hicache_core.storage.sealed import SealedBackend
-from tests.crash.ledger import Ledger, held_nbytes, payload_nbytes
+from tests.crash.reports import Reports, held_nbytes, payload_nbytes
 from tests.crash.writer import HEADER_NBYTES, Plan, opened, read, write
 
 WITNESS_PAUSE_S = 0.02
@@ -49,55 +49,55 @@ class Writer:
         os.close(listen)
         self._text = b""
 
-    def hear(self, ledger: Ledger, seconds: float = 0.0) -> None:
+    def hear(self, reports: Reports, seconds: float = 0.0) -> None:
         """Takes over what it has said, and says within ``seconds``."""
         end = time.monotonic() + seconds
         while select.select([self.pipe], [], [], max(0.0, end - time.monotonic()))[0]:
-            if not self._take(ledger):
+            if not self._take(reports):
                 return
 
-    def kill(self, ledger: Ledger) -> None:
+    def kill(self, reports: Reports) -> None:
         """Ends it in the middle of whatever it does, and takes over its last words."""
         os.kill(self.pid, signal.SIGKILL)
-        self._end(ledger)
+        self._end(reports)
         _, status = os.waitpid(self.pid, 0)
         assert os.WIFSIGNALED(status), f"the writer ended by itself: {status}"
-        ledger.buried(self.run, time.time())
+        reports.buried(self.run, time.time())
 
-    def stop(self, ledger: Ledger) -> None:
+    def stop(self, reports: Reports) -> None:
         """Lets it close its store and end."""
         os.write(self._stop, b"x")
-        self._end(ledger)
+        self._end(reports)
         _, status = os.waitpid(self.pid, 0)
         assert status == 0, f"a writer that was told to stop ended with status {status}"
 
-    def _end(self, ledger: Ledger) -> None:
-        while self._take(ledger):
+    def _end(self, reports: Reports) -> None:
+        while self._take(reports):
             pass
         os.close(self.pipe)
         os.close(self._stop)
 
-    def _take(self, ledger: Ledger) -> bool:
+    def _take(self, reports: Reports) -> bool:
         """Takes over what is in the pipe; False at its end."""
         data = os.read(self.pipe, 1 << 16)
         *lines, self._text = (self._text + data).split(b"\n")
         for text in lines:
-            ledger.take(text.decode())
+            reports.take(text.decode())
         return bool(data)
 
 
 class Examination:
-    """Opens the store beside whoever uses it, and holds it against the ledger.
+    """Opens the store beside whoever uses it, and holds it against the reports.
 
     Attributes:
         may_return: keys that were deleted before the index was lost; a rebuilt one may have them.
         n_hits: objects that were read.
     """
 
-    def __init__(self, path: Path, max_nbytes: int, ledger: Ledger) -> None:
+    def __init__(self, path: Path, max_nbytes: int, reports: Reports) -> None:
         self._path = path
         self._max_nbytes = max_nbytes
-        self._ledger = ledger
+        self._reports = reports
         self._examined: set[str] = set()
         self.may_return: set[str] = set()
         self.n_hits = 0
@@ -105,7 +105,7 @@ class Examination:
     def lose_index(self) -> None:
         """Removes the index; whoever opens the store next builds it anew."""
         (self._path / "index.sqlite").unlink()
-        self.may_return = self._ledger.gone()
+        self.may_return = self._reports.gone()
 
     def run(self, *, everything: bool, other: Writer | None = None) -> None:
         """Examines the store.
@@ -114,12 +114,12 @@ class Examination:
             everything: read all that is stored, not only what was never read before.
             other: a writer that works meanwhile.
         """
-        gone, owed = self._ledger.gone() - self.may_return, self._owed()
+        gone, owed = self._reports.gone() - self.may_return, self._owed()
         with closing(opened(self._path, self._max_nbytes)) as backend:
             backend.inner.check_integrity()
             stored = set(backend.inner.list_keys(""))
             if other is not None:  # what it said before the list was made has to be known
-                other.hear(self._ledger)
+                other.hear(self._reports)
             self._check_keys(stored, gone, owed & self._owed())
             if other is None:
                 assert len(list((self._path / "owners").iterdir())) == 1
@@ -137,13 +137,13 @@ class Examination:
             self._check_directory()
 
     def _owed(self) -> set[str]:
-        owed = self._ledger.owed(self._max_nbytes)
+        owed = self._reports.owed(self._max_nbytes)
         return {key for batch in owed for key in batch.page_keys()}
 
     def _check_keys(self, stored: set[str], gone: set[str], owed: set[str]) -> None:
         missing = sorted(owed - stored)
         assert not missing, f"acknowledged, but lost: {missing[:5]} of {len(missing)}"
-        unknown = sorted(stored - self._ledger.keys.keys())
+        unknown = sorted(stored - self._reports.keys.keys())
         assert not unknown, f"nobody stored {unknown[:5]}"
         back = sorted(stored & gone)
         assert not back, f"deleted, but there: {back[:5]}"
@@ -196,18 +196,18 @@ def moment(rng: random.Random) -> float:
 
 def run(path: Path, max_nbytes: int, n_kills: int, seed: int, *, witness: bool) -> dict[str, int]:
     """Kills a writer ``n_kills`` times; with ``witness`` a second one works on all the time."""
-    rng, ledger = random.Random(seed), Ledger()
-    examination = Examination(path, max_nbytes, ledger)
+    rng, reports = random.Random(seed), Reports()
+    examination = Examination(path, max_nbytes, reports)
     other = Writer(path, max_nbytes, Plan(n_kills, seed, WITNESS_PAUSE_S)) if witness else None
     for n in range(n_kills):
         if other is None and n % 10 == 9:  # the next writer may be killed while it rebuilds
             examination.lose_index()
         writer = Writer(path, max_nbytes, Plan(n, seed))
-        writer.hear(ledger, moment(rng))
-        writer.kill(ledger)
+        writer.hear(reports, moment(rng))
+        writer.kill(reports)
         examination.run(everything=False, other=other)
     if other is not None:
-        other.stop(ledger)
+        other.stop(reports)
     examination.run(everything=True)
     examination.lose_index()
     examination.run(everything=True)
@@ -215,10 +215,10 @@ def run(path: Path, max_nbytes: int, n_kills: int, seed: int, *, witness: bool) 
         n_objects = int(backend.stats()["objects"])
     return {
         "kills": n_kills,
-        "acknowledged": sum(b.n for b, e in ledger.entries.items() if e.acknowledged),
-        "interrupted": sum(not e.acknowledged for e in ledger.entries.values()),
-        "deleted": len(ledger.gone()),
-        "owed": sum(batch.n for batch in ledger.owed(max_nbytes)),
+        "acknowledged": sum(b.n for b, e in reports.entries.items() if e.acknowledged),
+        "interrupted": sum(not e.acknowledged for e in reports.entries.values()),
+        "deleted": len(reports.gone()),
+        "owed": sum(batch.n for batch in reports.owed(max_nbytes)),
         "objects": n_objects,
         "read": examination.n_hits,
     }

@@ -14,7 +14,7 @@ from hicache_core.storage.file.backend import FileBackend, FileConfig
 from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
 from hicache_core.testing.content import content
 from hicache_core.types import BackendContext, Page
-from tests.crash.ledger import Batch, line, payload_nbytes
+from tests.crash.reports import Batch, line, payload_nbytes
 
 N_THREADS = 3
 

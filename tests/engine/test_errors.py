@@ -11,7 +11,15 @@ import torch
 from hicache_core.engine.runner import Past
 from hicache_core.errors import IntegrityError, RankLost
 from tests.engine.test_engine import Client, engine_of, request
-from tests.engine.world import Desk, desk, greedy, model_of, plain, prompt_of, with_text
+from tests.engine.world import (
+    SteppedEngine,
+    greedy,
+    model_of,
+    plain,
+    prompt_of,
+    stepped_engine,
+    with_text,
+)
 
 POISON = 7
 """A token on which something fails, wherever it stands in a prompt."""
@@ -27,7 +35,7 @@ class NoLuckError(Exception):
     """Fails a request in a test."""
 
 
-def prefill_fails(it: Desk, patch: Patch) -> None:
+def prefill_fails(it: SteppedEngine, patch: Patch) -> None:
     prefill = it.scheduler._runner.prefill
 
     def failing(tokens: Sequence[int], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -38,7 +46,7 @@ def prefill_fails(it: Desk, patch: Patch) -> None:
     patch.setattr(it.scheduler._runner, "prefill", failing)
 
 
-def a_layer_of_prefill_fails(it: Desk, patch: Patch) -> None:
+def a_layer_of_prefill_fails(it: SteppedEngine, patch: Patch) -> None:
     """In the middle: rows of the first layers are written by then."""
     layer = it.loaded.model.model.layers[1]
     forward = layer.forward
@@ -61,7 +69,7 @@ def a_layer_of_prefill_fails(it: Desk, patch: Patch) -> None:
     patch.setattr(layer, "forward", failing)
 
 
-def decode_fails(it: Desk, patch: Patch) -> None:
+def decode_fails(it: SteppedEngine, patch: Patch) -> None:
     """Of the batch, and alone; which of them it was nobody says."""
     decode = it.scheduler._runner.decode
 
@@ -73,34 +81,34 @@ def decode_fails(it: Desk, patch: Patch) -> None:
     patch.setattr(it.scheduler._runner, "decode", failing)
 
 
-def of_the_bad(it: Desk) -> Any:
+def of_the_bad(it: SteppedEngine) -> Any:
     """The task of the request for ``BAD``."""
     everybody = [*it.scheduler._waiting.values(), *it.scheduler._running.values()]
     return next(task for task in everybody if POISON in task.tokens)
 
 
-def sampler_fails(it: Desk, patch: Patch) -> None:
+def sampler_fails(it: SteppedEngine, patch: Patch) -> None:
     def choose(*_: object) -> int:
         raise NoLuckError("nothing to choose from")
 
     patch.setattr(of_the_bad(it).sampler, "choose", choose)
 
 
-def text_fails(it: Desk, patch: Patch) -> None:
+def text_fails(it: SteppedEngine, patch: Patch) -> None:
     def push(token: int, *, may_stop: bool) -> tuple[str, bool]:
         raise NoLuckError("no such character")
 
     patch.setattr(of_the_bad(it)._stream, "push", push)
 
 
-def store_fails(it: Desk, patch: Patch) -> None:
+def store_fails(it: SteppedEngine, patch: Patch) -> None:
     def store(tokens: Sequence[int]) -> None:
         raise NoLuckError("no memory for a node")
 
     patch.setattr(of_the_bad(it).table, "store", store)
 
 
-def admission_fails(it: Desk, patch: Patch) -> None:
+def admission_fails(it: SteppedEngine, patch: Patch) -> None:
     load_back = it.cache.load_back
 
     def failing(match: Any) -> Any:
@@ -125,9 +133,9 @@ FAULTS = [
 @pytest.mark.parametrize("chunk_tokens", [5, 64])
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_what_fails_for_one_request_ends_that_one_alone(
-    fault: Callable[[Desk, Patch], None], chunk_tokens: int, monkeypatch: Patch
+    fault: Callable[[SteppedEngine, Patch], None], chunk_tokens: int, monkeypatch: Patch
 ) -> None:
-    with desk(with_text(model_of()), chunk_tokens=chunk_tokens, max_running=3) as it:
+    with stepped_engine(with_text(model_of()), chunk_tokens=chunk_tokens, max_running=3) as it:
         first = it.ask(OTHER[:9], greedy(6))
         it.step()
         bad = it.ask(BAD, greedy(6))
@@ -148,7 +156,7 @@ def test_what_fails_for_one_request_ends_that_one_alone(
 
 def test_a_batch_that_fails_as_a_whole_is_computed_one_by_one(monkeypatch: Patch) -> None:
     """As of models that cannot mask: each of them is right alone."""
-    with desk(max_running=3) as it:
+    with stepped_engine(max_running=3) as it:
         decode = it.scheduler._runner.decode
 
         def failing(batch: Sequence[Past]) -> torch.Tensor:
@@ -164,7 +172,7 @@ def test_a_batch_that_fails_as_a_whole_is_computed_one_by_one(monkeypatch: Patch
 
 
 def test_a_copy_that_cannot_begin_is_computed_again(monkeypatch: Patch) -> None:
-    with desk() as it:
+    with stepped_engine() as it:
         it.ask(PROMPT, greedy(1))
         it.run()
         it.cache.flush()

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from hicache_core.engine.request import Request
-from tests.engine.world import Desk, desk, greedy, plain, prompt_of
+from tests.engine.world import SteppedEngine, greedy, plain, prompt_of, stepped_engine
 
 
 class Recorder:
     """Listens to requests whose id begins with ``w``; copies rows when it is told of them."""
 
-    def __init__(self, it: Desk) -> None:
+    def __init__(self, it: SteppedEngine) -> None:
         self.pool = it.pool
         self.rows: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
         self.keys: dict[tuple[str, int], list[torch.Tensor]] = defaultdict(list)
@@ -51,7 +51,7 @@ class Recorder:
         """Nothing is to be done."""
 
 
-def listening(it: Desk) -> Recorder:
+def listening(it: SteppedEngine) -> Recorder:
     """A recorder that listens."""
     recorder = Recorder(it)
     it.scheduler.feed.listener = recorder
@@ -61,7 +61,7 @@ def listening(it: Desk) -> Recorder:
 @pytest.mark.parametrize("chunk_tokens", [3, 64])
 def test_each_row_is_told_once_for_each_layer_when_it_is_final(chunk_tokens: int) -> None:
     prompt = prompt_of(22)
-    with desk(chunk_tokens=chunk_tokens) as it:
+    with stepped_engine(chunk_tokens=chunk_tokens) as it:
         it.ask(prompt[:13], greedy(1))
         it.run()
         recorder = listening(it)
@@ -81,7 +81,7 @@ def test_each_row_is_told_once_for_each_layer_when_it_is_final(chunk_tokens: int
 
 
 def test_others_are_not_told() -> None:
-    with desk() as it:
+    with stepped_engine() as it:
         recorder = listening(it)
         it.ask(prompt_of(9), request_id="other")
         it.run()
@@ -90,7 +90,7 @@ def test_others_are_not_told() -> None:
 
 
 def test_pages_stay_while_the_listener_reads_them() -> None:
-    with desk(n_pages=8) as it:
+    with stepped_engine(n_pages=8) as it:
         recorder = listening(it)
         recorder.held.add("w")
         it.ask(prompt_of(22), greedy(1), request_id="w")
@@ -107,7 +107,7 @@ def test_pages_stay_while_the_listener_reads_them() -> None:
 
 
 def test_a_client_that_leaves_ends_what_the_listener_heard() -> None:
-    with desk(chunk_tokens=5) as it:
+    with stepped_engine(chunk_tokens=5) as it:
         recorder = listening(it)
         it.ask(prompt_of(22), greedy(1), request_id="w")
         it.step()

@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from hicache_core.types import CachedTokens
-from tests.engine.world import PAGE_SIZE, Desk, cache_config, desk, greedy, plain, prompt_of
+from tests.engine.world import (
+    PAGE_SIZE,
+    SteppedEngine,
+    cache_config,
+    greedy,
+    plain,
+    prompt_of,
+    stepped_engine,
+)
 
 
 def on_file(path: Path, **changes: Any) -> Any:
@@ -14,7 +22,7 @@ def on_file(path: Path, **changes: Any) -> Any:
     return cache_config(hicache_storage_backend="file", extra={"path": str(path)}, **changes)
 
 
-def used_host_pages(it: Desk) -> int:
+def used_host_pages(it: SteppedEngine) -> int:
     """Host pages that are not free."""
     host = it.cache.snapshot().host
     assert host is not None
@@ -26,7 +34,7 @@ def test_host_pages_of_a_decode_are_free_once_stored_and_the_next_turn_finds_all
 ) -> None:
     prompt = prompt_of(22)
     config = on_file(tmp_path, hicache_host_retention="free_once_stored")
-    with desk(cache=config, offload_stride=1) as it:
+    with stepped_engine(cache=config, offload_stride=1) as it:
         asked = it.ask(prompt, greedy(40))
         it.run_until(lambda: len(it.tokens(asked)) == 30)
         stored_pages = it.cache.counters.stored_pages
@@ -39,7 +47,7 @@ def test_host_pages_of_a_decode_are_free_once_stored_and_the_next_turn_finds_all
         assert stored_pages > 22 // PAGE_SIZE, "while decoding, not only at the end"
         assert it.cache.counters.stored_pages == n_pages
         assert used_host_pages(it) == 0
-    with desk(cache=on_file(tmp_path)) as other:
+    with stepped_engine(cache=on_file(tmp_path)) as other:
         longer = history + prompt_of(5, seed=3)
         asked = other.ask(longer)
         other.run()

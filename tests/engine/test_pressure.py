@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from hicache_core.copies.base import Direction
 from hicache_core.errors import LoadFailed
 from hicache_core.types import CachedTokens
-from tests.engine.world import PAGE_SIZE, Desk, cache_config, desk, greedy, plain, prompt_of
+from tests.engine.world import (
+    PAGE_SIZE,
+    SteppedEngine,
+    cache_config,
+    greedy,
+    plain,
+    prompt_of,
+    stepped_engine,
+)
 
 POLICIES = ["write_through", "write_through_selective", "write_back"]
 
@@ -21,7 +29,8 @@ POLICIES = ["write_through", "write_through_selective", "write_back"]
 def test_a_pool_too_small_for_all_makes_the_last_wait_again(policy: str) -> None:
     prompts = [prompt_of(6, seed=n) for n in range(4)]
     config = cache_config(hicache_write_policy=policy)
-    with desk(n_pages=12, cache=config, max_running=4) as it:  # each needs 8 pages in the end
+    # Each needs 8 pages in the end.
+    with stepped_engine(n_pages=12, cache=config, max_running=4) as it:
         asked = [it.ask(prompt, greedy(26)) for prompt in prompts]
         it.run()
         for request_id, prompt in zip(asked, prompts, strict=True):
@@ -30,7 +39,7 @@ def test_a_pool_too_small_for_all_makes_the_last_wait_again(policy: str) -> None
 
 
 def test_the_first_in_order_is_never_made_to_wait_again() -> None:
-    with desk(n_pages=12, max_running=4) as it:
+    with stepped_engine(n_pages=12, max_running=4) as it:
         asked = [it.ask(prompt_of(6, seed=n), greedy(26)) for n in range(4)]
         ended: list[str] = []
         while it.is_busy:
@@ -47,7 +56,7 @@ def test_the_first_in_order_is_never_made_to_wait_again() -> None:
 
 def test_a_request_that_fills_the_pool_alone_is_answered() -> None:
     prompt = prompt_of(6)
-    with desk(n_pages=8) as it:
+    with stepped_engine(n_pages=8) as it:
         asked = it.ask(prompt, greedy(26))
         other = it.ask(prompt_of(30, seed=1), greedy(2))
         it.run()
@@ -57,7 +66,7 @@ def test_a_request_that_fills_the_pool_alone_is_answered() -> None:
 
 def test_what_a_preempted_request_had_is_cache_when_it_comes_back() -> None:
     """Its ``cached`` stays what it was when it was admitted first."""
-    with desk(n_pages=12, max_running=2) as it:
+    with stepped_engine(n_pages=12, max_running=2) as it:
         first = it.ask(prompt_of(6, seed=0), greedy(26))
         second = it.ask(prompt_of(6, seed=1), greedy(26))
         it.run_until(lambda: it.scheduler.tally.preempted > 0)
@@ -81,7 +90,7 @@ def test_what_a_preempted_request_has_lost_is_loaded_from_storage(
         hicache_storage_prefetch_policy=policy,
         hicache_host_retention="free_once_stored",
     )
-    with desk(n_pages=12, cache=config, max_running=2) as it:
+    with stepped_engine(n_pages=12, cache=config, max_running=2) as it:
         first = it.ask(prompt_of(6, seed=0), greedy(26))
         second = it.ask(prompt_of(6, seed=1), greedy(26))
         it.run_until(lambda: it.scheduler.tally.preempted > 0)
@@ -106,7 +115,7 @@ def test_what_a_preempted_request_has_lost_is_loaded_from_storage(
 
 def test_a_preempted_request_whose_pages_are_still_there_asks_nobody() -> None:
     config = cache_config(hicache_storage_backend="memory")
-    with desk(n_pages=12, cache=config, max_running=2) as it:
+    with stepped_engine(n_pages=12, cache=config, max_running=2) as it:
         it.ask(prompt_of(6, seed=0), greedy(26))
         second = it.ask(prompt_of(6, seed=1), greedy(26))
         it.run()
@@ -119,7 +128,7 @@ def test_a_preempted_request_whose_pages_are_still_there_asks_nobody() -> None:
 def test_a_client_may_leave_in_every_state(n_steps: int) -> None:
     """Waiting, inside its prompt, at the first token, while decoding, when it has ended."""
     prompt, other = prompt_of(17), prompt_of(9, seed=1)
-    with desk(chunk_tokens=5, max_running=2) as it:
+    with stepped_engine(chunk_tokens=5, max_running=2) as it:
         stays = it.ask(other, greedy(12))
         leaves = it.ask(prompt, greedy(3))
         for _ in range(n_steps):
@@ -135,7 +144,7 @@ def test_a_client_may_leave_in_every_state(n_steps: int) -> None:
 
 def test_a_client_may_leave_while_storage_is_asked() -> None:
     config = cache_config(hicache_storage_backend="memory")
-    with desk(cache=config) as it:
+    with stepped_engine(cache=config) as it:
         asked = it.ask(prompt_of(21))
         it.scheduler.abort(asked)
         assert it.last(asked).finish_reason == "abort"
@@ -145,7 +154,7 @@ def test_a_client_may_leave_while_storage_is_asked() -> None:
 class FailingLoads:
     """Lets the next ``n`` waits for a layer of a cache fail, as a copy that failed does."""
 
-    def __init__(self, it: Desk, monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    def __init__(self, it: SteppedEngine, monkeypatch: pytest.MonkeyPatch, n: int) -> None:
         self._left = n
         self._wait: Callable[[int], None] = it.cache.wait_layer
         monkeypatch.setattr(it.cache, "wait_layer", self)
@@ -163,7 +172,7 @@ def test_a_request_whose_prefix_does_not_arrive_starts_over(
     n_failures: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompt = prompt_of(21)
-    with desk() as it:
+    with stepped_engine() as it:
         it.ask(prompt, greedy(1))
         it.run()
         it.cache.flush()
@@ -184,7 +193,7 @@ def test_a_copy_that_fails_costs_a_computation_and_nothing_else(
 ) -> None:
     """The copy itself raises, on the copy thread; requests with the same prefix are beside it."""
     prompt = prompt_of(21)
-    with desk(max_running=4) as it:
+    with stepped_engine(max_running=4) as it:
         it.ask(prompt, greedy(1))
         it.run()
         it.cache.flush()
@@ -242,7 +251,7 @@ def test_any_schedule_ends_with_the_tokens_of_plain_generate(
     storage: str | None,
 ) -> None:
     config = cache_config(hicache_write_policy=policy, hicache_storage_backend=storage)
-    with desk(
+    with stepped_engine(
         n_pages=n_pages,
         cache=config,
         max_running=3,

@@ -7,7 +7,15 @@ from random import Random
 import pytest
 
 from tests.engine.test_kv_feed import listening
-from tests.engine.world import PAGE_SIZE, Desk, cache_config, desk, greedy, plain, prompt_of
+from tests.engine.world import (
+    PAGE_SIZE,
+    SteppedEngine,
+    cache_config,
+    greedy,
+    plain,
+    prompt_of,
+    stepped_engine,
+)
 
 N_WORLDS = 30
 POLICIES = ["write_through", "write_through_selective", "write_back"]
@@ -18,7 +26,7 @@ def test_a_prompt_that_is_asked_again_ends_in_a_pool_that_it_fills_alone(
     offload_stride: int,
 ) -> None:
     prompt = prompt_of(20)
-    with desk(n_pages=13, offload_stride=offload_stride) as it:
+    with stepped_engine(n_pages=13, offload_stride=offload_stride) as it:
         for _ in range(3):
             asked = it.ask(prompt, greedy(32))
             it.run()
@@ -27,7 +35,7 @@ def test_a_prompt_that_is_asked_again_ends_in_a_pool_that_it_fills_alone(
 
 def test_two_equal_requests_share_what_they_generate() -> None:
     prompt = prompt_of(4 * PAGE_SIZE)
-    with desk(n_pages=40, offload_stride=1) as it:
+    with stepped_engine(n_pages=40, offload_stride=1) as it:
         asked = [it.ask(prompt, greedy(20)) for _ in range(2)]
         it.run_until(lambda: len(it.tokens(asked[1])) == 15)
         n_shared = 4 + 14 // PAGE_SIZE  # whole pages; each has one more that is begun
@@ -42,7 +50,7 @@ def test_two_equal_requests_share_what_they_generate() -> None:
 def test_a_request_that_is_sent_gives_its_second_copies_up_for_room() -> None:
     """Pages that a listener reads stay as they are, so the tree has others for the same tokens."""
     prompt = prompt_of(20)
-    with desk(n_pages=14, offload_stride=1, max_running=2) as it:
+    with stepped_engine(n_pages=14, offload_stride=1, max_running=2) as it:
         listening(it)
         for n_new in (12, 32):
             it.ask(prompt, greedy(n_new), request_id=f"w{n_new}")
@@ -50,7 +58,7 @@ def test_a_request_that_is_sent_gives_its_second_copies_up_for_room() -> None:
         assert it.tokens("w32") == plain(it.loaded, prompt, 32)
 
 
-def _live(it: Desk, draw: Random, n_pages: int) -> None:
+def _live(it: SteppedEngine, draw: Random, n_pages: int) -> None:
     """Requests for three prompts and what they begin with, at random moments."""
     families = [prompt_of(20, seed=n) for n in range(3)]
     asked: dict[str, tuple[list[int], int]] = {}
@@ -86,7 +94,7 @@ def test_in_every_random_world_all_requests_end(offload_stride: int) -> None:
             hicache_size=0,
             enable_hierarchical_cache=draw.random() < 0.8,
         )
-        with desk(
+        with stepped_engine(
             n_pages=n_pages,
             cache=config,
             max_running=draw.randint(1, 4),

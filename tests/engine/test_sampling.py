@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from hicache_core.engine.request import SamplingParams
 from hicache_core.engine.sampling import Sampler, check_sampling
 from hicache_core.errors import ConfigError
-from tests.engine.world import EOS, Desk, desk, greedy, model_of, prompt_of, with_text
+from tests.engine.world import (
+    EOS,
+    SteppedEngine,
+    greedy,
+    model_of,
+    prompt_of,
+    stepped_engine,
+    with_text,
+)
 
 LOGITS = torch.tensor([0.5, 3.0, 2.0, 1.0, -1.0])
 
@@ -104,13 +112,13 @@ def test_what_is_out_of_range_is_named(name: str, value: object) -> None:
         check_sampling(SamplingParams(**{name: value}))  # type: ignore[arg-type]
 
 
-def ask_hot(it: Desk, seed: int) -> str:
+def ask_hot(it: SteppedEngine, seed: int) -> str:
     """A request whose tokens come by chance."""
     return it.ask(prompt_of(9), SamplingParams(max_new_tokens=12, temperature=3.0, seed=seed))
 
 
 def test_equal_seeds_give_equal_answers_whatever_runs_beside() -> None:
-    with desk(n_pages=200) as it:
+    with stepped_engine(n_pages=200) as it:
         alone = ask_hot(it, 5)
         it.run()
         beside = [it.ask(prompt_of(3 + n, seed=n), greedy(20)) for n in range(4)]
@@ -124,10 +132,10 @@ def test_equal_seeds_give_equal_answers_whatever_runs_beside() -> None:
 
 
 def test_equal_seeds_give_equal_answers_after_preemption() -> None:
-    with desk(n_pages=200) as it:
+    with stepped_engine(n_pages=200) as it:
         calm = [ask_hot(it, seed) for seed in range(4)]
         it.run()
-    with desk(n_pages=9, max_running=4) as tight:
+    with stepped_engine(n_pages=9, max_running=4) as tight:
         pressed = [ask_hot(tight, seed) for seed in range(4)]
         tight.run()
         assert tight.scheduler.tally.preempted > 0
@@ -136,7 +144,7 @@ def test_equal_seeds_give_equal_answers_after_preemption() -> None:
 
 def test_a_stop_token_ends_the_answer_and_is_no_text() -> None:
     loaded = with_text(model_of())
-    with desk(loaded) as it:
+    with stepped_engine(loaded) as it:
         free = it.ask(prompt_of(9), greedy(8, ignore_eos=True))
         it.run()
         tokens = it.tokens(free)
@@ -154,7 +162,7 @@ def test_a_stop_token_ends_the_answer_and_is_no_text() -> None:
 def test_end_of_sequence_ends_the_answer_unless_ignored() -> None:
     """The model is made to prefer its end, by a temperature of 0 and a bias on the logits."""
     loaded = with_text(model_of())
-    with desk(loaded) as it:
+    with stepped_engine(loaded) as it:
         decode = it.scheduler._runner.decode
 
         def biased(batch: object) -> torch.Tensor:

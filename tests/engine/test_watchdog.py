@@ -7,12 +7,12 @@ from typing import Any
 
 from hicache_core.engine.watchdog import Watchdog
 from tests.engine.test_engine import PATIENCE_S, Client, engine_of, request
-from tests.engine.world import Desk, desk, greedy, prompt_of
+from tests.engine.world import SteppedEngine, greedy, prompt_of, stepped_engine
 
 LIMIT_S = 10.0
 
 
-def stalled(it: Desk, after_s: float = 0.0) -> str:
+def stalled(it: SteppedEngine, after_s: float = 0.0) -> str:
     """What a watchdog says so many seconds, which are steps, from now on."""
     tasks = [*it.scheduler._waiting.values(), *it.scheduler._running.values()]
     dog = Watchdog(LIMIT_S, lambda: it.scheduler._clock() + after_s)
@@ -20,7 +20,7 @@ def stalled(it: Desk, after_s: float = 0.0) -> str:
 
 
 def test_a_queue_behind_a_request_that_runs_is_no_alarm() -> None:
-    with desk(max_running=1, chunk_tokens=3) as it:
+    with stepped_engine(max_running=1, chunk_tokens=3) as it:
         it.ask(prompt_of(30), greedy(40))
         it.ask(prompt_of(9, seed=1), greedy(1))
         while it.is_busy:
@@ -29,7 +29,7 @@ def test_a_queue_behind_a_request_that_runs_is_no_alarm() -> None:
 
 
 def test_a_request_that_is_decoded_without_getting_tokens_is_named_though_others_get_some() -> None:
-    with desk(max_running=2) as it:
+    with stepped_engine(max_running=2) as it:
         stuck = it.ask(prompt_of(9), greedy(40))
         it.ask(prompt_of(9, seed=1), greedy(40))
         it.step()
@@ -49,7 +49,7 @@ def test_a_request_that_is_decoded_without_getting_tokens_is_named_though_others
 
 
 def test_a_request_that_nobody_starts_is_named() -> None:
-    with desk() as it:
+    with stepped_engine() as it:
         asked = it.ask(prompt_of(9))
         assert not stalled(it, LIMIT_S / 2)
         assert f"request {asked} waits with a prompt of 9 tokens" in stalled(it, 2 * LIMIT_S)

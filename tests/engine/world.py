@@ -87,7 +87,7 @@ def greedy(n_new: int = 8, **changes: Any) -> SamplingParams:
     return SamplingParams(max_new_tokens=n_new, temperature=0.0, **changes)
 
 
-class Desk:
+class SteppedEngine:
     """A scheduler without a thread: requests go in, steps are made by the test.
 
     After each step everything that must hold is checked.
@@ -191,22 +191,31 @@ class Desk:
 
 
 @contextmanager
-def desk(
+def stepped_engine(
     loaded: LoadedModel | None = None,
     *,
     n_pages: int = 64,
     cache: HiCacheConfig | None = None,
     **config: Any,
-) -> Iterator[Desk]:
-    """A desk with a cache of its own; at the end, no page may be held by anybody but the tree."""
+) -> Iterator[SteppedEngine]:
+    """One with a cache of its own; at the end, no page may be held by anybody but the tree."""
     loaded = loaded or model_of()
     cache_settings = cache or cache_config()
     spec = kv_spec_of(loaded.model, fingerprint_of_model(loaded.model))
     pool = DevicePool(spec, cache_settings.page_size, n_pages)
     with HiCache(cache_settings, spec, pool) as opened:
-        made = Desk(loaded, opened, pool, EngineConfig(**config))
+        made = SteppedEngine(loaded, opened, pool, EngineConfig(**config))
         yield made
         made.scheduler.abort_all()
 
 
-__all__ = ["Desk", "cache_config", "desk", "greedy", "model_of", "plain", "prompt_of", "with_text"]
+__all__ = [
+    "SteppedEngine",
+    "cache_config",
+    "greedy",
+    "model_of",
+    "plain",
+    "prompt_of",
+    "stepped_engine",
+    "with_text",
+]

@@ -49,7 +49,7 @@ class Turn:
 
 
 @dataclass
-class Ledger:
+class TierModel:
     """Which prefixes are where: a dumb model of the tiers, in whole pages, with room for all."""
 
     page_size: int
@@ -128,11 +128,11 @@ def check_tokens(turns: Sequence[Turn], reference: Reference) -> None:
 
 def check_hits(turns: Sequence[Turn], shape: Shape) -> None:
     """From the second turn on, every prompt found all that was computed before, where it was."""
-    ledger = Ledger(shape.page_size)
+    tiers = TierModel(shape.page_size)
     for number in range(shape.n_turns):
         latest = [turn for turn in turns if turn.turn == number]
         if number:
             for turn in latest:
-                assert turn.cached == ledger.expected(turn), (turn.conversation, number)
+                assert turn.cached == tiers.expected(turn), (turn.conversation, number)
         for turn in latest:
-            ledger.take(turn)
+            tiers.take(turn)

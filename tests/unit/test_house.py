@@ -61,6 +61,37 @@ def test_no_function_grows_beyond_its_limit() -> None:
     assert long == {}
 
 
+def _nameless_arguments(file: Path) -> Iterator[str]:
+    """The arguments of public functions with three or more that their docstrings do not name."""
+    source = file.read_text()
+    parts: list[ast.Module | ast.ClassDef] = [ast.parse(source)]
+    while parts:
+        for node in parts.pop().body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                parts.append(node)
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            given = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+            names = [one.arg for one in given if one.arg not in ("self", "cls")]
+            marks = {ast.unparse(one).split("(")[0].split(".")[-1] for one in node.decorator_list}
+            if (
+                len(names) < 3
+                or (node.name.startswith("_") and node.name != "__init__")
+                or marks & {"command", "group", "overload"}  # options of click have help
+                or "# docstring inherited" in (ast.get_source_segment(source, node) or "")
+            ):
+                continue
+            says = ast.get_docstring(node) or ""
+            for name in names:
+                if not re.search(rf"(?m)``{name}``|^ +(\w+, )*{name}(, \w+)*: ", says):
+                    yield f"{file.relative_to(ROOT)}:{node.lineno} {node.name}: {name}"
+
+
+def test_public_functions_name_their_arguments() -> None:
+    nameless = [found for path in SOURCES for found in _nameless_arguments(path)]
+    assert nameless == []
+
+
 def test_layers_are_packages_and_the_contracts_have_hardly_an_exception() -> None:
     """What the contracts say is checked by import-linter, that they stay strict is checked here."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]

@@ -22,17 +22,19 @@ class Copier:
     """Copies pages and lets a worker store them. Drops and counts what exceeds its limit.
 
     Threads: any thread may call any method. ``settle`` and ``close`` block, up to their timeout.
-
-    Args:
-        backend: the link that gets the copies.
-        worker: stores them; ``close`` closes it.
-        max_nbytes: maximum bytes of copies that wait or are being stored.
-        clock: seconds; only differences count.
     """
 
     def __init__(
         self, backend: StorageBackend, worker: Worker, max_nbytes: int, clock: Callable[[], float]
     ) -> None:
+        """Copies nothing yet.
+
+        Args:
+            backend: the link that gets the copies.
+            worker: stores them; ``close`` closes it.
+            max_nbytes: maximum bytes of copies that wait or are being stored.
+            clock: seconds; only differences count.
+        """
         self._backend = backend
         self._worker = worker
         self._max_nbytes = max_nbytes

@@ -103,7 +103,7 @@ class FileBackend(StorageBackend):
     def batch_get_visiting(
         self, keys: Sequence[str], pages: Sequence[Page], arrived: Callable[[int], bool]
     ) -> int:
-        """See ``VisitsPages``; ``arrived`` is called right after a page was read."""
+        # docstring inherited from VisitsPages; ``arrived`` is called right after a page was read
         with self._calls.call() as store:
             version, found = store.lookup(keys)
             rows = self._readable(found, pages)
@@ -132,7 +132,7 @@ class FileBackend(StorageBackend):
     def batch_set_visiting(
         self, keys: Sequence[str], pages: Sequence[Page], leaving: Callable[[int], None]
     ) -> int:
-        """See ``VisitsPages``; ``leaving`` is called right before a page is written."""
+        # docstring inherited from VisitsPages; ``leaving`` is called right before a page is written
         wanted = [
             Wanted(_checked(key), nbytes_of(page)) for key, page in zip(keys, pages, strict=True)
         ]

@@ -58,15 +58,6 @@ class StorageWorker(Worker):
 
     Threads start with the first jobs that need them and end in ``close``. They are daemons: a
     thread that hangs in a backend cannot be stopped and must not keep the interpreter from exiting.
-
-    Args:
-        backend: an open backend.
-        n_threads: maximum number of jobs that run at once, not counting overdue ones.
-        max_read_nbytes: maximum number of bytes of reads that run at once.
-        max_write_nbytes: maximum number of bytes of writes that wait or run.
-        clock: seconds; only differences count.
-        deadline: returns the seconds that a job may take; None for no limit.
-        max_overdue: how many threads with overdue jobs are replaced; None for 4 x ``n_threads``.
     """
 
     def __init__(
@@ -80,6 +71,18 @@ class StorageWorker(Worker):
         deadline: Deadline | None = None,
         max_overdue: int | None = None,
     ) -> None:
+        """Starts no thread yet.
+
+        Args:
+            backend: an open backend.
+            n_threads: maximum number of jobs that run at once, not counting overdue ones.
+            max_read_nbytes: maximum number of bytes of reads that run at once.
+            max_write_nbytes: maximum number of bytes of writes that wait or run.
+            clock: seconds; only differences count.
+            deadline: returns the seconds that a job may take; None for no limit.
+            max_overdue: how many threads with overdue jobs are replaced; None for
+                4 x ``n_threads``.
+        """
         if min(n_threads, max_read_nbytes, max_write_nbytes) < 1:
             raise ValueError("n_threads, max_read_nbytes and max_write_nbytes must be at least 1")
         self._backend = backend

@@ -131,14 +131,14 @@ class Hf3fsBackend(StorageBackend):
     def batch_get_visiting(
         self, keys: Sequence[str], pages: Sequence[Page], arrived: Callable[[int], bool]
     ) -> int:
-        """See ``VisitsPages``."""
+        # docstring inherited from VisitsPages
         with self._call() as store:
             return self._get(store, keys, pages, arrived)
 
     def batch_set_visiting(
         self, keys: Sequence[str], pages: Sequence[Page], leaving: Callable[[int], None]
     ) -> int:
-        """See ``VisitsPages``."""
+        # docstring inherited from VisitsPages
         wanted = [
             Wanted(_checked(key), nbytes_of(page)) for key, page in zip(keys, pages, strict=True)
         ]

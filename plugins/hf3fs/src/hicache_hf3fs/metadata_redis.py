@@ -118,6 +118,7 @@ class RedisMetadata(MetadataStore):
             return None if known is None else int(known)
 
     def register(self, slab: str, n_slots: int, found: Sequence[Found]) -> None:
+        # docstring inherited
         ordered = sorted(found)
         fresh = 0
         for start in range(0, len(ordered), _CHUNK):

@@ -111,6 +111,7 @@ class SqliteMetadata(MetadataStore):
             return None if row is None else int(row[0])
 
     def register(self, slab: str, n_slots: int, found: Sequence[Found]) -> None:
+        # docstring inherited
         with self._writing() as db:
             known = db.execute("SELECT n_slots FROM slabs WHERE name = ?", (slab,)).fetchone()
             if known is not None:

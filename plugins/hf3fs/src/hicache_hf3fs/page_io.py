@@ -59,7 +59,16 @@ class PageIO(ABC):
     def write(
         self, transfers: Sequence[Transfer], deadline: float, leaving: Callable[[int], None]
     ) -> list[int]:
-        """Writes the memory of each transfer; ``leaving`` is called before each.
+        """Writes the memory of each transfer.
 
-        Arguments, results and errors as for ``read``; nothing is begun after the deadline.
+        Args:
+            transfers: what to write.
+            deadline: by ``time.monotonic``; nothing is begun after it.
+            leaving: called with the index of each transfer before it is written, on any thread.
+
+        Returns:
+            As ``read``.
+
+        Raises:
+            BackendTimeout: the file system does not answer.
         """

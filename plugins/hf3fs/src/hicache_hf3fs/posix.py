@@ -29,6 +29,7 @@ class PosixIO(PageIO):
     def read(
         self, transfers: Sequence[Transfer], deadline: float, arrived: Callable[[int], bool]
     ) -> list[int]:
+        # docstring inherited
         def read_one(n: int) -> int:
             result = _vectored(os.preadv, transfers[n])
             if self._clock() > deadline:
@@ -42,6 +43,7 @@ class PosixIO(PageIO):
     def write(
         self, transfers: Sequence[Transfer], deadline: float, leaving: Callable[[int], None]
     ) -> list[int]:
+        # docstring inherited
         def write_one(n: int) -> int:
             leaving(n)
             if self._clock() > deadline:

@@ -90,6 +90,13 @@ class Slab:
     """An open slab file. The owner closes it; a ``PageIO`` reads and writes it."""
 
     def __init__(self, path: Path, name: str, fd: int) -> None:
+        """Takes over an open file.
+
+        Args:
+            path: of the file.
+            name: from ``slab_name``.
+            fd: descriptor of the file, which ``close`` closes.
+        """
         match = _NAME.fullmatch(name)
         assert match is not None  # names are made by slab_name only
         self.path = path

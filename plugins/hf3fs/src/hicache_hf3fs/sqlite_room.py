@@ -26,6 +26,14 @@ class Room:
     def __init__(
         self, db: sqlite3.Connection, now: float, *, oldest: int, quota: int | None
     ) -> None:
+        """Lets go what is over.
+
+        Args:
+            db: a connection inside the transaction.
+            now: seconds of the host's monotonic clock.
+            oldest: objects of a generation below are expired; 0 if none expires.
+            quota: cap on the bytes of a namespace; None if there is none.
+        """
         self._db = db
         self.now = now
         self.oldest = oldest

@@ -31,6 +31,13 @@ class Store:
     """Metadata, page I/O and slabs. Slabs of other ranks are opened when they are first read."""
 
     def __init__(self, prefix: Path, io: PageIO, metadata: MetadataStore) -> None:
+        """Opens nothing.
+
+        Args:
+            prefix: what the paths of all slab files begin with.
+            io: reads and writes the slabs.
+            metadata: binds slots to keys.
+        """
         self.prefix = prefix
         self.io = io
         self.metadata = metadata

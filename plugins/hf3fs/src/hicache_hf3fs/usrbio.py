@@ -211,6 +211,16 @@ class UsrbioIO(PageIO):
         iovec_nbytes: int,
         timeout_s: float,
     ) -> None:
+        """Makes no ring before ``open``.
+
+        Args:
+            library: 3FS's client, from ``load_library``.
+            mount: mount point of 3FS.
+            n_rings: pairs of rings, one for each call that runs at once.
+            entries: reads or writes in flight in one ring.
+            iovec_nbytes: shared memory of each pair of rings.
+            timeout_s: limit in seconds for the next completion, and for a free pair.
+        """
         self.mount = mount
         self.lost_rings = 0
         self._library = library
@@ -252,11 +262,13 @@ class UsrbioIO(PageIO):
     def read(
         self, transfers: Sequence[Transfer], deadline: float, arrived: Callable[[int], bool]
     ) -> list[int]:
+        # docstring inherited
         return self._run(transfers, deadline, _Visit(arrived=arrived))
 
     def write(
         self, transfers: Sequence[Transfer], deadline: float, leaving: Callable[[int], None]
     ) -> list[int]:
+        # docstring inherited
         return self._run(transfers, deadline, _Visit(leaving=leaving))
 
     def _run(self, transfers: Sequence[Transfer], deadline: float, visit: _Visit) -> list[int]:

@@ -68,6 +68,13 @@ class Fetch(Operation):
     verb = "read"
 
     def __init__(self, keys: Sequence[bytes], pages: Sequence[Page], window_nbytes: int) -> None:
+        """Prepares the batch; sends nothing.
+
+        Args:
+            keys: the full keys in the database, including the prefix.
+            pages: where to read to, one for each key.
+            window_nbytes: bytes that may be in flight on a connection.
+        """
         self.pages = list(pages)  # made once: a lazy sequence makes segments at each access
         self._sizes = [nbytes_of(page) for page in pages]
         self.n_wrong_size = 0
@@ -125,6 +132,14 @@ class Store(Operation):
         window_nbytes: int,
         ttl_ms: int | None = None,
     ) -> None:
+        """Prepares the batch; sends nothing.
+
+        Args:
+            keys: the full keys in the database, including the prefix.
+            pages: what to store, one for each key.
+            window_nbytes: bytes that may be in flight on a connection.
+            ttl_ms: lifetime of the objects in milliseconds; None for no limit.
+        """
         self.pages = list(pages)  # made once: a lazy sequence makes segments at each access
         self.refusal: ErrorReply | None = None
         self._ttl_ms = ttl_ms

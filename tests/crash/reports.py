@@ -89,7 +89,7 @@ class Entry:
     nbytes: int = 0
 
 
-class Ledger:
+class Reports:
     """All that the writers said so far."""
 
     def __init__(self) -> None:
