@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,10 @@ LONGEST = (
 # Before torch is imported, here and in child processes: tiny models gain nothing from threads, and
 # lose a lot where other tests use the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A job that a shell runs in the background ignores Ctrl-C, and so would the processes of the tests.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
