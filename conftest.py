@@ -7,6 +7,7 @@ import os
 import signal
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).parent
@@ -33,6 +34,14 @@ LONGEST = (
 # Before torch is imported, here and in child processes: tiny models gain nothing from threads, and
 # lose a lot where other tests use the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Speed is not asserted in a test: an example may take as long as the machine needs.
+hypothesis.settings.register_profile(
+    "house",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("house")
 
 # A job that a shell runs in the background ignores Ctrl-C, and so would the processes of the tests.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
