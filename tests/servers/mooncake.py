@@ -21,7 +21,7 @@ from hicache_mooncake.client import load_library
 
 from hicache_core.errors import BrokenBackend
 from hicache_core.testing.control import ServerProcess
-from tests.servers.process import START_S, free_port, launch
+from tests.servers.process import START_S, JsonProcess, free_port, launch
 
 
 def master_binary() -> str:
@@ -98,19 +98,11 @@ class Master(ServerProcess):
             return False
 
 
-class Peer:
+class Peer(JsonProcess):
     """A second process with its own client; it lends memory and works on command."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "tests.servers.mooncake_peer", json.dumps(config)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-        )
-        assert self.answer() == "ready"
+        super().__init__("tests.servers.mooncake_peer", config, subprocess.DEVNULL)
 
     def ask(self, **command: Any) -> Any:
         """Sends one command and waits for its result."""
@@ -119,9 +111,7 @@ class Peer:
 
     def send(self, **command: Any) -> None:
         """Sends one command."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(command) + "\n")
-        self._process.stdin.flush()
+        self.send_json(command)
 
     def stop(self) -> None:
         """Lets it take its memory back from the store and end; a second call does nothing."""
@@ -130,21 +120,6 @@ class Peer:
             self._process.stdin.close()
             self._process.wait(20)
         self.kill()
-
-    def kill(self) -> None:
-        """Ends it without warning."""
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
-
-    def answer(self) -> Any:
-        """The result of the command that was sent last."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, "the peer process ended"
-        return json.loads(line)
 
 
 @contextmanager

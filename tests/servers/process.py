@@ -7,14 +7,17 @@ own process id. So several runs of the tests can go on at once.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import socket
 import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 START_S = 40.0
 """A server that is not ready after this time does not start."""
@@ -98,3 +101,49 @@ def certificate(directory: Path) -> tuple[Path, Path]:
     subprocess.run(command, check=True, capture_output=True)
     key.chmod(0o600)
     return cert, key
+
+
+class JsonProcess:
+    """A Python module in a process of its own; commands and answers are lines of JSON.
+
+    The module gets its configuration as one argument, and says ``"ready"`` first.
+    """
+
+    def __init__(self, module: str, config: dict[str, Any], stderr: int | None = None) -> None:
+        """Starts it and returns when it is ready.
+
+        Args:
+            module: is found on the path of this process.
+            config: the module's own.
+            stderr: as for ``subprocess.Popen``.
+        """
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", module, json.dumps(config)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        )
+        assert self.answer() == "ready"
+
+    def send_json(self, command: Any) -> None:
+        """Sends one command, and does not wait for its result."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+
+    def answer(self) -> Any:
+        """The result of the command that was sent last."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, "the second process ended"
+        return json.loads(line)
+
+    def kill(self) -> None:
+        """Ends it without warning."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()

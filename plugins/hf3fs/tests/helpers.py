@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +10,7 @@ from typing import Any
 from hicache_hf3fs import Hf3fsBackend, Hf3fsConfig
 
 from hicache_core.types import BackendContext, Page
+from tests.servers.process import JsonProcess
 
 NAMESPACE = "0123456789abcdef"
 EMULATION = Path(__file__).with_name("emulation")
@@ -71,41 +68,17 @@ def new_backend(prefix: Path, *, rank: int = 0, **settings: Any) -> Hf3fsBackend
     return Hf3fsBackend(Hf3fsConfig.model_validate(values), BackendContext(NAMESPACE, 0, rank))
 
 
-class Peer:
+class Peer(JsonProcess):
     """A second process with a backend of its own on the same store."""
 
     def __init__(self, prefix: Path, **settings: Any) -> None:
-        arguments = json.dumps({"prefix": str(prefix), **settings})
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "plugins.hf3fs.tests.peer", arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-        )
-        assert self._answer() == "ready"
+        super().__init__("plugins.hf3fs.tests.peer", {"prefix": str(prefix), **settings})
 
     def ask(self, command: str, *arguments: Any) -> Any:
         """Has one function of ``peer.py`` called; its result."""
         self.begin(command, *arguments)
-        return self._answer()
+        return self.answer()
 
     def begin(self, command: str, *arguments: Any) -> None:
         """Has one function of ``peer.py`` called, and does not wait for its result."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([command, *arguments]) + "\n")
-        self._process.stdin.flush()
-
-    def kill(self) -> None:
-        """Ends it without warning."""
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
-
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, "the second process ended"
-        return json.loads(line)
+        self.send_json([command, *arguments])
