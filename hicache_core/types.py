@@ -51,10 +51,14 @@ class CachedTokens:
 
 @dataclass(frozen=True, slots=True)
 class ExistsJob:
-    """A lookup in storage: how many leading pages of ``keys`` are present?"""
+    """A lookup in storage: how many leading pages of ``keys`` are present?
+
+    With ``each``, which of them are (``JobResult.mask``); likewise for reads and writes.
+    """
 
     job_id: int
     keys: Sequence[str]
+    each: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,7 @@ class ReadJob:
     keys: Sequence[str]
     pages: Sequence[Page]
     nbytes: int
+    each: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,7 @@ class WriteJob:
     keys: Sequence[str]
     pages: Sequence[Page]
     nbytes: int
+    each: bool = False
 
 
 Job: TypeAlias = ExistsJob | ReadJob | WriteJob
@@ -111,6 +117,8 @@ class JobResult:
         error: what went wrong, for logs; empty unless FAILED or OVERDUE.
         error_kind: class name of the exception, such as ``BreakerOpen``; empty likewise.
         elapsed_s: time the backend took.
+        mask: for each page whether it is present, was filled or is stored, if the job asked for
+            ``each`` and is DONE; else None.
     """
 
     job: Job
@@ -119,6 +127,7 @@ class JobResult:
     error: str = ""
     elapsed_s: float = 0.0
     error_kind: str = ""
+    mask: Sequence[bool] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -154,6 +154,47 @@ class StorageBackend(ABC):
                 return n
         return len(keys)
 
+    def exists_each(self, keys: Sequence[str]) -> Sequence[bool]:
+        """Returns, for each key, whether it is present, also behind gaps.
+
+        The default asks ``batch_exists`` again behind each gap: one question for each absent key. A
+        store that can answer for all keys at once should override it.
+        """
+        return _behind_gaps(len(keys), lambda start: self.batch_exists(keys[start:]))
+
+    def get_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        """Reads as ``batch_get``, also behind gaps.
+
+        Args:
+            keys: one for each page.
+            pages: where to; as for ``batch_get``.
+
+        Returns:
+            For each page, whether it was filled. A page that was not holds undefined bytes.
+        """
+        return _behind_gaps(len(keys), lambda start: self.batch_get(keys[start:], pages[start:]))
+
+    def set_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        """Stores as ``batch_set``, also behind a page that found no room.
+
+        Args:
+            keys: one for each page.
+            pages: what to store; as for ``batch_set``.
+
+        Returns:
+            For each page, whether it is stored afterwards.
+        """
+        return _behind_gaps(len(keys), lambda start: self.batch_set(keys[start:], pages[start:]))
+
+    def bounds_calls(self) -> bool:
+        """Returns whether no call of an open backend touches the caller's pages without limit.
+
+        True promises that a call which the store does not answer ends by itself, with
+        ``BackendTimeout`` or another error, and touches no page afterwards. Engines that hand out
+        their own memory are then read into directly; otherwise through pages of ours.
+        """
+        return False
+
     def capability(self, kind: type[C]) -> C | None:
         """Returns the object that does ``kind`` for this backend, or None if it cannot.
 
@@ -168,6 +209,16 @@ class StorageBackend(ABC):
             kind: ``Listable`` or another protocol of this module.
         """
         return self if isinstance(self, kind) else None
+
+
+def _behind_gaps(n: int, leading: Callable[[int], int]) -> list[bool]:
+    """Returns answers for ``n`` pages from the number of leading ones at and after a place."""
+    answers: list[bool] = []
+    while len(answers) < n:
+        answers += [True] * leading(len(answers))
+        if len(answers) < n:
+            answers.append(False)
+    return answers
 
 
 # What only some backends can do. Ask with ``backend.capability(kind)``, never by a backend's name

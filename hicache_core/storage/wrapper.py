@@ -98,3 +98,6 @@ class BackendWrapper(StorageBackend):
 
     def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
         return self.inner.batch_set(keys, pages)
+
+    def bounds_calls(self) -> bool:
+        return self.inner.bounds_calls()

@@ -62,6 +62,9 @@ def run_job(backend: StorageBackend, job: Job, clock: Callable[[], float]) -> Jo
     start = clock()
     try:
         keys = list(job.keys)  # lazy keys are computed on this thread
+        if job.each:
+            mask = _each(backend, job, keys)
+            return JobResult(job, JobState.DONE, _n_leading(mask), "", clock() - start, "", mask)
         if isinstance(job, ExistsJob):
             answer = backend.batch_exists(keys)
         elif isinstance(job, ReadJob):
@@ -76,6 +79,23 @@ def run_job(backend: StorageBackend, job: Job, clock: Callable[[], float]) -> Jo
         kind = type(exc).__name__
         return JobResult(job, JobState.FAILED, 0, error, clock() - start, kind)
     return JobResult(job, JobState.DONE, n_pages, "", clock() - start)
+
+
+def _each(backend: StorageBackend, job: Job, keys: Sequence[str]) -> Sequence[bool]:
+    """Returns the backend's answer for each page."""
+    if isinstance(job, ExistsJob):
+        mask = backend.exists_each(keys)
+    elif isinstance(job, ReadJob):
+        mask = backend.get_each(keys, job.pages)
+    else:
+        mask = backend.set_each(keys, job.pages)
+    if len(mask) != len(keys) or not all(isinstance(one, bool) for one in mask):
+        raise ValueError(f"the backend did not answer yes or no for each of {len(keys)} pages")
+    return mask
+
+
+def _n_leading(mask: Sequence[bool]) -> int:
+    return mask.index(False) if False in mask else len(mask)
 
 
 class Worker(ABC):
