@@ -123,6 +123,37 @@ class Told(StorageBackend):
         self.objects[name] = value
 
 
+class TellsEach(Told):
+    """Answers for each key, with one call for all of them.
+
+    Attributes:
+        asked: the keys of the last question.
+    """
+
+    asked: Sequence[str] = ()
+
+    def exists_each(self, keys: Sequence[str]) -> Sequence[bool]:
+        self._call()
+        self.asked = list(keys)
+        return [name in self.objects for name in keys]
+
+    def get_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        self._call()
+        mask = [name in self.objects and name not in self.unreadable for name in keys]
+        for name, page, is_there in zip(keys, pages, mask, strict=True):
+            page[0][:] = self.objects[name] if is_there else b"\xff" * NBYTES
+        return mask
+
+    def set_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        self._call()
+        mask = []
+        for name, page in zip(keys, pages, strict=True):
+            mask.append(self.room is None or name in self.objects or len(self.objects) < self.room)
+            if mask[-1]:
+                self._store(name, b"".join(page))
+        return mask
+
+
 def _leading(found: Iterator[bool]) -> int:
     n = 0
     for one in found:
