@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 from hicache_core.errors import BackendFull
 from hicache_core.storage.base import BackendConfig, Buffer, StorageBackend
+from hicache_core.storage.chain.backend import ChainBackend
+from hicache_core.storage.workers.executor import Worker
+from hicache_core.storage.workers.worker import StorageWorker
 from hicache_core.types import BackendContext, Page
 
 CONTEXT = BackendContext(namespace="0" * 16)
 NBYTES = 8
+
+MakeChain: TypeAlias = Callable[..., ChainBackend]
+"""Opens a chain of the given backends, with the given settings."""
 
 
 def key(n: int) -> str:
@@ -28,6 +36,16 @@ def blank(n: int) -> list[list[memoryview]]:
 
 def filled(names: Sequence[str]) -> list[list[memoryview]]:
     return [[memoryview(bytearray(content(name)))] for name in names]
+
+
+def make_worker(backend: StorageBackend, max_nbytes: int) -> Worker:
+    return StorageWorker(
+        backend,
+        n_threads=1,
+        max_read_nbytes=1,
+        max_write_nbytes=max_nbytes,
+        clock=time.monotonic,
+    )
 
 
 class Clock:
