@@ -296,10 +296,7 @@ def test_a_full_store_is_a_smaller_count() -> None:
 
 def test_a_batch_ends_at_an_object_that_has_another_length_at_the_second_read() -> None:
     """Somebody stored it anew between the two reads, for pages of another size."""
-    sealed, inner = store()
-    sealed.batch_set([KEY], [page(b"payload")])
     longer = page(b"a longer payload")
-    SealedBackend(inner).batch_set([OTHER_PAGE], [longer])
     seal(KEY, longer)
     later = b"".join(longer)
 
@@ -311,6 +308,7 @@ def test_a_batch_ends_at_an_object_that_has_another_length_at_the_second_read() 
             return value
 
         value: bytes = bytes(HEADER_NBYTES + 7)
+        get_each = StorageBackend.get_each  # calls ``get``
 
     for each in (False, True):
         changing = SealedBackend(StoredAnew(MemoryConfig(), CONTEXT))
