@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -92,15 +93,33 @@ class Attaching:
     error: str = ""
     _opened: Attachment | None = None
     _ended: bool = False
+    _given_up: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def open(self, open_storage: OpenStorage, settings: Mapping[str, object]) -> None:
-        """Opens the backend. Any thread."""
+        """Opens the backend, and closes it again if it was given up meanwhile. Any thread."""
         try:
-            self._opened = open_storage(self.name, settings)
+            opened = open_storage(self.name, settings)
+            with self._lock:
+                if not self._given_up:
+                    self._opened = opened
+            if self._given_up:
+                opened.close(0.0)
         except HiCacheError as error:
             self.error = str(error)
         finally:
             self._ended = True
+
+    def give_up(self) -> Attachment | None:
+        """Ends it because the cache is closed.
+
+        Returns:
+            The backend if it is open already. If it is not, ``open`` closes it.
+        """
+        with self._lock:
+            self._given_up = True
+            opened, self._opened = self._opened, None
+        return opened
 
     def fail(self, error: RuntimeError) -> None:
         """Ends it because no thread could be started."""

@@ -74,7 +74,8 @@ class StorageTier:
         self._open_storage = open_storage
         self._run_in_background = run_in_background
         self._draining: list[Attachment] = []
-        self._opening: dict[int, Attaching] = {}
+        self._attaching: list[Attaching] = []  # not attached yet, and not failed
+        self._opening: dict[int, Attaching] = {}  # those that this rank has not reported
         self._clearing: dict[int, Clearing] = {}  # by the job that reports of this rank
         self._judges: dict[int, Judge] = {}
         self._overdue: set[int] = set()  # reported as 0 pages, and not ended
@@ -98,6 +99,7 @@ class StorageTier:
         attaching = Attaching(name)
         job_id = self._jobs.add(partial(self._opened, attaching))
         self._opening[job_id] = attaching
+        self._attaching.append(attaching)
         try:
             self._run_in_background(partial(attaching.open, self._open_storage, settings))
         except RuntimeError as error:  # no thread can be started
@@ -225,11 +227,15 @@ class StorageTier:
     def close(self, timeout_s: float) -> list[Job]:
         """Ends all workers and backends, within ``timeout_s`` each.
 
-        A backend whose own ``close`` hangs is abandoned too, and the log says so.
+        A backend whose own ``close`` hangs is abandoned too, and the log says so. One that is being
+        opened is closed as soon as it is open.
 
         Returns:
             The jobs that were abandoned: they may still touch host memory.
         """
+        opened = [attaching.give_up() for attaching in self._attaching]
+        self._attaching.clear()
+        self._draining += [attachment for attachment in opened if attachment is not None]
         abandoned: list[Job] = []
         for attachment in self.attachments:
             closed = threading.Event()
@@ -270,6 +276,7 @@ class StorageTier:
 
     def _opened(self, attaching: Attaching, on_all_ranks: int) -> None:
         attaching.done = True
+        self._attaching.remove(attaching)
         mine, attaching._opened = attaching._opened, None
         if on_all_ranks and mine is not None:
             self._attach(mine)

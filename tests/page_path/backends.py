@@ -65,6 +65,26 @@ class GatedQuestions(Store):
         return super().batch_exists(keys)
 
 
+class OpensSlowly(Store):
+    """``open`` says that it was ``entered`` and waits at the ``gate``; ``closed`` counts closes."""
+
+    name = "opens_slowly"
+    entered: ClassVar[threading.Semaphore] = threading.Semaphore(0)
+    gate: ClassVar[threading.Semaphore] = threading.Semaphore(0)
+    closed: ClassVar[threading.Semaphore] = threading.Semaphore(0)
+
+    @classmethod
+    def reset(cls) -> None:
+        cls.entered, cls.gate, cls.closed = (threading.Semaphore(0) for _ in range(3))
+
+    def open(self) -> None:
+        self.entered.release()
+        self.gate.acquire()
+
+    def close(self) -> None:
+        self.closed.release()
+
+
 class EvictsBeforeRead(Store):
     """Says that keys exist, and then has only the first ``n_kept`` of what is asked for."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from typing import Any
 
@@ -148,10 +149,23 @@ def test_without_a_host_tier_there_is_nothing_to_attach_to(worlds: list[World]) 
         world.cache.detach_storage()
 
 
-def test_closing_in_the_middle_of_an_attach_ends(worlds: list[World]) -> None:
+@pytest.mark.parametrize("opens", ["before the cache closes", "afterwards"])
+def test_a_backend_that_is_being_attached_when_the_cache_closes_is_closed(opens: str) -> None:
+    slow = backends.OpensSlowly
+    slow.reset()
     world = make_world(storage=shared())
-    world.cache.attach_storage("memory", shared())
-    world.close()
+    attaching = world.cache.attach_storage("dynamic", by_class(slow))
+    assert slow.entered.acquire(timeout=10)
+    if opens == "afterwards":
+        world.cache.close(0.1)
+        slow.gate.release()
+    else:
+        slow.gate.release()
+        while not attaching._ended:
+            time.sleep(0.01)
+        world.cache.close(0.1)
+    assert slow.closed.acquire(timeout=10)
+    assert not slow.closed.acquire(timeout=0.1)
 
 
 def test_a_store_that_refuses_to_be_cleared_says_so_and_goes_on(worlds: list[World]) -> None:
