@@ -39,6 +39,11 @@ class Request:
     def of(cls, kind: Kind, keys: Sequence[str], pages: Sequence[Page]) -> Request:
         """Returns a read or a write.
 
+        Args:
+            kind: which of the two.
+            keys: of the pages.
+            pages: one for each key.
+
         Raises:
             ValueError: there is not one page for each key.
         """
