@@ -49,6 +49,7 @@ def opened(
     deadline_s: float = 60.0,
     n_threads: int = 2,
     staging_nbytes: int = 1 << 20,
+    object_nbytes: int = 0,
 ) -> ForeignStore:
     """A store over ``backend`` with seal and guard, whose breaker stays closed."""
     said = Bounded(backend) if direct else Unbounded(backend)
@@ -58,7 +59,9 @@ def opened(
     seal = SealedBackend(said)
     guard = GuardedBackend(seal, config)
     made = Composed(guard, (guard,), (seal,), config.deadlines)
-    return store_on(made, n_threads=n_threads, staging_nbytes=staging_nbytes)
+    return store_on(
+        made, object_nbytes=object_nbytes, n_threads=n_threads, staging_nbytes=staging_nbytes
+    )
 
 
 def keys_of(names: Sequence[object], namespace: ForeignNamespace = NAMESPACE) -> list[str]:
