@@ -40,9 +40,9 @@ class Request:
         """Returns a read or a write.
 
         Args:
-            kind: which of the two.
-            keys: of the pages.
-            pages: one for each key.
+            kind: which of them.
+            keys: one for each page.
+            pages: the engine's memory.
 
         Raises:
             ValueError: there is not one page for each key.

@@ -34,7 +34,7 @@ class CallStats:
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
-    """What a store has counted since it was opened.
+    """Figures of a store since it was opened; made without asking it.
 
     Attributes:
         exists: questions; ``n_yes`` of ``n_pages`` were hits.
@@ -92,6 +92,6 @@ class Counter:
             )
 
     def stats(self, kind: Kind) -> CallStats:
-        """Returns the sums of one kind."""
+        """Returns the counts of one kind."""
         with self._lock:
             return self._sums[kind]
