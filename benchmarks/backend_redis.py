@@ -23,6 +23,7 @@ from benchmarks.contest import (
     Contender,
     Contest,
     backend_contender,
+    gap_rows,
     keys_of,
 )
 from benchmarks.harness import Row
@@ -177,7 +178,7 @@ class Bench:
 
 
 def rows(quick: bool) -> Iterator[Row]:
-    """Throughput of batches by 1 and 4 workers, then the latency of one page."""
+    """Throughput of batches by 1 and 4 workers, the latency of one page, and the price of gaps."""
     n_pages, n_turns = (16, 3) if quick else (N_PAGES, 7)
     limits = ("--maxmemory", "6gb", "--maxmemory-policy", "allkeys-lru")
     for size in SIZES:
@@ -186,3 +187,6 @@ def rows(quick: bool) -> Iterator[Row]:
             for n_workers in WORKERS:
                 yield from contest.throughput(n_workers, n_turns)
             yield from contest.latency(2 * n_turns, number=100)
+    with running(*limits) as server, ExitStack() as stack:
+        bench = Bench(server, "256 KiB", N_PAGES, stack)
+        yield from gap_rows("Redis", bench.plain, [(page,) for page in bench.whole], n_turns)

@@ -158,6 +158,47 @@ def exists_rows(
         yield Row(table, name, "us", *_times(samples, 1e6 / n_keys), base)
 
 
+def gap_rows(
+    store: str, backend: StorageBackend, pages: Sequence[Page], n_turns: int
+) -> Iterator[Row]:
+    """Microseconds for each key of a batch with gaps: asked at once, and again behind each gap.
+
+    Args:
+        store: begins the titles of the tables.
+        backend: holds none of the batch yet.
+        pages: of the batch; what they hold is stored under every second key.
+        n_turns: samples of each call.
+    """
+    absent, keys = keys_of("absent", len(pages)), keys_of("gaps", len(pages))
+    there = [n % 2 == 0 for n in range(len(pages))]
+    expect(backend.batch_set(keys[::2], pages[::2]), len(keys[::2]))
+
+    def calls(
+        keys: Sequence[str], found: Sequence[bool]
+    ) -> Mapping[str, Mapping[str, Callable[[], object]]]:
+        again = StorageBackend
+        return {
+            "exists": {
+                "at once": lambda: expect(list(backend.exists_each(keys)), found),
+                "again behind each gap": lambda: expect(again.exists_each(backend, keys), found),
+            },
+            "read": {
+                "at once": lambda: expect(list(backend.get_each(keys, pages)), found),
+                "again behind each gap": lambda: expect(
+                    again.get_each(backend, keys, pages), found
+                ),
+            },
+        }
+
+    for what, names, found in (
+        ("absent", absent, [False] * len(pages)),
+        ("every second absent", keys, there),
+    ):
+        for verb, ways in calls(names, found).items():
+            table = f"{store} {verb}, for each of {len(pages)} keys, {what}"
+            yield from exists_rows(table, ways, len(pages), n_turns)
+
+
 def backend_contender(
     name: str,
     backend: StorageBackend,

@@ -14,8 +14,9 @@ from pydantic import Field
 
 from hicache_core.errors import BackendFull, UseAfterClose
 from hicache_core.storage.base import BackendConfig, Buffer, StorageBackend, namespace_of
+from hicache_core.storage.segments import join, nbytes_of, scatter
 from hicache_core.storage.settings import Nbytes, Seconds
-from hicache_core.types import BackendContext
+from hicache_core.types import BackendContext, Page
 
 
 class MemoryConfig(BackendConfig):
@@ -98,6 +99,7 @@ class MemoryBackend(StorageBackend):
     """Objects in a dict of this process, with optional limits on bytes and age."""
 
     name: ClassVar[str] = "memory"
+    in_process: ClassVar[bool] = True
     Config: ClassVar[type[BackendConfig]] = MemoryConfig
 
     def __init__(
@@ -149,6 +151,40 @@ class MemoryBackend(StorageBackend):
             store.discard(key)
             self._make_room(store, namespace_of(key), len(data))
             store.add(key, data, self._clock())
+
+    def exists_each(self, keys: Sequence[str]) -> Sequence[bool]:
+        with self._fresh() as store:
+            return [key in store.objects for key in keys]
+
+    def get_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        with self._fresh() as store:
+            found = [store.objects.get(key) for key in keys]
+            for key, data in zip(keys, found, strict=True):
+                if data is not None:
+                    store.touch(key)
+        mask = []
+        for data, page in zip(found, pages, strict=True):
+            fits = data is not None and len(data) == nbytes_of(page)
+            if data is not None and fits:
+                scatter(data, page)
+            mask.append(fits)
+        return mask
+
+    def set_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        taken = [self._takes(key, page) for key, page in zip(keys, pages, strict=True)]
+        present = self.exists_each(keys)  # the later pages may have evicted the first ones
+        return [one and other for one, other in zip(taken, present, strict=True)]
+
+    def _takes(self, key: str, page: Page) -> bool:
+        """Stores one page; returns whether it has room."""
+        try:
+            self.set(key, join(page))
+        except BackendFull:
+            return False
+        return True
+
+    def bounds_calls(self) -> bool:
+        return True
 
     def delete(self, keys: Sequence[str]) -> None:
         with self._fresh() as store:

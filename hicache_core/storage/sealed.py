@@ -17,14 +17,14 @@ import re
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import xxhash
 
 from hicache_core.errors import BackendError
 from hicache_core.storage.base import Buffer, HasStats, StorageBackend
 from hicache_core.storage.segments import nbytes_of, scatter
-from hicache_core.storage.visiting import VisitsPages
+from hicache_core.storage.visiting import VisitsEachPage, VisitsPages
 from hicache_core.storage.wrapper import BackendWrapper
 from hicache_core.types import Page
 
@@ -121,6 +121,12 @@ def _judge(key: str, data: memoryview, nbytes: int | None = None) -> str | None:
     return mismatch(key, (data[:HEADER_NBYTES], data[HEADER_NBYTES:]))
 
 
+def _check_keys(keys: Sequence[str]) -> None:
+    for key in keys:
+        if _KEY.fullmatch(key) is None:
+            parse_key(key)
+
+
 def _digest(page: Page) -> bytes:
     """Returns a digest by which two reads of an object are compared."""
     state = xxhash.xxh3_128()
@@ -132,7 +138,7 @@ def _digest(page: Page) -> bytes:
 class SealedBackend(BackendWrapper):
     """Seals what it stores, and returns only objects whose seal is right.
 
-    Pages of ``batch_get`` and ``batch_set`` start with a segment of 64 bytes for the header.
+    Pages of calls for several keys start with a segment of 64 bytes for the header.
     ``get`` and ``set`` take and return payloads without a header.
 
     An object whose seal is wrong is read a second time. If the seal is right then, it is a hit. If
@@ -146,6 +152,7 @@ class SealedBackend(BackendWrapper):
         super().__init__(inner)
         self._lock = threading.Lock()
         self._visiting = inner.capability(VisitsPages)
+        self._visiting_each = inner.capability(VisitsEachPage)
         self._inner_stats = inner.capability(HasStats)
         self._verdicts: OrderedDict[str, str] = OrderedDict()
         self._counts = {
@@ -175,9 +182,7 @@ class SealedBackend(BackendWrapper):
         self.inner.set(key, b"".join(page))
 
     def batch_exists(self, keys: Sequence[str]) -> int:
-        for key in keys:
-            if _KEY.fullmatch(key) is None:
-                parse_key(key)
+        _check_keys(keys)
         return self.inner.batch_exists(keys)
 
     def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
@@ -185,7 +190,7 @@ class SealedBackend(BackendWrapper):
         n_good, n_filled = self._fill(keys, names, pages)
         for n in range(n_good, n_filled):
             if _mismatch(names[n], pages[n]) is not None:
-                good = self._look_again(keys[n], pages[n])
+                good = self._look_again(keys[n], pages[n], nbytes_of(pages[n]))
                 if good is None:
                     return n
                 scatter(good, pages[n])
@@ -204,6 +209,38 @@ class SealedBackend(BackendWrapper):
         for name, page in zip(names, pages, strict=True):
             _seal(name, page)
         return self.inner.batch_set(keys, pages)
+
+    def exists_each(self, keys: Sequence[str]) -> Sequence[bool]:
+        _check_keys(keys)
+        return self.inner.exists_each(keys)
+
+    def get_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        names = [_name_of(key) for key in keys]
+        filled, refused = self._fill_each(keys, names, pages)
+        absent = [n for n, is_filled in enumerate(filled) if not is_filled and n not in refused]
+        with contextlib.suppress(BackendError):  # these pages are misses anyway
+            for n in sorted(refused):
+                good = self._second_look(keys[n], pages[n], nbytes_of(pages[n]))
+                filled[n] = good is not None
+                if good is not None:
+                    scatter(good, pages[n])
+            present = self.inner.exists_each([keys[n] for n in absent]) if absent else ()
+            for n, is_present in zip(absent, present, strict=True):
+                if is_present:
+                    self._remove_wrong_length(keys[n], nbytes_of(pages[n]))
+        return filled
+
+    def set_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        names = [_name_of(key) for key in keys]
+        for page in pages:
+            _check_page(page)
+        if self._visiting_each is not None:
+            return self._visiting_each.set_each_visiting(
+                keys, pages, lambda n: _seal(names[n], pages[n])
+            )
+        for name, page in zip(names, pages, strict=True):
+            _seal(name, page)
+        return self.inner.set_each(keys, pages)
 
     def rejections(self) -> Mapping[str, int]:
         """Returns how many objects were refused, by kind. Any thread; does not call the store."""
@@ -246,7 +283,36 @@ class SealedBackend(BackendWrapper):
         n = self._visiting.batch_get_visiting(keys, pages, arrived)
         return n, n + (n in refused)
 
+    def _fill_each(
+        self, keys: Sequence[str], names: Sequence[bytes], pages: Sequence[Page]
+    ) -> tuple[list[bool], Collection[int]]:
+        """Reads pages.
+
+        Returns:
+            For each page whether it has a right seal, and the numbers of those that have a wrong
+            one.
+        """
+        refused: set[int] = set()
+
+        def arrived(n: int) -> bool:
+            good = _mismatch(names[n], pages[n]) is None
+            if not good:
+                refused.add(n)
+            return good
+
+        if self._visiting_each is None:
+            filled = self.inner.get_each(keys, pages)
+            return [is_filled and arrived(n) for n, is_filled in enumerate(filled)], refused
+        return list(self._visiting_each.get_each_visiting(keys, pages, arrived)), refused
+
     def _look_again(self, key: str, refused: Page, nbytes: int | None = None) -> memoryview | None:
+        """As ``_second_look``; None if the store fails meanwhile, since the page is a miss then."""
+        try:
+            return self._second_look(key, refused, nbytes)
+        except BackendError:
+            return None
+
+    def _second_look(self, key: str, refused: Page, nbytes: int | None = None) -> memoryview | None:
         """Reads a refused object a second time, into other memory.
 
         Args:
@@ -257,10 +323,7 @@ class SealedBackend(BackendWrapper):
         Returns:
             The object if its seal is right now, else None.
         """
-        try:
-            value = self.inner.get(key)
-        except BackendError:  # the page is a miss anyway
-            return None
+        value = self.inner.get(key)
         if value is None:  # it was evicted or overwritten during the first read: not damaged
             return None
         data = memoryview(value).cast("B")
@@ -286,13 +349,17 @@ class SealedBackend(BackendWrapper):
             self.inner.delete([key])
 
     def _reject_wrong_length(self, key: str, nbytes: int) -> None:
+        """As ``_remove_wrong_length`` for a page that may be absent; the store may fail."""
+        with contextlib.suppress(BackendError):
+            if self.inner.exists(key):
+                self._remove_wrong_length(key, nbytes)
+
+    def _remove_wrong_length(self, key: str, nbytes: int) -> None:
         """Deletes the object under ``key`` if its length is not that of the page.
 
         It would stay forever otherwise: no read fits it, and a write to an existing key may be
         skipped.
         """
-        with contextlib.suppress(BackendError):
-            if self.inner.exists(key):
-                value = self.inner.get(key)
-                if value is not None and memoryview(value).nbytes != nbytes:
-                    self._look_again(key, (memoryview(value).cast("B"),), nbytes)
+        value = self.inner.get(key)
+        if value is not None and memoryview(value).nbytes != nbytes:
+            self._second_look(key, (memoryview(value).cast("B"),), nbytes)

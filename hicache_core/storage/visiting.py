@@ -1,4 +1,4 @@
-"""A capability: the caller sees each page while it is being moved."""
+"""Capabilities: the caller sees each page while it is being moved."""
 
 from __future__ import annotations
 
@@ -42,5 +42,35 @@ class VisitsPages(Protocol):
             pages: what to store.
             leaving: called with the index of a page before it is stored, and may still change it.
                 It need not be called for a page that is stored already.
+        """
+        ...
+
+
+@runtime_checkable
+class VisitsEachPage(Protocol):
+    """As ``VisitsPages``, for the calls that answer for each page."""
+
+    def get_each_visiting(
+        self, keys: Sequence[str], pages: Sequence[Page], arrived: Callable[[int], bool]
+    ) -> Sequence[bool]:
+        """As ``StorageBackend.get_each``, with a callback after each page.
+
+        Args:
+            keys: one for each page.
+            pages: where to read to.
+            arrived: as for ``VisitsPages.batch_get_visiting``; a page that it refuses does not end
+                the call.
+        """
+        ...
+
+    def set_each_visiting(
+        self, keys: Sequence[str], pages: Sequence[Page], leaving: Callable[[int], None]
+    ) -> Sequence[bool]:
+        """As ``StorageBackend.set_each``, with a callback before each page.
+
+        Args:
+            keys: one for each page.
+            pages: what to store.
+            leaving: as for ``VisitsPages.batch_set_visiting``.
         """
         ...

@@ -80,6 +80,21 @@ class _AroundEveryCall(BackendWrapper):
             _Asked("batch_set", keys, nbytes), lambda: self.inner.batch_set(keys, pages)
         )
 
+    def exists_each(self, keys: Sequence[str]) -> Sequence[bool]:
+        return self._around(_Asked("exists_each", keys, 0), lambda: self.inner.exists_each(keys))
+
+    def get_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        nbytes = sum(nbytes_of(page) for page in pages)
+        return self._around(
+            _Asked("get_each", keys, nbytes), lambda: self.inner.get_each(keys, pages)
+        )
+
+    def set_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        nbytes = sum(nbytes_of(page) for page in pages)
+        return self._around(
+            _Asked("set_each", keys, nbytes), lambda: self.inner.set_each(keys, pages)
+        )
+
 
 class SlowBackend(_AroundEveryCall):
     """Each call waits before it is made: a fixed time, and the time its bytes take."""
@@ -169,6 +184,19 @@ class CorruptBackend(BackendWrapper):
             self._damage("batch_get", key, page)
         return n_filled
 
+    def exists_each(self, keys: Sequence[str]) -> Sequence[bool]:
+        return self.inner.exists_each(keys)
+
+    def get_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        mask = self.inner.get_each(keys, pages)
+        for key, page, is_filled in zip(keys, pages, mask, strict=True):
+            if is_filled:
+                self._damage("get_each", key, page)
+        return mask
+
+    def set_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        return self.inner.set_each(keys, pages)
+
     def _damage(self, method: str, key: str, page: Page) -> None:
         draw = self._draws.next(method, [key])
         nbytes = nbytes_of(page)
@@ -191,6 +219,10 @@ class StuckBackend(_AroundEveryCall):
         self._changed = threading.Condition()
         self._stuck = stuck
         self._n_waiting = 0
+
+    def bounds_calls(self) -> bool:
+        """A call that waits is made as soon as it is released, however late that is."""
+        return False
 
     @property
     def n_waiting(self) -> int:

@@ -99,6 +99,31 @@ def test_stuck_calls_wait_until_release_and_are_made_then() -> None:
     assert backend.exists(KEYS[0])
 
 
+def test_a_call_for_each_key_meets_one_fault() -> None:
+    slept: list[float] = []
+    slow = SlowBackend(memory(), latency_s=0.5, bytes_per_s=1000, sleep=slept.append)
+    pages = [(memoryview(bytearray(len(key))),) for key in KEYS[:3]]
+    assert list(slow.get_each(KEYS[:3], pages)) == [True] * 3
+    assert list(slow.exists_each(["0/0", KEYS[0], "0/1"])) == [False, True, False]
+    assert list(slow.set_each(KEYS[:3], pages)) == [True] * 3
+    assert slept == [0.5 + 0.081 * 3, 0.5, 0.5 + 0.081 * 3]
+    corrupt = CorruptBackend(memory(), seed=3)
+    assert list(corrupt.exists_each(["0/0", KEYS[0]])) == [False, True]
+    mask = corrupt.get_each(["0/0", *KEYS[:2]], pages)
+    assert list(mask) == [False, True, True]
+    for key, (segment,) in zip(KEYS[:2], pages[1:], strict=True):
+        n_wrong = sum(a != b for a, b in zip(segment, key.encode(), strict=True))
+        assert n_wrong == 1
+    backend = FlakyBackend(memory(), error_rate=1.0)
+    with pytest.raises(BackendUnavailable, match="injected fault: get_each of 3 keys"):
+        backend.get_each(KEYS[:3], pages)
+
+
+def test_only_a_store_that_may_be_stuck_makes_calls_unbounded() -> None:
+    assert SlowBackend(memory()).bounds_calls() is memory().bounds_calls()
+    assert not StuckBackend(memory(), stuck=False).bounds_calls()
+
+
 def test_a_faulty_backend_can_do_what_the_inner_one_can() -> None:
     backend = FlakyBackend(memory(), error_rate=0.0)
     assert backend.capability(Listable) is backend.inner

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ class ChainBackend(StorageBackend):
     """Reads from the nearest link that has a page, and writes to all of them.
 
     - **Reads.** A page is present if any link has it. ``batch_get`` reads leading pages from the
-      first link as far as it has them, the following ones from the next link, and so on. With
+      first link as far as it has them, the following ones from the next link, and so on.
+      ``get_each`` asks each link once, for the pages that the links before it lack. With
       ``promote``, pages found in a lower link are copied to the links above in the background.
     - **Writes, through.** All links are written one after the other. A page counts as stored when
       every link that can answer has it; at least one must answer.
@@ -208,6 +210,41 @@ class ChainBackend(StorageBackend):
         call.raise_if_nobody_answered(self.links)
         return n_stored
 
+    def exists_each(self, keys: Sequence[str]) -> Sequence[bool]:
+        def ask(link: Link, places: Sequence[int]) -> Sequence[bool]:
+            return link.backend.exists_each([keys[n] for n in places])
+
+        return _mask(len(keys), self._share_out("exists", len(keys), ask))
+
+    def get_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        def fill(link: Link, places: Sequence[int]) -> Sequence[bool]:
+            return link.backend.get_each([keys[n] for n in places], [pages[n] for n in places])
+
+        read = self._share_out("get", len(keys), fill)
+        for link, places in read:
+            if places:
+                self._promote(link, [keys[n] for n in places], [pages[n] for n in places])
+        return _mask(len(keys), read)
+
+    def set_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        def store(link: Link) -> Sequence[bool]:
+            return link.backend.set_each(keys, pages)
+
+        behind = self.chain_config.write == "behind"
+        call, stored = _Call("set"), [True] * len(keys)
+        for n, link in enumerate(self.links):
+            here = call.ask(link, store)
+            if here is not None:
+                stored = [so_far and now for so_far, now in zip(stored, here, strict=True)]
+                if behind:
+                    self._write_behind(self.links[n + 1 :], keys, pages)
+                    break
+        call.raise_if_nobody_answered(self.links)
+        return stored
+
+    def bounds_calls(self) -> bool:
+        return all(link.backend.bounds_calls() for link in self.links)
+
     def capability(self, kind: type[C]) -> C | None:
         """See ``StorageBackend``; a chain has every capability that one of its links has."""
         own = super().capability(kind)
@@ -290,6 +327,38 @@ class ChainBackend(StorageBackend):
             call.raise_if_nobody_answered(self.links)
         return start
 
+    def _share_out(
+        self,
+        operation: str,
+        n_keys: int,
+        ask: Callable[[Link, Sequence[int]], Sequence[bool]],
+    ) -> list[tuple[Link, Sequence[int]]]:
+        """Asks each link once, the nearest first, for the keys that those before it lack.
+
+        Args:
+            operation: its name, for messages.
+            n_keys: number of keys.
+            ask: called with a link and the places of the keys; answers for each of them.
+
+        Returns:
+            The links that answered, and the places of the keys that each has.
+        """
+        call, left = _Call(operation), list(range(n_keys))
+        found: list[tuple[Link, Sequence[int]]] = []
+        for link in self.links if left else ():
+            answers = call.ask(link, ask, left)
+            if answers is None:
+                continue
+            if len(answers) != len(left):
+                raise ValueError(f"{link.name} answered for {len(answers)} of {len(left)} pages")
+            found.append((link, list(itertools.compress(left, answers))))
+            left = [n for n, is_here in zip(left, answers, strict=True) if not is_here]
+            if not left:
+                break
+        if len(left) == n_keys:
+            call.raise_if_nobody_answered(self.links)
+        return found
+
     def _promote(self, source: Link, keys: Sequence[str], pages: Sequence[Page]) -> None:
         """Copies pages that were found in ``source`` into the links above it."""
         for link in self.links[: self.links.index(source)]:
@@ -304,6 +373,15 @@ class ChainBackend(StorageBackend):
             copier = self._copiers[link.name].behind
             if copier is not None:
                 copier.offer(keys, pages)
+
+
+def _mask(n_keys: int, found: Sequence[tuple[Link, Sequence[int]]]) -> list[bool]:
+    """Returns for each key whether a link has it."""
+    mask = [False] * n_keys
+    for _, places in found:
+        for n in places:
+            mask[n] = True
+    return mask
 
 
 _KINDS = (BreakerOpen, BackendTimeout, BackendDenied, BackendFull, BackendCorrupt)

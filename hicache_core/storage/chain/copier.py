@@ -142,7 +142,7 @@ class Copier:
         job_id = next(self._ids)
         with self._lock:
             self._pending[job_id] = frozenset(keys)
-        accepted = self._worker.submit(WriteJob(job_id, list(keys), copies, nbytes))
+        accepted = self._worker.submit(WriteJob(job_id, list(keys), copies, nbytes, each=True))
         if not accepted:
             with self._lock:
                 del self._pending[job_id]
@@ -153,9 +153,11 @@ class Copier:
         for result in self._worker.drain():
             if result.state is JobState.OVERDUE:
                 continue
+            n_copied = sum(result.mask or ())
             with self._lock:
-                n_lost = len(self._pending.pop(result.job.job_id)) - result.n_pages
-                self._n_copied += result.n_pages
+                n_lost = len(result.job.keys) - n_copied
+                del self._pending[result.job.job_id]
+                self._n_copied += n_copied
                 self._n_dropped += n_lost
                 self._n_lost_since_settled += n_lost
 

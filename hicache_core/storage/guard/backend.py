@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 import random
 import threading
 import time
@@ -75,7 +77,8 @@ class GuardedBackend(BackendWrapper):
     - ``BackendUnavailable`` and ``BackendTimeout`` are retried after a random pause, while another
       attempt as long as the last one still fits into the time limit of the call.
     - A key whose load failed counts as absent for ``negative_ttl_s``, or until it is stored or
-      loaded through this guard. A load that the breaker refused does not count as failed.
+      loaded through this guard. A load that the breaker refused does not count as failed. Of a
+      failed ``batch_get`` that is the first key, of a failed ``get_each`` every key.
     - ``list_keys``, ``clear``, ``pin`` and ``usage`` are refused and measured in the same way, but
       never retried, and the breaker ignores their outcome: they may take long in a healthy store.
       ``stats``, ``diagnose`` and ``flush`` pass through.
@@ -150,12 +153,12 @@ class GuardedBackend(BackendWrapper):
             value = self._guarded("get", self.context.object_nbytes, self.inner.get, key)
         except Exception as exc:  # only inspected; raised again
             if _is_failed_load(exc):
-                self._failed.remember(key)
+                self._failed.remember([key])
             raise
         if value is None:
-            self._failed.remember(key)
+            self._failed.remember([key])
         else:
-            self._failed.forget([key], 1)
+            self._failed.forget([key])
             self._calls.moved("get", memoryview(value).nbytes)
         return value
 
@@ -167,7 +170,7 @@ class GuardedBackend(BackendWrapper):
     def set(self, key: str, value: Buffer) -> None:
         nbytes = memoryview(value).nbytes
         self._guarded("set", nbytes, self.inner.set, key, value)
-        self._failed.forget([key], 1)
+        self._failed.forget([key])
         self._calls.moved("set", nbytes)
 
     def delete(self, keys: Sequence[str]) -> None:
@@ -188,11 +191,11 @@ class GuardedBackend(BackendWrapper):
             n = self._guarded("get", nbytes, self.inner.batch_get, keys, pages)
         except Exception as exc:  # only inspected; raised again
             if keys and _is_failed_load(exc):
-                self._failed.remember(keys[0])
+                self._failed.remember(keys[:1])
             raise
-        self._failed.forget(keys, n)
+        self._failed.forget(keys[:n])
         if 0 <= n < len(keys):
-            self._failed.remember(keys[n])
+            self._failed.remember(keys[n : n + 1])
         self._calls.moved("get", page_nbytes * n)
         return n
 
@@ -200,9 +203,41 @@ class GuardedBackend(BackendWrapper):
         page_nbytes = nbytes_of(pages[0]) if pages else 0
         nbytes = page_nbytes * len(pages)
         n = self._guarded("set", nbytes, self.inner.batch_set, keys, pages)
-        self._failed.forget(keys, n)
+        self._failed.forget(keys[:n])
         self._calls.moved("set", page_nbytes * n)
         return n
+
+    def exists_each(self, keys: Sequence[str]) -> Sequence[bool]:
+        failed = self._failed.among(keys)
+        if not failed:
+            return self._guarded("exists", 0, self.inner.exists_each, keys)
+        asked = [key for key in keys if key not in failed]
+        with self._lock:
+            self._n_negative_hits += len(keys) - len(asked)
+        answers = self._guarded("exists", 0, self.inner.exists_each, asked) if asked else ()
+        present = dict(zip(asked, answers, strict=True))
+        return [present.get(key, False) for key in keys]
+
+    def get_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        page_nbytes = nbytes_of(pages[0]) if pages else 0
+        try:
+            mask = self._guarded("get", page_nbytes * len(pages), self.inner.get_each, keys, pages)
+        except Exception as exc:  # only inspected; raised again
+            if _is_failed_load(exc):
+                self._failed.remember(keys)
+            raise
+        self._failed.remember(itertools.compress(keys, map(operator.not_, mask)))
+        self._failed.forget(itertools.compress(keys, mask))
+        self._calls.moved("get", page_nbytes * sum(mask))
+        return mask
+
+    def set_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        page_nbytes = nbytes_of(pages[0]) if pages else 0
+        nbytes = page_nbytes * len(pages)
+        mask = self._guarded("set", nbytes, self.inner.set_each, keys, pages)
+        self._failed.forget(itertools.compress(keys, mask))
+        self._calls.moved("set", page_nbytes * sum(mask))
+        return mask
 
     def call_unjudged(
         self, operation: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 
 class FailedKeys:
@@ -31,21 +31,35 @@ class FailedKeys:
     def __len__(self) -> int:
         return len(self._until_s)
 
-    def remember(self, key: str) -> None:
-        """Remembers ``key`` as failed for ``ttl_s`` from now on."""
+    def remember(self, keys: Iterable[str]) -> None:
+        """Remembers ``keys`` as failed for ``ttl_s`` from now on."""
         with self._lock:
-            self._until_s[key] = self._clock() + self._ttl_s
-            self._until_s.move_to_end(key)
+            until_s = self._clock() + self._ttl_s
+            for key in keys:
+                self._until_s[key] = until_s
+                self._until_s.move_to_end(key)
             while len(self._until_s) > self._max_keys:
                 self._until_s.popitem(last=False)
 
-    def forget(self, keys: Sequence[str], n: int) -> None:
-        """Forgets the first ``n`` of ``keys``, which were loaded or stored."""
+    def forget(self, keys: Iterable[str]) -> None:
+        """Forgets ``keys``, which were loaded or stored."""
         if not self._until_s:
             return
         with self._lock:
-            for key in keys[:n]:
+            for key in keys:
                 self._until_s.pop(key, None)
+
+    def among(self, keys: Sequence[str]) -> frozenset[str]:
+        """Returns those of ``keys`` that are remembered as failed."""
+        if not self._until_s:
+            return frozenset()
+        with self._lock:
+            now = self._clock()
+            known = {key: self._until_s[key] for key in keys if key in self._until_s}
+            for key, until_s in known.items():
+                if now >= until_s:
+                    del self._until_s[key]
+            return frozenset(key for key, until_s in known.items() if now < until_s)
 
     def n_leading_good(self, keys: Sequence[str]) -> int:
         """Returns how many leading keys are not remembered as failed."""

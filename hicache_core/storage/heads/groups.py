@@ -251,6 +251,34 @@ class HeadGroupBackend(BackendWrapper):
                     break
         return done
 
+    def exists_each(self, keys: Sequence[str]) -> Sequence[bool]:
+        return self._whole(self.inner.exists_each(self.inner_keys(keys)))
+
+    def get_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        mask: list[bool] = []
+        with self._slot() as slot:
+            for start in range(0, len(keys), self._slot_pages):
+                part = slice(start, start + self._slot_pages)
+                inner_keys = self.inner_keys(keys[part])
+                filled = self.inner.get_each(inner_keys, slot.pages[: len(inner_keys)])
+                whole = self._whole(filled)
+                for groups, page, is_whole in zip(slot.groups, pages[part], whole, strict=False):
+                    if is_whole:
+                        self._cut.join(groups, page[1:])
+                mask += whole
+        return mask
+
+    def set_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        mask: list[bool] = []
+        with self._slot() as slot:
+            for start in range(0, len(keys), self._slot_pages):
+                part = slice(start, start + self._slot_pages)
+                inner_keys = self.inner_keys(keys[part])
+                for groups, page in zip(slot.groups, pages[part], strict=False):
+                    self._cut.split(page[1:], groups)
+                mask += self._whole(self.inner.set_each(inner_keys, slot.pages[: len(inner_keys)]))
+        return mask
+
     @property
     def staging(self) -> memoryview:
         """The staging memory.
@@ -296,6 +324,11 @@ class HeadGroupBackend(BackendWrapper):
         if prefix.startswith(self.key_prefix):
             return [(group, prefix.removeprefix(self.key_prefix)) for group in self._prefixes]
         return []
+
+    def _whole(self, groups: Sequence[bool]) -> list[bool]:
+        """Returns for each page whether all of its groups are there, given that of each group."""
+        n_groups = self._cut.n_groups
+        return [all(groups[n : n + n_groups]) for n in range(0, len(groups), n_groups)]
 
     def _segments(self, payload: memoryview) -> Page:
         """Returns a payload in one piece as the segments of a page."""

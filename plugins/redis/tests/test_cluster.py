@@ -95,8 +95,11 @@ def test_a_slot_that_moves_is_followed_while_it_does_and_after(opened: Open) -> 
         assert leading(backend, keys) == 30  # still at the source
         source.call("MIGRATE", "127.0.0.1", target.port, f"hicache:{moving}", 0, 2000)
         assert leading(backend, keys) == backend.batch_exists(keys) == 30
+        assert backend.exists_each(keys) == [True] * 30
+        assert backend.get_each(keys, [blank(SHAPE) for _ in keys]) == [True] * 30
         backend.delete([moving])
         assert leading(backend, keys) == 4
+        assert backend.exists_each(keys) == [key != moving for key in keys]
         assert put(backend, keys) == 30
         n_redirects = backend.stats()["redirects"]
         assert n_redirects >= 4
@@ -140,6 +143,45 @@ def test_a_dead_shard_makes_its_keys_misses_and_the_others_go_on(
         dead.restart()
         cluster.wait()
     assert put(backend, keys) == leading(backend, keys) == 30
+
+
+def test_pages_behind_those_of_a_dead_shard_are_found_read_and_stored(
+    cluster: Cluster, opened: Open
+) -> None:
+    backend = opened(url=cluster.url, cluster=True)
+    keys = keys_of(30, "behind a dead shard")
+    absent = {2, 17, 18}
+    assert put(backend, keys) == 30
+    backend.delete([keys[n] for n in absent])
+    assert backend.exists_each(keys) == [n not in absent for n in range(30)]
+    dead = owner_of(cluster, keys[7])
+    served = [owner_of(cluster, key) is not dead for key in keys]
+    there = [is_served and n not in absent for n, is_served in enumerate(served)]
+    dead.kill()
+    try:
+        assert backend.exists_each(keys) == there
+        pages = [blank(SHAPE) for _ in keys]
+        assert backend.get_each(keys, pages) == there
+        assert [holds(key, page) for key, page in zip(keys, pages, strict=True)] == there
+        assert backend.set_each(keys, [filled(key, SHAPE) for key in keys]) == served
+        assert backend.exists_each(keys) == served
+    finally:
+        dead.restart()
+        cluster.wait()
+
+
+def test_a_full_shard_takes_no_page_and_the_others_go_on(cluster: Cluster, opened: Open) -> None:
+    backend = opened(url=cluster.url, cluster=True)
+    keys = keys_of(30, "full shard")
+    full = owner_of(cluster, keys[1])
+    full.call("CONFIG", "SET", "maxmemory", "1mb")
+    try:
+        stored = backend.set_each(keys, [filled(key, SHAPE) for key in keys])
+        assert stored == [owner_of(cluster, key) is not full for key in keys]
+        assert backend.exists_each(keys) == stored
+        assert backend.stats()["dropped_writes"] == stored.count(False)
+    finally:
+        full.call("CONFIG", "SET", "maxmemory", "0")
 
 
 def test_a_frozen_shard_costs_its_timeout_once_and_is_then_left_alone(

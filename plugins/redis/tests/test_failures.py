@@ -26,6 +26,7 @@ from tests.servers.valkey import Cluster, Valkey, running
 
 Open = Callable[..., RedisBackend]
 SHAPE = (64, 1 << 20)
+PATTERN = b"\x5a" * (1 << 20)
 BOUND_S = 5.0  # far above every limit set here; what hangs takes longer
 
 
@@ -72,7 +73,20 @@ def test_a_host_that_does_not_answer_is_a_timeout(opened: Open) -> None:
             opened(url=f"redis://127.0.0.1:{port}", socket_timeout_s=0.2)
 
 
-@pytest.mark.parametrize("call", ["get", "set", "batch_get", "batch_set", "batch_exists", "delete"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "get",
+        "set",
+        "batch_get",
+        "batch_set",
+        "batch_exists",
+        "get_each",
+        "set_each",
+        "exists_each",
+        "delete",
+    ],
+)
 def test_a_frozen_server_costs_each_call_its_timeout_and_then_works_again(
     own_server: Valkey, opened: Open, call: str
 ) -> None:
@@ -86,6 +100,9 @@ def test_a_frozen_server_costs_each_call_its_timeout_and_then_works_again(
         "batch_get": lambda: backend.batch_get(keys, [blank(SHAPE) for _ in keys]),
         "batch_set": lambda: backend.batch_set(keys, pages),
         "batch_exists": lambda: backend.batch_exists(keys),
+        "get_each": lambda: backend.get_each(keys, [blank(SHAPE) for _ in keys]),
+        "set_each": lambda: backend.set_each(keys, pages),
+        "exists_each": lambda: backend.exists_each(keys),
         "delete": lambda: backend.delete(keys),
     }
     own_server.freeze()
@@ -100,6 +117,61 @@ def test_a_frozen_server_costs_each_call_its_timeout_and_then_works_again(
     target = [blank(SHAPE) for _ in keys]
     assert backend.batch_get(keys, target) == 16
     assert all(holds(key, page) for key, page in zip(keys, target, strict=True))
+
+
+@pytest.mark.parametrize("retries", [0, 2])
+@pytest.mark.parametrize("call", ["batch_get", "get_each"])
+def test_a_read_that_froze_half_way_ends_and_touches_no_page_afterwards(
+    own_server: Valkey, opened: Open, call: str, retries: int
+) -> None:
+    """Both connections of the batch are in the middle of it; the rest of the bytes comes later."""
+    settings = {"batch_connections": 2, "socket_timeout_s": 0.2, "retries": retries}
+    backend = opened(url=own_server.url, **settings)
+    assert backend.bounds_calls()
+    keys = keys_of(64, "half way")
+    assert backend.batch_set(keys, [filled(key, SHAPE) for key in keys]) == 64
+    target = [blank(SHAPE) for _ in keys]
+    pages = list(target)
+    trap(pages, 5, own_server.freeze)
+    try:
+        start = time.monotonic()
+        with pytest.raises(BackendTimeout):
+            getattr(backend, call)(keys, pages)
+        assert time.monotonic() - start < BOUND_S
+        for page in target:
+            page[1][:] = PATTERN
+    finally:
+        own_server.thaw()
+    assert backend.batch_get(keys, [blank(SHAPE) for _ in keys]) == 64
+    assert all(page[1] == PATTERN for page in target)
+
+
+@pytest.mark.parametrize("call", ["batch_set", "set_each"])
+def test_a_write_that_froze_half_way_ends_and_reads_no_page_afterwards(
+    own_server: Valkey, opened: Open, call: str
+) -> None:
+    """What the server gets after it is thawed is what was sent before; it stores no mixture."""
+    backend = opened(url=own_server.url, batch_connections=2, socket_timeout_s=0.2)
+    keys = keys_of(64, "half written")
+    target = [filled(key, SHAPE) for key in keys]
+    pages = list(target)
+    trap(pages, 5, own_server.freeze)
+    try:
+        start = time.monotonic()
+        with pytest.raises(BackendTimeout):
+            getattr(backend, call)(keys, pages)
+        assert time.monotonic() - start < BOUND_S
+        for page in target:
+            page[1][:] = PATTERN
+    finally:
+        own_server.thaw()
+    got = [blank(SHAPE) for _ in keys]
+    stored = backend.get_each(keys, got)
+    assert all(
+        holds(key, page)
+        for key, page, is_stored in zip(keys, got, stored, strict=True)
+        if is_stored
+    )
 
 
 def test_the_answer_that_a_timeout_gave_up_on_is_not_the_next_ones(

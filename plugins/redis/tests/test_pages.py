@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 from hicache_redis import RedisBackend
 from hicache_redis.channel import PlainChannel
-from hicache_redis.operations import Fetch, run
+from hicache_redis.operations import CountEach, Fetch, run
 from hicache_redis.resp import Wire
 
 from hicache_core.errors import BackendFull, UseAfterClose
-from hicache_core.storage.base import Clearable, Diagnosable, HasStats, Listable
+from hicache_core.storage.base import (
+    Clearable,
+    Diagnosable,
+    HasStats,
+    Listable,
+    StorageBackend,
+)
 from plugins.redis.tests.pages import blank, content, filled, holds, keys_of
 from tests.servers.valkey import Valkey, running
 
@@ -97,6 +104,41 @@ def test_a_large_batch_goes_over_several_connections(server: Valkey, opened: Ope
         put(backend, [keys[hole]], shape)
 
 
+@pytest.mark.parametrize("shape", [SHAPE, (64, 1 << 20)])
+def test_pages_behind_gaps_are_found_and_read(
+    server: Valkey, opened: Open, shape: tuple[int, ...]
+) -> None:
+    """A batch of 16 large pages is split over two connections; the gaps are in both parts."""
+    backend = opened(url=server.url, batch_connections=2)
+    keys = keys_of(16, f"gaps {sum(shape)}")
+    gaps = {0, 3, 4, 9, 15}
+    put(backend, [key for n, key in enumerate(keys) if n not in gaps], shape)
+    backend.set(keys[7], b"of another length")
+    backend.delete([keys[11]])
+    with server.client() as client:
+        client.rpush(f"hicache:{keys[11]}", "of another program")
+    present = [n not in gaps for n in range(16)]
+    readable = [n not in gaps | {7, 11} for n in range(16)]
+    assert backend.exists_each(keys) == present == StorageBackend.exists_each(backend, keys)
+    for get_each in (backend.get_each, partial(StorageBackend.get_each, backend)):
+        pages = [blank(shape) for _ in keys]
+        assert get_each(keys, pages) == readable
+        assert [holds(key, page) for key, page in zip(keys, pages, strict=True)] == readable
+    assert backend.set_each(keys, [filled(key, shape) for key in keys]) == [True] * 16
+    assert leading(backend, keys, shape) == 16
+    assert backend.exists_each([]) == backend.get_each([], []) == backend.set_each([], []) == []
+
+
+def test_absent_keys_take_one_round_trip() -> None:
+    """The requests of all keys are sent before the first answer has come."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        wire = Wire(PlainChannel(ours, timeout_s=0.2), ours.close)
+        with pytest.raises(TimeoutError):  # nobody answers
+            run(wire, "nobody", CountEach([b"key %d" % n for n in range(128)]), range(128))
+        assert theirs.recv(1 << 16).count(b"EXISTS") == 128
+
+
 def test_objects_are_gone_after_their_ttl(server: Valkey, opened: Open) -> None:
     backend = opened(url=server.url, ttl_s=30.5)
     page_key, single = keys_of(2, "ttl")
@@ -132,6 +174,11 @@ def test_a_full_server_ends_the_count_and_is_counted(opened: Open) -> None:
         assert backend.stats()["dropped_writes"] == 40 - n_stored
         with pytest.raises(BackendFull, match="allkeys-lru"):
             backend.set(keys[-1], bytes(1 << 20))
+        backend.delete(keys[:3])
+        stored = backend.set_each(keys, [filled(key, shape) for key in keys])
+        assert stored[:2] == [True, True]
+        assert not all(stored)
+        assert backend.get_each(keys[:3], [blank(shape) for _ in keys[:3]]) == stored[:3]
         opened(url=server.url).close()  # a full server is no reason not to open
         backend.delete(keys[:n_stored])
         assert backend.batch_set(keys[:2], [filled(key, shape) for key in keys[:2]]) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -191,3 +192,41 @@ def test_a_wire_with_unread_bytes_or_without_a_server_is_not_quiet(ends: Ends) -
     assert ends.wire.is_quiet()
     ends.theirs.close()
     assert not ends.wire.is_quiet()
+
+
+@pytest.mark.parametrize("message", ["a line", "a page", "a command"])
+def test_a_server_that_moves_a_byte_now_and_then_is_given_up(ends: Ends, message: str) -> None:
+    """Each wait is shorter than the limit of 0.2 s; all of them would take a day."""
+    stop = threading.Event()
+
+    def drip() -> None:
+        while not stop.wait(0.05):
+            ends.theirs.send(b"x")
+
+    def sip() -> None:
+        while not stop.wait(0.05):
+            ends.theirs.recv(100)
+
+    calls: dict[str, tuple[Callable[[], object], Callable[[], None]]] = {
+        "a line": (ends.wire.read_reply, drip),
+        "a page": (lambda: ends.wire.read_payload(blank((1 << 20,))), drip),
+        "a command": (lambda: ends.wire.send([bytes(1 << 22)]), sip),
+    }
+    call, other_end = calls[message]
+    thread = threading.Thread(target=other_end)
+    thread.start()
+    start = time.monotonic()
+    try:
+        with pytest.raises(TimeoutError):
+            call()
+    finally:
+        stop.set()
+        thread.join()
+    assert time.monotonic() - start < 20
+
+
+def test_no_time_limit_is_so_short_that_it_is_none() -> None:
+    """The kernel takes a limit of 0 for none at all."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs, pytest.raises(TimeoutError):
+        PlainChannel(ours, timeout_s=1e-7).receive(memoryview(bytearray(1)))

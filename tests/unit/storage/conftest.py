@@ -1,14 +1,20 @@
-"""The smallest world of the storage tests: backends on a directory of their own."""
+"""The smallest world of the storage tests: backends on a directory of their own, and chains."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from hicache_core.storage.base import StorageBackend
+from hicache_core.storage.chain.backend import ChainBackend
+from hicache_core.storage.chain.capabilities import Link
+from hicache_core.storage.chain.config import ChainConfig
 from hicache_core.storage.file.backend import FileBackend, FileConfig
 from hicache_core.types import BackendContext
+from tests.unit.storage.threads import storage_threads
+from tests.unit.storage.virtual import CONTEXT, MakeChain, make_worker
 
 
 class Clock:
@@ -50,3 +56,26 @@ def advance(clock: Clock) -> Callable[[float], None]:
         clock.now += seconds
 
     return pass_
+
+
+@pytest.fixture
+def make() -> Iterator[MakeChain]:
+    """Opens chains; closes them at the end, when no thread of theirs may be left."""
+    chains: list[ChainBackend] = []
+    before = storage_threads()
+
+    def make_chain(backends: Sequence[StorageBackend], **settings: object) -> ChainBackend:
+        names = ("near", "middle", "far")[: len(backends)]
+        config = ChainConfig.model_validate(
+            {"links": [{"backend": name} for name in names], "settle_s": 20.0, **settings}
+        )
+        links = [Link(name, backend) for name, backend in zip(names, backends, strict=True)]
+        chain = ChainBackend(config, CONTEXT, links, make_worker)
+        chain.open()
+        chains.append(chain)
+        return chain
+
+    yield make_chain
+    for chain in chains:
+        chain.close()
+    assert storage_threads() <= before

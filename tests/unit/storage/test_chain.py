@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -35,53 +34,27 @@ from hicache_core.storage.chain.config import ChainConfig
 from hicache_core.storage.guard.backend import GuardedBackend
 from hicache_core.storage.guard.config import GuardConfig
 from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
-from hicache_core.storage.workers.executor import Worker
-from hicache_core.storage.workers.worker import StorageWorker
 from hicache_core.testing.harness import required
-from tests.unit.storage.threads import storage_threads
-from tests.unit.storage.virtual import CONTEXT, NBYTES, Clock, Told, blank, content, filled, key
+from tests.unit.storage.virtual import (
+    CONTEXT,
+    NBYTES,
+    Clock,
+    MakeChain,
+    Told,
+    blank,
+    content,
+    filled,
+    key,
+    make_worker,
+)
 
 KEYS = [key(n) for n in range(8)]
 ERRORS = [BackendUnavailable("gone"), BackendTimeout("late"), BreakerOpen("open")]
-
-MakeChain = Callable[..., ChainBackend]
-
-
-def make_worker(backend: StorageBackend, max_nbytes: int) -> Worker:
-    return StorageWorker(
-        backend,
-        n_threads=1,
-        max_read_nbytes=1,
-        max_write_nbytes=max_nbytes,
-        clock=time.monotonic,
-    )
 
 
 @pytest.fixture
 def stores() -> list[Told]:
     return [Told(Clock()) for _ in range(3)]
-
-
-@pytest.fixture
-def make() -> Iterator[MakeChain]:
-    chains: list[ChainBackend] = []
-    before = storage_threads()
-
-    def make_chain(backends: Sequence[StorageBackend], **settings: object) -> ChainBackend:
-        names = ("near", "middle", "far")[: len(backends)]
-        config = ChainConfig.model_validate(
-            {"links": [{"backend": name} for name in names], "settle_s": 20.0, **settings}
-        )
-        links = [Link(name, backend) for name, backend in zip(names, backends, strict=True)]
-        chain = ChainBackend(config, CONTEXT, links, make_worker)
-        chain.open()
-        chains.append(chain)
-        return chain
-
-    yield make_chain
-    for chain in chains:
-        chain.close()
-    assert storage_threads() <= before
 
 
 def hold(store: Told, *numbers: int) -> None:

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from itertools import compress
+from typing import TypeVar
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from hicache_core.errors import BackendError, BackendTimeout, BackendUnavailable, BreakerOpen
-from hicache_core.storage.base import StorageBackend
 from hicache_core.storage.chain.backend import ChainBackend
 from hicache_core.storage.chain.capabilities import Link
 from hicache_core.storage.chain.config import ChainConfig
-from hicache_core.storage.workers.executor import Worker
-from hicache_core.storage.workers.worker import StorageWorker
-from tests.unit.storage.virtual import CONTEXT, NBYTES, Clock, Told, blank, content, filled, key
+from tests.unit.storage.virtual import (
+    CONTEXT,
+    NBYTES,
+    Clock,
+    Told,
+    blank,
+    content,
+    filled,
+    key,
+    make_worker,
+)
+
+T = TypeVar("T")
 
 KEYS = [key(n) for n in range(6)]
 NAMES = ("near", "middle", "far")
 
 ranges = st.tuples(st.integers(0, 5), st.integers(1, 6)).map(lambda r: KEYS[r[0] : r[0] + r[1]])
+names = st.lists(st.sampled_from(KEYS), max_size=6)
 link_numbers = st.integers(0, 2)
 errors = st.sampled_from([BackendUnavailable, BackendTimeout, BreakerOpen])
-
-
-def make_worker(backend: StorageBackend, max_nbytes: int) -> Worker:
-    return StorageWorker(
-        backend, n_threads=1, max_read_nbytes=1, max_write_nbytes=max_nbytes, clock=time.monotonic
-    )
 
 
 class ChainMachine(RuleBasedStateMachine):
@@ -62,7 +67,7 @@ class ChainMachine(RuleBasedStateMachine):
         """Links that answered all along: nothing fails next, and nothing did."""
         return [n for n in self.alive() if not self.stores[n].errors]
 
-    def guarded(self, call: Callable[[], int]) -> int | None:
+    def guarded(self, call: Callable[[], T]) -> T | None:
         """What the chain answered; None if it raised, which it may only if no link was calm."""
         calm = self.calm()
         try:
@@ -78,9 +83,19 @@ class ChainMachine(RuleBasedStateMachine):
         n = self.guarded(lambda: self.chain.batch_set(keys, pages))
         for page in pages:
             page[0][:] = b"reused!!"  # the memory is the caller's again
-        if n is None:
-            return
-        for name in keys[:n]:
+        self.acknowledged(keys[: n or 0], calm)
+
+    @rule(names=names)
+    def store_each(self, names: list[str]) -> None:
+        calm = self.calm()
+        pages = filled(names)
+        mask = self.guarded(lambda: self.chain.set_each(names, pages))
+        for page in pages:
+            page[0][:] = b"reused!!"
+        self.acknowledged(list(compress(names, mask or ())), calm)
+
+    def acknowledged(self, keys: list[str], calm: list[int]) -> None:
+        for name in keys:
             holders = {i for i, one in enumerate(self.stores) if name in one.objects}
             assert holders, "acknowledged, but nobody has it"
             if self.write == "through":
@@ -102,6 +117,25 @@ class ChainMachine(RuleBasedStateMachine):
         if n is not None:
             held = [any(name in store.objects for store in self.stores) for name in keys]
             assert all(held[:n])
+
+    @rule(names=names)
+    def read_each(self, names: list[str]) -> None:
+        self.chain.settle()  # a copy that arrives late is no key that was passed over
+        pages, calm = blank(len(names)), self.calm()
+        mask = self.guarded(lambda: self.chain.get_each(names, pages))
+        for name, page, is_filled in zip(names, pages, mask or [False] * len(names), strict=True):
+            if is_filled:
+                assert [page] == filled([name])
+            elif mask is not None:
+                assert not any(name in self.stores[n].objects for n in calm), "not read"
+
+    @rule(names=names)
+    def ask_each(self, names: list[str]) -> None:
+        self.chain.settle()
+        mask = self.guarded(lambda: self.chain.exists_each(names))
+        for name, is_present in zip(names, mask or (), strict=mask is not None):
+            held = {n for n, store in enumerate(self.stores) if name in store.objects}
+            assert held if is_present else not held & set(self.calm())
 
     @rule(number=link_numbers, error=errors)
     def die(self, number: int, error: type[BackendError]) -> None:

@@ -26,7 +26,17 @@ from hicache_core.storage.guard.config import GuardConfig
 from hicache_core.storage.memory import MemoryBackend, MemoryConfig
 from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
 from hicache_core.testing.harness import required
-from tests.unit.storage.virtual import CONTEXT, NBYTES, Clock, Told, blank, content, filled, key
+from tests.unit.storage.virtual import (
+    CONTEXT,
+    NBYTES,
+    Clock,
+    TellsEach,
+    Told,
+    blank,
+    content,
+    filled,
+    key,
+)
 
 KEYS = [key(n) for n in range(4)]
 
@@ -410,7 +420,7 @@ def test_a_key_whose_load_failed_counts_as_absent_for_a_while(store: Told, clock
     assert backend.batch_exists(KEYS) == 4
 
 
-@pytest.mark.parametrize("again", ["set", "batch_set", "get", "batch_get"])
+@pytest.mark.parametrize("again", ["set", "batch_set", "set_each", "get", "batch_get", "get_each"])
 def test_a_failed_key_counts_again_once_it_is_stored_or_loaded(store: Told, again: str) -> None:
     backend = guard(store)
     store.objects = {KEYS[0]: content(KEYS[0])}
@@ -422,6 +432,10 @@ def test_a_failed_key_counts_again_once_it_is_stored_or_loaded(store: Told, agai
         backend.set(KEYS[0], content(KEYS[0]))
     elif again == "batch_set":
         backend.batch_set(KEYS[:1], filled(KEYS[:1]))
+    elif again == "set_each":
+        backend.set_each(KEYS[:1], filled(KEYS[:1]))
+    elif again == "get_each":
+        assert list(backend.get_each(KEYS[:1], blank(1))) == [True]
     elif again == "get":
         assert backend.get(KEYS[0]) == content(KEYS[0])
     else:
@@ -445,6 +459,64 @@ def test_a_load_that_raised_poisons_its_first_key_and_one_that_the_breaker_refus
             call()
     clock.now += 5
     assert refused.batch_exists(KEYS) == 4
+
+
+def test_one_question_for_each_key_is_one_question_to_the_store(clock: Clock) -> None:
+    store = TellsEach(clock)
+    backend = guard(store)
+    store.room = 2
+    assert list(backend.set_each(KEYS, filled(KEYS))) == [True, True, False, False]
+    del store.objects[KEYS[0]]
+    assert list(backend.exists_each(KEYS)) == [False, True, False, False]
+    pages = blank(4)
+    assert list(backend.get_each(KEYS, pages)) == [False, True, False, False]
+    assert pages[1] == filled(KEYS)[1]
+    assert store.n_calls == 3
+    operations = backend.status().operations
+    assert [operations[name].latency_s.n for name in ("exists", "get", "set")] == [1, 1, 1]
+    assert [operations[name].nbytes.total for name in ("get", "set")] == [NBYTES, 2 * NBYTES]
+
+
+def test_of_each_key_only_those_whose_load_failed_are_not_asked_for(clock: Clock) -> None:
+    store = TellsEach(clock)
+    backend = guard(store, negative_ttl_s=10)
+    store.objects = {name: content(name) for name in KEYS}
+    store.unreadable = {KEYS[1], KEYS[2]}
+    assert list(backend.get_each(KEYS, blank(4))) == [True, False, False, True]
+    assert backend.status().negative_keys == 2
+    assert list(backend.exists_each(KEYS)) == [True, False, False, True]
+    assert store.asked == [KEYS[0], KEYS[3]]
+    n_calls = store.n_calls
+    assert list(backend.exists_each(KEYS[1:3])) == [False, False]
+    assert store.n_calls == n_calls, "nobody was asked"
+    assert backend.status().negative_hits == 4
+    store.unreadable.clear()
+    assert list(backend.get_each(KEYS[:2], blank(2))) == [True, True]
+    assert list(backend.exists_each(KEYS)) == [True, True, False, True]
+    clock.now += 10
+    assert list(backend.exists_each(KEYS)) == [True] * 4
+    assert backend.status().negative_keys == 0
+
+
+def test_a_load_of_each_that_raised_poisons_every_key(clock: Clock) -> None:
+    store = TellsEach(clock)
+    backend = guard(store)
+    store.objects = {name: content(name) for name in KEYS}
+    store.errors = [BackendCorrupt("no page")]
+    with pytest.raises(BackendCorrupt):
+        backend.get_each(KEYS[:3], blank(3))
+    assert list(backend.exists_each(KEYS)) == [False, False, False, True]
+    refused = opened(store)
+    each_call: list[Callable[[], object]] = [
+        lambda: refused.exists_each(KEYS),
+        lambda: refused.get_each(KEYS, blank(4)),
+        lambda: refused.set_each(KEYS, filled(KEYS)),
+    ]
+    for call in each_call:
+        with pytest.raises(BreakerOpen):
+            call()
+    clock.now += 5
+    assert list(refused.exists_each(KEYS)) == [True] * 4
 
 
 def test_failed_keys_are_bounded_and_the_oldest_is_forgotten_first(store: Told) -> None:

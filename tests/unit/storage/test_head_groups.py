@@ -184,6 +184,57 @@ def test_a_page_counts_only_with_all_of_its_groups(store: MemoryBackend) -> None
     assert not reader.pool.rows(0)[2].any()
 
 
+def test_pages_behind_one_that_lacks_a_group_are_read(store: MemoryBackend) -> None:
+    """And a page that does not count is not written to."""
+    rank = Rank(MHA, "page_first")
+    backend = rank.grouped(SealedBackend(store), 2)
+    assert list(backend.set_each(rank.keys, rank.pages)) == [True] * N_PAGES
+    for lacking, group in ((0, 3), (2, 0)):
+        store.delete([backend.inner_keys([rank.keys[lacking]])[group]])
+    mask = [n not in (0, 2) for n in range(N_PAGES)]
+    assert list(backend.exists_each(rank.keys)) == mask
+    reader = Rank(MHA, "page_first", filled=False)
+    assert list(backend.get_each(reader.keys, reader.pages)) == mask
+    for component in range(len(MHA.components)):
+        found, expected = reader.pool.rows(component).numpy(), rank.expected(component)
+        for n, is_filled in enumerate(mask):
+            np.testing.assert_array_equal(found[n], expected[n] if is_filled else 0 * expected[n])
+    assert backend.exists_each([]) == backend.get_each([], []) == backend.set_each([], []) == []
+
+
+def test_a_full_store_takes_whole_pages_behind_one_without_room() -> None:
+    class Full(MemoryBackend):
+        """Has no room for the third object of each call."""
+
+        def set_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+            return [
+                n != 2 and super(Full, self).batch_set([k], [p]) == 1
+                for n, (k, p) in enumerate(zip(keys, pages, strict=True))
+            ]
+
+    rank = Rank(MHA, "page_first")
+    inner = Full(MemoryConfig(), BackendContext(namespace="0" * 16))
+    backend = rank.grouped(SealedBackend(inner), 4)
+    assert list(backend.set_each(rank.keys, rank.pages)) == [n != 1 for n in range(N_PAGES)]
+    assert list(backend.exists_each(rank.keys)) == [n != 1 for n in range(N_PAGES)]
+
+
+def test_calls_are_bounded_if_those_of_the_store_are(store: MemoryBackend) -> None:
+    """Staging alone bounds nothing: a call that comes back late copies into its page then."""
+
+    class Bounding(MemoryBackend):
+        bounds = True
+
+        def bounds_calls(self) -> bool:
+            return self.bounds
+
+    inner = Bounding(MemoryConfig(), BackendContext(namespace="0" * 16))
+    backend = Rank(MHA, "page_first").grouped(SealedBackend(inner), 2)
+    assert backend.bounds_calls()
+    inner.bounds = False
+    assert not backend.bounds_calls()
+
+
 def test_a_group_that_is_damaged_is_a_miss_of_its_page(store: MemoryBackend) -> None:
     rank = Rank(MHA, "layer_first")
     backend = rank.grouped(SealedBackend(store), 4)
@@ -241,6 +292,11 @@ def test_more_pages_than_the_staging_holds_go_in_turns(
     reader.check()
     store.delete([backend.inner_keys(rank.keys)[-1]])
     assert backend.batch_get(reader.keys, reader.pages) == N_PAGES - 1
+    assert list(backend.set_each(rank.keys[:-1], rank.pages[:-1])) == [True] * (N_PAGES - 1)
+    for number in range(len(MHA.components)):
+        reader.pool.rows(number).zero_()
+    assert list(backend.get_each(reader.keys, reader.pages)) == [n < 4 for n in range(N_PAGES)]
+    reader.check(N_PAGES - 1)
 
 
 def test_threads_do_not_share_staging(store: MemoryBackend) -> None:
@@ -282,7 +338,7 @@ def test_when_all_staging_is_with_calls_that_hang_the_next_fails_in_bounded_time
         thread.start()
     assert stuck.wait_for_calls(2, 5.0)
     with pytest.raises(BackendTimeout, match="2 calls of backend 'memory' have not returned"):
-        backend.batch_get(rank.keys, rank.pages)
+        backend.get_each(rank.keys, rank.pages)
     stuck.release()
     for thread in threads:
         thread.join()

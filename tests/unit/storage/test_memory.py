@@ -55,6 +55,34 @@ def test_counts_end_at_the_first_hole(hole: int) -> None:
     assert backend.batch_get(keys, [views(b".") for _ in keys]) == hole
 
 
+def test_answers_for_each_key_go_on_behind_gaps() -> None:
+    backend = opened()
+    keys = [f"k{n}" for n in range(5)]
+    for n in (1, 2, 4):
+        backend.set(keys[n], b"x" * n)
+    assert list(backend.exists_each(keys)) == [False, True, True, False, True]
+    pages = [views(b"."), views(b"."), views(b"."), views(b"."), views(b"..", b"..")]
+    assert list(backend.get_each(keys, pages)) == [False, True, False, False, True]
+    assert [b"".join(page) for page in pages] == [b".", b"x", b".", b".", b"xxxx"]
+    assert backend.bounds_calls()
+
+
+def test_a_page_that_makes_room_for_a_later_one_is_not_stored() -> None:
+    backend = opened(max_nbytes=4)
+    pages = [views(b"12"), views(b"12345"), views(b"34"), views(b"56")]
+    assert list(backend.set_each(["a", "b", "c", "d"], pages)) == [False, False, True, True]
+    assert list(backend.exists_each(["a", "b", "c", "d"])) == [False, False, True, True]
+
+
+def test_pages_that_are_read_together_are_used() -> None:
+    backend = opened(max_nbytes=2)
+    backend.set("a", b"1")
+    backend.set("b", b"2")
+    backend.get_each(["x", "a"], [views(b"."), views(b".")])
+    backend.set("c", b"3")
+    assert list(backend.exists_each(["a", "b", "c"])) == [True, False, True]
+
+
 def test_a_value_may_be_reused_as_soon_as_set_returns() -> None:
     backend, value = opened(), bytearray(b"abc")
     backend.set("k", value)

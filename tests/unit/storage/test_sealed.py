@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from hicache_core.errors import BackendFull, BackendUnavailable
 from hicache_core.storage.base import BackendConfig, Buffer, StorageBackend
 from hicache_core.storage.memory import MemoryBackend, MemoryConfig
-from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
-from hicache_core.types import BackendContext
+from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend, seal
+from hicache_core.storage.segments import nbytes_of, scatter
+from hicache_core.types import BackendContext, Page
 
 NAMESPACE = "0123456789abcdef"
 KEY = f"{NAMESPACE}/{'5a' * 32}"
@@ -174,6 +175,9 @@ def test_a_key_of_another_form_is_an_error_at_the_edge(key: str) -> None:
         lambda: sealed.batch_exists([KEY, key]),
         lambda: sealed.batch_get([key], [page(b"x")]),
         lambda: sealed.batch_set([key], [page(b"x")]),
+        lambda: sealed.exists_each([KEY, key]),
+        lambda: sealed.get_each([key], [page(b"x")]),
+        lambda: sealed.set_each([key], [page(b"x")]),
     ]
     for call in calls:
         with pytest.raises(ValueError, match="not a page key"):
@@ -183,8 +187,9 @@ def test_a_key_of_another_form_is_an_error_at_the_edge(key: str) -> None:
 @pytest.mark.parametrize("segments", [[], [b"payload"], [bytes(63), b"x"]])
 def test_a_page_without_a_header_segment_is_an_error(segments: list[bytes]) -> None:
     sealed, _ = store()
-    with pytest.raises(ValueError, match="64 bytes"):
-        sealed.batch_set([KEY], [[memoryview(bytearray(part)) for part in segments]])
+    for store_page in (sealed.batch_set, sealed.set_each):
+        with pytest.raises(ValueError, match="64 bytes"):
+            store_page([KEY], [[memoryview(bytearray(part)) for part in segments]])
 
 
 class BadLink(MemoryBackend):
@@ -272,6 +277,9 @@ def test_failures_of_the_store_pass_through() -> None:
         lambda: sealed.batch_exists([KEY]),
         lambda: sealed.batch_get([KEY], [page(b"x")]),
         lambda: sealed.batch_set([KEY], [page(b"x")]),
+        lambda: sealed.exists_each([KEY]),
+        lambda: sealed.get_each([KEY], [page(b"x")]),
+        lambda: sealed.set_each([KEY], [page(b"x")]),
     ):
         with pytest.raises(BackendUnavailable):
             call()
@@ -284,3 +292,143 @@ def test_a_full_store_is_a_smaller_count() -> None:
     assert sealed.batch_set([KEY, OTHER_PAGE], [page(b"four"), page(b"fives")]) == 1
     with pytest.raises(BackendFull):
         sealed.set(KEY, b"fives")
+
+
+def test_a_batch_ends_at_an_object_that_has_another_length_at_the_second_read() -> None:
+    """Somebody stored it anew between the two reads, for pages of another size."""
+    longer = page(b"a longer payload")
+    seal(KEY, longer)
+    later = b"".join(longer)
+
+    class StoredAnew(MemoryBackend):
+        """Gives a damaged object of the right length first, and then another one."""
+
+        def get(self, key: str) -> Buffer | None:
+            value, self.value = self.value, later
+            return value
+
+        value: bytes = bytes(HEADER_NBYTES + 7)
+        get_each = StorageBackend.get_each  # calls ``get``
+
+    for each in (False, True):
+        changing = SealedBackend(StoredAnew(MemoryConfig(), CONTEXT))
+        changing.open()
+        into = [page(bytes(7))]
+        if each:
+            assert changing.get_each([KEY], into) == [False]
+        else:
+            assert changing.batch_get([KEY], into) == 0
+        assert rejected(changing) == {"wrong_length": 1}
+
+
+EIGHT = [f"{NAMESPACE}/{n:064x}" for n in range(8)]
+
+
+class Counted(MemoryBackend):
+    """Counts questions; answers each of them for all keys."""
+
+    def __init__(self) -> None:
+        super().__init__(MemoryConfig(), CONTEXT)
+        self.asked: list[str] = []
+        self.dies_after = 1000
+
+    def _ask(self, what: str) -> None:
+        self.asked.append(what)
+        if len(self.asked) > self.dies_after:
+            raise BackendUnavailable("gone")
+
+    def get(self, key: str) -> Buffer | None:
+        self._ask("get")
+        return super().get(key)
+
+    def exists_each(self, keys: Sequence[str]) -> Sequence[bool]:
+        self._ask("exists_each")
+        return [super(Counted, self).exists(key) for key in keys]
+
+    def get_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        self._ask("get_each")
+        values = [super(Counted, self).get(key) for key in keys]
+        fits = [
+            value is not None and len(value) == nbytes_of(page)
+            for value, page in zip(values, pages, strict=True)
+        ]
+        for value, page, fit in zip(values, pages, fits, strict=True):
+            if fit:
+                scatter(value or b"", page)
+        return fits
+
+
+def with_eight(*absent: int) -> tuple[SealedBackend, Counted]:
+    inner = Counted()
+    sealed = SealedBackend(inner)
+    sealed.open()
+    keys = [key for n, key in enumerate(EIGHT) if n not in absent]
+    assert list(sealed.set_each(keys, [page(b"payload") for _ in keys])) == [True] * len(keys)
+    inner.asked.clear()
+    return sealed, inner
+
+
+def test_pages_behind_gaps_are_read_and_checked() -> None:
+    sealed, inner = with_eight(0, 3)
+    damaged = bytearray(inner.get(EIGHT[5]) or b"")
+    damaged[-1] ^= 1
+    inner.set(EIGHT[5], damaged)
+    assert list(sealed.exists_each(EIGHT)) == [n not in (0, 3) for n in range(8)]
+    into = [page(bytes(7)) for _ in EIGHT]
+    mask = sealed.get_each(EIGHT, into)
+    assert list(mask) == [n not in (0, 3, 5) for n in range(8)]
+    assert all(into[n][1] == b"payload" for n, filled in enumerate(mask) if filled)
+    assert rejected(sealed) == {"corrupt": 1}
+    assert not inner.exists(EIGHT[5])
+
+
+@pytest.mark.parametrize("flips", [1, 2, 3])
+def test_each_page_that_is_refused_gets_a_second_look(flips: int) -> None:
+    class BadLinkToEach(BadLink):
+        """The calls for several keys call ``get``."""
+
+        get_each = StorageBackend.get_each
+
+    inner = BadLinkToEach(MemoryConfig(), CONTEXT)
+    sealed = SealedBackend(inner)
+    sealed.open()
+    sealed.set_each(EIGHT[::2], [page(b"payload") for _ in EIGHT[::2]])
+    inner.flips = flips
+    into = [page(bytes(7)) for _ in EIGHT]
+    assert list(sealed.get_each(EIGHT, into)) == [n % 2 == 0 for n in range(8)]
+    assert all(into[n][1] == b"payload" for n in range(0, 8, 2))
+    assert rejected(sealed) == {}
+
+
+def test_objects_of_a_wrong_length_are_found_among_absent_ones_by_one_question() -> None:
+    sealed, inner = with_eight(1, 2, 4)
+    inner.set(EIGHT[4], b"short")
+    inner.set(EIGHT[7], bytes(HEADER_NBYTES + 8))
+    assert list(sealed.get_each(EIGHT, [page(bytes(7)) for _ in EIGHT])) == [
+        n not in (1, 2, 4, 7) for n in range(8)
+    ]
+    assert inner.asked == ["get_each", "exists_each", "get", "get", "get", "get"]
+    assert rejected(sealed) == {"wrong_length": 2}
+    assert list(inner.exists_each(EIGHT)) == [n not in (1, 2, 4, 7) for n in range(8)]
+
+
+def test_a_store_that_fails_at_the_second_look_keeps_the_pages_that_were_right() -> None:
+    sealed, inner = with_eight(0)
+    for n in (2, 5):
+        inner.set(EIGHT[n], bytes(HEADER_NBYTES + 7))
+    inner.dies_after = 1
+    assert list(sealed.get_each(EIGHT, [page(bytes(7)) for _ in EIGHT])) == [
+        n not in (0, 2, 5) for n in range(8)
+    ]
+    assert inner.asked == ["get_each", "get"], "a store that fails is not asked again and again"
+
+
+def test_a_full_store_takes_what_still_fits() -> None:
+    inner = MemoryBackend(MemoryConfig(max_nbytes=HEADER_NBYTES + 4), CONTEXT)
+    sealed = SealedBackend(inner)
+    sealed.open()
+    assert list(sealed.set_each([KEY, OTHER_PAGE], [page(b"fives"), page(b"four")])) == [
+        False,
+        True,
+    ]
+    assert bytes(sealed.get(OTHER_PAGE) or b"") == b"four"

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 from hicache_core.errors import BackendFull
 from hicache_core.storage.base import BackendConfig, Buffer, StorageBackend
+from hicache_core.storage.chain.backend import ChainBackend
+from hicache_core.storage.workers.executor import Worker
+from hicache_core.storage.workers.worker import StorageWorker
 from hicache_core.types import BackendContext, Page
 
 CONTEXT = BackendContext(namespace="0" * 16)
 NBYTES = 8
+
+MakeChain: TypeAlias = Callable[..., ChainBackend]
+"""Opens a chain of the given backends, with the given settings."""
 
 
 def key(n: int) -> str:
@@ -28,6 +36,16 @@ def blank(n: int) -> list[list[memoryview]]:
 
 def filled(names: Sequence[str]) -> list[list[memoryview]]:
     return [[memoryview(bytearray(content(name)))] for name in names]
+
+
+def make_worker(backend: StorageBackend, max_nbytes: int) -> Worker:
+    return StorageWorker(
+        backend,
+        n_threads=1,
+        max_read_nbytes=1,
+        max_write_nbytes=max_nbytes,
+        clock=time.monotonic,
+    )
 
 
 class Clock:
@@ -121,6 +139,37 @@ class Told(StorageBackend):
         if self.room is not None and name not in self.objects and len(self.objects) >= self.room:
             raise BackendFull("no room")
         self.objects[name] = value
+
+
+class TellsEach(Told):
+    """Answers for each key, with one call for all of them.
+
+    Attributes:
+        asked: the keys of the last question.
+    """
+
+    asked: Sequence[str] = ()
+
+    def exists_each(self, keys: Sequence[str]) -> Sequence[bool]:
+        self._call()
+        self.asked = list(keys)
+        return [name in self.objects for name in keys]
+
+    def get_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        self._call()
+        mask = [name in self.objects and name not in self.unreadable for name in keys]
+        for name, page, is_there in zip(keys, pages, mask, strict=True):
+            page[0][:] = self.objects[name] if is_there else b"\xff" * NBYTES
+        return mask
+
+    def set_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        self._call()
+        mask = []
+        for name, page in zip(keys, pages, strict=True):
+            mask.append(self.room is None or name in self.objects or len(self.objects) < self.room)
+            if mask[-1]:
+                self._store(name, b"".join(page))
+        return mask
 
 
 def _leading(found: Iterator[bool]) -> int:

@@ -21,7 +21,17 @@ from hicache_redis.connections import Dialer
 from hicache_redis.diagnose import diagnose
 from hicache_redis.dispatch import Dispatcher
 from hicache_redis.errors import reply_error
-from hicache_redis.operations import Count, Fetch, FetchAny, Probe, Remove, Store, Touch
+from hicache_redis.operations import (
+    Count,
+    CountEach,
+    Fetch,
+    FetchAny,
+    FetchEach,
+    Probe,
+    Remove,
+    Store,
+    Touch,
+)
 from hicache_redis.pins import PinRefresher
 from hicache_redis.scan import measure, scan
 from hicache_redis.topology import Cluster, SingleServer, Topology
@@ -122,13 +132,7 @@ class RedisBackend(StorageBackend):
     def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
         dispatcher = self.dispatcher
         _check_lengths(keys, pages)
-        if not keys:
-            return 0
-        operation = Fetch([self._whole(key) for key in keys], pages, self.settings.window_nbytes)
-        n_filled = dispatcher.run(operation).n_leading
-        if operation.n_wrong_size:
-            dispatcher.count("wrong_size_objects", operation.n_wrong_size)
-        return n_filled
+        return self._fetch(dispatcher, Fetch, keys, pages).n_leading if keys else 0
 
     def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
         dispatcher = self.dispatcher
@@ -139,6 +143,32 @@ class RedisBackend(StorageBackend):
         if n_stored < len(keys):
             dispatcher.count("dropped_writes", len(keys) - n_stored)
         return n_stored
+
+    def exists_each(self, keys: Sequence[str]) -> Sequence[bool]:
+        dispatcher = self.dispatcher
+        if not keys:
+            return []
+        return dispatcher.run(CountEach([self._whole(key) for key in keys])).answers
+
+    def get_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        dispatcher = self.dispatcher
+        _check_lengths(keys, pages)
+        return self._fetch(dispatcher, FetchEach, keys, pages).answers if keys else []
+
+    def set_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        """Stores pages; a full server is sent no more of them, the others of a cluster are."""
+        dispatcher = self.dispatcher
+        _check_lengths(keys, pages)
+        if not keys:
+            return []
+        stored = dispatcher.run(self._store(keys, pages)).answers
+        if not all(stored):
+            dispatcher.count("dropped_writes", stored.count(False))
+        return stored
+
+    def bounds_calls(self) -> bool:
+        """Returns True: each wait has a limit, and no thread goes on after its call."""
+        return True
 
     def list_keys(self, prefix: str) -> Iterator[str]:
         """Yields every key that starts with ``prefix``, in any order; some perhaps twice."""
@@ -197,6 +227,15 @@ class RedisBackend(StorageBackend):
     def _whole(self, key: str) -> bytes:
         """Returns the key in the database, with the prefix."""
         return self._prefix + key.encode()
+
+    def _fetch(
+        self, dispatcher: Dispatcher, kind: type[Fetch], keys: Sequence[str], pages: Sequence[Page]
+    ) -> Fetch:
+        whole = [self._whole(key) for key in keys]
+        operation = dispatcher.run(kind(whole, pages, self.settings.window_nbytes))
+        if operation.n_wrong_size:
+            dispatcher.count("wrong_size_objects", operation.n_wrong_size)
+        return operation
 
     def _store(self, keys: Sequence[str], pages: Sequence[Page]) -> Store:
         whole = [self._whole(key) for key in keys]

@@ -6,6 +6,7 @@ import contextlib
 import socket
 import ssl
 import struct
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -13,6 +14,8 @@ from typing import TypeAlias
 Chunk: TypeAlias = bytes | bytearray | memoryview
 
 IOV_MAX = 1024
+LEAST_BYTES_PER_S = 8 << 10
+"""A server that moves bytes more slowly than this has stalled."""
 # Plain integers: these flags are enums, which take a microsecond to combine.
 _PEEK = int(socket.MSG_PEEK) | int(socket.MSG_DONTWAIT)
 _WAITALL = int(socket.MSG_WAITALL)
@@ -46,15 +49,42 @@ def _lost() -> ConnectionResetError:
     return ConnectionResetError("the server closed the connection")
 
 
+class Pace:
+    """The time that a message may take which needs more than one call of the socket.
+
+    A limit for each wait is not enough: a server that moves a byte now and then would keep a call,
+    and the page that it reads into, for hours.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._give_up_at = time.monotonic() + timeout_s
+
+    def moved(self, n_bytes: int) -> None:
+        """Records what a call has moved.
+
+        Raises:
+            TimeoutError: it was less than ``LEAST_BYTES_PER_S``.
+        """
+        self._give_up_at += n_bytes / LEAST_BYTES_PER_S
+        if time.monotonic() > self._give_up_at:
+            raise TimeoutError(f"it moved less than {LEAST_BYTES_PER_S} bytes per second")
+
+
 class Channel(ABC):
     """Bytes to and from one server. One thread at a time.
 
-    Every call raises ``TimeoutError`` if nothing moves for the time limit, and ``OSError`` if the
-    connection is lost. After either it must be closed, since it is unknown what was moved.
+    Every call raises ``TimeoutError`` if nothing moves for the time limit, or too little
+    (``Pace``), and ``OSError`` if the connection is lost. After either it must be closed, since it
+    is unknown what was moved.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, timeout_s: float) -> None:
         self._sock = sock
+        self._timeout_s = timeout_s
+
+    def pace(self) -> Pace:
+        """Returns the limit for the rest of a message that has begun."""
+        return Pace(self._timeout_s)
 
     @abstractmethod
     def send(self, buffers: Sequence[Chunk]) -> None:
@@ -81,25 +111,30 @@ class PlainChannel(Channel):
     """
 
     def __init__(self, sock: socket.socket, timeout_s: float) -> None:
-        super().__init__(sock)
+        super().__init__(sock, timeout_s)
         sock.settimeout(None)
-        limit = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
+        limit = struct.pack("ll", *divmod(max(1, int(timeout_s * 1e6)), 1_000_000))  # 0 is for ever
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
     def send(self, buffers: Sequence[Chunk]) -> None:
         views = _views(buffers)
         first = 0
+        pace: Pace | None = None
         while first < len(views):
             try:
                 n_bytes = self._sock.sendmsg(views[first : first + IOV_MAX])
             except BlockingIOError:
                 raise TimeoutError("it took no bytes in time") from None
             first = advance(views, first, n_bytes)
+            if first < len(views):
+                pace = pace or self.pace()
+                pace.moved(n_bytes)
 
     def fill(self, segments: Sequence[memoryview]) -> None:
         views = _views(segments)
         first = 0
+        pace: Pace | None = None
         while first < len(views):
             try:
                 n_bytes = self._sock.recvmsg_into(views[first : first + IOV_MAX], 0, _WAITALL)[0]
@@ -108,6 +143,9 @@ class PlainChannel(Channel):
             if not n_bytes:
                 raise _lost()
             first = advance(views, first, n_bytes)
+            if first < len(views):
+                pace = pace or self.pace()
+                pace.moved(n_bytes)
 
     def receive(self, buffer: memoryview) -> int:
         try:
@@ -132,8 +170,7 @@ class TlsChannel(Channel):
     """An ``ssl.SSLSocket`` with a timeout; TLS has no gather call, so small buffers are joined."""
 
     def __init__(self, sock: ssl.SSLSocket, timeout_s: float) -> None:
-        super().__init__(sock)
-        self._timeout_s = timeout_s
+        super().__init__(sock, timeout_s)
         sock.settimeout(timeout_s)
 
     def send(self, buffers: Sequence[Chunk]) -> None:
@@ -150,10 +187,13 @@ class TlsChannel(Channel):
             self._sock.sendall(small)
 
     def fill(self, segments: Sequence[memoryview]) -> None:
+        pace = self.pace()
         for segment in segments:
             start = 0
             while start < segment.nbytes:
-                start += self.receive(segment[start:])
+                n_bytes = self.receive(segment[start:])
+                pace.moved(n_bytes)
+                start += n_bytes
 
     def receive(self, buffer: memoryview) -> int:
         n_bytes = self._sock.recv_into(buffer)

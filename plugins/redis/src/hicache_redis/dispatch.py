@@ -1,4 +1,4 @@
-"""Runs a batch on its servers in parallel, and combines the results into one count."""
+"""Runs a batch on its servers in parallel."""
 
 from __future__ import annotations
 
@@ -6,29 +6,20 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import TypeVar
 
 from hicache_core.errors import BackendError, BackendTimeout, BackendUnavailable
 from hicache_core.plugin.backends import Lanes
 from hicache_redis.connections import Pool
-from hicache_redis.operations import Operation, Progress, Redirect, run
+from hicache_redis.operations import Operation, Redirect, run
 from hicache_redis.topology import Share, Topology
 
 _MAX_ASKED = 3
 _MAX_ROUNDS = 5  # a slot that is being moved may redirect twice; more is a cluster in disarray
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """The result of a batch.
-
-    Attributes:
-        n_leading: number of leading keys with a positive answer.
-        n_yes: number of all keys with a positive answer.
-    """
-
-    n_leading: int
-    n_yes: int
+Op = TypeVar("Op", bound=Operation)
 
 
 class Dispatcher:
@@ -57,39 +48,28 @@ class Dispatcher:
         with self._lock:
             self.counts[name] += n
 
-    def run(self, operation: Operation) -> Outcome:
+    def run(self, operation: Op) -> Op:
         """Runs the operation for every key of the batch, and again for redirected ones.
+
+        Returns:
+            The operation, with its answers.
 
         Raises:
             BackendError: no server works, or one raised an error other than an outage.
         """
         shares = self.topology.shares(operation)
-        n_leading, n_yes = len(operation.keys), 0
-        if sum(len(share.indices) for share in shares) < n_leading:  # slots that no server has
-            covered = {n for share in shares for n in share.indices}
-            n_leading = next(n for n in range(n_leading) if n not in covered)
-            self.count("unserved_batches", 1)
+        if sum(len(share.indices) for share in shares) < len(operation.keys):
+            self.count("unserved_batches", 1)  # it has slots that no server has
         for _ in range(_MAX_ROUNDS):
-            redirects: list[Redirect] = []
-            for share, came in zip(shares, self._round(operation, shares), strict=True):
-                if isinstance(came, BackendError):
-                    n_leading = min(n_leading, share.indices[0])
-                    continue
-                n_yes += came.n_yes
-                redirects += came.redirects
-                if came.first_no is not None:
-                    n_leading = min(n_leading, came.first_no)
-            redirects = [r for r in redirects if r.index < n_leading or not operation.stops]
+            redirects = self._round(operation, shares)
             if not redirects:
-                return Outcome(n_leading, n_yes)
+                break
             self.count("redirects", len(redirects))
             shares = self.topology.follow(redirects)
-        return Outcome(min(n_leading, *(r.index for r in redirects)), n_yes)
+        return operation
 
-    def _round(
-        self, operation: Operation, shares: Sequence[Share]
-    ) -> list[Progress | BackendError]:
-        """Runs all shares at once; returns outages as errors, raises if no server works."""
+    def _round(self, operation: Operation, shares: Sequence[Share]) -> list[Redirect]:
+        """Runs all shares at once; returns the redirected keys, raises if no server works."""
         if len(shares) == 1:
             came = [self._attempts(operation, shares[0])]
         else:
@@ -107,7 +87,7 @@ class Dispatcher:
             if not self._another_works({share.pool for share in shares}, set(errors)):
                 raise next(iter(errors.values()))
             self.count("shard_failures", len(errors))
-        return came
+        return [r for result in came if not isinstance(result, BackendError) for r in result]
 
     def _another_works(self, asked: set[Pool], failed: set[Pool]) -> bool:
         """Returns whether any other server works; tries a few of those not used so far."""
@@ -116,16 +96,21 @@ class Dispatcher:
         others = [pool for pool in self.topology.pools() if pool not in asked]
         return any(map(_answers, random.sample(others, min(len(others), _MAX_ASKED))))
 
-    def _attempts(self, operation: Operation, share: Share) -> Progress | BackendError:
-        """Runs a share; retries after a lost connection up to the limit of the settings."""
+    def _attempts(self, operation: Operation, share: Share) -> list[Redirect] | BackendError:
+        """Runs a share; retries after a lost connection up to the limit of the settings.
+
+        What was answered with yes is not asked again.
+        """
         for attempt in range(self._retries + 1):
             result = self._attempt(operation, share)
             if not isinstance(result, BackendUnavailable) or attempt == self._retries:
                 break
             self.count("retries", 1)
+            left = [n for n in share.indices if not operation.answers[n]]
+            share = replace(share, indices=left)
         return result
 
-    def _attempt(self, operation: Operation, share: Share) -> Progress | BackendError:
+    def _attempt(self, operation: Operation, share: Share) -> list[Redirect] | BackendError:
         pool = share.pool
         try:
             with pool.lease(operation.verb) as wire:

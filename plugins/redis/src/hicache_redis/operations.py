@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from hicache_core.errors import BackendCorrupt
@@ -23,9 +23,10 @@ class Operation(ABC):
 
     Attributes:
         keys: the full keys in the database, including the prefix.
+        answers: whether the server said yes, for each key; no where none has answered.
         nbytes: bytes of payload that the batch moves.
         step: number of keys in one send; at most two steps are in flight.
-        stops: whether to ignore the keys after the first negative answer.
+        stops: whether a connection sends nothing more after its first negative answer.
     """
 
     verb: ClassVar[str]
@@ -40,10 +41,21 @@ class Operation(ABC):
             window_nbytes: bytes that may be in flight on a connection.
         """
         self.keys = keys
+        self.answers = [False] * len(keys)
         self.nbytes = nbytes
         self.step = _SMALL_STEP
         if nbytes and keys:
             self.step = max(1, min(_SMALL_STEP, window_nbytes * len(keys) // nbytes // 2))
+
+    @property
+    def n_leading(self) -> int:
+        """Number of leading keys with a positive answer."""
+        return self.answers.index(False) if False in self.answers else len(self.answers)
+
+    @property
+    def n_yes(self) -> int:
+        """Number of all keys with a positive answer."""
+        return sum(self.answers)
 
     @abstractmethod
     def request(self, n: int) -> list[Chunk]:
@@ -96,6 +108,12 @@ class Fetch(Operation):
         if length is None or length.code in MISSES:
             return False
         return length
+
+
+class FetchEach(Fetch):
+    """Reads pages, also behind gaps."""
+
+    stops = False
 
 
 class FetchAny(Operation):
@@ -166,6 +184,12 @@ class Count(Operation):
         return [b"*2\r\n$6\r\nEXISTS\r\n$%d\r\n%b\r\n" % (len(key), key)]
 
 
+class CountEach(Count):
+    """Checks which keys are present, also behind gaps."""
+
+    stops = False
+
+
 class Remove(Operation):
     """Unlinks keys; the server frees their memory in the background."""
 
@@ -209,24 +233,9 @@ class Redirect:
     asking: bool
 
 
-@dataclass(slots=True)
-class Progress:
-    """The result of one connection's part of a batch.
-
-    Attributes:
-        first_no: index of the first key with a negative answer; None if there is none.
-        n_yes: number of keys with a positive answer.
-        redirects: keys to send to another server; they have no answer yet.
-    """
-
-    first_no: int | None = None
-    n_yes: int = 0
-    redirects: list[Redirect] = field(default_factory=list)
-
-
 def run(
     wire: Wire, server: str, operation: Operation, indices: Sequence[int], *, asking: bool = False
-) -> Progress:
+) -> list[Redirect]:
     """Runs ``operation.keys[n]`` for each n of ``indices`` over one connection, pipelined.
 
     Two steps are in flight, so that the server always has the next requests while replies are
@@ -240,13 +249,16 @@ def run(
         indices: of its keys, ascending.
         asking: send ASKING before each request: the slots are moving to this server.
 
+    Returns:
+        Keys to send to another server; they have no answer yet.
+
     Raises:
         BackendError, OSError: the batch has failed; the requests in flight are lost.
     """
-    progress = Progress()
+    redirects: list[Redirect] = []
+    stopped = False
     n_sent = n_read = 0
     while True:
-        stopped = operation.stops and progress.first_no is not None
         if n_sent < len(indices) and n_sent - n_read <= operation.step and not stopped:
             buffers: list[Chunk] = []
             for n in indices[n_sent : n_sent + operation.step]:
@@ -256,25 +268,30 @@ def run(
                 n_sent += 1
             wire.send(buffers)
         elif n_read == n_sent:
-            return progress
+            return redirects
         else:
             if asking:
                 wire.read_reply()
             n = indices[n_read]
             n_read += 1
-            _note(progress, n, operation.answer(wire, n), (server, operation.verb))
+            answer = operation.answer(wire, n)
+            if isinstance(answer, ErrorReply):
+                redirects.append(_redirect(n, answer, (server, operation.verb)))
+            elif answer:
+                operation.answers[n] = True
+            else:
+                stopped = operation.stops
 
 
-def _note(progress: Progress, n: int, answer: bool | ErrorReply, context: tuple[str, str]) -> None:
-    """Records the answer for ``keys[n]``."""
-    if isinstance(answer, ErrorReply):
-        if answer.code not in ("MOVED", "ASK"):
-            raise reply_error(answer, *context)
-        address = answer.split(" ")[-1]
-        if address.startswith(":"):  # the server does not know its own name: it is the same host
-            address = context[0].rpartition(":")[0] + address
-        progress.redirects.append(Redirect(n, address, answer.code == "ASK"))
-    elif answer:
-        progress.n_yes += 1
-    elif progress.first_no is None:
-        progress.first_no = n
+def _redirect(n: int, reply: ErrorReply, context: tuple[str, str]) -> Redirect:
+    """Returns where the server sends ``keys[n]``.
+
+    Raises:
+        BackendError: the reply is another error.
+    """
+    if reply.code not in ("MOVED", "ASK"):
+        raise reply_error(reply, *context)
+    address = reply.split(" ")[-1]
+    if address.startswith(":"):  # the server does not know its own name: it is the same host
+        address = context[0].rpartition(":")[0] + address
+    return Redirect(n, address, reply.code == "ASK")

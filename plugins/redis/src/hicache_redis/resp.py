@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from hicache_core.errors import BackendCorrupt
 from hicache_core.types import Page
-from hicache_redis.channel import Channel, Chunk
+from hicache_redis.channel import Channel, Chunk, Pace
 from hicache_redis.errors import ErrorReply
 
 Reply: TypeAlias = "int | float | bool | bytes | ErrorReply | list[Reply] | None"
@@ -184,23 +184,28 @@ class Wire:
                 return line
 
     def _line(self) -> bytes:
-        while True:
-            end = self._buffer.find(_CRLF, self._start, self._stop)
-            if end >= 0:
-                line = bytes(self._view[self._start : end])
-                self._start = end + 2
-                return line
-            self._receive()
+        pace: Pace | None = None
+        while (end := self._buffer.find(_CRLF, self._start, self._stop)) < 0:
+            began = self._start < self._stop
+            n_bytes = self._receive()
+            if began:
+                pace = pace or self._channel.pace()
+                pace.moved(n_bytes)
+        line = bytes(self._view[self._start : end])
+        self._start = end + 2
+        return line
 
-    def _receive(self) -> None:
-        """Appends what has arrived to the buffer."""
+    def _receive(self) -> int:
+        """Appends what has arrived to the buffer; returns how many bytes."""
         n_unread = self._stop - self._start
         if n_unread == _BUFFER_NBYTES:
             raise _garbage(bytes(self._view[self._start : self._start + 64]))
         if self._start:
             self._view[:n_unread] = bytes(self._view[self._start : self._stop])
             self._start, self._stop = 0, n_unread
-        self._stop += self._channel.receive(self._view[self._stop :])
+        n_bytes = self._channel.receive(self._view[self._stop :])
+        self._stop += n_bytes
+        return n_bytes
 
     @staticmethod
     def _number(line: bytes) -> int:
