@@ -175,8 +175,8 @@ class KnownLayouts:
     """Which layouts the chunks of each shard may have. Any thread.
 
     *Own* layouts are those of buffers that this server stored from or loaded into; nothing else
-    can be loaded here. *Listed* ones are those of the index, eight slots of a shard in the store, where
-    every server leaves the layouts that it stores. The slot follows from the layout, so two
+    can be loaded here. *Listed* ones are those of the index: eight slots of a shard in the store,
+    where every server leaves the layouts that it stores. The slot follows from the layout, so two
     layouts may share one; then one of them is not listed.
     """
 

@@ -262,6 +262,9 @@ class Breakable(StorageBackend):
     def register_memory(self, buffers: Sequence[memoryview]) -> None:
         self.registered.extend(buffers)
 
+    def bounds_calls(self) -> bool:
+        return True
+
     def check(self) -> None:
         if self.broken:
             raise BackendUnavailable("the store is gone")
@@ -284,20 +287,24 @@ def test_a_store_that_fails_answers_no_and_nothing_raises(
     store(adapter, keys, buffers)
     assert load(adapter, keys, empty(2)) == [True] * 2
     monkeypatch.setattr(Breakable, "broken", True)
+    adapter.delete(keys)
+    assert load(adapter, keys, empty(2)) == [False] * 2
+    assert adapter.used == 2 * NBYTES, "not known to be gone"
     for _ in range(3):  # until the breaker opens, and beyond
         assert store(adapter, new_keys(1), filled()) == -1
         assert lookup(adapter, keys) == [False, False]
         assert load(adapter, keys, empty(2)) == [False, False]
-    adapter.delete(keys)
-    assert adapter.used == 2 * NBYTES, "not known to be gone"
     assert not adapter.report_status()["is_healthy"]
 
 
-def test_the_memory_of_all_chunks_is_registered_with_a_store_that_wants_it(make: Make) -> None:
+def test_the_memory_of_all_chunks_is_registered_with_a_store_that_wants_it(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Breakable, "registered", [])
     memory = bytearray(4096)
     pinned = (ctypes.c_uint8 * len(memory)).from_buffer(memory)
     make(SimpleNamespace(ptr=ctypes.addressof(pinned), size=len(memory)), **BREAKABLE)
-    registered = Breakable.registered.pop()
+    registered = Breakable.registered[0]
     registered[5:8] = b"abc"
     assert (len(registered), bytes(memory[5:8])) == (len(memory), b"abc")
 
