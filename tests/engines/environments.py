@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 SGLANG = ("sglang-0.5.23", "sglang-0.5.22")
 VLLM = "vllm-0.32.0"
 
-_CODE = (ROOT, *sorted(ROOT.glob("plugins/*/src")))
+_CODE = (ROOT, *sorted(ROOT.glob("plugins/*/src")), ROOT / "tests/engines/runners")
 _ALONE = {
     "HF_HUB_OFFLINE": "1",
     "DO_NOT_TRACK": "1",
@@ -75,7 +75,7 @@ def running(
         options: the runner's argument.
         variables_of: further environment variables.
     """
-    module = f"tests.engines.runners.{environment.partition('-')[0]}"
+    module = f"run_{environment.partition('-')[0]}"
     with contextlib.ExitStack() as killed:
         children = []
         for n, each in enumerate(options):
