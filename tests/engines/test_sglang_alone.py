@@ -5,42 +5,17 @@ These are claims of docs/engines.md, and what the tests with our store are compa
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.engines.child import Child
 from tests.engines.environments import SGLANG, running
-from tests.engines.models import prompt
+from tests.engines.scene import PROMPTS, ask, flip, tokens, wait_until, whole
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
 
-PROMPTS = [prompt(0), prompt(1)]
 PAGE_SIZE = 64
-CACHED = (len(PROMPTS[0]) - 1) // PAGE_SIZE * PAGE_SIZE
-
-
-def tokens(engine: Child) -> list[list[int]]:
-    """What the engine answers."""
-    return [answer["tokens"] for answer in engine.ask("generate", prompts=PROMPTS, n_new=8)]
-
-
-def stored(store: Path, n_pages: int) -> list[Path]:
-    """The files of a store, once it has so many."""
-    until = time.monotonic() + 30
-    while len(found := sorted(store.glob("*.bin"))) < n_pages:
-        assert time.monotonic() < until, f"{len(found)} of {n_pages} pages were stored"
-        time.sleep(0.05)
-    return found
-
-
-def flip(page: Path) -> None:
-    """Flips the highest bit of each 1,024th value."""
-    damaged = bytearray(page.read_bytes())
-    for high_byte in range(1, len(damaged), 2048):
-        damaged[high_byte] ^= 0x40
-    page.write_bytes(damaged)
+CACHED = whole(PAGE_SIZE)
 
 
 @pytest.mark.parametrize("version", SGLANG)
@@ -48,26 +23,40 @@ def test_a_second_process_hits_and_damaged_pages_change_what_it_answers(
     version: str, model: Path, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
-    own = {
-        "model_path": str(model),
-        "hicache_storage_backend": "file",
-        "hicache_mem_layout": "page_first",
-    }
+    plain = {"model_path": str(model)}
+    own = {**plain, "hicache_storage_backend": "file", "hicache_mem_layout": "page_first"}
     where = {"SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(store)}
-    with running(version, tmp_path, {"model_path": str(model)}, own, variables_of=where) as (
-        plain,
-        first,
-    ):
-        expected = tokens(plain)
-        assert tokens(first) == expected
-        pages = stored(store, 2 * CACHED // PAGE_SIZE)
+    n_pages = len(PROMPTS) * CACHED // PAGE_SIZE
+    with running(version, tmp_path, plain, own, variables_of=where) as (without, first):
+        expected = tokens(ask(without))
+        assert tokens(ask(first)) == expected
+        wait_until(lambda: len(list(store.glob("*.bin"))) == n_pages, "every page is stored")
     with running(version, tmp_path, own, variables_of=where) as (second,):
-        answers = second.ask("generate", prompts=PROMPTS, n_new=8)
-        assert [answer["tokens"] for answer in answers] == expected
+        answers = ask(second)
+        assert tokens(answers) == expected
         assert [answer["from_storage"] for answer in answers] == [CACHED, CACHED]
-        second.ask("forget")
-        for page in pages:
+        assert second.ask("forget")
+        for page in store.glob("*.bin"):
             flip(page)
-        answers = second.ask("generate", prompts=PROMPTS, n_new=8)
+        answers = ask(second)
         assert [answer["from_storage"] for answer in answers] == [CACHED, CACHED]
-        assert [answer["tokens"] for answer in answers] != expected
+        assert tokens(answers) != expected
+
+
+def test_another_layout_is_answered_with_pages_that_it_cannot_read(
+    model: Path, tmp_path: Path
+) -> None:
+    own = {"model_path": str(model), "hicache_storage_backend": "file"}
+    rows = {**own, "hicache_mem_layout": "page_first"}
+    direct = {**own, "hicache_mem_layout": "page_first_direct", "hicache_io_backend": "direct"}
+    where = {"SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(tmp_path / "store")}
+    with running(SGLANG[0], tmp_path, rows, variables_of=where) as (first,):
+        expected = tokens(ask(first))
+        n_pages = len(PROMPTS) * CACHED // PAGE_SIZE
+        wait_until(
+            lambda: len(list((tmp_path / "store").glob("*.bin"))) == n_pages, "pages are stored"
+        )
+    with running(SGLANG[0], tmp_path, direct, variables_of=where) as (second,):
+        answers = ask(second)
+        assert [answer["from_storage"] for answer in answers] == [CACHED, CACHED]
+        assert tokens(answers) != expected

@@ -39,6 +39,11 @@ class Request:
     def of(cls, kind: Kind, keys: Sequence[str], pages: Sequence[Page]) -> Request:
         """Returns a read or a write.
 
+        Args:
+            kind: which of them.
+            keys: one for each page.
+            pages: the engine's memory.
+
         Raises:
             ValueError: there is not one page for each key.
         """

@@ -161,7 +161,7 @@ class StagedCalls(Calls):
 
     Every call runs on a thread of the worker. It is answered at its deadline at the latest, with
     what was done by then. The deadline counts from the submission and allows for the bytes of the
-    calls of its kind that are under way.
+    calls of its kind that are running.
     """
 
     def __init__(

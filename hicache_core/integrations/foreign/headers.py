@@ -10,7 +10,7 @@ from hicache_core.storage.sealed import HEADER_NBYTES
 from hicache_core.types import Page
 
 N_HEADERS = 16_384
-"""Pages that may be under way with headers of the reserved memory; 1 MiB of it."""
+"""Pages that may use headers of the reserved memory; 1 MiB of it."""
 
 _ZEROS = bytes(1 << 20)
 

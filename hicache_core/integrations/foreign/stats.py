@@ -92,6 +92,6 @@ class Counter:
             )
 
     def stats(self, kind: Kind) -> CallStats:
-        """Returns the figures of one kind."""
+        """Returns the counts of one kind."""
         with self._lock:
             return self._sums[kind]

@@ -153,7 +153,7 @@ class ForeignStore:
         return self._calls.n_in_flight
 
     def stats(self) -> StoreStats:
-        """Returns the figures since the store was opened, for an engine's metrics."""
+        """Returns counts since the store was opened, for an engine's metrics."""
         staging = self._staging
         return StoreStats(
             exists=self._counter.stats(Kind.EXISTS),

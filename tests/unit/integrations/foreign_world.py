@@ -21,7 +21,6 @@ from hicache_core.types import BackendContext, Page
 NBYTES = 4096
 NAMESPACE = ForeignNamespace("an engine", "1", "name:a model", "page_first", 16, NBYTES)
 PATTERN = b"\xa5"
-NEVER_OPENS = {"min_calls": 1_000_000}
 
 
 class Bounded(BackendWrapper):
@@ -49,16 +48,21 @@ def opened(
     deadline_s: float = 60.0,
     n_threads: int = 2,
     staging_nbytes: int = 1 << 20,
+    object_nbytes: int = 0,
+    per_gib_s: float = 0.0,
+    guarded: bool = True,
 ) -> ForeignStore:
-    """A store over ``backend`` with seal and guard, whose breaker stays closed."""
+    """A store over ``backend`` with seal and, unless told otherwise, guard."""
     said = Bounded(backend) if direct else Unbounded(backend)
     config = GuardConfig(
-        deadline_base_s=deadline_s, deadline_per_gib_s=0.0, retries=0, **NEVER_OPENS
+        deadline_base_s=deadline_s, deadline_per_gib_s=per_gib_s, retries=0, min_calls=1_000_000
     )
     seal = SealedBackend(said)
     guard = GuardedBackend(seal, config)
-    made = Composed(guard, (guard,), (seal,), config.deadlines)
-    return store_on(made, n_threads=n_threads, staging_nbytes=staging_nbytes)
+    made = Composed(guard if guarded else seal, (guard,), (seal,), config.deadlines)
+    return store_on(
+        made, object_nbytes=object_nbytes, n_threads=n_threads, staging_nbytes=staging_nbytes
+    )
 
 
 def keys_of(names: Sequence[object], namespace: ForeignNamespace = NAMESPACE) -> list[str]:

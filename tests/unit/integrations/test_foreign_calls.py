@@ -179,16 +179,50 @@ def test_a_staged_write_that_hangs_stores_nothing_of_what_the_memory_holds_later
     store.close()
 
 
-def test_a_write_that_waits_behind_hanging_ones_is_answered_too(stuck: StuckBackend) -> None:
-    store = opened(stuck, deadline_s=SHORT_S, n_threads=1)
-    stuck.stick()
+def test_a_write_that_waits_behind_hanging_ones_is_answered_too_and_never_starts() -> None:
+    asked: list[str] = []
+
+    class Noting(BackendWrapper):
+        def batch_exists(self, keys: Sequence[str]) -> int:
+            asked.extend(keys)
+            return self.inner.batch_exists(keys)
+
+    stuck = StuckBackend(memory())
+    store = opened(Noting(stuck), deadline_s=SHORT_S, n_threads=1, guarded=False)
     answers: queue.Queue[Answer] = queue.Queue()
     for n in range(12):  # more than threads that may be replaced
-        store.submit_write(KEYS[n % 6 : n % 6 + 1], pages_of([n % 6]), answers.put)
+        store.submit_write(keys_of([n]), pages_of([n]), answers.put)
     for _ in range(12):
         answer = answers.get(timeout=20)
         assert (answer.mask, bool(answer.error)) == ([False], True)
     assert store.n_in_flight == 0
+    n_started = len(asked)
+    assert 0 < n_started < 12
+    stuck.release()
+    assert store.write(keys_of(["last"]), pages_of(["last"])).mask == [True]
+    assert asked[n_started:] == keys_of(["last"])
+    store.close()
+
+
+def test_a_call_that_waits_for_staging_memory_gives_up_when_those_that_hold_it_hang() -> None:
+    stuck = StuckBackend(memory())
+    long = 100 * NBYTES
+    store = opened(
+        stuck,
+        deadline_s=0.01,
+        per_gib_s=0.2 / NBYTES * 2**30,  # a page 0.2 s, the long one 20 s
+        n_threads=2,
+        staging_nbytes=(long + 200) // 2,
+        guarded=False,
+    )
+    held: queue.Queue[Answer] = queue.Queue()
+    store.submit_read(KEYS[:1], patterned(1), held.put)
+    assert stuck.wait_for_calls(1, 20)
+    started = time.monotonic()
+    answer = store.read(KEYS[1:2], patterned(1, long))
+    assert "1 calls that hang hold" in answer.error
+    assert time.monotonic() - started < 10, "well before its own deadline"
+    assert held.get(timeout=20).mask == [False]
     stuck.release()
     store.close()
 

@@ -63,15 +63,19 @@ def test_sizes_are_checked() -> None:
         open_store("memory", {}, staging_nbytes=0)
 
 
-def test_the_staging_memory_holds_a_page_for_each_thread(tmp_path: Path) -> None:
+def test_the_staging_memory_holds_a_page_for_each_thread() -> None:
     nbytes = 200_000
-    store = open_store(
-        "file", {"path": str(tmp_path)}, object_nbytes=nbytes, n_threads=2, staging_nbytes=1
-    )
+    store = opened(memory(), object_nbytes=nbytes, n_threads=2, staging_nbytes=1)
     pages = [page_of(content(n, nbytes)) for n in range(4)]
     assert store.write(keys_of(range(4)), pages).mask == [True] * 4
-    assert store.backend.context.object_nbytes == HEADER_NBYTES + nbytes
     store.close()
+
+
+def test_a_backend_is_told_the_length_of_the_longest_object(tmp_path: Path) -> None:
+    for nbytes, told in ((NBYTES, HEADER_NBYTES + NBYTES), (0, 0)):
+        store = open_store("file", {"path": str(tmp_path)}, object_nbytes=nbytes)
+        assert store.backend.context.object_nbytes == told
+        store.close()
 
 
 class Registering(BackendWrapper):

@@ -1,4 +1,4 @@
-"""SGLang's engine, in its own environment: python -m tests.engines.runners.sglang OPTIONS
+"""SGLang's engine, in its own environment: run_sglang.py OPTIONS
 
 OPTIONS is JSON: arguments of ``sglang.srt.entrypoints.engine.Engine`` beside ``ENGINE``.
 """
@@ -10,7 +10,7 @@ import sys
 import time
 from typing import Any
 
-from tests.engines.runners.lines import Commands, serve
+from json_lines import Commands, serve
 
 ENGINE = {
     "device": "cpu",
