@@ -1,4 +1,4 @@
-"""Pages of engines in a real bucket: several lengths, packed or not, and writers that are killed."""
+"""Pages of engines in a real bucket: several lengths, packed or not, and killed writers."""
 
 from __future__ import annotations
 
