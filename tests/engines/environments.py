@@ -47,6 +47,12 @@ def program(environment: str, name: str = "python") -> Path:
     return folder / "bin" / name
 
 
+def site_packages(environment: str) -> Path:
+    """Where the packages of an environment are installed."""
+    (found,) = program(environment).parents[1].glob("lib/python3*/site-packages")
+    return found
+
+
 def variables(environment: str, extra: Mapping[str, str]) -> dict[str, str]:
     """What the processes of an engine find in ``os.environ``; code comes from this checkout."""
     engine = environment.partition("-")[0]
@@ -80,8 +86,9 @@ def running(
         children = []
         for n, each in enumerate(options):
             log = folder / f"{environment}-{len(list(folder.glob('*.log')))}-{n}.log"
-            command = [program(environment), "-P", "-m", module, json.dumps(each)]
-            children.append(Child(command, variables(environment, variables_of), log))
+            command = ["-P", "-m", module, json.dumps(each)]
+            environ = variables(environment, variables_of)
+            children.append(Child([program(environment), *command], environ, log))
             killed.callback(children[-1].kill)
         for child in children:
             child.wait_until_ready()

@@ -45,3 +45,22 @@ def flip(page: Path) -> None:
     for high_byte in range(1, len(damaged), 2048):
         damaged[high_byte] ^= 0x40
     page.write_bytes(damaged)
+
+
+def stored_by(engine: Child, expected: list[list[int]], cached: int, found: str) -> None:
+    """Returns when an engine has stored ``PROMPTS``: it finds them again without its own memory.
+
+    Args:
+        engine: is asked.
+        expected: the right tokens.
+        cached: how many tokens of each prompt a store can have.
+        found: the value of an answer that says how many came from the store.
+    """
+
+    def finds_all() -> bool:
+        wait_until(lambda: bool(engine.ask("forget")), "the engine is idle")
+        answers = ask(engine)
+        assert tokens(answers) == expected
+        return [answer[found] for answer in answers] == [cached] * len(PROMPTS)
+
+    wait_until(finds_all, "every page is stored")

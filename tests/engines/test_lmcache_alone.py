@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.engines.environments import VLLM, running
-from tests.engines.lmcache import CHUNK_TOKENS, lmcache_server
+from tests.engines.lmcache_server import CHUNK_TOKENS, lmcache_server
 from tests.engines.scene import PROMPTS, ask, flip, tokens, wait_until, whole
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
