@@ -101,7 +101,8 @@ def test_pages_that_do_not_fit_the_keys_are_a_mistake_of_the_caller(store: Forei
 def test_a_staged_read_that_hangs_is_answered_and_never_touches_the_engines_pages(
     stuck: StuckBackend, way: str
 ) -> None:
-    store = opened(stuck, deadline_s=SHORT_S)
+    before = storage_threads()
+    store = opened(stuck, deadline_s=SHORT_S, guarded=False)
     assert all(store.write(KEYS, pages_of(NAMES)).mask)
     stuck.stick()
     pages = patterned(6)
@@ -114,7 +115,12 @@ def test_a_staged_read_that_hangs_is_answered_and_never_touches_the_engines_page
     assert answer.elapsed_s >= SHORT_S
     assert store.n_in_flight == 0
     stuck.release()
-    store.close()  # waits for the call that hung
+    assert answer_of(lambda done: store.submit_exists(KEYS, done)).mask == [True] * 6
+    store.close()
+    deadline = time.monotonic() + 20
+    while storage_threads() - before:  # the call that hung has ended
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
     assert [bytes_in(page) for page in pages] == [PATTERN * NBYTES] * 6
 
 
@@ -351,6 +357,16 @@ def test_close_answers_what_waits_ends_all_threads_and_later_calls_are_no(direct
     assert answer_of(lambda done: store.submit_read(KEYS, patterned(6), done)).mask == [False] * 6
     assert set(threading.enumerate()) <= before
     assert not storage_threads() - before
+
+
+def test_close_does_not_wait_for_a_staged_call_that_was_given_up(stuck: StuckBackend) -> None:
+    store = opened(stuck, deadline_s=0.05)
+    stuck.stick()
+    assert store.exists(KEYS).error
+    started = time.monotonic()
+    store.close(timeout_s=60)
+    assert time.monotonic() - started < 30
+    stuck.release()
 
 
 def test_close_ends_although_a_staged_call_hangs(stuck: StuckBackend) -> None:
