@@ -17,6 +17,7 @@ from hicache_core.storage.memory import MemoryBackend
 from hicache_core.storage.wrapper import BackendWrapper
 from hicache_core.testing.faults import CorruptBackend, FlakyBackend, StuckBackend
 from hicache_core.types import Page
+from tests.leaks import LeakWatch
 from tests.no_threads import no_threads
 from tests.unit.integrations.foreign_world import (
     NBYTES,
@@ -36,6 +37,14 @@ from tests.unit.storage.threads import storage_threads
 NAMES = range(6)
 KEYS = keys_of(NAMES)
 SHORT_S = 0.2
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_and_no_descriptor_is_left() -> Iterator[None]:
+    watch = LeakWatch()
+    watch.start()
+    yield
+    assert watch.stop() == []
 
 
 @pytest.fixture(params=["direct", "staged"])
@@ -177,7 +186,7 @@ def test_a_staged_write_that_hangs_stores_nothing_of_what_the_memory_holds_later
             segment[:] = PATTERN * segment.nbytes
     stuck.release()
     into = patterned(6)
-    reader = opened(backend)
+    reader = opened(backend, direct=True)
     deadline = time.monotonic() + 20
     while not all(reader.read(KEYS, into).mask):  # the late write arrives, and is right
         assert time.monotonic() < deadline
@@ -295,7 +304,7 @@ def test_a_blocking_direct_call_runs_on_the_callers_thread_and_starts_none() -> 
 @pytest.mark.parametrize("direct", [True, False], ids=["direct", "staged"])
 def test_a_damaged_page_is_never_claimed_and_its_bytes_do_not_stand(direct: bool) -> None:
     backend = memory()
-    writer = opened(backend)
+    writer = opened(backend, direct=True)
     assert all(writer.write(KEYS, pages_of(NAMES)).mask)
     store = opened(CorruptBackend(backend, rate=0.5, seed=3), direct=direct)
     pages = patterned(6)
@@ -306,6 +315,7 @@ def test_a_damaged_page_is_never_claimed_and_its_bytes_do_not_stand(direct: bool
     for n, page in enumerate(pages):
         assert bytes_in(page) == (content(n) if mask[n] else before)
     assert sum(store.stats().refused.values()) == mask.count(False)
+    store.close()
 
 
 def test_a_failing_store_is_an_answer() -> None:
@@ -391,6 +401,23 @@ def test_a_system_without_threads_is_an_answer(name: str) -> None:
     assert "no thread" in answer.error
     assert store.exists(KEYS).error == ""
     store.close()
+
+
+def test_a_store_counts_what_it_was_asked_and_what_it_answered() -> None:
+    store = opened(memory(), direct=True)
+    assert all(store.write(KEYS[:4], pages_of(NAMES[:4])).mask)
+    store.exists(KEYS)
+    store.read(KEYS, patterned(6))
+    stats = store.stats()
+    assert (stats.write.n_calls, stats.write.n_pages, stats.write.n_yes) == (1, 4, 4)
+    assert (stats.exists.n_pages, stats.exists.n_yes, stats.exists.nbytes) == (6, 4, 0)
+    assert (stats.read.n_pages, stats.read.n_yes, stats.read.nbytes) == (6, 4, 4 * NBYTES)
+    assert stats.read.elapsed_s > 0
+    assert stats.read.n_failed == 0
+    assert [status.breaker for status in stats.backends] == ["closed"]
+    store.close()
+    assert store.read(KEYS, patterned(6)).error
+    assert store.stats().read.n_failed == 1
 
 
 def test_calls_from_several_threads_get_their_own_answers(store: ForeignStore) -> None:
