@@ -5,6 +5,7 @@
 #   make demo-pd play prefill and decode on different nodes, with SmolLM2 and Valkey, on this machine
 #   make test    set up .venv and run the tests, JOBS at a time; FULL=1 adds those that take long
 #   make check   format, lint, types, import layers, tests; FULL=1 as above
+#   make engines run the real engines on this CPU, in environments that are built once (9 GB)
 #   make bench   print the benchmark tables (BENCH="--quick --only transfer" narrows them)
 #   make soak    simulate SOAK_SCHEDULES lives, then run the cache under faults for SOAK_SECONDS
 #   make dist    build and check sdists and wheels in dist/; DIST_PYTHONS adds interpreters, PROJECT_URL links
@@ -28,9 +29,12 @@ SOAK_SECONDS ?= 600
 JOBS ?= 2
 FULL ?=
 PYTEST ?=
+ENGINES_DIR ?= .engines
+ENGINES := $(basename $(notdir $(wildcard tests/engines/requirements/*-*.txt)))
+ENGINES_READY := $(ENGINES:%=$(ENGINES_DIR)/%/.ready)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-pd test check format lint types layers bench soak docs api dist clean
+.PHONY: help setup demo demo-pd test engines check format lint types layers bench soak docs api dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -61,8 +65,17 @@ demo: $(READY)
 demo-pd: $(TESTS_READY)
 	$(BIN)/python -m tests.pd
 
-test: $(TESTS_READY)
-	$(BIN)/python -m pytest --numprocesses $(JOBS) $(if $(FULL),--full) $(PYTEST)
+test: $(TESTS_READY) $(if $(FULL),$(ENGINES_READY))
+	$(if $(FULL),HICACHE_ENGINES=$(abspath $(ENGINES_DIR))) $(BIN)/python -m pytest --numprocesses $(JOBS) $(if $(FULL),--full) $(PYTEST)
+
+$(ENGINES_DIR)/%/.ready: tests/engines/requirements/%.txt $(wildcard tests/engines/requirements/*.txt) pyproject.toml $(PLUGINS)
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --requirement $<
+	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --no-build-isolation --editable . $(patsubst %/pyproject.toml,--editable %,$(PLUGINS))
+	@touch $@
+
+engines: $(TESTS_READY) $(ENGINES_READY)
+	HICACHE_ENGINES=$(abspath $(ENGINES_DIR)) $(BIN)/python -m pytest --full tests/engines $(PYTEST)
 
 check: $(TESTS_READY) format lint types layers test
 

@@ -26,6 +26,7 @@ from benchmarks.contest import (
     Contest,
     backend_contender,
     expect,
+    gap_rows,
     keys_of,
     new_memory,
     pages_in,
@@ -116,7 +117,7 @@ def contenders(place: World, n_pages: int, nbytes: int) -> list[Contender]:
 
 
 def rows(quick: bool) -> Iterator[Row]:
-    """Reads and writes of a batch by size and workers, then the latency of one page."""
+    """Reads and writes of a batch by size and workers, one page, then the price of gaps."""
     limit = QUICK_NBYTES if quick else N_PAGES * max(SIZES.values())
     with (
         tempfile.TemporaryDirectory(prefix="hicache-mooncake-") as directory,
@@ -129,3 +130,5 @@ def rows(quick: bool) -> Iterator[Row]:
                 yield from contest.throughput(n_workers, 5 if quick else 7)
         for size in ("256 KiB", "1 MiB"):
             yield from place.contest(size, 1).latency(10 if quick else 30, number=10)
+        pages = pages_in(place.memory, N_PAGES, SIZES["256 KiB"])
+        yield from gap_rows("Mooncake (tcp)", place.backend, pages, 5 if quick else 15)

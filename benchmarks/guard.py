@@ -65,7 +65,7 @@ def _pages(n_pages: int, nbytes: int) -> list[Page]:
     return list(zip(headers, payloads, strict=True))
 
 
-def _in_turn(
+def in_turn(
     calls: dict[str, Callable[[], object]],
     repeat: int,
     number: int,
@@ -126,8 +126,8 @@ def _file_rows(nbytes: int, label: str, repeat: int) -> Iterator[Row]:
             "guard + sealed": read(guarded),
         }
         number = max(1, (1 << 25) // (nbytes * BATCH_PAGES))
-        warm = _in_turn(calls, repeat, number)
-        cold = _in_turn(calls, repeat // 2, 1, lambda: _drop_cache(directory))
+        warm = in_turn(calls, repeat, number)
+        cold = in_turn(calls, repeat // 2, 1, lambda: _drop_cache(directory))
     finally:
         guarded.close()
         shutil.rmtree(directory)
@@ -156,7 +156,7 @@ def _guard_rows(repeat: int) -> Iterator[Row]:
         "guard: batch_exists, a failed key is known": lambda: remembering.batch_exists(keys),
     }
     table = f"guard: one call of {BATCH_PAGES} pages, answered at once"
-    for name, (wall, cpu) in _in_turn(calls, repeat, 500).items():
+    for name, (wall, cpu) in in_turn(calls, repeat, 500).items():
         yield Row(table, name, "us a call", [s * 1e6 for s in wall], [s * 1e6 for s in cpu])
 
 

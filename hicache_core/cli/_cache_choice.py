@@ -8,14 +8,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from hicache_core.errors import ConfigError
+from hicache_core.integrations.foreign.identity import BY_NAME
 from hicache_core.kv.keys import describe_namespace
 from hicache_core.kv.spec import KVSpec
 from hicache_core.storage.manifest import Manifest
 
 DEFAULT_PAGE_SIZE, DEFAULT_LAYOUT = 64, "page_first"
 _NAMESPACE = re.compile(r"[0-9a-f]{16}")
+_COMMON = frozenset(
+    ["engine", "format", "layout", "model_fingerprint", "object_nbytes", "page_size"]
+)
+_MAX_DETAIL_CHARS = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +90,41 @@ def choose(named: CacheDescription, known: Mapping[str, Manifest | None]) -> Cac
 def summary(manifest: Manifest) -> str:
     """A manifest in one line."""
     fields = manifest.fields
-    components = fields.get("components", [])
-    dtypes = "+".join(sorted({str(component[2]) for component in components}))
-    return (
-        f"{manifest.namespace} (model {fields.get('model_fingerprint')}, page size "
-        f"{fields['page_size']}, {fields['layout']}, {dtypes}, layers {fields.get('layers')}, "
-        f"heads {fields.get('heads')})"
-    )
+    said = [
+        _model_words(fields.get("model_fingerprint")),
+        f"page size {fields['page_size']}",
+        str(fields["layout"]),
+    ]
+    if "engine" in fields:
+        said.insert(0, _engine_words(manifest))
+        nbytes = fields.get("object_nbytes")
+        said.append(f"{nbytes:,} bytes a page" if nbytes else "pages of several lengths")
+        said += [f"{name} {value}" for name, value in sorted(_details(manifest).items())]
+    else:
+        said.append("+".join(_dtypes(fields)))
+        said += [f"layers {fields.get('layers')}", f"heads {fields.get('heads')}"]
+    return f"{manifest.namespace} ({', '.join(said)})"
+
+
+def _dtypes(fields: Mapping[str, Any]) -> list[str]:
+    return sorted({str(component[2]) for component in fields.get("components", [])})
+
+
+def _engine_words(manifest: Manifest) -> str:
+    version = manifest.told.get("engine_version")
+    return f"{manifest.fields['engine']} {version}" if version else str(manifest.fields["engine"])
+
+
+def _model_words(identity: object) -> str:
+    name = str(identity).removeprefix(BY_NAME)
+    by_name = name != str(identity)
+    return f"model {name!r} by its name, not its weights" if by_name else f"model {identity}"
+
+
+def _details(manifest: Manifest) -> dict[str, object]:
+    """What else an engine said of its pages, as far as it is short enough for one line."""
+    said = {name: value for name, value in manifest.fields.items() if name not in _COMMON}
+    return {name: value for name, value in said.items() if len(str(value)) <= _MAX_DETAIL_CHARS}
 
 
 def _by_digest(
@@ -139,5 +173,5 @@ def _fits(named: CacheDescription, manifest: Manifest) -> bool:
         str(fields.get("model_fingerprint")).startswith(named.fingerprint)
         and named.page_size in (None, fields["page_size"])
         and named.layout in (None, fields["layout"])
-        and named.dtype in (None, *(component[2] for component in fields.get("components", [])))
+        and named.dtype in (None, fields.get("dtype"), *_dtypes(fields))
     )

@@ -11,8 +11,10 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from hicache_core.cli._cache_choice import summary
 from hicache_core.cli._columns import columns
 from hicache_core.config.sources import read_inline
+from hicache_core.storage.manifest import Manifest, read_manifest
 from hicache_core.storage.scrub import (
     GOOD,
     REMOVED,
@@ -71,12 +73,13 @@ def command(  # noqa: PLR0913 - an argument for each option
             totals.add(checked)
             if not as_json and checked.kind not in (GOOD, VANISHED):
                 click.echo(f"{checked.kind:13} {checked.key}")
+        manifests = [read_manifest(backend, name) for name in totals.by_namespace() if name]
     finally:
         backend.close()
     if as_json:
         click.echo(json.dumps(_report(totals, name, dry_run=dry_run), indent=2))
     else:
-        click.echo("\n".join(_lines(totals, dry_run=dry_run)))
+        click.echo("\n".join(_lines(totals, manifests, dry_run=dry_run)))
     click.get_current_context().exit(1 if totals.n_bad else 0)
 
 
@@ -111,7 +114,9 @@ def _report(totals: ScrubTotals, name: str, *, dry_run: bool) -> dict[str, objec
     }
 
 
-def _lines(totals: ScrubTotals, *, dry_run: bool) -> Iterator[str]:
+def _lines(
+    totals: ScrubTotals, manifests: Iterable[Manifest | None], *, dry_run: bool
+) -> Iterator[str]:
     rows = [
         (namespace or "(no page keys)", kind, f"{sums['objects']:,}", f"{sums['nbytes']:,}")
         for namespace, kinds in totals.by_namespace().items()
@@ -119,5 +124,6 @@ def _lines(totals: ScrubTotals, *, dry_run: bool) -> Iterator[str]:
     ]
     if rows:
         yield columns([("NAMESPACE", "KIND", "OBJECTS", "BYTES"), *rows])
+    yield from (summary(manifest) for manifest in manifests if manifest is not None)
     done = f"{totals.n_bad:,} would be removed" if dry_run else f"{totals.n_removed:,} removed"
     yield f"{totals.objects.total():,} objects, {totals.nbytes.total():,} bytes checked; {done}"

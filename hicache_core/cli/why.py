@@ -14,6 +14,7 @@ import click
 from hicache_core.cli._cache_choice import CacheDescription, CacheRef, choose, summary
 from hicache_core.cli._prompt import packed_prompt
 from hicache_core.config.sources import read_inline
+from hicache_core.errors import ConfigError
 from hicache_core.plugin.manager import backend_settings
 from hicache_core.storage.base import StorageBackend
 from hicache_core.storage.manifest import Manifest, read_manifest, read_manifests
@@ -89,10 +90,27 @@ def _answer(tokens: bytes, options: Mapping[str, Any]) -> Answer:
             if name is not None and name not in known:
                 known[name] = read_manifest(backend, name)
         cache = choose(named, known)
+        _check_keys(cache)
         question = _question(tokens, cache, known, options)
         # Some stores keep a place for each namespace, or need to know the size of an object.
         with _opened(recipe, _context(cache)) as own:
             return why(own, question)
+
+
+def _check_keys(cache: CacheRef) -> None:
+    """Checks that the keys of a cache follow from the tokens.
+
+    Raises:
+        ConfigError: they are hashes that only an engine computes.
+    """
+    manifest = cache.manifest
+    engine = None if manifest is None else manifest.fields.get("engine")
+    if manifest is not None and engine is not None and not manifest.told.get("token_chain"):
+        raise ConfigError(
+            f"{summary(manifest)}: {engine} names pages by hashes that only {engine} computes, so "
+            "a prompt cannot be looked up here; ask its metrics, or check the stored pages with "
+            "hicache scrub"
+        )
 
 
 def _question(

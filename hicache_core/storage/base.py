@@ -54,6 +54,8 @@ class StorageBackend(ABC):
     """Name of the entry point, and of the backend in the configuration."""
     api_version: ClassVar[int] = API_VERSION
     """Version of this contract that the class was written for."""
+    in_process: ClassVar[bool] = False
+    """Whether its objects are kept in this process, where no other finds them."""
     Config: ClassVar[type[BackendConfig]] = BackendConfig
     """Model of this backend's settings."""
 

@@ -2,7 +2,8 @@
 
 A cache that opens a store writes one such object, under a key that no page has. It holds the JSON
 text whose hash is the namespace, padded with spaces to the length of a page and sealed like one.
-With it a tool can tell in which field two namespaces differ.
+With it a tool can tell in which field two namespaces differ. A second line of JSON may follow, with
+what is not part of the hash.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
@@ -34,10 +35,12 @@ class Manifest:
     Attributes:
         namespace: 16 hex digits.
         described: the text that was hashed (``kv.keys.describe_namespace``).
+        told: what else its writer said; not part of the hash. JSON values only.
     """
 
     namespace: str
     described: str
+    told: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, described: str) -> Manifest:
@@ -60,6 +63,9 @@ class Manifest:
     def object_nbytes(self) -> int:
         """Length of every object of the namespace in bytes, header included; 0 if unknown."""
         fields = self.fields
+        stated = fields.get("object_nbytes")
+        if isinstance(stated, int):  # the pages of an engine, which says their length
+            return HEADER_NBYTES + stated if stated > 0 else 0
         if not {"components", "layers"} <= fields.keys():
             return 0
         row_nbytes = sum(math.prod(s) * DTYPE_NBYTES[dtype] for _, s, dtype in fields["components"])
@@ -72,26 +78,31 @@ def manifest_key(namespace: str) -> str:
     return f"{namespace}/{MANIFEST_HASH}"
 
 
-def encode(manifest: Manifest, payload_nbytes: int) -> bytes | None:
-    """Returns the payload of a manifest's object; None if pages are too small to hold it.
+def encode(manifest: Manifest, payload_nbytes: int = 0) -> bytearray:
+    """Returns the payload of a manifest's object, padded with spaces.
 
     Args:
         manifest: to be stored.
-        payload_nbytes: length of a page without its header: a store may allow one length only.
+        payload_nbytes: length of a page without its header. The payload is longer if its text is.
     """
-    payload = manifest.described.encode().ljust(payload_nbytes)
-    return payload if len(payload) == payload_nbytes else None
+    text = manifest.described
+    if manifest.told:
+        text += "\n" + json.dumps(manifest.told, sort_keys=True, allow_nan=False)
+    return bytearray(text.encode().ljust(payload_nbytes))
 
 
 def decode(namespace: str, payload: bytes | bytearray | memoryview) -> Manifest | None:
     """Returns the manifest in ``payload``; None if it is not the one of ``namespace``."""
     try:
-        manifest = Manifest.of(bytes(payload).decode().rstrip(" "))
-        fields = json.loads(manifest.described)
+        described, _, more = bytes(payload).decode().rstrip(" ").partition("\n")
+        fields = json.loads(described)
+        told = json.loads(more) if more else {}
     except ValueError:  # not UTF-8, or not JSON
         return None
     whole = isinstance(fields, dict) and {"identity", "layout", "page_size"} <= fields.keys()
-    return manifest if whole and manifest.namespace == namespace else None
+    if not whole or not isinstance(told, dict) or namespace_digest(described) != namespace:
+        return None
+    return Manifest(namespace, described, told)
 
 
 def manifest_page(described: str, object_nbytes: int) -> tuple[str, Page] | None:
@@ -106,10 +117,10 @@ def manifest_page(described: str, object_nbytes: int) -> tuple[str, Page] | None
     """
     manifest = Manifest.of(described)
     payload = encode(manifest, object_nbytes - HEADER_NBYTES)
-    if payload is None:
+    if HEADER_NBYTES + len(payload) > object_nbytes:  # a store may allow one length only
         return None
     header = memoryview(bytearray(HEADER_NBYTES))
-    return manifest_key(manifest.namespace), (header, memoryview(bytearray(payload)))
+    return manifest_key(manifest.namespace), (header, memoryview(payload))
 
 
 def read_manifest(backend: StorageBackend, namespace: str) -> Manifest | None:

@@ -99,6 +99,7 @@ class MemoryBackend(StorageBackend):
     """Objects in a dict of this process, with optional limits on bytes and age."""
 
     name: ClassVar[str] = "memory"
+    in_process: ClassVar[bool] = True
     Config: ClassVar[type[BackendConfig]] = MemoryConfig
 
     def __init__(

@@ -140,6 +140,10 @@ class JsonProcess:
         assert line, "the second process ended"
         return json.loads(line)
 
+    def signal(self, number: int) -> None:
+        """Sends it a signal."""
+        self._process.send_signal(number)
+
     def kill(self) -> None:
         """Ends it without warning."""
         self._process.kill()

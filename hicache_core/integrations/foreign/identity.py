@@ -6,7 +6,10 @@ from pathlib import Path
 
 from hicache_core.kv.fingerprint import fingerprint_of_files
 
-_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+BY_NAME = "name:"
+"""How the identity of a model begins whose weights were not looked at."""
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 
 
 def model_identity(name_or_path: str) -> str:
@@ -16,12 +19,22 @@ def model_identity(name_or_path: str) -> str:
         name_or_path: what the engine was given.
 
     Returns:
-        ``fingerprint_of_files`` of config and weights if it is a local folder that has both;
-        otherwise ``name:`` and the text itself. Two models of one name then share their pages.
+        The digest of ``fingerprint_of_files``, if it is a local file, or a local folder with
+        weights: of these and of ``config.json``. It does not depend on where they lie. Otherwise
+        ``name:`` and the name, or the absolute path of a folder without weights: two models of
+        that name then share their pages.
+
+    Raises:
+        OSError: a file cannot be read.
     """
-    folder = Path(name_or_path).expanduser()
-    config = folder / "config.json"
-    weights = [file for pattern in _WEIGHTS for file in sorted(folder.glob(pattern))]
-    if folder.is_dir() and config.is_file() and weights:
-        return fingerprint_of_files([config, *weights])
-    return f"name:{name_or_path}"
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        return fingerprint_of_files([path])
+    if not path.is_dir():
+        return BY_NAME + name_or_path
+    # In a cache of Hugging Face the files of a snapshot are links; their own names count.
+    weights = {file for pattern in _WEIGHTS for file in path.glob(pattern) if file.is_file()}
+    if not weights:
+        return BY_NAME + str(path.resolve())
+    config = path / "config.json"
+    return fingerprint_of_files([*weights, *([config] if config.is_file() else [])])

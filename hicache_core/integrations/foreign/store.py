@@ -2,46 +2,35 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
+from hicache_core.integrations.foreign.answer import Answer, Kind, OnDone, Request
+from hicache_core.integrations.foreign.calls import Calls, tell
 from hicache_core.integrations.foreign.namespace import ForeignNamespace
+from hicache_core.integrations.foreign.staging import Staging
+from hicache_core.integrations.foreign.stats import Counter, StoreStats
 from hicache_core.observe.snapshot import BackendStatus
-from hicache_core.storage.base import Clearable, RegistersMemory, StorageBackend
-from hicache_core.storage.manifest import manifest_page
-from hicache_core.storage.sealed import HEADER_NBYTES
-from hicache_core.storage.segments import nbytes_of
-from hicache_core.storage.workers.executor import Worker, run_job
-from hicache_core.types import ExistsJob, Job, JobResult, JobState, Page, ReadJob, WriteJob
+from hicache_core.storage.base import Clearable, StorageBackend
+from hicache_core.types import Page
+
+__all__ = ["Answer", "ForeignStore", "OnDone", "Watch"]
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What came of a call; nothing touches the caller's pages any more.
+class Watch:
+    """What is known of the stores, without asking them.
 
     Attributes:
-        mask: for each page whether it is present, was read and verified, or is stored. A page that
-            was not read may hold anything.
-        error: why the store could not answer, for logs; empty if it did.
-        elapsed_s: time the call took.
+        statuses: returns what the guard of each store knows, the nearest store first.
+        rejected: returns how many objects were refused at a read, by kind.
+        verdict: returns why the object under a key was refused at its last read; None if not.
     """
 
-    mask: Sequence[bool]
-    error: str = ""
-    elapsed_s: float = 0.0
-
-    @property
-    def n_leading(self) -> int:
-        """How many leading pages the answer is yes for."""
-        return self.mask.index(False) if False in self.mask else len(self.mask)
-
-
-OnDone: TypeAlias = Callable[[Answer], None]
-"""Called once with the answer, on a thread of the store. It must be short and must not raise."""
+    statuses: Callable[[], Sequence[BackendStatus]]
+    rejected: Callable[[], Mapping[str, int]]
+    verdict: Callable[[str], str | None]
 
 
 class ForeignStore:
@@ -51,7 +40,11 @@ class ForeignStore:
     header. Nothing of them is touched after a call has returned, or after its ``on_done`` was
     called. A store that fails, hangs or has damaged pages is an answer, never an exception.
 
-    Nothing waits for ``close``: what a write has answered yes for is stored.
+    After a read, a page that the answer is yes for holds verified bytes. Any other page holds what
+    it held before, or zeros, or the verified bytes of a read that came too late for the answer.
+
+    Nothing waits for ``close``: what a write has answered yes for is stored. In a chain that writes
+    behind, it is stored in the first store that answers.
 
     Threads: all methods may be called from any thread, several at the same time.
     """
@@ -59,78 +52,76 @@ class ForeignStore:
     def __init__(
         self,
         backend: StorageBackend,
-        worker: Worker,
+        calls: Calls,
+        watch: Watch,
         *,
-        statuses: Callable[[], Sequence[BackendStatus]],
-        rejected: Callable[[], Mapping[str, int]],
-        verdict: Callable[[str], str | None],
+        staging: Staging | None = None,
         is_writer: bool = True,
     ) -> None:
         """Made by ``open_store``.
 
         Args:
             backend: open: seal and guard, perhaps a chain of them.
-            worker: runs jobs on it.
-            statuses: what is known of each store, the nearest first; asks no store.
-            rejected: how many objects were refused at a read, by kind.
-            verdict: why the object under a key was refused at its last read.
+            calls: run on it.
+            watch: what is known of it.
+            staging: the memory of ``calls``, if they have any.
             is_writer: whether this process stores; if not, every write answers yes at once.
         """
         self.backend = backend
-        self.statuses = statuses
-        self.rejected = rejected
-        self.verdict = verdict
+        self.statuses = watch.statuses
+        self.rejected = watch.rejected
+        self.verdict = watch.verdict
         self.is_writer = is_writer
-        self._worker = worker
-        self._ids = itertools.count()
+        self._calls = calls
+        self._staging = staging
+        self._counter = Counter()
         self._lock = threading.Lock()
-        self._described: set[str] = set()
-        self._callbacks: dict[int, OnDone] = {}
-        self._closed = threading.Event()
-        self._pump = threading.Thread(target=self._pump_results, name="hicache-done", daemon=True)
-        self._pump.start()
+        self._described: dict[str, ForeignNamespace] = {}
+        self._owed: dict[str, ForeignNamespace] = {}  # manifests that the store does not have
+        self._closed = False
 
     def describe(self, namespace: ForeignNamespace) -> str:
         """Leaves the manifest of a namespace in the store, in the background, once.
+
+        If the store cannot take it now, it gets it with a later write.
 
         Returns:
             ``namespace.digest``.
         """
         digest = namespace.digest
         with self._lock:
-            if digest in self._described:
+            if digest in self._described or not self.is_writer:
                 return digest
-            self._described.add(digest)
-        made = manifest_page(namespace.described, HEADER_NBYTES + namespace.object_nbytes)
-        if made is not None and self.is_writer:
-            key, page = made
-            job = WriteJob(next(self._ids), [key], [page], nbytes_of(page), each=True)
-            self._worker.submit(job)
+            self._described[digest] = namespace
+        self._leave_manifest(namespace)
         return digest
 
     def register_memory(self, buffers: Sequence[memoryview]) -> None:
-        """Announces the memory that pages lie in, for transports that must know it."""
-        registers = self.backend.capability(RegistersMemory)
-        if registers is not None:
-            registers.register_memory(buffers)
+        """Announces the memory that pages lie in, for transports that must know it.
+
+        Raises:
+            BackendError: the transport does not take it.
+        """
+        self._calls.register_memory(buffers)
 
     def exists(self, keys: Sequence[str]) -> Answer:
         """Returns which keys are present. Blocks."""
-        return self._run(ExistsJob(next(self._ids), keys, each=True))
+        return self._run(Request(Kind.EXISTS, keys))
 
     def read(self, keys: Sequence[str], pages: Sequence[Page]) -> Answer:
         """Reads and verifies pages. Blocks."""
-        return self._run(ReadJob(next(self._ids), keys, _sealed(pages), _nbytes(pages), each=True))
+        return self._run(Request.of(Kind.READ, keys, pages))
 
     def write(self, keys: Sequence[str], pages: Sequence[Page]) -> Answer:
         """Stores pages. Blocks."""
         if not self.is_writer:
             return Answer([True] * len(keys))
-        return self._run(WriteJob(next(self._ids), keys, _sealed(pages), _nbytes(pages), each=True))
+        self._leave_owed_manifests()
+        return self._run(Request.of(Kind.WRITE, keys, pages))
 
     def submit_exists(self, keys: Sequence[str], on_done: OnDone) -> None:
         """As ``exists``, in the background."""
-        self._submit(ExistsJob(next(self._ids), keys, each=True), on_done)
+        self._submit(Request(Kind.EXISTS, keys), on_done)
 
     def submit_read(self, keys: Sequence[str], pages: Sequence[Page], on_done: OnDone) -> None:
         """As ``read``, in the background.
@@ -140,8 +131,7 @@ class ForeignStore:
             pages: where to read to; the caller leaves them alone until ``on_done`` is called.
             on_done: gets the answer.
         """
-        job = ReadJob(next(self._ids), keys, _sealed(pages), _nbytes(pages), each=True)
-        self._submit(job, on_done)
+        self._submit(Request.of(Kind.READ, keys, pages), on_done)
 
     def submit_write(self, keys: Sequence[str], pages: Sequence[Page], on_done: OnDone) -> None:
         """As ``write``, in the background. Answers no at once if too many bytes wait already.
@@ -152,16 +142,29 @@ class ForeignStore:
             on_done: gets the answer.
         """
         if not self.is_writer:
-            on_done(Answer([True] * len(keys)))
+            tell(on_done, Answer([True] * len(keys)))
             return
-        job = WriteJob(next(self._ids), keys, _sealed(pages), _nbytes(pages), each=True)
-        self._submit(job, on_done)
+        self._leave_owed_manifests()
+        self._submit(Request.of(Kind.WRITE, keys, pages), on_done)
 
     @property
     def n_in_flight(self) -> int:
-        """Jobs in the background that have not called back."""
-        with self._lock:
-            return len(self._callbacks)
+        """Calls in the background that have not called back."""
+        return self._calls.n_in_flight
+
+    def stats(self) -> StoreStats:
+        """Returns counts since the store was opened, for an engine's metrics."""
+        staging = self._staging
+        return StoreStats(
+            exists=self._counter.stats(Kind.EXISTS),
+            read=self._counter.stats(Kind.READ),
+            write=self._counter.stats(Kind.WRITE),
+            refused=self.rejected(),
+            n_in_flight=self.n_in_flight,
+            n_without_staging=0 if staging is None else staging.n_refused,
+            staging_nbytes=None if staging is None else staging.held_nbytes,
+            backends=self.statuses(),
+        )
 
     def clear(self, prefix: str) -> int:
         """Removes every key that starts with ``prefix``; returns how many there were.
@@ -173,53 +176,53 @@ class ForeignStore:
         clearable = self.backend.capability(Clearable)
         if clearable is None:
             raise NotImplementedError(f"backend {self.backend.name!r} cannot be cleared")
-        return clearable.clear(prefix)
+        n_removed = clearable.clear(prefix)
+        with self._lock:
+            for digest, namespace in self._described.items():
+                if f"{digest}/".startswith(prefix):
+                    self._owed[digest] = namespace  # its manifest has gone, too
+        return n_removed
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Ends running calls within ``timeout_s``, then closes the backend, unless one hangs."""
-        if self._closed.is_set():
-            return
-        abandoned = self._worker.close(timeout_s)
-        self._closed.set()
-        self._pump.join(timeout_s)
-        if not abandoned:
+        """Ends running calls within ``timeout_s``, then closes the backend, unless one hangs.
+
+        Calls that were answered already cost no time. Later calls are answered no.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        if self._calls.close(timeout_s):
             self.backend.close()
 
-    def _run(self, job: Job) -> Answer:
-        return _answer(run_job(self.backend, job, time.monotonic))
+    def _run(self, request: Request) -> Answer:
+        if not request.keys:
+            return Answer([])
+        answer = self._calls.run(request)
+        self._counter.add(request, answer)
+        return answer
 
-    def _submit(self, job: Job, on_done: OnDone) -> None:
+    def _submit(self, request: Request, on_done: OnDone) -> None:
+        if not request.keys:
+            tell(on_done, Answer([]))
+        else:
+            self._calls.submit(request, self._counter.counting(request, on_done))
+
+    def _leave_manifest(self, namespace: ForeignNamespace) -> None:
+        """Stores a manifest in the background; notes it as owed if the store does not take it."""
+        key, payload = namespace.manifest
+
+        def on_done(answer: Answer) -> None:
+            if not answer.mask[0]:
+                with self._lock:
+                    self._owed[namespace.digest] = namespace
+
+        self._calls.submit(Request.of(Kind.WRITE, [key], [(payload,)]), on_done)
+
+    def _leave_owed_manifests(self) -> None:
+        if not self._owed:
+            return
         with self._lock:
-            self._callbacks[job.job_id] = on_done
-        if not self._worker.submit(job):
-            with self._lock:
-                del self._callbacks[job.job_id]
-            on_done(Answer([False] * len(job.keys), "too many bytes wait to be stored"))
-
-    def _pump_results(self) -> None:
-        while not self._closed.is_set() or self._worker.n_in_flight:
-            self._worker.wait(0.1)
-            for result in self._worker.drain():
-                if result.state is not JobState.OVERDUE:
-                    with self._lock:
-                        on_done = self._callbacks.pop(result.job.job_id, None)
-                    if on_done is not None:
-                        on_done(_answer(result))
-
-
-def _answer(result: JobResult) -> Answer:
-    mask = result.mask if result.mask is not None else [False] * len(result.job.keys)
-    return Answer(mask, result.error, result.elapsed_s)
-
-
-def _sealed(pages: Sequence[Page]) -> list[Page]:
-    """Returns the pages with a header of ours before each."""
-    headers = memoryview(bytearray(HEADER_NBYTES * len(pages)))
-    return [
-        (headers[n * HEADER_NBYTES : (n + 1) * HEADER_NBYTES], *page)
-        for n, page in enumerate(pages)
-    ]
-
-
-def _nbytes(pages: Sequence[Page]) -> int:
-    return sum(map(nbytes_of, pages))
+            owed, self._owed = self._owed, {}
+        for namespace in owed.values():
+            self._leave_manifest(namespace)

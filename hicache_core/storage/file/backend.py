@@ -8,6 +8,7 @@ docs/file-backend.md describes how they work together, and docs/decisions/0003-f
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from hicache_core.storage.calls import Calls
 from hicache_core.storage.file.config import FileConfig
 from hicache_core.storage.file.directory import os_errors
 from hicache_core.storage.file.extents import Wanted
+from hicache_core.storage.file.filesystem import is_local
 from hicache_core.storage.file.index import Row
 from hicache_core.storage.file.records import MAX_KEY_NBYTES, Extent
 from hicache_core.storage.file.store import FileStore
@@ -100,6 +102,16 @@ class FileBackend(StorageBackend):
     def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
         return self.batch_set_visiting(keys, pages, lambda _: None)
 
+    def exists_each(self, keys: Sequence[str]) -> Sequence[bool]:
+        with self._calls.call() as store:
+            return store.index.present(keys, self._oldest())
+
+    def get_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        return self.get_each_visiting(keys, pages, lambda _: True)
+
+    def set_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        return self.set_each_visiting(keys, pages, lambda _: None)
+
     def batch_get_visiting(
         self, keys: Sequence[str], pages: Sequence[Page], arrived: Callable[[int], bool]
     ) -> int:
@@ -133,19 +145,54 @@ class FileBackend(StorageBackend):
         self, keys: Sequence[str], pages: Sequence[Page], leaving: Callable[[int], None]
     ) -> int:
         # docstring inherited from VisitsPages; ``leaving`` is called right before a page is written
-        wanted = [
-            Wanted(_checked(key), nbytes_of(page)) for key, page in zip(keys, pages, strict=True)
-        ]
+        n_stored = min(self._set(keys, pages, leaving), default=len(keys))
+        self._count(writes=n_stored, dropped_writes=len(keys) - n_stored)
+        return n_stored
+
+    def get_each_visiting(
+        self, keys: Sequence[str], pages: Sequence[Page], arrived: Callable[[int], bool]
+    ) -> Sequence[bool]:
+        # docstring inherited from VisitsEachPage; ``arrived`` is called right after a page was read
         with self._calls.call() as store:
-            try:
-                with os_errors(self._settings.path):
-                    n_stored = store.directory.with_room(
-                        lambda: self._store(store, wanted, pages, leaving)
-                    )
-            except BackendFull:
-                n_stored = 0
-            self._count(writes=n_stored, dropped_writes=len(keys) - n_stored)
-            return n_stored
+            version, found = store.lookup(keys)
+            wanted = self._readable_each(found, pages)
+            parts = self._lanes.split(len(wanted), sum(row.nbytes for _, row in wanted))
+            damaged: list[tuple[int, Row]] = []
+
+            def read(part: range) -> list[tuple[int, Row]]:
+                good = []
+                for n, row in (wanted[i] for i in part):
+                    if not store.records.read(keys[n], pages[n], row.extent):
+                        damaged.append((n, row))
+                    elif arrived(n):
+                        good.append((n, row))
+                return good
+
+            with os_errors(self._settings.path):
+                good = [one for part in self._lanes.run(read, parts) for one in part]
+            names, rows = [keys[n] for n, _ in good], [row for _, row in good]
+            valid = list(itertools.compress(good, store.index.unchanged_each(version, names, rows)))
+            store.space.used([row.extent for _, row in valid])
+            for n, row in damaged:
+                self._drop_damaged(store, keys[n], row)
+            self._count(
+                reads=len(valid),
+                misses=len(keys) - len(valid),
+                raced_reads=len(good) - len(valid),
+            )
+            return _mask(len(keys), [n for n, _ in valid])
+
+    def set_each_visiting(
+        self, keys: Sequence[str], pages: Sequence[Page], leaving: Callable[[int], None]
+    ) -> Sequence[bool]:
+        # docstring inherited from VisitsEachPage; as ``batch_set_visiting``
+        dropped = frozenset(self._set(keys, pages, leaving))
+        self._count(writes=len(keys) - len(dropped), dropped_writes=len(dropped))
+        return [n not in dropped for n in range(len(keys))]
+
+    def bounds_calls(self) -> bool:
+        """Returns whether the directory is on a disk of this host: others may hang for ever."""
+        return is_local(self._settings.path) and is_local(self._settings.path / "segments")
 
     def delete(self, keys: Sequence[str]) -> None:
         with self._calls.call() as store:
@@ -206,28 +253,40 @@ class FileBackend(StorageBackend):
         with self._calls.call() as store:
             store.index.check_integrity()
 
+    def _set(
+        self, keys: Sequence[str], pages: Sequence[Page], leaving: Callable[[int], None]
+    ) -> Sequence[int]:
+        """Stores pages; returns the places of those without room."""
+        wanted = [
+            Wanted(_checked(key), nbytes_of(page)) for key, page in zip(keys, pages, strict=True)
+        ]
+        with self._calls.call() as store:
+            try:
+                with os_errors(self._settings.path):
+                    return store.directory.with_room(
+                        lambda: self._store(store, wanted, pages, leaving)
+                    )
+            except BackendFull:
+                return range(len(keys))
+
     def _store(
         self,
         store: FileStore,
         wanted: Sequence[Wanted],
         pages: Sequence[Page],
         leaving: Callable[[int], None],
-    ) -> int:
-        """Writes and publishes what is missing; returns how many leading pages are stored."""
+    ) -> Sequence[int]:
+        """Writes and publishes what is missing; returns the places of pages without room."""
         rows = store.lookup([want.key for want in wanted])[1]
         if self._all_stored(rows, wanted):
             store.space.used([row.extent for row in rows if row is not None])
-            return len(wanted)
+            return ()
         wanted = [
             want if row is None else want._replace(seen=True)
             for want, row in zip(wanted, rows, strict=True)
         ]
-        extents = store.space.claim(wanted)
-        writes = [
-            _Write(n, wanted[n], pages[n], extent)
-            for n, extent in enumerate(extents)
-            if extent is not None
-        ]
+        claim = store.space.claim(wanted)
+        writes = [_Write(n, wanted[n], pages[n], extent) for n, extent in claim.extents.items()]
         try:
             full = self._write(store, writes, leaving)
         except BaseException:
@@ -237,7 +296,7 @@ class FileBackend(StorageBackend):
             raise
         if full:
             store.space.give_up([write.extent for write in full])
-        return min((write.position for write in full), default=len(extents))
+        return claim.no_room + [write.position for write in full]
 
     def _write(
         self, store: FileStore, writes: list[_Write], leaving: Callable[[int], None]
@@ -284,6 +343,17 @@ class FileBackend(StorageBackend):
             rows.append(row)
         return rows
 
+    def _readable_each(
+        self, found: Sequence[Row | None], pages: Sequence[Page]
+    ) -> list[tuple[int, Row]]:
+        """As ``_readable``, also behind gaps: the places of the pages, and their rows."""
+        oldest = self._oldest()
+        return [
+            (n, row)
+            for n, (row, page) in enumerate(zip(found, pages, strict=True))
+            if row is not None and row.written_at > oldest and row.nbytes == nbytes_of(page)
+        ]
+
     def _all_stored(self, rows: Sequence[Row | None], wanted: Sequence[Wanted]) -> bool:
         oldest = self._oldest()
         return all(
@@ -328,6 +398,14 @@ def _leading(parts: Sequence[range], counts: Sequence[int]) -> int:
         if count < len(part):
             break
     return total
+
+
+def _mask(n_items: int, places: Sequence[int]) -> list[bool]:
+    """Returns True at ``places``, False elsewhere."""
+    mask = [False] * n_items
+    for n in places:
+        mask[n] = True
+    return mask
 
 
 def _checked(key: str) -> str:

@@ -230,6 +230,13 @@ class FileIndex:
                     return n
         return len(keys)
 
+    def present(self, keys: Sequence[str], older_than: float) -> list[bool]:
+        """Returns for each key whether it is present and was written after ``older_than``."""
+        with self._read_lock:
+            self._follow()
+            rows = list(map(self._rows.get, keys))
+        return [row is not None and row.written_at > older_than for row in rows]
+
     def unchanged(self, version: int, keys: Sequence[str], rows: Sequence[Row | None]) -> int:
         """Returns how many leading ``rows`` are still the ones that ``lookup`` returned.
 
@@ -249,6 +256,22 @@ class FileIndex:
                 if self._rows.get(key) != row:
                     return n
         return len(rows)
+
+    def unchanged_each(
+        self, version: int, keys: Sequence[str], rows: Sequence[Row]
+    ) -> Sequence[bool]:
+        """As ``unchanged``, for each row; returns which of them are still the same.
+
+        Args:
+            version: of ``lookup``.
+            keys: some of those of ``lookup``.
+            rows: one for each of ``keys``.
+        """
+        with self._read_lock:
+            self._follow()
+            if self._version == version:
+                return [True] * len(rows)
+            return [self._rows.get(key) == row for key, row in zip(keys, rows, strict=True)]
 
     def keys(self, prefix: str, older_than: float) -> list[str]:
         """Returns the keys that start with ``prefix`` and were written after ``older_than``."""

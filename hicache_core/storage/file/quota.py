@@ -34,14 +34,24 @@ class FileQuota:
         self._clock = clock
         self.evicted_objects = 0
 
-    def fitting(self, wanted: Sequence[Wanted]) -> int:
-        """Returns how many of the leading ``wanted`` fit into their quotas together."""
+    def unfitting(self, wanted: Sequence[Wanted], stored: Collection[str]) -> list[int]:
+        """Returns the places of those that do not fit into their quotas with those before them.
+
+        Args:
+            wanted: to be stored.
+            stored: keys of those that are stored already; they stay, so they count first.
+        """
+        unfitting: list[int] = []
         if self._nbytes is not None:
             sums: dict[str, int] = {}
+            for want in wanted:
+                if want.key in stored:
+                    _add(sums, want)
             for n, want in enumerate(wanted):
-                if _add(sums, want) > self._nbytes:
-                    return n
-        return len(wanted)
+                if want.key not in stored and _add(sums, want) > self._nbytes:
+                    sums[namespace_of(want.key)] -= want.nbytes
+                    unfitting.append(n)
+        return unfitting
 
     def make_room(
         self,

@@ -7,6 +7,7 @@ import itertools
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from hicache_core.errors import BackendFull
 from hicache_core.storage.file.extents import (
@@ -37,6 +38,18 @@ SWEEP_INTERVAL_S = 10.0
 
 _MAX_PENDING_USES = 4096
 _SPREAD = 2  # files to write a batch to, since writers of one file wait for each other
+
+
+class Claim(NamedTuple):
+    """What ``FileSpace.claim`` found, by the places of the objects in its argument.
+
+    Attributes:
+        extents: where to write those that are new.
+        no_room: those for which there is no space.
+    """
+
+    extents: dict[int, Extent]
+    no_room: list[int]
 
 
 class FileSpace:
@@ -86,14 +99,10 @@ class FileSpace:
         """Number of objects evicted because of the limit or of the quota of their namespace."""
         return self._evicted_objects + self._quota.evicted_objects
 
-    def claim(self, wanted: Sequence[Wanted]) -> list[Extent | None]:
-        """Claims an extent for each of the leading ``wanted`` for which there is space.
+    def claim(self, wanted: Sequence[Wanted]) -> Claim:
+        """Claims an extent for each of ``wanted`` that is not stored already, if there is space.
 
         The caller writes the extents and then calls ``publish``, ``release`` or ``give_up``.
-
-        Returns:
-            The extents; None for an object that is stored already. The list is shorter than
-            ``wanted`` if the space does not suffice.
         """
         now = self._clock()
         dropped: list[Place] = []
@@ -101,25 +110,23 @@ class FileSpace:
             seq = move(connection, "seq")
             stored = self._refresh_stored(connection, wanted, now, seq)
             self._flush_uses(connection)
-            wanted = wanted[: self._quota.fitting(wanted)]
-            new = (want for want in wanted if want.key not in stored)
-            self._quota.make_room(connection, new, stored.values(), seq)
-            extents: list[Extent | None] = []
-            for item in itertools.groupby(
-                wanted, lambda w: 0 if w.key in stored else capacity_for(w.nbytes)
-            ):
-                capacity, n = item[0], len(list(item[1]))
-                if capacity == 0:
-                    extents += [None] * n
-                    continue
-                kept = frozenset(stored.values())
-                places = self._take(connection, capacity, n, seq, kept, dropped)
-                extents += [Extent(*place, seq) for place in places]
-                if len(places) < n:
-                    break
+            unfitting = self._quota.unfitting(wanted, stored)
+            left_out = frozenset(unfitting)
+            new = [
+                n for n, want in enumerate(wanted) if want.key not in stored and n not in left_out
+            ]
+            self._quota.make_room(connection, (wanted[n] for n in new), stored.values(), seq)
+            claim = Claim({}, unfitting)
+            kept = frozenset(stored.values())
+            for capacity, group in itertools.groupby(new, lambda n: capacity_for(wanted[n].nbytes)):
+                numbers = list(group)
+                places = self._take(connection, capacity, len(numbers), seq, kept, dropped)
+                for n, place in zip(numbers, places, strict=False):
+                    claim.extents[n] = Extent(*place, seq)
+                claim.no_room.extend(numbers[len(places) :])
             emptied = remove_empty(connection, dropped)
         self._give_back(dropped, emptied)
-        return extents
+        return claim
 
     def publish(self, done: Sequence[tuple[Extent, Wanted]], written_at: float) -> None:
         """Makes written extents readable for all processes.

@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from hicache_core.errors import IntegrityError, UseAfterClose
 from hicache_core.storage.base import StorageBackend
@@ -21,6 +22,8 @@ LOOK_INTERVAL_S = 0.1
 """``wait`` checks deadlines at least this often: jobs may start while it waits."""
 
 NEVER = float("inf")
+
+OnResult: TypeAlias = Callable[[JobResult], None]
 
 
 @dataclass(slots=True)
@@ -58,9 +61,13 @@ class StorageWorker(Worker):
 
     Threads start with the first jobs that need them and end in ``close``. They are daemons: a
     thread that hangs in a backend cannot be stopped and must not keep the interpreter from exiting.
+
+    With ``on_result``, each result goes to it instead of ``drain``: on the thread that ran the job,
+    or on the one that found it late or cancelled it, and without a lock. ``drain`` then only looks
+    at deadlines. The final result of a job may come before the call with its OVERDUE result.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a worker is made of, all by name
         self,
         backend: StorageBackend,
         *,
@@ -70,6 +77,7 @@ class StorageWorker(Worker):
         clock: Callable[[], float],
         deadline: Deadline | None = None,
         max_overdue: int | None = None,
+        on_result: OnResult | None = None,
     ) -> None:
         """Starts no thread yet.
 
@@ -82,6 +90,8 @@ class StorageWorker(Worker):
             deadline: returns the seconds that a job may take; None for no limit.
             max_overdue: how many threads with overdue jobs are replaced; None for
                 4 x ``n_threads``.
+            on_result: gets each result. It should be short, since no job runs on its thread
+                meanwhile, and must not call ``close``. If it raises, that is logged.
         """
         if min(n_threads, max_read_nbytes, max_write_nbytes) < 1:
             raise ValueError("n_threads, max_read_nbytes and max_write_nbytes must be at least 1")
@@ -92,6 +102,7 @@ class StorageWorker(Worker):
         self._max_overdue = 4 * n_threads if max_overdue is None else max_overdue
         self._clock = clock
         self._deadline = deadline
+        self._on_result = on_result
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)  # a job may be ready, or the worker was closed
         self._news = threading.Condition(self._lock)  # a result arrived
@@ -160,7 +171,8 @@ class StorageWorker(Worker):
             refused = [job for job in jobs if not self._accept(job)]
             self._start_threads()
             self._work.notify()  # one thread, which wakes the next: cheaper for the owner
-            return refused
+        self._call_back()
+        return refused
 
     def cancel(self, job_id: int) -> bool:
         # docstring inherited
@@ -168,7 +180,8 @@ class StorageWorker(Worker):
             if job_id not in self._waiting:
                 return False
             self._cancel(job_id)
-            return True
+        self._call_back()
+        return True
 
     def drain(self) -> list[JobResult]:
         # docstring inherited
@@ -176,8 +189,10 @@ class StorageWorker(Worker):
             return []  # without the lock, which busy threads hold; later results are seen next time
         with self._lock:
             self._look_at_deadlines()
-            results = list(self._results)
-            self._results.clear()
+            results = [] if self._on_result is not None else list(self._results)
+            if results:
+                self._results.clear()
+        self._call_back()
         for result in results:
             if result.state is JobState.OVERDUE:
                 self._failures.warn(result)
@@ -209,6 +224,8 @@ class StorageWorker(Worker):
             for job_id in self._waiting:
                 self._cancel(job_id)
             self._work.notify_all()
+        self._call_back()
+        with self._lock:
             self._quiet.wait_for(lambda: not self._running, timeout_s)
             abandoned = [running.job for running in self._running.values()]
             threads = list(self._threads)
@@ -250,6 +267,22 @@ class StorageWorker(Worker):
                 )
             if not all(job_id in self._waiting for job_id in self._wait_until):
                 raise IntegrityError("a job that is not waiting has a time limit for waiting")
+
+    def _call_back(self) -> None:
+        """Gives the results so far to ``on_result``, if there is one; without the lock."""
+        if self._on_result is None:
+            return
+        while self._results:
+            try:
+                result = self._results.popleft()
+            except IndexError:  # another thread has just taken it
+                return
+            if result.state is JobState.OVERDUE:
+                self._failures.warn(result)
+            try:
+                self._on_result(result)
+            except Exception:  # code of others, like a backend: this thread goes on
+                logger.exception("on_result failed for job %d", result.job.job_id)
 
     # From here on the caller holds the lock, except for _run.
 
@@ -306,7 +339,7 @@ class StorageWorker(Worker):
         while True:
             with self._lock:
                 job = self._next_job()
-                while job is None:
+                while job is None and not self._may_call_back():
                     if self._closed:
                         self._n_alive -= 1
                         return
@@ -314,15 +347,24 @@ class StorageWorker(Worker):
                     job = self._next_job()
                 if len(self._waiting):
                     self._work.notify()
+            self._call_back()
+            if job is None:
+                continue
             result = run_job(self._backend, job, self._clock)
             if result.state is JobState.FAILED:
                 self._failures.warn(result)
             with self._lock:
                 self._finish(result)
-                if self._n_alive > self._max_alive():
-                    self._n_alive -= 1
-                    return
+                surplus = self._n_alive > self._max_alive()
+                self._n_alive -= surplus
+            self._call_back()
+            if surplus:
+                return
             del job, result  # an idle thread must not keep pages alive
+
+    def _may_call_back(self) -> bool:
+        """Returns whether there are results for ``on_result``."""
+        return self._on_result is not None and bool(self._results)
 
     def _next_job(self) -> Job | None:
         """Removes and returns the job to start now; None if there is none."""

@@ -8,6 +8,7 @@ import os
 import threading
 from array import array
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from hicache_core.errors import BackendError, BackendFull, IntegrityError
 from hicache_core.kv.spec import KVSpec
 from hicache_core.pools.host import HostPool
 from hicache_core.pools.layout import layout_named
+from hicache_core.storage.base import StorageBackend
 from hicache_core.storage.sealed import SealedBackend
 from hicache_core.types import Page
 
@@ -112,6 +114,39 @@ def test_only_the_pages_before_the_first_hole_count(backend: MooncakeBackend, ho
     assert backend.batch_exists(keys(7)) == hole
     assert backend.batch_get(keys(7), [page_of(memory, n * 100, 100) for n in range(7)]) == hole
     assert gained["misses_missing"] == 1
+
+
+@pytest.mark.parametrize("way", ["in place", "staged"])
+def test_pages_behind_gaps_are_found_read_and_stored(
+    master: object, backend: MooncakeBackend, make_backend: Callable[..., MooncakeBackend], way: str
+) -> None:
+    store = backend
+    if way == "staged":
+        store = make_backend(master.address, global_segment_size=0)  # type: ignore[attr-defined]
+    gained = Gained(store)
+    memory = memoryview(bytearray(os.urandom(1 << 16)))
+    if way == "in place":
+        store.register_memory([memory])
+    written = [page_of(memory, n * 1000, 64, 936) for n in range(16)]
+    gaps = {0, 3, 4, 9, 15}
+    assert store.batch_set(keys(16), written) == 16
+    store.delete([key(n) for n in gaps | {7}])
+    store.set(key(7), b"of another length")
+    present = [n not in gaps for n in range(16)]
+    readable = [n not in gaps | {7} for n in range(16)]
+    assert store.exists_each(keys(16)) == present == StorageBackend.exists_each(store, keys(16))
+    read = [page_of(memory, 20_000 + n * 1000, 500, 500) for n in range(16)]
+    for get_each in (store.get_each, partial(StorageBackend.get_each, store)):
+        for page in read:
+            page[0][:] = bytes(500)
+        assert get_each(keys(16), read) == readable
+        same = [b"".join(new) == b"".join(old) for new, old in zip(read, written, strict=True)]
+        assert same == readable
+    assert gained["misses_missing"] == 2 * len(gaps)
+    store.delete([key(7)])
+    assert store.set_each(keys(16), written) == [True] * 16
+    assert store.batch_get(keys(16), read) == 16
+    assert store.exists_each([]) == store.get_each([], []) == store.set_each([], []) == []
 
 
 def test_a_key_that_stands_twice_in_a_batch_fills_both_pages(backend: MooncakeBackend) -> None:
@@ -286,6 +321,12 @@ def test_a_full_store_drops_writes_counts_them_and_goes_on(
         backend.set(key(99), bytes(60 << 20))
     backend.clear("")
     assert backend.batch_set(keys(2, 200), [page_of(memory, 0, size)] * 2) == 2
+    gained = Gained(backend)
+    stored = backend.set_each(keys(16), [page_of(memory, 0, size)] * 16)
+    assert 0 < sum(stored) < 16
+    assert gained["dropped_writes"] == gained["dropped_no_room"] == stored.count(False)
+    there = backend.get_each(keys(16), [page_of(memory, 0, size)] * 16)
+    assert not any(is_there for is_there, was in zip(there, stored, strict=True) if not was)
 
 
 def test_an_object_under_lease_can_be_deleted(backend: MooncakeBackend) -> None:

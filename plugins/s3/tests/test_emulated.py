@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
 from collections.abc import Iterator
 
 import pytest
+from hicache_s3.connections import send
 
 from hicache_core.errors import (
     BackendDenied,
@@ -80,6 +83,28 @@ def test_a_server_that_drips_is_given_up_as_soon_as_one_that_is_silent(
     assert time.monotonic() - start < 20  # the head alone would take minutes
 
 
+def test_a_server_that_takes_a_byte_now_and_then_is_given_up() -> None:
+    """Each wait is shorter than the limit; all of them would take hours."""
+    ours, theirs = socket.socketpair()
+    stop = threading.Event()
+
+    def sip() -> None:
+        while not stop.wait(0.05):
+            theirs.recv(100)
+
+    thread = threading.Thread(target=sip)
+    thread.start()
+    start = time.monotonic()
+    with ours, theirs:
+        try:
+            with pytest.raises(TimeoutError):
+                send(ours, [memoryview(bytes(1 << 22))], 0.2)
+        finally:
+            stop.set()
+            thread.join()
+    assert time.monotonic() - start < 20
+
+
 @pytest.mark.parametrize("nbytes", [99_999_999_999_999, 1 << 70])
 def test_an_announced_length_beyond_all_memory_is_an_error_of_the_store(
     emulation: Emulation, make_backend: MakeBackend, nbytes: int
@@ -125,6 +150,10 @@ def test_a_full_store_ends_the_count(emulation: Emulation, make_backend: MakeBac
     assert backend.stats()["dropped_writes"] == 3
     with pytest.raises(BackendFull, match=r"lifecycle"):
         backend.set(KEY, b"x")
+    emulation.replies = [error(404, "NoSuchKey"), STORED, full, STORED, full, STORED]
+    stored = backend.set_each(keys, [filled(key, PAGE) for key in keys])
+    assert stored == [True, False, True, False, True]
+    assert backend.stats()["dropped_writes"] == 5
 
 
 def test_a_body_that_ends_early_fills_no_page(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -389,9 +389,35 @@ def test_a_search_finds_what_asking_for_each_key_finds(
 
     search.run(threads, ask)
     assert search.end == next((n for n, place in enumerate(truth) if place is None), len(keys))
+    assert search.stop == (search.end if leading else len(keys))
     stop = search.end if leading else len(keys)
     assert search.places[:stop] == truth[:stop]
     assert len(asked) == len(set(asked))
+
+
+@pytest.mark.parametrize("every", [1, 2, 128])
+def test_absent_keys_are_asked_in_a_few_rounds(threads: RequestThreads, every: int) -> None:
+    """Of 128 keys, one in so many is absent; the others are in packs of 32 neighbours."""
+    keys = keys_of(128)
+    there = [key for n, key in enumerate(keys) if n % every]
+    index_of: dict[str, Found] = {}
+    for start in range(0, len(there), 32):
+        index = PackIndex.of(dict.fromkeys(there[start : start + 32], 1))
+        index_of.update(dict.fromkeys(index.slots, index))
+    rounds: list[int] = []
+
+    class Counting(RequestThreads):
+        def run(self, work: Callable[[int], None], items: Iterable[int]) -> None:  # type: ignore[override]
+            rounds.append(len(list(items)))
+            threads.run(work, items)
+
+    counting = Counting(1)
+    search = Search(keys, 32, leading=False)
+    search.run(counting, lambda n: index_of.get(keys[n]))
+    counting.close()
+    assert [place is not None for place in search.places] == [key in index_of for key in keys]
+    assert len(rounds) <= 8
+    assert sum(rounds) <= 128 - len(there) + 8  # one for each absent key, and for each pack
 
 
 def test_the_cache_forgets_what_is_old_or_too_much() -> None:

@@ -6,15 +6,27 @@ import json
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hicache_s3.objects import split_page
 
 from hicache_core.errors import UseAfterClose
+from hicache_core.storage.base import StorageBackend
 from hicache_core.storage.sealed import SealedBackend
 from plugins.s3.tests.conftest import MakeBackend
-from plugins.s3.tests.world import NBYTES, PAGE, blank, content, filled, hits, keys_of, put
+from plugins.s3.tests.world import (
+    NBYTES,
+    PAGE,
+    blank,
+    content,
+    filled,
+    hits,
+    is_right,
+    keys_of,
+    put,
+)
 from tests.servers.weed import BUCKET, Weed, settings
 
 PEER = Path(__file__).parent / "peer.py"
@@ -55,6 +67,31 @@ def test_single_calls_and_batches_see_the_same_objects(
     assert hits(other, [*keys, single, keys[0]]) == 8
     assert other.get(keys_of(1, "absent")[0]) is None
     assert not other.exists(keys_of(1, "absent")[0])
+
+
+def test_pages_behind_gaps_are_found_read_and_stored(make_backend: MakeBackend, pack: bool) -> None:
+    """Packs of four; gaps at their borders, in their middle, and one pack that is gone whole."""
+    options = {"pack": pack, "pack_nbytes": 4 * NBYTES, "object_nbytes": NBYTES}
+    writer = make_backend(**options)
+    keys = keys_of(32, "gaps")
+    gaps = {0, 5, 6, 11, 12, 16, 17, 18, 19, 31}
+    put(writer, keys)
+    writer.delete([keys[n] for n in gaps])
+    writer.set(keys[6], b"of another length")
+    present = [n not in gaps or n == 6 for n in range(32)]
+    readable = [n not in gaps for n in range(32)]
+    for reader in (writer, make_backend(**options), make_backend(pack=not pack)):
+        assert reader.exists_each(keys) == present == StorageBackend.exists_each(reader, keys)
+        for get_each in (reader.get_each, partial(StorageBackend.get_each, reader)):
+            pages = [blank(PAGE) for _ in keys]
+            assert get_each(keys, pages) == readable
+            assert [is_right(key, page) for key, page in zip(keys, pages, strict=True)] == readable
+        assert reader.exists_each(keys_of(40, "absent")) == [False] * 40
+    fresh = make_backend(**options)
+    assert fresh.set_each(keys, [filled(key, PAGE) for key in keys]) == [True] * 32
+    assert hits(make_backend(**options), keys) == 32
+    assert fresh.stats()["writes"] == 32
+    assert fresh.exists_each([]) == fresh.get_each([], []) == fresh.set_each([], []) == []
 
 
 def test_the_count_ends_at_a_hole_wherever_it_is(make_backend: MakeBackend, pack: bool) -> None:

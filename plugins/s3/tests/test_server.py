@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from hicache_core.errors import BackendDenied, BackendError, BackendTimeout, BackendUnavailable
+from hicache_core.types import Page
 from plugins.s3.tests.conftest import MakeBackend
 from plugins.s3.tests.world import PAGE, blank, filled, hits, keys_of, put
 from tests.servers.process import certificate as certificate_in
 from tests.servers.process import free_port
-from tests.servers.weed import READER_KEY, READER_SECRET, Weed
+from tests.servers.weed import KEY, READER_KEY, READER_SECRET, SECRET, Weed
 
+PATTERN = b"\x5a" * (1 << 20)
 READER = {"access_key_id": READER_KEY, "secret_access_key": READER_SECRET}
 MIB = (64, 1 << 20)
 
@@ -82,6 +86,9 @@ def test_killed_frozen_and_restarted_in_mid_batch(
         lambda: backend.batch_get(keys, [blank(MIB) for _ in keys]),
         lambda: backend.batch_set(keys, [filled(key, MIB) for key in keys]),
         lambda: packed.batch_get(more, [blank(PAGE) for _ in more]),
+        lambda: packed.get_each(more, [blank(PAGE) for _ in more]),
+        lambda: backend.set_each(keys, [filled(key, MIB) for key in keys]),
+        lambda: backend.exists_each(keys),
         lambda: backend.batch_exists(keys),
         lambda: backend.get(keys[0]),
     ]
@@ -113,6 +120,64 @@ def test_killed_frozen_and_restarted_in_mid_batch(
     assert eventually(lambda: hits(backend, keys, MIB) == 24)
     assert eventually(lambda: hits(packed, more) == 8)
     put(packed, keys_of(8, "after"))
+
+
+@pytest.mark.parametrize("pack", [True, False], ids=["packed", "alone"])
+def test_a_read_that_froze_half_way_ends_and_touches_no_page_afterwards(
+    own_weed: Weed, make_backend: MakeBackend, pack: bool
+) -> None:
+    """Eight requests at once are in the middle of their bodies; the rest of them comes later."""
+    backend = make_backend(own_weed.url, read_timeout_s=1.0, pack=pack)
+    assert backend.bounds_calls()
+    keys = keys_of(64, "half way")
+    put(make_backend(own_weed.url, read_timeout_s=20, pack=pack), keys, MIB)
+    for read in (backend.batch_get, backend.get_each):
+        pages = [blank(MIB) for _ in keys]
+        with frozen_at_first_byte(own_weed, pages):
+            start = time.monotonic()
+            with pytest.raises(BackendTimeout):
+                read(keys, pages)
+            assert time.monotonic() - start < 20
+            for page in pages:
+                page[1][:] = PATTERN
+        assert eventually(lambda: hits(backend, keys, MIB) == 64)
+        assert all(page[1] == PATTERN for page in pages)
+
+
+@contextlib.contextmanager
+def frozen_at_first_byte(server: Weed, pages: list[Page]) -> Iterator[None]:
+    """Freezes the server as soon as a byte of any page has come, until the end of the block."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.is_set() and all(page[1][0] == 0xEE for page in pages):
+            time.sleep(1e-4)
+        server.freeze()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+        server.thaw()
+
+
+def test_credentials_from_a_program_have_no_time_limit(
+    weed: Weed, make_backend: MakeBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = json.dumps({"Version": 1, "AccessKeyId": KEY, "SecretAccessKey": SECRET})
+    program = tmp_path / "credentials.json"
+    program.write_text(said)
+    config = tmp_path / "config"
+    config.write_text(f"[default]\ncredential_process = cat {program}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    backend = make_backend(access_key_id=None, secret_access_key=None)
+    assert not backend.bounds_calls()
+    put(backend, keys_of(3, "credentials of a program"))
+    backend.close()
+    assert not backend.bounds_calls()
 
 
 def eventually(true: Callable[[], bool], limit_s: float = 20.0) -> bool:

@@ -15,7 +15,8 @@ from hicache_core.storage.file.backend import FileBackend, FileConfig
 from hicache_core.storage.file.records import BLOCK_NBYTES, capacity_for
 from hicache_core.types import BackendContext
 
-KEYS = st.lists(st.sampled_from([f"{p}/{n}" for p in "ab" for n in range(5)]), max_size=6)
+KEY = st.sampled_from([f"{p}/{n}" for p in "ab" for n in range(5)])
+KEYS = st.lists(KEY, max_size=6)
 SIZES = st.sampled_from([0, 1, 700, 3824, 3825, 9000])
 WHICH = st.integers(0, 1)
 TTL_S = 100.0
@@ -72,6 +73,41 @@ class FileMachine(RuleBasedStateMachine):
             if self._expect(key) != nbytes:
                 self.model.pop(key, None)
         assert self.backends[which].batch_exists(keys) >= n_stored
+
+    @rule(which=WHICH, sizes=st.dictionaries(KEY, SIZES, max_size=6))
+    def put_each(self, which: int, sizes: dict[str, int]) -> None:
+        if not self.sizes_differ:
+            sizes = dict.fromkeys(sizes, 700)
+        backend, keys = self.backends[which], list(sizes)
+        there = {key for key in keys if backend.exists(key) and self._expect(key) == sizes[key]}
+        mask = backend.set_each(keys, [[memoryview(value(*item))] for item in sizes.items()])
+        for key, is_stored in zip(keys, mask, strict=True):
+            assert is_stored or (self.cap is not None and key not in there)
+            if is_stored and key not in there:
+                self.model[key] = (sizes[key], self.now)
+            elif not is_stored and self._expect(key) != sizes[key]:
+                self.model.pop(key, None)
+        present = backend.exists_each(keys)
+        assert all(now for now, is_stored in zip(present, mask, strict=True) if is_stored)
+
+    @rule(which=WHICH, keys=KEYS, nbytes=SIZES)
+    def read_each(self, which: int, keys: Sequence[str], nbytes: int) -> None:
+        """Objects of ``nbytes`` are read, and are right; others are not."""
+        pages = [[memoryview(bytearray(nbytes))] for _ in keys]
+        mask = self.backends[which].get_each(keys, pages)
+        for key, (page,), is_filled in zip(keys, pages, mask, strict=True):
+            if is_filled:
+                assert self._expect(key) == nbytes
+                assert page == value(key, nbytes)
+            else:
+                assert self._expect(key) != nbytes or self.cap is not None
+
+    @rule(which=WHICH, keys=KEYS)
+    def exists_each(self, which: int, keys: Sequence[str]) -> None:
+        mask = self.backends[which].exists_each(keys)
+        held = [self._expect(key) is not None for key in keys]
+        assert list(mask) == held or self.cap is not None
+        assert all(expected for expected, found in zip(held, mask, strict=True) if found)
 
     @rule(which=WHICH, keys=KEYS)
     def read(self, which: int, keys: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import ClassVar, TypeVar
 
 from hicache_core.errors import BackendFull, IntegrityError
@@ -34,13 +35,13 @@ from hicache_mooncake.errors import (
 )
 from hicache_mooncake.memory import Batch, RegisteredMemory, SliceGate, Slices, address_of, runs
 from hicache_mooncake.staging import Staging, may_be_empty
-from hicache_mooncake.writers import n_settled
+from hicache_mooncake.writers import unsettled
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Write = Callable[[Store, Sequence[str], Sequence[T]], list[int]]
-"""Stores a batch of pages, or of their slices in registered memory; Mooncake's code for each."""
+Move = Callable[[Store, Sequence[str], Sequence[T]], list[int]]
+"""Moves a batch of pages, or of their slices in registered memory; Mooncake's code for each."""
 
 MAX_SLICES = 1024
 """Maximum number of slices in flight: the default queue of the tcp transport for one peer."""
@@ -110,7 +111,7 @@ class MooncakeBackend(StorageBackend):
         with self.client.using() as store:
             page = (memoryview(value).cast("B"),)
             codes = self._after_others(self._stage)(store, [key], [page])
-            if not self._stored(codes, [page[0].nbytes]):
+            if not self._stored(codes, [page[0].nbytes])[0]:
                 raise BackendFull(
                     f"mooncake dropped {key} (code {codes[0]}, {DROPS[codes[0]]}); without room, "
                     "lend more memory (global_segment_size) or start more servers; what is not "
@@ -138,16 +139,33 @@ class MooncakeBackend(StorageBackend):
         return len(keys)
 
     def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
-        return self._move(keys, pages, self._read_direct, self._read_staged, self._filled)
+        return _n_leading(self._read(keys, pages, leading=True))
 
     def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
-        return self._move(
-            keys,
-            pages,
-            self._after_others(self._write_direct),
-            self._after_others(self._write_staged),
-            self._stored,
-        )
+        return _n_leading(self._write(keys, pages, leading=True))
+
+    def exists_each(self, keys: Sequence[str]) -> Sequence[bool]:
+        if not keys:
+            return []
+        with self.client.using() as store:
+            codes = store.batch_is_exist(list(keys))
+        for code in codes:
+            if code < 0 and code not in MISSES:
+                raise self.client.error(code, "exists")
+        return [code == 1 for code in codes]
+
+    def get_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        return self._read(keys, pages, leading=False)
+
+    def set_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        return self._write(keys, pages, leading=False)
+
+    def bounds_calls(self) -> bool:
+        """Returns False: Mooncake gives up on a transfer after a minute without cancelling it.
+
+        What comes later is still written to the page.
+        """
+        return False
 
     def clear(self, prefix: str) -> int:
         """Removes every key that starts with ``prefix``, leased or not; returns how many."""
@@ -204,15 +222,35 @@ class MooncakeBackend(StorageBackend):
 
     # How a batch moves
 
+    def _read(self, keys: Sequence[str], pages: Sequence[Page], *, leading: bool) -> list[bool]:
+        ways = self._read_direct, self._read_staged
+        return self._move(keys, pages, ways, partial(self._filled, leading=leading), leading)
+
+    def _write(self, keys: Sequence[str], pages: Sequence[Page], *, leading: bool) -> list[bool]:
+        ways = self._after_others(self._write_direct), self._after_others(self._write_staged)
+        return self._move(keys, pages, ways, partial(self._stored, leading=leading), leading)
+
     def _move(
         self,
         keys: Sequence[str],
         pages: Sequence[Page],
-        direct: Callable[[Store, Sequence[str], Sequence[Slices]], list[int]],
-        staged: Callable[[Store, Sequence[str], Sequence[Page]], list[int]],
-        leading: Callable[[Sequence[int], Sequence[int]], int],
-    ) -> int:
-        """Moves a batch in calls of limited size, up to the first page that fails."""
+        ways: tuple[Move[Slices], Move[Page]],
+        judge: Callable[[Sequence[int], Sequence[int]], list[bool]],
+        leading: bool,
+    ) -> list[bool]:
+        """Moves a batch in calls of limited size.
+
+        Args:
+            keys: one for each page.
+            pages: memory of the objects.
+            ways: how to move pages in registered memory, and others.
+            judge: returns which pages were moved, from the codes and sizes of a call.
+            leading: no call follows one in which a page failed.
+
+        Returns:
+            For each page whether it was moved.
+        """
+        direct, staged = ways
         if len(keys) != len(pages):
             raise ValueError(f"{len(keys)} keys do not fit {len(pages)} pages")
         with self.client.using() as store:
@@ -225,17 +263,17 @@ class MooncakeBackend(StorageBackend):
                 sizes = [nbytes_of(page) for page in pages]
                 batch = Batch(keys, sizes, [1] * len(pages))
                 limit = self._staging.limit_nbytes
-            n_moved = 0
+            moved: list[bool] = []
             for run in runs(batch, limit, self._gate.limit):
                 with self._gate.passing(sum(batch.n_slices[run])):
                     if layout is not None:
                         codes = direct(store, keys[run], layout[run])
                     else:
                         codes = staged(store, keys[run], pages[run])
-                n_moved += leading(codes, sizes[run])
-                if n_moved < run.stop:
+                moved += judge(codes, sizes[run])
+                if leading and not all(moved):
                     break
-            return n_moved
+            return moved + [False] * (len(keys) - len(moved))
 
     def _layout(self, pages: Sequence[Page]) -> list[Slices] | None:
         """Returns the places of the pages in registered memory; None if they must be staged.
@@ -298,21 +336,21 @@ class MooncakeBackend(StorageBackend):
     def _stage(self, store: Store, keys: Sequence[str], pages: Sequence[Page]) -> list[int]:
         return self._staging.write(store, keys, pages, self.client.replication)
 
-    def _after_others(self, write: Write[T]) -> Write[T]:
-        """``write``, for the leading keys that no other process is still writing.
+    def _after_others(self, write: Move[T]) -> Move[T]:
+        """``write``, once no other process is still writing any of the keys, or not for a while.
 
-        The key behind them is written too: only who begins to write the key of a dead process has
-        the master give it back, once its time is over. Whether that was so is asked afterwards.
+        Those that another one is still writing are written too: only who begins to write the key of
+        a dead process has the master give it back, once its time is over. Whether that was so is
+        asked afterwards.
         """
 
         def write_settled(store: Store, keys: Sequence[str], pages: Sequence[T]) -> list[int]:
-            n = n_settled(store, keys, self.settings.ready_wait_s)
-            if n == len(keys):
-                return write(store, keys, pages)
-            codes = write(store, keys[: n + 1], pages[: n + 1])
-            if not n_settled(store, [keys[n]], 0.0):
-                codes[n] = NOT_READY
-            return codes + [NOT_READY] * (len(keys) - n - 1)
+            waiting = unsettled(store, keys, self.settings.ready_wait_s)
+            codes = write(store, keys, pages)
+            if waiting:
+                for n in unsettled(store, [keys[n] for n in waiting], 0.0):
+                    codes[waiting[n]] = NOT_READY
+            return codes
 
         return write_settled
 
@@ -329,24 +367,39 @@ class MooncakeBackend(StorageBackend):
 
     # What came of it
 
-    def _filled(self, codes: Sequence[int], sizes: Sequence[int]) -> int:
-        """Returns how many leading codes are the size of their page; counts the next as a miss."""
-        for n, (code, size) in enumerate(zip(codes, sizes, strict=True)):
-            if code != size:
-                self._missed(code if code < 0 else INVALID_PARAMS, "get")
-                return n
-        return len(codes)
+    def _filled(self, codes: Sequence[int], sizes: Sequence[int], *, leading: bool) -> list[bool]:
+        """Returns which codes are the size of their page; counts misses, if ``leading`` the first.
 
-    def _stored(self, codes: Sequence[int], sizes: Sequence[int]) -> int:
-        """Returns how many leading codes mean stored; counts the other pages as dropped."""
-        for n, code in enumerate(codes):
-            if code not in (OK, ALREADY_EXISTS):
-                if code not in DROPS:
-                    raise self.client.error(code, "set")
-                self._count(f"dropped_{DROPS[code]}", len(codes) - n)
-                self._count("dropped_nbytes", sum(sizes[n:]))
-                return n
-        return len(codes)
+        Raises:
+            BackendError: one that counts is a failure and not a miss.
+        """
+        filled = [code == size for code, size in zip(codes, sizes, strict=True)]
+        missed = [code for code, is_filled in zip(codes, filled, strict=True) if not is_filled]
+        for code in missed[:1] if leading else missed:
+            self._missed(code if code < 0 else INVALID_PARAMS, "get")
+        return filled
+
+    def _stored(
+        self, codes: Sequence[int], sizes: Sequence[int], *, leading: bool = False
+    ) -> list[bool]:
+        """Returns which codes mean stored; counts the other pages as dropped.
+
+        If ``leading``, the pages behind the first one that was dropped count like it.
+
+        Raises:
+            BackendError: one that counts is a failure and not a drop.
+        """
+        stored = [code in (OK, ALREADY_EXISTS) for code in codes]
+        dropped = [n for n, is_stored in enumerate(stored) if not is_stored]
+        if dropped and leading:
+            codes = [codes[dropped[0]]] * len(codes)
+            dropped = list(range(dropped[0], len(codes)))
+        for n in dropped:
+            if codes[n] not in DROPS:
+                raise self.client.error(codes[n], "set")
+            self._count(f"dropped_{DROPS[codes[n]]}", 1)
+            self._count("dropped_nbytes", sizes[n])
+        return stored
 
     def _missed(self, code: int, action: str) -> None:
         """Counts a miss.
@@ -367,3 +420,7 @@ class MooncakeBackend(StorageBackend):
         for address in self._memory.addresses:
             self.client.unregister(address)
         self._memory.clear()
+
+
+def _n_leading(answers: Sequence[bool]) -> int:
+    return answers.index(False) if False in answers else len(answers)

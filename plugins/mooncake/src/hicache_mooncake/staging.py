@@ -67,7 +67,7 @@ class Staging:
         return b"" if value == EMPTY else value
 
     def read(self, store: Store, keys: Sequence[str], pages: Sequence[Page]) -> list[int]:
-        """Reads leading pages; returns for each its size in bytes, or a negative code.
+        """Reads pages; returns for each its size in bytes, or a negative code.
 
         Args:
             store: of the client.
@@ -83,14 +83,13 @@ class Staging:
             codes = store.batch_get_into(list(keys), addresses, sizes)
             for n, page in enumerate(pages):
                 if codes[n] != sizes[n]:
-                    break
+                    continue
                 value = room[starts[n] : starts[n + 1]]
                 if (value == EMPTY) == (wanted[n] == 0):
                     scatter(value[: wanted[n]], page)
                     codes[n] = wanted[n]
                 else:  # empty where bytes are wanted, or the other way round
                     codes[n] = INVALID_PARAMS
-                    break
         return codes
 
     def write(

@@ -11,8 +11,8 @@ from hicache_mooncake.errors import NOT_READY, OK
 POLL_S = 0.002
 
 
-def n_settled(store: Store, keys: Sequence[str], wait_s: float) -> int:
-    """Waits up to ``wait_s`` for other writers; returns how many leading keys have none.
+def unsettled(store: Store, keys: Sequence[str], wait_s: float) -> list[int]:
+    """Waits up to ``wait_s`` for other writers; returns the indexes of keys that still have one.
 
     Mooncake's client reports an object as stored when its key is taken, even while another process
     is still writing it. That takes some milliseconds, unless the writer died: then the master frees
@@ -25,16 +25,16 @@ def n_settled(store: Store, keys: Sequence[str], wait_s: float) -> int:
         wait_s: maximum time to block, in seconds.
     """
     stop_at = time.monotonic() + wait_s
-    n = 0
+    left = list(range(len(keys)))
     while True:
-        left = list(keys[n:])
-        codes = store.batch_get_session_start(left)
-        whole = [key for key, code in zip(left, codes, strict=True) if code == OK]
+        codes = store.batch_get_session_start([keys[n] for n in left])
+        states = list(zip(left, codes, strict=True))
+        whole = [keys[n] for n, code in states if code == OK]
         if whole:
             store.batch_get_session_end(whole)
-        if NOT_READY not in codes:
-            return len(keys)
-        n += codes.index(NOT_READY)
-        if time.monotonic() >= stop_at:
-            return n
+        waiting = [n for n, code in states if code == NOT_READY]
+        if not waiting or time.monotonic() >= stop_at:
+            return waiting
+        # Absent ones are asked again too: the other process may be about to write them.
+        left = [n for n, code in states if code != OK]
         time.sleep(POLL_S)

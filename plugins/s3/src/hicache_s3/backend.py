@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -108,33 +109,34 @@ class S3Backend(StorageBackend):
             store.objects.remove(names)
 
     def batch_exists(self, keys: Sequence[str]) -> int:
-        store = self._opened()
-        search = Search(keys, self._stride(self.context.object_nbytes))
-
-        def ask(n: int) -> Found:
-            return store.find(keys[n], packed=search.stride > 1)
-
-        search.run(store.threads, ask)
-        return search.end
+        return self._look_up(keys, leading=True).end
 
     def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
-        _check_lengths(keys, pages)
-        store = self._opened()
-        if not keys:
-            return 0
-        stride = self._stride(nbytes_of(pages[0]))
-        n_filled = read_batch(keys, pages, stride=stride, store=store)
-        nbytes = sum(nbytes_of(page) for page in pages[:n_filled])
-        self._counts.add(hits=n_filled, misses=len(keys) - n_filled, read_nbytes=nbytes)
-        return n_filled
+        return _n_leading(self._read(keys, pages, leading=True))
 
     def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
-        _check_lengths(keys, pages)
-        store = self._opened()
-        pack_nbytes = self.settings.pack_nbytes if self.settings.pack else 0
-        n_stored = write_batch(keys, pages, pack_nbytes=pack_nbytes, store=store)
+        n_stored = _n_leading(self._write(keys, pages))
         self._counts.add(writes=n_stored, dropped_writes=len(keys) - n_stored)
         return n_stored
+
+    def exists_each(self, keys: Sequence[str]) -> Sequence[bool]:
+        return [place is not None for place in self._look_up(keys, leading=False).places]
+
+    def get_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        return self._read(keys, pages, leading=False)
+
+    def set_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        stored = self._write(keys, pages)
+        self._counts.add(writes=sum(stored), dropped_writes=stored.count(False))
+        return stored
+
+    def bounds_calls(self) -> bool:
+        """Returns whether the backend is open and each wait of its calls has a limit.
+
+        No thread goes on after its call. Only credentials from a program (``credential_process``)
+        have no limit: botocore waits for it.
+        """
+        return self._store is not None and self._store.objects.endpoint.signs_in_time
 
     def list_keys(self, prefix: str) -> Iterator[str]:
         """Yields every key that starts with ``prefix``; one request for a thousand keys."""
@@ -169,6 +171,38 @@ class S3Backend(StorageBackend):
     def diagnose(self) -> Iterator[Finding]:
         """Yields findings on bucket, access rights, lifecycle rules and latency."""
         return diagnose(self._opened().objects)
+
+    def _look_up(self, keys: Sequence[str], *, leading: bool) -> Search:
+        store = self._opened()
+        search = Search(keys, self._stride(self.context.object_nbytes), leading=leading)
+
+        def ask(n: int) -> Found:
+            return store.find(keys[n], packed=search.stride > 1)
+
+        search.run(store.threads, ask)
+        return search
+
+    def _read(self, keys: Sequence[str], pages: Sequence[Page], *, leading: bool) -> list[bool]:
+        """Returns for each page whether it was filled; behind a gap only if not ``leading``."""
+        _check_lengths(keys, pages)
+        store = self._opened()
+        if not keys:
+            return []
+        search = Search(keys, self._stride(nbytes_of(pages[0])), leading=leading)
+        filled = read_batch(search, pages, store)
+        counted = (
+            pages[: _n_leading(filled)] if leading else list(itertools.compress(pages, filled))
+        )
+        nbytes = sum(nbytes_of(page) for page in counted)
+        self._counts.add(hits=len(counted), misses=len(keys) - len(counted), read_nbytes=nbytes)
+        return filled
+
+    def _write(self, keys: Sequence[str], pages: Sequence[Page]) -> list[bool]:
+        """Returns for each page whether it is stored."""
+        _check_lengths(keys, pages)
+        store = self._opened()
+        pack_nbytes = self.settings.pack_nbytes if self.settings.pack else 0
+        return write_batch(keys, pages, pack_nbytes=pack_nbytes, store=store)
 
     def _opened(self) -> Pages:
         store = self._store
@@ -207,6 +241,10 @@ def _check_bucket(objects: Objects, *, creates: bool) -> None:
             raise
         objects.create_bucket()
         objects.fetch(name)
+
+
+def _n_leading(answers: Sequence[bool]) -> int:
+    return answers.index(False) if False in answers else len(answers)
 
 
 def _check_lengths(keys: Sequence[str], pages: Sequence[Page]) -> None:

@@ -176,9 +176,8 @@ class Connections:
     def _converse(self, sock: socket.socket, method: str, request: Page, choose: Choose) -> Answer:
         keep = False
         try:
-            sock.settimeout(self.address.read_timeout_s)
             try:
-                send(sock, request)
+                send(sock, request, self.address.read_timeout_s)
             except (BrokenPipeError, ConnectionResetError):
                 pass  # a server that refuses a body answers before it has read all of it
             else:
@@ -203,18 +202,41 @@ class Connections:
         sock.close()
 
 
-class _Paced(io.RawIOBase):
-    """Reads one answer from a socket, and gives up if it is too slow.
+class _Pace:
+    """The time that a message may take.
 
-    A limit for each wait is not enough: a server that sends a byte now and then would hold its
-    reader for hours.
+    A limit for each wait is not enough: a server that moves a byte now and then would keep a call,
+    and the pages that it reads or writes, for hours.
     """
 
-    def __init__(self, sock: socket.socket, wait_s: float) -> None:
-        self._sock = sock
+    def __init__(self, wait_s: float) -> None:
         self._wait_s = wait_s
         self._began = time.monotonic()
         self._nbytes = 0
+
+    def moved(self, nbytes: int) -> None:
+        """Records what has moved."""
+        self._nbytes += nbytes
+
+    def wait_s(self) -> float:
+        """Returns the limit for the next wait.
+
+        Raises:
+            TimeoutError: less than ``LEAST_BYTES_PER_S`` have moved.
+        """
+        took_s = time.monotonic() - self._began
+        left_s = self._wait_s + self._nbytes / LEAST_BYTES_PER_S - took_s
+        if left_s <= 0:
+            raise TimeoutError(f"{self._nbytes} bytes in {took_s:.1f} s")
+        return min(left_s, self._wait_s)
+
+
+class _Paced(io.RawIOBase):
+    """Reads one answer from a socket, and gives up if it is too slow."""
+
+    def __init__(self, sock: socket.socket, wait_s: float) -> None:
+        self._sock = sock
+        self._pace = _Pace(wait_s)
 
     def makefile(self, _mode: str) -> io.BufferedReader:
         """The method of a socket that ``HTTPResponse`` calls."""
@@ -224,32 +246,45 @@ class _Paced(io.RawIOBase):
         return True
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        left_s = self._wait_s + self._nbytes / LEAST_BYTES_PER_S
-        left_s -= time.monotonic() - self._began
-        if left_s <= 0:
-            raise TimeoutError(f"{self._nbytes} bytes in {time.monotonic() - self._began:.1f} s")
-        self._sock.settimeout(min(left_s, self._wait_s))
+        self._sock.settimeout(self._pace.wait_s())
         n = self._sock.recv_into(buffer)
-        self._nbytes += n
+        self._pace.moved(n)
         return n
 
 
-def send(sock: socket.socket, buffers: Iterable[memoryview]) -> None:
-    """Sends ``buffers`` in order, in as few calls as possible."""
+def send(sock: socket.socket, buffers: Iterable[memoryview], wait_s: float) -> None:
+    """Sends ``buffers`` in order, in as few calls as possible.
+
+    Args:
+        sock: its timeout is changed.
+        buffers: what to send.
+        wait_s: limit for each wait.
+
+    Raises:
+        TimeoutError: the server takes nothing, or too little.
+    """
+    pace = _Pace(wait_s)
     if isinstance(sock, ssl.SSLSocket):  # it has no sendmsg
         for buffer in buffers:
-            sock.sendall(buffer)
+            start = 0
+            while start < buffer.nbytes:
+                sock.settimeout(pace.wait_s())
+                n = sock.send(buffer[start:])
+                pace.moved(n)
+                start += n
         return
     waiting = [buffer for buffer in buffers if buffer.nbytes]
     for start in range(0, len(waiting), _MAX_VECTORS):
-        _send_vectors(sock, waiting[start : start + _MAX_VECTORS])
+        _send_vectors(sock, waiting[start : start + _MAX_VECTORS], pace)
 
 
-def _send_vectors(sock: socket.socket, vectors: Sequence[memoryview]) -> None:
+def _send_vectors(sock: socket.socket, vectors: Sequence[memoryview], pace: _Pace) -> None:
     vectors = list(vectors)
     first = 0
     while first < len(vectors):
+        sock.settimeout(pace.wait_s())
         sent = sock.sendmsg(itertools.islice(vectors, first, None))
+        pace.moved(sent)
         while first < len(vectors) and sent >= vectors[first].nbytes:
             sent -= vectors[first].nbytes
             first += 1

@@ -116,6 +116,14 @@ class Endpoint:
         S3SigV4Auth(credentials, "s3", self.region).add_auth(request)
         return {"Host": self._host, **dict(request.headers.items())}
 
+    @property
+    def signs_in_time(self) -> bool:
+        """Whether temporary credentials are renewed within time limits, those of botocore.
+
+        It sets none for a program of the user that gives credentials.
+        """
+        return bool(self._credentials.method != "custom-process")
+
     def secrets(self) -> Sequence[str]:
         """Returns the secrets that must not be shown, wherever boto3 found them."""
         return self.mask.secrets

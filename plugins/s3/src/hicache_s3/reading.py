@@ -20,24 +20,22 @@ class Run(NamedTuple):
     stop: int
 
 
-def read_batch(keys: Sequence[str], pages: Sequence[Page], *, stride: int, store: Pages) -> int:
-    """Reads leading pages.
+def read_batch(search: Search, pages: Sequence[Page], store: Pages) -> list[bool]:
+    """Reads the pages of a search that has not begun.
 
     Args:
-        keys: one for each page.
-        pages: where to.
-        stride: how many pages of this size a pack is likely to have; 1 if they are not packed.
+        search: for the places of the pages; also says whether those behind a gap matter.
+        pages: where to; one for each key of the search.
         store: where from.
 
     Returns:
-        How many leading pages were filled.
+        For each page whether it was filled.
     """
-    search = Search(keys, stride)
     search.know(store.cache.find)
-    filled = [False] * len(keys)
+    filled = [False] * len(pages)
 
     def ask(n: int) -> Found:
-        found = store.read(keys[n], pages[n])
+        found = store.read(search.keys[n], pages[n])
         filled[n] = found is not None and not isinstance(found, PackIndex)
         return found
 
@@ -52,8 +50,7 @@ def read_batch(keys: Sequence[str], pages: Sequence[Page], *, stride: int, store
         search.run(store.threads, ask)
         for run in _read_runs(search, pages, filled, store):
             store.forget(run.pack)
-            search.miss(run.start)
-    return search.end
+    return filled
 
 
 def _read_runs(
@@ -74,16 +71,17 @@ def _read_runs(
 
 
 def _runs(search: Search, pages: Sequence[Page], filled: Sequence[bool]) -> list[Run]:
-    """Returns the longest runs of leading pages; a page of another length is a miss."""
+    """Returns the longest runs of pages in packs; a page of another length is a miss."""
     runs: list[Run] = []
-    for n in range(search.end):
-        index = search.places[n]
+    for n, index in enumerate(search.places):
+        if n >= search.stop:
+            break
         if not isinstance(index, PackIndex) or filled[n]:
             continue
         slot = index.slots[search.keys[n]]
         if slot.nbytes != nbytes_of(pages[n]):
             search.miss(n)
-            break
+            continue
         if runs and runs[-1].stop == n and runs[-1].pack is index:
             before = index.slots[search.keys[n - 1]]
             if before.offset + before.nbytes == slot.offset:

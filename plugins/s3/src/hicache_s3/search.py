@@ -20,6 +20,9 @@ class Search:
         asked    x       x       x          one round of three requests at once
         known    0-3     4-7     8-11
 
+    Where none of the keys that were asked is present, the step is halved, down to every key: what
+    is stored may begin between them.
+
     Attributes:
         places: where each page is; None if it is absent or was not looked up.
         end: index of the first absent key, or the number of keys.
@@ -49,12 +52,13 @@ class Search:
 
     def run(self, threads: RequestThreads, ask: Callable[[int], Found]) -> None:
         """Calls ``ask`` with indexes of keys, on ``threads``, until every place is known."""
+        step = self.stride
         while waiting := self._waiting():
-            asked = waiting[:: self.stride]
+            asked = waiting[::step]
             found: dict[int, Found] = {}
 
             def question(n: int, found: dict[int, Found] = found) -> None:
-                if n >= self.end and self._leading:
+                if n >= self.stop:
                     return
                 found[n] = place = ask(n)
                 if place is None:
@@ -62,6 +66,8 @@ class Search:
 
             threads.run(question, asked)
             self._learn(found, waiting)
+            came = any(place is not None for place in found.values())
+            step = self.stride if came else max(1, step // 2)
 
     def miss(self, n: int) -> None:
         """Records that the key at index ``n`` is absent."""
@@ -70,10 +76,14 @@ class Search:
             self.places[n] = None
             self.end = min(self.end, n)
 
+    @property
+    def stop(self) -> int:
+        """The index behind the last key whose place matters."""
+        return self.end if self._leading else len(self.keys)
+
     def _waiting(self) -> list[int]:
         """Returns the indexes of keys without an answer."""
-        stop = self.end if self._leading else len(self.keys)
-        return [n for n in range(stop) if self.places[n] is None and n not in self._absent]
+        return [n for n in range(self.stop) if self.places[n] is None and n not in self._absent]
 
     def _learn(self, found: dict[int, Found], waiting: Sequence[int]) -> None:
         for n, place in found.items():

@@ -24,8 +24,8 @@ def pages_per_pack(page_nbytes: int, pack_nbytes: int) -> int:
 
 def write_batch(
     keys: Sequence[str], pages: Sequence[Page], *, pack_nbytes: int, store: Pages
-) -> int:
-    """Stores pages.
+) -> list[bool]:
+    """Stores pages. Those that a full store refuses are left out, and the others written.
 
     Args:
         keys: one for each page.
@@ -34,7 +34,7 @@ def write_batch(
         store: where to.
 
     Returns:
-        How many leading pages are stored afterwards.
+        For each page whether it is stored afterwards.
     """
     stored = _already_stored(keys, pages, pack_nbytes, store)
     sizes = [nbytes_of(page) for page in pages]
@@ -69,8 +69,7 @@ def write_batch(
     for index in indexes:
         store.cache.add(index)
     alone = {keys[n] for n in range(len(keys)) if stored[n]}
-    missing = (n for n, key in enumerate(keys) if key not in alone and key not in indexed)
-    return next(missing, len(keys))
+    return [key in alone or key in indexed for key in keys]
 
 
 def _already_stored(
