@@ -170,6 +170,7 @@ class HiCacheConnector(KVConnectorBase_V1):
             object_nbytes=blocks.page_nbytes,
             rank=parallel.rank,
             world_size=parallel.world_size,
+            across_processes=True,
         )
         self._mover = PageMover(store, store.describe(namespace), blocks, self._settings.host_bytes)
 

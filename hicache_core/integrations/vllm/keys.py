@@ -153,14 +153,14 @@ def connector_namespace(
         page_nbytes: bytes of a page.
         dtypes: of the layers' tensors.
     """
-    parallel, spec = vllm_config.parallel_config, group.kv_cache_spec
+    ranks, spec = vllm_config.parallel_config, group.kv_cache_spec
     details = {
         "adapter": "connector",
         "cache_dtype": str(vllm_config.cache_config.cache_dtype),
         "dtypes": list(dtypes),
         "heads": [spec.num_kv_heads, spec.head_size],
         "layers": list(group.layer_names),
-        "parallel": [parallel.rank, parallel.tensor_parallel_size],
+        "parallel": [ranks.rank, ranks.tensor_parallel_size],
     }
     return ForeignNamespace(
         engine=ENGINE,

@@ -48,11 +48,6 @@ def checked_settings(
         settings = ConnectorSettings.model_validate(dict(extra_config))
     except ValidationError as error:
         raise config_error(error, ConnectorSettings, prefix="kv_connector_extra_config.") from None
-    if settings.backend == "memory":
-        raise ConfigError(
-            "backend 'memory' keeps pages in one process, where no other engine finds them; "
-            "name one that outlives the engine, such as file or redis"
-        )
     if hash_algorithm.startswith("xxhash") and SEED_VARIABLE not in environ:
         raise ConfigError(
             f"--prefix-caching-hash-algo {hash_algorithm} starts from a random seed in every "

@@ -84,7 +84,6 @@ def test_a_backend_and_its_settings_are_taken() -> None:
         ({}, "kv_connector_extra_config.backend"),
         ({"backend": "file", "bakcend_config": {}}, "bakcend_config"),
         ({"backend": "file", "host_bytes": 0}, "host_bytes"),
-        ({"backend": "memory"}, "keeps pages in one process"),
     ],
 )
 def test_settings_that_cannot_work_are_named(extra: dict[str, Any], words: str) -> None:
