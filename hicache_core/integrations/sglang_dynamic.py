@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from pydantic import ConfigDict
@@ -41,6 +41,9 @@ _V1_METHODS = ("register_mem_pool_host", "batch_get_v1", "batch_set_v1")
 _STAGING_NBYTES = 128 << 20
 _MAX_SLOTS = 128
 _logger = logging.getLogger(__name__)
+
+_InSlots: TypeAlias = Callable[[list[str], Sequence[Page], list[int]], Sequence[bool]]
+"""Moves pages through slots of registered memory; answers for each page."""
 
 _LENGTH = struct.Struct("<Q")
 _UNTOUCHED = 2**64 - 1
@@ -123,23 +126,16 @@ class SGLangBackend(StorageBackend):
 
     def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
         # docstring inherited
-        foreign = self._opened()
-        plain = [_plain(key) for key in keys]
-        targets = [self._empty(nbytes_of(page)) for page in pages]
-        if callable(getattr(foreign, "batch_get", None)):
-            answers = foreign.batch_get(plain, targets, None)
-        else:
-            answers = [foreign.get(key, to, None) for key, to in zip(plain, targets, strict=True)]
-        if answers is None:
-            return 0
-        if not isinstance(answers, (list, tuple)) or len(answers) != len(keys):
-            return self._odd("batch_get", answers)
+        answers = self._answers(keys, pages)
         for n, (answer, page) in enumerate(zip(answers, pages, strict=True)):
-            data = self._bytes_of(answer, "batch_get")
-            if data is None or data.nbytes != nbytes_of(page):
+            if not self._fill(answer, page):
                 return n
-            scatter(data, page)
         return len(keys)
+
+    def get_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        # docstring inherited
+        answers = self._answers(keys, pages)
+        return [self._fill(answer, page) for answer, page in zip(answers, pages, strict=True)]
 
     def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
         # docstring inherited
@@ -154,6 +150,42 @@ class SGLangBackend(StorageBackend):
             if not self._is_true(foreign.set(key, value, None, None), "set"):
                 return n
         return len(keys)
+
+    def set_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        # docstring inherited
+        foreign = self._opened()
+        plain = [_plain(key) for key in keys]
+        values = [self._copy_of(page) for page in pages]
+        if callable(getattr(foreign, "batch_set", None)):
+            if self._is_true(foreign.batch_set(plain, values, None, None), "batch_set"):
+                return [True] * len(keys)
+            return self.exists_each(keys)  # it does not say which of them it has stored
+        return [
+            self._is_true(foreign.set(key, value, None, None), "set")
+            for key, value in zip(plain, values, strict=True)
+        ]
+
+    def _answers(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[object]:
+        """What the class found for each key; None for each if its answer is odd."""
+        foreign = self._opened()
+        plain = [_plain(key) for key in keys]
+        targets = [self._empty(nbytes_of(page)) for page in pages]
+        if not callable(getattr(foreign, "batch_get", None)):
+            return [foreign.get(key, to, None) for key, to in zip(plain, targets, strict=True)]
+        answers = foreign.batch_get(plain, targets, None)
+        if isinstance(answers, (list, tuple)) and len(answers) == len(keys):
+            return answers
+        if answers is not None:
+            self._odd("batch_get", answers)
+        return [None] * len(keys)
+
+    def _fill(self, answer: object, page: Page) -> bool:
+        """Copies what the class found into the page; returns whether it fits."""
+        data = self._bytes_of(answer, "batch_get")
+        if data is None or data.nbytes != nbytes_of(page):
+            return False
+        scatter(data, page)
+        return True
 
     def _storage_config(self, extra_config: dict[str, object]) -> object:
         """SGLang's own dataclass if the class brought sglang along, else ours."""
@@ -233,49 +265,68 @@ class SGLangV1Backend(SGLangBackend):
         # docstring inherited
         found: list[bytes] = []
 
-        def run(keys: list[str], _: Sequence[Page], slots: list[int]) -> int:
-            if self._load(keys, slots):
+        def run(keys: list[str], _: Sequence[Page], slots: list[int]) -> Sequence[bool]:
+            loaded = self._load(keys, slots)
+            if loaded[0]:
                 content = self._pool.bytes_of(slots[0])
                 found.append(bytes(content[: self._length_in(slots[0])]))
-            return len(found)
+            return loaded
 
-        self._in_slots([key], [()], run)
+        self._each_in_slots([key], [()], run)
         return found[0] if found else None
 
     def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
         # docstring inherited
-
-        def run(keys: list[str], pages: Sequence[Page], slots: list[int]) -> int:
-            n_pages = self._load(keys, slots)
-            for n, (slot, page) in enumerate(zip(slots[:n_pages], pages, strict=False)):
-                nbytes = nbytes_of(page)
-                if self._length_in(slot) != nbytes:
-                    return n
-                scatter(self._pool.bytes_of(slot)[:nbytes], page)
-            return n_pages
-
-        return self._in_slots(keys, pages, run)
+        return self._in_slots(keys, pages, self._read)
 
     def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
         # docstring inherited
+        return self._in_slots(keys, pages, self._write)
 
-        def run(keys: list[str], pages: Sequence[Page], slots: list[int]) -> int:
-            for slot, page in zip(slots, pages, strict=True):
-                content = self._pool.bytes_of(slot)
-                nbytes = _gather(page, content)
-                content[nbytes : -_LENGTH.size] = bytes(len(content) - _LENGTH.size - nbytes)
-                _LENGTH.pack_into(content, len(content) - _LENGTH.size, nbytes)
-            answer = self._opened().batch_set_v1(keys, torch.tensor(slots), ExtraInfo())
-            return self._leading(answer, len(keys), "batch_set_v1")
+    def get_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        # docstring inherited
+        return self._each_in_slots(keys, pages, self._read)
 
-        return self._in_slots(keys, pages, run)
+    def set_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        # docstring inherited
+        return self._each_in_slots(keys, pages, self._write)
 
-    def _in_slots(
-        self,
-        keys: Sequence[str],
-        pages: Sequence[Page],
-        run: Callable[[list[str], Sequence[Page], list[int]], int],
-    ) -> int:
+    def _read(self, keys: list[str], pages: Sequence[Page], slots: list[int]) -> Sequence[bool]:
+        """Fills the pages of those objects that are as long as their page."""
+        filled = []
+        for is_loaded, slot, page in zip(self._load(keys, slots), slots, pages, strict=True):
+            nbytes = nbytes_of(page)
+            filled.append(is_loaded and self._length_in(slot) == nbytes)
+            if filled[-1]:
+                scatter(self._pool.bytes_of(slot)[:nbytes], page)
+        return filled
+
+    def _write(self, keys: list[str], pages: Sequence[Page], slots: list[int]) -> Sequence[bool]:
+        """Stores the pages."""
+        for slot, page in zip(slots, pages, strict=True):
+            content = self._pool.bytes_of(slot)
+            nbytes = _gather(page, content)
+            content[nbytes : -_LENGTH.size] = bytes(len(content) - _LENGTH.size - nbytes)
+            _LENGTH.pack_into(content, len(content) - _LENGTH.size, nbytes)
+        answer = self._opened().batch_set_v1(keys, torch.tensor(slots), ExtraInfo())
+        return self._flags(answer, len(keys), "batch_set_v1")
+
+    def _each_in_slots(
+        self, keys: Sequence[str], pages: Sequence[Page], run: _InSlots
+    ) -> list[bool]:
+        """Runs ``run`` on all pages that fit a slot, as many at a time as there are slots."""
+        self._opened()
+        limit, mask = self.context.object_nbytes, [False] * len(keys)
+        fitting = [n for n, page in enumerate(pages) if nbytes_of(page) <= limit]
+        for start in range(0, len(fitting), self._pool.n_slots):
+            part = fitting[start : start + self._pool.n_slots]
+            with self._pool.slots(len(part)) as slots:
+                flags = run([_plain(keys[n]) for n in part], [pages[n] for n in part], slots)
+            for n, flag in zip(part, flags, strict=True):
+                mask[n] = flag
+        return mask
+
+    def _in_slots(self, keys: Sequence[str], pages: Sequence[Page], run: _InSlots) -> int:
         """Runs ``run`` on as many pages at a time as there are slots, until one is missing."""
         self._opened()
         sizes = [nbytes_of(page) <= self.context.object_nbytes for page in pages]
@@ -285,33 +336,36 @@ class SGLangV1Backend(SGLangBackend):
             n = min(self._pool.n_slots, n_fit - done)
             part = slice(done, done + n)
             with self._pool.slots(n) as slots:
-                n_pages = run([_plain(key) for key in keys[part]], pages[part], slots)
+                flags = run([_plain(key) for key in keys[part]], pages[part], slots)
+            n_pages = flags.index(False) if False in flags else n
             done += n_pages
             if n_pages < n:
                 break
         return done
 
-    def _load(self, keys: list[str], slots: list[int]) -> int:
+    def _load(self, keys: list[str], slots: list[int]) -> Sequence[bool]:
         """Has the class fill the slots; what it says that it filled, if it touched it."""
         for slot in slots:
             content = self._pool.bytes_of(slot)
             _LENGTH.pack_into(content, len(content) - _LENGTH.size, _UNTOUCHED)
         answer = self._opened().batch_get_v1(keys, torch.tensor(slots), ExtraInfo())
-        n_pages = self._leading(answer, len(keys), "batch_get_v1")
-        filled = [self._length_in(slot) <= self.context.object_nbytes for slot in slots[:n_pages]]
-        return filled.index(False) if False in filled else n_pages
+        flags = self._flags(answer, len(keys), "batch_get_v1")
+        limit = self.context.object_nbytes
+        return [
+            flag and self._length_in(slot) <= limit for flag, slot in zip(flags, slots, strict=True)
+        ]
 
     def _length_in(self, slot: int) -> int:
         content = self._pool.bytes_of(slot)
         length: int = _LENGTH.unpack_from(content, len(content) - _LENGTH.size)[0]
         return length
 
-    def _leading(self, answer: object, n: int, method: str) -> int:
-        if not isinstance(answer, (list, tuple)) or len(answer) != n:
-            return self._odd(method, answer)
-        if not all(isinstance(one, bool) for one in answer):
-            return self._odd(method, answer)
-        return answer.index(False) if False in answer else n
+    def _flags(self, answer: Any, n: int, method: str) -> list[bool]:
+        is_list = isinstance(answer, (list, tuple)) and len(answer) == n
+        if is_list and all(isinstance(one, bool) for one in answer):
+            return list(answer)
+        self._odd(method, answer)
+        return [False] * n
 
 
 def adapt(foreign_class: type, chosen: DynamicSettings) -> type[StorageBackend]:

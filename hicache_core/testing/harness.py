@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import compress
 from typing import TypeVar
 
 from hicache_core.errors import BackendError
@@ -186,6 +187,23 @@ class Harness:
             expect(not wrong, f"batch_get says it filled the page of {key}: {wrong}")
         return n_filled
 
+    def each_hits(
+        self, backend: StorageBackend, keys: Sequence[str], shape: Sequence[int]
+    ) -> list[bool]:
+        """For each page, whether ``get_each`` fills it; wrong bytes in it break the rule.
+
+        Args:
+            backend: the backend under test.
+            keys: the pages to read.
+            shape: bytes of each segment of a page.
+        """
+        pages = [self.blank(shape) for _ in keys]
+        mask = each_answer("get_each", backend.get_each(keys, pages), len(keys))
+        for key, page in compress(zip(keys, pages, strict=True), mask):
+            wrong = page_difference(key, page)
+            expect(not wrong, f"get_each says it filled the page of {key}: {wrong}")
+        return mask
+
     def expect_pages(
         self, backend: StorageBackend, keys: Sequence[str], shape: Sequence[int]
     ) -> None:
@@ -216,6 +234,20 @@ class Harness:
 
 def _anywhere(nbytes: int) -> memoryview:
     return memoryview(bytearray(nbytes))
+
+
+def each_answer(call: str, answer: Sequence[bool], n_keys: int) -> list[bool]:
+    """Requires that a call answered yes or no for each key; returns its answer as a list.
+
+    Args:
+        call: its name.
+        answer: what it returned.
+        n_keys: for how many keys it was asked.
+    """
+    expect(len(answer) == n_keys, f"{call} of {n_keys} keys gives {len(answer)} answers")
+    others = {type(one).__name__ for one in answer if not isinstance(one, bool)}
+    expect(not others, f"{call} answers with {', '.join(sorted(others))}; bool is due")
+    return list(answer)
 
 
 def put_each(backend: StorageBackend, keys: Sequence[str], nbytes: int) -> None:

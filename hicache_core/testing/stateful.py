@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import cast
 
 from hypothesis import HealthCheck, Phase, Verbosity, settings
@@ -94,26 +95,31 @@ class BackendMachine(RuleBasedStateMachine):
         key = self.keys[which]
         self._compare("exists", bool(self.backend.exists(key)), self.model.exists(key))
 
-    @rule(batch=_BATCH)
-    def batch_set(self, batch: list[int]) -> None:
-        """Stores several pages."""
+    @rule(batch=_BATCH, each=st.booleans())
+    def batch_set(self, batch: list[int], each: bool) -> None:
+        """Stores several pages, by either of the two calls."""
         keys = [self.keys[which] for which in batch]
         for backend in (self.backend, self.model):
             pages = [
                 self.harness.filled(key, _SHAPES[w]) for key, w in zip(keys, batch, strict=True)
             ]
-            self._compare("batch_set", backend.batch_set(keys, pages), len(keys))
+            if each:
+                self._compare("set_each", list(backend.set_each(keys, pages)), [True] * len(keys))
+            else:
+                self._compare("batch_set", backend.batch_set(keys, pages), len(keys))
 
     @rule(batch=_BATCH)
     def batch_exists(self, batch: list[int]) -> None:
-        """Asks for several keys."""
+        """Asks for several keys, by both calls."""
         keys = [self.keys[which] for which in batch]
         expected = self.model.batch_exists(keys)
         self._compare("batch_exists", self.backend.batch_exists(keys), expected)
+        present = [self.model.exists(key) for key in keys]
+        self._compare("exists_each", list(self.backend.exists_each(keys)), present)
 
     @rule(batch=_BATCH)
     def batch_get(self, batch: list[int]) -> None:
-        """Reads several pages."""
+        """Reads several pages, by both calls."""
         keys = [self.keys[which] for which in batch]
         pages = [self.harness.blank(_SHAPES[which]) for which in batch]
         n_filled = self.backend.batch_get(keys, pages)
@@ -121,6 +127,12 @@ class BackendMachine(RuleBasedStateMachine):
         for key, page in zip(keys[:n_filled], pages, strict=False):
             wrong = page_difference(key, page)
             expect(not wrong, f"batch_get says it filled the page of {key}: {wrong}")
+        pages = [self.harness.blank(_SHAPES[which]) for which in batch]
+        filled = list(self.backend.get_each(keys, pages))
+        self._compare("get_each", filled, [self.model.exists(key) for key in keys])
+        for key, page in compress(zip(keys, pages, strict=True), filled):
+            wrong = page_difference(key, page)
+            expect(not wrong, f"get_each says it filled the page of {key}: {wrong}")
 
     @precondition(lambda self: self.deletes)
     @rule(batch=_BATCH)

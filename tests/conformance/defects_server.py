@@ -20,7 +20,7 @@ class TcpConfig(BackendConfig):
     """Settings of the client."""
 
     port: int
-    timeout_s: float = 0.15
+    timeout_s: float = 0.25
 
 
 class TcpBackend(StorageBackend):

@@ -58,6 +58,7 @@ class Server(socketserver.ThreadingTCPServer):
 
     allow_reuse_address = True
     daemon_threads = True
+    request_queue_size = 64  # a client of a frozen server connects anew for each of its calls
 
 
 def start(port: int) -> subprocess.Popen[bytes]:

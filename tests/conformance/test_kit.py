@@ -17,7 +17,13 @@ from hicache_core.testing.report import Report
 from hicache_core.testing.rules import RULES
 from hicache_core.testing.rules.rule import Rule
 from hicache_core.testing.runner import run, run_rule
-from tests.conformance import defects, defects_data, defects_retention, defects_server
+from tests.conformance import (
+    defects,
+    defects_data,
+    defects_each,
+    defects_retention,
+    defects_server,
+)
 from tests.conformance.right import PINNED, STORES, WRITTEN, RichBackend, RightBackend
 
 TINY = KitSettings(
@@ -48,7 +54,8 @@ def _all_subclasses(cls: type) -> list[type]:
 DEFECTS = [
     cls
     for cls in _all_subclasses(RightBackend)
-    if cls.__module__ in {m.__name__ for m in (defects, defects_data, defects_retention)}
+    if cls.__module__
+    in {m.__name__ for m in (defects, defects_data, defects_each, defects_retention)}
     and not cls.__name__.startswith("_")
     and cls is not defects.DirectoryBackend
 ]
@@ -78,7 +85,7 @@ def target_of(cls: type[RightBackend], tmp_path: Path) -> Target:
         scope=Scope.SHARED if shared else Scope.PROCESS,
     )
     small = Recipe.of(RightBackend, {"store": "small", "max_nbytes": 1 << 20})
-    if cls is defects.CountsDroppedPages:
+    if (cls.__doc__ or "").strip() in ("full_store", "full_store_each"):
         small = Recipe.of(cls, {"store": "small", "max_nbytes": 1 << 20})
     keeping = cls if issubclass(cls, RichBackend) else RichBackend
     quota = Recipe.of(keeping, {"store": "quota", "quota_nbytes": TINY.quota_nbytes})

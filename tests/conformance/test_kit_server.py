@@ -22,7 +22,7 @@ SETTINGS = KitSettings(
     race_nbytes=16 << 10,
     large_nbytes=1 << 20,
     rule_s=10.0,
-    answer_s=0.8,
+    answer_s=1.2,
     recover_s=2.0,
 )
 BY_ID = {rule.id: rule for rule in RULES}

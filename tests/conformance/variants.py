@@ -29,6 +29,7 @@ _EVERYTHING = {"all calls together": ("behaves_like_memory",)}
 WRITTEN_THROUGH: Selection = {
     "batch_set stores in one link after the other, and answers the least of their counts": (
         *("batch_round_trip", "empty_batch", "large_batch", "re_put", "set_only_reads"),
+        *("set_each_stores_all", "empty_each"),
     ),
     "batch_set hands the caller's memory to each link, and copies none of it": ("set_copies",),
     "two stores change one after the other while somebody reads": (
@@ -53,6 +54,8 @@ TWO_OF_A_KIND: Selection = {
 GUARDED: Selection = {
     "each call is handed on with its arguments, and its answer back": (
         *("get_after_set", "batch_round_trip", "open_twice", "close_twice"),
+        *("exists_each_sees_all", "get_each_fills_all", "set_each_stores_all"),
+        "bounds_calls_stays",
     ),
     "a key that failed to load counts as absent until it is stored or loaded, and only that key": (
         *("miss_is_an_answer", "exists_counts_leading", "get_counts_leading", "re_put"),
@@ -60,7 +63,7 @@ GUARDED: Selection = {
         *("delete_removes", "evicted_after_exists"),
     ),
     "the time that a call may take follows from the size of its first page": (
-        *("empty_batch", "empty_object"),
+        *("empty_batch", "empty_object", "empty_each"),
     ),
     "errors are judged, and raised again as they are": ("use_after_close",),
     "breaker, histograms and failed keys belong to all threads": (
@@ -79,14 +82,17 @@ GENERIC_BATCH: Selection = {
     "get and batch_get read from tensors of one page each, of any size": (
         *("get_after_set", "miss_is_an_answer", "get_counts_leading", "wrong_size_is_a_miss"),
         *("stays_in_its_page", "get_gives_its_own_bytes", "same_key_twice"),
+        *("get_each_fills_all", "same_key_twice_each"),
     ),
     "set and batch_set copy each page into a tensor": (
         *("batch_round_trip", "segments_of_every_shape", "re_put", "set_copies", "set_only_reads"),
+        "set_each_stores_all",
     ),
     "there are no slots: neither their number nor their size is a limit": (
         *("empty_batch", "large_batch", "empty_object", "tiny_objects", "large_object"),
+        *("empty_each", "large_batch_with_gaps"),
     ),
-    "the class has a batch_exists of its own": ("exists_counts_leading",),
+    "the class has a batch_exists of its own": ("exists_counts_leading", "exists_each_sees_all"),
     "threads meet in the class, and nowhere before": ("threads_do_not_mix",),
     "each call allocates what the other path takes from its slots": ("no_leaks",),
     **_EVERYTHING,
@@ -97,9 +103,10 @@ GENERIC: Selection = {
     "batch_get asks for one page after the other": (
         *("batch_round_trip", "segments_of_every_shape", "get_counts_leading", "same_key_twice"),
         *("empty_batch", "empty_object", "large_batch"),
+        *("exists_each_sees_all", "get_each_fills_all", "empty_each"),
     ),
     "batch_set stores one page after the other, up to the first that is refused": (
-        *("re_put", "set_copies", "set_only_reads"),
+        *("re_put", "set_copies", "set_only_reads", "set_each_stores_all"),
     ),
     "what get answers is the stored tensor itself, as long as it happens to be": (
         *("wrong_size_is_a_miss", "stays_in_its_page", "get_gives_its_own_bytes"),

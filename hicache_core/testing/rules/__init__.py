@@ -9,6 +9,7 @@ from __future__ import annotations
 from hicache_core.testing.rules import (
     capabilities,
     data,
+    each,
     lifetime,
     model,
     races,
@@ -24,6 +25,7 @@ RULES: tuple[Rule, ...] = (
     *lifetime.OPENING,
     *data.RULES,
     *sizes.RULES,
+    *each.RULES,
     *lifetime.RULES,
     *races.RULES,
     *sharing.RULES,
@@ -33,6 +35,7 @@ RULES: tuple[Rule, ...] = (
     *seal.RULES,
     *retention.RULES,
     *server.RULES,
+    *each.FULL,
     *model.RULES,
 )
 """Every rule; ids are unique and stable."""

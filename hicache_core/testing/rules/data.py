@@ -15,7 +15,7 @@ from hicache_core.testing.harness import (
 from hicache_core.testing.rules.rule import RuleBook
 
 _PAGE = (4096,)
-_SHAPES: tuple[tuple[int, ...], ...] = (
+SHAPES: tuple[tuple[int, ...], ...] = (
     (4096,),  # page_first: one segment
     (64, 4096),  # a sealed page: its header, then one segment
     (64, *[256] * 16),  # layer_first: a segment for each layer
@@ -53,7 +53,7 @@ def batch_round_trip(h: Harness) -> None:
 
 @rule("Pages of any number and length of segments round-trip.", needs=("batch_round_trip",))
 def segments_of_every_shape(h: Harness) -> None:
-    for shape in _SHAPES:
+    for shape in SHAPES:
         keys = h.keys(2, str(shape))
         h.put(h.backend, keys, shape)
         h.expect_pages(h.backend, keys, shape)

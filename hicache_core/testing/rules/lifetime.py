@@ -48,7 +48,10 @@ def close_twice(h: Harness) -> None:
     backend.close()
 
 
-@rule("Every call after close() raises UseAfterClose.", needs=("close_twice",))
+@rule(
+    "Every call after close() raises UseAfterClose.",
+    needs=("close_twice", "set_each_stores_all"),
+)
 def use_after_close(h: Harness) -> None:
     backend = h.another()
     (key,) = h.keys(1)
@@ -62,6 +65,9 @@ def use_after_close(h: Harness) -> None:
         "batch_exists": lambda: backend.batch_exists([key]),
         "batch_get": lambda: backend.batch_get([key], [h.blank((64,))]),
         "batch_set": lambda: backend.batch_set([key], [h.filled(key, (64,))]),
+        "exists_each": lambda: backend.exists_each([key]),
+        "get_each": lambda: backend.get_each([key], [h.blank((64,))]),
+        "set_each": lambda: backend.set_each([key], [h.filled(key, (64,))]),
         "delete": lambda: backend.delete([key]),
     }
     for name, call in calls.items():

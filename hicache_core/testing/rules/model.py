@@ -10,6 +10,7 @@ from hicache_core.testing.rules.rule import RuleBook
 
 _book = RuleBook(
     *("exists_counts_leading", "get_counts_leading", "empty_batch", "same_key_twice", "re_put"),
+    *("set_each_stores_all", "empty_each", "same_key_twice_each"),
     *("empty_object", "tiny_objects", "delete_removes", "evicted_after_exists"),
 )
 RULES = _book.rules

@@ -43,7 +43,7 @@ def threads_do_not_mix(h: Harness) -> None:
 
 @rule(
     "An object that is being stored is read whole or not at all.",
-    needs=("threads_do_not_mix", "get_counts_leading"),
+    needs=("threads_do_not_mix", "set_each_stores_all"),
 )
 def all_or_nothing(h: Harness) -> None:
     backend, nbytes = h.backend, h.nbytes(h.settings.race_nbytes)
@@ -60,6 +60,7 @@ def all_or_nothing(h: Harness) -> None:
         for key in reversed(batch):
             is_hit(backend, key, nbytes)
         h.leading_hits(backend, batch, (64, nbytes - 64))
+        h.each_hits(backend, batch, (64, nbytes - 64))
 
     h.race([write, read, read], h.settings.race_s)
 
@@ -101,5 +102,6 @@ def delete_while_reading(h: Harness) -> None:
         for key in keys:
             is_hit(backend, key, nbytes)
         h.leading_hits(backend, keys, shape)
+        h.each_hits(backend, keys, shape)
 
     h.race([write, read, read], h.settings.race_s)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from hicache_core.storage.base import Buffer, StorageBackend
+from hicache_core.storage.guard.backend import GuardedBackend
+from hicache_core.storage.guard.config import GuardConfig
 from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend, seal
+from hicache_core.storage.segments import join
 from hicache_core.storage.visiting import VisitsPages
 from hicache_core.storage.wrapper import Adapters, BackendWrapper
 from hicache_core.testing.content import content
 from hicache_core.testing.features import Feature
-from hicache_core.testing.harness import Harness, expect
+from hicache_core.testing.harness import Harness, each_answer, expect
 from hicache_core.testing.rules.rule import RuleBook
 from hicache_core.types import Page
 
@@ -118,3 +122,41 @@ def bad_link_removes_nothing(h: Harness) -> None:
     expect(not backend.exists(damaged), "a damaged object stays where each read refuses it")
     n_stored = reader.batch_set([damaged], [_page(h)])
     expect(n_stored == 1, "a good page cannot take the place of a damaged one")
+
+
+@_book.rule(
+    "Behind the seal and a guard, get_each reads pages behind gaps, and a damaged one is a miss of "
+    "its own.",
+    requires=Feature.DELETE,
+    needs=("bad_link_removes_nothing", "set_each_stores_all"),
+)
+def sealed_each(h: Harness) -> None:
+    backend = h.backend
+    sealed = SealedBackend(backend)
+    reader = GuardedBackend(sealed, GuardConfig())
+    keys = h.keys(6)
+    present = [n not in (0, 3) for n in range(len(keys))]
+    pages = [_sealed(h, key) for key in keys]
+    for page in pages:
+        page[0][:] = bytes(HEADER_NBYTES)  # it is the seal that must write the header
+    some = list(itertools.compress(keys, present))
+    some_pages = list(itertools.compress(pages, present))
+    stored = each_answer("set_each", reader.set_each(some, some_pages), len(some))
+    expect(all(stored), f"set_each behind the seal stored {sum(stored)} of {len(some)} pages")
+    damaged = _sealed(h, keys[4])
+    damaged[1][0] ^= 1
+    backend.delete([keys[4]])
+    backend.set(keys[4], join(damaged))
+    found = each_answer("exists_each", reader.exists_each(keys), len(keys))
+    expect(found == present, "exists_each behind the seal and a guard differs from what is stored")
+    pages = [_page(h) for _ in keys]
+    filled = each_answer("get_each", reader.get_each(keys, pages), len(keys))
+    expect(not filled[4], "get_each says it filled the page of a damaged object")
+    expect(
+        filled == [one and n != 4 for n, one in enumerate(present)],
+        f"get_each behind the seal filled {sum(filled)} of {len(some) - 1} good pages among gaps",
+    )
+    for key, page in itertools.compress(zip(keys, pages, strict=True), filled):
+        expect(page[1] == content(key, _NBYTES), "get_each behind the seal filled a wrong page")
+    refused = sealed.rejections()
+    expect(sum(refused.values()) == 1, f"1 object is damaged; the seal has refused {refused}")

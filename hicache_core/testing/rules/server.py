@@ -19,7 +19,7 @@ from hicache_core.testing.harness import Harness, RuleBroken, expect, is_hit, pu
 from hicache_core.testing.rules.rule import RuleBook
 from hicache_core.testing.secret_settings import secrets_in
 
-_book = RuleBook("get_counts_leading", "re_put", "set_only_reads")
+_book = RuleBook("get_counts_leading", "re_put", "set_only_reads", "set_each_stores_all")
 rule = _book.rule
 RULES = _book.rules
 
@@ -58,6 +58,9 @@ def _calls(h: Harness, backend: StorageBackend, key: str) -> Mapping[str, Callab
         "batch_exists": lambda: backend.batch_exists([key, key]),
         "batch_get": lambda: backend.batch_get([key, key], [h.blank(_PAGE), h.blank(_PAGE)]),
         "batch_set": lambda: backend.batch_set([key], [h.filled(key, _PAGE)]),
+        "exists_each": lambda: backend.exists_each([key, key]),
+        "get_each": lambda: backend.get_each([key, key], [h.blank(_PAGE), h.blank(_PAGE)]),
+        "set_each": lambda: backend.set_each([key], [h.filled(key, _PAGE)]),
     }
 
 
@@ -163,22 +166,29 @@ def thawed_server(h: Harness) -> None:
 
 
 @rule(
-    "Nothing writes to a page after batch_get has raised.",
+    "Nothing writes to a page after batch_get or get_each has raised.",
     requires=Feature.CONTROL,
     needs=("thawed_server",),
 )
 def page_left_alone_after_error(h: Harness) -> None:
     keys = h.keys(2)
     h.put(h.backend, keys, _PAGE)
-    pages = [h.blank(_PAGE) for _ in keys]
-    with _frozen(h), contextlib.suppress(*_LOST):
-        h.backend.batch_get(keys, pages)
+    pages = [h.blank(_PAGE) for _ in range(4)]
+    with _frozen(h):
+        for call, its_pages in (
+            (h.backend.batch_get, pages[:2]),
+            (h.backend.get_each, pages[2:]),
+        ):
+            with contextlib.suppress(*_LOST):
+                call(keys, its_pages)
     for page in pages:
         scribble(page)
     before = [join(page) for page in pages]
     _expect_recovery(h, h.backend, keys[0], "thawed")
     time.sleep(_A_WHILE_S)
-    expect(before == [join(page) for page in pages], "batch_get raised, and its page changed later")
+    for n, page in enumerate(pages):
+        call_name = "batch_get" if n < 2 else "get_each"
+        expect(before[n] == join(page), f"{call_name} raised, and its page changed later")
 
 
 @rule(
@@ -216,6 +226,7 @@ def _disturb(h: Harness, disturbance: contextlib.AbstractContextManager[None]) -
             try:
                 backend.batch_set(keys, pages)
                 h.leading_hits(backend, keys, shape)
+                h.each_hits(backend, keys, shape)
             except _LOST:
                 with contextlib.suppress(*_LOST):
                     h.leading_hits(backend, keys, shape)

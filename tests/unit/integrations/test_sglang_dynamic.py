@@ -91,6 +91,45 @@ def test_only_pages_before_the_first_hole_count(cls: str, v1: int, hole: int) ->
 
 
 @pytest.mark.parametrize(("cls", "v1"), WORKING)
+def test_pages_behind_holes_are_read_by_one_call_of_the_class(
+    cls: str, v1: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = opened(cls, v1)
+    there = [n for n in range(len(KEYS)) if n not in (0, 2)]
+    mask = [n in there for n in range(len(KEYS))]
+    stored = [page(n + 1) for n in there]
+    assert list(backend.set_each([KEYS[n] for n in there], stored)) == [True] * len(there)
+    assert list(backend.exists_each(KEYS)) == mask
+    read = [page(0) for _ in KEYS]
+    calls = count_reads(backend, monkeypatch)
+    assert list(backend.get_each(KEYS, read)) == mask
+    assert len(calls) == (len(KEYS) if cls == "DuckStore" else 1)
+    assert bytes_of([read[n] for n in there]) == bytes_of(stored)
+    for call in (backend.get_each, backend.set_each):
+        assert list(call([], [])) == []
+
+
+def count_reads(backend: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Notes each call by which the class reads."""
+    calls: list[str] = []
+    foreign = backend._foreign
+
+    def counted(name: str) -> None:
+        read = getattr(foreign, name)
+
+        def call(*arguments: Any) -> Any:
+            calls.append(name)
+            return read(*arguments)
+
+        monkeypatch.setattr(foreign, name, call)
+
+    for name in ("get", "batch_get", "batch_get_v1"):
+        if hasattr(foreign, name):
+            counted(name)
+    return calls
+
+
+@pytest.mark.parametrize(("cls", "v1"), WORKING)
 def test_the_single_methods_work_and_a_miss_is_none(cls: str, v1: int) -> None:
     backend = opened(cls, v1)
     assert backend.get(KEYS[0]) is None
@@ -115,6 +154,8 @@ def test_a_full_store_counts_the_leading_pages_that_are_stored(cls: str) -> None
     assert backend.batch_get(KEYS, [page(0) for _ in KEYS]) == 2
     with pytest.raises(BackendFull, match="did not store"):
         backend.set(KEYS[4], bytes(NBYTES))
+    room_for_two = [n < 2 for n in range(len(KEYS))]
+    assert list(opened(cls, limit=2).set_each(KEYS, [page(1) for _ in KEYS])) == room_for_two
 
 
 def test_an_object_of_another_size_is_a_miss() -> None:
@@ -126,6 +167,9 @@ def test_an_object_of_another_size_is_a_miss() -> None:
     assert v1.batch_set(KEYS[:3], [page(1), short, long]) == 2
     assert v1.batch_get(KEYS[:2], [page(0), page(0)]) == 1
     assert v1.batch_get(KEYS[:2], [page(0), short]) == 2
+    assert list(v1.set_each(KEYS[:3], [page(1), long, short])) == [True, False, True]
+    assert list(v1.get_each(KEYS[:3], [page(0), long, page(0)])) == [True, False, False]
+    assert list(v1.get_each(KEYS[:3], [page(0), short, short])) == [True] * 3
     assert len(v1.get(KEYS[1]) or b"") == NBYTES - 1
 
 
@@ -140,6 +184,9 @@ def test_an_odd_answer_is_a_counted_miss(v1: int, answer: object) -> None:
     read = [page(7), page(7)]
     assert backend.batch_get(keys, read) == 0
     assert odd_answers(backend) == 1
+    assert bytes_of(read) == bytes_of([page(7), page(7)])
+    assert list(backend.get_each(keys, read)) == [False, False]
+    assert odd_answers(backend) >= 2
     assert bytes_of(read) == bytes_of([page(7), page(7)])
     if answer != 2:
         assert backend.batch_set(keys, [page(1), page(1)]) == 0
@@ -165,6 +212,9 @@ def test_a_batch_larger_than_the_staging_memory_goes_in_parts(
     read = [page(0) for _ in KEYS]
     assert backend.batch_get(KEYS, read) == len(KEYS)
     assert bytes_of(read) == bytes_of(written)
+    again = [page(0) for _ in KEYS]
+    assert list(backend.get_each(KEYS, again)) == [True] * len(KEYS)
+    assert bytes_of(again) == bytes_of(written)
 
 
 def test_threads_do_not_mix_their_pages(monkeypatch: pytest.MonkeyPatch) -> None:
