@@ -231,12 +231,18 @@ class StagedCalls(Calls):
         """Does nothing: the backend only touches staging pages."""
 
     def close(self, timeout_s: float) -> bool:
-        abandoned = self._worker.close(timeout_s)
         with self._changed:
-            left, self._closed = list(self._open), True
+            self._closed = True
             self._changed.notify_all()
+            left = list(self._open)
+        for job_id in left:
+            self._worker.cancel(job_id)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._open, timeout_s)
+            left = list(self._open)
         for job_id in left:
             self._end(job_id, None, _CLOSED)
+        abandoned = self._worker.close(LOOK_INTERVAL_S)  # what was given up on is not waited for
         if self._watcher is not None:
             self._watcher.join()
         return not abandoned
@@ -281,6 +287,8 @@ class StagedCalls(Calls):
             if call is None:
                 return
             self._nbytes[call.request.kind] -= call.request.nbytes
+            if self._closed and not self._open:
+                self._changed.notify_all()
         if call.request.kind is Kind.EXISTS:
             mask = [False] * len(call.request.keys) if found is None else found
         else:
@@ -291,7 +299,7 @@ class StagedCalls(Calls):
         """Ends calls whose time is over, until the store is closed."""
         while True:
             with self._changed:
-                if self._closed:
+                if self._closed and not self._open:
                     return
                 self._watcher_rests = not self._open
                 self._changed.wait(LOOK_INTERVAL_S if self._open else None)
