@@ -75,6 +75,12 @@ class Engine:
         if self._server is not None:
             self._server.forget()
 
+    def kill(self) -> None:
+        """Ends engine and server at once."""
+        self.child.kill()
+        if self._server is not None:
+            self._server.kill()
+
     def _ask(self, prompts: Sequence[list[int]]) -> list[dict[str, Any]]:
         answers: list[dict[str, Any]] = self.child.ask("generate", prompts=prompts, n_new=N_NEW)
         assert [answer["finish"] for answer in answers] == ["length"] * len(prompts)

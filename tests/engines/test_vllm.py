@@ -1,4 +1,4 @@
-"""vLLM over our stores, as a tier of its offloading and through LMCache's server."""
+"""vLLM over our stores: a tier of its offloading, a connector, and LMCache's server."""
 
 from __future__ import annotations
 
@@ -35,6 +35,16 @@ def tier(store: Store) -> dict[str, Any]:
     }
 
 
+def connector(store: Store) -> dict[str, Any]:
+    """Our connector; a load that failed would end the request, since it verifies before."""
+    return {
+        "kv_connector": "HiCacheConnector",
+        "kv_connector_module_path": "hicache_core.integrations.vllm",
+        "kv_load_failure_policy": "fail",
+        "kv_connector_extra_config": store.recovering,
+    }
+
+
 @contextlib.contextmanager
 def pair_of_engines(transfer: dict[str, Any], folder: Path, model: Path) -> Iterator[Pair]:
     """Two engines with this ``kv_transfer_config``."""
@@ -67,10 +77,10 @@ def pair_with_servers(store: Store, folder: Path, model: Path) -> Iterator[Pair]
             yield Pair(first, second, first.alone())
 
 
-WAYS = ("tier", "lmcache")
+WAYS = ("tier", "connector", "lmcache")
 ON_FILE_AND_VALKEY = [f"{way}-{backend}" for way in WAYS for backend in ("file", "redis")]
 ON_VALKEY = [f"{way}-redis" for way in WAYS]
-ON_OTHERS = ["tier-mooncake", "tier-hf3fs", "lmcache-s3"]
+ON_OTHERS = ["tier-mooncake", "connector-hf3fs", "lmcache-s3"]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +94,8 @@ def started(
         if way == "lmcache":
             opening = pair_with_servers(store, folder, model)
         else:
-            opening = pair_of_engines(tier(store), folder, model)
+            transfer = tier(store) if way == "tier" else connector(store)
+            opening = pair_of_engines(transfer, folder, model)
         with opening as pair:
             yield pair, store
 

@@ -77,7 +77,7 @@ def kill_the_first(pair: Pair, store: Store) -> None:
     before = set(store.pages())
     pair.first.child.send("generate", prompts=OTHER_PROMPTS, n_new=N_NEW)
     wait_until(lambda: bool(set(store.pages()) - before), "the first page is stored")
-    pair.first.child.kill()
+    pair.first.kill()
     tokens, found = pair.second.answers(OTHER_PROMPTS)
     assert sum(found) > 0
     for page in store.pages():
