@@ -315,7 +315,7 @@ def tell(on_done: OnDone, answer: Answer) -> None:
     """Calls ``on_done``; logs what it raises."""
     try:
         on_done(answer)
-    except Exception:  # code of the engine: the thread of the store goes on
+    except (Exception, SystemExit):  # code of the engine: the thread of the store goes on
         logger.exception("on_done of a storage call failed")
 
 
