@@ -1,4 +1,4 @@
-"""vLLM over our stores, as a tier of its offloading and through LMCache's server."""
+"""vLLM over our stores: a tier of its offloading, our connector, and LMCache's server before it."""
 
 from __future__ import annotations
 
@@ -35,6 +35,19 @@ def tier(store: Store) -> dict[str, Any]:
     }
 
 
+def connector(store: Store) -> dict[str, Any]:
+    """Our connector, under the policy that ends a request whose promised pages do not come."""
+    return {
+        "kv_connector": "HiCacheConnector",
+        "kv_connector_module_path": "hicache_core.integrations.vllm",
+        "kv_load_failure_policy": "fail",
+        "kv_connector_extra_config": store.recovering,
+    }
+
+
+TRANSFERS = {"tier": tier, "connector": connector}
+
+
 @contextlib.contextmanager
 def pair_of_engines(transfer: dict[str, Any], folder: Path, model: Path) -> Iterator[Pair]:
     """Two engines with this ``kv_transfer_config``."""
@@ -67,10 +80,10 @@ def pair_with_servers(store: Store, folder: Path, model: Path) -> Iterator[Pair]
             yield Pair(first, second, first.alone())
 
 
-WAYS = ("tier", "lmcache")
+WAYS = (*TRANSFERS, "lmcache")
 ON_FILE_AND_VALKEY = [f"{way}-{backend}" for way in WAYS for backend in ("file", "redis")]
 ON_VALKEY = [f"{way}-redis" for way in WAYS]
-ON_OTHERS = ["tier-mooncake", "tier-hf3fs", "lmcache-s3"]
+ON_OTHERS = ["tier-mooncake", "tier-hf3fs", "connector-s3", "lmcache-s3"]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +97,7 @@ def started(
         if way == "lmcache":
             opening = pair_with_servers(store, folder, model)
         else:
-            opening = pair_of_engines(tier(store), folder, model)
+            opening = pair_of_engines(TRANSFERS[way](store), folder, model)
         with opening as pair:
             yield pair, store
 
