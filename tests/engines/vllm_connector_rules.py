@@ -78,7 +78,7 @@ def answer(prompt: Sequence[int], n_new: int, salt: str = "") -> list[int]:
     return tokens[len(prompt) :]
 
 
-def configured(folder: Path, n_workers: int = 1, **settings: Any) -> Any:
+def configured(folder: Path, n_workers: int = 1, role: str = "kv_both", **settings: Any) -> Any:
     """vLLM's configuration of a small model, with steps of 96 tokens at most."""
     model = folder / "model"
     model.mkdir(exist_ok=True)
@@ -86,7 +86,7 @@ def configured(folder: Path, n_workers: int = 1, **settings: Any) -> Any:
     transfer = KVTransferConfig(
         kv_connector="HiCacheConnector",
         kv_connector_module_path="hicache_core.integrations.vllm",
-        kv_role="kv_both",
+        kv_role=role,
         kv_connector_extra_config={
             "backend": "file",
             "backend_config": {"path": str(folder / "store")},
@@ -321,6 +321,17 @@ def rule_what_one_engine_computed_another_loads(folder: Path) -> None:
         assert second.ask(prompt(1)) == 6
         assert second.ask(prompt(1), prompt(2)) == 6  # vLLM has the first itself
         assert second.ask(prompt(1)[:100] + prompt(9)[:100]) == 0
+
+
+def rule_a_consumer_stores_nothing_and_a_producer_loads_nothing(folder: Path) -> None:
+    with engine(folder, role="kv_consumer") as consumer:
+        assert consumer.ask(prompt(1)) == 0
+    with engine(folder, role="kv_producer") as producer:
+        assert producer.ask(prompt(1)) == 0
+    with engine(folder, role="kv_producer") as producer:
+        assert producer.ask(prompt(1)) == 0
+    with engine(folder, role="kv_consumer") as consumer:
+        assert consumer.ask(prompt(1)) == 6
 
 
 def rule_output_is_stored_as_well(folder: Path) -> None:

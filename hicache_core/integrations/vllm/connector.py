@@ -108,6 +108,8 @@ class HiCacheConnector(KVConnectorBase_V1):
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         # docstring inherited
+        if not self._kv_transfer_config.is_kv_consumer:
+            return 0, False
         return self._planner.matched_tokens(request, num_computed_tokens), False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
@@ -126,7 +128,10 @@ class HiCacheConnector(KVConnectorBase_V1):
         computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         for request_id, n_computed in computed.items():
             plans.scheduled(request_id, n_computed, n_new[request_id], state.get_block_ids)
-        return StepMetadata(plans.take_step())
+        step = plans.take_step()
+        if not self._kv_transfer_config.is_kv_producer:
+            step.saves.clear()
+        return StepMetadata(step)
 
     def update_connector_output(self, connector_output: Any) -> None:
         # docstring inherited
