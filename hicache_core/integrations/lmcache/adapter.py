@@ -264,6 +264,7 @@ class HiCacheL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache has
 
         If the store does not take the entry of the index, the next server writes it.
         """
+        self._store.describe(self._names.index_namespace(shard))
         entry = encode(layout)
         if len(entry) == INDEX_NBYTES:
             key = self._names.index_keys(shard)[index_slot(layout)]

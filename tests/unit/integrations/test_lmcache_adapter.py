@@ -15,8 +15,10 @@ from typing import Any, ClassVar
 
 import pytest
 
+from hicache_core.build.storage import backend_from
 from hicache_core.errors import BackendError, BackendUnavailable, ConfigError, UnknownBackend
 from hicache_core.storage.base import BackendConfig, StorageBackend
+from hicache_core.storage.manifest import read_manifests
 from hicache_core.types import BackendContext
 from tests.unit.integrations.lmcache_emulation import (
     BF16,
@@ -216,6 +218,21 @@ def test_a_chunk_that_leaves_the_store_is_no_longer_counted(make: Make) -> None:
     assert load(adapter, keys, empty(4)) == [False, False, False, True]
     assert adapter.told.accessed[-1] == keys[3:]
     assert other.used == 0
+
+
+def test_every_namespace_in_the_store_is_explained(make: Make, tmp_path: Path) -> None:
+    config = {"path": str(tmp_path)}
+    adapter = make(backend_config=config)
+    store(adapter, new_keys(1), filled())
+    store(adapter, new_keys(1, cache_salt="a tenant"), filled())
+    adapter.close()
+    backend = backend_from("file", config, BackendContext(""))
+    backend.open()
+    manifests = list(read_manifests(backend).values())
+    backend.close()
+    said = [(one.fields["engine"], one.fields["layout"]) for one in manifests if one is not None]
+    assert sorted(said) == [("lmcache", "chunk"), ("lmcache", "chunk"), ("lmcache", "index")]
+    assert len(manifests) == 3
 
 
 def test_a_damaged_chunk_is_not_loaded_and_is_stored_again(make: Make, tmp_path: Path) -> None:
