@@ -326,6 +326,23 @@ def test_the_memory_of_all_chunks_is_registered_with_a_store_that_wants_it(
     assert (len(registered), bytes(memory[5:8])) == (len(memory), b"abc")
 
 
+def test_a_store_that_refuses_the_memory_is_closed_again(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[bool] = []
+    monkeypatch.setattr(Breakable, "close", lambda _: closed.append(True))
+
+    def refuse(*_: object) -> None:
+        raise BackendUnavailable("this memory cannot be registered")
+
+    monkeypatch.setattr(Breakable, "register_memory", refuse)
+    memory = (ctypes.c_uint8 * 4096)()
+    described = SimpleNamespace(ptr=ctypes.addressof(memory), size=len(memory))
+    with pytest.raises(BackendUnavailable, match="cannot be registered"):
+        make(described, **BREAKABLE)
+    assert len(closed) == 1
+
+
 def test_buffers_and_hints_that_cannot_be_used_end_their_task_with_no(make: Make) -> None:
     adapter, keys = make(), new_keys(1)
     useless = [BufferWithoutBytes(bytes(NBYTES), SHAPE, BF16)]
