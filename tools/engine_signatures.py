@@ -28,6 +28,8 @@ GIVEN = {
         "StorageConfig": "sglang.srt.mem_cache.hicache_storage.HiCacheStorageConfig",
         "PoolTransfer": "sglang.srt.mem_cache.hicache_storage.PoolTransfer",
         "HostPool": "sglang.srt.mem_cache.pool_host.mha.MHATokenToKVPoolHost",
+        "flags.py:_add_flags": "sglang.srt.server_args.ServerArgs.add_cli_args",
+        "flags.py:_translate": "sglang.srt.server_args.ServerArgs.from_cli_args",
     },
     "vllm": {
         "tier.py:offloading_spec": "vllm.v1.kv_offload.tiering.spec.TieringOffloadingSpec",
@@ -37,7 +39,8 @@ GIVEN = {
     },
     "lmcache": {},
 }
-"""What an engine hands to an adapter: by the protocol that says so, or by file and variable."""
+"""What an engine hands to an adapter, or calls with it: by the protocol that says so, or by file
+and variable."""
 
 Root = Path | zipfile.Path
 

@@ -22,7 +22,7 @@ def sglang(
 ) -> Iterator[Child]:
     """A process with SGLang's modules."""
     folder = tmp_path_factory.mktemp("stores")
-    module = "tests.engines.runners.sglang_pools"
+    module = "sglang_pools"
     command = [program(request.param), "-P", "-m", module, str(folder)]
     child = Child(command, variables(request.param, {}), folder / "log")
     try:

@@ -32,6 +32,7 @@ from hicache_core.integrations.lmcache.layouts import (
     index_slot,
     layout_of,
 )
+from hicache_core.integrations.lmcache.parts import submit_in_parts
 from hicache_core.integrations.lmcache.settings import read_settings
 from hicache_core.integrations.lmcache.tasks import FinishedTasks
 from hicache_core.process.logs import ROOT, log_once
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from lmcache.v1.distributed.api import MemoryLayoutDesc, MemoryTags, ObjectKey
     from lmcache.v1.distributed.internal_api import L1MemoryDesc
     from lmcache.v1.memory_management import MemoryObj
+
+N_THREADS = 4
 
 logger = logging.getLogger(__name__)
 
@@ -91,9 +94,13 @@ class HiCacheL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache has
         super().__init__()
         settings = read_settings(params)
         init_logger(ROOT)  # our messages go where LMCache's go
-        self._store = open_store(settings.backend, settings.backend_config)
-        if l1_memory_desc is not None and l1_memory_desc.ptr:
-            self._store.register_memory([_memory(l1_memory_desc.ptr, l1_memory_desc.size)])
+        self._store = open_store(settings.backend, settings.backend_config, n_threads=N_THREADS)
+        try:
+            if l1_memory_desc is not None and l1_memory_desc.ptr:
+                self._store.register_memory([_memory(l1_memory_desc.ptr, l1_memory_desc.size)])
+        except HiCacheError:  # the server goes on if the adapter was to be added while it runs
+            self._store.close()
+            raise
         self._backend = settings.backend
         self._names = ChunkNames(version("lmcache"), settings.serde)
         self._described = lru_cache(maxsize=4096)(self._describe)
@@ -129,7 +136,8 @@ class HiCacheL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache has
             ]
             pages = [chunk.page for chunk in chunks]
             nbytes = [chunk.layout.nbytes for chunk in chunks]
-            self._store.submit_write(names, pages, partial(self._stored, task, keys, nbytes))
+            on_done = partial(self._stored, task, keys, nbytes)
+            submit_in_parts(self._store.submit_write, names, pages, on_done, n_threads=N_THREADS)
 
         self._start(start, partial(self._stores.add, task, L2StoreResult(False, 0)))
         return task
@@ -178,7 +186,8 @@ class HiCacheL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache has
                 for key, chunk in zip(keys, chunks, strict=True)
             ]
             pages = [chunk.page for chunk in chunks]
-            self._store.submit_read(names, pages, partial(self._loaded, task, keys))
+            on_done = partial(self._loaded, task, keys)
+            submit_in_parts(self._store.submit_read, names, pages, on_done, n_threads=N_THREADS)
 
         self._start(start, partial(self._loads.add, task, Bitmap(len(keys))))
         return task
@@ -259,6 +268,7 @@ class HiCacheL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache has
 
         If the store does not take the entry of the index, the next server writes it.
         """
+        self._store.describe(self._names.index_namespace(shard))
         entry = encode(layout)
         if len(entry) == INDEX_NBYTES:
             key = self._names.index_keys(shard)[index_slot(layout)]
@@ -284,10 +294,13 @@ class HiCacheL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache has
     def _ask(self, task: int, keys: Sequence[ObjectKey], hints: Mapping[int, Layout]) -> None:
         """Asks which chunks the store has, in any layout that they may have."""
         names, of_key = [], []
+        digests: dict[tuple[Shard, str], list[str]] = {}
         for n, key in enumerate(keys):
-            shard = _shard(key)
-            for layout in self._layouts.candidates(shard, hints.get(key.object_group_id)):
-                digest = self._names.digest(shard, key.cache_salt, layout)
+            place = shard, salt = _shard(key), key.cache_salt
+            if place not in digests:
+                layouts = self._layouts.candidates(shard, hints.get(key.object_group_id))
+                digests[place] = [self._names.digest(shard, salt, one) for one in layouts]
+            for digest in digests[place]:
                 names.append(chunk_key(digest, key.chunk_hash))
                 of_key.append(n)
         self._store.submit_exists(names, partial(self._found, task, keys, of_key))

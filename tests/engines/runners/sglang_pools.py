@@ -1,6 +1,6 @@
 """SGLang's own host pools, controller and file store around our backend, without an engine.
 
-In SGLang's environment: python -m tests.engines.runners.sglang_pools FOLDER
+In SGLang's environment: sglang_pools.py FOLDER
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tests.engines.runners.lines import Commands, serve
+from json_lines import Commands, serve
 
 PAGE_SIZE = 16
 N_PAGES = 12
