@@ -124,6 +124,28 @@ class StormyFile(FileBackend):
             return 0
         return super().batch_set_visiting(keys, pages, leaving)
 
+    def exists_each(self, keys: Sequence[str]) -> Sequence[bool]:
+        SKY.meet(writes=False)
+        return super().exists_each(keys)
+
+    def get_each_visiting(
+        self, keys: Sequence[str], pages: Sequence[Page], arrived: Callable[[int], bool]
+    ) -> Sequence[bool]:
+        SKY.meet(writes=False)
+
+        def damaged(n: int) -> bool:
+            SKY.damage(pages[n : n + 1])
+            return arrived(n)
+
+        return super().get_each_visiting(keys, pages, damaged)
+
+    def set_each_visiting(
+        self, keys: Sequence[str], pages: Sequence[Page], leaving: Callable[[int], None]
+    ) -> Sequence[bool]:
+        if not SKY.meet(writes=True):
+            return [False] * len(keys)
+        return super().set_each_visiting(keys, pages, leaving)
+
 
 class StormyRedis(RedisBackend):
     """The Redis backend under ``SKY``."""
@@ -146,6 +168,21 @@ class StormyRedis(RedisBackend):
 
     def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
         return super().batch_set(keys, pages) if SKY.meet(writes=True) else 0
+
+    def exists_each(self, keys: Sequence[str]) -> Sequence[bool]:
+        SKY.meet(writes=False)
+        return super().exists_each(keys)
+
+    def get_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        SKY.meet(writes=False)
+        mask = super().get_each(keys, pages)
+        SKY.damage([page for page, is_filled in zip(pages, mask, strict=True) if is_filled])
+        return mask
+
+    def set_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        if not SKY.meet(writes=True):
+            return [False] * len(keys)
+        return super().set_each(keys, pages)
 
 
 class Seasons:

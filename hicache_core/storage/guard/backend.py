@@ -193,7 +193,7 @@ class GuardedBackend(BackendWrapper):
             if keys and _is_failed_load(exc):
                 self._failed.remember(keys[:1])
             raise
-        self._failed.forget(keys[:n])
+        self._failed.forget(itertools.islice(keys, max(0, n)))
         if 0 <= n < len(keys):
             self._failed.remember(keys[n : n + 1])
         self._calls.moved("get", page_nbytes * n)
@@ -203,7 +203,7 @@ class GuardedBackend(BackendWrapper):
         page_nbytes = nbytes_of(pages[0]) if pages else 0
         nbytes = page_nbytes * len(pages)
         n = self._guarded("set", nbytes, self.inner.batch_set, keys, pages)
-        self._failed.forget(keys[:n])
+        self._failed.forget(itertools.islice(keys, max(0, n)))
         self._calls.moved("set", page_nbytes * n)
         return n
 

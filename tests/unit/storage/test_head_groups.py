@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hicache_core.errors import BackendTimeout, SpecError, UseAfterClose
 from hicache_core.kv.keys import storage_namespace
@@ -200,6 +202,20 @@ def test_pages_behind_one_that_lacks_a_group_are_read(store: MemoryBackend) -> N
         for n, is_filled in enumerate(mask):
             np.testing.assert_array_equal(found[n], expected[n] if is_filled else 0 * expected[n])
     assert backend.exists_each([]) == backend.get_each([], []) == backend.set_each([], []) == []
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sets(st.tuples(st.integers(0, N_PAGES - 1), st.integers(0, 3))))
+def test_each_page_is_there_exactly_if_its_four_groups_are(missing: set[tuple[int, int]]) -> None:
+    rank, store = Rank(MHA, "page_first"), memory()
+    backend = rank.grouped(SealedBackend(store), 2)
+    backend.set_each(rank.keys, rank.pages)
+    for n, group in missing:
+        store.delete([backend.inner_keys([rank.keys[n]])[group]])
+    alone = [backend.exists(key) for key in rank.keys]
+    assert alone == [all((n, group) not in missing for group in range(4)) for n in range(N_PAGES)]
+    assert list(backend.exists_each(rank.keys)) == alone
+    assert list(backend.get_each(rank.keys, rank.pages)) == alone
 
 
 def test_a_full_store_takes_whole_pages_behind_one_without_room() -> None:
