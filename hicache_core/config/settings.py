@@ -100,7 +100,7 @@ class ControllerKeys(BaseModel):
     )
     tp_lcm_size: Int | None = _setting(
         None,
-        "Accepted for compatibility with SGLang, without effect.",
+        "Given to a class written for SGLang, which `dynamic` loads; no other backend gets it.",
         "an integer of at least 1, or null",
         ge=1,
     )
@@ -348,7 +348,9 @@ class HiCacheConfig(BaseModel):
     def backend_config(self) -> dict[str, object]:
         """A copy of the extra config without the controller's keys: for the backend's Config."""
         extra = self.hicache_storage_backend_extra_config
-        own = ControllerKeys.model_fields
+        own = set(ControllerKeys.model_fields)
+        if self.hicache_storage_backend == "dynamic":
+            own.remove("tp_lcm_size")
         return copy.deepcopy({key: value for key, value in extra.items() if key not in own})
 
     def resolve(self) -> ResolvedConfig:

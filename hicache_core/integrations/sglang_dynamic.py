@@ -30,7 +30,8 @@ from hicache_core.errors import (
     UseAfterClose,
 )
 from hicache_core.integrations.sglang_stand_ins import ExtraInfo, StagingPool, StorageConfig
-from hicache_core.plugin.dynamic import DynamicSettings
+from hicache_core.integrations.three_methods import ThreeMethods
+from hicache_core.plugin.dynamic import NAMES_OF_CLASS, DynamicSettings, has_three_methods_only
 from hicache_core.process.logs import log_once
 from hicache_core.storage.base import BackendConfig, Buffer, StorageBackend
 from hicache_core.storage.segments import nbytes_of, scatter
@@ -72,7 +73,7 @@ class SGLangBackend(StorageBackend):
 
     def open(self) -> None:
         # docstring inherited
-        named = {key: getattr(self.chosen, key) for key in DynamicSettings.model_fields}
+        named = {key: getattr(self.chosen, key) for key in NAMES_OF_CLASS}
         extra_config = {**named, **(self.config.model_extra or {})}
         if self._foreign is not None:
             return
@@ -189,7 +190,11 @@ class SGLangBackend(StorageBackend):
 
     def _storage_config(self, extra_config: dict[str, object]) -> object:
         """SGLang's own dataclass if the class brought sglang along, else ours."""
-        ours = StorageConfig(extra_config, model_name=self.context.namespace)
+        ours = StorageConfig(
+            extra_config,
+            model_name=self.context.namespace,
+            tp_lcm_size=self.chosen.tp_lcm_size,  # SGLang's controller moves it, too
+        )
         sglang = sys.modules.get(_SGLANG_MODULE)
         if sglang is None:
             return ours
@@ -382,7 +387,10 @@ def adapt(foreign_class: type, chosen: DynamicSettings) -> type[StorageBackend]:
             f" {chosen.class_name} lacks {', '.join(missing)}"
         )
     base = SGLangV1Backend if is_v1 else SGLangBackend
-    own = {"name": chosen.backend_name, "foreign_class": foreign_class, "chosen": chosen}
+    make: Callable[..., Any] = foreign_class
+    if has_three_methods_only(foreign_class):
+        make = lambda config, _: ThreeMethods(foreign_class, config)  # noqa: E731
+    own = {"name": chosen.backend_name, "foreign_class": staticmethod(make), "chosen": chosen}
     return type(f"{base.__name__}For{foreign_class.__name__}", (base,), own)
 
 

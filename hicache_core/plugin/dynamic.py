@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from hicache_core.storage.base import StorageBackend
 ADAPTER_MODULE = "hicache_core.integrations.sglang_dynamic"
 _SGLANG_BASE = "HiCacheStorage"
 _SGLANG_METHODS = ("get", "exists", "set")
+NAMES_OF_CLASS = ("backend_name", "module_path", "class_name")
 
 
 class DynamicSettings(BaseModel):
@@ -40,6 +42,9 @@ class DynamicSettings(BaseModel):
     )
     class_name: str = Field(
         min_length=1, json_schema_extra={"allowed": "the name of a class in it"}
+    )
+    tp_lcm_size: int | None = Field(
+        None, ge=1, json_schema_extra={"allowed": "an integer of at least 1, or null"}
     )
 
 
@@ -90,8 +95,9 @@ def load_class(settings: Mapping[str, object] | str) -> type[StorageBackend]:
 
 def _import(module_path: str) -> ModuleType:
     is_file = module_path.endswith(".py") or "/" in module_path
-    if not is_file and not module_is_there(module_path):  # or its own imports fail, see below
-        asked = ", ".join(entry or "(working directory)" for entry in sys.path)
+    is_there = is_file or module_is_there(module_path) or _is_in_working_directory(module_path)
+    if not is_there:  # or its own imports fail, see below
+        asked = ", ".join(entry or "(working directory)" for entry in [*sys.path, os.getcwd()])
         raise BrokenBackend(
             f"module_path {module_path!r}: no such module in sys.path: {asked};"
             " set PYTHONPATH, or give the path of a .py file"
@@ -104,6 +110,19 @@ def _import(module_path: str) -> ModuleType:
         raise BrokenBackend(
             f"module_path {module_path!r} does not load: {type(error).__name__}: {error}"
         ) from error
+
+
+def _is_in_working_directory(module_path: str) -> bool:
+    """Looks for a module in the working directory, and leaves it on ``sys.path`` if it is there.
+
+    ``python -m`` has the working directory on its path. A console script has the folder of the
+    script in its place.
+    """
+    sys.path.append(os.getcwd())
+    if module_is_there(module_path):
+        return True
+    sys.path.pop()
+    return False
 
 
 def _import_file(path: str) -> ModuleType:
@@ -138,7 +157,18 @@ def _find_class(module: ModuleType, chosen: DynamicSettings) -> object:
 
 
 def _is_for_sglang(cls: type) -> bool:
-    """Recognises such a class by the name of its base, or by what only SGLang's interface has."""
+    """Recognises such a class by its base's name, SGLang's signatures, or its three methods."""
+    return _has_sglangs_signatures(cls) or has_three_methods_only(cls)
+
+
+def has_three_methods_only(cls: type) -> bool:
+    """Returns whether a class has ``get(key)``, ``exists(key)``, ``set(key, value)``, no more."""
+    return not _has_sglangs_signatures(cls) and all(
+        _takes(cls, method, n) for method, n in zip(_SGLANG_METHODS, (1, 1, 2), strict=True)
+    )
+
+
+def _has_sglangs_signatures(cls: type) -> bool:
     if any(base.__name__ == _SGLANG_BASE for base in cls.__mro__[1:]):
         return True
     if not all(callable(getattr(cls, method, None)) for method in _SGLANG_METHODS):
@@ -148,11 +178,23 @@ def _is_for_sglang(cls: type) -> bool:
     return "target_location" in inspect.signature(getattr(cls, "get")).parameters  # noqa: B009
 
 
+def _takes(cls: type, method: str, n_arguments: int) -> bool:
+    """Returns whether a method can be called with so many arguments by their places."""
+    function = getattr(cls, method, None)
+    if not callable(function):
+        return False
+    try:
+        inspect.signature(function).bind(*[None] * (1 + n_arguments))
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def _why_not(cls: type) -> str:
     base = f"{StorageBackend.__module__}.{StorageBackend.__qualname__}"
     missing = [name for name in _SGLANG_METHODS if not callable(getattr(cls, name, None))]
-    lacks = f"lacks {', '.join(missing)}" if missing else "has no target_location in get()"
+    lacks = f"lacks {', '.join(missing)}" if missing else "takes other arguments"
     return (
         f"it is not a subclass of {base}, nor does it have the interface of SGLang's"
-        f" {_SGLANG_BASE} (it {lacks})"
+        f" {_SGLANG_BASE}, nor get(key), exists(key) and set(key, value): it {lacks}"
     )

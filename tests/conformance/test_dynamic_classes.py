@@ -47,6 +47,17 @@ class TestGenericPath(VariantTests):
         return Recipe.named("dynamic", named("DuckStore"), Scope.INSTANCE)
 
 
+class TestThreeMethods(VariantTests):
+    """A class with get(key), exists(key) and set(key, value), and no base class."""
+
+    selection: ClassVar[Selection] = GENERIC
+    features: ClassVar[frozenset[Feature]] = ALONE | {Feature.STATS}
+
+    @pytest.fixture
+    def recipe(self) -> Recipe:
+        return Recipe.named("dynamic", named("ThreeMethodStore"), Scope.INSTANCE)
+
+
 class TestGenericBatchPath(VariantTests):
     """A class with SGLang's batch methods, filling the targets in place."""
 

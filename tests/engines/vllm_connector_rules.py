@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from vllm import SamplingParams
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
@@ -77,7 +78,7 @@ def answer(prompt: Sequence[int], n_new: int, salt: str = "") -> list[int]:
     return tokens[len(prompt) :]
 
 
-def configured(folder: Path, n_workers: int = 1, **settings: Any) -> Any:
+def configured(folder: Path, n_workers: int = 1, role: str = "kv_both", **settings: Any) -> Any:
     """vLLM's configuration of a small model, with steps of 96 tokens at most."""
     model = folder / "model"
     model.mkdir(exist_ok=True)
@@ -85,7 +86,7 @@ def configured(folder: Path, n_workers: int = 1, **settings: Any) -> Any:
     transfer = KVTransferConfig(
         kv_connector="HiCacheConnector",
         kv_connector_module_path="hicache_core.integrations.vllm",
-        kv_role="kv_both",
+        kv_role=role,
         kv_connector_extra_config={
             "backend": "file",
             "backend_config": {"path": str(folder / "store")},
@@ -322,6 +323,17 @@ def rule_what_one_engine_computed_another_loads(folder: Path) -> None:
         assert second.ask(prompt(1)[:100] + prompt(9)[:100]) == 0
 
 
+def rule_a_consumer_stores_nothing_and_a_producer_loads_nothing(folder: Path) -> None:
+    with engine(folder, role="kv_consumer") as consumer:
+        assert consumer.ask(prompt(1)) == 0
+    with engine(folder, role="kv_producer") as producer:
+        assert producer.ask(prompt(1)) == 0
+    with engine(folder, role="kv_producer") as producer:
+        assert producer.ask(prompt(1)) == 0
+    with engine(folder, role="kv_consumer") as consumer:
+        assert consumer.ask(prompt(1)) == 6
+
+
 def rule_output_is_stored_as_well(folder: Path) -> None:
     with engine(folder) as first:
         first.ask(prompt(1), n_new=100)
@@ -337,6 +349,37 @@ def rule_a_damaged_page_ends_what_is_loaded_and_no_request(folder: Path) -> None
         assert second.ask(prompt(1)) == 3
     with engine(folder) as third:
         assert third.ask(prompt(1)) == 6
+
+
+def counted(engine: Engine) -> Any:
+    """What vLLM's front end is told of all workers."""
+    engine.settle()
+    total = HiCacheConnector.build_kv_connector_stats()
+    for worker in engine.workers:
+        worker.connector._next_stats_s = 0.0
+        total = total.aggregate(worker.connector.get_kv_connector_stats())
+    return total
+
+
+def rule_what_was_moved_is_counted_and_exported(folder: Path) -> None:
+    with engine(folder, n_workers=2) as first:
+        first.ask(prompt(1))
+        assert counted(first).data == {"blocks": {"stored": 12}, "stores": {"file": 1}}
+        assert counted(first).data["blocks"] == {}
+    damage(folder / "store", prompt(1), 3)  # the page of the first worker
+    with engine(folder, n_workers=2) as second:
+        second.ask(prompt(1))
+        stats = counted(second)
+        blocks = {"loaded": 6, "corrupt": 1, "stored": 6}
+        assert stats.data == {"blocks": blocks, "stores": {"file": 1}}
+        assert stats.reduce()["corrupt blocks"] == 1
+        kinds = {kind: kind for kind in (Counter, Gauge, Histogram)}
+        metrics = HiCacheConnector.build_prom_metrics(second.config, kinds, ["engine"], {0: ["0"]})
+        metrics.observe(stats.to_dict())
+        labels = {"engine": "0", "outcome": "corrupt"}
+        assert REGISTRY.get_sample_value("hicache:blocks_total", labels) == 1
+        labels = {"engine": "0", "store": "file"}
+        assert REGISTRY.get_sample_value("hicache:store_available", labels) == 1
 
 
 def rule_too_many_prompts_at_once_are_preempted_and_still_right(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,7 @@ class HalfBackend(StorageBackend):
     def get(self, key): return None
 
 class Stranger:
-    def get(self, key): return None
+    def get(self, key, version): return None
     def exists(self, key): return False
     def set(self, key, value): pass
 
@@ -142,7 +143,7 @@ def test_a_missing_class_lists_those_that_are_there(site: Any) -> None:
         ("function", r"is not a subclass of hicache_core\.storage\.base\.StorageBackend"),
         ("HalfBackend", r"HalfBackend does not implement exists, set"),
         ("Emptiness", r"Emptiness is not a backend: .*it lacks get, exists, set"),
-        ("Stranger", r"Stranger is not a backend: .*no target_location in get\(\)"),
+        ("Stranger", r"Stranger is not a backend: .*set\(key, value\): it takes other arguments"),
     ],
 )
 def test_a_class_that_is_no_backend_says_what_is_missing(site: Any, cls: str, problem: str) -> None:
@@ -158,6 +159,31 @@ def test_loading_a_class_of_ours_imports_no_torch(site: Any) -> None:
         f"load_class({settings('mine')!r}); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], env=site.environ(), check=True, timeout=60)
+
+
+def test_a_class_in_the_working_directory_is_found_by_console_scripts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their first place to look is the folder of the script, not the working directory."""
+    (tmp_path / "mine.py").write_text(OURS)
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps(settings("mine")))
+    command = [str(Path(sys.executable).parent / "hicache"), "config"]
+    command += ["--hicache-storage-backend", "dynamic"]
+    command += ["--hicache-storage-backend-extra-config", f"@{file}"]
+
+    def run(folder: Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+    assert run(tmp_path).returncode == 0
+    elsewhere = run(tmp_path.parent)
+    assert elsewhere.returncode == 2
+    assert "no such module in sys.path" in elsewhere.stderr
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    with pytest.raises(BrokenBackend, match=str(tmp_path)):
+        load_class(settings("yours"))
+    assert sys.path == before
 
 
 def test_a_config_stays_frozen(site: Any) -> None:

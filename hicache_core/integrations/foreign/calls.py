@@ -14,7 +14,7 @@ from typing import TypeAlias
 from hicache_core.errors import UseAfterClose
 from hicache_core.integrations.foreign.answer import Answer, Kind, OnDone, Request
 from hicache_core.integrations.foreign.headers import Headers
-from hicache_core.integrations.foreign.staging import LentPages, StagedBackend, Staging
+from hicache_core.integrations.foreign.staging import LentPages, StagedBackend, StagingAreas
 from hicache_core.storage.base import RegistersMemory, StorageBackend
 from hicache_core.storage.workers.executor import Deadlines, Worker, run_job
 from hicache_core.storage.workers.worker import OnResult
@@ -168,7 +168,7 @@ class StagedCalls(Calls):
         self,
         backend: StorageBackend,
         make_worker: MakeWorker,
-        staging: Staging,
+        areas: StagingAreas,
         deadlines: Deadlines,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -177,11 +177,11 @@ class StagedCalls(Calls):
         Args:
             backend: open.
             make_worker: runs every call.
-            staging: memory for the calls.
+            areas: memory for the calls.
             deadlines: how long a call may take.
             clock: seconds; only differences count.
         """
-        self._staging = staging
+        self._areas = areas
         self._deadlines = deadlines
         self._clock = clock
         self._ids = itertools.count()
@@ -191,10 +191,7 @@ class StagedCalls(Calls):
         self._watcher: threading.Thread | None = None
         self._watcher_rests = False
         self._closed = False
-        registers = backend.capability(RegistersMemory)
-        if registers is not None:
-            registers.register_memory([staging.memory])
-        self._worker = make_worker(StagedBackend(backend, staging), self._on_result)
+        self._worker = make_worker(StagedBackend(backend, areas), self._on_result)
 
     @property
     def n_in_flight(self) -> int:
@@ -310,7 +307,7 @@ class StagedCalls(Calls):
                 allowed_s = call.due_s - call.start_s
                 self._end(job_id, None, f"the store has not answered within {allowed_s:.1f} s")
             if late:
-                self._staging.look()
+                self._areas.look()
             self._worker.drain()  # looks for threads whose call is late, to replace them
 
 
@@ -318,7 +315,7 @@ def tell(on_done: OnDone, answer: Answer) -> None:
     """Calls ``on_done``; logs what it raises."""
     try:
         on_done(answer)
-    except Exception:  # code of the engine: the thread of the store goes on
+    except (Exception, SystemExit):  # code of the engine: the thread of the store goes on
         logger.exception("on_done of a storage call failed")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Mapping
@@ -22,11 +21,12 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from hicache_core.integrations.foreign.opening import open_store
 from hicache_core.integrations.vllm.blocks import Blocks
 from hicache_core.integrations.vllm.keys import check_version, connector_namespace
+from hicache_core.integrations.vllm.metrics import ConnectorMetrics, ConnectorStats
 from hicache_core.integrations.vllm.plans import Plans, Step
 from hicache_core.integrations.vllm.settings import checked_settings, why_not
 from hicache_core.integrations.vllm.worker import PageMover
 
-logger = logging.getLogger(__name__)
+_STATS_INTERVAL_S = 1.0
 
 
 @dataclass
@@ -88,6 +88,7 @@ class HiCacheConnector(KVConnectorBase_V1):
         why_not(vllm_config, kv_cache_config, FullAttentionSpec)
         self._mover: PageMover | None = None
         self._plans: Plans | None = None
+        self._next_stats_s = 0.0
         if role is KVConnectorRole.SCHEDULER:
             n_workers = vllm_config.parallel_config.world_size
             self._plans = Plans(vllm_config.cache_config.block_size, n_workers, time.monotonic)
@@ -107,6 +108,8 @@ class HiCacheConnector(KVConnectorBase_V1):
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         # docstring inherited
+        if not self._kv_transfer_config.is_kv_consumer:
+            return 0, False
         return self._planner.matched_tokens(request, num_computed_tokens), False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
@@ -125,7 +128,10 @@ class HiCacheConnector(KVConnectorBase_V1):
         computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         for request_id, n_computed in computed.items():
             plans.scheduled(request_id, n_computed, n_new[request_id], state.get_block_ids)
-        return StepMetadata(plans.take_step())
+        step = plans.take_step()
+        if not self._kv_transfer_config.is_kv_producer:
+            step.saves.clear()
+        return StepMetadata(step)
 
     def update_connector_output(self, connector_output: Any) -> None:
         # docstring inherited
@@ -201,10 +207,37 @@ class HiCacheConnector(KVConnectorBase_V1):
             return None
         return FetchedMetadata({fetch_id: [n] for fetch_id, n in reports.items()})
 
+    def get_kv_connector_stats(self) -> ConnectorStats | None:
+        # docstring inherited
+        now = time.monotonic()
+        if self._mover is None or now < self._next_stats_s:
+            return None
+        self._next_stats_s = now + _STATS_INTERVAL_S
+        blocks, stores = self._mover.take_counts(), self._mover.stores_available()
+        return ConnectorStats({"blocks": dict(blocks), "stores": dict(stores)})
+
     def shutdown(self) -> None:
         # docstring inherited
         if self._mover is not None:
             self._mover.close()
+
+    # In the front end
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> ConnectorStats:
+        # docstring inherited
+        return ConnectorStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: Any,
+        metric_types: Mapping[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> ConnectorMetrics:
+        # docstring inherited
+        return ConnectorMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     @property
     def _step(self) -> Step:

@@ -157,7 +157,7 @@ class Plans:
             request: that is to be scheduled.
             n_computed: leading tokens that vLLM itself has; whole blocks.
         """
-        plan = self._plans[request.request_id]
+        plan = self._plan(request)
         plan.first = n_computed // self._block_size
         n_usable = min(len(request.block_hashes), (request.num_tokens - 1) // self._block_size)
         if request.skip_reading_prefix_cache or n_usable <= plan.first:
@@ -180,7 +180,7 @@ class Plans:
             block_ids: all of its blocks.
             n_external: tokens to load, behind those that vLLM itself had.
         """
-        plan = self._plans[request.request_id]
+        plan = self._plan(request)
         n_blocks = n_external // self._block_size
         if plan.asked is None or n_blocks == 0:
             self._drop(plan)
@@ -243,6 +243,12 @@ class Plans:
         """Returns what the workers are to do in the step that was planned."""
         step, self._step = self._step, Step()
         return step
+
+    def _plan(self, request: Request) -> _Plan:
+        """The plan of a request, which need not have been begun."""
+        if request.request_id not in self._plans:
+            self.begin(request)
+        return self._plans[request.request_id]
 
     def _ask(self, hashes: Sequence[bytes], first: int) -> _Asked:
         asked = _Asked(next(self._ids), first, self._clock())

@@ -44,7 +44,8 @@ class PageMover:
         )
         self._lock = threading.Lock()
         self._n_free = max_pages  # for saves
-        self._counts: Counter[str] = Counter()
+        self._counts = Counter[str]()
+        self._refused = Counter[str]()  # as last reported
 
     def before_compute(self, step: Step) -> None:
         """Starts and drops fetches, and copies fetched pages into their blocks."""
@@ -67,10 +68,20 @@ class PageMover:
         return self._fetches.take_reports()
 
     def take_counts(self) -> Mapping[str, int]:
-        """Returns how many blocks were moved since the last call, by what became of them."""
+        """Returns how many blocks were moved since the last call, by what became of them.
+
+        They are ``loaded``, ``stored`` or ``dropped``, or of a kind that the store's seal refuses.
+        """
+        refused = Counter(self._store.rejected())
         with self._lock:
             counts, self._counts = self._counts, Counter()
+        counts += refused - self._refused
+        self._refused = refused
         return counts
+
+    def stores_available(self) -> Mapping[str, int]:
+        """Returns for each store 1, or 0 while its circuit breaker is open."""
+        return {store.name: int(store.breaker != "open") for store in self._store.statuses()}
 
     def close(self) -> None:
         """Closes the store."""

@@ -385,6 +385,14 @@ def test_the_controllers_keys_are_taken_out_with_sglangs_defaults() -> None:
     assert config.hicache_storage_backend_extra_config == extra
 
 
+def test_a_class_written_for_sglang_gets_tp_lcm_size() -> None:
+    extra = {"tp_lcm_size": 4, "prefetch_threshold": 8, "class_name": "Theirs"}
+    config = HiCacheConfig(
+        hicache_storage_backend="dynamic", hicache_storage_backend_extra_config=extra
+    )
+    assert config.backend_config == {"tp_lcm_size": 4, "class_name": "Theirs"}
+
+
 def test_a_bad_controller_key_is_named_with_its_place() -> None:
     message = refusal(**{EXTRA: {"prefetch_threshold": -1}})
     assert message.startswith(f"{EXTRA}.prefetch_threshold = -1: allowed: an integer of at least 0")

@@ -53,6 +53,45 @@ class DuckStore:
         self.closed += 1
 
 
+class ThreeMethodStore:
+    """As SGLang's guide to storage backends words it: three methods, and no base class."""
+
+    def __init__(self) -> None:
+        self.data: dict[str, torch.Tensor] = {}
+
+    def get(self, key: str) -> Any:
+        return self.data.get(key)
+
+    def exists(self, key: str) -> bool:
+        return key in self.data
+
+    def set(self, key: str, value: torch.Tensor) -> None:
+        self.data[key] = value
+
+
+class BytesStore:
+    """Likewise, with bytes; it raises KeyError for a miss, says whether it stored, and closes."""
+
+    def __init__(self, storage_config: Any, kwargs: dict[str, Any]) -> None:
+        self.limit = storage_config.extra_config.get("limit", 1000)
+        self.data: dict[str, bytes] = {}
+        self.closed = 0
+
+    def get(self, key: str) -> bytes:
+        return self.data[key]
+
+    def exists(self, key: str) -> bool:
+        return key in self.data
+
+    def set(self, key: str, value: torch.Tensor) -> bool:
+        if len(self.data) < self.limit:
+            self.data[key] = value.numpy().tobytes()
+        return key in self.data
+
+    def close(self) -> None:
+        self.closed += 1
+
+
 class BatchStore(DuckStore, HiCacheStorage):
     """The generic path with its batch methods, filling the targets in place."""
 

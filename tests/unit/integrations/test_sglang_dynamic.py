@@ -29,7 +29,13 @@ from hicache_core.types import BackendContext, Page
 CLASSES = Path(__file__).parent / "sglang_classes.py"
 NBYTES = 96  # 64 of a header, 32 of a payload in two segments
 KEYS = [f"{'0' * 16}/{i:064x}" for i in range(6)]
-WORKING = [("DuckStore", 0), ("BatchStore", 0), ("V1Store", 1)]
+WORKING = [
+    ("DuckStore", 0),
+    ("ThreeMethodStore", 0),
+    ("BytesStore", 0),
+    ("BatchStore", 0),
+    ("V1Store", 1),
+]
 
 
 def opened(cls: str, v1: int = 0, nbytes: int = NBYTES, **extra: object) -> StorageBackend:
@@ -103,7 +109,7 @@ def test_pages_behind_holes_are_read_by_one_call_of_the_class(
     read = [page(0) for _ in KEYS]
     calls = count_reads(backend, monkeypatch)
     assert list(backend.get_each(KEYS, read)) == mask
-    assert len(calls) == (len(KEYS) if cls == "DuckStore" else 1)
+    assert len(calls) == (1 if cls in ("BatchStore", "V1Store") else len(KEYS))
     assert bytes_of([read[n] for n in there]) == bytes_of(stored)
     for call in (backend.get_each, backend.set_each):
         assert list(call([], [])) == []
@@ -263,6 +269,12 @@ def test_the_class_gets_what_sglang_would_give(monkeypatch: pytest.MonkeyPatch) 
     assert backend.name == "guest"
 
 
+def test_tp_lcm_size_is_moved_to_the_config_as_sglang_does() -> None:
+    backend: Any = opened("V1Store", 1, tp_lcm_size=4)
+    assert backend._foreign.storage_config.tp_lcm_size == 4
+    assert "tp_lcm_size" not in backend._foreign.storage_config.extra_config
+
+
 def test_sglangs_own_dataclass_is_used_if_the_class_brought_sglang_along(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -331,7 +343,8 @@ def test_sealed_pages_survive_the_class_and_damaged_ones_are_a_miss(cls: str, v1
     assert backend.batch_get(KEYS, read) == len(KEYS)
     assert bytes_of(read) == bytes_of(written)
     first, second = (key.replace("/", "-") for key in KEYS[2:4])
-    store = guest._foreign.objects if v1 else guest._foreign.data
+    theirs = getattr(guest._foreign, "foreign", guest._foreign)
+    store = theirs.objects if v1 else theirs.data
     store[first] = store[second]  # another page's bytes under this key
     assert backend.batch_get(KEYS, [page(0) for _ in KEYS]) == 2
     assert backend.stats()["sealed_foreign"] == 1

@@ -207,6 +207,14 @@ def test_a_block_whose_tokens_are_known_late_is_saved_later(plans: Plans) -> Non
     assert plans.take_step().saves == [Save(hashes(0, 1), [100])]
 
 
+def test_a_request_need_not_be_announced(plans: Plans) -> None:
+    """A connector of several may not pass that on."""
+    request = Prompt(17)
+    assert plans.matched_tokens(request, 0) is None
+    plans.allocated(Prompt(17, "b"), [], 0)
+    assert len(plans) == 2
+
+
 def test_requests_that_are_not_known_are_let_pass(plans: Plans) -> None:
     plans.scheduled("nobody", 0, 8, Prompt(8).blocks_of)
     plans.finish("nobody")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 from hicache_core.errors import BackendError, BackendFull, BackendTimeout
-from hicache_core.plugin.backends import Calls, nbytes_of
+from hicache_core.plugin.backends import Calls, log_once, nbytes_of
 from hicache_core.storage.base import BackendConfig, Buffer, Finding, StorageBackend
 from hicache_core.types import BackendContext, Page
 from hicache_hf3fs.config import Hf3fsConfig
@@ -348,6 +348,8 @@ class Hf3fsBackend(StorageBackend):
         ]
         with self._call() as store:
             fits = [want.nbytes <= store.own.object_nbytes for want in wanted]
+            if False in fits:
+                self._say_what_fits(store)
             n_tried = _n_leading(fits) if leading else len(fits)
             tried = [n for n in range(n_tried) if fits[n]]
             stored = [False] * len(keys)
@@ -370,6 +372,15 @@ class Hf3fsBackend(StorageBackend):
                 oversized_writes=fits.count(False),
             )
             return stored
+
+    @staticmethod
+    def _say_what_fits(store: Store) -> None:
+        log_once(
+            logger,
+            logging.WARNING,
+            f"objects of more than {store.own.object_nbytes} bytes are not stored: they do not fit "
+            f"a slot of {store.own.path}; raise slot_nbytes",
+        )
 
     def _set_with_room(
         self,
