@@ -5,7 +5,7 @@
 #   make demo-pd play prefill and decode on different nodes, with SmolLM2 and Valkey, on this machine
 #   make test    set up .venv and run the tests, JOBS at a time; FULL=1 adds those that take long
 #   make check   format, lint, types, import layers, tests; FULL=1 as above
-#   make engines run the real engines on this CPU, in environments that are built once (9 GB)
+#   make engines run the real engines on this CPU, in environments that are built once (10 GB)
 #   make bench   print the benchmark tables (BENCH="--quick --only transfer" narrows them)
 #   make soak    simulate SOAK_SCHEDULES lives, then run the cache under faults for SOAK_SECONDS
 #   make dist    build and check sdists and wheels in dist/; DIST_PYTHONS adds interpreters, PROJECT_URL links

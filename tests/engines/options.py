@@ -53,6 +53,22 @@ def sglang(model: Path, **layout: Any) -> dict[str, Any]:
     return {"model_path": str(model), **_SGLANG, **(_TIERS if layout else {}), **layout}
 
 
+def sglang_storage(named: Mapping[str, Any], *, interface_v1: int = 1) -> dict[str, Any]:
+    """What SGLang's ``dynamic`` storage backend is told, so that it loads ours.
+
+    Args:
+        named: which of our backends, as ``Store.named`` says it.
+        interface_v1: 1 for calls that name host memory, 0 for those that carry tensors.
+    """
+    return {
+        "backend_name": "hicache",
+        "module_path": "hicache_core.integrations.sglang",
+        "class_name": "HiCacheBackend",
+        "interface_v1": interface_v1,
+        **named,
+    }
+
+
 def vllm(model: Path, transfer: Mapping[str, Any] | None = None, **further: Any) -> dict[str, Any]:
     """Arguments of vLLM's ``LLM``.
 
@@ -63,6 +79,40 @@ def vllm(model: Path, transfer: Mapping[str, Any] | None = None, **further: Any)
     """
     config = {} if transfer is None else {"kv_transfer_config": {**_TRANSFER, **transfer}}
     return {"model": str(model), **_VLLM, **config, **further}
+
+
+def vllm_tier(named: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``kv_transfer_config`` with our tier below vLLM's own host memory.
+
+    The copies to that memory are emulated on a CPU.
+
+    Args:
+        named: which of our backends, as ``Store.named`` says it.
+    """
+    ours = {"type": "HiCacheTier", "module_path": "hicache_core.integrations.vllm", **named}
+    return {
+        "kv_connector": "OffloadingConnector",
+        "kv_connector_extra_config": {
+            "spec_name": "CpuTieringSpec",
+            "spec_module_path": "vllm_cpu_offload",
+            "cpu_bytes_to_use": 64 << 20,
+            "secondary_tiers": [ours],
+        },
+    }
+
+
+def vllm_connector(named: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``kv_transfer_config`` with our connector; a load that failed would end the request.
+
+    Args:
+        named: which of our backends, as ``Store.named`` says it.
+    """
+    return {
+        "kv_connector": "HiCacheConnector",
+        "kv_connector_module_path": "hicache_core.integrations.vllm",
+        "kv_load_failure_policy": "fail",
+        "kv_connector_extra_config": dict(named),
+    }
 
 
 def as_flags(arguments: Mapping[str, Any]) -> list[str]:

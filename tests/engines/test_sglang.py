@@ -63,19 +63,17 @@ class Unattached:
         with self.attached(self.pair.second, store):
             yield self.pair
 
+    def attach(self, engine: Engine, store: Store) -> None:
+        """Attaches a store to one engine, which forgets what it has."""
+        engine.forget()
+        config = options.sglang_storage(store.named, interface_v1=self.interface_v1)
+        done, message = engine.child.ask("attach", backend="dynamic", config=config)
+        assert done, message
+
     @contextlib.contextmanager
     def attached(self, engine: Engine, store: Store) -> Iterator[None]:
         """One engine on a store."""
-        engine.forget()
-        config = {
-            "backend_name": "hicache",
-            "module_path": "hicache_core.integrations.sglang",
-            "class_name": "HiCacheBackend",
-            "interface_v1": self.interface_v1,
-            **store.named,
-        }
-        done, message = engine.child.ask("attach", backend="dynamic", config=config)
-        assert done, message
+        self.attach(engine, store)
         yield
         wait_until(lambda: engine.child.ask("detach")[0], "the store is detached")
 
@@ -139,7 +137,6 @@ def test_an_engine_killed_while_it_stores_leaves_only_right_pages(
 ) -> None:  # the first engine ends here, so this test is the last of its kind
     pair = unattached.pair
     with running_store("file", tmp_path / "store") as store:
-        attached = unattached.attached(pair.first, store)
-        attached.__enter__()  # and never left: the engine is killed
+        unattached.attach(pair.first, store)
         with unattached.attached(pair.second, store):
             trials.kill_the_first(pair, store)

@@ -62,18 +62,11 @@ class Server:
 def test_the_server_hits_detaches_attaches_and_clears(model: Path, tmp_path: Path) -> None:
     nothing, everything = [0, 0], [960, 960]
     with running_store("file", tmp_path / "store") as store:
-        ours = {
-            "backend_name": "hicache",
-            "module_path": "hicache_core.integrations.sglang",
-            "class_name": "HiCacheBackend",
-            "interface_v1": 1,
-            **store.named,
-        }
         arguments = options.sglang(
             model,
             hicache_mem_layout="page_first",
-            hicache_storage_backend="dynamic",
-            hicache_storage_backend_extra_config=ours,
+            hicache_core=store.backend,
+            hicache_core_config=store.settings,
         )
         port = free_port()
         command = [
@@ -87,15 +80,16 @@ def test_the_server_hits_detaches_attaches_and_clears(model: Path, tmp_path: Pat
             process.wait(server.serves)
             assert server.found() == nothing
             expected = server.tokens
-            wait_until(lambda: server.found(expected) == everything, "every page is stored")
+            wait_until(lambda: server.found(expected) == everything, "every page is stored", 120)
 
             server.admin("DELETE", STORAGE)
             assert server.found(expected) == nothing
 
-            config = json.dumps(ours)
             attached = {
                 "hicache_storage_backend": "dynamic",
-                "hicache_storage_backend_extra_config_json": config,
+                "hicache_storage_backend_extra_config_json": json.dumps(
+                    options.sglang_storage(store.named)
+                ),
             }
             server.admin("PUT", STORAGE, attached)
             assert server.found(expected) == everything

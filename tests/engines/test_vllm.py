@@ -21,30 +21,6 @@ pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
 BLOCK_SIZE = 32
 
 
-def tier(store: Store) -> dict[str, Any]:
-    """Our tier below vLLM's own host memory; the copies to that memory are emulated on a CPU."""
-    ours = {"type": "HiCacheTier", "module_path": "hicache_core.integrations.vllm"}
-    return {
-        "kv_connector": "OffloadingConnector",
-        "kv_connector_extra_config": {
-            "spec_name": "CpuTieringSpec",
-            "spec_module_path": "vllm_cpu_offload",
-            "cpu_bytes_to_use": 64 << 20,
-            "secondary_tiers": [{**ours, **store.recovering}],
-        },
-    }
-
-
-def connector(store: Store) -> dict[str, Any]:
-    """Our connector; a load that failed would end the request, since it verifies before."""
-    return {
-        "kv_connector": "HiCacheConnector",
-        "kv_connector_module_path": "hicache_core.integrations.vllm",
-        "kv_load_failure_policy": "fail",
-        "kv_connector_extra_config": store.recovering,
-    }
-
-
 @contextlib.contextmanager
 def pair_of_engines(transfer: dict[str, Any], folder: Path, model: Path) -> Iterator[Pair]:
     """Two engines with this ``kv_transfer_config``."""
@@ -94,8 +70,8 @@ def started(
         if way == "lmcache":
             opening = pair_with_servers(store, folder, model)
         else:
-            transfer = tier(store) if way == "tier" else connector(store)
-            opening = pair_of_engines(transfer, folder, model)
+            transfer = options.vllm_tier if way == "tier" else options.vllm_connector
+            opening = pair_of_engines(transfer(store.recovering), folder, model)
         with opening as pair:
             yield pair, store
 
