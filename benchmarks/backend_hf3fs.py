@@ -25,6 +25,7 @@ from benchmarks.contest import (
     backend_contender,
     exists_rows,
     expect,
+    gap_rows,
     keys_of,
     new_memory,
     pages_in,
@@ -102,7 +103,7 @@ def forget(backend: Hf3fsBackend, keys: Sequence[str]) -> None:
 
 
 def rows(quick: bool) -> Iterator[Row]:
-    """Reads and writes of a batch by size and workers, then one page, then the question."""
+    """Reads and writes of a batch by size and workers, one page, the question, and gaps."""
     limit = QUICK_NBYTES if quick else N_PAGES * max(SIZES.values())
     for size, nbytes in SIZES.items():
         with world(min(N_PAGES, limit // nbytes), size, nbytes) as (contest, _):
@@ -119,3 +120,5 @@ def rows(quick: bool) -> Iterator[Row]:
         calls = {OURS: lambda: expect(backend.batch_exists(keys), N_PAGES)}
         table = f"HF3FS exists, for each of {N_PAGES} keys (SQLite)"
         yield from exists_rows(table, calls, N_PAGES, 10 if quick else 30)
+        pages = pages_in(new_memory(N_PAGES * (4096 + HEADER_NBYTES)), N_PAGES, 4096)
+        yield from gap_rows("HF3FS (POSIX, SQLite)", backend, pages, 10 if quick else 30)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import queue
 import random
 import signal
 import subprocess
@@ -14,12 +15,13 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
-from hicache_core.integrations.foreign.store import ForeignStore
+from hicache_core.integrations.foreign.store import Answer, ForeignStore
 from tests.crash.foreign_writer import NAMESPACES, WAYS, keys_and_pages, opened
 from tests.unit.integrations.foreign_world import (
     NAMESPACE,
+    PATTERN,
     bytes_in,
     keys_of,
     page_of,
@@ -27,6 +29,16 @@ from tests.unit.integrations.foreign_world import (
 )
 
 Settings = Mapping[str, object]
+
+
+class Frozen(Protocol):
+    """A server that can be stopped without ending it."""
+
+    def freeze(self) -> None: ...
+    def thaw(self) -> None: ...
+
+
+WAIT_S = 60.0
 N_BEHIND = 12
 """So many pages behind the last answer may have been in flight."""
 
@@ -75,6 +87,35 @@ def killed_writers_leave_what_was_answered_and_no_wrong_page(
                 n_answered += _check(store, run, way, mine)
     assert n_answered > 0
     return n_answered
+
+
+def a_frozen_store_is_answered_in_time_and_touches_nothing(
+    name: str, settings: Settings, server: Frozen
+) -> None:
+    """Reads while ``server`` is frozen are answered; what it sends later reaches no memory."""
+    guard = {"open_s": 0.2, "max_open_s": 0.5, "negative_ttl_s": 0.1}
+    with closing(opened(name, {**settings, "guard": guard})) as store:
+        keys, pages = keys_and_pages(0, "frozen", range(6))
+        assert store.write(keys, pages).mask == [True] * 6
+        lent = [page_of(bytes(len(bytes_in(page)))) for page in [*pages, *pages]]
+        server.freeze()
+        try:
+            background = queue.Queue[Answer]()
+            store.submit_read(keys, lent[6:], background.put)
+            answers = [store.read(keys, lent[:6]), background.get(timeout=WAIT_S)]
+        finally:
+            for page in lent:
+                for segment in page:
+                    segment[:] = PATTERN * segment.nbytes
+            server.thaw()
+        for answer in answers:
+            assert answer.mask == [False] * 6
+            assert answer.error
+        deadline = time.monotonic() + WAIT_S
+        while not all(store.read(keys, pages).mask):
+            assert time.monotonic() < deadline, "the store has not recovered"
+            time.sleep(0.1)
+        assert not any(bytes_in(page).strip(PATTERN) for page in lent)
 
 
 def _check(store: ForeignStore, run: int, way: str, told: Sequence[Mapping[str, Any]]) -> int:

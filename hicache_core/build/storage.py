@@ -200,11 +200,15 @@ class StorageOpener:
         """See ``controller.storage_tier.OpenStorage``."""
         made = composed(name, settings, self._context, self._clock)
         backend, verdict = self._with_head_groups(made)
+        # A manifest among pages that are cut by heads would be cut too, and say nothing.
+        manifest = (
+            None if self._n_groups > 1 else manifest_page(self._described, self._host.object_nbytes)
+        )
         backend.open()
         try:
             registers = backend.capability(RegistersMemory)
             if registers is not None:
-                registers.register_memory(self._host.buffers)
+                registers.register_memory([*self._host.buffers, *(manifest[1] if manifest else ())])
             worker = StorageWorker(
                 backend,
                 n_threads=self._config.hicache_storage_threads,
@@ -228,10 +232,7 @@ class StorageOpener:
             statuses=lambda: backend_statuses(made.guards, usage.nbytes()),
             before_close=usage.close,
             rejected=lambda: rejected_pages(made.seals),
-            # A manifest among pages that are cut by heads would be cut too, and say nothing.
-            manifest=None
-            if self._n_groups > 1
-            else manifest_page(self._described, self._host.object_nbytes),
+            manifest=manifest,
         )
 
     def _with_head_groups(

@@ -56,7 +56,7 @@ def site_packages(environment: str) -> Path:
 def variables(environment: str, extra: Mapping[str, str]) -> dict[str, str]:
     """What the processes of an engine find in ``os.environ``; code comes from this checkout."""
     engine = environment.partition("-")[0]
-    path = [*_CODE, *([ROOT / "tests/engines/sglang_on_cpu"] if engine == "sglang" else [])]
+    path = [*_CODE, ROOT / f"tests/engines/{engine}_on_cpu"]
     return {
         **os.environ,
         **_ALONE,
@@ -70,21 +70,21 @@ def variables(environment: str, extra: Mapping[str, str]) -> dict[str, str]:
 def running(
     environment: str,
     folder: Path,
-    *options: Mapping[str, Any],
+    *arguments: Mapping[str, Any],
     variables_of: Mapping[str, str] = {},
 ) -> Iterator[tuple[Child, ...]]:
-    """Engines, started at once and ready, one for each of ``options``; killed at the end.
+    """Engines, started at once and ready, one for each of ``arguments``; killed at the end.
 
     Args:
         environment: where; the part before its version names the runner.
         folder: gets a log for each engine.
-        options: the runner's argument.
+        arguments: the runner's, as ``tests/engines/options.py`` makes them.
         variables_of: further environment variables.
     """
     module = f"run_{environment.partition('-')[0]}"
     with contextlib.ExitStack() as killed:
         children = []
-        for n, each in enumerate(options):
+        for n, each in enumerate(arguments):
             log = folder / f"{environment}-{len(list(folder.glob('*.log')))}-{n}.log"
             command = ["-P", "-m", module, json.dumps(each)]
             environ = variables(environment, variables_of)

@@ -3,32 +3,89 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.engines.child import Child
+from tests.engines.lmcache_server import LMCacheServer
 from tests.engines.models import prompt
 
 PROMPTS = [prompt(0), prompt(1)]
+OTHER_PROMPTS = [prompt(kind) for kind in range(2, 8)]
 N_NEW = 8
+BOUND_S = 60.0
+"""No request takes longer while a store is lost; the tiny model itself needs a second."""
 
 
-def ask(engine: Child) -> list[dict[str, Any]]:
-    """What the engine answers to ``PROMPTS``, each in bounded time and to its end."""
-    answers: list[dict[str, Any]] = engine.ask("generate", prompts=PROMPTS, n_new=N_NEW)
-    assert [answer["finish"] for answer in answers] == ["length"] * len(PROMPTS)
-    return answers
+class Engine:
+    """An engine with a store below its own memory.
 
+    Attributes:
+        child: its runner.
+        n_cached: how many tokens of a prompt the store can have: whole pages, without the last
+            token, which is always computed.
+    """
 
-def tokens(answers: list[dict[str, Any]]) -> list[list[int]]:
-    """The tokens of each answer."""
-    return [answer["tokens"] for answer in answers]
+    def __init__(
+        self, child: Child, page_size: int, found: str, server: LMCacheServer | None = None
+    ) -> None:
+        """Wraps a runner.
 
+        Args:
+            child: is ready.
+            page_size: tokens of an object in the store.
+            found: the value of an answer that says how many tokens came from the store, once the
+                engine's own memory is empty.
+            server: what stands between the engine and the store, with memory of its own.
+        """
+        self.child = child
+        self.n_cached = (len(PROMPTS[0]) - 1) // page_size * page_size
+        self._found = found
+        self._server = server
 
-def whole(n_tokens: int) -> int:
-    """How many tokens of a prompt are in whole pages of this size; the last is always computed."""
-    return (len(PROMPTS[0]) - 1) // n_tokens * n_tokens
+    def alone(self) -> list[list[int]]:
+        """The tokens of ``PROMPTS`` when nothing is cached anywhere; then it forgets them."""
+        answers = self._ask(PROMPTS)
+        assert [answer["cached"] for answer in answers] == [0] * len(PROMPTS)
+        self.forget()
+        return [answer["tokens"] for answer in answers]
+
+    def answers(self, prompts: Sequence[list[int]]) -> tuple[list[list[int]], list[int]]:
+        """The tokens of each answer, and how many tokens of each prompt came from the store."""
+        self.forget()
+        answers = self._ask(prompts)
+        found = [answer[self._found] for answer in answers]
+        return [answer["tokens"] for answer in answers], found
+
+    def hits(self, expected: list[list[int]]) -> list[int]:
+        """How many tokens of ``PROMPTS`` come from the store; the answers must be right."""
+        tokens, found = self.answers(PROMPTS)
+        assert tokens == expected
+        return found
+
+    def store_all(self, expected: list[list[int]]) -> None:
+        """Returns when it has stored ``PROMPTS``, since it finds them there again."""
+        everything = [self.n_cached] * len(PROMPTS)
+        wait_until(lambda: self.hits(expected) == everything, "every page is stored", 120)
+
+    def forget(self) -> None:
+        """Empties the memory of engine and server, once they are idle; the store stays."""
+        wait_until(lambda: bool(self.child.ask("forget")), "the engine is idle")
+        if self._server is not None:
+            self._server.forget()
+
+    def kill(self) -> None:
+        """Ends engine and server at once."""
+        self.child.kill()
+        if self._server is not None:
+            self._server.kill()
+
+    def _ask(self, prompts: Sequence[list[int]]) -> list[dict[str, Any]]:
+        answers: list[dict[str, Any]] = self.child.ask("generate", prompts=prompts, n_new=N_NEW)
+        assert [answer["finish"] for answer in answers] == ["length"] * len(prompts)
+        assert max(answer["seconds"] for answer in answers) < BOUND_S
+        return answers
 
 
 def wait_until(holds: Callable[[], bool], what: str, within_s: float = 30) -> None:
@@ -45,22 +102,3 @@ def flip(page: Path) -> None:
     for high_byte in range(1, len(damaged), 2048):
         damaged[high_byte] ^= 0x40
     page.write_bytes(damaged)
-
-
-def stored_by(engine: Child, expected: list[list[int]], cached: int, found: str) -> None:
-    """Returns when an engine has stored ``PROMPTS``: it finds them again without its own memory.
-
-    Args:
-        engine: is asked.
-        expected: the right tokens.
-        cached: how many tokens of each prompt a store can have.
-        found: the value of an answer that says how many came from the store.
-    """
-
-    def finds_all() -> bool:
-        wait_until(lambda: bool(engine.ask("forget")), "the engine is idle")
-        answers = ask(engine)
-        assert tokens(answers) == expected
-        return [answer[found] for answer in answers] == [cached] * len(PROMPTS)
-
-    wait_until(finds_all, "every page is stored")

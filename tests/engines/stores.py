@@ -38,10 +38,28 @@ class Store:
         """How each adapter is told of it."""
         return {"backend": self.backend, "backend_config": self.settings}
 
+    @property
+    def recovering(self) -> dict[str, Any]:
+        """As ``named``, with a breaker that asks a lost store again after a second at most."""
+        guard = {"open_s": 0.5, "max_open_s": 1.0}
+        return {"backend": self.backend, "backend_config": {**self.settings, "guard": guard}}
+
+    def bring_back(self, hazard: str) -> None:
+        """Ends what one of ``HAZARDS`` did to the server; a killed one comes back empty."""
+        assert self.server is not None
+        if hazard == "kill":
+            self.server.restart()
+        else:
+            self.server.thaw()
+
     def pages(self) -> list[str]:
-        """Keys of all undamaged pages; the backend must be able to list."""
+        """Keys of all undamaged pages; the backend must be able to list.
+
+        They are the longest objects: an adapter may keep short records of its own.
+        """
         with self._opened() as backend:
-            return _pages(backend)
+            nbytes = _objects(backend)
+        return [key for key, size in nbytes.items() if size == max(nbytes.values())]
 
     def damage(self, key: str) -> None:
         """Flips one bit in the last byte of a page."""
@@ -63,14 +81,20 @@ class Store:
             backend.close()
 
 
-def _pages(backend: StorageBackend) -> list[str]:
+def _objects(backend: StorageBackend) -> dict[str, int]:
+    """The length of each undamaged object but the manifests."""
     listable = backend.capability(Listable)
     assert listable is not None, f"{backend.name} cannot list"
-    return [
-        key
+    values = {
+        key: backend.get(key)
         for key in listable.list_keys("")
-        if key != manifest_key(namespace_of(key)) and classify(key, backend.get(key)) == GOOD
-    ]
+        if key != manifest_key(namespace_of(key))
+    }
+    return {
+        key: len(value)
+        for key, value in values.items()
+        if value is not None and classify(key, value) == GOOD
+    }
 
 
 @contextlib.contextmanager

@@ -9,41 +9,37 @@ from pathlib import Path
 
 import pytest
 
+from tests.engines import options
 from tests.engines.environments import VLLM, running
 from tests.engines.lmcache_server import CHUNK_TOKENS, lmcache_server
-from tests.engines.scene import PROMPTS, ask, flip, tokens, wait_until, whole
+from tests.engines.scene import N_NEW, PROMPTS, Engine, flip
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
 
-CACHED = whole(CHUNK_TOKENS)
 
-
-def test_a_second_server_hits_and_damaged_chunks_change_what_vllm_answers(
+def test_its_own_store_is_hit_and_damaged_chunks_change_what_vllm_answers(
     model: Path, tmp_path: Path
 ) -> None:
-    store = tmp_path / "store"
-    adapter = {"type": "fs", "base_path": str(store)}
-    plain = {"model": str(model)}
-    n_chunks = len(PROMPTS) * CACHED // CHUNK_TOKENS
+    adapter = {"type": "fs", "base_path": str(tmp_path / "store")}
     with (
         lmcache_server(tmp_path, adapter) as server,
-        running(VLLM, tmp_path, plain, {**plain, "kv_transfer_config": server.transfer}) as engines,
+        running(
+            VLLM, tmp_path, options.vllm(model), options.vllm(model, server.transfer)
+        ) as children,
     ):
-        without, first = engines
-        expected = tokens(ask(without))
-        assert tokens(ask(first)) == expected
-        wait_until(lambda: len(list(store.glob("*.data"))) == n_chunks, "every chunk is stored")
+        without, filling = children
+        expected = Engine(without, CHUNK_TOKENS, "cached").alone()
+        Engine(filling, CHUNK_TOKENS, "cached", server).store_all(expected)
     with (
         lmcache_server(tmp_path, adapter) as server,
-        running(VLLM, tmp_path, {**plain, "kv_transfer_config": server.transfer}) as (second,),
+        running(VLLM, tmp_path, options.vllm(model, server.transfer)) as (child,),
     ):
-        answers = ask(second)
-        assert tokens(answers) == expected
-        assert [answer["cached"] for answer in answers] == [CACHED, CACHED]
-        assert second.ask("forget")
-        server.forget()
-        for chunk in store.glob("*.data"):
+        second = Engine(child, CHUNK_TOKENS, "cached", server)
+        everything = [second.n_cached] * len(PROMPTS)
+        assert second.hits(expected) == everything
+        for chunk in (tmp_path / "store").glob("*.data"):
             flip(chunk)
-        answers = ask(second)
-        assert [answer["cached"] for answer in answers] == [CACHED, CACHED]
-        assert tokens(answers) != expected
+        second.forget()
+        answers = child.ask("generate", prompts=PROMPTS, n_new=N_NEW)
+        assert [answer["cached"] for answer in answers] == everything
+        assert [answer["tokens"] for answer in answers] != expected

@@ -9,54 +9,60 @@ from pathlib import Path
 
 import pytest
 
+from tests.engines import options
+from tests.engines.child import Child
 from tests.engines.environments import SGLANG, running
-from tests.engines.scene import PROMPTS, ask, flip, tokens, wait_until, whole
+from tests.engines.scene import N_NEW, PROMPTS, Engine, flip
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
 
 PAGE_SIZE = 64
-CACHED = whole(PAGE_SIZE)
+FILE = {"hicache_storage_backend": "file"}
+
+
+def at(store: Path) -> dict[str, str]:
+    """Where its own file store is."""
+    return {"SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(store)}
+
+
+def wrong_hits(engine: Child, expected: list[list[int]]) -> bool:
+    """Whether it takes all pages from the store and answers wrongly."""
+    answers = engine.ask("generate", prompts=PROMPTS, n_new=N_NEW)
+    everything = (len(PROMPTS[0]) - 1) // PAGE_SIZE * PAGE_SIZE
+    assert [answer["from_storage"] for answer in answers] == [everything] * len(PROMPTS)
+    return [answer["tokens"] for answer in answers] != expected
 
 
 @pytest.mark.parametrize("version", SGLANG)
-def test_a_second_process_hits_and_damaged_pages_change_what_it_answers(
+def test_its_own_store_is_hit_and_damaged_pages_change_what_it_answers(
     version: str, model: Path, tmp_path: Path
 ) -> None:
-    store = tmp_path / "store"
-    plain = {"model_path": str(model)}
-    own = {**plain, "hicache_storage_backend": "file", "hicache_mem_layout": "page_first"}
-    where = {"SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(store)}
-    n_pages = len(PROMPTS) * CACHED // PAGE_SIZE
-    with running(version, tmp_path, plain, own, variables_of=where) as (without, first):
-        expected = tokens(ask(without))
-        assert tokens(ask(first)) == expected
-        wait_until(lambda: len(list(store.glob("*.bin"))) == n_pages, "every page is stored")
-    with running(version, tmp_path, own, variables_of=where) as (second,):
-        answers = ask(second)
-        assert tokens(answers) == expected
-        assert [answer["from_storage"] for answer in answers] == [CACHED, CACHED]
-        assert second.ask("forget")
-        for page in store.glob("*.bin"):
+    where = at(tmp_path / "store")
+    own = options.sglang(model, hicache_mem_layout="page_first", **FILE)
+    with running(version, tmp_path, options.sglang(model), own, variables_of=where) as children:
+        without, filling = children
+        expected = Engine(without, PAGE_SIZE, "cached").alone()
+        Engine(filling, PAGE_SIZE, "from_storage").store_all(expected)
+    with running(version, tmp_path, own, variables_of=where) as (child,):
+        second = Engine(child, PAGE_SIZE, "from_storage")
+        assert second.hits(expected) == [second.n_cached] * len(PROMPTS)
+        for page in (tmp_path / "store").glob("*.bin"):
             flip(page)
-        answers = ask(second)
-        assert [answer["from_storage"] for answer in answers] == [CACHED, CACHED]
-        assert tokens(answers) != expected
+        second.forget()
+        assert wrong_hits(child, expected)
 
 
-def test_another_layout_is_answered_with_pages_that_it_cannot_read(
+def test_its_own_store_answers_another_layout_with_pages_that_it_cannot_read(
     model: Path, tmp_path: Path
 ) -> None:
-    own = {"model_path": str(model), "hicache_storage_backend": "file"}
-    rows = {**own, "hicache_mem_layout": "page_first"}
-    direct = {**own, "hicache_mem_layout": "page_first_direct", "hicache_io_backend": "direct"}
-    where = {"SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(tmp_path / "store")}
-    with running(SGLANG[0], tmp_path, rows, variables_of=where) as (first,):
-        expected = tokens(ask(first))
-        n_pages = len(PROMPTS) * CACHED // PAGE_SIZE
-        wait_until(
-            lambda: len(list((tmp_path / "store").glob("*.bin"))) == n_pages, "pages are stored"
-        )
-    with running(SGLANG[0], tmp_path, direct, variables_of=where) as (second,):
-        answers = ask(second)
-        assert [answer["from_storage"] for answer in answers] == [CACHED, CACHED]
-        assert tokens(answers) != expected
+    where = at(tmp_path / "store")
+    rows = options.sglang(model, hicache_mem_layout="page_first", **FILE)
+    direct = options.sglang(
+        model, hicache_mem_layout="page_first_direct", hicache_io_backend="direct", **FILE
+    )
+    with running(SGLANG[0], tmp_path, rows, variables_of=where) as (child,):
+        first = Engine(child, PAGE_SIZE, "from_storage")
+        expected = first.alone()
+        first.store_all(expected)
+    with running(SGLANG[0], tmp_path, direct, variables_of=where) as (child,):
+        assert wrong_hits(child, expected)

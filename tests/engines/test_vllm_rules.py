@@ -1,22 +1,20 @@
-"""The adapters for vLLM on vLLM's own classes, in vLLM's environment: no model runs here.
-
-``make engines`` builds that environment and sets ``HICACHE_ENGINES``.
-"""
+"""The adapters for vLLM on vLLM's own classes, in vLLM's environment: no model runs here."""
 
 from __future__ import annotations
 
 import ast
 import functools
 import json
-import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from tests.engines.environments import VLLM, program, variables
+
 FOLDER = Path(__file__).parent
-MODULES = ["vllm_tier_rules"]
+MODULES = ["vllm_connector_rules", "vllm_tier_rules"]
 LIMIT_S = 240
 
 
@@ -33,16 +31,22 @@ def rules() -> list[tuple[str, str]]:
 @functools.cache
 def outcome(module: str) -> Mapping[str, str]:
     """The traceback of each rule, empty if it holds; the child runs all rules of a module."""
-    python = Path(os.environ["HICACHE_ENGINES"]) / "vllm-0.32.0" / "bin" / "python"
-    command = [python, FOLDER / "vllm_rules.py", module]
-    ran = subprocess.run(command, capture_output=True, timeout=LIMIT_S, text=True, check=False)
+    command = [program(VLLM), FOLDER / "vllm_rules.py", module]
+    ran = subprocess.run(
+        command,
+        env=variables(VLLM, {}),
+        capture_output=True,
+        timeout=LIMIT_S,
+        text=True,
+        check=False,
+    )
     assert ran.returncode == 0, ran.stderr[-4000:]
     found: dict[str, str] = json.loads(ran.stdout)
     return found
 
 
 @pytest.mark.full
-@pytest.mark.skipif("HICACHE_ENGINES" not in os.environ, reason="needs vLLM: run make engines")
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("module", "rule"), rules())
 def test_vllm(module: str, rule: str) -> None:
     failure = outcome(module)[rule]

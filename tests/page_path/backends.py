@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Sequence
 from typing import ClassVar
 
 from hicache_core.errors import BackendDenied, BackendUnavailable
-from hicache_core.storage.base import Buffer, StorageBackend
-from hicache_core.types import Page
+from hicache_core.storage.base import BackendConfig, Buffer, StorageBackend
+from hicache_core.types import BackendContext, Page
 
 
 class Store(StorageBackend):
@@ -234,3 +235,28 @@ def open_gates() -> None:
     GatedQuestions.gate.release(1000)
     GatedWrites.gate.release(1000)
     Counts.gate.set()
+
+
+class Registering(Store):
+    """A transport that fails on memory that it was not told of, as RDMA does."""
+
+    name = "registering"
+
+    def __init__(self, config: BackendConfig, context: BackendContext) -> None:
+        super().__init__(config, context)
+        self.known: list[range] = []
+
+    def register_memory(self, buffers: Sequence[memoryview]) -> None:
+        self.known += [self._place(buffer) for buffer in buffers]
+
+    def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        for page in pages:
+            for place in map(self._place, page):
+                if not any(k.start <= place.start and place.stop <= k.stop for k in self.known):
+                    raise BackendDenied(f"{place} is not registered")
+        return super().batch_set(keys, pages)
+
+    @staticmethod
+    def _place(view: memoryview) -> range:
+        start = ctypes.addressof(ctypes.c_char.from_buffer(view))
+        return range(start, start + view.nbytes)

@@ -144,6 +144,11 @@ class JsonProcess:
         """Sends it a signal."""
         self._process.send_signal(number)
 
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
     def kill(self) -> None:
         """Ends it without warning."""
         self._process.kill()

@@ -14,7 +14,7 @@ from typing import TypeAlias
 from hicache_core.errors import UseAfterClose
 from hicache_core.integrations.foreign.answer import Answer, Kind, OnDone, Request
 from hicache_core.integrations.foreign.headers import Headers
-from hicache_core.integrations.foreign.staging import LentPages, StagedBackend, Staging
+from hicache_core.integrations.foreign.staging import LentPages, StagedBackend, StagingAreas
 from hicache_core.storage.base import RegistersMemory, StorageBackend
 from hicache_core.storage.workers.executor import Deadlines, Worker, run_job
 from hicache_core.storage.workers.worker import OnResult
@@ -168,7 +168,7 @@ class StagedCalls(Calls):
         self,
         backend: StorageBackend,
         make_worker: MakeWorker,
-        staging: Staging,
+        areas: StagingAreas,
         deadlines: Deadlines,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -177,11 +177,11 @@ class StagedCalls(Calls):
         Args:
             backend: open.
             make_worker: runs every call.
-            staging: memory for the calls.
+            areas: memory for the calls.
             deadlines: how long a call may take.
             clock: seconds; only differences count.
         """
-        self._staging = staging
+        self._areas = areas
         self._deadlines = deadlines
         self._clock = clock
         self._ids = itertools.count()
@@ -191,10 +191,7 @@ class StagedCalls(Calls):
         self._watcher: threading.Thread | None = None
         self._watcher_rests = False
         self._closed = False
-        registers = backend.capability(RegistersMemory)
-        if registers is not None:
-            registers.register_memory([staging.memory])
-        self._worker = make_worker(StagedBackend(backend, staging), self._on_result)
+        self._worker = make_worker(StagedBackend(backend, areas), self._on_result)
 
     @property
     def n_in_flight(self) -> int:
@@ -231,12 +228,18 @@ class StagedCalls(Calls):
         """Does nothing: the backend only touches staging pages."""
 
     def close(self, timeout_s: float) -> bool:
-        abandoned = self._worker.close(timeout_s)
         with self._changed:
-            left, self._closed = list(self._open), True
+            self._closed = True
             self._changed.notify_all()
+            left = list(self._open)
+        for job_id in left:
+            self._worker.cancel(job_id)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._open, timeout_s)
+            left = list(self._open)
         for job_id in left:
             self._end(job_id, None, _CLOSED)
+        abandoned = self._worker.close(LOOK_INTERVAL_S)  # what was given up on is not waited for
         if self._watcher is not None:
             self._watcher.join()
         return not abandoned
@@ -281,6 +284,8 @@ class StagedCalls(Calls):
             if call is None:
                 return
             self._nbytes[call.request.kind] -= call.request.nbytes
+            if self._closed and not self._open:
+                self._changed.notify_all()
         if call.request.kind is Kind.EXISTS:
             mask = [False] * len(call.request.keys) if found is None else found
         else:
@@ -291,7 +296,7 @@ class StagedCalls(Calls):
         """Ends calls whose time is over, until the store is closed."""
         while True:
             with self._changed:
-                if self._closed:
+                if self._closed and not self._open:
                     return
                 self._watcher_rests = not self._open
                 self._changed.wait(LOOK_INTERVAL_S if self._open else None)
@@ -302,7 +307,7 @@ class StagedCalls(Calls):
                 allowed_s = call.due_s - call.start_s
                 self._end(job_id, None, f"the store has not answered within {allowed_s:.1f} s")
             if late:
-                self._staging.look()
+                self._areas.look()
             self._worker.drain()  # looks for threads whose call is late, to replace them
 
 
@@ -310,7 +315,7 @@ def tell(on_done: OnDone, answer: Answer) -> None:
     """Calls ``on_done``; logs what it raises."""
     try:
         on_done(answer)
-    except Exception:  # code of the engine: the thread of the store goes on
+    except (Exception, SystemExit):  # code of the engine: the thread of the store goes on
         logger.exception("on_done of a storage call failed")
 
 

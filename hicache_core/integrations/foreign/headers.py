@@ -58,10 +58,7 @@ class Headers:
         """
         for page, good in zip(pages, mask, strict=True):
             if not good and page[0] != _NO_HEADER:
-                for segment in page[1:]:
-                    for start in range(0, segment.nbytes, len(_ZEROS)):
-                        part = segment[start : start + len(_ZEROS)]
-                        part[:] = _ZEROS[: part.nbytes]
+                wipe(page[1:])
 
     def _cut(self) -> memoryview:
         start = self._n_cut * HEADER_NBYTES
@@ -69,6 +66,14 @@ class Headers:
             return memoryview(bytearray(HEADER_NBYTES))
         self._n_cut += 1
         return self.memory[start : start + HEADER_NBYTES]
+
+
+def wipe(page: Page) -> None:
+    """Fills a page with zeros."""
+    for segment in page:
+        for start in range(0, segment.nbytes, len(_ZEROS)):
+            part = segment[start : start + len(_ZEROS)]
+            part[:] = _ZEROS[: part.nbytes]
 
 
 _NO_HEADER = bytes(HEADER_NBYTES)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from hicache_core.build.storage import Composed, composed
 from hicache_core.errors import ConfigError
 from hicache_core.integrations.foreign.calls import Calls, DirectCalls, StagedCalls
-from hicache_core.integrations.foreign.staging import Staging, room_for
+from hicache_core.integrations.foreign.staging import StagingAreas, room_for
 from hicache_core.integrations.foreign.store import ForeignStore, Watch
 from hicache_core.observe.stores import backend_statuses, rejected_pages
 from hicache_core.storage.base import StorageBackend
@@ -112,12 +112,13 @@ def store_on(
 
     made.backend.open()
     try:
-        staging: Staging | None = None
+        staging: StagingAreas | None = None
         calls: Calls
         if made.backend.bounds_calls():
             calls = DirectCalls(made.backend, make_worker)
         else:
-            staging = Staging(n_threads * max(staging_nbytes, room_for(object_nbytes)))
+            nbytes = n_threads * max(staging_nbytes, room_for(object_nbytes))
+            staging = StagingAreas.of(made.backend, nbytes)
             calls = StagedCalls(made.backend, make_worker, staging, made.deadlines)
     except BaseException:
         made.backend.close()

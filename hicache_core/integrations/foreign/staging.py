@@ -11,11 +11,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import overload
+from typing import Self, overload
 
 from hicache_core.errors import BackendTimeout, BackendUnavailable
-from hicache_core.storage.base import StorageBackend
-from hicache_core.storage.sealed import HEADER_NBYTES
+from hicache_core.integrations.foreign.headers import wipe
+from hicache_core.storage.base import RegistersMemory, StorageBackend
+from hicache_core.storage.sealed import HEADER_NBYTES, mismatch
 from hicache_core.storage.segments import nbytes_of, scatter
 from hicache_core.storage.wrapper import BackendWrapper
 from hicache_core.types import Page
@@ -64,13 +65,23 @@ class LentPages(Sequence[Page]):
         """Whether nobody waits for the call."""
         return self._pages is None
 
-    def fill(self, n: int, staged: memoryview) -> bool:
-        """Copies a verified page to the engine; returns False if nobody waits any more."""
+    def fill(self, n: int, staged: Page, key: str | None) -> bool:
+        """Copies a verified page to the engine; returns False if nobody waits any more.
+
+        Args:
+            n: index of the page.
+            staged: header and payload.
+            key: verifies the copy, and wipes it if it is wrong; None if ``staged`` cannot change.
+        """
         with self._lock:
             if self._pages is None:
                 return False
-            scatter(staged, self._pages[n])
-            self._mask[n] = True
+            page = self._pages[n]
+            scatter(staged[1], page)
+            if key is None or mismatch(key, (memoryview(bytes(staged[0])), *page)) is None:
+                self._mask[n] = True
+            else:
+                wipe(page)
             return True
 
     def copy(self, n: int, staged: memoryview) -> bool:
@@ -193,21 +204,69 @@ class Staging:
         return start if self.memory.nbytes - start >= nbytes else None
 
 
+@dataclass(frozen=True, slots=True)
+class StagingAreas:
+    """The memory through which reads and writes go: one area, or one for each.
+
+    A transport that memory is registered with may write a page after its call has failed, when
+    another call has that memory. Then reads have an area of their own, which nothing is stored
+    from, and what they bring is verified again in the engine's memory.
+
+    Attributes:
+        reading: of reads.
+        writing: of writes.
+    """
+
+    reading: Staging
+    writing: Staging
+
+    @classmethod
+    def of(cls, backend: StorageBackend, nbytes: int) -> Self:
+        """Reserves ``nbytes`` for each area, and registers them if ``backend`` wants that."""
+        registers = backend.capability(RegistersMemory)
+        if registers is None:
+            both = Staging(nbytes)
+            return cls(both, both)
+        areas = cls(Staging(nbytes), Staging(nbytes))
+        registers.register_memory([areas.reading.memory, areas.writing.memory])
+        return areas
+
+    @property
+    def may_be_written_late(self) -> bool:
+        """Whether a page of a read may change after it was verified."""
+        return self.reading is not self.writing
+
+    @property
+    def n_refused(self) -> int:
+        """Number of calls that found all memory held by calls that hang."""
+        return sum(area.n_refused for area in {self.reading, self.writing})
+
+    @property
+    def held_nbytes(self) -> int:
+        """Bytes that running calls hold."""
+        return sum(area.held_nbytes for area in {self.reading, self.writing})
+
+    def look(self) -> None:
+        """Makes calls that wait for memory look whether it is worth it."""
+        for area in {self.reading, self.writing}:
+            area.look()
+
+
 class StagedBackend(BackendWrapper):
     """Answers for each page, through staging pages. Its pages are ``LentPages``.
 
     A job is done in chunks. What has arrived is in the ``LentPages``, whatever came of the rest.
     """
 
-    def __init__(self, inner: StorageBackend, staging: Staging) -> None:
+    def __init__(self, inner: StorageBackend, areas: StagingAreas) -> None:
         """Wraps ``inner``.
 
         Args:
-            inner: seals and checks pages.
-            staging: lends memory to each call.
+            inner: open; seals and checks pages.
+            areas: lend memory to each call.
         """
         super().__init__(inner)
-        self._staging = staging
+        self._areas = areas
 
     def exists_each(self, keys: Sequence[str]) -> Sequence[bool]:
         return self.inner.exists_each(keys)
@@ -215,12 +274,13 @@ class StagedBackend(BackendWrapper):
     def get_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
         lent = _lent(pages)
         wanted = range(len(keys))
-        with self._staging.lease(lent) as memory:
+        with self._areas.reading.lease(lent) as memory:
             for chunk in _chunks(wanted, lent.nbytes, memory.nbytes):
                 staged = _cut(memory, [lent.nbytes[n] for n in chunk])
                 mask = self.inner.get_each([keys[n] for n in chunk], staged)
                 for n, page, arrived in zip(chunk, staged, mask, strict=True):
-                    if arrived and not lent.fill(n, page[1]):
+                    key = keys[n] if self._areas.may_be_written_late else None
+                    if arrived and not lent.fill(n, page, key):
                         return lent.so_far()
         return lent.so_far()
 
@@ -234,7 +294,7 @@ class StagedBackend(BackendWrapper):
                 missing.append(n)
         if not missing:
             return lent.so_far()
-        with self._staging.lease(lent) as memory:
+        with self._areas.writing.lease(lent) as memory:
             for chunk in _chunks(missing, lent.nbytes, memory.nbytes):
                 staged = _cut(memory, [lent.nbytes[n] for n in chunk])
                 for n, page in zip(chunk, staged, strict=True):

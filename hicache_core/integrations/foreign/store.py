@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hicache_core.integrations.foreign.answer import Answer, Kind, OnDone, Request
 from hicache_core.integrations.foreign.calls import Calls, tell
 from hicache_core.integrations.foreign.namespace import ForeignNamespace
-from hicache_core.integrations.foreign.staging import Staging
+from hicache_core.integrations.foreign.staging import StagingAreas
 from hicache_core.integrations.foreign.stats import Counter, StoreStats
 from hicache_core.observe.snapshot import BackendStatus
 from hicache_core.storage.base import Clearable, StorageBackend
@@ -55,7 +55,7 @@ class ForeignStore:
         calls: Calls,
         watch: Watch,
         *,
-        staging: Staging | None = None,
+        staging: StagingAreas | None = None,
         is_writer: bool = True,
     ) -> None:
         """Made by ``open_store``.

@@ -95,8 +95,12 @@ class HiCacheL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache has
         settings = read_settings(params)
         init_logger(ROOT)  # our messages go where LMCache's go
         self._store = open_store(settings.backend, settings.backend_config, n_threads=N_THREADS)
-        if l1_memory_desc is not None and l1_memory_desc.ptr:
-            self._store.register_memory([_memory(l1_memory_desc.ptr, l1_memory_desc.size)])
+        try:
+            if l1_memory_desc is not None and l1_memory_desc.ptr:
+                self._store.register_memory([_memory(l1_memory_desc.ptr, l1_memory_desc.size)])
+        except HiCacheError:  # the server goes on if the adapter was to be added while it runs
+            self._store.close()
+            raise
         self._backend = settings.backend
         self._names = ChunkNames(version("lmcache"), settings.serde)
         self._described = lru_cache(maxsize=4096)(self._describe)
@@ -264,6 +268,7 @@ class HiCacheL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache has
 
         If the store does not take the entry of the index, the next server writes it.
         """
+        self._store.describe(self._names.index_namespace(shard))
         entry = encode(layout)
         if len(entry) == INDEX_NBYTES:
             key = self._names.index_keys(shard)[index_slot(layout)]

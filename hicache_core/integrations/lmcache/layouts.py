@@ -124,9 +124,13 @@ class ChunkNames:
         details = {"cache_salt_sha256": hashed, **asdict(layout)}
         return self._described(shard, "chunk", layout.chunk_size, details)
 
+    def index_namespace(self, shard: Shard) -> ForeignNamespace:
+        """Returns the namespace in which the layouts of a shard are listed."""
+        return self._described(shard, "index", 1, {})
+
     def index_keys(self, shard: Shard) -> list[str]:
-        """Returns the keys under which the layouts of a shard are listed in the store."""
-        namespace = self._described(shard, "index", 1, {})
+        """Returns the keys under which the layouts of a shard are listed."""
+        namespace = self.index_namespace(shard)
         return [namespace.key(f"slot {n}".encode()) for n in range(N_INDEX_SLOTS)]
 
     def _digest(self, shard: Shard, salt: str, layout: Layout) -> str:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from hicache_core.integrations.vllm.connector import HiCacheConnector
     from hicache_core.integrations.vllm.tier import HiCacheTier
 
-__all__ = ["HiCacheTier"]
+__all__ = ["HiCacheConnector", "HiCacheTier"]
 
 
 def __getattr__(name: str) -> object:
@@ -19,4 +20,8 @@ def __getattr__(name: str) -> object:
         from hicache_core.integrations.vllm.tier import HiCacheTier
 
         return HiCacheTier
+    if name == "HiCacheConnector":
+        from hicache_core.integrations.vllm.connector import HiCacheConnector
+
+        return HiCacheConnector
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

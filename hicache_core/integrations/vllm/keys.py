@@ -82,6 +82,21 @@ def hash_nbytes_of(offload_key: bytes) -> int:
     return len(offload_key) - _GROUP_NBYTES
 
 
+def block_page_hash(block_hash: bytes) -> bytes:
+    """Returns the 32 bytes that name a block in the store: its hash, or the SHA-256 of that."""
+    return block_hash if len(block_hash) == DIGEST_NBYTES else sha256(block_hash).digest()
+
+
+def block_keys(namespace: str, block_hashes: Sequence[bytes]) -> list[str]:
+    """Returns the store's keys of blocks.
+
+    Args:
+        namespace: digest of the worker's namespace.
+        block_hashes: vLLM's.
+    """
+    return [f"{namespace}/{block_page_hash(block).hex()}" for block in block_hashes]
+
+
 def tier_namespace(config: Any, *, version: str, single_copy: bool) -> ForeignNamespace:
     """Returns what decides the bytes of a row in vLLM's host memory.
 
@@ -122,5 +137,37 @@ def tier_namespace(config: Any, *, version: str, single_copy: bool) -> ForeignNa
         layout=f"vllm-{config.kv_cache_layout}",
         page_size=config.groups[0].tokens_per_block * cache.blocks_per_chunk,
         object_nbytes=nbytes,
+        details=details,
+    )
+
+
+def connector_namespace(
+    vllm_config: Any, group: Any, *, version: str, page_nbytes: int, dtypes: Sequence[str]
+) -> ForeignNamespace:
+    """Returns what decides the bytes of the connector's page: one block of every layer.
+
+    Args:
+        vllm_config: vLLM's whole configuration, as the worker has it.
+        group: the one group of blocks.
+        version: of vLLM.
+        page_nbytes: bytes of a page.
+        dtypes: of the layers' tensors.
+    """
+    ranks, spec = vllm_config.parallel_config, group.kv_cache_spec
+    details = {
+        "adapter": "connector",
+        "cache_dtype": str(vllm_config.cache_config.cache_dtype),
+        "dtypes": list(dtypes),
+        "heads": [spec.num_kv_heads, spec.head_size],
+        "layers": list(group.layer_names),
+        "parallel": [ranks.rank, ranks.tensor_parallel_size],
+    }
+    return ForeignNamespace(
+        engine=ENGINE,
+        engine_version=version,
+        model=model_identity(vllm_config.model_config.model),
+        layout=f"vllm-{vllm_config.cache_config.kv_cache_layout}",
+        page_size=vllm_config.cache_config.block_size,
+        object_nbytes=page_nbytes,
         details=details,
     )

@@ -281,7 +281,7 @@ class StorageWorker(Worker):
                 self._failures.warn(result)
             try:
                 self._on_result(result)
-            except Exception:  # code of others, like a backend: this thread goes on
+            except (Exception, SystemExit):  # code of others, as a backend is: this thread goes on
                 logger.exception("on_result failed for job %d", result.job.job_id)
 
     # From here on the caller holds the lock, except for _run.

@@ -39,8 +39,14 @@ def test_a_killed_engine_loses_nothing_that_was_answered(chosen: dict[str, objec
     killed_writers_leave_what_was_answered_and_no_wrong_page("hf3fs", chosen, n_kills=1)
 
 
-def test_a_page_longer_than_a_slot_is_answered_no(tmp_path: Path) -> None:
+def test_a_page_longer_than_a_slot_is_answered_no_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     settings = {"file_path_prefix": str(tmp_path / "kv"), "file_size": FILE_SIZE, "mode": "posix"}
     with closing(open_store("hf3fs", settings, object_nbytes=4096)) as store:
         pages = [*pages_of([0], 4096), *pages_of([1], 100_000), *pages_of([2], 4096)]
         assert store.write(keys_of(range(3)), pages).mask == [True, False, True]
+        assert store.write(keys_of([3]), pages_of([3], 50_000)).mask == [False]
+    said = [record.getMessage() for record in caplog.records if "slot_nbytes" in record.message]
+    assert len(said) == 1
+    assert said[0].startswith("objects of more than ")

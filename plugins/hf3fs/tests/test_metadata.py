@@ -80,6 +80,14 @@ def test_leading_counts_up_to_the_first_hole(store: MetadataStore) -> None:
     assert [store.leading(keys) for keys in ([A, B, C], [C, A], [], [B, A, B])] == [2, 0, 0, 3]
 
 
+def test_presence_is_told_for_each_key(store: MetadataStore) -> None:
+    write(store, A, C)
+    assert store.present([A, B, C, B, A]) == [True, False, True, False, True]
+    assert store.present([]) == []
+    many = [key_of(n) for n in range(1200)]
+    assert store.present([*many, C]) == [False] * 1200 + [True]
+
+
 def test_what_is_stored_already_gets_no_slot(store: MetadataStore) -> None:
     write(store, A)
     first, second = store.reserve(SLAB, [Wanted(A, 10), Wanted(B, 10)])
@@ -200,15 +208,16 @@ def test_of_two_writers_of_one_key_the_first_binds_and_no_slot_is_lost(
     assert write(store, B, C) == [True, True]
 
 
-def test_unchanged_ends_at_the_first_binding_that_moved(store: MetadataStore) -> None:
+def test_a_binding_that_moved_is_told_for_each_key(store: MetadataStore) -> None:
     write(store, A, B, C)
     keys = [A, B, C]
     bindings = [binding for binding in store.lookup(keys) if binding is not None]
-    assert store.unchanged(keys, bindings) == 3
+    assert store.unchanged(keys, bindings) == [True, True, True]
     store.delete([B])
-    assert store.unchanged(keys, bindings) == 1
+    assert store.unchanged(keys, bindings) == [True, False, True]
     write(store, B)
-    assert store.unchanged(keys, bindings) == 1
+    assert store.unchanged(keys, bindings) == [True, False, True]
+    assert store.unchanged([], []) == []
 
 
 def test_keys_are_listed_by_prefix(store: MetadataStore) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
 from hicache_core.errors import BackendFull, UseAfterClose
+from hicache_core.storage.base import StorageBackend
 from plugins.hf3fs.tests.conftest import Open
 from plugins.hf3fs.tests.helpers import (
     blank,
@@ -116,6 +118,55 @@ def test_each_page_is_shown_while_it_moves_and_may_be_refused(anyhow: Open) -> N
     )
     assert n_filled == refused
     assert backend.exists(keys[refused]), "whoever refuses a page says what becomes of it"
+
+
+def test_pages_behind_gaps_are_found_read_and_stored(anyhow: Open) -> None:
+    backend, keys, shape = anyhow(), [key_of(n) for n in range(24)], (64, 936)
+    gaps = {0, 3, 4, 9, 23}
+    pages = [page_of(key, shape) for key in keys]
+    assert backend.batch_set(keys, pages) == 24
+    backend.delete([keys[n] for n in gaps])
+    backend.set(keys[7], b"of another length")
+    present = [n not in gaps for n in range(24)]
+    readable = [n not in gaps | {7} for n in range(24)]
+    assert backend.exists_each(keys) == present == StorageBackend.exists_each(backend, keys)
+    for get_each in (backend.get_each, partial(StorageBackend.get_each, backend)):
+        target = [blank(shape) for _ in keys]
+        assert get_each(keys, target) == readable
+        assert [bytes_of(page) == content(key, 1000) for key, page in zip(keys, target, strict=True)
+                ] == readable  # fmt: skip
+    before = backend.stats()["reads"]
+    assert backend.set_each(keys, pages) == [True] * 24
+    assert backend.get_each(keys, target) == [True] * 24
+    assert backend.stats()["reads"] - before == 24
+    assert backend.exists_each([]) == backend.get_each([], []) == backend.set_each([], []) == []
+    backend.check_integrity()
+
+
+def test_a_page_that_does_not_fit_a_slot_keeps_no_other_from_being_stored(anyhow: Open) -> None:
+    backend, keys = anyhow(file_size=4 * 4096), [key_of(n) for n in range(8)]
+    sizes = [3000, 9000, 3000, 3000, 9000, 3000, 3000, 3000]
+    pages = [page_of(key, (nbytes,)) for key, nbytes in zip(keys, sizes, strict=True)]
+    stored = [True, False, True, True, False, True, False, False]  # there are four slots
+    assert backend.set_each(keys, pages) == stored == backend.exists_each(keys)
+    counts = backend.stats()
+    assert (counts["writes"], counts["dropped_writes"], counts["oversized_writes"]) == (4, 4, 2)
+
+
+def test_each_page_behind_gaps_is_shown_with_its_own_number(anyhow: Open) -> None:
+    backend, keys = anyhow(), [key_of(n) for n in range(8)]
+    pages = [page_of(key, (1000,)) for key in keys]
+    pages[2] = page_of(keys[2], (9000,))  # fits no slot
+
+    def leaving(n: int) -> None:
+        pages[n][0][0] = n
+
+    assert backend.set_each_visiting(keys, pages, leaving) == [n != 2 for n in range(8)]
+    backend.delete([keys[5]])
+    arrived = [blank((1000,)) for _ in keys]
+    filled = backend.get_each_visiting(keys, arrived, lambda n: arrived[n][0][0] == n and n != 4)
+    assert filled == [n not in (2, 4, 5) for n in range(8)]
+    assert backend.exists(keys[4]), "whoever refuses a page says what becomes of it"
 
 
 def test_many_threads_at_once_get_their_own_bytes(anyhow: Open) -> None:

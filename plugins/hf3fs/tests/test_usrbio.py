@@ -126,6 +126,31 @@ def test_a_read_that_hangs_is_a_timeout_and_its_ring_is_not_used_again(
     assert backend.stats()["lost_rings"] == 1
 
 
+def test_a_read_of_each_page_that_hangs_half_way_touches_none_afterwards(
+    emulation: Any, opened: Open
+) -> None:
+    """Some pages have come when the others hang; those come late, and reach no page."""
+    backend = open_small(emulation, opened, io_timeout_s=0.1)
+    keys = [key_of(n) for n in range(20)]
+    put(backend, range(20))
+    backend.delete([keys[3]])
+    pages = [blank((64, 936)) for _ in keys]
+
+    def arrived(n: int) -> bool:
+        emulation.faults.hang = n >= 6 or emulation.faults.hang
+        return True
+
+    with pytest.raises(BackendTimeout):
+        backend.get_each_visiting(keys, pages, arrived)
+    assert any(bytes_of(page) != bytes(1000) for page in pages)
+    for page in pages:
+        page[1][:] = b"\x5a" * 936
+    emulation.faults.hang = False
+    emulation.faults.carry_out_late()
+    assert all(page[1] == b"\x5a" * 936 for page in pages)
+    assert backend.get_each(keys, pages) == [n != 3 for n in range(20)]
+
+
 def test_a_write_that_hangs_keeps_its_slot_reserved(emulation: Any, opened: Open) -> None:
     backend = open_small(emulation, opened, io_timeout_s=0.1)
     emulation.faults.hang = True

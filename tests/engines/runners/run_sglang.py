@@ -1,6 +1,6 @@
-"""SGLang's engine, in its own environment: run_sglang.py OPTIONS
+"""SGLang's engine, in its own environment: run_sglang.py ARGUMENTS
 
-OPTIONS is JSON: arguments of ``sglang.srt.entrypoints.engine.Engine`` beside ``ENGINE``.
+ARGUMENTS is JSON, for ``sglang.srt.entrypoints.engine.Engine``.
 """
 
 from __future__ import annotations
@@ -12,35 +12,12 @@ from typing import Any
 
 from json_lines import Commands, serve
 
-ENGINE = {
-    "device": "cpu",
-    "attention_backend": "torch_native",  # the default needs AMX
-    "grammar_backend": "none",
-    "disable_overlap_schedule": True,
-    "skip_tokenizer_init": True,
-    "dtype": "bfloat16",
-    "random_seed": 0,
-    "page_size": 64,
-    "max_total_tokens": 4096,
-    "context_length": 4096,
-    "max_running_requests": 8,
-    "log_level": "info",
-}
-TIERS = {
-    "enable_hierarchical_cache": True,
-    "hicache_ratio": 2.0,
-    "hicache_write_policy": "write_through",
-    "hicache_storage_prefetch_policy": "wait_complete",
-}
-
 
 def start() -> Commands:
-    """Starts the engine; it caches on the device alone unless OPTIONS name a host layout."""
+    """Starts the engine."""
     from sglang.srt.entrypoints.engine import Engine
 
-    options = json.loads(sys.argv[1])
-    tiers = TIERS if "hicache_mem_layout" in options else {}
-    engine = Engine(**ENGINE | tiers | options)
+    engine = Engine(**json.loads(sys.argv[1]))
 
     def generate(prompts: list[list[int]], n_new: int) -> list[dict[str, Any]]:
         """Runs prompts one after the other."""
@@ -68,9 +45,7 @@ def start() -> Commands:
     def attach(backend: str, config: dict[str, Any]) -> list[Any]:
         """Attaches a storage backend at run time; answers whether it did, and SGLang's message."""
         done = engine.loop.run_until_complete(
-            engine.tokenizer_manager.attach_hicache_storage(
-                backend, json.dumps(config), TIERS["hicache_storage_prefetch_policy"]
-            )
+            engine.tokenizer_manager.attach_hicache_storage(backend, json.dumps(config))
         )
         return [done.success, done.message]
 

@@ -1,6 +1,6 @@
-"""vLLM's engine, in its own environment: run_vllm.py OPTIONS
+"""vLLM's engine, in its own environment: run_vllm.py ARGUMENTS
 
-OPTIONS is JSON: arguments of ``vllm.LLM`` beside ``ENGINE``; ``kv_transfer_config`` is one too.
+ARGUMENTS is JSON, for ``vllm.LLM``; ``kv_transfer_config`` is an object in it.
 """
 
 from __future__ import annotations
@@ -12,31 +12,16 @@ from typing import Any
 
 from json_lines import Commands, serve
 
-ENGINE = {
-    "skip_tokenizer_init": True,
-    "enforce_eager": True,
-    "dtype": "bfloat16",
-    "seed": 0,
-    "block_size": 32,  # on a CPU a multiple of 32
-    "max_model_len": 4096,
-    "max_num_batched_tokens": 4096,
-}
-TRANSFER = {
-    "kv_role": "kv_both",
-    "kv_load_failure_policy": "recompute",  # the default ends a request whose pages do not arrive
-}
-
 
 def start() -> Commands:
-    """Starts the engine; it caches on the device alone without a ``kv_transfer_config``."""
+    """Starts the engine."""
     from vllm import LLM, SamplingParams
     from vllm.config import KVTransferConfig
 
-    options = json.loads(sys.argv[1])
-    transfer = options.pop("kv_transfer_config", None)
-    if transfer is not None:
-        options["kv_transfer_config"] = KVTransferConfig(**TRANSFER | transfer)
-    llm = LLM(**ENGINE | options)
+    arguments = json.loads(sys.argv[1])
+    if "kv_transfer_config" in arguments:
+        arguments["kv_transfer_config"] = KVTransferConfig(**arguments["kv_transfer_config"])
+    llm = LLM(**arguments)
 
     def generate(prompts: list[list[int]], n_new: int) -> list[dict[str, Any]]:
         """Runs prompts one after the other."""

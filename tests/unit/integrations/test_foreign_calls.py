@@ -17,6 +17,7 @@ from hicache_core.storage.memory import MemoryBackend
 from hicache_core.storage.wrapper import BackendWrapper
 from hicache_core.testing.faults import CorruptBackend, FlakyBackend, StuckBackend
 from hicache_core.types import Page
+from tests.leaks import LeakWatch
 from tests.no_threads import no_threads
 from tests.unit.integrations.foreign_world import (
     NBYTES,
@@ -35,7 +36,15 @@ from tests.unit.storage.threads import storage_threads
 
 NAMES = range(6)
 KEYS = keys_of(NAMES)
-SHORT_S = 0.2
+SHORT_S = 0.6
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_and_no_descriptor_is_left() -> Iterator[None]:
+    watch = LeakWatch()
+    watch.start()
+    yield
+    assert watch.stop() == []
 
 
 @pytest.fixture(params=["direct", "staged"])
@@ -101,7 +110,8 @@ def test_pages_that_do_not_fit_the_keys_are_a_mistake_of_the_caller(store: Forei
 def test_a_staged_read_that_hangs_is_answered_and_never_touches_the_engines_pages(
     stuck: StuckBackend, way: str
 ) -> None:
-    store = opened(stuck, deadline_s=SHORT_S)
+    before = storage_threads()
+    store = opened(stuck, deadline_s=SHORT_S, guarded=False)
     assert all(store.write(KEYS, pages_of(NAMES)).mask)
     stuck.stick()
     pages = patterned(6)
@@ -110,11 +120,16 @@ def test_a_staged_read_that_hangs_is_answered_and_never_touches_the_engines_page
     else:
         answer = answer_of(lambda done: store.submit_read(KEYS, pages, done))
     assert answer.mask == [False] * 6
-    assert "has not answered within 0.2 s" in answer.error
+    assert "has not answered within 0.6 s" in answer.error
     assert answer.elapsed_s >= SHORT_S
     assert store.n_in_flight == 0
     stuck.release()
-    store.close()  # waits for the call that hung
+    assert answer_of(lambda done: store.submit_exists(KEYS, done)).mask == [True] * 6
+    store.close()
+    deadline = time.monotonic() + 20
+    while storage_threads() - before:  # the call that hung has ended
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
     assert [bytes_in(page) for page in pages] == [PATTERN * NBYTES] * 6
 
 
@@ -171,7 +186,7 @@ def test_a_staged_write_that_hangs_stores_nothing_of_what_the_memory_holds_later
             segment[:] = PATTERN * segment.nbytes
     stuck.release()
     into = patterned(6)
-    reader = opened(backend)
+    reader = opened(backend, direct=True)
     deadline = time.monotonic() + 20
     while not all(reader.read(KEYS, into).mask):  # the late write arrives, and is right
         assert time.monotonic() < deadline
@@ -289,7 +304,7 @@ def test_a_blocking_direct_call_runs_on_the_callers_thread_and_starts_none() -> 
 @pytest.mark.parametrize("direct", [True, False], ids=["direct", "staged"])
 def test_a_damaged_page_is_never_claimed_and_its_bytes_do_not_stand(direct: bool) -> None:
     backend = memory()
-    writer = opened(backend)
+    writer = opened(backend, direct=True)
     assert all(writer.write(KEYS, pages_of(NAMES)).mask)
     store = opened(CorruptBackend(backend, rate=0.5, seed=3), direct=direct)
     pages = patterned(6)
@@ -300,6 +315,7 @@ def test_a_damaged_page_is_never_claimed_and_its_bytes_do_not_stand(direct: bool
     for n, page in enumerate(pages):
         assert bytes_in(page) == (content(n) if mask[n] else before)
     assert sum(store.stats().refused.values()) == mask.count(False)
+    store.close()
 
 
 def test_a_failing_store_is_an_answer() -> None:
@@ -353,6 +369,16 @@ def test_close_answers_what_waits_ends_all_threads_and_later_calls_are_no(direct
     assert not storage_threads() - before
 
 
+def test_close_does_not_wait_for_a_staged_call_that_was_given_up(stuck: StuckBackend) -> None:
+    store = opened(stuck, deadline_s=0.05)
+    stuck.stick()
+    assert store.exists(KEYS).error
+    started = time.monotonic()
+    store.close(timeout_s=60)
+    assert time.monotonic() - started < 30
+    stuck.release()
+
+
 def test_close_ends_although_a_staged_call_hangs(stuck: StuckBackend) -> None:
     store = opened(stuck)
     stuck.stick()
@@ -375,6 +401,23 @@ def test_a_system_without_threads_is_an_answer(name: str) -> None:
     assert "no thread" in answer.error
     assert store.exists(KEYS).error == ""
     store.close()
+
+
+def test_a_store_counts_what_it_was_asked_and_what_it_answered() -> None:
+    store = opened(memory(), direct=True)
+    assert all(store.write(KEYS[:4], pages_of(NAMES[:4])).mask)
+    store.exists(KEYS)
+    store.read(KEYS, patterned(6))
+    stats = store.stats()
+    assert (stats.write.n_calls, stats.write.n_pages, stats.write.n_yes) == (1, 4, 4)
+    assert (stats.exists.n_pages, stats.exists.n_yes, stats.exists.nbytes) == (6, 4, 0)
+    assert (stats.read.n_pages, stats.read.n_yes, stats.read.nbytes) == (6, 4, 4 * NBYTES)
+    assert stats.read.elapsed_s > 0
+    assert stats.read.n_failed == 0
+    assert [status.breaker for status in stats.backends] == ["closed"]
+    store.close()
+    assert store.read(KEYS, patterned(6)).error
+    assert store.stats().read.n_failed == 1
 
 
 def test_calls_from_several_threads_get_their_own_answers(store: ForeignStore) -> None:

@@ -25,6 +25,7 @@ from tests.unit.integrations.foreign_world import (
     opened,
     page_of,
 )
+from tests.unit.storage.threads import storage_threads
 
 NAMES = range(8)
 SIZES = [100, 900, 4096, 64, 2000, 1, 3000, 500]
@@ -40,6 +41,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @initialize(rate=st.sampled_from([0.0, 0.3]), seed=st.integers(0, 99), direct=st.booleans())
     def open(self, rate: float, seed: int, direct: bool) -> None:
+        self.threads = storage_threads()
         self.backend = memory()
         self.stuck = StuckBackend(CorruptBackend(self.backend, rate=rate, seed=seed), stuck=False)
         self.direct = direct
@@ -56,7 +58,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.wrong: list[str] = []
         self.reused: list[Page] = []
         stored = [n for n in NAMES if n % 3]
-        fresh = opened(self.backend)
+        fresh = opened(self.backend, direct=True)
         assert all(
             fresh.write(keys_of(stored), [page_of(content(n, SIZES[n])) for n in stored]).mask
         )
@@ -141,10 +143,14 @@ class EngineMachine(RuleBasedStateMachine):
             return
         self.stuck.release()
         self.store.close()
+        deadline = time.monotonic() + 20
+        while storage_threads() - self.threads:  # calls that were given up on have ended
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
         assert self.n_open == 0
         assert self.store.n_in_flight == 0
         self.memory_that_was_handed_back_stays_as_the_engine_left_it()
-        reader = opened(self.backend)
+        reader = opened(self.backend, direct=True)
         into = [page_of(bytes(nbytes)) for nbytes in SIZES]
         keys = keys_of(NAMES)
         there = reader.exists(keys).mask

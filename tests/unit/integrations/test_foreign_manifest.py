@@ -130,7 +130,7 @@ def test_pages_of_any_length_have_a_manifest(nbytes: int) -> None:
 def test_a_manifest_that_the_store_could_not_take_follows_with_a_later_write() -> None:
     backend = memory()
     stuck = StuckBackend(backend)
-    store = opened(stuck, deadline_s=0.1, guarded=False)
+    store = opened(stuck, deadline_s=0.6, guarded=False)
     store.describe(NAMESPACE)
     settled(store)
     stuck.release()

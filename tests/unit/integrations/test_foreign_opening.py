@@ -8,13 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from hicache_core.build.storage import Composed
 from hicache_core.errors import ConfigError, UnknownBackend
-from hicache_core.integrations.foreign.opening import open_store
-from hicache_core.storage.sealed import HEADER_NBYTES
+from hicache_core.integrations.foreign.opening import open_store, store_on
+from hicache_core.storage.base import StorageBackend
+from hicache_core.storage.guard.backend import GuardedBackend
+from hicache_core.storage.guard.config import GuardConfig
+from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
 from hicache_core.storage.wrapper import BackendWrapper
 from hicache_core.types import Page
 from tests.unit.integrations.foreign_world import (
     NBYTES,
+    Unbounded,
     content,
     keys_of,
     memory,
@@ -113,7 +118,36 @@ def test_a_transport_is_told_of_all_memory_that_it_touches_and_of_no_other(direc
     assert (answer.mask, answer.error) == ([True] * 2, "")
     told = {Registering._place(pool) for pool in pools} & set(backend.known)
     assert len(told) == (2 if direct else 0)
-    assert len(backend.known) == len(told) + 1, "the headers, or the staging memory"
+    n_own = 1 if direct else 2  # the headers; or the staging memory of reads and of writes
+    assert len(backend.known) == len(told) + n_own
+    store.close()
+
+
+class LateTransfer(Registering):
+    """A transfer of an earlier call changes the first page when it is verified already."""
+
+    def __init__(self, inner: StorageBackend) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def get_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        mask = self.inner.get_each(keys, pages)
+        pages[0][-1][0] ^= 1
+        return mask
+
+
+def test_a_page_that_a_late_transfer_changes_after_its_check_is_refused_and_wiped() -> None:
+    config = GuardConfig()
+    seal = SealedBackend(Unbounded(memory()))
+    guard = GuardedBackend(seal, config)
+    made = Composed(LateTransfer(guard), (guard,), (seal,), config.deadlines)
+    store = store_on(made)
+    keys = keys_of("ab")
+    assert store.write(keys, pages_of("ab")).mask == [True, True]
+    into = pages_of("xy")
+    assert store.read(keys, into).mask == [False, True]
+    assert bytes(b"".join(into[0])) == bytes(NBYTES)
+    assert bytes(b"".join(into[1])) == content("b")
     store.close()
 
 

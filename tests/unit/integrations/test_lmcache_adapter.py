@@ -15,8 +15,10 @@ from typing import Any, ClassVar
 
 import pytest
 
+from hicache_core.build.storage import backend_from
 from hicache_core.errors import BackendError, BackendUnavailable, ConfigError, UnknownBackend
 from hicache_core.storage.base import BackendConfig, StorageBackend
+from hicache_core.storage.manifest import read_manifests
 from hicache_core.types import BackendContext
 from tests.unit.integrations.lmcache_emulation import (
     BF16,
@@ -218,6 +220,21 @@ def test_a_chunk_that_leaves_the_store_is_no_longer_counted(make: Make) -> None:
     assert other.used == 0
 
 
+def test_every_namespace_in_the_store_is_explained(make: Make, tmp_path: Path) -> None:
+    config = {"path": str(tmp_path)}
+    adapter = make(backend_config=config)
+    store(adapter, new_keys(1), filled())
+    store(adapter, new_keys(1, cache_salt="a tenant"), filled())
+    adapter.close()
+    backend = backend_from("file", config, BackendContext(""))
+    backend.open()
+    manifests = list(read_manifests(backend).values())
+    backend.close()
+    said = [(one.fields["engine"], one.fields["layout"]) for one in manifests if one is not None]
+    assert sorted(said) == [("lmcache", "chunk"), ("lmcache", "chunk"), ("lmcache", "index")]
+    assert len(manifests) == 3
+
+
 def test_a_damaged_chunk_is_not_loaded_and_is_stored_again(make: Make, tmp_path: Path) -> None:
     config = {"path": str(tmp_path)}
     adapter, keys, buffers = make(backend_config=config), new_keys(2), filled(2)
@@ -307,6 +324,23 @@ def test_the_memory_of_all_chunks_is_registered_with_a_store_that_wants_it(
     registered = Breakable.registered[0]
     registered[5:8] = b"abc"
     assert (len(registered), bytes(memory[5:8])) == (len(memory), b"abc")
+
+
+def test_a_store_that_refuses_the_memory_is_closed_again(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[bool] = []
+    monkeypatch.setattr(Breakable, "close", lambda _: closed.append(True))
+
+    def refuse(*_: object) -> None:
+        raise BackendUnavailable("this memory cannot be registered")
+
+    monkeypatch.setattr(Breakable, "register_memory", refuse)
+    memory = (ctypes.c_uint8 * 4096)()
+    described = SimpleNamespace(ptr=ctypes.addressof(memory), size=len(memory))
+    with pytest.raises(BackendUnavailable, match="cannot be registered"):
+        make(described, **BREAKABLE)
+    assert len(closed) == 1
 
 
 def test_buffers_and_hints_that_cannot_be_used_end_their_task_with_no(make: Make) -> None:

@@ -71,14 +71,15 @@ def test_a_job_in_a_callback_may_be_followed_by_another(stuck: Stuck) -> None:
     assert worker.close(20) == []
 
 
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
 def test_a_callback_that_raises_is_logged_and_ends_no_thread(
-    stuck: Stuck, caplog: pytest.LogCaptureFixture
+    stuck: Stuck, caplog: pytest.LogCaptureFixture, error: type[BaseException]
 ) -> None:
     told: queue.Queue[int] = queue.Queue()
 
     def on_result(result: JobResult) -> None:
         told.put(result.job.job_id)
-        raise RuntimeError("of the engine")
+        raise error("of the engine")
 
     worker = make(stuck, on_result, Clock())
     stuck.let_all_go()

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 from hicache_core.errors import BackendError, BackendFull, BackendTimeout
-from hicache_core.plugin.backends import Calls, nbytes_of
+from hicache_core.plugin.backends import Calls, log_once, nbytes_of
 from hicache_core.storage.base import BackendConfig, Buffer, Finding, StorageBackend
 from hicache_core.types import BackendContext, Page
 from hicache_hf3fs.config import Hf3fsConfig
@@ -92,7 +92,8 @@ class Hf3fsBackend(StorageBackend):
                 self._count(misses=1)
                 return None
             value = bytearray(bound.nbytes)
-            return value if self._get(store, [key], [[memoryview(value)]], lambda _: True) else None
+            (is_read,) = self._get(store, [key], [[memoryview(value)]], lambda _: True)
+            return value if is_read else None
 
     def exists(self, key: str) -> bool:
         return self.batch_exists([key]) == 1
@@ -133,29 +134,43 @@ class Hf3fsBackend(StorageBackend):
     ) -> int:
         # docstring inherited from VisitsPages
         with self._call() as store:
-            return self._get(store, keys, pages, arrived)
+            return _n_leading(self._get(store, keys, pages, arrived, leading=True))
 
     def batch_set_visiting(
         self, keys: Sequence[str], pages: Sequence[Page], leaving: Callable[[int], None]
     ) -> int:
         # docstring inherited from VisitsPages
-        wanted = [
-            Wanted(_checked(key), nbytes_of(page)) for key, page in zip(keys, pages, strict=True)
-        ]
+        return _n_leading(self._put(keys, pages, leaving, leading=True))
+
+    def exists_each(self, keys: Sequence[str]) -> Sequence[bool]:
         with self._call() as store:
-            limit = store.own.object_nbytes
-            fitting = next((n for n, w in enumerate(wanted) if w.nbytes > limit), len(wanted))
-            try:
-                n_stored = self._set_with_room(store, wanted[:fitting], pages, leaving)
-            except BackendFull as exc:  # the metadata has no room: nothing of this call is bound
-                logger.warning("%s", exc)
-                n_stored = 0
-            self._count(
-                writes=n_stored,
-                dropped_writes=len(keys) - n_stored,
-                oversized_writes=sum(want.nbytes > limit for want in wanted),
-            )
-            return n_stored
+            return store.metadata.present(keys)
+
+    def get_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        return self.get_each_visiting(keys, pages, lambda _: True)
+
+    def set_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        return self.set_each_visiting(keys, pages, lambda _: None)
+
+    def get_each_visiting(
+        self, keys: Sequence[str], pages: Sequence[Page], arrived: Callable[[int], bool]
+    ) -> Sequence[bool]:
+        # docstring inherited from VisitsEachPage
+        with self._call() as store:
+            return self._get(store, keys, pages, arrived)
+
+    def set_each_visiting(
+        self, keys: Sequence[str], pages: Sequence[Page], leaving: Callable[[int], None]
+    ) -> Sequence[bool]:
+        # docstring inherited from VisitsEachPage
+        return self._put(keys, pages, leaving)
+
+    def bounds_calls(self) -> bool:
+        """Returns False: a system call on a mount that hangs has no time limit.
+
+        That holds in USRBIO mode too, whose files are opened and looked at by such calls.
+        """
+        return False
 
     def delete(self, keys: Sequence[str]) -> None:
         with self._call() as store:
@@ -221,57 +236,86 @@ class Hf3fsBackend(StorageBackend):
         keys: Sequence[str],
         pages: Sequence[Page],
         arrived: Callable[[int], bool],
-    ) -> int:
+        *,
+        leading: bool = False,
+    ) -> list[bool]:
+        """Returns for each page whether it was read; behind a gap only if not ``leading``."""
         # Measured before the question: the lease begins later, so it cannot end before this.
         deadline = time.monotonic() + self._settings.lease_s
         found = store.metadata.lookup(keys)
-        reads = self._readable(store, found, pages)
-        foreign: list[int] = []
+        reads = self._readable(store, found, pages, leading=leading)
+        foreign: set[int] = set()
 
         def check(n: int) -> bool:
-            if reads[n].holds(keys[n]):
-                return arrived(n)
-            foreign.append(n)
+            read = reads[n]
+            if read.holds(keys[read.position]):
+                return arrived(read.position)
+            foreign.add(n)
             return False
 
         results = store.io.read([read.transfer for read in reads], deadline, check) if reads else []
-        bad = (n for n, read in enumerate(reads) if results[n] != read.transfer.nbytes)
-        n_read = next(bad, len(reads))
-        n_valid = store.metadata.unchanged(keys[:n_read], [read.binding for read in reads[:n_read]])
+        bad = [n for n, read in enumerate(reads) if results[n] != read.transfer.nbytes]
+        whole = [read for n, read in enumerate(reads) if n not in bad] if bad else reads
+        valid = store.metadata.unchanged(
+            [keys[read.position] for read in whole], [read.binding for read in whole]
+        )
+        filled = [False] * len(keys)
+        for read, is_valid in zip(whole, valid, strict=True):
+            filled[read.position] = is_valid
+        n_hits = _n_leading(filled) if leading else sum(filled)
         self._count(
-            reads=n_valid,
-            misses=len(keys) - n_valid,
-            raced_reads=n_read - n_valid,
+            reads=n_hits,
+            misses=len(keys) - n_hits,
+            raced_reads=valid.count(False),
             late_reads=sum(result == -errno.ETIME for result in results),
         )
-        if n_read < len(reads):
-            result = results[n_read]
-            if n_read in foreign or result >= 0 or result in _GONE:
-                self._drop_damaged(store, keys[n_read], reads[n_read].binding)
-            elif result not in (-errno.ETIME, -errno.EBADMSG):
-                path = store.slab_path(reads[n_read].binding)
-                logger.warning("reading %s: %s", path, os.strerror(-result))
-        elif n_read < len(found) and store.is_lost(lost := found[n_read]):
-            self._drop_damaged(store, keys[n_read], lost)
-        return n_valid
+        for n in bad[:1] if leading else bad:
+            self._failed(store, keys[reads[n].position], reads[n], results[n], n in foreign)
+        if n_hits < len(keys):
+            for key, binding in zip(keys, found, strict=True):
+                if store.is_lost(binding):
+                    self._drop_damaged(store, key, binding)
+        return filled
 
     @staticmethod
     def _readable(
-        store: Store, found: Sequence[Binding | None], pages: Sequence[Page]
+        store: Store, found: Sequence[Binding | None], pages: Sequence[Page], *, leading: bool
     ) -> list[SlotRead]:
-        """Returns the leading slots that are bound, reachable, and as long as their pages."""
-        reads = []
-        for binding, page in zip(found, pages, strict=True):
-            if binding is None or binding.nbytes != nbytes_of(page):
+        """Returns the slots that are bound, reachable, and as long as their pages.
+
+        If ``leading``, only those before the first that is not.
+        """
+        reads: list[SlotRead] = []
+        for position, (binding, page) in enumerate(zip(found, pages, strict=True)):
+            if leading and len(reads) < position:
                 break
+            if binding is None or binding.nbytes != nbytes_of(page):
+                continue
             slab = store.slab(binding.slot.slab)
             if slab is None:
-                break
+                continue
             header, footer = bytearray(HEADER_NBYTES), bytearray(FOOTER_NBYTES)
             buffers = [memoryview(header), *page, memoryview(footer)]
             transfer = transfer_of(slab, binding.slot.number, binding.nbytes, buffers)
-            reads.append(SlotRead(transfer, header, footer, binding))
+            reads.append(SlotRead(position, transfer, header, footer, binding))
         return reads
+
+    def _failed(
+        self, store: Store, key: str, read: SlotRead, result: int, is_foreign: bool
+    ) -> None:
+        """Drops a slot whose content is wrong or gone; logs what else keeps it from being read.
+
+        Args:
+            store: open.
+            key: of the object.
+            read: of its slot.
+            result: of the read.
+            is_foreign: whether header or footer were wrong.
+        """
+        if is_foreign or result >= 0 or result in _GONE:
+            self._drop_damaged(store, key, read.binding)
+        elif result not in (-errno.ETIME, -errno.EBADMSG):
+            logger.warning("reading %s: %s", store.slab_path(read.binding), os.strerror(-result))
 
     def _drop_damaged(self, store: Store, key: str, binding: Binding) -> None:
         """Unbinds a slot with wrong content, so that the object can be written again."""
@@ -287,16 +331,67 @@ class Hf3fsBackend(StorageBackend):
                 key,
             )
 
+    def _put(
+        self,
+        keys: Sequence[str],
+        pages: Sequence[Page],
+        leaving: Callable[[int], None],
+        *,
+        leading: bool = False,
+    ) -> list[bool]:
+        """Stores what fits into slots; returns for each page whether it is stored.
+
+        If ``leading``, only the pages before the first that does not fit.
+        """
+        wanted = [
+            Wanted(_checked(key), nbytes_of(page)) for key, page in zip(keys, pages, strict=True)
+        ]
+        with self._call() as store:
+            fits = [want.nbytes <= store.own.object_nbytes for want in wanted]
+            if False in fits:
+                self._say_what_fits(store)
+            n_tried = _n_leading(fits) if leading else len(fits)
+            tried = [n for n in range(n_tried) if fits[n]]
+            stored = [False] * len(keys)
+            try:
+                answers = self._set_with_room(
+                    store,
+                    [wanted[n] for n in tried],
+                    [pages[n] for n in tried],
+                    lambda n: leaving(tried[n]),
+                )
+            except BackendFull as exc:  # the metadata has no room: nothing of this call is bound
+                logger.warning("%s", exc)
+            else:
+                for n, is_stored in zip(tried, answers, strict=True):
+                    stored[n] = is_stored
+            n_stored = _n_leading(stored) if leading else sum(stored)
+            self._count(
+                writes=n_stored,
+                dropped_writes=len(keys) - n_stored,
+                oversized_writes=fits.count(False),
+            )
+            return stored
+
+    @staticmethod
+    def _say_what_fits(store: Store) -> None:
+        log_once(
+            logger,
+            logging.WARNING,
+            f"objects of more than {store.own.object_nbytes} bytes are not stored: they do not fit "
+            f"a slot of {store.own.path}; raise slot_nbytes",
+        )
+
     def _set_with_room(
         self,
         store: Store,
         wanted: Sequence[Wanted],
         pages: Sequence[Page],
         leaving: Callable[[int], None],
-    ) -> int:
+    ) -> list[bool]:
         """As ``_set``; on a full disk frees the log of the metadata and tries again."""
         if not wanted:
-            return 0
+            return []
         try:
             return self._set(store, wanted, pages, leaving)
         except BackendFull:
@@ -309,8 +404,8 @@ class Hf3fsBackend(StorageBackend):
         wanted: Sequence[Wanted],
         pages: Sequence[Page],
         leaving: Callable[[int], None],
-    ) -> int:
-        """Writes and publishes what is missing; returns how many leading objects are stored."""
+    ) -> list[bool]:
+        """Writes and publishes what is missing; returns for each object whether it is stored."""
         deadline = time.monotonic() + self._settings.write_lease_s
         try:
             slots = store.metadata.reserve(store.own.name, wanted)
@@ -323,11 +418,12 @@ class Hf3fsBackend(StorageBackend):
             for n, slot in enumerate(slots)
             if slot is not None
         ]
-        if not writes:
-            return len(slots)
-        stored = self._write(store, writes, deadline, leaving)
-        missing = (w.position for w, is_stored in zip(writes, stored, strict=True) if not is_stored)
-        return min(missing, default=len(slots))
+        stored = [n < len(slots) for n in range(len(wanted))]  # there was no slot for the others
+        if writes:
+            published = self._write(store, writes, deadline, leaving)
+            for write, is_published in zip(writes, published, strict=True):
+                stored[write.position] = is_published
+        return stored
 
     def _write(
         self,
@@ -380,6 +476,10 @@ class Hf3fsBackend(StorageBackend):
         with self._calls.lock:
             for name, n in by.items():
                 self._counts[name] += n
+
+
+def _n_leading(answers: Sequence[bool]) -> int:
+    return answers.index(False) if False in answers else len(answers)
 
 
 def _checked(key: str) -> str:

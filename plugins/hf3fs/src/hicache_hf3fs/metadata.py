@@ -155,8 +155,12 @@ class MetadataStore(ABC):
         """Returns how many leading keys are bound; leases nothing."""
 
     @abstractmethod
-    def unchanged(self, keys: Sequence[str], bindings: Sequence[Binding]) -> int:
-        """Returns how many leading keys still have these bindings."""
+    def present(self, keys: Sequence[str]) -> list[bool]:
+        """Returns for each key whether it is bound; leases nothing."""
+
+    @abstractmethod
+    def unchanged(self, keys: Sequence[str], bindings: Sequence[Binding]) -> list[bool]:
+        """Returns for each key whether it still has this binding."""
 
     @abstractmethod
     def reserve(self, slab: str, wanted: Sequence[Wanted]) -> list[Slot | None]:

@@ -145,11 +145,14 @@ class RedisMetadata(MetadataStore):
                 return n
         return len(keys)
 
-    def unchanged(self, keys: Sequence[str], bindings: Sequence[Binding]) -> int:
-        for n, (now, before) in enumerate(zip(self._bindings(keys), bindings, strict=True)):
-            if now is None or now.slot.generation != before.slot.generation:
-                return n
-        return len(keys)
+    def present(self, keys: Sequence[str]) -> list[bool]:
+        return [binding is not None for binding in self._bindings(keys)]
+
+    def unchanged(self, keys: Sequence[str], bindings: Sequence[Binding]) -> list[bool]:
+        return [
+            now is not None and now.slot.generation == before.slot.generation
+            for now, before in zip(self._bindings(keys), bindings, strict=True)
+        ]
 
     def reserve(self, slab: str, wanted: Sequence[Wanted]) -> list[Slot | None]:
         generations = [new_generation(time.time()) for _ in wanted]

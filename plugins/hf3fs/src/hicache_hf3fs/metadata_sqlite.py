@@ -160,26 +160,27 @@ class SqliteMetadata(MetadataStore):
         oldest = self._oldest()
         with self._reading() as db:
             for part in _chunks(keys):
-                bound = {
-                    key
-                    for (key,) in db.execute(
-                        f"SELECT key FROM slots WHERE generation >= ? AND key IN ({_marks(part)})",
-                        (oldest, *part),
-                    )
-                }
+                bound = _bound_of(db, part, oldest)
                 for key in part:
                     if key not in bound:
                         return n_bound
                     n_bound += 1
         return n_bound
 
-    def unchanged(self, keys: Sequence[str], bindings: Sequence[Binding]) -> int:
-        bound = self._bound(keys)
-        for n, (key, binding) in enumerate(zip(keys, bindings, strict=True)):
-            row = bound.get(key)
-            if row is None or row.generation != binding.slot.generation:
-                return n
-        return len(keys)
+    def present(self, keys: Sequence[str]) -> list[bool]:
+        bound: set[str] = set()
+        oldest = self._oldest()
+        with self._reading() as db:
+            for part in _chunks(keys):
+                bound |= _bound_of(db, part, oldest)
+        return [key in bound for key in keys]
+
+    def unchanged(self, keys: Sequence[str], bindings: Sequence[Binding]) -> list[bool]:
+        rows = map(self._bound(keys).get, keys)
+        return [
+            row is not None and row.generation == binding.slot.generation
+            for row, binding in zip(rows, bindings, strict=True)
+        ]
 
     def reserve(self, slab: str, wanted: Sequence[Wanted]) -> list[Slot | None]:
         with self._writing() as db:
@@ -386,6 +387,12 @@ class SqliteMetadata(MetadataStore):
                 with contextlib.suppress(sqlite3.Error, BackendError):
                     db.execute("ROLLBACK")
                 raise
+
+
+def _bound_of(db: sqlite3.Connection, keys: Sequence[str], oldest: int) -> set[str]:
+    """Returns those of ``keys`` that are bound to a generation from ``oldest`` on."""
+    query = f"SELECT key FROM slots WHERE generation >= ? AND key IN ({_marks(keys)})"
+    return {key for (key,) in db.execute(query, (oldest, *keys))}
 
 
 def _chunks(keys: Sequence[str]) -> Iterator[Sequence[str]]:

@@ -11,8 +11,12 @@ from hicache_hf3fs.slab import FOOTER_NBYTES, HEADER_NBYTES, Slab, pack_footer, 
 
 
 class SlotRead(NamedTuple):
-    """A slot that is being read, with memory for its header and footer."""
+    """A slot that is being read, with memory for its header and footer.
 
+    ``position`` is the index of its page in the call.
+    """
+
+    position: int
     transfer: Transfer
     header: bytearray
     footer: bytearray
