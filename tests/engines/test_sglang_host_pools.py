@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -21,15 +23,31 @@ def sglang(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Child]:
     """A process with SGLang's modules."""
-    folder = tmp_path_factory.mktemp("stores")
-    module = "sglang_pools"
-    command = [program(request.param), "-P", "-m", module, str(folder)]
-    child = Child(command, variables(request.param, {}), folder / "log")
+    with process(request.param, tmp_path_factory.mktemp("stores")) as child:
+        yield child
+
+
+@contextlib.contextmanager
+def process(version: str, folder: Path) -> Iterator[Child]:
+    """A process with the modules of one version; its stores are in a folder."""
+    command = [program(version), "-P", "-m", "sglang_pools", str(folder)]
+    child = Child(command, variables(version, {}), folder / "log")
     try:
         child.wait_until_ready()
         yield child
     finally:
         child.kill()
+
+
+def test_both_versions_find_the_same_pages(tmp_path: Path) -> None:
+    prefixes = []
+    for version in SGLANG:
+        folder = tmp_path / version
+        folder.mkdir()
+        with process(version, folder) as child:
+            prefixes.append(child.ask("stored_under"))
+    assert prefixes[0] == prefixes[1]
+    assert len(set(prefixes[0])) == 2
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -83,5 +101,29 @@ def test_what_cannot_work_is_refused_when_sglang_attaches(
     assert len(said.splitlines()) <= 1
 
 
+def test_a_store_that_other_ranks_cannot_reach_is_refused_if_one_rank_stores_for_all(
+    sglang: Child,
+) -> None:
+    memory = {"backend": "memory", "backend_config": {}}
+    ranks = {"is_mla_model": True, "tp_size": 2}
+    said = sglang.ask("refusal", extra=memory, layout="page_first", **ranks)
+    assert said.startswith("ConfigError: backend 'memory' keeps its objects in one process")
+    assert sglang.ask("refusal", extra=memory, layout="page_first", tp_size=2) == ""
+
+
 def test_sglangs_metrics_take_what_was_moved(sglang: Child) -> None:
     assert sglang.ask("stats") == [[N_PAGES], 1, [], True, 0]
+
+
+def test_sglangs_own_file_store_runs_behind_our_seal_and_guard(
+    sglang: Child, tmp_path: Path
+) -> None:
+    found = sglang.ask(
+        "class_for_sglang",
+        module="sglang.srt.mem_cache.hicache_storage",
+        class_name="HiCacheFile",
+        n_pages=6,
+        file_storage_path=str(tmp_path / "theirs"),
+    )
+    assert found == {"stored": 6, "found": 6, "read": 6, "equal": True, "errors": []}
+    assert len(list((tmp_path / "theirs").glob("*.bin"))) >= 6

@@ -87,7 +87,8 @@ class HiCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang has no typ
         Raises:
             SpecError: the pool has a layout or a shape that is not supported.
             PluginError: the backend is not installed, or does not load.
-            ConfigError: one of its settings is wrong.
+            ConfigError: one of its settings is wrong, or other ranks cannot find what this one
+                stores.
             BackendError: it cannot be opened.
         """
         super().register_mem_pool_host(mem_pool_host)
@@ -99,6 +100,7 @@ class HiCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang has no typ
             object_nbytes=pages.nbytes,
             rank=rank_of(config),
             world_size=config.tp_size * config.pp_size * config.attn_cp_size,
+            across_processes=config.is_mla_model and config.tp_size > 1,
         )
         self._store = PoolStore(opened, self._traffic)
         self._add(ANCHOR, pages)

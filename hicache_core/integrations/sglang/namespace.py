@@ -20,7 +20,6 @@ _SHAPE = (
     "layer_num",
     "target_layer_num",
     "head_num",
-    "head_group_num",
     "head_dim",
     "v_head_dim",
     "kv_cache_dim",
@@ -113,12 +112,12 @@ def namespace_of(
         model: whose pages they are.
     """
     pool = pages.pool
-    shape = {key: _plain(getattr(pool, key)) for key in _SHAPE if hasattr(pool, key)}
+    shape = {key: _plain(getattr(pool, key, None)) for key in _SHAPE}
     details: dict[str, object] = {
         "pool": name,
         "kind": type(pool).__name__,
         "dtype": _plain(pool.dtype),
-        "shape": shape,
+        "shape": {key: value for key, value in shape.items() if value is not None},
         "order": "flat" if pages.is_flat else "segments",
         "pp": [config.pp_rank, config.pp_size],
         "cp": [config.attn_cp_rank, config.attn_cp_size],

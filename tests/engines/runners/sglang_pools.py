@@ -38,10 +38,12 @@ def start() -> Commands:
     world = World(folder)
     return {
         "round_trip": world.round_trip,
+        "stored_under": world.stored_under,
         "one_writer": world.one_writer,
         "side_pools": world.side_pools,
         "refusal": world.refusal,
         "stats": world.stats,
+        "class_for_sglang": world.class_for_sglang,
     }
 
 
@@ -84,6 +86,16 @@ class World:
             "equal": [content(pool, n) == content(pool, N_PAGES + n) for n in range(N_PAGES)],
         }
 
+    def stored_under(self) -> list[str]:
+        """The first part of the keys of a pool with heads and of one with latent attention."""
+        prefixes = []
+        for kind in ("heads", "latent"):
+            pool = host_pool(kind, "page_first")
+            backend = self.backend(pool, self._new_store(), True, is_mla_model=kind == "latent")
+            prefixes.append(backend._store._pools["kv"].prefix)
+            backend.close()
+        return prefixes
+
     def one_writer(self) -> dict[str, Any]:
         """Two TP ranks of a model with latent attention: what each stores, and reads."""
         path = self._new_store()
@@ -124,7 +136,9 @@ class World:
             ours.close()
         return {"compared": n_compared, "different": different}
 
-    def refusal(self, extra: dict[str, Any], layout: str, version: str | None = None) -> str:
+    def refusal(
+        self, extra: dict[str, Any], layout: str, version: str | None = None, **ranks: Any
+    ) -> str:
         """The sentence with which attaching fails; empty if it does not."""
         from hicache_core.integrations.sglang import backend
 
@@ -133,7 +147,7 @@ class World:
         pool = host_pool("heads", "page_first")
         pool.layout = layout
         try:
-            self.backend(pool, self._new_store(), **{"interface_v1": True, "extra": extra}).close()
+            self.backend(pool, self._new_store(), True, extra, **ranks).close()
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         finally:
@@ -152,6 +166,43 @@ class World:
         cleared = [backend.clear(), backend.batch_exists(hashes("stats"))]
         backend.close()
         return [moved.backup_pgs, len(moved.backup_bandwidth), moved.prefetch_pgs, *cleared]
+
+    def class_for_sglang(
+        self, module: str, class_name: str, n_pages: int, **extra: Any
+    ) -> dict[str, Any]:
+        """A class written for SGLang behind our seal and guard: the other way round.
+
+        Args:
+            module: of the class; an answer of {} says that it is not installed.
+            class_name: its name.
+            n_pages: how many pages are stored; as many others are asked for.
+            extra: the class's own keys.
+        """
+        import importlib.util
+
+        from hicache_core.integrations.foreign.namespace import ForeignNamespace
+        from hicache_core.integrations.foreign.opening import open_store
+
+        if importlib.util.find_spec(module.partition(".")[0]) is None:
+            return {}
+        named = {"backend_name": "theirs", "module_path": module, "class_name": class_name}
+        nbytes = 4096
+        store = open_store("dynamic", {**named, **extra}, object_nbytes=nbytes)
+        namespace = ForeignNamespace("a test", "1", "a model", "flat", 16, nbytes)
+        keys = [namespace.key(bytes.fromhex(key)) for key in hashes(class_name)[: 2 * n_pages]]
+        pages = [[memoryview(bytearray(random.randbytes(nbytes)))] for _ in keys[:n_pages]]
+        targets = [[memoryview(bytearray(nbytes))] for _ in pages]
+        stored = store.write(keys[:n_pages], pages)
+        found = store.exists(keys)
+        read = store.read(keys[:n_pages], targets)
+        store.close()
+        return {
+            "stored": sum(stored.mask),
+            "found": sum(found.mask),
+            "read": sum(read.mask),
+            "equal": [bytes(page[0]) for page in pages] == [bytes(page[0]) for page in targets],
+            "errors": [answer.error for answer in (stored, found, read) if answer.error],
+        }
 
     def backend(
         self, pool: Any, path: Path, interface_v1: bool, extra: Any = None, **changed: Any
@@ -320,6 +371,8 @@ def host_pool(kind: str, layout: str, n_layers: int = 4) -> Any:
         "layer_num": n_layers,
         "device": "cpu",
         "enable_memory_saver": False,
+        "start_layer": 0,
+        "end_layer": n_layers,
     }
     if kind == "heads":
         device = MHATokenToKVPool(head_num=2, head_dim=16, **common)
