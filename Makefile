@@ -4,7 +4,7 @@
 #   make demo    set up .venv and run `hicache demo`
 #   make demo-pd play prefill and decode on different nodes, with SmolLM2 and Valkey, on this machine
 #   make test    set up .venv and run the tests, JOBS at a time; FULL=1 adds those that take long
-#   make check   format, lint, types, import layers, tests; FULL=1 as above
+#   make check   format, lint, types, import layers, tests; FULL=1 as above, ENGINES= leaves the real engines out
 #   make engines run the real engines on this CPU, in environments that are built once (10 GB)
 #   make bench   print the benchmark tables (BENCH="--quick --only transfer" narrows them)
 #   make soak    simulate SOAK_SCHEDULES lives, then run the cache under faults for SOAK_SECONDS
@@ -66,7 +66,7 @@ demo-pd: $(TESTS_READY)
 	$(BIN)/python -m tests.pd
 
 test: $(TESTS_READY) $(if $(FULL),$(ENGINES_READY))
-	$(if $(FULL),HICACHE_ENGINES=$(abspath $(ENGINES_DIR))) $(BIN)/python -m pytest --numprocesses $(JOBS) $(if $(FULL),--full) $(PYTEST)
+	$(if $(and $(FULL),$(ENGINES)),HICACHE_ENGINES=$(abspath $(ENGINES_DIR))) $(BIN)/python -m pytest --numprocesses $(JOBS) $(if $(FULL),--full) $(PYTEST)
 
 $(ENGINES_DIR)/%/.ready: tests/engines/requirements/%.txt $(wildcard tests/engines/requirements/*.txt) pyproject.toml $(PLUGINS)
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)

@@ -50,6 +50,18 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def has_engines() -> bool:
+    """Whether the environments of the real engines are named; the Makefile does."""
+    return "HICACHE_ENGINES" in os.environ
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """Says what a run at full depth leaves out."""
+    if not config.getoption("--full") or has_engines():
+        return None
+    return "the real engines are left out: `make engines` runs them"
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--full", action="store_true", help="also what takes long; see CONTRIBUTING.md"
@@ -58,13 +70,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)  # what the command line selects is selected by then
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Everyday runs leave out what is marked ``full``; the longest files come first."""
-    if not config.getoption("--full"):
-        left_out = [item for item in items if item.get_closest_marker("full")]
+    """Leaves out what this run is not for; the longest files come first."""
+    left_out = [item for item in items if _is_left_out(item, config)]
+    if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("full")]
+        items[:] = [item for item in items if not _is_left_out(item, config)]
     rank = {(ROOT / file).resolve(strict=True): n for n, file in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
+
+def _is_left_out(item: pytest.Item, config: pytest.Config) -> bool:
+    """Whether a test belongs to the full depth, or needs an engine, and the run has neither."""
+    if item.get_closest_marker("full") is None:
+        return False
+    needs_engine = (ROOT / "tests/engines") in item.path.parents
+    return not config.getoption("--full") or (needs_engine and not has_engines())
 
 
 def pytest_collection_finish() -> None:
