@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import threading
 from collections.abc import Sequence
 
@@ -13,10 +14,12 @@ N_HEADERS = 16_384
 """Pages that may use headers of the reserved memory; 1 MiB of it."""
 
 _ZEROS = bytes(1 << 20)
+_UNTOUCHED = os.urandom(HEADER_NBYTES)
+"""What a header holds before a call: no stored object begins so, damaged or not."""
 
 
 class Headers:
-    """Lends a header of zeros to each page of a call. Threads: any.
+    """Lends a header to each page of a call, and sees whether it was written. Threads: any.
 
     Attributes:
         memory: where they lie, for transports that must know it.
@@ -44,7 +47,7 @@ class Headers:
         """Takes the headers back from pages that nothing touches any more."""
         headers = [page[0] for page in pages]
         for header in headers:
-            header[:] = _NO_HEADER
+            header[:] = _UNTOUCHED
         with self._lock:
             self._free += headers
 
@@ -57,15 +60,17 @@ class Headers:
             mask: for each page whether it was verified.
         """
         for page, good in zip(pages, mask, strict=True):
-            if not good and page[0] != _NO_HEADER:
+            if not good and page[0] != _UNTOUCHED:
                 wipe(page[1:])
 
     def _cut(self) -> memoryview:
         start = self._n_cut * HEADER_NBYTES
         if start >= self.memory.nbytes:
-            return memoryview(bytearray(HEADER_NBYTES))
+            return memoryview(bytearray(_UNTOUCHED))
         self._n_cut += 1
-        return self.memory[start : start + HEADER_NBYTES]
+        header = self.memory[start : start + HEADER_NBYTES]
+        header[:] = _UNTOUCHED
+        return header
 
 
 def wipe(page: Page) -> None:
@@ -74,6 +79,3 @@ def wipe(page: Page) -> None:
         for start in range(0, segment.nbytes, len(_ZEROS)):
             part = segment[start : start + len(_ZEROS)]
             part[:] = _ZEROS[: part.nbytes]
-
-
-_NO_HEADER = bytes(HEADER_NBYTES)

@@ -25,6 +25,7 @@ from hicache_core.integrations.sglang.namespace import (
     ANCHOR,
     ServedModel,
     StorageConfig,
+    arguments_of,
     is_shared,
     is_writer,
     namespace_of,
@@ -35,7 +36,6 @@ from hicache_core.integrations.sglang.settings import check_version, read_settin
 from hicache_core.integrations.sglang.store import PoolStore
 from hicache_core.integrations.sglang.traffic import Traffic
 
-_MODEL_ARGUMENTS = ("revision", "quantization", "json_model_override_args")
 _logger = logging.getLogger(__name__)
 
 
@@ -77,7 +77,7 @@ class HiCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang has no typ
         if storage_config.should_split_heads:
             raise ConfigError("tp_lcm_size: sharing pages between TP sizes is not supported")
         self._config = storage_config
-        self._model = _served_model(storage_config)
+        self._model = _served_model(storage_config, self._settings.variant)
         self._store: PoolStore | None = None
         self._traffic = Traffic(counts=storage_config.enable_storage_metrics)
 
@@ -361,8 +361,12 @@ class HiCacheBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang has no typ
         return max(lengths, default=0), lengths
 
 
-def _served_model(config: StorageConfig) -> ServedModel:
+def _served_model(config: StorageConfig, variant: str) -> ServedModel:
     """Finds out which model this process serves.
+
+    Args:
+        config: SGLang's.
+        variant: of our settings.
 
     Raises:
         ConfigError: SGLang gives neither a path nor a name.
@@ -376,6 +380,5 @@ def _served_model(config: StorageConfig) -> ServedModel:
         raise ConfigError(
             "SGLang gave its storage backend no model name; start it with --served-model-name"
         )
-    given = {key: getattr(running, key, None) for key in _MODEL_ARGUMENTS}
-    arguments = {key: value for key, value in given.items() if value not in (None, "", "{}")}
+    arguments = arguments_of(running, variant)
     return ServedModel(model_identity(str(name)), arguments, sglang_version)

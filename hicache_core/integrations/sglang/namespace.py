@@ -34,6 +34,15 @@ _SHAPE = (
     "storage_format_tag",
 )
 
+_ARGUMENTS = (
+    "revision",
+    "quantization",
+    "json_model_override_args",
+    "kv_cache_dtype",  # the pool says uint8 for every fp8 format
+    "quantization_param_path",
+)
+_DEFAULTS = (None, "", "{}", "auto")
+
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
@@ -65,6 +74,17 @@ class StorageConfig(Protocol):
     should_split_heads: bool
     dp_rank: int
     extra_config: dict[str, object] | None
+
+
+def arguments_of(running: object, variant: str) -> dict[str, object]:
+    """Returns what changes the pages of a model beside its files.
+
+    Args:
+        running: SGLang's arguments about its model, as attributes; None if they are not known.
+        variant: of our settings.
+    """
+    given = {key: getattr(running, key, None) for key in _ARGUMENTS} | {"variant": variant}
+    return {key: value for key, value in given.items() if value not in _DEFAULTS}
 
 
 def is_shared(config: StorageConfig, pages: PoolPages, name: str) -> bool:

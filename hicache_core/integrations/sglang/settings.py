@@ -28,6 +28,7 @@ class SGLangSettings(BaseModel):
         min_length=1, description='the name of an installed backend, such as "file" or "redis"'
     )
     backend_config: dict[str, object] = Field(default_factory=dict)
+    variant: str = ""
     allow_untested_version: bool = False
 
     @field_validator("interface_v1", mode="before")

@@ -14,6 +14,7 @@ import pytest
 from hicache_core.errors import BackendUnavailable
 from hicache_core.integrations.foreign.store import Answer, ForeignStore
 from hicache_core.storage.memory import MemoryBackend
+from hicache_core.storage.sealed import HEADER_NBYTES
 from hicache_core.storage.wrapper import BackendWrapper
 from hicache_core.testing.faults import CorruptBackend, FlakyBackend, StuckBackend
 from hicache_core.types import Page
@@ -315,6 +316,17 @@ def test_a_damaged_page_is_never_claimed_and_its_bytes_do_not_stand(direct: bool
     for n, page in enumerate(pages):
         assert bytes_in(page) == (content(n) if mask[n] else before)
     assert sum(store.stats().refused.values()) == mask.count(False)
+    store.close()
+
+
+def test_a_damaged_page_whose_header_is_zeros_does_not_stand_either() -> None:
+    backend = memory()
+    backend.open()
+    backend.set(KEYS[0], bytes(HEADER_NBYTES) + b"E" * NBYTES)
+    store = opened(backend, direct=True)
+    (page,) = patterned(1)
+    assert store.read(KEYS[:1], [page]).mask == [False]
+    assert bytes_in(page) == bytes(NBYTES)
     store.close()
 
 
