@@ -39,7 +39,13 @@ class HostPages:
 
 
 class Blocks:
-    """The blocks of all layers. A page holds the same block of every layer, one after the other."""
+    """The blocks of all layers. A page holds the same block of every layer, one after the other.
+
+    Attributes:
+        page_nbytes: bytes of a page.
+        cuts: of each layer, into how many blocks of its kernel a block is cut, and their shape.
+            The order of the bytes depends on them.
+    """
 
     def __init__(
         self, layers: Sequence[str], caches: Mapping[str, torch.Tensor], n_blocks: int
@@ -58,6 +64,8 @@ class Blocks:
         self._layers = [_as_bytes(name, caches[name], n_blocks) for name in layers]
         self._device = self._layers[0].device
         self.page_nbytes = sum(layer.shape[1] for layer in self._layers)
+        shapes = [caches[name].shape for name in layers]
+        self.cuts = [[shape[0] // n_blocks, *shape[1:]] for shape in shapes]
 
     def allocate(self, n_pages: int) -> HostPages:
         """Returns host memory for pages; pinned if the cache is on a GPU."""

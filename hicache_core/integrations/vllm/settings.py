@@ -22,6 +22,8 @@ class ConnectorSettings(BaseModel):
         backend_config: its settings, and those of its guard under ``guard``.
         host_bytes: host memory of each worker for pages that were read ahead, and again as much
             for pages that are being stored.
+        variant: what else decides the bytes of a page: weights that were exchanged, an fp8 format,
+            another rope scaling.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -29,6 +31,7 @@ class ConnectorSettings(BaseModel):
     backend: str
     backend_config: dict[str, Any] = Field(default_factory=dict)
     host_bytes: int = Field(1 << 30, ge=1)
+    variant: str = ""
 
 
 def checked_settings(

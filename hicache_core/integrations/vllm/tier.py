@@ -85,6 +85,7 @@ class HiCacheTier(SecondaryTierManager):
         backend_config: Mapping[str, object] | None = None,
         locality: str | None = None,
         enable_kv_events: bool = False,
+        variant: str = "",
     ) -> None:
         """Opens the backend.
 
@@ -97,6 +98,8 @@ class HiCacheTier(SecondaryTierManager):
             backend_config: its settings, and those of its guard under ``guard``.
             locality: ``LOCAL`` or ``REMOTE``, for requests that name the tiers to load from.
             enable_kv_events: whether stored chunks are announced as KV events, if vLLM emits them.
+            variant: what else decides the bytes of a chunk, as vLLM names only the model and its
+                dtype: weights that were exchanged, an fp8 format, another rope scaling.
 
         Raises:
             ConfigError: a setting, the version of vLLM or its memory does not fit.
@@ -109,6 +112,7 @@ class HiCacheTier(SecondaryTierManager):
             offloading_spec.config,
             version=vllm.__version__,
             single_copy=offloading_spec.replicated_layout,
+            variant=variant,
         )
         self.locality = Locality(locality) if locality is not None else None
         announces = enable_kv_events and offloading_spec.kv_events_config.enable_kv_cache_events
