@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -84,6 +85,21 @@ def test_a_backend_and_its_settings_are_taken() -> None:
     settings = checked({"backend": "file", "backend_config": {"path": "/x"}})
     assert (settings.backend, settings.backend_config) == ("file", {"path": "/x"})
     assert settings.host_bytes == 1 << 30
+
+
+def test_settings_of_a_backend_may_be_text_or_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "store.json"
+    file.write_text('{"path": "/x"}')
+    for text in ('{"path": "/x"}', f"@{file}"):
+        settings = checked({"backend": "file", "backend_config": text})
+        assert settings.backend_config == {"path": "/x"}
+
+
+@pytest.mark.parametrize("text", ['{"password": "secret"', '["secret"]', "@secret.json"])
+def test_text_that_is_no_settings_is_refused_and_its_values_are_not_said(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"config\.backend_config: ") as refused:
+        checked({"backend": "file", "backend_config": text})
+    assert text.startswith("@") or "secret" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
