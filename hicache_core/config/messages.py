@@ -18,6 +18,8 @@ _OF_SGLANG = {
     "min_free_space": "set the size of the store with max_nbytes",
     "check_server": "leave it out: opening a store always checks the server",
 }
+# Settings that may be written as text, which may hold passwords and is not quoted.
+_TEXTS = (EXTRA, "backend_config")
 
 
 def allowed_values(model: type[BaseModel], key: str) -> str:
@@ -70,7 +72,7 @@ def _explain(
         return f"{path}{where}: unknown setting{hint}{names}"
     if detail["type"] == "missing":
         return f"{path}{where}: this setting is required{_meaning(model, key)}"
-    if first == EXTRA:  # the value may be text that holds passwords, and is not quoted
+    if first in _TEXTS:
         return f"{path}{where}: {_message(detail)}"
     shown = repr(masked(masked(detail["input"], first), key))
     shown = shown if len(shown) <= 100 else shown[:97] + "..."

@@ -303,6 +303,8 @@ def rule_settings_and_backends_that_do_not_exist_are_refused_in_a_sentence(folde
     wrong = [
         ({"backend": "rediss"}, "no backend named 'rediss' is installed"),
         ({"backend_config": {"pathh": "x"}}, "pathh"),
+        ({"backend_config": '{"pathh": "x"}'}, "pathh"),
+        ({"backend_config": "@nowhere.json"}, "backend_config: file nowhere.json: no such file"),
     ]
     for settings, message in wrong:
         named = {"backend": "file", "backend_config": {"path": str(folder)}} | settings

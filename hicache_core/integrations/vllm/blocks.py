@@ -9,6 +9,8 @@ import torch
 from hicache_core.errors import ConfigError
 from hicache_core.types import Page
 
+_COPIED_AT_ONCE = 64  # blocks; bounds the memory that a copy to a GPU needs beside them
+
 
 class HostPages:
     """Host memory for some pages; a page is one run of bytes.
@@ -39,7 +41,13 @@ class HostPages:
 
 
 class Blocks:
-    """The blocks of all layers. A page holds the same block of every layer, one after the other."""
+    """The blocks of all layers. A page holds the same block of every layer, one after the other.
+
+    Attributes:
+        page_nbytes: bytes of a page.
+        cuts: of each layer, into how many blocks of its kernel a block is cut, and their shape.
+            The order of the bytes depends on them.
+    """
 
     def __init__(
         self, layers: Sequence[str], caches: Mapping[str, torch.Tensor], n_blocks: int
@@ -58,6 +66,8 @@ class Blocks:
         self._layers = [_as_bytes(name, caches[name], n_blocks) for name in layers]
         self._device = self._layers[0].device
         self.page_nbytes = sum(layer.shape[1] for layer in self._layers)
+        shapes = [caches[name].shape for name in layers]
+        self.cuts = [[shape[0] // n_blocks, *shape[1:]] for shape in shapes]
 
     def allocate(self, n_pages: int) -> HostPages:
         """Returns host memory for pages; pinned if the cache is on a GPU."""
@@ -77,12 +87,21 @@ class Blocks:
     def copy_in(self, host: HostPages, skip: int, block_ids: Sequence[int]) -> None:
         """Copies pages into blocks.
 
+        On a GPU this takes room there for a layer's part of ``_COPIED_AT_ONCE`` blocks.
+
         Args:
             host: the pages.
             skip: how many leading ones to leave out.
             block_ids: where the next ones go.
+
+        Raises:
+            RuntimeError: the GPU has no room; some of the blocks may have been written.
         """
-        pages = host.tensor[skip : skip + len(block_ids)]
+        for first in range(0, len(block_ids), _COPIED_AT_ONCE):
+            some = block_ids[first : first + _COPIED_AT_ONCE]
+            self._copy_some_in(host.tensor[skip + first : skip + first + len(some)], some)
+
+    def _copy_some_in(self, pages: torch.Tensor, block_ids: Sequence[int]) -> None:
         ids = torch.tensor(block_ids, dtype=torch.int64, device=self._device)
         start = 0
         for layer in self._layers:

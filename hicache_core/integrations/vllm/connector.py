@@ -168,6 +168,8 @@ class HiCacheConnector(KVConnectorBase_V1):
             version=vllm.__version__,
             page_nbytes=blocks.page_nbytes,
             dtypes=sorted({str(kv_caches[name].dtype) for name in group.layer_names}),
+            cuts=blocks.cuts,
+            variant=self._settings.variant,
         )
         parallel = self._vllm_config.parallel_config
         store = open_store(

@@ -54,7 +54,7 @@ class _Fetch(Generic[P]):
         keys: of the pages, in order.
         until_s: when it stops to wait for room.
         n_pages: pages that it reads: those that are present, as far as they ever fit.
-        held: their memory, once there is room.
+        held: their memory, once there is room and it was allocated.
         n_good: leading pages that were verified; None while that is unknown.
         is_dropped: whether nobody waits for it any more.
     """
@@ -72,8 +72,11 @@ class Fetches(Generic[P]):
     """Reads leading pages ahead, into a limited amount of host memory.
 
     A fetch asks which pages are present, waits for room, reads, and is then held until it is taken
-    or dropped. Threads: ``start``, ``take``, ``drop`` and ``take_reports`` belong to the worker;
-    the rest runs on threads of the store.
+    or dropped. Memory is allocated outside the lock, as that may take long: it is pinned if the KV
+    cache is on a GPU.
+
+    Threads: ``start``, ``take``, ``drop`` and ``take_reports`` belong to the worker; the rest runs
+    on threads of the store. ``take`` and ``drop`` allocate for fetches that waited for their room.
     """
 
     def __init__(
@@ -159,23 +162,41 @@ class Fetches(Generic[P]):
         self._read_what_fits()
 
     def _read_what_fits(self) -> None:
-        while True:
-            with self._lock:
-                if not self._waiting or self._waiting[0].n_pages > self._n_free:
-                    return
+        while (fetch := self._reserve()) is not None:
+            held = self._allocated(fetch.n_pages)
+            if self._hold(fetch, held) and held is not None:
+                keys = fetch.keys[: fetch.n_pages]
+                self._store.submit_read(keys, held.pages, self._on_read(fetch))
+
+    def _reserve(self) -> _Fetch[P] | None:
+        """Takes room for the fetch that has waited longest; None if there is not enough."""
+        with self._lock:
+            while self._waiting and self._waiting[0].n_pages <= self._n_free:
                 fetch = self._waiting.popleft()
-                if fetch.is_dropped:
-                    continue
-                try:
-                    held = self._allocate(fetch.n_pages)
-                except (MemoryError, RuntimeError) as error:  # torch raises the second
-                    logger.warning("no memory for %d pages: %s", fetch.n_pages, error)
-                    self._end(fetch, 0)
-                    continue
+                if not fetch.is_dropped:
+                    self._n_free -= fetch.n_pages
+                    return fetch
+        return None
+
+    def _allocated(self, n_pages: int) -> P | None:
+        try:
+            return self._allocate(n_pages)
+        except (MemoryError, RuntimeError) as error:  # torch raises the second
+            logger.warning("no memory for %d pages: %s", n_pages, error)
+            return None
+
+    def _hold(self, fetch: _Fetch[P], held: P | None) -> bool:
+        """Gives a fetch its memory; returns whether it is to be read.
+
+        It gives the room back if there is no memory, or if the fetch was dropped meanwhile.
+        """
+        with self._lock:
+            if held is not None and not fetch.is_dropped:
                 fetch.held = held
-                self._n_free -= fetch.n_pages
-            keys = fetch.keys[: fetch.n_pages]
-            self._store.submit_read(keys, held.pages, self._on_read(fetch))
+                return True
+            self._n_free += fetch.n_pages
+            self._end(fetch, 0)
+            return False
 
     def _on_read(self, fetch: _Fetch[P]) -> OnDone:
         return lambda answer: self._read(fetch, answer)

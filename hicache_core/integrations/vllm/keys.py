@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any
@@ -97,7 +98,9 @@ def block_keys(namespace: str, block_hashes: Sequence[bytes]) -> list[str]:
     return [f"{namespace}/{block_page_hash(block).hex()}" for block in block_hashes]
 
 
-def tier_namespace(config: Any, *, version: str, single_copy: bool) -> ForeignNamespace:
+def tier_namespace(
+    config: Any, *, version: str, single_copy: bool, variant: str = ""
+) -> ForeignNamespace:
     """Returns what decides the bytes of a row in vLLM's host memory.
 
     A row is padded to whole memory pages. The padding is not stored: it differs between writers.
@@ -106,6 +109,7 @@ def tier_namespace(config: Any, *, version: str, single_copy: bool) -> ForeignNa
         config: vLLM's ``OffloadingConfig``.
         version: of vLLM.
         single_copy: whether a row holds one copy for all workers, and not one part for each.
+        variant: what else decides the bytes, in the user's words; may be empty.
 
     Raises:
         ConfigError: the rows have no bytes, or their layout has no name.
@@ -129,6 +133,7 @@ def tier_namespace(config: Any, *, version: str, single_copy: bool) -> ForeignNa
         "parallel": [parallel.tp_size, parallel.pp_size],
         "single_copy": single_copy,
         "tokens_per_hash": cache.tokens_per_hash,
+        **_named(variant),
     }
     return ForeignNamespace(
         engine=ENGINE,
@@ -142,7 +147,14 @@ def tier_namespace(config: Any, *, version: str, single_copy: bool) -> ForeignNa
 
 
 def connector_namespace(
-    vllm_config: Any, group: Any, *, version: str, page_nbytes: int, dtypes: Sequence[str]
+    vllm_config: Any,
+    group: Any,
+    *,
+    version: str,
+    page_nbytes: int,
+    dtypes: Sequence[str],
+    cuts: Sequence[Sequence[int]],
+    variant: str = "",
 ) -> ForeignNamespace:
     """Returns what decides the bytes of the connector's page: one block of every layer.
 
@@ -152,22 +164,51 @@ def connector_namespace(
         version: of vLLM.
         page_nbytes: bytes of a page.
         dtypes: of the layers' tensors.
+        cuts: of each layer, into how many blocks of its kernel a block is cut, and their shape.
+        variant: what else decides the bytes, in the user's words; may be empty.
+
+    Raises:
+        ConfigError: a function changes the model's configuration, and there is no ``variant``.
     """
     ranks, spec = vllm_config.parallel_config, group.kv_cache_spec
+    model = vllm_config.model_config
     details = {
         "adapter": "connector",
         "cache_dtype": str(vllm_config.cache_config.cache_dtype),
+        "cuts": [list(cut) for cut in cuts],
+        "dtype": str(model.dtype),
         "dtypes": list(dtypes),
         "heads": [spec.num_kv_heads, spec.head_size],
+        "hf_overrides": _overrides(model.hf_overrides, variant),
         "layers": list(group.layer_names),
         "parallel": [ranks.rank, ranks.tensor_parallel_size],
+        "quantization": str(model.quantization),
+        "revision": str(model.revision),
+        **_named(variant),
     }
     return ForeignNamespace(
         engine=ENGINE,
         engine_version=version,
-        model=model_identity(vllm_config.model_config.model),
+        model=model_identity(model.model),
         layout=f"vllm-{vllm_config.cache_config.kv_cache_layout}",
         page_size=vllm_config.cache_config.block_size,
         object_nbytes=page_nbytes,
         details=details,
     )
+
+
+def _named(variant: str) -> dict[str, object]:
+    return {"variant": variant} if variant else {}
+
+
+def _overrides(hf_overrides: object, variant: str) -> str:
+    """Returns what changes the model's configuration, as text that is the same in every process."""
+    try:
+        return json.dumps(hf_overrides, sort_keys=True)
+    except TypeError:
+        if variant:
+            return ""
+        raise ConfigError(
+            "hf_overrides of this model is a function or has values that are not JSON, so HiCache "
+            "cannot tell whether another engine has the same; name it with the setting variant"
+        ) from None

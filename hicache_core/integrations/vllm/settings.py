@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from hicache_core.config.messages import config_error
+from hicache_core.config.sources import read_inline
 from hicache_core.errors import ConfigError
 from hicache_core.integrations.vllm.keys import SEED_VARIABLE
 
@@ -19,9 +20,12 @@ class ConnectorSettings(BaseModel):
 
     Attributes:
         backend: an installed backend, ``chain`` or ``dynamic``.
-        backend_config: its settings, and those of its guard under ``guard``.
+        backend_config: its settings, and those of its guard under ``guard``; written as a mapping,
+            as JSON text or as ``@file``.
         host_bytes: host memory of each worker for pages that were read ahead, and again as much
             for pages that are being stored.
+        variant: what else decides the bytes of a page: weights that were exchanged, an fp8 format,
+            another rope scaling.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -29,6 +33,12 @@ class ConnectorSettings(BaseModel):
     backend: str
     backend_config: dict[str, Any] = Field(default_factory=dict)
     host_bytes: int = Field(1 << 30, ge=1)
+    variant: str = ""
+
+    @field_validator("backend_config", mode="before")
+    @classmethod
+    def _mapping_or_text(cls, value: object) -> object:
+        return read_inline(value) if isinstance(value, str) else value
 
 
 def checked_settings(

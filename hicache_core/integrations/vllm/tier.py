@@ -27,6 +27,7 @@ from vllm.v1.kv_offload.base import (
 )
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
+from hicache_core.config.sources import read_inline
 from hicache_core.integrations.foreign.opening import open_store
 from hicache_core.integrations.foreign.store import Answer
 from hicache_core.integrations.vllm.keys import (
@@ -82,9 +83,10 @@ class HiCacheTier(SecondaryTierManager):
         backpressure_detector: Any = None,
         *,
         backend: str,
-        backend_config: Mapping[str, object] | None = None,
+        backend_config: Mapping[str, object] | str | None = None,
         locality: str | None = None,
         enable_kv_events: bool = False,
+        variant: str = "",
     ) -> None:
         """Opens the backend.
 
@@ -94,9 +96,12 @@ class HiCacheTier(SecondaryTierManager):
             tier_type: the name of the tier in vLLM's logs and metrics.
             backpressure_detector: vLLM's, if one is configured.
             backend: an installed backend, ``chain`` or ``dynamic``.
-            backend_config: its settings, and those of its guard under ``guard``.
+            backend_config: its settings, and those of its guard under ``guard``; a mapping, JSON
+                text or ``@file``.
             locality: ``LOCAL`` or ``REMOTE``, for requests that name the tiers to load from.
             enable_kv_events: whether stored chunks are announced as KV events, if vLLM emits them.
+            variant: what else decides the bytes of a chunk, as vLLM names only the model and its
+                dtype: weights that were exchanged, an fp8 format, another rope scaling.
 
         Raises:
             ConfigError: a setting, the version of vLLM or its memory does not fit.
@@ -109,6 +114,7 @@ class HiCacheTier(SecondaryTierManager):
             offloading_spec.config,
             version=vllm.__version__,
             single_copy=offloading_spec.replicated_layout,
+            variant=variant,
         )
         self.locality = Locality(locality) if locality is not None else None
         announces = enable_kv_events and offloading_spec.kv_events_config.enable_kv_cache_events
@@ -125,9 +131,8 @@ class HiCacheTier(SecondaryTierManager):
         self._still = threading.Condition()  # and the lock of _n_moving
         self._refused: Mapping[str, int] = {}  # as last reported
         self._next_stats_s = 0.0
-        self._store = open_store(
-            backend, backend_config or {}, object_nbytes=namespace.object_nbytes
-        )
+        settings = read_inline(backend_config or {}, what="backend_config: ")
+        self._store = open_store(backend, settings, object_nbytes=namespace.object_nbytes)
         self._namespace = self._store.describe(namespace)
         self._store.register_memory([self._memory])
 

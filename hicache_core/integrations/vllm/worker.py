@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter
@@ -12,14 +13,17 @@ from hicache_core.integrations.vllm.blocks import Blocks, HostPages
 from hicache_core.integrations.vllm.fetches import Fetches
 from hicache_core.integrations.vllm.keys import block_keys
 from hicache_core.integrations.vllm.plans import Save, Step
+from hicache_core.process.logs import log_once
+
+logger = logging.getLogger(__name__)
 
 
 class PageMover:
     """Does what the scheduler planned for each step.
 
     Nothing waits for the store. Blocks are copied out before their step ends, so vLLM may give them
-    to another request at once; the copies are stored in the background. Saves that find no room for
-    their copies are dropped and counted.
+    to another request at once; the copies are stored in the background. Saves that find no room
+    or no memory for their copies are dropped and counted.
 
     Threads: the worker's. Threads of the store only give room back and count.
     """
@@ -48,7 +52,15 @@ class PageMover:
         self._refused = Counter[str]()  # as last reported
 
     def before_compute(self, step: Step) -> None:
-        """Starts and drops fetches, and copies fetched pages into their blocks."""
+        """Starts and drops fetches, and copies fetched pages into their blocks.
+
+        Their memory was allocated when they were fetched. On a CPU the copy needs no more; on a GPU
+        it needs room for a layer's part of a few blocks.
+
+        Raises:
+            RuntimeError: the GPU has no memory left. vLLM was promised these blocks, so its step
+                fails; none is computed with wrong KV.
+        """
         for fetch_id, hashes in step.fetches:
             self._fetches.start(fetch_id, block_keys(self._namespace, hashes))
         for load in step.loads:
@@ -91,7 +103,13 @@ class PageMover:
         n_pages = self._take_room(len(save.block_ids))
         if n_pages == 0:
             return
-        host = self._blocks.copy_out(save.block_ids[:n_pages])
+        try:
+            host = self._blocks.copy_out(save.block_ids[:n_pages])
+        except (MemoryError, RuntimeError) as error:  # torch raises the second
+            log_once(logger, logging.WARNING, "HiCache drops blocks: no memory for their copies")
+            logger.debug("no memory to copy %d blocks: %s", n_pages, error)
+            self._end_save(n_pages, n_stored=0)
+            return
         keys = block_keys(self._namespace, save.hashes[:n_pages])
         self._store.submit_write(keys, host.pages, self._stored)
 
@@ -104,10 +122,13 @@ class PageMover:
 
     def _stored(self, answer: Answer) -> None:
         """Called on threads of the store."""
+        self._end_save(len(answer.mask), _n_true(answer.mask))
+
+    def _end_save(self, n_pages: int, n_stored: int) -> None:
         with self._lock:
-            self._n_free += len(answer.mask)
-            self._counts["stored"] += _n_true(answer.mask)
-            self._counts["dropped"] += len(answer.mask) - _n_true(answer.mask)
+            self._n_free += n_pages
+            self._counts["stored"] += n_stored
+            self._counts["dropped"] += n_pages - n_stored
 
     def _count(self, what: str, n_blocks: int) -> None:
         with self._lock:

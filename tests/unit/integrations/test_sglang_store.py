@@ -285,7 +285,7 @@ def test_settings_name_what_is_wrong() -> None:
         ({}, r"extra_config\.backend: this setting is required .*such as \"file\" or \"redis\""),
         (None, "backend: this setting is required"),
         ({"backend": "file", "bakend_config": {}}, "did you mean 'backend_config'"),
-        ({"backend": "file", "backend_config": "{"}, "backend_config.*not valid JSON"),
+        ({"backend": "file", "backend_config": "{"}, "backend_config: text is not valid JSON"),
         ({"backend": "file", "interface_v1": "yes"}, "interface_v1 = 'yes'.*true or false"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -188,3 +189,43 @@ def test_no_memory_is_a_miss(store: Script, clock: Clock) -> None:
     store.find(2)
     assert fetches.take_reports() == {1: 0}
     assert fetches.n_free == 4
+
+
+def test_an_allocation_that_takes_long_holds_nobody_up(store: Script, clock: Clock) -> None:
+    is_allocating, may_go_on = threading.Event(), threading.Event()
+
+    def slow(n_pages: int) -> Memory:
+        is_allocating.set()
+        assert may_go_on.wait(20)
+        return Memory(n_pages)
+
+    fetches = Fetches(store, slow, max_pages=4, clock=clock)
+    for fetch_id in (1, 2):
+        fetches.start(fetch_id, keys(2))
+    found = threading.Thread(target=store.find, args=(2,))
+    found.start()
+    assert is_allocating.wait(20)
+    store.find(0)
+    assert fetches.take_reports() == {2: 0}
+    assert fetches.n_free == 2
+    fetches.drop(2)
+    assert found.is_alive()
+    may_go_on.set()
+    found.join()
+    store.read()
+    assert fetches.take_reports() == {1: 2}
+
+
+def test_a_fetch_that_is_dropped_while_its_memory_is_allocated_is_not_read(
+    store: Script, clock: Clock
+) -> None:
+    def dropped(n_pages: int) -> Memory:
+        fetches.drop(1)
+        return Memory(n_pages)
+
+    fetches = Fetches(store, dropped, max_pages=4, clock=clock)
+    fetches.start(1, keys(2))
+    store.find(2)
+    assert store.reading == []
+    assert fetches.n_free == 4
+    assert fetches.take_reports() == {}

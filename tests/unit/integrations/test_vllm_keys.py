@@ -30,8 +30,10 @@ def config(**changed: Any) -> SimpleNamespace:
     return SimpleNamespace(**fields | changed)
 
 
-def namespace(single_copy: bool = False, **changed: Any) -> Any:
-    return keys.tier_namespace(config(**changed), version="0.32.0", single_copy=single_copy)
+def namespace(single_copy: bool = False, variant: str = "", **changed: Any) -> Any:
+    return keys.tier_namespace(
+        config(**changed), version="0.32.0", single_copy=single_copy, variant=variant
+    )
 
 
 def test_a_block_hash_of_the_first_group_is_taken_as_it_is() -> None:
@@ -71,10 +73,15 @@ def test_whatever_changes_the_bytes_of_a_row_changes_the_namespace() -> None:
         {"canonical_layout": True},
         {"kv_cache_layout": "LBNHC"},
         {"single_copy": True},
+        {"variant": "fine-tuned"},
     ]
     for size in ("tp_size", "pp_size", "pcp_size", "dcp_size"):
         changes.append({"parallel": SimpleNamespace(**vars(parallel) | {size: 2})})
     assert len({namespace(**changed).digest for changed in changes}) == len(changes)
+
+
+def test_no_variant_is_no_part_of_the_namespace() -> None:
+    assert "variant" not in namespace().details
 
 
 def test_an_unknown_layout_and_rows_without_bytes_are_refused() -> None:

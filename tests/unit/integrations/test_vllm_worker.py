@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 
 from hicache_core.errors import ConfigError
 from hicache_core.integrations.foreign.opening import open_store
-from hicache_core.integrations.vllm.blocks import Blocks
+from hicache_core.integrations.vllm.blocks import Blocks, HostPages
 from hicache_core.integrations.vllm.plans import Fetch, Load, Save, Step
 from hicache_core.integrations.vllm.worker import PageMover
 
@@ -33,6 +33,13 @@ def caches(order: str = "BHNC", n_parts: int = 1) -> dict[str, torch.Tensor]:
         laid = torch.randn([shape[axis] for axis in order], generator=generator)
         found[layer] = laid.to(torch.bfloat16).permute([order.index(axis) for axis in "BHNC"])
     return found
+
+
+def _raising(error: Exception) -> Callable[[Blocks, int], HostPages]:
+    def allocate(blocks: Blocks, n_pages: int) -> HostPages:
+        raise error
+
+    return allocate
 
 
 class Worker:
@@ -124,6 +131,30 @@ def test_saves_without_room_are_dropped_and_counted(tmp_path: Path) -> None:
     assert worker.counts["stored"] == 4
     assert worker.fetch(0, hashes(1, 2, 3, 4, 5)) == 2
     worker.mover.close()
+
+
+def test_saves_without_memory_for_their_copies_are_dropped_and_leave_their_room(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error in (MemoryError(), RuntimeError("out of memory")):
+        with monkeypatch.context() as scarce:
+            scarce.setattr(Blocks, "allocate", _raising(error))
+            worker.save(list(range(N_BLOCKS)) * 8, hashes(*range(64)))  # all the room there is
+    assert worker.counts == {"dropped": 128}
+    worker.save([0, 1], hashes(1, 2))
+    assert worker.counts == {"dropped": 128, "stored": 2}
+
+
+def test_more_blocks_than_are_copied_at_once_come_back() -> None:
+    generator = torch.Generator().manual_seed(0)
+    layers = {layer: torch.randn((150, 2), generator=generator) for layer in LAYERS}
+    before = {layer: cache.clone() for layer, cache in layers.items()}
+    blocks = Blocks(LAYERS, layers, 150)
+    host = blocks.copy_out(range(150))
+    blocks.copy_in(host, 1, range(148, -1, -1))
+    for layer, cache in layers.items():
+        assert torch.equal(cache[:149], before[layer][1:].flip(0))
+        assert torch.equal(cache[149], before[layer][149])
 
 
 @pytest.mark.parametrize("order", ["BHNC", "BNHC"])
