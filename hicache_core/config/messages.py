@@ -70,7 +70,7 @@ def _explain(
         return f"{path}{where}: unknown setting{hint}{names}"
     if detail["type"] == "missing":
         return f"{path}{where}: this setting is required{_meaning(model, key)}"
-    if first == EXTRA:  # the value may be text that holds passwords, and is not quoted
+    if first in (EXTRA, "backend_config"):  # may be text that holds passwords: not quoted
         return f"{path}{where}: {_message(detail)}"
     shown = repr(masked(masked(detail["input"], first), key))
     shown = shown if len(shown) <= 100 else shown[:97] + "..."

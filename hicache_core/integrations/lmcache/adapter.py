@@ -102,7 +102,7 @@ class HiCacheL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache has
             self._store.close()
             raise
         self._backend = settings.backend
-        self._names = ChunkNames(version("lmcache"), settings.serde)
+        self._names = ChunkNames(version("lmcache"), settings.serde, settings.variant)
         self._described = lru_cache(maxsize=4096)(self._describe)
         self._layouts = KnownLayouts()
         self._lock = threading.Lock()
