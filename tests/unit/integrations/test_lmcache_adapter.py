@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import itertools
 import json
+import logging
 import os
 import select
 import sys
@@ -18,6 +20,8 @@ import pytest
 
 from hicache_core.build.storage import backend_from
 from hicache_core.errors import BackendError, BackendUnavailable, ConfigError, UnknownBackend
+from hicache_core.integrations.lmcache.held import HeldChunks
+from hicache_core.process.logs import forget_logged
 from hicache_core.storage.base import BackendConfig, StorageBackend
 from hicache_core.storage.manifest import read_manifests
 from hicache_core.types import BackendContext
@@ -335,6 +339,37 @@ def test_a_store_that_fails_answers_no_and_nothing_raises(
         assert lookup(adapter, keys) == [False, False]
         assert load(adapter, keys, empty(2)) == [False, False]
     assert not adapter.report_status()["is_healthy"]
+
+
+def test_failures_of_one_kind_are_logged_once_whatever_they_say(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    forget_logged()
+    adapter, seconds = make(), itertools.count()
+
+    def refuse(_: object) -> None:
+        raise BackendUnavailable(f"tries again in {next(seconds)} s")
+
+    broken = SimpleNamespace(backend=SimpleNamespace(delete=refuse))
+    with monkeypatch.context() as patch, caplog.at_level(logging.DEBUG, f"{PACKAGE}.adapter"):
+        patch.setattr(adapter, "_store", broken)
+        for _ in range(3):
+            adapter.delete(new_keys(1))
+    warned = [one.message for one in caplog.records if one.levelno == logging.WARNING]
+    assert len(warned) == 1
+    assert "delete failed: BackendUnavailable" in warned[0]
+    assert f"tries again in {next(seconds) - 1} s" in caplog.messages[-1]
+
+
+def test_what_lmcache_counts_is_bounded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, keys = make(), new_keys(5)
+    monkeypatch.setattr(adapter, "_held", HeldChunks(3))
+    store(adapter, keys[:3], filled(3))
+    load(adapter, keys[:1], empty())
+    store(adapter, keys[3:], filled(2))
+    assert adapter.told.deleted == [(keys[1:3], [NBYTES] * 2)]
+    assert adapter.used == 3 * NBYTES
+    assert lookup(adapter, keys) == [True] * 5, "the store has them all"
 
 
 def test_the_memory_of_all_chunks_is_registered_with_a_store_that_wants_it(
