@@ -68,8 +68,10 @@ demo-pd: $(TESTS_READY)
 test: $(TESTS_READY) $(if $(FULL),$(ENGINES_READY))
 	$(if $(and $(FULL),$(ENGINES)),HICACHE_ENGINES=$(abspath $(ENGINES_DIR))) $(BIN)/python -m pytest --numprocesses $(JOBS) $(if $(FULL),--full) $(PYTEST)
 
+# torch with what it needs, since a build for CUDA has libraries of its own; the lists name everything else.
 $(ENGINES_DIR)/%/.ready: tests/engines/requirements/%.txt $(wildcard tests/engines/requirements/*.txt) pyproject.toml $(PLUGINS)
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install $$(grep -h '^torch==' tests/engines/requirements/*.txt | sort -u)
 	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --requirement $<
 	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --no-build-isolation --editable . $(patsubst %/pyproject.toml,--editable %,$(PLUGINS))
 	@touch $@

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from hicache_core.integrations.foreign.stats import Counter, StoreStats
 from hicache_core.observe.snapshot import BackendStatus
 from hicache_core.storage.base import Clearable, StorageBackend
 from hicache_core.types import Page
+
+MAX_DESCRIBED = 4096
 
 __all__ = ["Answer", "ForeignStore", "OnDone", "Watch"]
 
@@ -76,23 +79,30 @@ class ForeignStore:
         self._staging = staging
         self._counter = Counter()
         self._lock = threading.Lock()
-        self._described: dict[str, ForeignNamespace] = {}
-        self._owed: dict[str, ForeignNamespace] = {}  # manifests that the store does not have
+        self._described: OrderedDict[str, ForeignNamespace] = OrderedDict()  # last used last
+        self._owed: dict[str, ForeignNamespace] = {}  # of these, those that the store does not have
         self._closed = False
 
     def describe(self, namespace: ForeignNamespace) -> str:
         """Leaves the manifest of a namespace in the store, in the background, once.
 
-        If the store cannot take it now, it gets it with a later write.
+        If the store cannot take it now, it gets it with a later write. Of more than
+        ``MAX_DESCRIBED`` namespaces the least recently described are forgotten.
 
         Returns:
             ``namespace.digest``.
         """
         digest = namespace.digest
         with self._lock:
-            if digest in self._described or not self.is_writer:
+            if not self.is_writer:
+                return digest
+            if digest in self._described:
+                self._described.move_to_end(digest)
                 return digest
             self._described[digest] = namespace
+            if len(self._described) > MAX_DESCRIBED:
+                forgotten, _ = self._described.popitem(last=False)
+                self._owed.pop(forgotten, None)
         self._leave_manifest(namespace)
         return digest
 
@@ -213,8 +223,8 @@ class ForeignStore:
         key, payload = namespace.manifest
 
         def on_done(answer: Answer) -> None:
-            if not answer.mask[0]:
-                with self._lock:
+            with self._lock:
+                if not answer.mask[0] and namespace.digest in self._described:
                     self._owed[namespace.digest] = namespace
 
         self._calls.submit(Request.of(Kind.WRITE, [key], [(payload,)]), on_done)

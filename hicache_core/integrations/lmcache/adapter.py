@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import itertools
 import logging
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -20,6 +19,7 @@ from lmcache.v1.platform import create_event_notifier
 from hicache_core.errors import HiCacheError
 from hicache_core.integrations.foreign.opening import open_store
 from hicache_core.integrations.foreign.store import Answer
+from hicache_core.integrations.lmcache.held import HeldChunks
 from hicache_core.integrations.lmcache.layouts import (
     INDEX_NBYTES,
     ChunkNames,
@@ -70,8 +70,9 @@ class HiCacheL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache has
     A lookup locks nothing: a chunk that is evicted before its load is a bit that the load does not
     set, and LMCache recomputes it. So is a damaged chunk, and every chunk while the store fails.
 
-    Usage counts the chunks that this server stored and has not found missing since. The store
-    evicts by its own rules, so no capacity is reported; ``delete`` serves quotas of a salt.
+    Usage counts the chunks that this server stored and has not found missing since, at most
+    ``MAX_CHUNKS`` of them: for more, it tells LMCache that the least recently used have gone. The
+    store evicts by its own rules, so no capacity is reported; ``delete`` serves quotas of a salt.
 
     Threads: all methods may be called from any thread, several at the same time, as LMCache's
     controllers do. None blocks, except ``delete`` and ``close``, and none raises.
@@ -102,11 +103,10 @@ class HiCacheL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache has
             self._store.close()
             raise
         self._backend = settings.backend
-        self._names = ChunkNames(version("lmcache"), settings.serde)
+        self._names = ChunkNames(version("lmcache"), settings.serde, settings.variant)
         self._described = lru_cache(maxsize=4096)(self._describe)
         self._layouts = KnownLayouts()
-        self._lock = threading.Lock()
-        self._held: dict[ObjectKey, int] = {}  # bytes of chunks stored, and not seen missing since
+        self._held: HeldChunks[ObjectKey] = HeldChunks()
         self._ids = itertools.count()
         self._stores: FinishedTasks[Any] = FinishedTasks(create_event_notifier())
         self._lookups: FinishedTasks[Any] = FinishedTasks(create_event_notifier())
@@ -198,6 +198,7 @@ class HiCacheL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache has
 
     def submit_touch(self, keys: list[ObjectKey]) -> None:
         # docstring inherited (0.5.7)
+        self._held.touch(keys)
         self._notify_keys_accessed(keys)
 
     def delete(self, keys: list[ObjectKey]) -> None:
@@ -211,7 +212,7 @@ class HiCacheL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache has
         try:
             self._store.backend.delete(names)
         except (HiCacheError, NotImplementedError) as error:
-            log_once(logger, logging.WARNING, f"LMCache's request to delete failed: {error}")
+            _say(logging.WARNING, "LMCache's request to delete failed", error)
         else:
             self._forget(keys)
 
@@ -247,8 +248,7 @@ class HiCacheL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache has
         try:
             start()
         except Exception as error:  # LMCache would lose the task: it is answered with no
-            kind = type(error).__name__
-            log_once(logger, logging.ERROR, f"a task of LMCache failed: {kind}: {error}")
+            _say(logging.ERROR, "a task of LMCache failed", error)
             fail()
 
     def _chunks(self, keys: Sequence[ObjectKey], objects: Sequence[MemoryObj]) -> list[_Chunk]:
@@ -310,11 +310,11 @@ class HiCacheL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache has
     ) -> None:
         stored = {key: n for key, n, yes in zip(keys, nbytes, answer.mask, strict=True) if yes}
         try:
-            with self._lock:
-                new = [0 if key in self._held else n for key, n in stored.items()]
-                self._held |= stored
+            added, forgotten = self._held.add(stored)
             if stored:
-                self._notify_keys_stored(list(stored), new)
+                self._notify_keys_stored(list(stored), added)
+            if forgotten:
+                self._notify_keys_deleted(list(forgotten), list(forgotten.values()))
         finally:
             result = L2StoreResult(all(answer.mask), sum(stored.values()))
             self._stores.add(task, result)
@@ -333,6 +333,7 @@ class HiCacheL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache has
         try:
             loaded = list(itertools.compress(keys, answer.mask))
             if loaded:
+                self._held.touch(loaded)
                 self._notify_keys_accessed(loaded)
             if not answer.error:
                 self._forget(itertools.compress(keys, [not yes for yes in answer.mask]))
@@ -343,8 +344,7 @@ class HiCacheL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache has
 
     def _forget(self, keys: Iterable[ObjectKey]) -> None:
         """Tells LMCache which of ``keys`` this server stored and the store has no more."""
-        with self._lock:
-            gone = {key: self._held.pop(key) for key in keys if key in self._held}
+        gone = self._held.remove(keys)
         if gone:
             self._notify_keys_deleted(list(gone), list(gone.values()))
 
@@ -357,6 +357,13 @@ def _bitmap(n: int, places: Iterable[int]) -> Bitmap:
     bitmap = Bitmap(n)
     bitmap.batched_set(list(places))
     return bitmap
+
+
+def _say(level: int, what: str, error: Exception) -> None:
+    """Logs each kind of error once, and what it says at DEBUG: that may differ each time."""
+    kind = type(error).__name__
+    log_once(logger, level, f"{what}: {kind}; the level DEBUG shows what it says, each time")
+    logger.debug("%s: %s: %s", what, kind, error)
 
 
 def _memory(pointer: int, nbytes: int) -> memoryview:

@@ -3,9 +3,10 @@
 LMCache's key names the model, the shard of its KV, a group of layers, a salt and the hash of all
 tokens so far. It does not say the dtype or the shape, on which the bytes depend. The namespace of
 our keys has those, so that two servers with different dtypes neither read nor replace each other's
-chunks. A store or load has them from its buffers. A lookup has no buffers: what LMCache says of the
-layout there is a hint, and may be absent or that of another form of the chunk. ``KnownLayouts``
-says which layouts a lookup asks for.
+chunks. Formats that torch has no dtype of its own for, such as vLLM's fp8, are all ``uint8``: what
+tells them apart is the setting ``variant``. A store or load has dtype and shape from its buffers. A
+lookup has no buffers: what LMCache says of the layout there is a hint, and may be absent or that of
+another form of the chunk. ``KnownLayouts`` says which layouts a lookup asks for.
 """
 
 from __future__ import annotations
@@ -95,15 +96,16 @@ def layout_of(
 class ChunkNames:
     """Names chunks in a store. Any thread."""
 
-    def __init__(self, engine_version: str, serde: str) -> None:
+    def __init__(self, engine_version: str, serde: str, variant: str = "") -> None:
         """Stores its arguments.
 
         Args:
             engine_version: of LMCache.
             serde: how the server transforms chunks before it stores them; empty if it does not.
+            variant: what else decides their bytes; empty if nothing does.
         """
         self._engine_version = engine_version
-        self._serde = serde
+        self._settings = {"serde": serde} | ({"variant": variant} if variant else {})
         self.digest = lru_cache(maxsize=4096)(self._digest)
         """Returns the digest of ``namespace`` for the same arguments."""
 
@@ -148,7 +150,7 @@ class ChunkNames:
             details={
                 "kv_rank": shard.kv_rank,
                 "object_group_id": shard.object_group_id,
-                "serde": self._serde,
+                **self._settings,
                 **details,
             },
         )

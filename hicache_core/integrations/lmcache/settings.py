@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from hicache_core.config.messages import config_error
+from hicache_core.config.sources import read_inline
 from hicache_core.errors import ConfigError
 
 OLDEST = (0, 5, 6)
@@ -19,6 +20,9 @@ class LMCacheSettings(BaseModel):
 
     ``serde`` names what the server does to chunks before it stores them, if its own ``serde``
     setting is used: LMCache does not tell an adapter, and chunks of different ones must not meet.
+    ``variant`` names what else decides their bytes and is in no key of LMCache: an fp8 format,
+    another rope scaling, weights that were exchanged. ``backend_config`` may also be JSON text, or
+    ``@file``, which keeps passwords out of the command line.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -28,6 +32,12 @@ class LMCacheSettings(BaseModel):
     )
     backend_config: dict[str, object] = Field(default_factory=dict)
     serde: str = ""
+    variant: str = ""
+
+    @field_validator("backend_config", mode="before")
+    @classmethod
+    def _mapping_or_text(cls, value: object) -> object:
+        return read_inline(value) if isinstance(value, str) else value
 
 
 def read_settings(params: Mapping[str, object]) -> LMCacheSettings:

@@ -154,6 +154,27 @@ def test_a_namespace_that_was_cleared_gets_its_manifest_with_the_next_write() ->
     store.close()
 
 
+def test_of_very_many_namespaces_the_least_recently_described_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("hicache_core.integrations.foreign.store.MAX_DESCRIBED", 2)
+    first, second, third = (replace(NAMESPACE, page_size=n) for n in (1, 2, 3))
+    backend = memory()
+    store = opened(backend, direct=True)
+    for namespace in (first, second, first, third):
+        store.describe(namespace)
+    settled(store)
+    assert store.clear("") == 3
+    assert store.write(keys_of("a"), pages_of("a")).mask == [True]
+    settled(store)
+    found = [manifest_in(backend, one) is not None for one in (first, second, third)]
+    assert found == [True, False, True]
+    store.describe(second)
+    settled(store)
+    assert manifest_in(backend, second) is not None
+    store.close()
+
+
 def test_fields_of_their_own_are_refused_among_the_details() -> None:
     with pytest.raises(ConfigError, match="may not have engine"):
         replace(NAMESPACE, details={"engine": "another"})

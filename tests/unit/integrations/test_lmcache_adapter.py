@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import itertools
+import json
+import logging
 import os
 import select
 import sys
@@ -17,6 +20,8 @@ import pytest
 
 from hicache_core.build.storage import backend_from
 from hicache_core.errors import BackendError, BackendUnavailable, ConfigError, UnknownBackend
+from hicache_core.integrations.lmcache.held import HeldChunks
+from hicache_core.process.logs import forget_logged
 from hicache_core.storage.base import BackendConfig, StorageBackend
 from hicache_core.storage.manifest import read_manifests
 from hicache_core.types import BackendContext
@@ -184,6 +189,28 @@ def test_a_serde_tells_chunks_apart_and_is_found_by_a_hint_of_the_plain_layout(m
     assert load(other, keys, into) == [False] * 2
 
 
+def test_a_variant_tells_chunks_of_one_dtype_and_shape_apart(make: Make) -> None:
+    keys = new_keys(2)
+    uint8 = DType("uint8", 1)  # vLLM's dtype of every fp8 format
+    hint = {0: LayoutDesc([SHAPE], [uint8])}
+    store(make(variant="kv fp8_e4m3"), keys, filled(2, uint8))
+    assert lookup(make(variant="kv fp8_e4m3"), keys, hint) == [True] * 2
+    for other in (make(variant="kv fp8_e5m2"), make()):
+        assert lookup(other, keys, hint) == [False] * 2
+        assert load(other, keys, empty(2, uint8)) == [False] * 2
+
+
+@pytest.mark.parametrize("form", ["text", "file"])
+def test_the_backend_config_may_be_text_or_a_file(make: Make, tmp_path: Path, form: str) -> None:
+    text = json.dumps({"path": str(tmp_path / "store")})
+    (tmp_path / "secret.json").write_text(text)
+    config = text if form == "text" else f"@{tmp_path}/secret.json"
+    adapter, keys = make(backend_config=config), new_keys(1)
+    store(adapter, keys, filled())
+    assert lookup(adapter, keys) == [True]
+    assert (tmp_path / "store").is_dir()
+
+
 def test_short_hashes_and_several_shards_and_sizes_go_through_one_task(make: Make) -> None:
     keys = [ObjectKey(b"\x01\x02\x03\x04"), *new_keys(1, object_group_id=1), *new_keys(1)]
     buffers = [*filled(), *filled(1, FP32), *filled()]
@@ -314,6 +341,37 @@ def test_a_store_that_fails_answers_no_and_nothing_raises(
     assert not adapter.report_status()["is_healthy"]
 
 
+def test_failures_of_one_kind_are_logged_once_whatever_they_say(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    forget_logged()
+    adapter, seconds = make(), itertools.count()
+
+    def refuse(_: object) -> None:
+        raise BackendUnavailable(f"tries again in {next(seconds)} s")
+
+    broken = SimpleNamespace(backend=SimpleNamespace(delete=refuse))
+    with monkeypatch.context() as patch, caplog.at_level(logging.DEBUG, f"{PACKAGE}.adapter"):
+        patch.setattr(adapter, "_store", broken)
+        for _ in range(3):
+            adapter.delete(new_keys(1))
+    warned = [one.message for one in caplog.records if one.levelno == logging.WARNING]
+    assert len(warned) == 1
+    assert "delete failed: BackendUnavailable" in warned[0]
+    assert f"tries again in {next(seconds) - 1} s" in caplog.messages[-1]
+
+
+def test_what_lmcache_counts_is_bounded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, keys = make(), new_keys(5)
+    monkeypatch.setattr(adapter, "_held", HeldChunks(3))
+    store(adapter, keys[:3], filled(3))
+    load(adapter, keys[:1], empty())
+    store(adapter, keys[3:], filled(2))
+    assert adapter.told.deleted == [(keys[1:3], [NBYTES] * 2)]
+    assert adapter.used == 3 * NBYTES
+    assert lookup(adapter, keys) == [True] * 5, "the store has them all"
+
+
 def test_the_memory_of_all_chunks_is_registered_with_a_store_that_wants_it(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -410,6 +468,11 @@ def test_a_touch_is_told_to_lmcache(make: Make) -> None:
         ({"backend": "file", "pathh": "x"}, ConfigError, "adapter_params.pathh: unknown setting"),
         ({"backend": "fiel"}, UnknownBackend, "no backend named 'fiel'"),
         ({"backend": "file", "backend_config": {"pth": "x"}}, ConfigError, "pth: unknown"),
+        (
+            {"backend": "file", "backend_config": "@/no/file.json"},
+            ConfigError,
+            "file /no/file.json: no such file",
+        ),
         ({"backend": "file", "backend_config": {"path": "/proc/no"}}, BackendError, "/proc/no"),
     ],
 )
@@ -425,6 +488,17 @@ def test_wrong_params_are_refused_at_start(
         importlib.import_module(PACKAGE).HiCacheL2Adapter(params)
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ['{"password": "hush"', '["hush"]'])
+def test_a_backend_config_that_is_wrong_text_is_not_quoted(
+    patched: pytest.MonkeyPatch, tmp_path: Path, text: str
+) -> None:
+    install(patched, tmp_path, "0.5.6")
+    params = {"backend": "redis", "backend_config": text}
+    with pytest.raises(ConfigError, match="backend_config: ") as refused:
+        importlib.import_module(PACKAGE).HiCacheL2Adapter(params)
+    assert "hush" not in str(refused.value)
 
 
 @pytest.mark.parametrize("version", ["0.5.5", "0.6.0", "0.5.10", "unknown"])

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from hicache_core.process.logs import forget_logged, log_once
+from hicache_core.process.logs import MAX_SAID, forget_logged, log_once
 
 
 def test_a_message_is_logged_once_and_again_after_forgetting(
@@ -35,6 +35,18 @@ def test_a_message_below_the_level_does_not_count_as_said(
     with caplog.at_level(logging.INFO, "hicache_core"):
         log_once(logger, logging.INFO, "later")
     assert caplog.messages == ["later"]
+    forget_logged()
+
+
+def test_of_very_many_messages_the_oldest_may_be_said_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    forget_logged()
+    logger = logging.getLogger("hicache_core.test")
+    with caplog.at_level(logging.INFO, "hicache_core"):
+        for n in [*range(MAX_SAID + 1), MAX_SAID, 1, 0]:
+            log_once(logger, logging.INFO, str(n))
+    assert caplog.messages == [str(n) for n in [*range(MAX_SAID + 1), 0]]
     forget_logged()
 
 
