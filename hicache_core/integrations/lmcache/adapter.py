@@ -32,6 +32,7 @@ from hicache_core.integrations.lmcache.layouts import (
     index_slot,
     layout_of,
 )
+from hicache_core.integrations.lmcache.models import Models
 from hicache_core.integrations.lmcache.parts import submit_in_parts
 from hicache_core.integrations.lmcache.settings import read_settings
 from hicache_core.integrations.lmcache.tasks import FinishedTasks
@@ -103,7 +104,10 @@ class HiCacheL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache has
             self._store.close()
             raise
         self._backend = settings.backend
-        self._names = ChunkNames(version("lmcache"), settings.serde, settings.variant)
+        self._models = Models()
+        self._names = ChunkNames(
+            version("lmcache"), self._models.identity, settings.serde, settings.variant
+        )
         self._described = lru_cache(maxsize=4096)(self._describe)
         self._layouts = KnownLayouts()
         self._held: HeldChunks[ObjectKey] = HeldChunks()
@@ -139,7 +143,7 @@ class HiCacheL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache has
             on_done = partial(self._stored, task, keys, nbytes)
             submit_in_parts(self._store.submit_write, names, pages, on_done, n_threads=N_THREADS)
 
-        self._start(start, partial(self._stores.add, task, L2StoreResult(False, 0)))
+        self._start(keys, start, partial(self._stores.add, task, L2StoreResult(False, 0)))
         return task
 
     def pop_completed_store_tasks(self) -> dict[int, L2StoreResult]:
@@ -161,11 +165,11 @@ class HiCacheL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache has
             unknown = [s for s in set(map(_shard, keys)) if self._layouts.needs_index(s)]
             ask = partial(self._ask, task, keys, hints)
             if unknown:
-                self._read_index(unknown, partial(self._start, ask, fail))
+                self._read_index(unknown, partial(self._run, ask, fail))
             else:
                 ask()
 
-        self._start(start, fail)
+        self._start(keys, start, fail)
         return task
 
     def query_lookup_and_lock_result(self, task_id: int) -> Bitmap | None:
@@ -189,7 +193,7 @@ class HiCacheL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache has
             on_done = partial(self._loaded, task, keys)
             submit_in_parts(self._store.submit_read, names, pages, on_done, n_threads=N_THREADS)
 
-        self._start(start, partial(self._loads.add, task, Bitmap(len(keys))))
+        self._start(keys, start, partial(self._loads.add, task, Bitmap(len(keys))))
         return task
 
     def query_load_result(self, task_id: int) -> Bitmap | None:
@@ -239,11 +243,20 @@ class HiCacheL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache has
 
     def close(self) -> None:
         # docstring inherited
+        self._models.close()
         self._store.close()
         for tasks in (self._stores, self._lookups, self._loads):
             tasks.close()
 
-    def _start(self, start: Callable[[], None], fail: Callable[[], None]) -> None:
+    def _start(
+        self, keys: Iterable[ObjectKey], start: Callable[[], None], fail: Callable[[], None]
+    ) -> None:
+        """As ``_run``, in the background if the model of one of ``keys`` is new."""
+        run = partial(self._run, start, fail)
+        names = {key.model_name for key in keys}
+        self._run(partial(self._models.run, names, run), fail)
+
+    def _run(self, start: Callable[[], None], fail: Callable[[], None]) -> None:
         """Runs ``start``, which submits a task, and ``fail`` if that raises."""
         try:
             start()

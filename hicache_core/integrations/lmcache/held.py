@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterable, Mapping
 from typing import Generic, TypeVar
 
 MAX_CHUNKS = 1 << 20
-"""So many chunks are remembered: some hundred megabytes with their keys."""
+"""So many chunks are remembered."""
 
 K = TypeVar("K", bound=Hashable)
 

@@ -14,14 +14,12 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from hashlib import sha256
 from typing import NamedTuple, Protocol
 
-from hicache_core.errors import HiCacheError
-from hicache_core.integrations.foreign.identity import model_identity
 from hicache_core.integrations.foreign.namespace import ForeignNamespace
 from hicache_core.kv.keys import DIGEST_NBYTES
 
@@ -96,15 +94,19 @@ def layout_of(
 class ChunkNames:
     """Names chunks in a store. Any thread."""
 
-    def __init__(self, engine_version: str, serde: str, variant: str = "") -> None:
+    def __init__(
+        self, engine_version: str, identity: Callable[[str], str], serde: str, variant: str = ""
+    ) -> None:
         """Stores its arguments.
 
         Args:
             engine_version: of LMCache.
+            identity: returns that of a model's name: ``Models.identity``.
             serde: how the server transforms chunks before it stores them; empty if it does not.
             variant: what else decides their bytes; empty if nothing does.
         """
         self._engine_version = engine_version
+        self._identity = identity
         self._settings = {"serde": serde} | ({"variant": variant} if variant else {})
         self.digest = lru_cache(maxsize=4096)(self._digest)
         """Returns the digest of ``namespace`` for the same arguments."""
@@ -144,7 +146,7 @@ class ChunkNames:
         return ForeignNamespace(
             ENGINE,
             self._engine_version,
-            _identity(shard.model_name),
+            self._identity(shard.model_name),
             kind,
             page_size,
             details={
@@ -154,14 +156,6 @@ class ChunkNames:
                 **details,
             },
         )
-
-
-@lru_cache(maxsize=256)
-def _identity(model_name: str) -> str:
-    try:
-        return model_identity(model_name)
-    except (OSError, HiCacheError):  # a folder that cannot be read: its name must do
-        return f"name:{model_name}"
 
 
 def chunk_key(digest: str, chunk_hash: bytes) -> str:

@@ -361,6 +361,31 @@ def test_failures_of_one_kind_are_logged_once_whatever_they_say(
     assert f"tries again in {next(seconds) - 1} s" in caplog.messages[-1]
 
 
+def test_no_task_waits_until_a_new_model_is_identified(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_end = threading.Event()
+
+    def slowly(name: str) -> str:
+        assert may_end.wait(20)
+        return name
+
+    monkeypatch.setattr(f"{PACKAGE}.models.model_identity", slowly)
+    adapter, keys, into = make(), new_keys(2), empty(2)
+    stored = adapter.submit_store_task(keys, filled(2))
+    found = adapter.submit_lookup_and_lock_task(new_keys(2), HINT)
+    loaded = adapter.submit_load_task(new_keys(2), into)
+    assert adapter.pop_completed_store_tasks() == {}
+    may_end.set()
+    finished(adapter.get_store_event_fd())
+    assert adapter.pop_completed_store_tasks() == {stored: 2 * NBYTES}
+    finished(adapter.get_lookup_and_lock_event_fd())
+    assert adapter.query_lookup_and_lock_result(found).bits == [False] * 2
+    finished(adapter.get_load_event_fd())
+    assert adapter.query_load_result(loaded).bits == [False] * 2
+    assert lookup(adapter, keys) == [True] * 2
+
+
 def test_what_lmcache_counts_is_bounded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter, keys = make(), new_keys(5)
     monkeypatch.setattr(adapter, "_held", HeldChunks(3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hicache_core.integrations.foreign.identity import model_identity
 from hicache_core.integrations.lmcache.layouts import (
     INDEX_NBYTES,
     MAX_OWN_LAYOUTS,
@@ -64,7 +65,7 @@ def test_an_entry_of_the_index_is_read_as_it_was_written() -> None:
 
 
 def test_the_store_learns_no_salt_and_the_manifest_names_what_a_chunk_is() -> None:
-    names = ChunkNames("0.5.6", "")
+    names = ChunkNames("0.5.6", model_identity, "")
     namespace = names.namespace(SHARD, "a secret salt", layout(3))
     assert "a secret salt" not in namespace.described
     assert (namespace.model, namespace.page_size) == ("name:a/model", 16)
