@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -21,10 +22,13 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 from hicache_core.integrations.foreign.opening import open_store
 from hicache_core.integrations.vllm.blocks import Blocks
 from hicache_core.integrations.vllm.keys import check_version, connector_namespace
+from hicache_core.integrations.vllm.logs import log_where_vllm_does
 from hicache_core.integrations.vllm.metrics import ConnectorMetrics, ConnectorStats
 from hicache_core.integrations.vllm.plans import Plans, Step
 from hicache_core.integrations.vllm.settings import checked_settings, why_not
 from hicache_core.integrations.vllm.worker import PageMover
+
+logger = logging.getLogger(__name__)
 
 _STATS_INTERVAL_S = 1.0
 
@@ -79,6 +83,7 @@ class HiCacheConnector(KVConnectorBase_V1):
             BackendError: the store cannot be opened.
         """
         super().__init__(vllm_config, role, kv_cache_config)
+        log_where_vllm_does()
         check_version(vllm.__version__)
         self._settings = checked_settings(
             self._kv_transfer_config.kv_connector_extra_config,
@@ -147,8 +152,17 @@ class HiCacheConnector(KVConnectorBase_V1):
         return False, None
 
     def reset_cache(self) -> bool:
-        """Drops what was read ahead; the store keeps what it has."""
+        """Drops what was read ahead; the store keeps what it has, and a line in the log says so.
+
+        Returns:
+            True, though other engines may read what the store keeps: on False vLLM's ``sleep`` and
+            ``pause_generation`` raise an error.
+        """
         self._planner.forget_fetches()
+        logger.info(
+            "HiCache dropped what it had read ahead; the store keeps its pages, so changed weights "
+            "need another model name or variant"
+        )
         return True
 
     @property

@@ -38,6 +38,7 @@ from hicache_core.integrations.vllm.keys import (
     offload_keys,
     tier_namespace,
 )
+from hicache_core.integrations.vllm.logs import log_where_vllm_does
 from hicache_core.integrations.vllm.verdicts import Verdicts
 from hicache_core.types import Page
 
@@ -100,8 +101,7 @@ class HiCacheTier(SecondaryTierManager):
                 text or ``@file``.
             locality: ``LOCAL`` or ``REMOTE``, for requests that name the tiers to load from.
             enable_kv_events: whether stored chunks are announced as KV events, if vLLM emits them.
-            variant: what else decides the bytes of a chunk, as vLLM names only the model and its
-                dtype: weights that were exchanged, an fp8 format, another rope scaling.
+            variant: what else decides a chunk's bytes; vLLM tells only the model's name and dtype.
 
         Raises:
             ConfigError: a setting, the version of vLLM or its memory does not fit.
@@ -109,6 +109,7 @@ class HiCacheTier(SecondaryTierManager):
             BackendError: the store cannot be opened.
         """
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
+        log_where_vllm_does()
         check_version(vllm.__version__)
         namespace = tier_namespace(
             offloading_spec.config,
