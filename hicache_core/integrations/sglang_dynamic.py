@@ -33,6 +33,7 @@ from hicache_core.integrations.sglang_stand_ins import ExtraInfo, StagingPool, S
 from hicache_core.integrations.three_methods import ThreeMethods
 from hicache_core.plugin.dynamic import NAMES_OF_CLASS, DynamicSettings, has_three_methods_only
 from hicache_core.process.logs import log_once
+from hicache_core.storage.answers import n_leading
 from hicache_core.storage.base import BackendConfig, Buffer, StorageBackend
 from hicache_core.storage.segments import nbytes_of, scatter
 from hicache_core.types import BackendContext, Page
@@ -335,14 +336,14 @@ class SGLangV1Backend(SGLangBackend):
         """Runs ``run`` on as many pages at a time as there are slots, until one is missing."""
         self._opened()
         sizes = [nbytes_of(page) <= self.context.object_nbytes for page in pages]
-        n_fit = sizes.index(False) if False in sizes else len(sizes)
+        n_fit = n_leading(sizes)
         done = 0
         while done < n_fit:
             n = min(self._pool.n_slots, n_fit - done)
             part = slice(done, done + n)
             with self._pool.slots(n) as slots:
                 flags = run([_plain(key) for key in keys[part]], pages[part], slots)
-            n_pages = flags.index(False) if False in flags else n
+            n_pages = n_leading(flags)
             done += n_pages
             if n_pages < n:
                 break

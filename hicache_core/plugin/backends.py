@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hicache_core.config.redact import MASK, masked_text
 from hicache_core.process.logs import log_once
+from hicache_core.storage.answers import n_leading
 from hicache_core.storage.calls import Calls
 from hicache_core.storage.lanes import Lanes, default_lanes
 from hicache_core.storage.sealed import parse_key
@@ -25,6 +26,7 @@ __all__ = [
     "is_empty",
     "log_once",
     "masked_text",
+    "n_leading",
     "nbytes_of",
     "parse_key",
     "parse_nbytes",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from hicache_core.storage.answers import n_leading
 from hicache_core.storage.segments import nbytes_of
 from hicache_core.types import ExistsJob, Job, Page, ReadJob, WriteJob
 
@@ -76,7 +77,7 @@ class Answer:
     @property
     def n_leading(self) -> int:
         """How many leading pages the answer is yes for."""
-        return self.mask.index(False) if False in self.mask else len(self.mask)
+        return n_leading(self.mask)
 
 
 OnDone: TypeAlias = Callable[[Answer], None]

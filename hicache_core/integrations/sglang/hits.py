@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hicache_core.storage.answers import n_leading
+
 
 def all_pages(present: Sequence[bool]) -> list[int]:
     """Returns the lengths of the prefixes of which every page is present."""
-    n = present.index(False) if False in present else len(present)
-    return list(range(1, n + 1))
+    return list(range(1, n_leading(present) + 1))
 
 
 def trailing_pages(present: Sequence[bool], window: int) -> list[int]:
@@ -36,5 +37,4 @@ def block_groups(present: Sequence[bool], block_pages: int, group_pages: int) ->
     """
     if group_pages <= 0:
         return 0
-    n_leading = present.index(False) if False in present else len(present)
-    return n_leading // group_pages * block_pages
+    return n_leading(present) // group_pages * block_pages

@@ -18,6 +18,7 @@ from hicache_core.errors import (
     BreakerOpen,
     ConfigError,
 )
+from hicache_core.storage.answers import yes_at
 from hicache_core.storage.base import BackendConfig, Buffer, Flushable, StorageBackend
 from hicache_core.storage.chain.capabilities import ADAPTERS, Link
 from hicache_core.storage.chain.config import ChainConfig
@@ -214,7 +215,8 @@ class ChainBackend(StorageBackend):
         def ask(link: Link, places: Sequence[int]) -> Sequence[bool]:
             return link.backend.exists_each([keys[n] for n in places])
 
-        return _mask(len(keys), self._share_out("exists", len(keys), ask))
+        found = self._share_out("exists", len(keys), ask)
+        return yes_at((n for _, places in found for n in places), len(keys))
 
     def get_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
         def fill(link: Link, places: Sequence[int]) -> Sequence[bool]:
@@ -224,7 +226,7 @@ class ChainBackend(StorageBackend):
         for link, places in read:
             if places:
                 self._promote(link, [keys[n] for n in places], [pages[n] for n in places])
-        return _mask(len(keys), read)
+        return yes_at((n for _, places in read for n in places), len(keys))
 
     def set_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
         def store(link: Link) -> Sequence[bool]:
@@ -373,15 +375,6 @@ class ChainBackend(StorageBackend):
             copier = self._copiers[link.name].behind
             if copier is not None:
                 copier.offer(keys, pages)
-
-
-def _mask(n_keys: int, found: Sequence[tuple[Link, Sequence[int]]]) -> list[bool]:
-    """Returns for each key whether a link has it."""
-    mask = [False] * n_keys
-    for _, places in found:
-        for n in places:
-            mask[n] = True
-    return mask
 
 
 _KINDS = (BreakerOpen, BackendTimeout, BackendDenied, BackendFull, BackendCorrupt)

@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import ClassVar, NamedTuple
 
 from hicache_core.errors import BackendError, BackendFull
+from hicache_core.storage.answers import yes_at
 from hicache_core.storage.base import BackendConfig, Buffer, Finding, StorageBackend
 from hicache_core.storage.calls import Calls
 from hicache_core.storage.file.config import FileConfig
@@ -180,7 +181,7 @@ class FileBackend(StorageBackend):
                 misses=len(keys) - len(valid),
                 raced_reads=len(good) - len(valid),
             )
-            return _mask(len(keys), [n for n, _ in valid])
+            return yes_at((n for n, _ in valid), len(keys))
 
     def set_each_visiting(
         self, keys: Sequence[str], pages: Sequence[Page], leaving: Callable[[int], None]
@@ -398,14 +399,6 @@ def _leading(parts: Sequence[range], counts: Sequence[int]) -> int:
         if count < len(part):
             break
     return total
-
-
-def _mask(n_items: int, places: Sequence[int]) -> list[bool]:
-    """Returns True at ``places``, False elsewhere."""
-    mask = [False] * n_items
-    for n in places:
-        mask[n] = True
-    return mask
 
 
 def _checked(key: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from hicache_core.storage.answers import n_leading
 from hicache_core.storage.base import StorageBackend
 from hicache_core.types import ExistsJob, Job, JobResult, JobState, ReadJob
 
@@ -64,7 +65,7 @@ def run_job(backend: StorageBackend, job: Job, clock: Callable[[], float]) -> Jo
         keys = list(job.keys)  # lazy keys are computed on this thread
         if job.each:
             mask = _each(backend, job, keys)
-            return JobResult(job, JobState.DONE, _n_leading(mask), "", clock() - start, "", mask)
+            return JobResult(job, JobState.DONE, n_leading(mask), "", clock() - start, "", mask)
         if isinstance(job, ExistsJob):
             answer = backend.batch_exists(keys)
         elif isinstance(job, ReadJob):
@@ -92,10 +93,6 @@ def _each(backend: StorageBackend, job: Job, keys: Sequence[str]) -> Sequence[bo
     if len(mask) != len(keys) or not all(isinstance(one, bool) for one in mask):
         raise ValueError(f"the backend did not answer yes or no for each of {len(keys)} pages")
     return mask
-
-
-def _n_leading(mask: Sequence[bool]) -> int:
-    return mask.index(False) if False in mask else len(mask)
 
 
 class Worker(ABC):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 from hicache_core.errors import BackendError, BackendFull, BackendTimeout
-from hicache_core.plugin.backends import Calls, log_once, nbytes_of
+from hicache_core.plugin.backends import Calls, log_once, n_leading, nbytes_of
 from hicache_core.storage.base import BackendConfig, Buffer, Finding, StorageBackend
 from hicache_core.types import BackendContext, Page
 from hicache_hf3fs.config import Hf3fsConfig
@@ -134,13 +134,13 @@ class Hf3fsBackend(StorageBackend):
     ) -> int:
         # docstring inherited from VisitsPages
         with self._call() as store:
-            return _n_leading(self._get(store, keys, pages, arrived, leading=True))
+            return n_leading(self._get(store, keys, pages, arrived, leading=True))
 
     def batch_set_visiting(
         self, keys: Sequence[str], pages: Sequence[Page], leaving: Callable[[int], None]
     ) -> int:
         # docstring inherited from VisitsPages
-        return _n_leading(self._put(keys, pages, leaving, leading=True))
+        return n_leading(self._put(keys, pages, leaving, leading=True))
 
     def exists_each(self, keys: Sequence[str]) -> Sequence[bool]:
         with self._call() as store:
@@ -262,7 +262,7 @@ class Hf3fsBackend(StorageBackend):
         filled = [False] * len(keys)
         for read, is_valid in zip(whole, valid, strict=True):
             filled[read.position] = is_valid
-        n_hits = _n_leading(filled) if leading else sum(filled)
+        n_hits = n_leading(filled) if leading else sum(filled)
         self._count(
             reads=n_hits,
             misses=len(keys) - n_hits,
@@ -350,7 +350,7 @@ class Hf3fsBackend(StorageBackend):
             fits = [want.nbytes <= store.own.object_nbytes for want in wanted]
             if False in fits:
                 self._say_what_fits(store)
-            n_tried = _n_leading(fits) if leading else len(fits)
+            n_tried = n_leading(fits) if leading else len(fits)
             tried = [n for n in range(n_tried) if fits[n]]
             stored = [False] * len(keys)
             try:
@@ -365,7 +365,7 @@ class Hf3fsBackend(StorageBackend):
             else:
                 for n, is_stored in zip(tried, answers, strict=True):
                     stored[n] = is_stored
-            n_stored = _n_leading(stored) if leading else sum(stored)
+            n_stored = n_leading(stored) if leading else sum(stored)
             self._count(
                 writes=n_stored,
                 dropped_writes=len(keys) - n_stored,
@@ -476,10 +476,6 @@ class Hf3fsBackend(StorageBackend):
         with self._calls.lock:
             for name, n in by.items():
                 self._counts[name] += n
-
-
-def _n_leading(answers: Sequence[bool]) -> int:
-    return answers.index(False) if False in answers else len(answers)
 
 
 def _checked(key: str) -> str:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import ClassVar, TypeVar
 
 from hicache_core.errors import BackendFull, IntegrityError
-from hicache_core.plugin.backends import nbytes_of
+from hicache_core.plugin.backends import n_leading, nbytes_of
 from hicache_core.storage.base import (
     BackendConfig,
     Buffer,
@@ -139,10 +139,10 @@ class MooncakeBackend(StorageBackend):
         return len(keys)
 
     def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
-        return _n_leading(self._read(keys, pages, leading=True))
+        return n_leading(self._read(keys, pages, leading=True))
 
     def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
-        return _n_leading(self._write(keys, pages, leading=True))
+        return n_leading(self._write(keys, pages, leading=True))
 
     def exists_each(self, keys: Sequence[str]) -> Sequence[bool]:
         if not keys:
@@ -420,7 +420,3 @@ class MooncakeBackend(StorageBackend):
         for address in self._memory.addresses:
             self.client.unregister(address)
         self._memory.clear()
-
-
-def _n_leading(answers: Sequence[bool]) -> int:
-    return answers.index(False) if False in answers else len(answers)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hicache_core.errors import BackendCorrupt
-from hicache_core.plugin.backends import nbytes_of
+from hicache_core.plugin.backends import n_leading, nbytes_of
 from hicache_core.types import Page
 from hicache_redis.channel import Chunk
 from hicache_redis.errors import DROPS, MISSES, ErrorReply, reply_error
@@ -50,7 +50,7 @@ class Operation(ABC):
     @property
     def n_leading(self) -> int:
         """Number of leading keys with a positive answer."""
-        return self.answers.index(False) if False in self.answers else len(self.answers)
+        return n_leading(self.answers)
 
     @property
     def n_yes(self) -> int:

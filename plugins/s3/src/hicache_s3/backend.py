@@ -9,7 +9,7 @@ from functools import partial
 from typing import ClassVar
 
 from hicache_core.errors import BackendError, UseAfterClose
-from hicache_core.plugin.backends import nbytes_of
+from hicache_core.plugin.backends import n_leading, nbytes_of
 from hicache_core.storage.base import BackendConfig, Buffer, Finding, StorageBackend
 from hicache_core.types import BackendContext, Page
 from hicache_s3.config import S3Config
@@ -112,10 +112,10 @@ class S3Backend(StorageBackend):
         return self._look_up(keys, leading=True).end
 
     def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
-        return _n_leading(self._read(keys, pages, leading=True))
+        return n_leading(self._read(keys, pages, leading=True))
 
     def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
-        n_stored = _n_leading(self._write(keys, pages))
+        n_stored = n_leading(self._write(keys, pages))
         self._counts.add(writes=n_stored, dropped_writes=len(keys) - n_stored)
         return n_stored
 
@@ -190,9 +190,7 @@ class S3Backend(StorageBackend):
             return []
         search = Search(keys, self._stride(nbytes_of(pages[0])), leading=leading)
         filled = read_batch(search, pages, store)
-        counted = (
-            pages[: _n_leading(filled)] if leading else list(itertools.compress(pages, filled))
-        )
+        counted = pages[: n_leading(filled)] if leading else list(itertools.compress(pages, filled))
         nbytes = sum(nbytes_of(page) for page in counted)
         self._counts.add(hits=len(counted), misses=len(keys) - len(counted), read_nbytes=nbytes)
         return filled
@@ -241,10 +239,6 @@ def _check_bucket(objects: Objects, *, creates: bool) -> None:
             raise
         objects.create_bucket()
         objects.fetch(name)
-
-
-def _n_leading(answers: Sequence[bool]) -> int:
-    return answers.index(False) if False in answers else len(answers)
 
 
 def _check_lengths(keys: Sequence[str], pages: Sequence[Page]) -> None:
