@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hicache_core.config.messages import config_error
-from hicache_core.config.sources import read_inline
 from hicache_core.errors import ConfigError
+from hicache_core.integrations.foreign.settings import BackendSettings, release_of
 
 OLDEST = (0, 5, 6)
 NEWEST = (0, 5, 7)
@@ -30,14 +29,9 @@ class LMCacheSettings(BaseModel):
     backend: str = Field(
         min_length=1, description='the name of an installed backend, such as "file" or "redis"'
     )
-    backend_config: dict[str, object] = Field(default_factory=dict)
+    backend_config: BackendSettings = Field(default_factory=dict)
     serde: str = ""
     variant: str = ""
-
-    @field_validator("backend_config", mode="before")
-    @classmethod
-    def _mapping_or_text(cls, value: object) -> object:
-        return read_inline(value) if isinstance(value, str) else value
 
 
 def read_settings(params: Mapping[str, object]) -> LMCacheSettings:
@@ -61,9 +55,7 @@ def check_version(version: str) -> None:
     Raises:
         ConfigError: it is older or newer.
     """
-    found = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
-    release = tuple(map(int, found.groups())) if found else ()
-    if not OLDEST <= release <= NEWEST:
+    if not OLDEST <= release_of(version) <= NEWEST:
         oldest, newest = (".".join(map(str, limit)) for limit in (OLDEST, NEWEST))
         raise ConfigError(
             f"LMCache is {version}, and this adapter is written for {oldest} to {newest};"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from hicache_core.config.messages import config_error
-from hicache_core.config.sources import read_inline
 from hicache_core.errors import ConfigError
+from hicache_core.integrations.foreign.settings import BackendSettings, release_of
 
 OLDEST, NEWEST = (0, 5, 22), (0, 5, 23)
 _WHAT = "hicache_storage_backend_extra_config."
@@ -27,7 +26,7 @@ class SGLangSettings(BaseModel):
     backend: str = Field(
         min_length=1, description='the name of an installed backend, such as "file" or "redis"'
     )
-    backend_config: dict[str, object] = Field(default_factory=dict)
+    backend_config: BackendSettings = Field(default_factory=dict)
     variant: str = ""
     allow_untested_version: bool = False
 
@@ -35,11 +34,6 @@ class SGLangSettings(BaseModel):
     @classmethod
     def _number_or_bool(cls, value: object) -> object:
         return bool(value) if value in (0, 1) else value
-
-    @field_validator("backend_config", mode="before")
-    @classmethod
-    def _mapping_or_text(cls, value: object) -> object:
-        return read_inline(value) if isinstance(value, str) else value
 
 
 def read_settings(extra_config: Mapping[str, object] | None) -> SGLangSettings:
@@ -64,9 +58,7 @@ def check_version(version: str, *, allow_untested: bool) -> None:
     Raises:
         ConfigError: the version is out of range and ``allow_untested`` is false.
     """
-    found = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
-    release = tuple(map(int, found.groups())) if found else ()
-    if allow_untested or OLDEST <= release <= NEWEST:
+    if allow_untested or OLDEST <= release_of(version) <= NEWEST:
         return
     oldest, newest = (".".join(map(str, limit)) for limit in (OLDEST, NEWEST))
     raise ConfigError(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hicache_core.config.messages import config_error
-from hicache_core.config.sources import read_inline
 from hicache_core.errors import ConfigError
+from hicache_core.integrations.foreign.settings import BackendSettings
 from hicache_core.integrations.vllm.keys import SEED_VARIABLE
 
 _LAYOUTS = ("LBHNC", "LBNHC")
@@ -31,14 +31,9 @@ class ConnectorSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     backend: str
-    backend_config: dict[str, Any] = Field(default_factory=dict)
+    backend_config: BackendSettings = Field(default_factory=dict)
     host_bytes: int = Field(1 << 30, ge=1)
     variant: str = ""
-
-    @field_validator("backend_config", mode="before")
-    @classmethod
-    def _mapping_or_text(cls, value: object) -> object:
-        return read_inline(value) if isinstance(value, str) else value
 
 
 def checked_settings(
