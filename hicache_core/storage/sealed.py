@@ -17,7 +17,8 @@ import re
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TypeVar
 
 import xxhash
 
@@ -27,6 +28,8 @@ from hicache_core.storage.segments import nbytes_of, scatter
 from hicache_core.storage.visiting import VisitsEachPage, VisitsPages
 from hicache_core.storage.wrapper import BackendWrapper
 from hicache_core.types import Page
+
+T = TypeVar("T")
 
 HEADER_NBYTES = 64
 MAX_VERDICTS = 1024
@@ -199,16 +202,8 @@ class SealedBackend(BackendWrapper):
         return n_filled
 
     def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
-        names = [_name_of(key) for key in keys]
-        for page in pages:
-            _check_page(page)
-        if self._visiting is not None:
-            return self._visiting.batch_set_visiting(
-                keys, pages, lambda n: _seal(names[n], pages[n])
-            )
-        for name, page in zip(names, pages, strict=True):
-            _seal(name, page)
-        return self.inner.batch_set(keys, pages)
+        visiting = None if self._visiting is None else self._visiting.batch_set_visiting
+        return self._store(keys, pages, visiting, self.inner.batch_set)
 
     def exists_each(self, keys: Sequence[str]) -> Sequence[bool]:
         _check_keys(keys)
@@ -231,16 +226,9 @@ class SealedBackend(BackendWrapper):
         return filled
 
     def set_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
-        names = [_name_of(key) for key in keys]
-        for page in pages:
-            _check_page(page)
-        if self._visiting_each is not None:
-            return self._visiting_each.set_each_visiting(
-                keys, pages, lambda n: _seal(names[n], pages[n])
-            )
-        for name, page in zip(names, pages, strict=True):
-            _seal(name, page)
-        return self.inner.set_each(keys, pages)
+        each = self._visiting_each
+        visiting = None if each is None else each.set_each_visiting
+        return self._store(keys, pages, visiting, self.inner.set_each)
 
     def rejections(self) -> Mapping[str, int]:
         """Returns how many objects were refused, by kind. Any thread; does not call the store."""
@@ -260,6 +248,33 @@ class SealedBackend(BackendWrapper):
         """
         with self._lock:
             return self._verdicts.get(key)
+
+    @staticmethod
+    def _store(
+        keys: Sequence[str],
+        pages: Sequence[Page],
+        visiting: Callable[[Sequence[str], Sequence[Page], Callable[[int], None]], T] | None,
+        plain: Callable[[Sequence[str], Sequence[Page]], T],
+    ) -> T:
+        """Seals pages and stores them.
+
+        Args:
+            keys: one for each page.
+            pages: with a first segment for the header.
+            visiting: stores them and calls back for each before it leaves; None if there is none.
+            plain: stores them.
+
+        Returns:
+            The answer of the one that was called.
+        """
+        names = [_name_of(key) for key in keys]
+        for page in pages:
+            _check_page(page)
+        if visiting is not None:
+            return visiting(keys, pages, lambda n: _seal(names[n], pages[n]))
+        for name, page in zip(names, pages, strict=True):
+            _seal(name, page)
+        return plain(keys, pages)
 
     def _fill(
         self, keys: Sequence[str], names: Sequence[bytes], pages: Sequence[Page]

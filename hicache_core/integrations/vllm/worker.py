@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from hicache_core.integrations.foreign.store import Answer, ForeignStore
 from hicache_core.integrations.vllm.blocks import Blocks, HostPages
@@ -122,7 +122,7 @@ class PageMover:
 
     def _stored(self, answer: Answer) -> None:
         """Called on threads of the store."""
-        self._end_save(len(answer.mask), _n_true(answer.mask))
+        self._end_save(len(answer.mask), sum(answer.mask))
 
     def _end_save(self, n_pages: int, n_stored: int) -> None:
         with self._lock:
@@ -133,7 +133,3 @@ class PageMover:
     def _count(self, what: str, n_blocks: int) -> None:
         with self._lock:
             self._counts[what] += n_blocks
-
-
-def _n_true(mask: Sequence[bool]) -> int:
-    return sum(map(bool, mask))
