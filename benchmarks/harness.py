@@ -15,6 +15,7 @@ import os
 import pkgutil
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -95,6 +96,42 @@ def measure(
         wall.append((end - start) / number)
         cpu.append((cpu_end - cpu_start) / number)
     return wall, cpu
+
+
+class InTurn:
+    """Samples of calls that are made in turn, so that all of them see the same machine."""
+
+    def __init__(self) -> None:
+        """Has no sample yet."""
+        self._samples: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
+
+    def call(self, name: str, what: str, fn: Callable[[], object], *, counts: bool) -> None:
+        """Measures one call.
+
+        Args:
+            name: who is called.
+            what: what for.
+            fn: the call.
+            counts: False for a call that only warms up.
+        """
+        wall, cpu = measure(fn, repeat=1)
+        if counts:
+            of_row = self._samples.setdefault((name, what), ([], []))
+            of_row[0].extend(wall)
+            of_row[1].extend(cpu)
+
+    def row(self, table: str, name: str, what: str, baseline: str, target: str | None) -> Row:
+        """Returns the samples of one name and purpose in milliseconds.
+
+        Args:
+            table: the title of its table.
+            name: who was called.
+            what: what for.
+            baseline: as ``Row.baseline``.
+            target: as ``Row.target``.
+        """
+        wall, cpu = ([1e3 * seconds for seconds in one] for one in self._samples[name, what])
+        return Row(table, name, "ms", wall, cpu, baseline, target)
 
 
 def machine() -> dict[str, str]:
@@ -188,6 +225,18 @@ def run(names: Iterable[str], *, quick: bool, console: Console) -> Iterator[Row]
                 table.add_row(*cells(row, members))
             console.print(table)
         yield from rows
+
+
+def run_alone(name: str) -> None:
+    """Runs one benchmark of an engine, by the engine's own Python; ``--quick`` if it is given.
+
+    Args:
+        name: of its module.
+    """
+    console = Console(width=None if os.isatty(1) else 180)
+    console.print(machine())
+    for _ in run([name], quick="--quick" in sys.argv[1:], console=console):
+        pass
 
 
 @click.command()

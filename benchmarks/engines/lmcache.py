@@ -16,7 +16,6 @@ import logging
 import os
 import select
 import shutil
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,9 +29,8 @@ from lmcache.v1.distributed.internal_api import L1MemoryDesc
 from lmcache.v1.distributed.l2_adapters import create_l2_adapter
 from lmcache.v1.distributed.l2_adapters.config import parse_args_to_l2_adapters_config
 from lmcache.v1.memory_management import MemoryObjMetadata, TensorMemoryObj
-from rich.console import Console
 
-from benchmarks.harness import Row, machine, measure, run
+from benchmarks.harness import InTurn, Row, run_alone
 from hicache_core.integrations.foreign.answer import Answer
 from hicache_core.integrations.foreign.opening import open_store
 from hicache_core.integrations.lmcache.adapter import N_THREADS
@@ -173,15 +171,11 @@ def rows(quick: bool) -> Iterator[Row]:
         adapters |= {kind: adapter_of(spec, memory) for kind, spec in theirs.items()}
         calls = {name: adapter_calls(adapter, memory) for name, adapter in adapters.items()}
         calls[STORE] = store_calls(store, memory)
-        samples: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
+        samples = InTurn()
         for n, name in itertools.product(range(4 if quick else 12), calls):
             keys = [ObjectKey(os.urandom(32), "a/model", 0) for _ in range(N_CHUNKS)]
             for what, call in calls[name].items():
-                wall, cpu = measure(partial(call, keys), repeat=1)
-                if n:  # the first time warms up
-                    of_row = samples.setdefault((name, what), ([], []))
-                    of_row[0].extend(wall)
-                    of_row[1].extend(cpu)
+                samples.call(name, what, partial(call, keys), counts=n > 0)
             assert torch.equal(memory.source, memory.target)
             memory.target.zero_()
             if name in theirs:
@@ -191,13 +185,9 @@ def rows(quick: bool) -> Iterator[Row]:
             one.close()
     for what in WHAT:
         for name in (NATIVE, FS, STORE, OURS):
-            wall, cpu = ([1e3 * s for s in one] for one in samples[name, what])
             table = f"LMCache's L2 adapters, 128 chunks of 1 MiB: {what}"
-            yield Row(table, name, "ms", wall, cpu, NATIVE, TARGETS.get((name, what)))
+            yield samples.row(table, name, what, NATIVE, TARGETS.get((name, what)))
 
 
 if __name__ == "__main__":
-    console = Console(width=None if os.isatty(1) else 180)
-    console.print(machine())
-    for _ in run(["engines.lmcache"], quick="--quick" in sys.argv[1:], console=console):
-        pass
+    run_alone("engines.lmcache")

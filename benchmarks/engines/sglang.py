@@ -16,7 +16,6 @@ import itertools
 import logging
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -25,7 +24,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from rich.console import Console
 from sglang.srt import runtime_context
 from sglang.srt.managers.cache_controller import HiCacheController
 from sglang.srt.mem_cache.hicache_storage import HiCacheFile, HiCacheStorageConfig
@@ -34,7 +32,7 @@ from sglang.srt.mem_cache.pool_host.base import host_memory_budget_scope
 from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
 from sglang.srt.server_args import ServerArgs
 
-from benchmarks.harness import Row, machine, measure, run
+from benchmarks.harness import InTurn, Row, run_alone
 from hicache_core.integrations.foreign.answer import Answer
 from hicache_core.integrations.sglang import HiCacheBackend
 from hicache_core.types import Page
@@ -172,17 +170,13 @@ def _rows_of(layout: str, folder: Path, n_times: int) -> Iterator[Row]:
         OURS: ours(pool, folder / "v1", interface_v1=True),
         ALONE: alone(pool, folder / "alone"),
     }
-    samples: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
+    samples = InTurn()
     for n, turn in itertools.product(range(n_times), range(len(backends))):
         name, backend = list(backends.items())[(n + turn) % len(backends)]  # each is first in turn
         keys = [hashlib.sha256(os.urandom(32)).hexdigest() for _ in range(N_PAGES)]
         calls = calls_of(backend, pool, interface_v1=name in (OURS, ALONE))
         for what, call in calls.items():
-            wall, cpu = measure(partial(call, keys), repeat=1)
-            if n:  # the first time warms up
-                of_row = samples.setdefault((name, what), ([], []))
-                of_row[0].extend(wall)
-                of_row[1].extend(cpu)
+            samples.call(name, what, partial(call, keys), counts=n > 0)
         if name == THEIRS:
             shutil.rmtree(folder / "theirs")
             (folder / "theirs").mkdir()
@@ -190,13 +184,9 @@ def _rows_of(layout: str, folder: Path, n_times: int) -> Iterator[Row]:
         backends[name].close()
     for what in WHAT:
         for name in backends:
-            wall, cpu = ([1e3 * s for s in one] for one in samples[name, what])
             table = f"SGLang's controller, {layout}, 128 pages of 1 MiB: {what}"
-            yield Row(table, name, "ms", wall, cpu, THEIRS, TARGETS.get((name, what)))
+            yield samples.row(table, name, what, THEIRS, TARGETS.get((name, what)))
 
 
 if __name__ == "__main__":
-    console = Console(width=None if os.isatty(1) else 180)
-    console.print(machine())
-    for _ in run(["engines.sglang"], quick="--quick" in sys.argv[1:], console=console):
-        pass
+    run_alone("engines.sglang")

@@ -14,7 +14,6 @@ import itertools
 import logging
 import os
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -25,7 +24,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from vllm.v1.kv_offload.base import (
     LookupResult,
     OffloadingKVEventsConfig,
@@ -43,7 +41,7 @@ from vllm.v1.kv_offload.config import (
 from vllm.v1.kv_offload.tiering.base import TransferJob
 from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
 
-from benchmarks.harness import Row, machine, measure, run
+from benchmarks.harness import InTurn, Row, run_alone
 from hicache_core.integrations.foreign.answer import Answer
 from hicache_core.integrations.foreign.opening import open_store
 from hicache_core.integrations.vllm.keys import offload_keys
@@ -190,15 +188,11 @@ def rows(quick: bool) -> Iterator[Row]:
         store = open_store("file", {"path": str(folder / "store"), "max_nbytes": max_nbytes})
         calls = {name: tier_calls(tier) for name, tier in tiers.items()}
         calls[STORE] = store_calls(store, memory)
-        samples: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
+        samples = InTurn()
         for n, name in itertools.product(range(4 if quick else 12), calls):
             keys = [make_offload_key(os.urandom(32), 0) for _ in range(N_ROWS)]
             for what, call in calls[name].items():
-                wall, cpu = measure(partial(call, keys), repeat=1)
-                if n:  # the first time warms up
-                    of_row = samples.setdefault((name, what), ([], []))
-                    of_row[0].extend(wall)
-                    of_row[1].extend(cpu)
+                samples.call(name, what, partial(call, keys), counts=n > 0)
             assert np.array_equal(memory.source, memory.target)
             memory.target[:] = 0
             for file in (folder / "fs").rglob("*.bin"):
@@ -209,13 +203,9 @@ def rows(quick: bool) -> Iterator[Row]:
         shutil.rmtree(folder / "fs")
     for what in WHAT:
         for name in (FS, STORE, OURS):
-            wall, cpu = ([1e3 * s for s in one] for one in samples[name, what])
             table = f"vLLM's secondary tiers, 128 rows of 1 MiB: {what}"
-            yield Row(table, name, "ms", wall, cpu, FS, TARGETS.get((name, what)))
+            yield samples.row(table, name, what, FS, TARGETS.get((name, what)))
 
 
 if __name__ == "__main__":
-    console = Console(width=None if os.isatty(1) else 180)
-    console.print(machine())
-    for _ in run(["engines.vllm"], quick="--quick" in sys.argv[1:], console=console):
-        pass
+    run_alone("engines.vllm")
