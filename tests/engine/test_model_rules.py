@@ -17,6 +17,7 @@ from hicache_core.engine.logits_rules import LogitsRules
 from hicache_core.engine.model import LoadedModel
 from hicache_core.engine.request import Output, Request, SamplingParams
 from hicache_core.errors import ConfigError, HiCacheError, InvalidTokens, SpecError
+from tests.page_path.mixed_models import mixed_model
 from tests.page_path.odd_models import LIMIT, VOCABULARY, odd_model, plain, prompt_of
 
 N_NEW = 8
@@ -70,6 +71,14 @@ def test_a_model_that_is_wrong_in_company_is_refused_at_open(name: str) -> None:
     ):
         pass
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_with_windows_is_refused_at_open() -> None:
+    with (
+        pytest.raises(SpecError, match="its layers have sliding windows"),
+        opened(mixed_model("gemma2")),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("name", ["deepseek", "llava", "mixtral", "qwen2_moe", "roberta decoder"])
