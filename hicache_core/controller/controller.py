@@ -21,6 +21,7 @@ from hicache_core.controller.parts import Counters, Parts
 from hicache_core.controller.prefetch import PrefetchPath
 from hicache_core.controller.snapshot import take_snapshot
 from hicache_core.controller.storage_tier import StorageTier
+from hicache_core.controller.unit_reads import UnitReader
 from hicache_core.controller.write_path import WritePath
 from hicache_core.errors import (
     ConfigError,
@@ -97,12 +98,13 @@ class Controller:
         self._parts = parts
         self._write_path = WritePath(parts)
         self._load_back_path = LoadBackPath(parts)
+        self._group_paths = GroupPaths(parts, self._wait_for_copy)
         self._prefetch_path: PrefetchPath | None = None
         if parts.storage is not None and parts.host is not None:
             parts.storage.when_lost = parts.tell_everything_again
-            self._prefetch_path = PrefetchPath(parts, parts.storage, parts.host)
+            units = UnitReader(parts, parts.storage, self._group_paths)
+            self._prefetch_path = PrefetchPath(parts, parts.storage, parts.host, units)
         self._evictor = Evictor(parts, self._write_path, self._prefetch_path, self._settle)
-        self._group_paths = GroupPaths(parts, self._evictor.wait_for_copy)
         self._closed = False
         self.owner = Owner("this cache")
 
@@ -553,6 +555,9 @@ class Controller:
             parts.storage.wait(timeout_s, for_all=for_all)
         else:  # nothing of this rank can finish; another rank's copy may, or a timer
             parts.sleep(min(timeout_s, RETRY_S))
+
+    def _wait_for_copy(self) -> bool:
+        return self._evictor.wait_for_copy()
 
     def flush(self, timeout_s: float = 60.0) -> bool:
         """Blocks until everything accepted so far is on the host and durable in storage.

@@ -430,7 +430,7 @@ class Holdings:
         for node in listed - there:
             self._require(False, node, "is listed in an order, but has no units in that tier")
         for node in there - listed:
-            may_be_out = node in self._locks or node.lock_count > 0
+            may_be_out = node in self._locks or node in self._runs or node.lock_count > 0
             self._require(may_be_out, node, "is not listed in the order of its tier")
 
     def _require(self, holds: bool, node: Node, rule: str) -> None:

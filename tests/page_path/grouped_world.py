@@ -124,21 +124,19 @@ class GroupedWorld:
             new = self.cache.allocate_units(at, len(boundaries))
             for page, unit in zip(boundaries, new, strict=True):
                 self.write(self.pool.groups[at], tokens, page, unit, group.name)
-            is_state = group.kind is GroupKind.STATE
-            runs = [
-                NewUnits(page, array("i", [unit]))
-                for page, unit in zip(boundaries, new, strict=True)
-            ]
-            groups.append(runs if is_state else [NewUnits(n_cached, new)])
+            loaded_units = loaded.groups[at]
+            if group.kind is GroupKind.WINDOW:
+                groups.append([NewUnits(loaded_units.first, loaded_units.device + new)])
+            else:
+                pages_of = [*range(loaded_units.first, n_cached), *boundaries]
+                both = zip(pages_of, loaded_units.device + new, strict=True)
+                groups.append([NewUnits(page, array("i", [unit])) for page, unit in both])
         result = self.cache.insert(tokens, pages, self.salt, groups=groups)
         self.cache.free(result.duplicates)
-        for group, units in enumerate(result.unit_duplicates):
-            self.cache.free_units(group, units)
-        for group, own in enumerate(loaded.own):
-            self.cache.free_units(group, own)
-        end = len(tokens) // PAGE_NBYTES
+        for at, duplicates in enumerate(result.unit_duplicates):
+            self.cache.free_units(at, duplicates)
         for group, units in zip(self.pool.spec.groups, result.units, strict=True):
-            assert units.first <= group.first_needed(end, PAGE_SIZE)
+            assert units.first == group.first_needed(n_pages, PAGE_SIZE)
             assert LACKING not in units.device
 
     def boundaries(self, group: Group, n_cached: int, n_pages: int) -> list[int]:
