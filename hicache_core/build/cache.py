@@ -16,7 +16,7 @@ from hicache_core.config.sources import EXTRA
 from hicache_core.controller.controller import Controller
 from hicache_core.controller.explain import Explanation
 from hicache_core.controller.jobs import JobTable
-from hicache_core.controller.parts import Clock, Parts
+from hicache_core.controller.parts import Clock, GroupParts, Parts
 from hicache_core.controller.policies import (
     BestEffort,
     FreeOnceStored,
@@ -32,6 +32,7 @@ from hicache_core.controller.policies import (
 )
 from hicache_core.controller.quarantine import Quarantine
 from hicache_core.controller.storage_tier import StorageTier
+from hicache_core.copies.base import Transfer
 from hicache_core.copies.open import open_transfer
 from hicache_core.errors import ConfigError, RankLost, SpecError
 from hicache_core.kv.keys import storage_namespace
@@ -41,7 +42,9 @@ from hicache_core.pools.device import DevicePool
 from hicache_core.pools.host import HostPool
 from hicache_core.pools.layout import LAYOUTS
 from hicache_core.pools.limits import host_pages
+from hicache_core.pools.pins import PinnedUnits
 from hicache_core.radix.eviction import eviction_policy
+from hicache_core.radix.holdings import Holdings
 from hicache_core.radix.picture import TreePicture, take_picture
 from hicache_core.radix.tree import RadixTree
 from hicache_core.ranks.base import RankGroup, SingleRank, agree_all
@@ -110,17 +113,18 @@ class HiCache(Controller):
         in_force = config.resolve().in_force
         ranks = ranks or SingleRank()
         _check_alike(ranks, in_force, batch_pages)
-        n_host_pages = _agreed_pages(in_force, spec, device_pool, ranks)
+        n_host = _agreed_pages(in_force, spec, device_pool, ranks)
         namespace = storage_namespace(
             spec.identity(), in_force.page_size, in_force.hicache_mem_layout
         )
         holders = ranks.gather(namespace)
         with contextlib.ExitStack() as undo:
             with _together(ranks):
-                parts = _parts(in_force, device_pool, n_host_pages, ranks, undo)
+                parts = _parts(in_force, device_pool, n_host, ranks, undo)
                 parts = replace(parts, clock=clock, batch_pages=batch_pages)
                 if parts.host is not None:
-                    opener = StorageOpener(in_force, parts.host, ranks, holders, clock)
+                    hosts = [group.host for group in parts.groups if group.host is not None]
+                    opener = StorageOpener(in_force, parts.host, ranks, holders, clock, hosts)
                     parts = _with_storage(parts, in_force, opener, undo)
                 observers = Observers(in_force, clock, ranks.rank)
                 undo.callback(observers.close)
@@ -215,48 +219,70 @@ def _check_alike(ranks: RankGroup, config: HiCacheConfig, batch_pages: int) -> N
 
 def _agreed_pages(
     config: HiCacheConfig, spec: KVSpec, device_pool: DevicePool, ranks: RankGroup
-) -> int:
-    """Pages of the host pool: as many as fit on the rank with the least room; 0 if there is none.
+) -> list[int]:
+    """Pages of the host pool, then units of each group's: what fits on the rank with least room.
+
+    All are 0 if there is no host tier.
 
     Raises:
         ConfigError: the device pools of the ranks differ, so that they could not evict alike.
         SpecError: the device pool does not fit the spec, or a rank has no room for a page.
     """
-    n_device = device_pool.n_pages
-    n_host, error = 0, _misfit(config, spec, device_pool)
+    pools = (device_pool, *device_pool.groups)
+    n_host, error = [0] * len(pools), _misfit(config, spec, device_pool)
     if config.enable_hierarchical_cache and error is None:
         try:
-            n_host = host_pages(
-                ratio=config.hicache_ratio,
-                size_gb=config.hicache_size,
-                device_pages=n_device,
-                page_nbytes=spec.page_nbytes(config.page_size),
-            )
+            n_host = _host_units(config, pools)
         except SpecError as failed:
             error = failed
-    n_agreed, is_well, least, minus_most = agree_all(
-        ranks, [n_host, int(error is None), n_device, -n_device]
+    n_device = [pool.n_pages for pool in pools]
+    asked = [int(error is None), *n_device, *(-n for n in n_device), *n_host]
+    is_well, *agreed = agree_all(ranks, asked)
+    least, minus_most, n_agreed = (
+        agreed[at : at + len(pools)] for at in range(0, len(agreed), len(pools))
     )
     if error is not None:
         raise error
     if not is_well:
         raise SpecError("the pools of another rank do not fit; see the error of that rank")
-    if least != -minus_most:
+    if least != [-most for most in minus_most]:
         raise ConfigError(
-            f"rank {ranks.rank} has {n_device} device pages, others have {least} to "
-            f"{-minus_most}: all ranks of a cache need device pools of the same size"
+            f"rank {ranks.rank} has {n_device[0]} device pages, others have {least[0]} to "
+            f"{-minus_most[0]}: all ranks of a cache need device pools of the same size"
         )
-    if n_agreed < n_host:
+    if n_agreed != n_host:
         log.warning(
             "the host pool has %d pages instead of %d: another rank has no room for more",
-            n_agreed,
-            n_host,
+            n_agreed[0],
+            n_host[0],
         )
     return n_agreed
 
 
+def _host_units(config: HiCacheConfig, pools: Sequence[DevicePool]) -> list[int]:
+    """Units of each host pool: so many for each of the device, or a share of the size by bytes.
+
+    Raises:
+        SpecError: a pool has room for none.
+    """
+    nbytes = [pool.spec.page_nbytes(pool.page_size) for pool in pools]
+    total = sum(pool.n_pages * size for pool, size in zip(pools, nbytes, strict=True))
+    return [
+        host_pages(
+            ratio=config.hicache_ratio if size else max(config.hicache_ratio, 1.0),
+            size_gb=config.hicache_size * pool.n_pages * size / total
+            if len(pools) > 1
+            else config.hicache_size,
+            device_pages=pool.n_pages,
+            page_nbytes=size,
+        )
+        for pool, size in zip(pools, nbytes, strict=True)
+    ]
+
+
 def _misfit(config: HiCacheConfig, spec: KVSpec, device_pool: DevicePool) -> SpecError | None:
-    if (device_pool.spec, device_pool.page_size) == (spec, config.page_size):
+    same = (device_pool.spec, device_pool.page_size) == (spec, config.page_size)
+    if same and len(device_pool.groups) == len(spec.groups):
         return None
     return SpecError(
         f"the device pool has pages of {device_pool.page_size} tokens of {device_pool.spec}, but "
@@ -267,32 +293,32 @@ def _misfit(config: HiCacheConfig, spec: KVSpec, device_pool: DevicePool) -> Spe
 def _parts(
     config: HiCacheConfig,
     device_pool: DevicePool,
-    n_host_pages: int,
+    n_host: Sequence[int],
     ranks: RankGroup,
     undo: contextlib.ExitStack,
 ) -> Parts:
-    """All parts of the cache except storage."""
-    tree = RadixTree(
-        config.page_size,
+    """All parts of the cache except storage; ``n_host`` are pages, then units of each group."""
+    policies = (
         eviction_policy(config.radix_eviction_policy),
         eviction_policy(config.hicache_host_eviction_policy),
     )
-    host, transfer = None, None
-    if n_host_pages:
-        host = HostPool(
-            device_pool.spec,
+    host, transfer = _host(config, device_pool, n_host[0], undo)
+    groups = []
+    for group, pool, n_units in zip(
+        device_pool.spec.groups, device_pool.groups, n_host[1:], strict=True
+    ):
+        group_host, group_transfer = _host(config, pool, n_units, undo)
+        held = Holdings(
+            group,
             config.page_size,
-            n_host_pages,
-            LAYOUTS[config.hicache_mem_layout],
-            pin=device_pool.device.type == "cuda",
-            progress=_log_progress,
+            policies,
+            PinnedUnits(pool.allocator),
+            None if group_host is None else PinnedUnits(group_host.allocator),
         )
-        undo.callback(host.close)
-        transfer = open_transfer(config.hicache_io_backend, device_pool, host)
-        undo.callback(transfer.close)
+        groups.append(GroupParts(held, pool, group_host, group_transfer))
     return Parts(
         page_size=config.page_size,
-        tree=tree,
+        tree=RadixTree(config.page_size, *policies, [group.held for group in groups]),
         device=device_pool,
         host=host,
         transfer=transfer,
@@ -304,7 +330,28 @@ def _parts(
         jobs=JobTable(ranks),
         storage=None,
         retention=RETENTIONS[config.hicache_host_retention],
+        groups=tuple(groups),
     )
+
+
+def _host(
+    config: HiCacheConfig, device_pool: DevicePool, n_pages: int, undo: contextlib.ExitStack
+) -> tuple[HostPool | None, Transfer | None]:
+    """The host pool behind a device pool and what copies between them; None without a host tier."""
+    if not n_pages:
+        return None, None
+    host = HostPool(
+        device_pool.spec,
+        device_pool.page_size,
+        n_pages,
+        LAYOUTS[config.hicache_mem_layout],
+        pin=device_pool.device.type == "cuda",
+        progress=_log_progress,
+    )
+    undo.callback(host.close)
+    transfer = open_transfer(config.hicache_io_backend, device_pool, host)
+    undo.callback(transfer.close)
+    return host, transfer
 
 
 def _log_progress(done_nbytes: int, all_nbytes: int) -> None:

@@ -13,7 +13,8 @@ from hicache_core.config.messages import config_error
 from hicache_core.config.settings import HiCacheConfig
 from hicache_core.controller.admission import Admission, AlwaysAdmit, CostAware
 from hicache_core.controller.attachment import Attachment
-from hicache_core.kv.keys import describe_namespace
+from hicache_core.errors import ConfigError
+from hicache_core.kv.keys import describe_namespace, namespace_digest
 from hicache_core.observe.stores import backend_statuses, rejected_pages
 from hicache_core.observe.usage import UsageWatch
 from hicache_core.plugin import dynamic, manager
@@ -31,7 +32,7 @@ from hicache_core.storage.manifest import manifest_page
 from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
 from hicache_core.storage.workers.executor import Deadlines, Worker
 from hicache_core.storage.workers.worker import StorageWorker
-from hicache_core.types import BackendContext
+from hicache_core.types import BackendContext, Page
 
 DYNAMIC = "dynamic"
 CHAIN = "chain"
@@ -165,6 +166,7 @@ class StorageOpener:
         ranks: RankGroup,
         holders: Sequence[str],
         clock: Clock,
+        groups: Sequence[HostPool] = (),
     ) -> None:
         """Opens nothing yet.
 
@@ -175,23 +177,37 @@ class StorageOpener:
             holders: the storage namespace of each rank; of those that hold the same, the first
                 writes.
             clock: seconds.
+            groups: the host pools of the groups, whose units are stored too.
         """
         self._config = config
         self._host = host
+        self._groups = tuple(groups)
         self._clock = clock
         self._namespace = holders[ranks.rank]
-        self._described = describe_namespace(
-            host.spec.identity(), config.page_size, config.hicache_mem_layout
+        self._described = _described(config, host, host.spec.identity())
+        self._described_groups = tuple(
+            _described(config, pool, group.identity())
+            for group, pool in zip(host.spec.groups, groups, strict=True)
         )
         held = host.spec.heads[1] - host.spec.heads[0]
         self._head_group = config.storage_head_group or held
         self._n_groups = 1
         if self._head_group != held:
+            if groups:
+                raise ConfigError(
+                    "storage_head_group cuts objects by heads, which this cache cannot do for a "
+                    f"model with groups ({', '.join(group.name for group in host.spec.groups)}): "
+                    "leave it out"
+                )
             self._n_groups = len(head_group_specs(host.spec, self._head_group))
         self._is_writer = holders.index(self._namespace) == ranks.rank
         self._context = BackendContext(
             self._namespace,
-            HEADER_NBYTES + host.shape.page_nbytes // self._n_groups,
+            max(
+                HEADER_NBYTES + host.shape.page_nbytes // self._n_groups,
+                *(pool.object_nbytes for pool in groups),
+                0,
+            ),
             ranks.rank,
             ranks.world_size,
         )
@@ -200,15 +216,14 @@ class StorageOpener:
         """See ``controller.storage_tier.OpenStorage``."""
         made = composed(name, settings, self._context, self._clock)
         backend, verdict = self._with_head_groups(made)
-        # A manifest among pages that are cut by heads would be cut too, and say nothing.
-        manifest = (
-            None if self._n_groups > 1 else manifest_page(self._described, self._host.object_nbytes)
-        )
+        manifests = self._manifests()
         backend.open()
         try:
             registers = backend.capability(RegistersMemory)
             if registers is not None:
-                registers.register_memory([*self._host.buffers, *(manifest[1] if manifest else ())])
+                buffers = [pool.buffers for pool in (self._host, *self._groups)]
+                pages = [page for _, page in manifests]
+                registers.register_memory([part for parts in (*buffers, *pages) for part in parts])
             worker = StorageWorker(
                 backend,
                 n_threads=self._config.hicache_storage_threads,
@@ -232,8 +247,22 @@ class StorageOpener:
             statuses=lambda: backend_statuses(made.guards, usage.nbytes()),
             before_close=usage.close,
             rejected=lambda: rejected_pages(made.seals),
-            manifest=manifest,
+            manifests=manifests,
+            group_namespaces=tuple(map(namespace_digest, self._described_groups)),
         )
+
+    def _manifests(self) -> Sequence[tuple[str, Page]]:
+        """Key and page of an object for each namespace that says what it means, where it fits."""
+        if self._n_groups > 1:
+            return ()  # among pages that are cut by heads it would be cut too, and say nothing
+        made = [
+            manifest_page(described, pool.object_nbytes)
+            for described, pool in zip(
+                (self._described, *self._described_groups), (self._host, *self._groups), strict=True
+            )
+            if pool.shape.page_nbytes
+        ]
+        return [manifest for manifest in made if manifest is not None]
 
     def _with_head_groups(
         self, made: Composed
@@ -250,3 +279,7 @@ class StorageOpener:
             n_slots=2 * self._config.hicache_storage_threads,  # some may be with calls that hang
         )
         return grouped, lambda key: grouped.verdict(key, made.verdict)
+
+
+def _described(config: HiCacheConfig, pool: HostPool, identity: Mapping[str, object]) -> str:
+    return describe_namespace(identity, pool.page_size, config.hicache_mem_layout)

@@ -25,15 +25,16 @@ class Attachment:
         name: of the backend, for messages.
         backend: the outermost layer: seal, guard and chain are inside.
         worker: runs jobs on the backend.
-        namespace: prefix of every storage key.
+        namespace: prefix of the storage keys of full pages.
         is_writer: whether this rank writes; of ranks that hold the same bytes, one does.
         admission: decides how many of the pages that storage has are loaded.
         verdict: why the object under a key was refused at its last read; None if it was not.
         statuses: what is known of each store, the nearest first; asks no store.
         rejected: how many objects were refused at a read, by kind.
-        manifest: key and page of an object that says what the namespace means; None for none.
+        manifests: key and page of objects that say what the namespaces mean.
         before_close: called before the backend is closed.
         epoch: number of this attachment, from 1, which ``Node.stored_in`` names.
+        group_namespaces: prefix of the storage keys of each group of layers.
     """
 
     name: str
@@ -45,9 +46,10 @@ class Attachment:
     verdict: Callable[[str], str | None] = lambda _key: None
     statuses: Callable[[], Sequence[BackendStatus]] = tuple
     rejected: Callable[[], Mapping[str, int]] = dict
-    manifest: tuple[str, Page] | None = None
+    manifests: Sequence[tuple[str, Page]] = ()
     before_close: Callable[[], None] = lambda: None
     epoch: int = 0
+    group_namespaces: tuple[str, ...] = ()
     _flushable: Flushable | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -162,7 +164,8 @@ class Clearing:
             if attachment.is_writer:
                 clearable = attachment.backend.capability(Clearable)
                 assert clearable is not None  # who asks to clear has looked
-                n_objects = clearable.clear(f"{attachment.namespace}/")
+                for namespace in (attachment.namespace, *attachment.group_namespaces):
+                    n_objects += clearable.clear(f"{namespace}/")
             self._reported = 1 + n_objects
         except HiCacheError as error:
             self.error = str(error)

@@ -15,11 +15,13 @@ from typing import Self
 from hicache_core.controller.attachment import Attaching, Clearing
 from hicache_core.controller.evictor import Evictor
 from hicache_core.controller.explain import Explanation, Hits
+from hicache_core.controller.groups import GroupPaths
 from hicache_core.controller.load_back import LoadBackPath
 from hicache_core.controller.parts import Counters, Parts
 from hicache_core.controller.prefetch import PrefetchPath
 from hicache_core.controller.snapshot import take_snapshot
 from hicache_core.controller.storage_tier import StorageTier
+from hicache_core.controller.unit_reads import UnitReader
 from hicache_core.controller.write_path import WritePath
 from hicache_core.errors import (
     ConfigError,
@@ -32,13 +34,16 @@ from hicache_core.kv.keys import TOKEN_NBYTES, chain_seed, pack_tokens, page_dig
 from hicache_core.observe.snapshot import CacheSnapshot
 from hicache_core.process.owner import Owner
 from hicache_core.radix.node import Node
-from hicache_core.radix.results import InsertResult, Match
+from hicache_core.radix.results import InsertResult, Match, NewUnits
 from hicache_core.types import Namespace, Tier
 
 log = logging.getLogger(__name__)
 
 Tokens = bytes | Sequence[int]
 """Token ids: packed little-endian u32 (fast), or anything that ``pack_tokens`` takes."""
+
+Groups = Sequence[Sequence[NewUnits]]
+"""For each group of layers, in the order of the spec, runs of filled units."""
 
 DEFAULT_NAMESPACE = Namespace()
 
@@ -93,10 +98,12 @@ class Controller:
         self._parts = parts
         self._write_path = WritePath(parts)
         self._load_back_path = LoadBackPath(parts)
+        self._group_paths = GroupPaths(parts, self._wait_for_copy)
         self._prefetch_path: PrefetchPath | None = None
         if parts.storage is not None and parts.host is not None:
             parts.storage.when_lost = parts.tell_everything_again
-            self._prefetch_path = PrefetchPath(parts, parts.storage, parts.host)
+            units = UnitReader(parts, parts.storage, self._group_paths)
+            self._prefetch_path = PrefetchPath(parts, parts.storage, parts.host, units)
         self._evictor = Evictor(parts, self._write_path, self._prefetch_path, self._settle)
         self._closed = False
         self.owner = Owner("this cache")
@@ -136,6 +143,11 @@ class Controller:
             if request_id is not None:
                 self._record(request_id, packed, namespace, match, n_prompt)
         return match
+
+    def device_part(self, match: Match) -> Match:
+        """The longest part of a match whose full pages are all on the device."""
+        self.owner.check()
+        return self._parts.tree.device_part(match)
 
     def _record(
         self, request_id: str, tokens: bytes, namespace: Namespace, match: Match, n_prompt: int
@@ -241,17 +253,24 @@ class Controller:
             IntegrityError: the node is not locked, so its pages may be gone already.
         """
         self._check_open()
-        n_pages = len(match.host_pages)
-        if n_pages == 0:
+        if match.is_on_device:
             return match
         if not match.node.lock_count:
             raise IntegrityError("load_back of a match whose node is not locked; lock it first")
+        n_pages = len(match.host_pages)
+        own: tuple[array[int], ...] = ()
         try:
+            own = self._group_paths.allocate_for(match)
             device_pages = self.allocate(n_pages)
         except PoolExhausted:
+            self._group_paths.free(own)
             self._parts.counters.load_back_skipped_pages += n_pages
-            return match.device_part()
-        return self._load_back_path.start(match, device_pages)
+            return self._parts.tree.device_part(match)
+        loaded = self._load_back_path.start(match, device_pages) if n_pages else match
+        if loaded.n_tokens < match.n_tokens:
+            self._group_paths.free(own)
+            return loaded
+        return self._group_paths.load(loaded, own) if own else loaded
 
     def wait_layer(self, layer: int) -> None:
         """Blocks until layer ``layer``, from 0, of everything being loaded is on the device.
@@ -262,16 +281,18 @@ class Controller:
         """
         self.owner.check()
         self._load_back_path.wait_layer(layer)
+        if self._parts.groups:
+            self._group_paths.wait_layer(layer)
 
     @property
     def loads_settled(self) -> bool:
         """Whether every load has settled; the same on all ranks."""
-        return self._load_back_path.idle
+        return self._load_back_path.idle and self._group_paths.loads_settled
 
     @property
     def n_failed_loads(self) -> int:
         """How many settled loads failed on any rank; the same on all ranks."""
-        return self._load_back_path.n_failed
+        return self._load_back_path.n_failed + self._group_paths.n_failed
 
     # Writing.
 
@@ -295,6 +316,27 @@ class Controller:
         self.owner.check()
         self._parts.device.allocator.free(device_pages)
 
+    def allocate_units(self, group: int, n: int) -> array[int]:
+        """Takes ``n`` free device units of a group, and evicts others if there are too few.
+
+        Args:
+            group: index of the group in the spec.
+            n: how many.
+
+        Returns:
+            Unit ids of the group's device pool, shape ``(n,)``.
+
+        Raises:
+            PoolExhausted: too few units may leave the device; nothing was taken.
+        """
+        self._check_open()
+        return self._group_paths.allocate(self._parts.groups[group], n)
+
+    def free_units(self, group: int, units: array[int]) -> None:
+        """Gives back device units of a group that the caller allocated and did not insert."""
+        self.owner.check()
+        self._parts.groups[group].held.device.free(units)
+
     def insert(
         self,
         tokens: Tokens,
@@ -302,6 +344,7 @@ class Controller:
         namespace: Namespace = DEFAULT_NAMESPACE,
         *,
         priority: int = 0,
+        groups: Groups = (),
     ) -> InsertResult:
         """Puts a computed prefix into the tree and starts what the write policy wants.
 
@@ -310,18 +353,24 @@ class Controller:
             device_pages: one page id for each whole page of ``tokens``, in order.
             namespace: as in ``match_prefix``.
             priority: higher stays longer, under the priority eviction policy.
+            groups: by group, in the order of the spec, runs of units that the caller has filled.
+                Those of a window that are outside of it at the end of ``tokens`` go down by the
+                write policy, and leave the device at once.
 
         Returns:
             ``pages``: the pages to use from now on. ``duplicates``: pages of the caller that the
             tree already had under other ids; pass them to ``free`` once nothing uses them.
+            ``units`` and ``unit_duplicates`` say the same of the groups.
 
         Raises:
             InvalidTokens: as in ``match_prefix``.
             IntegrityError: the number of pages does not fit the tokens.
         """
-        result = self._put(tokens, device_pages, namespace, priority)
+        result = self._put(tokens, device_pages, namespace, priority, groups)
         if self._parts.host is not None:
             self._write_path.consider(result.node)
+        if self._parts.groups:
+            self._group_paths.consider(result.node)
         return result
 
     def insert_received(
@@ -331,23 +380,31 @@ class Controller:
         namespace: Namespace = DEFAULT_NAMESPACE,
         *,
         priority: int = 0,
+        groups: Groups = (),
     ) -> InsertResult:
         """As ``insert``, for pages that another server computed, and may be storing already.
 
         They go down with the next ``insert`` of this prefix or a longer one. Storage is asked then,
         in the background, and pages that it has are not written. The arguments ``tokens``,
-        ``device_pages``, ``namespace`` and ``priority`` are those of ``insert``.
+        ``device_pages``, ``namespace``, ``priority`` and ``groups`` are those of ``insert``.
         """
-        result = self._put(tokens, device_pages, namespace, priority)
+        result = self._put(tokens, device_pages, namespace, priority, groups)
         self._write_path.received.mark(result.new_nodes)
         return result
 
     def _put(
-        self, tokens: Tokens, device_pages: array[int], namespace: Namespace, priority: int
+        self,
+        tokens: Tokens,
+        device_pages: array[int],
+        namespace: Namespace,
+        priority: int,
+        groups: Groups,
     ) -> InsertResult:
         self._check_open()
         seed = chain_seed(namespace)
-        result = self._parts.tree.insert(pack_tokens(tokens), device_pages, seed, priority=priority)
+        result = self._parts.tree.insert(
+            pack_tokens(tokens), device_pages, seed, priority=priority, groups=groups
+        )
         if self._parts.journal is not None:
             self._parts.tell_namespace(seed, namespace)
             for node in result.new_nodes:
@@ -390,7 +447,7 @@ class Controller:
             False, and nothing has changed, while anything is in use.
         """
         self._check_open()
-        return self._reads_idle and self._evictor.reset()
+        return self._reads_idle and self._group_paths.idle and self._evictor.reset()
 
     @property
     def _reads_idle(self) -> bool:
@@ -499,6 +556,9 @@ class Controller:
         else:  # nothing of this rank can finish; another rank's copy may, or a timer
             parts.sleep(min(timeout_s, RETRY_S))
 
+    def _wait_for_copy(self) -> bool:
+        return self._evictor.wait_for_copy()
+
     def flush(self, timeout_s: float = 60.0) -> bool:
         """Blocks until everything accepted so far is on the host and durable in storage.
 
@@ -513,7 +573,7 @@ class Controller:
         parts = self._parts
         deadline = parts.clock() + timeout_s
         in_time = self._settle(int(timeout_s > 0))
-        while in_time and not self._write_path.idle:
+        while in_time and not (self._write_path.idle and self._group_paths.idle):
             self._wait(min(max(deadline - parts.clock(), 0.0), WAIT_S), for_all=True)
             in_time = self._settle(int(parts.clock() < deadline))
         if not in_time or parts.storage is None:
@@ -537,13 +597,17 @@ class Controller:
             log.warning("closed without waiting for the other ranks: %s", error)
         self._closed = True
         parts = self._parts
-        if parts.transfer is not None:
-            parts.transfer.close()
+        for transfer in (parts.transfer, *(group.transfer for group in parts.groups)):
+            if transfer is not None:
+                transfer.close()
         abandoned = [] if parts.storage is None else parts.storage.close(timeout_s)
         if abandoned:
             log.warning("host memory stays: %d storage jobs may still touch it", len(abandoned))
         elif parts.host is not None:
             parts.host.close()
+            for group in parts.groups:
+                if group.host is not None:
+                    group.host.close()
 
     def __enter__(self) -> Self:
         return self

@@ -45,7 +45,7 @@ class Evictor:
                 n_on_their_way += n_sent
             elif n_wanted > 0 and (victim := parts.tree.device_victim(n_wanted)) is not None:
                 n_freed += parts.drop_device(victim)
-            elif self._wait_for_copy():
+            elif self.wait_for_copy():
                 n_on_their_way = 0
             elif (n_dropped := self._drop_what_is_being_stored(n_pages - n_freed)) > 0:
                 n_freed += n_dropped
@@ -74,7 +74,7 @@ class Evictor:
         self._write_path.orphan_below(victim)
         return parts.drop_device(victim, self._write_path.is_orphaned)
 
-    def _wait_for_copy(self) -> bool:
+    def wait_for_copy(self) -> bool:
         """Waits for the oldest copy and settles it; False if no rank has one."""
         jobs = self._parts.jobs
         if not jobs.n_copies:

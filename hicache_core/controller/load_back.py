@@ -59,7 +59,7 @@ class LoadBackPath:
         if match.device_node.parent is not None and not match.device_node.on_device:
             parts.device.allocator.free(device_pages)
             parts.counters.load_back_skipped_pages += len(device_pages)
-            return match.device_part()
+            return parts.tree.device_part(match)
         node, n_pages = match.node, len(match.host_pages)
         tree.attach_device(node, n_pages, device_pages)
         assert parts.transfer is not None

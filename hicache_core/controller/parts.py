@@ -19,6 +19,7 @@ from hicache_core.observe.snapshot import EvictedPages
 from hicache_core.observe.tracing import NoSpans, Spans
 from hicache_core.pools.device import DevicePool
 from hicache_core.pools.host import HostPool
+from hicache_core.radix.holdings import Holdings
 from hicache_core.radix.node import Node, descendants, path_to_root
 from hicache_core.radix.tree import RadixTree
 from hicache_core.types import Namespace, Tier
@@ -105,6 +106,23 @@ class RemovalCounts:
         return [EvictedPages(tier.value, cause, n) for (tier, cause), n in counts.items()]
 
 
+@dataclass(frozen=True, eq=False)
+class GroupParts:
+    """The parts of one group of layers. Owner thread.
+
+    Attributes:
+        held: which nodes have units of it, and the allocators of its pools.
+        device: its pool of the device.
+        host: its pool of the host; None without a host tier.
+        transfer: copies between the two; None without a host tier.
+    """
+
+    held: Holdings
+    device: DevicePool
+    host: HostPool | None
+    transfer: Transfer | None
+
+
 @dataclass(frozen=True)
 class Parts:
     """The parts of one cache. All but ``transfer`` belong to the owner thread.
@@ -128,6 +146,7 @@ class Parts:
         spans: traces of what takes time.
         counters: how often things happened.
         timings: how long things took.
+        groups: the groups of layers that need fewer pages than all, in the order of the spec.
     """
 
     page_size: int
@@ -148,6 +167,7 @@ class Parts:
     spans: Spans = field(default_factory=NoSpans)
     counters: Counters = field(default_factory=Counters)
     timings: Timings = field(default_factory=Timings)
+    groups: tuple[GroupParts, ...] = ()
 
     def allocate_host(self, n_pages: int) -> array[int]:
         """Takes up to ``n_pages`` host pages. Evicts what may go, and never waits.
@@ -222,6 +242,11 @@ class Parts:
             IntegrityError: says what does not add up.
         """
         self.tree.check_integrity()
+        for group in self.groups:
+            held, name = group.held, group.held.group.name
+            held.device.check_integrity(held.n_device_units, f"{name} on the device", exactly=False)
+            if held.host is not None:
+                held.host.check_integrity(held.n_host_units, f"{name} on the host", exactly=True)
         allocator = self.device.allocator
         allocator.check_integrity()
         n_allocated = allocator.n_pages - allocator.n_free

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from hicache_core.radix.node import Node, path_to_root
 
@@ -114,7 +115,12 @@ class HostRetention(ABC):
     """Decides whether the host keeps pages that storage has. Owner thread; all ranks decide alike.
 
     A page counts as stored once all ranks know that a write of it was acknowledged.
+
+    Attributes:
+        keeps_stored: whether the host keeps units of groups that storage has.
     """
+
+    keeps_stored: ClassVar[bool] = True
 
     @abstractmethod
     def wants(self, node: Node, epoch: int) -> bool:
@@ -155,6 +161,8 @@ class FreeOnceStored(HostRetention):
     A page that a request or a copy needs on the host when its write ends stays until it is evicted.
     So does a page whose write failed.
     """
+
+    keeps_stored = False
 
     def wants(self, node: Node, epoch: int) -> bool:
         # docstring inherited

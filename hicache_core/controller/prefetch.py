@@ -8,8 +8,15 @@ from math import inf
 
 from hicache_core.controller.admission import PrefetchCandidate
 from hicache_core.controller.parts import Parts
-from hicache_core.controller.prefetch_record import Batch, Prefetch, Shortfall, shortfall_of
+from hicache_core.controller.prefetch_record import (
+    Batch,
+    Prefetch,
+    Shortfall,
+    UnitReads,
+    shortfall_of,
+)
 from hicache_core.controller.storage_tier import StorageTier
+from hicache_core.controller.unit_reads import Question, UnitReader
 from hicache_core.kv.keys import TOKEN_NBYTES, PageKeys
 from hicache_core.observe.tracing import PREFETCH
 from hicache_core.pools.host import HostPool
@@ -29,15 +36,19 @@ class PrefetchPath:
     rank alone knows (its clock, its store, its estimates) only changes what it reports of a job.
     """
 
-    def __init__(self, parts: Parts, storage: StorageTier, host: HostPool) -> None:
+    def __init__(
+        self, parts: Parts, storage: StorageTier, host: HostPool, units: UnitReader
+    ) -> None:
         """Starts without requests.
 
         Args:
             parts: of the cache.
             storage: its storage tier, ``parts.storage``.
             host: its host pool, ``parts.host``.
+            units: reads units of groups.
         """
         self._parts = parts
+        self._units = units
         self._storage = storage
         self._host = host
         self._requests: dict[str, Prefetch] = {}
@@ -48,7 +59,7 @@ class PrefetchPath:
     @property
     def idle(self) -> bool:
         """Whether every read has settled."""
-        return not self._reading
+        return not self._reading and not self._units.n_running
 
     @property
     def n_pending_pages(self) -> int:
@@ -136,7 +147,8 @@ class PrefetchPath:
         parts = self._parts
         parts.timings.prefetch_wait_s.add(parts.clock() - prefetch.started_s)
         self._tell(request_id, prefetch.shortfall or Shortfall("absent"))
-        n_tokens = prefetch.n_loaded_pages * parts.page_size
+        n_pages = prefetch.n_gained_pages if parts.groups else prefetch.n_loaded_pages
+        n_tokens = n_pages * parts.page_size
         parts.counters.storage_hit_tokens += n_tokens
         return n_tokens
 
@@ -167,6 +179,8 @@ class PrefetchPath:
     def _cancel_unstarted(self, prefetch: Prefetch) -> None:
         for batch in prefetch.batches[prefetch.n_settled_batches :]:
             prefetch.storage.worker.cancel(batch.job_id)
+        if prefetch.unit_reads is not None:
+            self._units.cancel_unstarted(prefetch.unit_reads, prefetch.storage)
 
     def _tokens_of(self, prefetch: Prefetch, start: int, stop: int) -> memoryview:
         """Tokens of the pages from ``start`` to ``stop``, as a view: a copy costs more."""
@@ -185,7 +199,11 @@ class PrefetchPath:
             return
         match = parts.tree.locate(prefetch.tokens, prefetch.seed)
         first_page = match.n_tokens // parts.page_size
-        if first_page == prefetch.n_pages:
+        reached = first_page
+        if parts.groups:
+            usable = parts.tree.match(prefetch.tokens, prefetch.seed, touch=False)
+            reached = usable.n_tokens // parts.page_size
+        if reached == prefetch.n_pages:
             self._done(prefetch)
             return
         parts.tree.lock(match.node)
@@ -193,13 +211,22 @@ class PrefetchPath:
         parent = parts.tree.last_digest(match.node)
         tail = self._tokens_of(prefetch, first_page, prefetch.n_pages)
         keys = PageKeys(prefetch.storage.namespace, tail, parts.page_size, parent)
-        job_id = parts.jobs.add(partial(self._answered, prefetch, first_page, keys))
-        if not prefetch.storage.admission.is_worth_asking(self._candidate(prefetch, len(keys))):
+        settle = partial(self._answered, prefetch, first_page, reached, keys)
+        job_id = parts.jobs.add(settle)
+        n_asked = prefetch.n_pages - reached
+        if not prefetch.storage.admission.is_worth_asking(self._candidate(prefetch, n_asked)):
             prefetch.falls_short(Shortfall("declined", "to compute is expected to be faster"))
             parts.jobs.report(job_id, 0)
             return
-        judge = partial(self._judge_answer, prefetch)
-        self._storage.submit(prefetch.storage, ExistsJob(job_id, keys), judge)
+        if not parts.groups:
+            judge = partial(self._judge_answer, prefetch)
+            self._storage.submit(prefetch.storage, ExistsJob(job_id, keys), judge)
+            return
+        question = self._units.question(
+            prefetch.tokens, prefetch.seed, match.node, reached, prefetch.storage
+        )
+        judge = partial(self._judge_answer, prefetch, question=question)
+        self._storage.submit(prefetch.storage, ExistsJob(job_id, question.keys, each=True), judge)
 
     def _candidate(self, prefetch: Prefetch, n_found: int) -> PrefetchCandidate:
         parts = self._parts
@@ -222,12 +249,16 @@ class PrefetchPath:
                 return True
         return False
 
-    def _judge_answer(self, prefetch: Prefetch, result: JobResult) -> int:
+    def _judge_answer(
+        self, prefetch: Prefetch, result: JobResult, question: Question | None = None
+    ) -> int:
         """How many of the pages that storage has this rank wants."""
         parts, n_found = self._parts, result.n_pages
         if (shortfall := shortfall_of(result)) is not None:
             prefetch.falls_short(shortfall)
             return 0
+        if question is not None:
+            n_found = question.n_more(result.mask or ())
         if n_found == 0 and prefetch.given_up and parts.explainer is not None:
             parts.explainer.storage_had_nothing(prefetch.request_id)
         admission = prefetch.storage.admission
@@ -242,11 +273,16 @@ class PrefetchPath:
             prefetch.falls_short(Shortfall("declined", detail))
         return n_wanted
 
-    def _answered(self, prefetch: Prefetch, first_page: int, keys: PageKeys, n_wanted: int) -> None:
+    def _answered(
+        self, prefetch: Prefetch, first_page: int, reached: int, keys: PageKeys, n_wanted: int
+    ) -> None:
         if n_wanted == 0 or prefetch.given_up or prefetch.storage is not self._storage.current:
             self._done(prefetch)
         elif not self._waits_behind_another(prefetch):
-            self._read(prefetch, first_page, keys[:n_wanted])
+            boundary = reached + n_wanted
+            if self._parts.groups:
+                prefetch.unit_reads = UnitReads(boundary, n_wanted)
+            self._read(prefetch, first_page, keys[: max(0, boundary - first_page)])
         self._lift_anchor(prefetch)
 
     def _lift_anchor(self, prefetch: Prefetch) -> None:
@@ -279,12 +315,30 @@ class PrefetchPath:
             prefetch.read_at_s = parts.clock()
             self._reading.append(prefetch)
             self._submit_reads(prefetch, keys, host_pages)
-        else:
-            self._done(prefetch)
+        if prefetch.unit_reads is not None and len(host_pages) == len(keys):
+            self._read_units(prefetch, prefetch.unit_reads)
+        if not prefetch.batches:
+            self._finish_read(prefetch)
         parts.tree.unlock(match.node)
+
+    def _read_units(self, prefetch: Prefetch, reads: UnitReads) -> None:
+        """Submits the reads of groups, once nothing else of the request lacks room."""
+        has_room = self._units.start(
+            reads,
+            prefetch.tokens,
+            prefetch.seed,
+            prefetch.storage,
+            partial(self._judge_read, prefetch),
+            partial(self._end_if_all_ended, prefetch),
+        )
+        if not has_room:
+            prefetch.falls_short(Shortfall("no_room", "the host had no unit that could leave"))
 
     def _submit_reads(self, prefetch: Prefetch, keys: PageKeys, host_pages: array[int]) -> None:
         parts, pages = self._parts, self._host.pages(host_pages)
+        if not self._host.shape.page_nbytes:  # nothing is stored of them: all is in groups
+            prefetch.n_ready = len(host_pages)
+            return
         object_nbytes = self._host.object_nbytes
         jobs: list[ReadJob] = []
         for start in range(0, len(host_pages), parts.batch_pages):
@@ -345,6 +399,9 @@ class PrefetchPath:
     def _finish_read(self, prefetch: Prefetch) -> None:
         """Gives up the pages that did not come, once all reads have settled."""
         parts = self._parts
+        if prefetch not in self._reading:  # there was nothing to read
+            self._full_pages_ended(prefetch)
+            return
         self._commit(prefetch)
         if not prefetch.given_up:
             parts.counters.prefetch_failed_pages += prefetch.n_pending
@@ -356,6 +413,24 @@ class PrefetchPath:
                 left.difference_update(batch.host_pages)
         self._host.allocator.free(array("i", sorted(left)))
         self._reading.remove(prefetch)
+        self._full_pages_ended(prefetch)
+
+    def _full_pages_ended(self, prefetch: Prefetch) -> None:
+        if prefetch.unit_reads is None:
+            self._done(prefetch)
+            return
+        prefetch.unit_reads.full_ended = True
+        self._end_if_all_ended(prefetch)
+
+    def _end_if_all_ended(self, prefetch: Prefetch) -> None:
+        """Gives the units that have arrived to the tree, once nothing more will come."""
+        reads = prefetch.unit_reads
+        if reads is None or not reads.ended:
+            return
+        epoch = prefetch.storage.epoch
+        if self._units.attach(reads, prefetch.tokens, prefetch.seed, epoch):
+            prefetch.n_gained_pages = reads.n_more
+        prefetch.unit_reads = None
         self._done(prefetch)
 
     def orphan(self) -> bool:

@@ -52,6 +52,47 @@ class Batch:
 
 
 @dataclass(slots=True, eq=False)
+class UnitRead:
+    """One read of units of a group.
+
+    Attributes:
+        group: index of the group.
+        first: the page that the first unit belongs to.
+        units: host units that are filled.
+        job_id: of the read.
+        n_delivered: leading units that all ranks have; -1 until settled.
+    """
+
+    group: int
+    first: int
+    units: array[int]
+    job_id: int = -1
+    n_delivered: int = -1
+
+
+@dataclass(slots=True, eq=False)
+class UnitReads:
+    """The reads of one prefetch.
+
+    Attributes:
+        boundary: pages of the prefix that can be used once all have arrived.
+        n_more: how many of them could not be used without storage.
+        full_ended: the read of full pages has ended.
+        reads: one for each group that lacks units.
+    """
+
+    boundary: int
+    n_more: int
+    full_ended: bool = False
+    reads: list[UnitRead] = field(default_factory=list)
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will come."""
+        return self.full_ended and all(read.n_delivered >= 0 for read in self.reads)
+
+
+@dataclass(slots=True, eq=False)
 class Prefetch:
     """One request and what it has asked storage for.
 
@@ -78,6 +119,8 @@ class Prefetch:
         n_ready: pages that have arrived without a gap and are not hits yet.
         broken: a batch fell short, so pages after it cannot be used.
         n_loaded_pages: pages of the run that are hits now.
+        unit_reads: reads of units of groups; None until they are submitted.
+        n_gained_pages: pages that can be used only by what storage delivered for groups.
         shortfall: why storage did not deliver everything, as far as this rank knows.
         given_up: the request went on without the rest.
         done: no more pages will come.
@@ -105,6 +148,8 @@ class Prefetch:
     n_ready: int = 0
     broken: bool = False
     n_loaded_pages: int = 0
+    unit_reads: UnitReads | None = None
+    n_gained_pages: int = 0
     shortfall: Shortfall | None = None
     given_up: bool = False
     done: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from functools import partial
 
 from hicache_core.controller.jobs import JobTable
@@ -38,15 +39,27 @@ class Quarantine:
         if release_id is not None:
             self._jobs.report(release_id, 0)
 
-    def hold(self, job_id: int, pages: array[int]) -> None:
-        """Takes the pages of a settled read that delivered nothing; frees them when it is safe."""
-        self.n_pages += len(pages)
-        release_id = self._jobs.add(partial(self._free, pages))
+    def hold(
+        self, job_id: int, pages: array[int], free: Callable[[array[int]], None] | None = None
+    ) -> None:
+        """Takes the pages of a settled read that delivered nothing; frees them when it is safe.
+
+        Args:
+            job_id: of the read.
+            pages: where it wrote.
+            free: frees units of a group; by default, ``pages`` are of the host pool, and counted.
+        """
+        if free is None:
+            self.n_pages += len(pages)
+        release_id = self._jobs.add(partial(self._free, pages, free))
         if job_id in self._touched:
             self._releases[job_id] = release_id
         else:
             self._jobs.report(release_id, 0)
 
-    def _free(self, pages: array[int], _: int) -> None:
+    def _free(self, pages: array[int], free: Callable[[array[int]], None] | None, _: int) -> None:
+        if free is not None:
+            free(pages)
+            return
         self.n_pages -= len(pages)
         self._allocator.free(pages)

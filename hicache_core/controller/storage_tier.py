@@ -261,18 +261,19 @@ class StorageTier:
         self._epoch += 1
         attachment.epoch = self._epoch
         self.current = attachment
-        self._leave_manifest(attachment)
+        self._leave_manifests(attachment)
 
-    def _leave_manifest(self, attachment: Attachment) -> None:
-        """Stores the manifest, which says what the namespace means. All ranks have the job; one
+    def _leave_manifests(self, attachment: Attachment) -> None:
+        """Stores the manifests, which say what the namespaces mean. All ranks have the job; one
         writes."""
         job_id = self._jobs.add_write(lambda _n_pages: None)
-        if attachment.manifest is None:
+        if not attachment.manifests:
             self._jobs.report(job_id, 0)
         else:
-            key, page = attachment.manifest
-            job = WriteJob(job_id, [key], [page], sum(segment.nbytes for segment in page))
-            self.submit(attachment, job)
+            keys = [key for key, _ in attachment.manifests]
+            pages = [page for _, page in attachment.manifests]
+            nbytes = sum(segment.nbytes for page in pages for segment in page)
+            self.submit(attachment, WriteJob(job_id, keys, pages, nbytes))
 
     def _opened(self, attaching: Attaching, on_all_ranks: int) -> None:
         attaching.done = True

@@ -128,6 +128,9 @@ class WritePath:
         assert parts.host is not None
         assert node.host_pages is not None
         assert node.parent is not None
+        if not parts.host.shape.page_nbytes:
+            node.stored_in = storage.epoch  # all that storage needs is in groups
+            return
         parent = parts.tree.last_digest(node.parent)
         keys = PageKeys(storage.namespace, node.tokens, parts.page_size, parent)
         store = _Store(node, keys, storage, parent)

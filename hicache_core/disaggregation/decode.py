@@ -142,7 +142,7 @@ class DecodeConnector(Connector):
             prompt   | on this device already | to be fetched .... tail |
         """
         look = self._cache.match_prefix(task.packed(0, task.n_prompt - 1), task.request.namespace)
-        match = look.device_part()
+        match = self._cache.device_part(look)
         task.n_failed_loads = self._cache.n_failed_loads
         self._cache.lock(match.node)
         task.table.begin(match.node, match.device_pages, array("i"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hicache_core.errors import SpecError
 from hicache_core.integrations.length_rule import length_rule_of
@@ -30,10 +29,16 @@ __all__ = [
     "restart",
     "undisturbed",
     "vocabulary_of",
+    "windows_of",
 ]
 
 _N_PROBE = 32
 """Tokens of the prompt with which a model is tried; two thirds of them are its prefix."""
+
+_PROBE_WINDOW = 8
+"""The windows of a model while it is tried, so that the prefix fills them."""
+
+_WINDOWS = ("sliding_window", "attention_chunk_size")
 
 # How far logits of the same tokens may be apart, as a part of their own spread (root mean squares,
 # the median over positions). Other shapes round otherwise: by less than 1e-5 in float32, with TF32
@@ -41,6 +46,9 @@ _N_PROBE = 32
 # moves the logits of a trained model by much more than that.
 _TOLERANCE = 0.01
 _COARSE_TOLERANCE = 0.2
+
+# Kinds of layers, as in transformers' own cache, whose KV is in pages.
+_PAGED = frozenset({DynamicLayer, DynamicSlidingWindowLayer})
 
 # Errors of a model that cannot use a cache.
 _MODEL_ERRORS = (
@@ -95,29 +103,69 @@ def check_model(model: Any) -> Probe:
         past = _new_cache(model)
         whole = forward(model, ids, past)
         _check_rows(model, past, len(ids))
-        past = _new_cache(model)
-        first = forward(model, ids[:n_first], past)
-        second = forward(model, ids[n_first:], past)
+        _check_parts(model, ids, n_first, whole)
+        if any(windows_of(model.config)):
+            with _short_windows(model):
+                _check_parts(model, ids, n_first, forward(model, ids, _new_cache(model)))
+    return Probe(ids, whole)
+
+
+def _check_parts(model: Any, ids: list[int], n_first: int, whole: torch.Tensor) -> None:
+    """Checks that a prompt in two parts, ``n_first`` tokens and the rest, has the same logits."""
+    past = _new_cache(model)
+    first = forward(model, ids[:n_first], past)
+    second = forward(model, ids[n_first:], past)
     for got, want in ((first, whole[:n_first]), (second, whole[n_first:])):
         check_same(model, "cached", "over a cached prefix", got, want)
-    return Probe(ids, whole)
 
 
 def check_layers(config: Any) -> None:
     """Raises SpecError for a model whose layers do not all keep the KV of every token."""
-    name = type(config).__name__
+    kinds = {type(layer) for layer in _layers_of(config)}
+    if others := sorted(kind.__name__ for kind in kinds - _PAGED):
+        raise SpecError(
+            f"{type(config).__name__} has layers of the kind {', '.join(others)}; pages hold only "
+            "layers with full attention or a window"
+        )
+
+
+def windows_of(config: Any) -> tuple[int, ...]:
+    """The window of each layer in tokens, 0 for full attention.
+
+    Raises:
+        SpecError: transformers can make no cache for such a model.
+    """
+    return tuple(getattr(layer, "sliding_window", 0) for layer in _layers_of(config))
+
+
+def _layers_of(config: Any) -> list[Any]:
+    """The layers of transformers' own cache."""
     try:
-        layers = DynamicCache(config=config).layers
+        return list(DynamicCache(config=config).layers)
     except _MODEL_ERRORS as error:
         raise SpecError(
-            f"transformers can make no cache for {name}: {type(error).__name__}: {error}"
+            f"transformers can make no cache for {type(config).__name__}: "
+            f"{type(error).__name__}: {error}"
         ) from error
-    kinds = {type(layer) for layer in layers}
-    if others := sorted(kind.__name__ for kind in kinds - {DynamicLayer}):
-        raise SpecError(
-            f"{name} has layers of the kind {', '.join(others)}; pages hold full attention "
-            f"only{_advice(config)}"
-        )
+
+
+@contextmanager
+def _short_windows(model: Any) -> Iterator[None]:
+    """Shortens the windows of a model for a while; modules may have their own copy of them."""
+    owners = [_text_config(model.config), *model.modules()]
+    changed = [
+        (owner, name, window)
+        for owner in owners
+        for name in _WINDOWS
+        if isinstance(window := getattr(owner, name, None), int) and window > _PROBE_WINDOW
+    ]
+    try:
+        for owner, name, _ in changed:
+            setattr(owner, name, _PROBE_WINDOW)
+        yield
+    finally:
+        for owner, name, window in changed:
+            setattr(owner, name, window)
 
 
 def kv_spec_of(model: Any, fingerprint: str) -> KVSpec:
@@ -346,22 +394,6 @@ def _special_tokens(config: dict[str, Any]) -> Iterator[int]:
         elif "token" in str(key):  # labels have numbers for keys
             numbers = value if isinstance(value, list) else [value]
             yield from (number for number in numbers if isinstance(number, int))
-
-
-def _advice(config: Any) -> str:
-    """What makes a model with windows acceptable, if that works: most have types of layers."""
-    without = copy.deepcopy(config)
-    try:
-        _text_config(without).sliding_window = None
-        layers = DynamicCache(config=without).layers
-    except Exception:  # whatever a config says against it, the advice would not help
-        return ""
-    if {type(layer) for layer in layers} != {DynamicLayer}:
-        return ""
-    return (
-        " (a sliding window that the context never fills may be switched off: "
-        "config.sliding_window = None)"
-    )
 
 
 def _text_config(config: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -54,9 +54,9 @@ class _Rows:
         """Rows [start, stop), of shape (stop - start, heads, width)."""
         return self._memory[start:stop]
 
-    def view(self) -> torch.Tensor:
-        """All rows as attention wants them: (1, heads, n_tokens, width)."""
-        return self._memory[: self.n_tokens].transpose(0, 1).unsqueeze(0)
+    def view(self, start: int = 0) -> torch.Tensor:
+        """Rows from ``start`` on as attention wants them: (1, heads, n_rows, width)."""
+        return self._memory[start : self.n_tokens].transpose(0, 1).unsqueeze(0)
 
 
 def _capacity(n_tokens: int) -> int:
@@ -74,11 +74,15 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         ended: why it can no longer be used; empty while it can.
     """
 
-    is_sliding = False
     is_croppable = True
 
     def __init__(
-        self, pool: DevicePool, layer: int, prefix_pages: torch.Tensor, wait_layer: WaitLayer
+        self,
+        pool: DevicePool,
+        layer: int,
+        prefix_pages: torch.Tensor,
+        wait_layer: WaitLayer,
+        window: int = 0,
     ) -> None:
         """Reads nothing yet.
 
@@ -87,12 +91,16 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             layer: number of this layer.
             prefix_pages: pages of the prefix, in order, int64 of shape ``(n_pages,)``.
             wait_layer: blocks until the rows of a layer have arrived on the device.
+            window: tokens that a token attends to, itself included; 0 for all before it. The layer
+                keeps all rows, and passes on those that transformers' own layer would have kept.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self._pool = pool
         self._layer = layer
         self._prefix_pages = prefix_pages
         self._wait_layer = wait_layer
+        self._window = window
+        self.is_sliding = bool(window)
         self._rows: list[_Rows] = []
         self._n_tokens = len(prefix_pages) * pool.page_size
         self.n_shared = self._n_tokens
@@ -133,7 +141,9 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends (1, heads, n, width) each; all keys and values as (1, heads, n_tokens, width).
+        """Appends (1, heads, n, width) each; returns the keys and values that they may attend to.
+
+        These are all, as (1, heads, n_tokens, width), or the new ones and the window before them.
 
         Raises:
             SpecError: more than one sequence, or states that the spec does not describe.
@@ -149,11 +159,16 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        start = self._first_visible()
         for rows, states in zip(self._rows, (key_states, value_states), strict=True):
             rows.append(states)
         self._n_tokens = self._rows[0].n_tokens
-        self.keys, self.values = (rows.view() for rows in self._rows)
+        self.keys, self.values = (rows.view(start) for rows in self._rows)
         return self.keys, self.values
+
+    def _first_visible(self) -> int:
+        """The first token that the next one may attend to."""
+        return max(0, self._n_tokens - self._window + 1) if self._window else 0
 
     def get_seq_length(self) -> int:
         """Tokens held, those of the prefix included."""
@@ -161,11 +176,12 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length, offset) of the attention mask."""
-        return self._n_tokens + query_length, 0
+        start = self._first_visible()
+        return self._n_tokens - start + query_length, start
 
     def get_max_length(self) -> int:
-        """-1: no limit."""
-        return -1
+        """The window, or -1 for no limit."""
+        return self._window or -1
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last ``-tokens_to_remove`` tokens (transformers passes a negative number)."""
@@ -176,7 +192,8 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         for rows in self._rows:
             rows.crop(self._n_tokens)
         if self._rows:
-            self.keys, self.values = (rows.view() for rows in self._rows)
+            start = self._first_visible()
+            self.keys, self.values = (rows.view(start) for rows in self._rows)
 
     def reset(self) -> None:
         """Forgets everything, the prefix too."""
@@ -227,7 +244,11 @@ class PagedCache(Cache):
     """
 
     def __init__(
-        self, pool: DevicePool, prefix_pages: array[int], wait_layer: WaitLayer = _arrived
+        self,
+        pool: DevicePool,
+        prefix_pages: array[int],
+        wait_layer: WaitLayer = _arrived,
+        windows: Sequence[int] | None = None,
     ) -> None:
         """Reads nothing yet.
 
@@ -235,10 +256,12 @@ class PagedCache(Cache):
             pool: where the pages are; its spec has two components, keys and values.
             prefix_pages: pages of the leading tokens, in order; empty for none.
             wait_layer: called before layer i of the prefix is read; returns when it has arrived.
+            windows: the window of each layer, 0 for none (see ``windows_of``); none by default.
         """
         pages = page_index(prefix_pages, pool.device)
         self._paged = [
-            PagedLayer(pool, layer, pages, wait_layer) for layer in range(pool.spec.num_layers)
+            PagedLayer(pool, layer, pages, wait_layer, window)
+            for layer, window in enumerate(windows or [0] * pool.spec.num_layers)
         ]
         super().__init__(layers=list(self._paged))
         self.pure = PureRows(n_rows=self.get_seq_length())

@@ -33,6 +33,7 @@ from hicache_core.integrations.model_check import (
     fill,
     kv_spec_of,
     restart,
+    windows_of,
 )
 from hicache_core.integrations.overrides import Overrides
 from hicache_core.integrations.tokens import Tokens, token_list
@@ -109,6 +110,7 @@ class CachedModel:
         self.device_pool = device_pool
         self._identity = identity or ModelIdentity(model, device_pool.spec.model_fingerprint)
         self._overrides = Overrides(model)
+        self._windows = windows_of(model.config)
         self._length_rule = length_rule_of(model)
         self._open_turn: Turn | None = None
 
@@ -124,7 +126,7 @@ class CachedModel:
         """Builds pools and cache for ``model``; close it, or use it in a with statement.
 
         Args:
-            model: a transformers ``…ForCausalLM`` without sliding windows.
+            model: a transformers ``…ForCausalLM``.
             config: settings of the cache. Unless it sets a prefetch policy, a prompt waits for
                 everything that storage has of it (``wait_complete``).
             device_tokens: tokens that the device tier holds.
@@ -260,7 +262,9 @@ class CachedModel:
         kind = rule.kind_of(len(ids))
         self.cache.owner.check()
         self._end_turn("this turn has ended: another one began")
-        turn = self._open_turn = Turn(self.cache, self.device_pool, self._identity, self._overrides)
+        turn = self._open_turn = Turn(
+            self.cache, self.device_pool, self._identity, self._overrides, self._windows
+        )
         try:
             if kind is Kind.NONE:
                 log_once(log, logging.WARNING, rule.notice())

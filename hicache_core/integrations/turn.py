@@ -6,6 +6,7 @@ import itertools
 import logging
 import time
 from array import array
+from collections.abc import Sequence
 
 from hicache_core.controller.controller import Controller
 from hicache_core.errors import InvalidTokens, PoolExhausted, UseAfterClose
@@ -43,7 +44,12 @@ class Turn:
     cached: CachedTokens
 
     def __init__(
-        self, cache: Controller, pool: DevicePool, identity: ModelIdentity, overrides: Overrides
+        self,
+        cache: Controller,
+        pool: DevicePool,
+        identity: ModelIdentity,
+        overrides: Overrides,
+        windows: Sequence[int],
     ) -> None:
         """Takes no lock and no page before ``begin``.
 
@@ -52,11 +58,13 @@ class Turn:
             pool: its device pool.
             identity: tells when weights or adapters of the model have changed.
             overrides: settings of the model that a turn changes while it lasts.
+            windows: the window of each layer of the model, 0 for none.
         """
         self._cache = cache
         self._pool = pool
         self._identity = identity
         self._overrides = overrides
+        self._windows = windows
         self._ended = ""
         # What ``end`` must release:
         self._request_id: str | None = None
@@ -100,7 +108,9 @@ class Turn:
         )
         if self._match.n_tokens < match.n_tokens:  # no room on the device for what the host has
             self.cached = CachedTokens(device=self._match.n_tokens)
-        self.past = TurnCache(self._pool, self._match.device_pages, self._cache.wait_layer)
+        self.past = TurnCache(
+            self._pool, self._match.device_pages, self._cache.wait_layer, self._windows
+        )
 
     def _fetch(self, tokens: bytes) -> None:
         """Asks storage for what device and host lack, and waits as long as the policy allows."""

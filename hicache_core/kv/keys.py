@@ -11,6 +11,7 @@ import os
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
+from itertools import chain
 from sys import byteorder
 from typing import NoReturn, Protocol, SupportsIndex, TypeAlias, cast, overload
 
@@ -246,6 +247,32 @@ class PageKeys(Sequence[str]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(object_keys(self._chain.storage_namespace, self.digests))
+
+
+class JoinedKeys(Sequence[str]):
+    """Several sequences of keys, one after the other; each is looked at when it is used."""
+
+    def __init__(self, parts: Sequence[Sequence[str]]) -> None:
+        """Looks at nothing yet.
+
+        Args:
+            parts: the sequences, in order.
+        """
+        self._parts = parts
+        self._n_keys = sum(map(len, parts))
+
+    def __len__(self) -> int:
+        return self._n_keys
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        return list(self)[index]
+
+    def __iter__(self) -> Iterator[str]:
+        return chain.from_iterable(self._parts)
 
 
 class _Chain:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -61,6 +62,61 @@ class Component:
         return math.prod(self.shape) * DTYPE_NBYTES[self.dtype]
 
 
+class GroupKind(enum.Enum):
+    """Which units of a group a prefix needs."""
+
+    WINDOW = "window"  # the pages that hold the last tokens before the place where one goes on
+    STATE = "state"  # one snapshot, taken at that very place
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Layers whose KV does not live and die with the full pages of a prefix.
+
+    Attributes:
+        name: one of SGLang's pool names: ``swa`` and ``swa_1``, … for windows, ``mamba`` for state.
+        kind: which units a prefix needs.
+        spec: what a unit holds. It numbers the same layers as the spec that the group belongs to.
+            A unit of a state is one snapshot: a page of one "token".
+        window: tokens that a layer of a ``WINDOW`` attends to, the current one included.
+    """
+
+    name: str
+    kind: GroupKind
+    spec: KVSpec
+    window: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises SpecError for a window that does not fit the kind."""
+        if (self.kind is GroupKind.WINDOW) != (self.window > 1):
+            raise SpecError(
+                f"group {self.name!r} of kind {self.kind.value} has a window of {self.window} "
+                "tokens; a window has at least 2, and a state has none"
+            )
+
+    def page_size(self, page_size: int) -> int:
+        """Tokens of a unit: ``page_size`` of a window, 1 of a state."""
+        return page_size if self.kind is GroupKind.WINDOW else 1
+
+    def first_needed(self, n_pages: int, page_size: int) -> int:
+        """The first of ``n_pages`` whose unit is needed to go on after them.
+
+        As transformers' sliding layers, the token after ``n`` others needs those from
+        ``n - window + 1`` on.
+
+        Args:
+            n_pages: whole pages of the prefix; 0 needs nothing.
+            page_size: tokens of a page.
+        """
+        if self.kind is GroupKind.STATE:
+            return max(0, n_pages - 1)
+        return max(0, n_pages * page_size - self.window + 1) // page_size
+
+    def identity(self) -> dict[str, Any]:
+        """As ``KVSpec.identity``, with the name of the group."""
+        return {**self.spec.identity(), "group": self.name}
+
+
 @dataclass(frozen=True, slots=True)
 class KVSpec:
     """The KV of one token, as this process holds it.
@@ -72,6 +128,8 @@ class KVSpec:
         layers: (start, stop) of the model's layers that are held.
         heads: (start, stop, total) of the model's KV heads that are held; (0, 1, 1) for MLA,
             whose latent belongs to all heads.
+        groups: layers that need other pages of a prefix than all of them: windows, states. The
+            components above are those of the full pages; with groups there may be none.
     """
 
     components: tuple[Component, ...]
@@ -79,12 +137,22 @@ class KVSpec:
     model_fingerprint: str
     layers: LayerRange
     heads: HeadRange
+    groups: tuple[Group, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises SpecError for fields that contradict each other."""
         names = [component.name for component in self.components]
-        if not names or len(set(names)) != len(names):
+        if len(set(names)) != len(names) or not (names or self.groups):
             raise SpecError(f"components need distinct names, and there must be one; got {names}")
+        group_names = [group.name for group in self.groups]
+        if len(set(group_names)) != len(group_names):
+            raise SpecError(f"groups need distinct names; got {group_names}")
+        for group in self.groups:
+            if group.spec.layers != self.layers or group.spec.groups:
+                raise SpecError(
+                    f"group {group.name!r} describes layers {group.spec.layers}; it must number "
+                    f"the layers {self.layers} of its model, and have no groups of its own"
+                )
         _positive("num_layers", self.num_layers)
         start, stop = self.layers
         if start < 0 or stop - start != self.num_layers:
@@ -224,7 +292,7 @@ class KVSpec:
         Raises:
             SpecError: the range is empty or not held here, or a latent would be split by heads.
         """
-        result = self
+        result = replace(self, groups=())
         if layers is not None:
             _check_inside("layers", layers, self.layers)
             result = replace(result, num_layers=layers[1] - layers[0], layers=layers)
@@ -233,7 +301,9 @@ class KVSpec:
             n_heads = heads[1] - heads[0]
             components = tuple(replace(c, shape=(n_heads, *c.shape[1:])) for c in self.components)
             result = replace(result, components=components, heads=(*heads, self.heads[2]))
-        return result
+        return replace(
+            result, groups=tuple(_sharded(group, layers, heads) for group in self.groups)
+        )
 
     @property
     def layer_nbytes(self) -> int:
@@ -260,6 +330,20 @@ class KVSpec:
             "layers": list(self.layers),
             "heads": list(self.heads),
         }
+
+
+def _sharded(group: Group, layers: LayerRange | None, heads: tuple[int, int] | None) -> Group:
+    """The part of a group that one rank holds.
+
+    Raises:
+        SpecError: a state would be cut by heads: its rows are not those of heads.
+    """
+    if heads is not None and heads != group.spec.heads[:2] and group.kind is GroupKind.STATE:
+        raise SpecError(
+            f"group {group.name!r} keeps a state, which cannot be cut by heads {heads}: ranks with "
+            "tensor parallelism cannot share such a model"
+        )
+    return replace(group, spec=group.spec.shard(layers=layers, heads=heads))
 
 
 def _positive(name: str, value: object) -> int:

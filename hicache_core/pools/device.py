@@ -30,6 +30,8 @@ class DevicePool:
         buffers: ``buffers[component][layer]`` of shape (n_pages, page_size, *component.shape) and
             the component's dtype. Slot ``page * page_size + i`` of the flattened first two
             dimensions is token i of the page.
+        groups: the pools of the spec's groups, in that order; a unit of a group is a page of its
+            pool.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class DevicePool:
         device: str | torch.device = "cpu",
         *,
         buffers: Buffers | None = None,
+        groups: Sequence[DevicePool] = (),
     ) -> None:
         """Allocates tensors of zeros (faulted in on a CPU), unless ``buffers`` are given.
 
@@ -50,6 +53,7 @@ class DevicePool:
             device: torch device of the tensors.
             buffers: tensors of the engine to use instead, ``buffers[component][layer]`` of shape
                 ``(n_pages, page_size, *component.shape)``.
+            groups: a pool for each group of ``spec``, in that order.
 
         Raises:
             SpecError: page_size or n_pages is not positive, or ``buffers`` do not fit.
@@ -62,8 +66,36 @@ class DevicePool:
         self.n_pages = n_pages
         self.device = torch.device(device)
         self.allocator = PageAllocator(n_pages)
+        self.groups = tuple(groups)
         self.buffers = self._allocate() if buffers is None else [list(b) for b in buffers]
         self._check()
+
+    @classmethod
+    def with_groups(
+        cls,
+        spec: KVSpec,
+        page_size: int,
+        n_pages: int,
+        n_units: Sequence[int],
+        device: str | torch.device = "cpu",
+    ) -> DevicePool:
+        """A pool and those of its groups.
+
+        Args:
+            spec: shapes and dtypes of the KV.
+            page_size: tokens in a page.
+            n_pages: full pages.
+            n_units: units of each group of ``spec``.
+            device: torch device of the tensors.
+
+        Raises:
+            SpecError, NotEnoughMemory: as the constructor.
+        """
+        groups = [
+            cls(group.spec, group.page_size(page_size), n, device)
+            for group, n in zip(spec.groups, n_units, strict=True)
+        ]
+        return cls(spec, page_size, n_pages, device, groups=groups)
 
     @classmethod
     def from_buffers(cls, spec: KVSpec, page_size: int, buffers: Buffers) -> DevicePool:
@@ -110,6 +142,12 @@ class DevicePool:
 
     def _check(self) -> None:
         spec = self.spec
+        pools = [(pool.spec, pool.page_size) for pool in self.groups]
+        if pools != [(group.spec, group.page_size(self.page_size)) for group in spec.groups]:
+            raise SpecError(
+                f"the spec has groups {[group.name for group in spec.groups]}: give a pool of the "
+                f"right spec and page size for each, in this order; found {len(pools)} pools"
+            )
         if [len(layers) for layers in self.buffers] != [spec.num_layers] * len(spec.components):
             raise SpecError(
                 f"need tensors for {len(spec.components)} components of {spec.num_layers} layers, "

@@ -264,6 +264,13 @@ def path_to(node: Node) -> list[Node]:
     return list(path_to_root(node))[::-1]
 
 
+def last_on_device(node: Node) -> Node:
+    """``node`` or the nearest above it that has device pages; the root if none has."""
+    while node.device_pages is None and node.parent is not None:
+        node = node.parent
+    return node
+
+
 def descendants(node: Node) -> Iterator[Node]:
     """All nodes below ``node``, parents before children. The tree must not change meanwhile."""
     stack = list(node.children.values())

@@ -3,9 +3,46 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from hicache_core.radix.node import Node
+
+LACKING = -1
+"""The id of a unit that a tier does not have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """What a prefix has of one group of layers: its trailing units, in the order of their pages.
+
+    Attributes:
+        first: index, from the start of the prefix, of the page that the first unit belongs to. A
+            state belongs to the page that ends where it was taken.
+        device: unit ids in the group's device pool; ``LACKING`` where only the host has the unit.
+        host: unit ids in the group's host pool; ``LACKING`` where the device has the unit.
+    """
+
+    first: int
+    device: array[int]
+    host: array[int]
+
+    @property
+    def n_on_host(self) -> int:
+        """Units that only the host has."""
+        return len(self.host) - self.host.count(LACKING)
+
+
+@dataclass(frozen=True, slots=True)
+class NewUnits:
+    """Units that the caller has filled, for ``insert``.
+
+    Attributes:
+        first: as ``Units.first``.
+        device: unit ids in the group's device pool, consecutive ones; of a state, one.
+    """
+
+    first: int
+    device: array[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +55,10 @@ class Match:
         device_node: deepest node of the first run.
         node: deepest node of both runs.
         page_size: tokens per page.
+        groups: what each group has at the end of the prefix, in the order of the spec.
+        cut_by: name of the group that the prefix would be longer without; empty if none.
+        n_uncut_tokens: tokens that the full pages alone would give.
+        own: after a load_back, by group, the device units that belong to the caller.
     """
 
     device_pages: array[int]
@@ -25,10 +66,15 @@ class Match:
     device_node: Node
     node: Node
     page_size: int
+    groups: tuple[Units, ...] = ()
+    cut_by: str = ""
+    n_uncut_tokens: int = 0
+    own: tuple[array[int], ...] = ()
 
-    def device_part(self) -> Match:
-        """The match without its host run."""
-        return replace(self, host_pages=array("i"), node=self.device_node)
+    @property
+    def is_on_device(self) -> bool:
+        """Whether nothing has to be loaded from the host."""
+        return not self.host_pages and not any(units.n_on_host for units in self.groups)
 
     @property
     def n_device_tokens(self) -> int:
@@ -56,6 +102,9 @@ class InsertResult:
         duplicates: pages of the caller that the tree did not take; the caller frees them.
         n_known_pages: pages that were on the device before.
         new_nodes: nodes that have got device pages by it, top to bottom.
+        unit_duplicates: by group, units of the caller that the tree did not take; the caller
+            frees them.
+        units: by group, what the tree has at the end of the prefix.
     """
 
     node: Node
@@ -63,6 +112,8 @@ class InsertResult:
     duplicates: array[int]
     n_known_pages: int
     new_nodes: list[Node]
+    unit_duplicates: tuple[array[int], ...] = ()
+    units: tuple[Units, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,16 +7,20 @@ never one by one, and a lookup hashes one page for each node on its way.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 
 from hicache_core.errors import IntegrityError, InvalidTokens, SpecError
 from hicache_core.kv.keys import DIGEST_NBYTES, TOKEN_NBYTES
 from hicache_core.radix.audit import check_nodes, check_residency, tree_nbytes
+from hicache_core.radix.grouped import Grouped
+from hicache_core.radix.holdings import Holdings
 from hicache_core.radix.node import (
     Node,
     descendants,
     equal_pages,
     keep_tokens,
+    last_on_device,
     loads_below,
     node_digests,
     path_to_root,
@@ -27,13 +31,17 @@ from hicache_core.radix.node import (
 )
 from hicache_core.radix.order import EvictionPolicy
 from hicache_core.radix.residency import Residency
-from hicache_core.radix.results import Dropped, InsertResult, Match
+from hicache_core.radix.results import Dropped, InsertResult, Match, NewUnits
 
 
 class RadixTree:
     """The prefix index of device and host. Each seed (tenant, LoRA) has a tree of its own.
 
     One thread, the owner, makes all calls.
+
+    Attributes:
+        page_size: tokens a page.
+        groups: what nodes hold of groups of layers that need fewer pages than all.
 
     Example:
         >>> from array import array
@@ -46,7 +54,11 @@ class RadixTree:
     """
 
     def __init__(
-        self, page_size: int, device_policy: EvictionPolicy, host_policy: EvictionPolicy
+        self,
+        page_size: int,
+        device_policy: EvictionPolicy,
+        host_policy: EvictionPolicy,
+        groups: Sequence[Holdings] = (),
     ) -> None:
         """An empty tree.
 
@@ -54,6 +66,7 @@ class RadixTree:
             page_size: tokens a page.
             device_policy: decides which pages leave the device first.
             host_policy: decides which pages leave the host first.
+            groups: what nodes hold of groups of layers, in the order of the spec.
 
         Raises:
             SpecError: ``page_size`` is less than 1.
@@ -65,6 +78,8 @@ class RadixTree:
         self._roots: dict[bytes, Node] = {}
         self._n_nodes = 0
         self._residency = Residency(page_size, device_policy, host_policy)
+        self._grouped = Grouped(groups, page_size, self._split)
+        self.groups = self._grouped.groups
 
     @property
     def n_nodes(self) -> int:
@@ -109,18 +124,49 @@ class RadixTree:
         Raises:
             InvalidTokens: ``tokens`` is not a whole number of tokens.
         """
-        match = self._walk(tokens, seed, split=touch)
+        match, tail = self._walk(tokens, seed, split=touch)
+        if self.groups:
+            match = self._grouped.cut(match, tail)
         if touch:
             for used in path_to_root(match.node):
                 used.hit_count += 1
             self._residency.renew(match.node, used=True)
+            if self.groups:
+                self._grouped.renew(match.node, used=True)
         return match
 
     def locate(self, tokens: bytes, seed: bytes = b"") -> Match:
-        """As :meth:`match` with the split, but without counting as a use: to insert below it."""
-        return self._walk(tokens, seed, split=True)
+        """The longest prefix by its full pages alone, without counting as a use: to insert below.
 
-    def _walk(self, tokens: bytes, seed: bytes, *, split: bool) -> Match:
+        It splits as :meth:`match` does.
+        """
+        return self._walk(tokens, seed, split=True)[0]
+
+    def device_part(self, match: Match) -> Match:
+        """The longest part of a match that needs nothing of the host."""
+        match = replace(match, host_pages=array("i"), node=match.device_node)
+        return self._grouped.cut(match, on_device=True) if self.groups else match
+
+    def insert_host_units(
+        self, node: Node, group: int, first: int, units: array[int], stored_in: int
+    ) -> array[int]:
+        """Give host units of a group, which hold their bytes, to the nodes of a prefix.
+
+        Args:
+            node: the end of the prefix.
+            group: index of the group.
+            first: index of the page that the first unit belongs to.
+            units: of consecutive pages; the tree takes over those that it lacks.
+            stored_in: number of the storage attachment that has them; 0 for none.
+
+        Returns:
+            The others, to be freed.
+        """
+        return self._grouped.insert_host(node, self.groups[group], first, units, stored_in)
+
+    def _walk(self, tokens: bytes, seed: bytes, *, split: bool) -> tuple[Match, Node | None]:
+        """The longest prefix by full pages; and the node that it ends inside of, if not split."""
+        tail: Node | None = None
         end = self._whole_pages_nbytes(tokens)
         page_nbytes = self._page_nbytes
         device_pages, host_pages = array("i"), array("i")
@@ -138,16 +184,25 @@ class RadixTree:
                 pages = pages[:n_equal]
             (host_pages if child.device_pages is None else device_pages).extend(pages)
             if len(pages) < child.n_pages:
+                tail = child
                 break
             at += len(pages) * page_nbytes
             node = child
-        device_node = node
-        while device_node.device_pages is None and device_node.parent is not None:
-            device_node = device_node.parent
-        return Match(device_pages, host_pages, device_node, node, self.page_size)
+        device_node = last_on_device(node)
+        n_tokens = (len(device_pages) + len(host_pages)) * self.page_size
+        match = Match(
+            device_pages, host_pages, device_node, node, self.page_size, n_uncut_tokens=n_tokens
+        )
+        return match, tail
 
     def insert(
-        self, tokens: bytes, device_pages: array[int], seed: bytes = b"", *, priority: int = 0
+        self,
+        tokens: bytes,
+        device_pages: array[int],
+        seed: bytes = b"",
+        *,
+        priority: int = 0,
+        groups: Sequence[Sequence[NewUnits]] = (),
     ) -> InsertResult:
         """Record that ``device_pages`` hold the KV of ``tokens``.
 
@@ -159,10 +214,13 @@ class RadixTree:
             device_pages: one id for each whole page of ``tokens``; copied.
             seed: chain seed of the namespace.
             priority: for the priority policy; raises the priority of the whole path.
+            groups: by group, runs of units that the caller has filled; the tree takes over those
+                that it lacks.
 
         Raises:
             InvalidTokens: ``tokens`` is not a whole number of tokens.
-            IntegrityError: the number of pages does not fit the tokens.
+            IntegrityError: the number of pages does not fit the tokens, or units are not of pages
+                of ``tokens``.
         """
         n_total = self._whole_pages_nbytes(tokens) // self._page_nbytes
         if len(device_pages) != n_total:
@@ -193,7 +251,8 @@ class RadixTree:
         for used in path_to_root(node):
             used.priority = max(used.priority, priority)
         self._residency.renew(node, inserted=bool(new_nodes))
-        return InsertResult(node, pages, duplicates, n_known, new_nodes)
+        result = InsertResult(node, pages, duplicates, n_known, new_nodes)
+        return self._grouped.insert(result, n_total, groups) if self.groups else result
 
     def digests(self, node: Node) -> bytes:
         """Page digests of ``node``, 32 bytes each, packed; computed once and kept in the nodes."""
@@ -226,6 +285,8 @@ class RadixTree:
             IntegrityError: the node has left the tree.
         """
         self._residency.lock(node)
+        if self.groups:
+            self._grouped.lock(node)
 
     def unlock(self, node: Node) -> None:
         """Take back one :meth:`lock` of ``node``.
@@ -234,6 +295,8 @@ class RadixTree:
             IntegrityError: it is not locked.
         """
         self._residency.unlock(node)
+        if self.groups:
+            self._grouped.unlock(node)
 
     def lock_host(self, node: Node, n_pages: int) -> None:
         """Keep the host pages of the run of ``n_pages`` that ends at ``node``.
@@ -526,6 +589,7 @@ class RadixTree:
                 f"the tree has {len(nodes)} nodes, but {self._n_nodes} are counted"
             )
         check_residency(self._residency, nodes)
+        self._grouped.check_integrity(nodes)
 
     def memory_nbytes(self) -> int:
         """Bytes of Python memory that the tree keeps alive. Walks the whole tree."""
@@ -557,6 +621,8 @@ class RadixTree:
         """Split off the first ``at`` pages of ``node`` as a new node above it; returns that one."""
         upper = split_node(node, at, self._page_nbytes)
         self._residency.split(upper, node)
+        for held in self.groups:
+            held.split(upper, node)
         self._n_nodes += 1
         return upper
 
@@ -565,6 +631,8 @@ class RadixTree:
         parent = node.parent
         if parent is None or node.children or node.lock_count or node.host_lock_count:
             raise IntegrityError(f"{node} cannot leave the tree: it is in use")
+        for held in self.groups:
+            held.remove(node)
         del parent.children[node.key]
         node.parent = None
         self._n_nodes -= 1

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma2Config, MistralConfig
+from transformers import BambaConfig, Gemma2Config
 from transformers.utils import logging as hf_logging
 
 from hicache_core.config.settings import HiCacheConfig
@@ -15,7 +15,6 @@ from hicache_core.integrations.model_check import check_layers, check_model, kv_
 from hicache_core.integrations.transformers import CachedModel
 
 from .odd_models import odd_model
-from .tiny_models import COMMON
 
 RIGHT = [
     "bart",
@@ -127,13 +126,14 @@ def test_layers_that_differ_in_shape_are_refused() -> None:
         kv_spec_of(model, "x")
 
 
-def test_a_window_is_said_to_be_optional_only_where_it_is() -> None:
-    with pytest.raises(SpecError, match=r"config.sliding_window = None"):
-        check_layers(MistralConfig(**{**COMMON, "sliding_window": 8}))
+def test_layers_that_keep_a_state_are_refused() -> None:
+    with pytest.raises(SpecError, match="BambaConfig has layers of the kind LinearAttentionLayer"):
+        check_layers(BambaConfig(num_hidden_layers=2, attn_layer_indices=[1]))
+
+
+def test_a_config_for_which_transformers_has_no_cache_is_refused() -> None:
     layered = Gemma2Config(num_hidden_layers=2, sliding_window=8)
-    with pytest.raises(SpecError, match="DynamicSlidingWindowLayer") as caught:
-        check_layers(layered)
-    assert "config.sliding_window" not in str(caught.value)
+    check_layers(layered)
     layered.sliding_window = None
     with pytest.raises(SpecError, match="transformers can make no cache for Gemma2Config"):
         check_layers(layered)

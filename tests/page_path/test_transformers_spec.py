@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import MistralConfig, Qwen3Config
 
-from hicache_core.errors import SpecError
-from hicache_core.integrations.transformers import check_layers, fingerprint_of_model, kv_spec_of
+from hicache_core.integrations.model_check import windows_of
+from hicache_core.integrations.transformers import fingerprint_of_model, kv_spec_of
 from hicache_core.kv.spec import KVSpec
 
 from .tiny_models import ARCHITECTURES, COMMON, tiny_model
@@ -21,18 +21,16 @@ def model(request: pytest.FixtureRequest) -> Any:
     return tiny_model(request.param)
 
 
-def test_a_model_with_sliding_windows_is_refused_before_anything_is_allocated() -> None:
+def test_each_layer_has_the_window_of_transformers_own_cache() -> None:
     sliding = MistralConfig(**{**COMMON, "sliding_window": 8})
-    with pytest.raises(SpecError, match="MistralConfig has layers of the kind DynamicSliding"):
-        check_layers(sliding)
+    assert windows_of(sliding) == (8, 8, 8)
     mixed = Qwen3Config(
         **COMMON,
         use_sliding_window=True,
         sliding_window=8,
         layer_types=["full_attention", "sliding_attention", "full_attention"],
     )
-    with pytest.raises(SpecError, match=r"of the kind DynamicSlidingWindowLayer"):
-        check_layers(mixed)
+    assert windows_of(mixed) == (0, 8, 0)
 
 
 def test_the_spec_is_what_the_model_hands_to_its_cache(model: Any) -> None:

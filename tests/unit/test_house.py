@@ -44,7 +44,7 @@ def test_no_source_file_grows_beyond_its_limit() -> None:
     long = {
         str(path.relative_to(ROOT)): n
         for path in SOURCES
-        if (n := len(path.read_text().splitlines())) > 600  # no class is cut in two for it
+        if (n := len(path.read_text().splitlines())) > 700  # no class is cut in two for it
     }
     assert long == {}
 

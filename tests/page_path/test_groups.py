@@ -1,0 +1,86 @@
+"""Groups of layers on the way of a page: windows and states, in every tier."""
+
+from __future__ import annotations
+
+import random
+import uuid
+from pathlib import Path
+
+import pytest
+
+from tests.page_path.grouped_world import MIXES, PAGE_SIZE, make_grouped_world
+
+mixes = pytest.mark.parametrize("mix", MIXES)
+
+
+@mixes
+def test_a_prompt_is_found_again_on_the_device(mix: str) -> None:
+    world = make_grouped_world(mix)
+    assert world.request(range(40)).n_tokens == 0
+    outcome = world.request(range(48))
+    assert (outcome.n_tokens, outcome.n_loaded) == (40, 0)
+    world.close()
+
+
+@mixes
+def test_a_prompt_is_found_again_on_the_host(mix: str) -> None:
+    world = make_grouped_world(mix)
+    world.request(range(40))
+    world.cache.flush()
+    world.flush_device()
+    outcome = world.request(range(48))
+    assert outcome.n_tokens == 40
+    assert outcome.n_loaded > 0
+    world.close()
+
+
+def test_a_match_ends_where_a_snapshot_is() -> None:
+    """A prompt that parts from another one goes on from the last snapshot before."""
+    world = make_grouped_world("full and state")
+    world.request(range(40))
+    outcome = world.request([*range(32), *range(100, 108)])
+    assert outcome.n_tokens == 6 * PAGE_SIZE
+    assert outcome.cut_by == "mamba"
+    world.close()
+
+
+@mixes
+def test_a_prompt_is_found_again_in_storage(mix: str, tmp_path: Path) -> None:
+    settings = {"path": str(tmp_path)}
+    world = make_grouped_world(mix, backend="file", storage=settings)
+    world.request(range(40))
+    world.close()
+    other = make_grouped_world(mix, backend="file", storage=settings)
+    outcome = other.request(range(48))
+    assert (outcome.n_tokens, outcome.storage) == (40, 40)
+    other.close()
+
+
+POLICIES = ("write_through", "write_through_selective", "write_back")
+
+
+@mixes
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("retention", ["keep", "free_once_stored"])
+@pytest.mark.parametrize("seed", range(3))
+def test_any_requests_over_small_pools(mix: str, policy: str, retention: str, seed: int) -> None:
+    """Whatever is asked for, in any order: right bytes, and every unit has one owner."""
+    rng = random.Random(seed)
+    world = make_grouped_world(
+        mix,
+        device_pages=14,
+        n_units=12,
+        storage={"share": uuid.uuid4().hex},
+        hicache_ratio=1.5,
+        hicache_write_policy=policy,
+        hicache_host_retention=retention,
+        batch_pages=2,
+    )
+    for _ in range(60):
+        stem = [rng.randrange(2)] * rng.randrange(4, 24) + [7] * rng.randrange(12)
+        world.request([*stem, *(rng.randrange(2) for _ in range(rng.randrange(8)))])
+        if rng.random() < 0.2:
+            world.flush_device()
+        if rng.random() < 0.2:
+            world.cache.flush()
+    world.close()
