@@ -191,7 +191,7 @@ class StorageOpener:
         )
         held = host.spec.heads[1] - host.spec.heads[0]
         self._head_group = config.storage_head_group or held
-        self._n_groups = 1
+        parts = [host.spec]
         if self._head_group != held:
             if groups:
                 raise ConfigError(
@@ -199,15 +199,13 @@ class StorageOpener:
                     f"model with groups ({', '.join(group.name for group in host.spec.groups)}): "
                     "leave it out"
                 )
-            self._n_groups = len(head_group_specs(host.spec, self._head_group))
+            parts = head_group_specs(host.spec, self._head_group)
+        self._n_groups = len(parts)
         self._is_writer = holders.index(self._namespace) == ranks.rank
+        nbytes = [parts[0].page_nbytes(config.page_size), *(p.shape.page_nbytes for p in groups)]
         self._context = BackendContext(
             self._namespace,
-            max(
-                HEADER_NBYTES + host.shape.page_nbytes // self._n_groups,
-                *(pool.object_nbytes for pool in groups),
-                0,
-            ),
+            HEADER_NBYTES + max(nbytes),
             ranks.rank,
             ranks.world_size,
         )

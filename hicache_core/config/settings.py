@@ -189,6 +189,13 @@ class HiCacheConfig(BaseModel):
         "What the host does with pages that are stored: `keep` keeps them until it needs the room,"
         " `free_once_stored` frees them at once.",
     )
+    state_snapshot_interval: Int = _setting(
+        1024,
+        "For models with recurrent state: a prefill keeps a snapshot every so many tokens, rounded"
+        " up to whole pages, besides those at the end of a prompt and of an answer.",
+        "an integer of at least 1 (tokens)",
+        ge=1,
+    )
     hicache_explain: bool = _setting(
         True, "Record for each request why tokens were missed (`cache.explain`)."
     )

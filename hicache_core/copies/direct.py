@@ -24,7 +24,7 @@ class DirectTransfer(Transfer):
     ) -> None:
         # docstring inherited
         super().__init__(device_pool, host_pool, queue, store_queue)
-        self._device, self._host = row_words(device_pool, host_pool)
+        self._rows = row_words(device_pool, host_pool)
 
     def _prepare(
         self, direction: Direction, device_pages: PageIds, host_pages: PageIds
@@ -33,8 +33,7 @@ class DirectTransfer(Transfer):
 
         def copy(layers: range) -> None:
             for layer in layers:
-                for buffers, host_rows in zip(self._device, self._host, strict=True):
-                    on_device, on_host = buffers[layer], host_rows[:, layer]
+                for on_device, on_host in self._rows[layer]:
                     for device_page, host_page in pairs:
                         if direction is Direction.TO_HOST:
                             on_host[host_page].copy_(on_device[device_page], non_blocking=True)

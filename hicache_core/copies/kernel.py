@@ -24,7 +24,7 @@ class KernelTransfer(Transfer):
     ) -> None:
         # docstring inherited
         super().__init__(device_pool, host_pool, queue, store_queue)
-        self._device, self._host = row_words(device_pool, host_pool)
+        self._rows = row_words(device_pool, host_pool)
 
     def _prepare(
         self, direction: Direction, device_pages: PageIds, host_pages: PageIds
@@ -33,8 +33,7 @@ class KernelTransfer(Transfer):
 
         def copy(layers: range) -> None:
             for layer in layers:
-                for buffers, host_rows in zip(self._device, self._host, strict=True):
-                    on_device, on_host = buffers[layer], host_rows[:, layer]
+                for on_device, on_host in self._rows[layer]:
                     if direction is Direction.TO_HOST:
                         on_host.index_copy_(0, host_index, on_device.index_select(0, device_index))
                     else:

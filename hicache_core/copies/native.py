@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import struct
 from array import array
+from itertools import accumulate
 
 import torch
 
 from hicache_core.copies.base import CopyLayers, CopyQueue, Direction, PageIds, Transfer
-from hicache_core.copies.rows import device_rows
+from hicache_core.copies.rows import row_bytes
 from hicache_core.errors import SpecError
 from hicache_core.pools.device import DevicePool
 from hicache_core.pools.host import HostPool
@@ -60,24 +61,21 @@ class NativeTransfer(Transfer):
                 f"and a device pool on the CPU (it is on {device_pool.device})"
             )
         # Plans hold bare addresses: these views keep the memory behind them.
-        self._device = [[device_rows(t) for t in layers] for layers in device_pool.buffers]
-        self._host = [host_pool.rows(c) for c in range(len(host_pool.spec.components))]
-        self._plans = b"".join(
-            _plan(buffers[layer], host_rows[:, layer])
-            for layer in range(self._num_layers)
-            for buffers, host_rows in zip(self._device, self._host, strict=True)
-        )
+        self._rows = row_bytes(device_pool, host_pool)
+        plans = [b"".join(_plan(*pair) for pair in layer) for layer in self._rows]
+        self._plans = b"".join(plans)
+        self._starts = list(accumulate(map(len, plans), initial=0))  # of each layer, in bytes
 
     def _prepare(
         self, direction: Direction, device_pages: PageIds, host_pages: PageIds
     ) -> CopyLayers:
         device_ids, host_ids = array("i", device_pages), array("i", host_pages)
         n_device, n_host = self.device_pool.n_pages, self.host_pool.n_pages
-        plans, layer_nbytes = memoryview(self._plans), len(self._plans) // self._num_layers
+        plans, starts = memoryview(self._plans), self._starts
         to_host = direction is Direction.TO_HOST
 
         def copy(layers: range) -> None:
-            part = plans[layers.start * layer_nbytes : layers.stop * layer_nbytes]
+            part = plans[starts[layers.start] : starts[layers.stop]]
             _transfer.copy_rows(part, device_ids, n_device, host_ids, n_host, to_host)
 
         return copy

@@ -7,6 +7,7 @@ Triton, so only the CUDA path imports this module.
 from __future__ import annotations
 
 from array import array
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -84,15 +85,13 @@ class TritonTransfer(Transfer):
         """
         super().__init__(device_pool, host_pool, queue, store_queue)
         # Plans hold bare addresses: these views keep the memory behind them.
-        self._views = on_device, on_host = row_words(device_pool, host_pool)
-        self._word = min((rows.dtype for rows in on_host), key=lambda word: word.itemsize)
-        plans = [
-            _plan(layers[layer], host_rows[:, layer], self._word.itemsize)
-            for layer in range(self._num_layers)
-            for layers, host_rows in zip(on_device, on_host, strict=True)
-        ]
-        shape = (self._num_layers, len(on_host), PLAN_FIELDS)
-        self._plans = torch.tensor(plans, dtype=torch.int64, device=device_pool.device).view(shape)
+        self._rows = rows = row_words(device_pool, host_pool)
+        words = {on_host.dtype for layer in rows for _, on_host in layer}
+        self._word = min(words, key=lambda word: word.itemsize, default=torch.int64)
+        plans = [_plan(*pair, self._word.itemsize) for layer in rows for pair in layer]
+        self._starts = list(accumulate(map(len, rows), initial=0))  # of each layer
+        table = torch.tensor(plans, dtype=torch.int64, device=device_pool.device)
+        self._plans = table.view(len(plans), PLAN_FIELDS)
 
     def _prepare(
         self, direction: Direction, device_pages: PageIds, host_pages: PageIds
@@ -100,9 +99,9 @@ class TritonTransfer(Transfer):
         device_ids, host_ids = self._upload(device_pages), self._upload(host_pages)
 
         def copy(layers: range) -> None:
-            plans = self._plans[layers.start : layers.stop].view(-1, PLAN_FIELDS)
+            plans = self._plans[self._starts[layers.start] : self._starts[layers.stop]]
             grid = (len(device_ids), self.device_pool.page_size, len(plans))
-            if len(device_ids) > 0:
+            if len(device_ids) > 0 and len(plans) > 0:
                 copy_rows[grid](
                     plans,
                     device_ids,

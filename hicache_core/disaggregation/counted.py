@@ -30,7 +30,8 @@ class CountedTransfer(TransferWrapper):
         """Counts nothing yet."""
         super().__init__(inner)
         memory = self.context.memory
-        self._row_nbytes = memory.nbytes(1, memory.heads)
+        layers = range(memory.spec.num_layers)
+        self._row_nbytes = [n for n in (memory.nbytes(1, memory.heads, i) for i in layers) if n]
         self._under_way: dict[str, set[int]] = {SENT: set(), RECEIVED: set()}
         self._nbytes: Counter[str] = Counter({SENT: 0, RECEIVED: 0})
         self._outcomes: Counter[str] = Counter()
@@ -42,12 +43,16 @@ class CountedTransfer(TransferWrapper):
         return TransferStatus(
             backend=self._inner.name,
             nbytes=nbytes,
-            rows={direction: n // self._row_nbytes for direction, n in nbytes.items()},
+            rows={direction: self._rows_of(n) for direction, n in nbytes.items()},
             outcomes=dict(self._outcomes),
             seconds=self._seconds.histogram(),
             in_flight={direction: len(rooms) for direction, rooms in self._under_way.items()},
             connections=self._inner.n_connections,
         )
+
+    def _rows_of(self, nbytes: int) -> int:
+        """Rows of so many bytes; where those of the layers differ, of their mean length."""
+        return nbytes * len(self._row_nbytes) // max(1, sum(self._row_nbytes))
 
     def offer(self, room: int, n_tokens: int, timeout_s: float) -> None:
         # docstring inherited

@@ -14,7 +14,6 @@ from hicache_core.integrations.model_check import (
     check_same,
     failing_as_spec_error,
     undisturbed,
-    windows_of,
 )
 from hicache_core.kv.spec import KVSpec
 from hicache_core.pools.device import DevicePool
@@ -43,11 +42,6 @@ def check_batches(model: Any, spec: KVSpec, probe: Probe) -> None:
         raise SpecError(
             f"{type(model).__name__} cannot be batched: its local attention counts back from the "
             "end of the longest sequence of a batch"
-        )
-    if any(windows_of(model.config)):
-        raise SpecError(
-            f"{type(model).__name__} cannot be batched: its layers have sliding windows, and one "
-            "attention mask serves all layers of a batch"
         )
     ids, whole = probe.tokens, probe.logits
     if not ids:

@@ -11,6 +11,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from hicache_core.integrations.model_check import windows_of
 from hicache_core.pools.device import DevicePool
 
 EachLayer = Callable[[int], None]
@@ -27,7 +28,7 @@ class Rows:
     Attributes:
         new: slots of the tokens that are computed, (n_sequences * n_new,), int64.
         all: slots of past and new tokens, (n_sequences, n_tokens), int64. A shorter sequence is
-            filled up with its own first slot: masked, and a number in any case.
+            padded at the left with its own first slot: masked, and a number in any case.
         n_new: tokens computed of each sequence.
     """
 
@@ -52,15 +53,19 @@ class Past:
 
 
 class _PoolLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer of a PoolCache: new rows are written into the pages, then all are read there."""
+    """One layer of a PoolCache: new rows are written into the pages, then read there with the past.
 
-    is_sliding = False
+    A layer with a window reads the rows that its new tokens may attend to, and no others.
+    """
 
-    def __init__(self, cache: PoolCache, layer: int) -> None:
+    def __init__(self, cache: PoolCache, layer: int, window: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.is_initialized = True
+        self.is_sliding = window > 0
         self._cache = cache
         self._layer = layer
+        self._window = window
+        self._n_behind = max(0, cache.n_past - window + 1) if window else 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """The pool has its memory already."""
@@ -68,56 +73,66 @@ class _PoolLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes (n_sequences, heads, n_new, width) each; all rows, (…, n_tokens, width)."""
+        """Takes (n_sequences, heads, n_new, width) each; rows to attend to, (…, n_rows, width)."""
         cache = self._cache
         cache.before_layer(self._layer)
+        read = cache.rows.all[:, self._n_behind :]
         keys, values = (
-            _exchange(buffers[self._layer], states, cache.rows)
+            _exchange(buffers[self._layer], states, cache.rows.new, read)
             for buffers, states in zip(cache.pool.buffers, (key_states, value_states), strict=True)
         )
         cache.after_layer(self._layer)
         return keys, values
 
     def get_seq_length(self) -> int:
-        """Tokens of the past."""
-        return self._cache.rows.all.shape[1] - self._cache.rows.n_new
+        """Tokens of the past, those that have left the window included."""
+        return self._cache.n_past
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length, offset) of the attention mask."""
-        return self.get_seq_length() + query_length, 0
+        return self._cache.n_past + query_length - self._n_behind, self._n_behind
 
     def get_max_length(self) -> int:
-        """-1: no limit."""
-        return -1
+        """The window; -1: no limit."""
+        return self._window or -1
 
 
 class PoolCache(Cache):
     """A transformers ``Cache`` for one forward; several sequences, each with pages of its own."""
 
     def __init__(
-        self, pool: DevicePool, rows: Rows, before_layer: EachLayer, after_layer: EachLayer
+        self,
+        pool: DevicePool,
+        windows: Sequence[int],
+        rows: Rows,
+        before_layer: EachLayer,
+        after_layer: EachLayer,
     ) -> None:
         """Reads and writes nothing yet.
 
         Args:
             pool: where the pages are; two components, keys and values.
+            windows: of each layer, the tokens that one attends to; 0 for all.
             rows: what is written and read.
             before_layer: called before a layer's pages are touched; returns when they may be.
             after_layer: called when a layer's new rows are written.
         """
         self.pool = pool
         self.rows = rows
+        self.n_past = rows.all.shape[1] - rows.n_new
         self.before_layer = before_layer
         self.after_layer = after_layer
-        super().__init__(layers=[_PoolLayer(self, at) for at in range(pool.spec.num_layers)])
+        super().__init__(layers=[_PoolLayer(self, *each) for each in enumerate(windows)])
 
 
-def _exchange(buffer: torch.Tensor, states: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """Writes ``states`` into the pages of one layer, and reads all rows of its sequences."""
+def _exchange(
+    buffer: torch.Tensor, states: torch.Tensor, new: torch.Tensor, read: torch.Tensor
+) -> torch.Tensor:
+    """Writes ``states`` into slots ``new`` of one layer, and reads the slots ``read``."""
     slots = buffer.flatten(0, 1)
-    slots.index_copy_(0, rows.new, states.transpose(1, 2).flatten(0, 1))
-    read = slots.index_select(0, rows.all.flatten())
-    return read.view(*rows.all.shape, *read.shape[1:]).transpose(1, 2)
+    slots.index_copy_(0, new, states.transpose(1, 2).flatten(0, 1))
+    rows = slots.index_select(0, read.flatten())
+    return rows.view(*read.shape, *rows.shape[1:]).transpose(1, 2)
 
 
 class Runner:
@@ -127,12 +142,15 @@ class Runner:
         pool: where the pages are.
 
     KV is written into the pages first and read from there, so a page holds what attention saw.
+    Sequences of a batch end together, as ``generate`` pads them: a mask of two dimensions names the
+    padding, and the model makes of it what each kind of its layers needs.
     """
 
     def __init__(self, model: Any, pool: DevicePool) -> None:
         """Joins a ``…ForCausalLM`` in eval mode and a pool of its spec."""
         self.pool = pool
         self._model = model
+        self._windows = windows_of(model.config)
         self._offsets = torch.arange(pool.page_size, device=pool.device)
 
     @property
@@ -163,7 +181,7 @@ class Runner:
         rows = Rows(slots[n_past:], slots[None], len(tokens))
         ids = torch.tensor([list(tokens)], device=self.pool.device)
         positions = torch.arange(n_past, n_tokens, device=self.pool.device)[None]
-        past = PoolCache(self.pool, rows, before_layer, after_layer)
+        past = PoolCache(self.pool, self._windows, rows, before_layer, after_layer)
         return self._forward(ids, positions, past, None)[0]
 
     @torch.inference_mode()
@@ -174,12 +192,12 @@ class Runner:
         slots = [self._slots(past.pages, n) for past, n in zip(batch, lengths, strict=True)]
         both = torch.stack([own[:1].expand(max(lengths)) for own in slots])
         for row, own in zip(both, slots, strict=True):
-            row[: len(own)] = own
-        rows = Rows(torch.stack([own[-1] for own in slots]), both, 1)
+            row[-len(own) :] = own
+        rows = Rows(both[:, -1], both, 1)
         ids = torch.tensor([[past.last_token] for past in batch], device=device)
         positions = torch.tensor([[past.n_tokens] for past in batch], device=device)
-        mask = self._mask(lengths) if len(set(lengths)) > 1 else None
-        return self._forward(ids, positions, PoolCache(self.pool, rows, nothing, nothing), mask)
+        cache = PoolCache(self.pool, self._windows, rows, nothing, nothing)
+        return self._forward(ids, positions, cache, self._padding_mask(lengths))
 
     def check_device(self) -> None:
         """Raises RuntimeError: the device has failed for good, as a GPU does after a bad access."""
@@ -200,13 +218,14 @@ class Runner:
         logits: torch.Tensor = output.logits[:, -1].float()
         return logits
 
-    def _mask(self, lengths: list[int]) -> torch.Tensor:
-        """What is added to scores, (n_sequences, 1, 1, n_tokens): the least number behind each."""
-        dtype = self._model.dtype
-        at = torch.arange(max(lengths), device=self.pool.device)
-        behind = at >= torch.tensor(lengths, device=self.pool.device)[:, None]
-        mask = torch.zeros(behind.shape, dtype=dtype, device=self.pool.device)
-        return mask.masked_fill_(behind, torch.finfo(dtype).min)[:, None, None]
+    def _padding_mask(self, lengths: list[int]) -> torch.Tensor | None:
+        """1 for a token and 0 for padding, (n_sequences, n_tokens), int64; None without padding."""
+        longest = max(lengths)
+        if min(lengths) == longest:
+            return None
+        padding = [longest - n for n in lengths]
+        at = torch.arange(longest, device=self.pool.device)
+        return (at >= torch.tensor(padding, device=self.pool.device)[:, None]).long()
 
     def _slots(self, pages: array[int], n_tokens: int) -> torch.Tensor:
         """Slots of the first ``n_tokens`` tokens, (n_tokens,), int64."""

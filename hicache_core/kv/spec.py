@@ -40,14 +40,20 @@ class Component:
         name: for instance ``k``, ``v``, ``latent``, ``k_scale``.
         shape: the row's shape, for instance (heads, head_dim).
         dtype: torch's name of the dtype, one of ``DTYPE_NBYTES``.
+        layers: the layers that have a row of it, ascending, counted from 0 among those of the
+            spec; None for all of them.
+        shared: whether all KV heads share the row, so that each rank has it whole. A spec sees
+            that by itself in most shapes (``KVSpec.is_shared``).
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    layers: tuple[int, ...] | None = None
+    shared: bool = False
 
     def __post_init__(self) -> None:
-        """Raises SpecError for a dtype that is not known or a dimension that is not positive."""
+        """Raises SpecError for an unknown dtype, an impossible dimension or list of layers."""
         if self.dtype not in DTYPE_NBYTES:
             known = ", ".join(DTYPE_NBYTES)
             raise SpecError(f"component {self.name!r}: dtype {self.dtype!r} is not one of {known}")
@@ -55,6 +61,8 @@ class Component:
             raise SpecError(f"component {self.name!r}: the shape of a row is empty")
         for size in self.shape:
             _positive(f"component {self.name!r}: shape {self.shape}, dimension", size)
+        if self.layers is not None:
+            _check_layers(self.name, self.layers)
 
     @property
     def row_nbytes(self) -> int:
@@ -122,7 +130,8 @@ class KVSpec:
     """The KV of one token, as this process holds it.
 
     Attributes:
-        components: the tensors that every layer has, in the order in which they are stored.
+        components: the tensors of the layers, in the order in which they are stored. One whose
+            ``layers`` are all layers of the spec is kept as one with ``layers=None``.
         num_layers: layers held here.
         model_fingerprint: what config and weights made these bytes (see ``fingerprint``).
         layers: (start, stop) of the model's layers that are held.
@@ -154,6 +163,8 @@ class KVSpec:
                     f"the layers {self.layers} of its model, and have no groups of its own"
                 )
         _positive("num_layers", self.num_layers)
+        components = tuple(_placed(component, self.num_layers) for component in self.components)
+        object.__setattr__(self, "components", components)  # one spelling for the same bytes
         start, stop = self.layers
         if start < 0 or stop - start != self.num_layers:
             raise SpecError(f"layers {self.layers} are not {self.num_layers} layers of a model")
@@ -284,36 +295,84 @@ class KVSpec:
     ) -> KVSpec:
         """The part of this spec that one rank holds.
 
+        Of layers, a component keeps those in the range, and leaves if none is. Of heads, it keeps
+        the same part of its first dimension as the range is of the heads held here, be these
+        more or fewer; a row that all heads share stays whole (``is_shared``).
+
         Args:
             layers: (start, stop) of the model's layers; all that this spec has by default.
-            heads: (start, stop) of the model's KV heads; all that this spec has by default. The
-                first dimension of every component is its heads.
+            heads: (start, stop) of the model's KV heads; all that this spec has by default.
 
         Raises:
-            SpecError: the range is empty or not held here, or a latent would be split by heads.
+            SpecError: the range is empty or not held here, no component is left, or heads of a
+                component would be divided.
         """
-        result = replace(self, groups=())
+        components, held_layers, held_heads = self.components, self.layers, self.heads
         if layers is not None:
             _check_inside("layers", layers, self.layers)
-            result = replace(result, num_layers=layers[1] - layers[0], layers=layers)
+            first, stop = layers[0] - self.layers[0], layers[1] - self.layers[0]
+            parts = [_of_layers(component, first, stop) for component in components]
+            components, held_layers = tuple(part for part in parts if part is not None), layers
         if heads is not None and heads != self.heads[:2]:
             _check_inside("heads", heads, self.heads[:2])
-            n_heads = heads[1] - heads[0]
-            components = tuple(replace(c, shape=(n_heads, *c.shape[1:])) for c in self.components)
-            result = replace(result, components=components, heads=(*heads, self.heads[2]))
+            components = tuple(self._of_heads(component, heads) for component in components)
+            held_heads = (*heads, self.heads[2])
         return replace(
-            result, groups=tuple(_sharded(group, layers, heads) for group in self.groups)
+            self,
+            components=components,
+            num_layers=held_layers[1] - held_layers[0],
+            layers=held_layers,
+            heads=held_heads,
+            groups=tuple(_sharded(group, layers, heads) for group in self.groups),
         )
+
+    def _of_heads(self, component: Component, heads: tuple[int, int]) -> Component:
+        if self.is_shared(component):
+            return replace(component, shared=True)
+        held = self.heads[1] - self.heads[0]
+        first, n_heads = component.shape[0] * (heads[0] - self.heads[0]), heads[1] - heads[0]
+        if first % held or component.shape[0] * n_heads % held:
+            raise SpecError(
+                f"component {component.name!r}: its {component.shape[0]} heads cannot be divided "
+                f"as heads {heads} of {self.heads[:2]} are"
+            )
+        return replace(
+            component, shape=(component.shape[0] * n_heads // held, *component.shape[1:])
+        )
+
+    def is_shared(self, component: Component) -> bool:
+        """Whether all KV heads share the rows of a component of this spec.
+
+        It says so itself, or it has one dimension whose length is not that of the heads held here,
+        or one head where the model has several and all are held. ``shard`` marks what it leaves
+        whole, since one head of a part may be one of several.
+        """
+        start, stop, total = self.heads
+        if len(component.shape) == 1:
+            return component.shared or component.shape[0] != stop - start
+        return component.shared or component.shape[0] == 1 < stop - start == total
+
+    def layers_of(self, component: Component) -> Sequence[int]:
+        """The layers that have a row of a component, ascending, counted from 0."""
+        return range(self.num_layers) if component.layers is None else component.layers
+
+    def components_in(self, layer: int) -> list[tuple[int, int]]:
+        """What a layer has: (index of the component, index of the layer among those of it)."""
+        return [
+            (index, layer if component.layers is None else component.layers.index(layer))
+            for index, component in enumerate(self.components)
+            if component.layers is None or layer in component.layers
+        ]
 
     @property
     def layer_nbytes(self) -> int:
-        """Bytes of one token in one layer, all components."""
+        """Bytes of one token in a layer that has every component."""
         return sum(component.row_nbytes for component in self.components)
 
     @property
     def token_nbytes(self) -> int:
         """Bytes of one token, all layers and components."""
-        return self.layer_nbytes * self.num_layers
+        return sum(c.row_nbytes * len(self.layers_of(c)) for c in self.components)
 
     def page_nbytes(self, page_size: int) -> int:
         """Bytes of a page of ``page_size`` tokens, all layers and components."""
@@ -326,7 +385,7 @@ class KVSpec:
         """
         return {
             "model_fingerprint": self.model_fingerprint,
-            "components": [[c.name, list(c.shape), c.dtype] for c in self.components],
+            "components": [_identity_of(component) for component in self.components],
             "layers": list(self.layers),
             "heads": list(self.heads),
         }
@@ -344,6 +403,43 @@ def _sharded(group: Group, layers: LayerRange | None, heads: tuple[int, int] | N
             "tensor parallelism cannot share such a model"
         )
     return replace(group, spec=group.spec.shard(layers=layers, heads=heads))
+
+
+def _identity_of(component: Component) -> list[object]:
+    """[name, shape, dtype], and the layers if they are not all; whoever reads it knows both."""
+    layers = [] if component.layers is None else [list(component.layers)]
+    return [component.name, list(component.shape), component.dtype, *layers]
+
+
+def _check_layers(name: str, layers: tuple[int, ...]) -> None:
+    for layer in layers:
+        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+            raise SpecError(f"component {name!r}: layer {layer!r} is not a number of a layer")
+    if not layers or list(layers) != sorted(set(layers)):
+        raise SpecError(
+            f"component {name!r}: layers {layers} must be at least one, ascending and distinct"
+        )
+
+
+def _placed(component: Component, num_layers: int) -> Component:
+    """The component, checked to lie inside the layers of a spec."""
+    layers = component.layers
+    if layers is None:
+        return component
+    if layers[-1] >= num_layers:
+        raise SpecError(
+            f"component {component.name!r}: layer {layers[-1]} is not one of the {num_layers} "
+            "layers of the spec, which are counted from 0"
+        )
+    return replace(component, layers=None) if len(layers) == num_layers else component
+
+
+def _of_layers(component: Component, first: int, stop: int) -> Component | None:
+    """What is left of a component in layers [first, stop) of its spec; None if nothing is."""
+    if component.layers is None:
+        return component
+    layers = tuple(layer - first for layer in component.layers if first <= layer < stop)
+    return replace(component, layers=layers) if layers else None
 
 
 def _positive(name: str, value: object) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from hicache_core.errors import SpecError
-from hicache_core.kv.spec import KVSpec
+from hicache_core.kv.spec import Component, KVSpec
 
 Heads = tuple[int, int]
 """(start, stop) of the model's KV heads."""
@@ -20,8 +20,8 @@ class PageMemory:
         spec: layout of a token's row, and the heads of the model that this rank has.
         page_size: tokens of a page.
         n_pages: number of pages.
-        regions: ``regions[component][layer]``, a writable memoryview of bytes in which page p
-            starts at ``p * page_size * row_nbytes`` of the component.
+        regions: ``regions[component][i]``, a writable memoryview of bytes in which page p starts
+            at ``p * page_size * row_nbytes`` of the component, for the i-th layer that has it.
     """
 
     spec: KVSpec
@@ -37,25 +37,34 @@ class PageMemory:
             )
         for component, layers in zip(self.spec.components, self.regions, strict=True):
             nbytes = component.row_nbytes * self.page_size * self.n_pages
-            found = [region.nbytes for region in layers]
-            if found != [nbytes] * self.spec.num_layers:
+            found, n_layers = [r.nbytes for r in layers], len(self.spec.layers_of(component))
+            if found != [nbytes] * n_layers:
                 raise SpecError(
-                    f"component {component.name}: need {self.spec.num_layers} layers of {nbytes} "
+                    f"component {component.name}: need {n_layers} layers of {nbytes} "
                     f"bytes, found {found}"
                 )
 
     def identity(self) -> dict[str, object]:
         """What must be equal on both sides, whichever heads they have; JSON types only."""
-        start, stop, total = self.spec.heads
         return {
             "model_fingerprint": self.spec.model_fingerprint,
             "page_size": self.page_size,
             "layers": list(self.spec.layers),
-            "total_heads": total,
-            "components": [
-                [c.name, c.dtype, c.row_nbytes // (stop - start)] for c in self.spec.components
-            ],
+            "total_heads": self.spec.heads[2],
+            "components": [self._identity_of(component) for component in self.spec.components],
         }
+
+    def _identity_of(self, component: Component) -> list[object]:
+        """Name, dtype and bytes of a head; the layers of a component that only some have."""
+        layers = [] if component.layers is None else [list(component.layers)]
+        return [component.name, component.dtype, self._share(component, 1), *layers]
+
+    def _share(self, component: Component, n_heads: int) -> int:
+        """Bytes of so many of the spec's heads in a row; the whole row if all heads share it."""
+        if self.spec.is_shared(component):
+            return component.row_nbytes
+        start, stop, _ = self.spec.heads
+        return component.row_nbytes * n_heads // (stop - start)
 
     @property
     def heads(self) -> Heads:
@@ -68,7 +77,8 @@ class PageMemory:
         """The bytes of ``heads`` of tokens [start, stop) in one layer, in order.
 
         The order is by component, token and head, the same on both sides however the heads are
-        divided. If all heads of this rank are wanted, adjacent pages are one segment.
+        divided. A row that all heads share is sent whole, with any of them. Where whole rows are
+        wanted, adjacent pages are one segment. A layer may have no component, and no segment.
 
         Args:
             layer: index among the layers in memory.
@@ -81,10 +91,10 @@ class PageMemory:
         if not first <= heads[0] < heads[1] <= last:
             raise SpecError(f"heads {heads} are not a part of the {(first, last)} held here")
         result: list[memoryview] = []
-        for component, layers in zip(self.spec.components, self.regions, strict=True):
-            row, memory = component.row_nbytes, layers[layer]
-            head = row // (last - first)
-            offset, nbytes = (heads[0] - first) * head, (heads[1] - heads[0]) * head
+        for index, place in self.spec.components_in(layer):
+            component, memory = self.spec.components[index], self.regions[index][place]
+            row, nbytes = component.row_nbytes, self._share(component, heads[1] - heads[0])
+            offset = self._share(component, heads[0] - first)
             for slot, n_rows in self._runs(pages, start, stop):
                 if nbytes == row:
                     result.append(memory[slot * row : (slot + n_rows) * row])
@@ -95,10 +105,17 @@ class PageMemory:
                 )
         return result
 
-    def nbytes(self, n_tokens: int, heads: Heads) -> int:
-        """Bytes of ``heads`` of so many tokens in one layer."""
-        first, last = self.heads
-        return self.spec.layer_nbytes // (last - first) * (heads[1] - heads[0]) * n_tokens
+    def nbytes(self, n_tokens: int, heads: Heads, layer: int = 0) -> int:
+        """Bytes of ``heads`` of so many tokens in one layer.
+
+        Args:
+            n_tokens: number of tokens.
+            heads: a part of the heads that this rank has.
+            layer: index among the layers in memory.
+        """
+        n_heads = heads[1] - heads[0]
+        components = (self.spec.components[c] for c, _ in self.spec.components_in(layer))
+        return n_tokens * sum(self._share(component, n_heads) for component in components)
 
     def _runs(self, pages: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int]]:
         """(slot, n_rows) of what lies together.

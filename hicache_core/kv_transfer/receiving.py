@@ -184,7 +184,7 @@ class Receiver:
             )
         part.peer.renew()
         reached[frame.layer] = frame.stop
-        intake.count(self._memory.nbytes(frame.stop - frame.start, part.heads))
+        intake.count(self._memory.nbytes(frame.stop - frame.start, part.heads, frame.layer))
 
 
 def connection_to(

@@ -235,4 +235,4 @@ class Sender:
                 checksum=checksum_of(segments),
             )
             self._carrier.send_rows(peer, frame, segments)
-            offer.count(self._memory.nbytes(item.stop - start, want.heads))
+            offer.count(self._memory.nbytes(item.stop - start, want.heads, item.layer))

@@ -27,9 +27,9 @@ class DevicePool:
         n_pages: pages.
         device: where the tensors are.
         allocator: which pages are free; owner thread only.
-        buffers: ``buffers[component][layer]`` of shape (n_pages, page_size, *component.shape) and
-            the component's dtype. Slot ``page * page_size + i`` of the flattened first two
-            dimensions is token i of the page.
+        buffers: ``buffers[component][i]`` of shape (n_pages, page_size, *component.shape) and the
+            component's dtype, for the i-th of the layers that have it (``KVSpec.layers_of``). Slot
+            ``page * page_size + n`` of the flattened first two dimensions is token n of the page.
         groups: the pools of the spec's groups, in that order; a unit of a group is a page of its
             pool.
     """
@@ -51,8 +51,8 @@ class DevicePool:
             page_size: tokens in a page.
             n_pages: pages of the pool.
             device: torch device of the tensors.
-            buffers: tensors of the engine to use instead, ``buffers[component][layer]`` of shape
-                ``(n_pages, page_size, *component.shape)``.
+            buffers: tensors of the engine to use instead, ``buffers[component][i]`` of shape
+                ``(n_pages, page_size, *component.shape)`` for the i-th layer that has it.
             groups: a pool for each group of ``spec``, in that order.
 
         Raises:
@@ -104,7 +104,7 @@ class DevicePool:
         Args:
             spec: what a token's row is.
             page_size: tokens of a page.
-            buffers: for each component, for each layer, a tensor of shape
+            buffers: for each component, for each layer that has it, a tensor of shape
                 (n_pages, page_size, *component.shape). A tensor of slots
                 (n_slots, *component.shape) is brought there by ``paged``.
 
@@ -119,21 +119,26 @@ class DevicePool:
     def _allocate(self) -> list[list[torch.Tensor]]:
         """One allocation, cut into components and layers; each starts on a 4 KiB boundary."""
         rows = self.page_size * self.n_pages
-        steps = [_aligned(c.row_nbytes * rows) for c in self.spec.components]
-        nbytes = sum(steps) * self.spec.num_layers
-        if self.device.type == "cpu":
-            check_memory(nbytes, "device pool (on the CPU)")
-            flat = torch.frombuffer(map_memory(nbytes), dtype=torch.uint8)
-        else:
-            flat = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+        parts = [
+            (component, _aligned(component.row_nbytes * rows), len(self.spec.layers_of(component)))
+            for component in self.spec.components
+        ]
+        flat = self._memory(sum(step * n_layers for _, step, n_layers in parts))
         buffers: list[list[torch.Tensor]] = []
         start = 0
-        for component, step in zip(self.spec.components, steps, strict=True):
-            end = start + step * self.spec.num_layers
-            layers = flat[start:end].view(self.spec.num_layers, step)
+        for component, step, n_layers in parts:
+            end = start + step * n_layers
+            layers = flat[start:end].view(n_layers, step)
             buffers.append([self._typed(layer, component) for layer in layers])
             start = end
         return buffers
+
+    def _memory(self, nbytes: int) -> torch.Tensor:
+        """Zeros, uint8 (nbytes,)."""
+        if self.device.type != "cpu" or not nbytes:  # nothing cannot be mapped
+            return torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+        check_memory(nbytes, "device pool (on the CPU)")
+        return torch.frombuffer(map_memory(nbytes), dtype=torch.uint8)
 
     def _typed(self, layer: torch.Tensor, component: Component) -> torch.Tensor:
         shape = (self.n_pages, self.page_size, *component.shape)
@@ -148,14 +153,15 @@ class DevicePool:
                 f"the spec has groups {[group.name for group in spec.groups]}: give a pool of the "
                 f"right spec and page size for each, in this order; found {len(pools)} pools"
             )
-        if [len(layers) for layers in self.buffers] != [spec.num_layers] * len(spec.components):
+        needed = [len(spec.layers_of(component)) for component in spec.components]
+        if [len(layers) for layers in self.buffers] != needed:
             raise SpecError(
-                f"need tensors for {len(spec.components)} components of {spec.num_layers} layers, "
+                f"need tensors for {len(spec.components)} components of {needed} layers, "
                 f"found {[len(layers) for layers in self.buffers]}"
             )
         for component, layers in zip(spec.components, self.buffers, strict=True):
             shape = (self.n_pages, self.page_size, *component.shape)
-            for layer, tensor in enumerate(layers):
+            for layer, tensor in zip(spec.layers_of(component), layers, strict=True):
                 found = (tuple(tensor.shape), str(tensor.dtype), tensor.device)
                 wanted = (shape, f"torch.{component.dtype}", self.device)
                 if found != wanted:

@@ -96,18 +96,20 @@ class HostPool:
         return [self._open_memory()]
 
     def rows(self, component: int) -> torch.Tensor:
-        """The rows of a component as bytes: uint8 (n_pages, num_layers, page_size, row_nbytes).
+        """The rows of a component as bytes: uint8 (n_pages, n_layers, page_size, row_nbytes).
 
-        A strided view; what is written to it is in the pool.
+        ``n_layers`` is that of the layers that have the component. A strided view; what is written
+        to it is in the pool.
         """
         self._open_memory()
         place = self.layout.placements(self.shape)[component]
-        sizes = (self.n_pages, self.spec.num_layers, self.page_size, place.row_nbytes)
+        n_layers = len(self.spec.layers_of(self.spec.components[component]))
+        sizes = (self.n_pages, n_layers, self.page_size, place.row_nbytes)
         strides = (place.page_stride, place.layer_stride, place.token_stride, 1)
         return self._flat.as_strided(sizes, strides, place.offset)
 
     def view(self, component: int) -> torch.Tensor:
-        """The rows of a component in their dtype: (n_pages, num_layers, page_size, *shape).
+        """The rows of a component in their dtype: (n_pages, n_layers, page_size, *shape).
 
         Raises:
             SpecError: in this layout the rows are not aligned for their dtype, since a component

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from hicache_core.errors import SpecError
-from hicache_core.kv.spec import KVSpec
+from hicache_core.kv.spec import Component, KVSpec
 
 REGION_ALIGNMENT = 4096
 
@@ -18,7 +17,8 @@ class Placement:
     """Where the rows of one component are; all in bytes.
 
     Row (page, layer, token) starts at ``offset + page * page_stride + layer * layer_stride +
-    token * token_stride``, and is ``row_nbytes`` long without a gap.
+    token * token_stride``, and is ``row_nbytes`` long without a gap. ``layer`` counts the layers
+    that have the component.
     """
 
     offset: int
@@ -30,21 +30,35 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class PoolShape:
-    """What a layout must know about a host pool."""
+    """What a layout must know about a host pool.
+
+    Attributes:
+        spec: what a token's row is.
+        page_size: tokens of a page.
+        n_pages: pages.
+        page_nbytes: bytes of a page.
+        by_layer: (component, its layer) of every chunk of a page, layer by layer; a chunk is what a
+            page has of one component in one layer.
+    """
 
     spec: KVSpec
     page_size: int
     n_pages: int
+    page_nbytes: int = field(init=False)
+    by_layer: tuple[tuple[int, int], ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Computes what is asked for each page."""
+        layers = range(self.spec.num_layers)
+        chunks = tuple(chunk for layer in layers for chunk in self.spec.components_in(layer))
+        object.__setattr__(self, "page_nbytes", self.spec.page_nbytes(self.page_size))
+        object.__setattr__(self, "by_layer", chunks)
 
     @property
-    def page_nbytes(self) -> int:
-        """Bytes of a page."""
-        return self.spec.page_nbytes(self.page_size)
-
-    @property
-    def row_nbytes(self) -> list[int]:
-        """Bytes of a row, for each component."""
-        return [component.row_nbytes for component in self.spec.components]
+    def parts(self) -> list[tuple[int, int]]:
+        """(bytes of a row, layers that have one) of each component."""
+        spec = self.spec
+        return [(c.row_nbytes, len(spec.layers_of(c))) for c in spec.components]
 
 
 class HostLayout(ABC):
@@ -89,27 +103,33 @@ class LayerFirst(HostLayout):
     def placements(self, shape: PoolShape) -> list[Placement]:
         # docstring inherited
         result, start = [], 0
-        for row_nbytes in shape.row_nbytes:
+        for row_nbytes, n_layers in shape.parts:
             chunk = row_nbytes * shape.page_size
             layer = chunk * shape.n_pages
             result.append(Placement(start, chunk, layer, row_nbytes, row_nbytes))
-            start = _aligned(start + layer * shape.spec.num_layers)
+            start = _aligned(start + layer * n_layers)
         return result
 
     def segments(self, shape: PoolShape, page: int) -> list[tuple[int, int]]:
         # docstring inherited
-        places = self.placements(shape)
-        starts = [
-            (place.offset + layer * place.layer_stride + page * place.page_stride, place)
-            for layer in range(shape.spec.num_layers)
-            for place in places
+        firsts = [
+            (place.offset + page * place.page_stride, place.layer_stride, place.page_stride)
+            for place in self.placements(shape)
         ]
-        return [(start, start + place.page_stride) for start, place in starts]
+        result = []
+        for component, layer in shape.by_layer:
+            first, layer_stride, nbytes = firsts[component]
+            start = first + layer * layer_stride
+            result.append((start, start + nbytes))
+        return result
 
     def nbytes(self, shape: PoolShape) -> int:
         # docstring inherited
-        last = self.placements(shape)[-1]
-        return last.offset + last.layer_stride * shape.spec.num_layers
+        ends = (
+            place.offset + place.layer_stride * n_layers
+            for place, (_, n_layers) in zip(self.placements(shape), shape.parts, strict=True)
+        )
+        return max(ends, default=0)
 
 
 class PageFirst(HostLayout):
@@ -120,7 +140,7 @@ class PageFirst(HostLayout):
         pool     page 0                        │ page 1 …
         page     component 0                   │ component 1
                  token 0           │ token 1   │ token 0 …
-                 layer 0, layer 1, … (a row each)
+                 layer 0, layer 1, … (a row each, of the layers that have the component)
 
         object   the block
 
@@ -133,15 +153,15 @@ class PageFirst(HostLayout):
     def placements(self, shape: PoolShape) -> list[Placement]:
         # docstring inherited
         result, start = [], 0
-        for row_nbytes in shape.row_nbytes:
-            token = row_nbytes * shape.spec.num_layers
+        for row_nbytes, n_layers in shape.parts:
+            token = row_nbytes * n_layers
             result.append(Placement(start, shape.page_nbytes, row_nbytes, token, row_nbytes))
             start += token * shape.page_size
         return result
 
     def segments(self, shape: PoolShape, page: int) -> list[tuple[int, int]]:
         # docstring inherited
-        return [(page * shape.page_nbytes, (page + 1) * shape.page_nbytes)]
+        return _block(shape, page)
 
 
 class PageFirstDirect(HostLayout):
@@ -156,23 +176,31 @@ class PageFirstDirect(HostLayout):
 
         object   the block
 
-    A layer of a page is contiguous on both sides: one plain copy for each component.
+    A layer of a page is contiguous on both sides: one plain copy for each component. Components
+    that live in other layers follow as a block of the same order, one for each set of layers.
     """
 
     name = "page_first_direct"
 
     def placements(self, shape: PoolShape) -> list[Placement]:
         # docstring inherited
-        chunks = [row_nbytes * shape.page_size for row_nbytes in shape.row_nbytes]
-        starts = accumulate(chunks, initial=0)
-        return [
-            Placement(start, shape.page_nbytes, sum(chunks), row_nbytes, row_nbytes)
-            for start, row_nbytes in zip(starts, shape.row_nbytes, strict=False)
-        ]
+        blocks: dict[tuple[int, ...] | None, list[Component]] = {}
+        for component in shape.spec.components:
+            blocks.setdefault(component.layers, []).append(component)
+        places, start = {}, 0
+        for block in blocks.values():
+            layer = sum(component.row_nbytes for component in block) * shape.page_size
+            offset = start
+            for component in block:
+                row = component.row_nbytes
+                places[component.name] = Placement(offset, shape.page_nbytes, layer, row, row)
+                offset += row * shape.page_size
+            start += layer * len(shape.spec.layers_of(block[0]))
+        return [places[component.name] for component in shape.spec.components]
 
     def segments(self, shape: PoolShape, page: int) -> list[tuple[int, int]]:
         # docstring inherited
-        return [(page * shape.page_nbytes, (page + 1) * shape.page_nbytes)]
+        return _block(shape, page)
 
 
 LAYOUTS: dict[str, HostLayout] = {
@@ -190,6 +218,12 @@ def layout_named(name: str) -> HostLayout:
     if name not in LAYOUTS:
         raise SpecError(f"unknown host layout {name!r}; the layouts are: {', '.join(LAYOUTS)}")
     return LAYOUTS[name]
+
+
+def _block(shape: PoolShape, page: int) -> list[tuple[int, int]]:
+    """A page in one piece; nothing of a page without bytes."""
+    nbytes = shape.page_nbytes
+    return [(page * nbytes, (page + 1) * nbytes)] if nbytes else []
 
 
 def _aligned(nbytes: int) -> int:

@@ -31,14 +31,15 @@ def host_pages(*, ratio: float, size_gb: float, device_pages: int, page_nbytes: 
         ratio: host pages for each device page; used unless ``size_gb`` is given.
         size_gb: size of the host pool in GB (10**9 bytes); overrides ``ratio`` if not 0.
         device_pages: pages of the device pool.
-        page_nbytes: bytes of a page.
+        page_nbytes: bytes of a page; 0 for one without payload, of which ``ratio`` decides.
 
     Raises:
         SpecError: the result is not a single page.
     """
-    pages = int(size_gb * GB) // page_nbytes if size_gb else int(ratio * device_pages)
+    by_size = size_gb and page_nbytes
+    pages = int(size_gb * GB) // page_nbytes if by_size else int(ratio * device_pages)
     if pages < 1:
-        asked = f"hicache_size {size_gb} GB" if size_gb else f"hicache_ratio {ratio}"
+        asked = f"hicache_size {size_gb} GB" if by_size else f"hicache_ratio {ratio}"
         raise SpecError(
             f"{asked} gives no host page: a page has {page_nbytes} bytes and the device "
             f"pool {device_pages} pages"

@@ -68,9 +68,12 @@ class Manifest:
             return HEADER_NBYTES + stated if stated > 0 else 0
         if not {"components", "layers"} <= fields.keys():
             return 0
-        row_nbytes = sum(math.prod(s) * DTYPE_NBYTES[dtype] for _, s, dtype in fields["components"])
         first, end = fields["layers"]
-        return int(HEADER_NBYTES + row_nbytes * (end - first) * self.page_size)
+        token_nbytes = sum(
+            math.prod(shape) * DTYPE_NBYTES[dtype] * (len(layers[0]) if layers else end - first)
+            for _, shape, dtype, *layers in fields["components"]
+        )
+        return int(HEADER_NBYTES + token_nbytes * self.page_size)
 
 
 def manifest_key(namespace: str) -> str:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from hicache_core.errors import TransferError
-from hicache_core.kv.spec import KVSpec
+from hicache_core.kv.spec import Component, KVSpec
 from hicache_core.kv_transfer.base import (
     KvTransferBackend,
     Notice,
@@ -50,6 +50,20 @@ def spec_of(heads: tuple[int, int] = (0, N_HEADS), fingerprint: str = "m1") -> K
     return whole.shard(heads=heads)
 
 
+LAYERS_DIFFER = KVSpec(
+    (
+        Component("k", (N_HEADS, 3), "float16", (0,)),
+        Component("k_1", (N_HEADS // 2, 2), "int8", (2,)),
+        Component("indexer_k", (1, 5), "int8", (0, 2)),
+    ),
+    N_LAYERS,
+    "m1",
+    (0, N_LAYERS),
+    (0, N_HEADS, N_HEADS),
+)
+"""A small model whose last layer has half as many heads, and whose second layer has nothing."""
+
+
 def memory_of(spec: KVSpec, seed: int | None, page_size: int = PAGE_SIZE) -> PageMemory:
     """Page memory in mapped regions, which RDMA can register.
 
@@ -63,7 +77,7 @@ def memory_of(spec: KVSpec, seed: int | None, page_size: int = PAGE_SIZE) -> Pag
     for component in spec.components:
         nbytes = component.row_nbytes * page_size * N_PAGES
         layers = []
-        for _ in range(spec.num_layers):
+        for _ in spec.layers_of(component):
             view = memoryview(mmap.mmap(-1, nbytes))
             if seed is not None:
                 view[:] = source.randbytes(nbytes)
@@ -285,10 +299,38 @@ class TransferKit:
         for prefill in prefills:
             assert prefill.notice().state is TransferState.SENT
 
-    def _shard(self, whole: PageMemory | None, rank: int, n: int) -> Node:
+    @pytest.mark.parametrize(("n_senders", "n_receivers"), [(1, 1), (2, 1), (1, 2), (4, 4)])
+    def test_layers_may_differ_and_one_may_have_nothing(
+        self, n_senders: int, n_receivers: int
+    ) -> None:
+        whole = memory_of(LAYERS_DIFFER, seed=5)
+        prefills = [self._shard(whole, rank, n_senders) for rank in range(n_senders)]
+        decodes = [
+            self._shard(None, rank, n_receivers, LAYERS_DIFFER) for rank in range(n_receivers)
+        ]
+        addresses = [prefill.backend.address for prefill in prefills]
+        for decode in decodes:
+            decode.backend.receive(ROOM, addresses, [2, 3, 0], (0, 10), WAIT_S)
+        for prefill in prefills:
+            prefill.backend.offer(ROOM, 10, WAIT_S)
+            prefill.send_all([1, 2, 3], 10)
+        for decode in decodes:
+            arrived = decode.notice()
+            assert arrived.state is TransferState.ARRIVED, arrived.error
+            heads = decode.memory.heads
+            theirs = [b"".join(whole.segments(n, [1, 2, 3], 0, 10, heads)) for n in range(N_LAYERS)]
+            assert decode.rows([2, 3, 0], 0, 10) == theirs
+            if n_senders == 1:  # from several, what all heads share comes from each
+                assert arrived.nbytes == 10 * decode.memory.spec.token_nbytes
+        for prefill in prefills:
+            assert prefill.notice().state is TransferState.SENT
+
+    def _shard(
+        self, whole: PageMemory | None, rank: int, n: int, spec: KVSpec | None = None
+    ) -> Node:
         width = N_HEADS // n
-        spec = spec_of((rank * width, (rank + 1) * width))
-        memory = memory_of(spec, None)
+        model = whole.spec if whole is not None else spec or spec_of()
+        memory = memory_of(model.shard(heads=(rank * width, (rank + 1) * width)), None)
         if whole is not None:
             all_pages = range(N_PAGES)
             for layer in range(N_LAYERS):

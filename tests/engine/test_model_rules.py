@@ -17,15 +17,13 @@ from hicache_core.engine.logits_rules import LogitsRules
 from hicache_core.engine.model import LoadedModel
 from hicache_core.engine.request import Output, Request, SamplingParams
 from hicache_core.errors import ConfigError, HiCacheError, InvalidTokens, SpecError
-from tests.page_path.mixed_models import mixed_model
+from tests.engine.windowed_models import loaded_model
 from tests.page_path.odd_models import LIMIT, VOCABULARY, odd_model, plain, prompt_of
 
 N_NEW = 8
 
 ONE_AT_A_TIME = {
     "bart": "beside prompts of other lengths differ",
-    "bloom": "cannot compute tokens in chunks or batches: ValueError",
-    "falcon alibi": "cannot compute tokens in chunks or batches: ValueError",
     "gpt_neo": "local attention counts back from the end of the longest",
     "pegasus": "beside prompts of other lengths differ",
 }
@@ -73,15 +71,10 @@ def test_a_model_that_is_wrong_in_company_is_refused_at_open(name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_with_windows_is_refused_at_open() -> None:
-    with (
-        pytest.raises(SpecError, match="its layers have sliding windows"),
-        opened(mixed_model("gemma2")),
-    ):
-        pass
-
-
-@pytest.mark.parametrize("name", ["deepseek", "llava", "mixtral", "qwen2_moe", "roberta decoder"])
+@pytest.mark.parametrize(
+    "name",
+    ["bloom", "deepseek", "falcon alibi", "llava", "mixtral", "qwen2_moe", "roberta decoder"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_other_models_answer_prompts_of_several_lengths_at_once(
     name: str, dtype: torch.dtype
@@ -92,6 +85,13 @@ def test_other_models_answer_prompts_of_several_lengths_at_once(
         answers = ask(engine, *prompts)
     if dtype == torch.float32:
         assert answers == [plain(model, prompt, N_NEW) for prompt in prompts]
+
+
+def test_a_model_with_windows_is_opened() -> None:
+    loaded = loaded_model("gemma2")
+    prompts = [prompt_of(50), prompt_of(21, seed=1)]
+    with opened(loaded.model, chunk_tokens=16) as engine:
+        assert ask(engine, *prompts) == [plain(loaded.model, prompt, N_NEW) for prompt in prompts]
 
 
 @pytest.mark.parametrize("name", ["longrope", "phi3", "dynamic", "doge"])
@@ -172,7 +172,7 @@ def test_a_generation_config_without_rules_leaves_logits_alone() -> None:
 
 
 def test_a_refused_model_leaves_the_engine_closed() -> None:
-    engine = Engine(LoadedModel("odd", odd_model("bloom"), None), HiCacheConfig(), EngineConfig())
+    engine = Engine(LoadedModel("odd", odd_model("bart"), None), HiCacheConfig(), EngineConfig())
     with pytest.raises(HiCacheError):
         engine.open()
     engine.close()

@@ -84,3 +84,14 @@ def test_any_requests_over_small_pools(mix: str, policy: str, retention: str, se
         if rng.random() < 0.2:
             world.cache.flush()
     world.close()
+
+
+def test_the_cost_of_snapshots_is_logged_at_start(caplog: pytest.LogCaptureFixture) -> None:
+    """Once for a cache with a state, never for one without."""
+    with caplog.at_level("INFO", logger="hicache_core"):
+        make_grouped_world("full and window").close()
+        assert "snapshot" not in caplog.text
+        make_grouped_world("full and state", state_snapshot_interval=8).close()
+    nbytes = MIXES["full and state"].groups[0].spec.page_nbytes(1)
+    assert f"a snapshot of group mamba has {nbytes} bytes" in caplog.text
+    assert f"these are {nbytes / 8:.0f} bytes for each token" in caplog.text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from hicache_core.errors import SpecError
 from hicache_core.kv.keys import storage_namespace
-from hicache_core.kv.spec import DTYPE_NBYTES, KVSpec
+from hicache_core.kv.spec import KVSpec
 from hicache_core.pools.layout import HostLayout, PoolShape
 from hicache_core.types import Page
 
@@ -21,12 +20,19 @@ Bytes: TypeAlias = NDArray[np.uint8]
 
 
 class _Row(NamedTuple):
-    """The place of one row (component, layer, token) in a page's object."""
+    """The place of one row (component, layer, token) in a page's object.
+
+    Attributes:
+        segment: index of the segment in the payload.
+        start: offset of the first byte in that segment.
+        nbytes: bytes of the row.
+        group_nbytes: how many of them each group has: all, if the heads share the row.
+    """
 
     segment: int
     start: int
-    head_nbytes: int
     nbytes: int
+    group_nbytes: int
 
 
 class _Run(NamedTuple):
@@ -38,10 +44,13 @@ class _Run(NamedTuple):
         group 0 of 2     row 0: head 0, head 1 │ row 1: head 0, head 1 │ …
         group 1 of 2     row 0: head 2, head 3 │ row 1: head 2, head 3 │ …
 
+    Rows that all heads share are in each group as they are.
+
     Attributes:
         segment: index of the segment in the payload.
         start: offset of the first byte in that segment.
         n_rows: number of rows.
+        nbytes: bytes of a row.
         group_start: offset of the first byte in the payload of each group.
         group_nbytes: bytes of a row that belong to each group.
     """
@@ -49,6 +58,7 @@ class _Run(NamedTuple):
     segment: int
     start: int
     n_rows: int
+    nbytes: int
     group_start: int
     group_nbytes: int
 
@@ -114,17 +124,14 @@ class HeadCut:
             group: number of KV heads in one object.
 
         Raises:
-            SpecError: as ``head_group_specs``, or the first dimension of a component is not heads.
+            SpecError: as ``head_group_specs``, or a group would have a part of a component's head.
         """
-        self.n_groups = len(head_group_specs(spec, group))
-        n_heads = spec.heads[1] - spec.heads[0]
-        if any(component.shape[0] != n_heads for component in spec.components):
-            shapes = [component.shape for component in spec.components]
-            raise SpecError(f"components of shapes {shapes} cannot be cut into {n_heads} heads")
+        parts = head_group_specs(spec, group)
+        self.n_groups = len(parts)
         shape = PoolShape(spec, page_size, n_pages=1)
         self.segment_nbytes = [stop - start for start, stop in layout.segments(shape, 0)]
-        self._runs = list(_runs(_rows(shape, layout), group))
-        self.group_nbytes = shape.page_nbytes // self.n_groups
+        self._runs = list(_runs(_rows(shape, layout, parts[0])))
+        self.group_nbytes = parts[0].page_nbytes(page_size)
 
     def split(self, payload: Page, groups: Bytes) -> None:
         """Copies the payload of a page to its groups.
@@ -142,58 +149,69 @@ class HeadCut:
     def join(self, groups: Bytes, payload: Page) -> None:
         """Copies groups to their places in the payload of a page; the inverse of ``split``."""
         for whole, part in self._pairs(payload, groups):
-            np.copyto(whole, part)
+            np.copyto(whole, part[: len(whole)])
 
     def _pairs(self, payload: Page, groups: Bytes) -> Iterator[tuple[Bytes, Bytes]]:
-        """Yields views of each run in page and groups, ``(n_groups, n_rows, group_nbytes)``."""
+        """Yields views of each run in page and groups, ``(n_groups, n_rows, group_nbytes)``.
+
+        That of a page has one group, not ``n_groups``, where all heads share the rows.
+        """
         found = [segment.nbytes for segment in payload]
         if found != self.segment_nbytes:
             raise ValueError(f"expected segments of {self.segment_nbytes} bytes, found {found}")
         segments = [np.frombuffer(segment, np.uint8) for segment in payload]
-        n_groups = self.n_groups
         for run in self._runs:
-            nbytes = run.n_rows * run.group_nbytes
-            whole = segments[run.segment][run.start : run.start + nbytes * n_groups]
-            part = groups[:, run.group_start : run.group_start + nbytes]
+            whole = segments[run.segment][run.start : run.start + run.n_rows * run.nbytes]
+            part = groups[:, run.group_start : run.group_start + run.n_rows * run.group_nbytes]
             yield (
-                whole.reshape(run.n_rows, n_groups, run.group_nbytes).transpose(1, 0, 2),
-                part.reshape(n_groups, run.n_rows, run.group_nbytes),
+                whole.reshape(run.n_rows, -1, run.group_nbytes).transpose(1, 0, 2),
+                part.reshape(self.n_groups, run.n_rows, run.group_nbytes),
             )
 
 
-def _rows(shape: PoolShape, layout: HostLayout) -> list[_Row]:
-    """Returns every row of page 0, in the order of the object."""
+def _rows(shape: PoolShape, layout: HostLayout, part: KVSpec) -> list[_Row]:
+    """Returns every row of page 0, in the order of the object.
+
+    Args:
+        shape: of a pool of one page.
+        layout: of that pool.
+        part: spec of the first group.
+    """
     segments = layout.segments(shape, 0)
     by_start = sorted((start, index) for index, (start, _) in enumerate(segments))
     starts = [start for start, _ in by_start]
     rows = []
-    for component, place in zip(shape.spec.components, layout.placements(shape), strict=True):
-        head_nbytes = math.prod(component.shape[1:]) * DTYPE_NBYTES[component.dtype]
-        for layer in range(shape.spec.num_layers):
+    places = layout.placements(shape)
+    for component, of_group, place in zip(
+        shape.spec.components, part.components, places, strict=True
+    ):
+        for layer in range(len(shape.spec.layers_of(component))):
             for token in range(shape.page_size):
                 at = place.offset + layer * place.layer_stride + token * place.token_stride
                 start, index = by_start[bisect_right(starts, at) - 1]
-                rows.append(_Row(index, at - start, head_nbytes, place.row_nbytes))
+                rows.append(_Row(index, at - start, place.row_nbytes, of_group.row_nbytes))
     return sorted(rows)
 
 
-def _runs(rows: Sequence[_Row], group: int) -> Iterator[_Run]:
+def _runs(rows: Sequence[_Row]) -> Iterator[_Run]:
     """Yields the rows merged into as few runs as possible."""
-    group_starts = list(accumulate((row.head_nbytes * group for row in rows), initial=0))
+    group_starts = list(accumulate((row.group_nbytes for row in rows), initial=0))
     first = 0
     for n, row in enumerate(rows):
         following = rows[n + 1] if n + 1 < len(rows) else None
-        goes_on = following is not None and following[:3] == (
+        goes_on = following is not None and following == (
             row.segment,
             row.start + row.nbytes,
-            row.head_nbytes,
+            row.nbytes,
+            row.group_nbytes,
         )
         if not goes_on:
             yield _Run(
                 rows[first].segment,
                 rows[first].start,
                 n + 1 - first,
+                row.nbytes,
                 group_starts[first],
-                row.head_nbytes * group,
+                row.group_nbytes,
             )
             first = n + 1

@@ -45,6 +45,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "radix_eviction_policy": st.sampled_from(
         ["lru", "lfu", "fifo", "slru", "priority", "s3fifo", "arc"]
     ),
+    "state_snapshot_interval": st.integers(1, 100_000),
     "hicache_host_retention": st.sampled_from(["keep", "free_once_stored"]),
     "hicache_host_eviction_policy": st.sampled_from(
         ["lru", "lfu", "fifo", "slru", "priority", "s3fifo", "arc"]

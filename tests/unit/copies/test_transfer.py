@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hicache_core.copies import native
-from hicache_core.copies.base import CopyQueue, Transfer
+from hicache_core.copies.base import CopyLayers, CopyQueue, Ticket, Transfer
 from hicache_core.copies.direct import DirectTransfer
 from hicache_core.copies.kernel import KernelTransfer
 from hicache_core.copies.queues import InlineQueue, ThreadQueue
@@ -23,6 +23,7 @@ from hicache_core.kv.spec import Component, KVSpec
 from hicache_core.pools.device import DevicePool, paged
 from hicache_core.pools.host import HostPool
 from hicache_core.pools.layout import LAYOUTS
+from tests.unit.specs_by_layer import BY_LAYER, without_components
 
 TRANSFERS: list[type[Transfer]] = [DirectTransfer, KernelTransfer]
 if native.IS_BUILT:
@@ -59,9 +60,23 @@ class World:
 
     def host_rows(self) -> list[torch.Tensor]:
         """The same of the host pool."""
-        spec = self.host.spec
-        rows = [self.host.rows(c) for c in range(len(spec.components))]
-        return [r[:, layer] for r in rows for layer in range(spec.num_layers)]
+        components = range(len(self.host.spec.components))
+        return [rows for c in components for rows in self.host.rows(c).unbind(1)]
+
+
+class WatchedQueue(InlineQueue):
+    """Calls ``after`` with the layers of each step that has been copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.after: Callable[[range], None] = lambda _layers: None
+
+    def submit(self, steps: list[range], copy: CopyLayers) -> Ticket:
+        def watched(layers: range) -> None:
+            copy(layers)
+            self.after(layers)
+
+        return super().submit(steps, watched)
 
 
 @contextmanager
@@ -74,23 +89,23 @@ def opened(*args: object, **kwargs: object) -> Iterator[World]:
         world.host.close()
 
 
-specs = st.builds(
-    lambda shapes, n: KVSpec(
-        tuple(Component(f"c{i}", shape, dtype) for i, (shape, dtype) in enumerate(shapes)),
-        n,
-        "f",
-        (0, n),
-        (0, 1, 1),
-    ),
-    st.lists(
-        st.tuples(
-            st.lists(st.integers(1, 9), min_size=1, max_size=2).map(tuple),
-            st.sampled_from(["uint8", "float8_e4m3fn", "bfloat16", "float32"]),
-        ),
-        min_size=1,
-        max_size=4,
-    ),
-    st.integers(1, 3),
+def components_of(n_layers: int) -> st.SearchStrategy[list[Component]]:
+    """Of any shape and dtype, each in all layers or in some."""
+    some_layers = st.sets(st.integers(0, n_layers - 1), min_size=1).map(sorted).map(tuple)
+    component = st.builds(
+        Component,
+        st.uuids().map(str),
+        st.lists(st.integers(1, 9), min_size=1, max_size=2).map(tuple),
+        st.sampled_from(["uint8", "float8_e4m3fn", "bfloat16", "float32"]),
+        st.none() | some_layers,
+    )
+    return st.lists(component, min_size=1, max_size=4, unique_by=lambda c: c.name)
+
+
+specs = st.integers(1, 3).flatmap(
+    lambda n: components_of(n).map(
+        lambda components: KVSpec(tuple(components), n, "f", (0, n), (0, 1, 1))
+    )
 )
 
 
@@ -147,6 +162,50 @@ def test_layers_arrive_in_order_on_the_copy_thread(kind: type[Transfer], layout:
                 if on_device.data_ptr() in layer_addresses(world, layer):
                     assert torch.equal(on_device[pages], on_host[pages])
         assert ticket.wait(10)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", TRANSFERS)
+@pytest.mark.parametrize("spec", BY_LAYER.values(), ids=BY_LAYER)
+def test_what_a_layer_has_arrives_with_that_layer(
+    spec: KVSpec, kind: type[Transfer], layout: str
+) -> None:
+    queue = WatchedQueue()
+    with opened(kind, layout, spec, queue=queue) as world:
+        pages, reached = array("i", [4, 0, 2]), []
+        for rows in world.device_rows():
+            rows.zero_()
+
+        def check(layers: range) -> None:
+            reached.append(layers.start)
+            for component, buffers in zip(spec.components, world.device.buffers, strict=True):
+                for layer, buffer in zip(spec.layers_of(component), buffers, strict=True):
+                    assert bool(buffer.view(torch.uint8).any()) == (layer < layers.stop)
+
+        queue.after = check
+        assert world.transfer.to_device(pages, pages).error is None
+        assert reached == list(range(spec.num_layers))
+        for on_device, on_host in zip(world.device_rows(), world.host_rows(), strict=True):
+            assert torch.equal(on_device[pages], on_host[pages])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", TRANSFERS)
+def test_pages_without_bytes_are_copied_at_once_and_settle(
+    kind: type[Transfer], layout: str
+) -> None:
+    spec = without_components(n_layers=2)
+    with opened(kind, layout, spec, queue=ThreadQueue()) as world:
+        assert world.device.buffers == []
+        pages = array("i", [4, 0, 2])
+        down, up = world.transfer.to_host(pages, pages), world.transfer.to_device(pages, pages)
+        for layer in range(2):
+            up.wait_layer(layer)
+        assert down.wait(10)
+        assert up.wait(10)
+        assert (down.error, up.error) == (None, None)
+        with pytest.raises(IntegrityError):
+            world.transfer.to_host(array("i", [5]), array("i", [0]))
 
 
 def layer_addresses(world: World, layer: int) -> set[int]:

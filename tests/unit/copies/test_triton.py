@@ -18,6 +18,7 @@ from hicache_core.kv.spec import KVSpec
 from hicache_core.pools.device import DevicePool
 from hicache_core.pools.host import HostPool
 from hicache_core.pools.layout import LAYOUTS
+from tests.unit.specs_by_layer import BY_LAYER, without_components
 
 SPECS = {
     "mha": KVSpec.mha(num_layers=2, num_heads=2, head_dim=64, dtype="bfloat16", fingerprint="f"),
@@ -33,6 +34,7 @@ SPECS = {
         scale_dtype="float32",
         v_head_dim=5,
     ),
+    **BY_LAYER,
 }
 
 
@@ -81,6 +83,16 @@ def test_the_kernel_moves_the_same_bytes_as_torch(
         transfer.close()
         results.append(all_bytes(device, host))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_the_kernel_is_not_started_for_pages_without_bytes(kernel: ModuleType) -> None:
+    device, host = pools(without_components(), "page_first")
+    transfer = kernel.TritonTransfer(device, host, InlineQueue())
+    transfer.open()
+    pages = array("i", [4, 0])
+    assert transfer.to_host(pages, pages).error is None
+    assert transfer.to_device(pages, pages).error is None
+    transfer.close()
 
 
 @pytest.mark.parametrize("capability", [80, 90])

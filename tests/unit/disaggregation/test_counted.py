@@ -7,7 +7,15 @@ from hicache_core.kv_transfer.base import KvTransferBackend, TransferContext, Tr
 from hicache_core.kv_transfer.peers import PeerConfig
 from hicache_core.kv_transfer.tcp import TcpTransfer
 from hicache_core.observe.snapshot import TransferStatus
-from hicache_core.testing.transfer_kit import N_LAYERS, ROOM, WAIT_S, Node, TransferKit
+from hicache_core.testing.transfer_kit import (
+    LAYERS_DIFFER,
+    N_LAYERS,
+    ROOM,
+    WAIT_S,
+    Node,
+    TransferKit,
+    memory_of,
+)
 
 
 def status_of(node: Node) -> TransferStatus:
@@ -38,6 +46,16 @@ class TestCounted(TransferKit):
         assert (sent.outcomes, received.outcomes) == ({"sent": 1}, {"arrived": 1})
         assert (sent.seconds.n, received.seconds.n) == (1, 1)
         assert sent.in_flight == received.in_flight == {"sent": 0, "received": 0}
+
+    def test_rows_are_counted_where_layers_differ(self) -> None:
+        """A row is one token of one layer; a layer that has nothing has no rows."""
+        prefill = self.node(memory_of(LAYERS_DIFFER, seed=1))
+        decode = self.node(memory_of(LAYERS_DIFFER, None))
+        decode.backend.receive(ROOM, [prefill.backend.address], [0, 1], (0, 6), WAIT_S)
+        prefill.backend.offer(ROOM, 6, WAIT_S)
+        prefill.send_all([4, 5], 6)
+        assert decode.notice().state is TransferState.ARRIVED
+        assert status_of(decode).rows == {"sent": 0, "received": 6 * 2}
 
     def test_a_failure_is_counted_on_the_side_where_it_was_under_way(self) -> None:
         prefill, decode = self.pair()

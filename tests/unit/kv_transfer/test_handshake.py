@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +20,13 @@ from hicache_core.kv_transfer.handshake import (
     welcomed_of,
 )
 from hicache_core.kv_transfer.page_memory import PageMemory
-from hicache_core.testing.transfer_kit import N_HEADS, PAGE_SIZE, memory_of, spec_of
+from hicache_core.testing.transfer_kit import (
+    LAYERS_DIFFER,
+    N_HEADS,
+    PAGE_SIZE,
+    memory_of,
+    spec_of,
+)
 
 RANGES = st.tuples(st.integers(0, 11), st.integers(1, 12)).filter(lambda r: r[0] < r[1])
 
@@ -122,23 +130,46 @@ def test_a_welcome_without_sense_is_an_error(change: dict[str, object]) -> None:
     st.permutations(range(8)),
     st.tuples(st.integers(0, 31), st.integers(1, 32)).filter(lambda r: r[0] < r[1]),
     st.tuples(st.integers(0, N_HEADS - 1), st.integers(1, N_HEADS)).filter(lambda r: r[0] < r[1]),
+    st.sampled_from([spec_of(), LAYERS_DIFFER]),
+    st.integers(0, 2),
 )
 def test_segments_are_the_rows_in_order(
-    pages: list[int], tokens: tuple[int, int], heads: tuple[int, int]
+    pages: list[int], tokens: tuple[int, int], heads: tuple[int, int], spec: KVSpec, layer: int
 ) -> None:
     """Against the plain meaning: for each component and token, the bytes of the heads."""
-    memory = memory_of(spec_of(), seed=3)
+    memory = memory_of(spec, seed=3)
     start, stop = tokens
     expected = b""
-    for component, layers in zip(memory.spec.components, memory.regions, strict=True):
-        row = component.row_nbytes
-        head = row // N_HEADS
+    for component, regions in zip(memory.spec.components, memory.regions, strict=True):
+        row, layers = component.row_nbytes, list(spec.layers_of(component))
+        if layer not in layers:
+            continue
+        first, last = (0, N_HEADS) if component.name == "indexer_k" else heads
+        region = regions[layers.index(layer)]
         for token in range(start, stop):
             slot = pages[token // PAGE_SIZE] * PAGE_SIZE + token % PAGE_SIZE
-            expected += layers[1][slot * row + heads[0] * head : slot * row + heads[1] * head]
-    segments = memory.segments(1, pages, start, stop, heads)
+            at = slot * row
+            expected += region[at + first * row // N_HEADS : at + last * row // N_HEADS]
+    segments = memory.segments(layer, pages, start, stop, heads)
     assert b"".join(segments) == expected
-    assert memory.nbytes(stop - start, heads) == len(expected)
+    assert memory.nbytes(stop - start, heads, layer) == len(expected)
+
+
+def test_identities_of_ranks_agree_whatever_heads_they_have() -> None:
+    whole = memory_of(LAYERS_DIFFER, None)
+    for heads in ((0, 4), (2, 4)):
+        rank = memory_of(LAYERS_DIFFER.shard(heads=heads), None)
+        assert rank.identity() == whole.identity()
+    k, *others = LAYERS_DIFFER.components
+    elsewhere = replace(LAYERS_DIFFER, components=(replace(k, layers=(0, 1)), *others))
+    assert memory_of(elsewhere, None).identity() != whole.identity()
+
+
+def test_the_identity_of_layers_that_are_alike_is_as_it_was() -> None:
+    assert memory_of(spec_of(heads=(0, 4)), None).identity()["components"] == [
+        ["k", "float16", 12],
+        ["v", "float16", 8],
+    ]
 
 
 def test_adjacent_pages_are_one_segment_a_component() -> None:

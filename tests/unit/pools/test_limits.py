@@ -110,6 +110,12 @@ def test_the_ratio_counts_device_pages_and_a_size_overrides_it() -> None:
     assert host_pages(ratio=2.0, size_gb=0.5, device_pages=100, page_nbytes=10**6) == 500
 
 
+def test_pages_without_bytes_are_counted_by_the_ratio() -> None:
+    assert host_pages(ratio=2.0, size_gb=1, device_pages=100, page_nbytes=0) == 200
+    with pytest.raises(SpecError, match=r"hicache_ratio 0\.001 gives no host page"):
+        host_pages(ratio=0.001, size_gb=1, device_pages=10, page_nbytes=0)
+
+
 @pytest.mark.parametrize(("ratio", "size_gb"), [(0.001, 0), (2.0, 1e-6)])
 def test_a_size_of_no_page_is_refused(ratio: float, size_gb: float) -> None:
     with pytest.raises(SpecError, match="gives no host page"):

@@ -11,9 +11,19 @@ from hicache_core.pools.device import DevicePool, paged
 from hicache_core.pools.host import HEADER_NBYTES, HostPool
 from hicache_core.pools.layout import LAYOUTS
 from hicache_core.pools.mapping import map_memory
+from tests.unit.specs_by_layer import BY_LAYER
 
 SPEC = KVSpec.mha(num_layers=2, num_heads=2, head_dim=4, dtype="bfloat16", fingerprint="f")
 HUGE = KVSpec.mha(num_layers=999, num_heads=999, head_dim=999, dtype="float32", fingerprint="f")
+QUANTIZED = KVSpec.mha(
+    num_layers=2,
+    num_heads=2,
+    head_dim=8,
+    dtype="float8_e4m3fn",
+    fingerprint="f",
+    scale_dtype="float32",
+    v_head_dim=4,
+)
 
 
 def host_pool(layout: str = "page_first", **kwargs: object) -> HostPool:
@@ -164,27 +174,31 @@ def test_memory_that_cuda_refuses_to_pin_is_an_error(monkeypatch: pytest.MonkeyP
         host_pool(pin=True)
 
 
-def test_device_buffers_are_zero_and_do_not_overlap() -> None:
-    spec = KVSpec.mha(
-        num_layers=2,
-        num_heads=2,
-        head_dim=8,
-        dtype="float8_e4m3fn",
-        fingerprint="f",
-        scale_dtype="float32",
-        v_head_dim=4,
-    )
+@pytest.mark.parametrize("spec", [QUANTIZED, *BY_LAYER.values()], ids=["quantized", *BY_LAYER])
+def test_device_buffers_are_zero_and_do_not_overlap(spec: KVSpec) -> None:
     pool = DevicePool(spec, 4, 5)
-    buffers = [(c, layer) for c in range(4) for layer in range(2)]
-    for c, layer in buffers:
-        buffer = pool.buffers[c][layer]
-        assert buffer.shape == (5, 4, *spec.components[c].shape)
-        assert str(buffer.dtype) == f"torch.{spec.components[c].dtype}"
-        assert not buffer.view(torch.uint8).any()
-    for i, (c, layer) in enumerate(buffers):
-        pool.buffers[c][layer].view(torch.uint8).fill_(i + 1)
-    for i, (c, layer) in enumerate(buffers):
-        assert bool((pool.buffers[c][layer].view(torch.uint8) == i + 1).all())
+    assert [len(b) for b in pool.buffers] == [len(spec.layers_of(c)) for c in spec.components]
+    buffers = [buffer for layers in pool.buffers for buffer in layers]
+    for component, layers in zip(spec.components, pool.buffers, strict=True):
+        for buffer in layers:
+            assert buffer.shape == (5, 4, *component.shape)
+            assert str(buffer.dtype) == f"torch.{component.dtype}"
+            assert not buffer.view(torch.uint8).any()
+    for i, buffer in enumerate(buffers):
+        buffer.view(torch.uint8).fill_(i + 1)
+    for i, buffer in enumerate(buffers):
+        assert bool((buffer.view(torch.uint8) == i + 1).all())
+
+
+def test_tensors_are_needed_for_the_layers_that_have_the_component() -> None:
+    spec = BY_LAYER["latent and indexer keys"]
+    latent = [torch.zeros(5, 4, 20, dtype=torch.bfloat16) for _ in range(3)]
+    keys = [torch.zeros(5, 4, 7, dtype=torch.int8) for _ in range(3)]
+    assert DevicePool.from_buffers(spec, 4, [latent, keys[:2]]).n_pages == 5
+    with pytest.raises(SpecError, match=r"2 components of \[3, 2\] layers, found \[3, 3\]"):
+        DevicePool.from_buffers(spec, 4, [latent, keys])
+    with pytest.raises(SpecError, match="indexer_k of layer 2: need shape"):
+        DevicePool.from_buffers(spec, 4, [latent, [keys[0], latent[0]]])
 
 
 def engine_tensors(n_slots: int = 22) -> list[list[torch.Tensor]]:

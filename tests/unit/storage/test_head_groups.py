@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hicache_core.errors import BackendTimeout, SpecError, UseAfterClose
 from hicache_core.kv.keys import storage_namespace
-from hicache_core.kv.spec import KVSpec
+from hicache_core.kv.spec import Component, KVSpec
 from hicache_core.pools.host import HostPool
 from hicache_core.pools.layout import LAYOUTS
 from hicache_core.storage.base import Clearable, Listable, Pins, RegistersMemory
@@ -40,7 +40,24 @@ FP8 = KVSpec.mha(
     scale_dtype="float32",
     fingerprint="f",
 )
-SPECS = {"mha": MHA, "k and v of unequal width": UNEQUAL, "fp8 with scales": FP8}
+BY_LAYER = KVSpec(
+    (
+        Component("k", (8, 3), "bfloat16", (0, 2)),
+        Component("k_1", (16, 5), "int8", (1,)),
+        Component("indexer_k", (1, 7), "int8", (0, 1)),
+        Component("norm", (9,), "int8"),
+    ),
+    3,
+    "f",
+    (0, 3),
+    (0, 8, 8),
+)
+SPECS = {
+    "mha": MHA,
+    "k and v of unequal width": UNEQUAL,
+    "fp8 with scales": FP8,
+    "layers that differ": BY_LAYER,
+}
 N_PAGES = 5
 HASHES = [hashlib.sha256(bytes([n])).hexdigest() for n in range(N_PAGES)]
 
@@ -75,7 +92,10 @@ class Rank:
         kind = self.spec.components[component]
         start, stop, total = self.spec.heads
         head_nbytes = kind.row_nbytes // (stop - start)
-        shape = (N_PAGES, self.spec.num_layers, PAGE_SIZE, total, head_nbytes)
+        if self.spec.is_shared(kind):  # the same whole row, whichever heads are held
+            start, stop, total, head_nbytes = 0, 1, 1, kind.row_nbytes
+        n_layers = len(self.spec.layers_of(kind))
+        shape = (N_PAGES, n_layers, PAGE_SIZE, total, head_nbytes)
         rng = np.random.default_rng(component)
         whole = rng.integers(0, 256, shape, dtype=np.uint8)
         return np.ascontiguousarray(whole[:, :, :, start:stop]).reshape(*shape[:3], -1)
@@ -161,6 +181,15 @@ def test_groups_that_do_not_fit_the_heads_are_refused(heads: tuple[int, int], gr
         head_group_namespaces(spec, PAGE_SIZE, "page_first", group)
     with pytest.raises(SpecError, match="storage_head_group"):
         HeadCut(spec, PAGE_SIZE, LAYOUTS["page_first"], group)
+
+
+def test_a_group_has_no_part_of_a_head() -> None:
+    """k_1 has half as many heads as the model."""
+    k_1 = Component("k_1", (4, 5), "int8", (1,))
+    spec = KVSpec((*MHA.components, k_1), 3, "f", (0, 3), (0, 8, 8))
+    HeadCut(spec, PAGE_SIZE, LAYOUTS["page_first"], 2)
+    with pytest.raises(SpecError, match="component 'k_1': its 4 heads cannot be divided"):
+        HeadCut(spec, PAGE_SIZE, LAYOUTS["page_first"], 1)
 
 
 def test_a_latent_is_one_group_and_no_more() -> None:

@@ -23,6 +23,7 @@ from hicache_core.storage.memory import MemoryBackend, MemoryConfig
 from hicache_core.storage.sealed import SealedBackend
 from hicache_core.types import BackendContext
 from tests.unit.manifests import write_manifest
+from tests.unit.specs_by_layer import BY_LAYER
 
 SPEC = KVSpec.mha(num_layers=2, num_heads=2, head_dim=8, dtype="bfloat16", fingerprint="café")
 DESCRIBED = describe_namespace(SPEC.identity(), 16, "page_first")
@@ -44,6 +45,12 @@ def test_a_manifest_has_the_namespace_that_it_describes() -> None:
     assert MANIFEST.object_nbytes == 64 + PAYLOAD_NBYTES
     assert MANIFEST.fields["model_fingerprint"] == "café"
     assert MANIFEST.fields["layout"] == "page_first"
+
+
+@pytest.mark.parametrize("spec", BY_LAYER.values(), ids=BY_LAYER)
+def test_it_knows_the_length_of_objects_whose_layers_differ(spec: KVSpec) -> None:
+    described = describe_namespace(spec.identity(), 16, "page_first")
+    assert Manifest.of(described).object_nbytes == 64 + spec.page_nbytes(16)
 
 
 def test_what_is_encoded_is_decoded() -> None:
