@@ -16,10 +16,12 @@ from functools import partial
 
 from hicache_core.controller.attachment import Attachment
 from hicache_core.controller.parts import GroupParts, Parts
+from hicache_core.controller.unit_records import UnitRecords
 from hicache_core.copies.base import Ticket
 from hicache_core.errors import LoadFailed, PoolExhausted
 from hicache_core.kv.keys import PageKeys
 from hicache_core.kv.spec import GroupKind
+from hicache_core.observe.journal import PageRun
 from hicache_core.radix.holdings import Holding, Run
 from hicache_core.radix.node import Node, path_to
 from hicache_core.radix.results import LACKING, Match, Units
@@ -36,6 +38,7 @@ class _Store:
     run: Run
     units: array[int]
     epoch: int
+    pages: PageRun | None
     n_batches: int = 0
     is_whole: bool = True
 
@@ -66,6 +69,9 @@ class GroupPaths:
         """
         self._parts = parts
         self._wait_for_copy = wait_for_copy
+        self._records = [UnitRecords(parts, index) for index in range(len(parts.groups))]
+        for group, records in zip(parts.groups, self._records, strict=True):
+            group.held.observer = records
         self._n_backups = 0
         self._stores: list[_Store] = []
         self._loads: list[_Load] = []
@@ -81,6 +87,14 @@ class GroupPaths:
     def loads_settled(self) -> bool:
         """Whether every copy to the device has settled."""
         return not self._loads
+
+    def tell_everything_again(self) -> None:
+        """Tells the journal, which knows nothing, what device and host hold of all groups."""
+        for records in self._records:
+            records.tell_all_again()
+
+    def _records_of(self, group: GroupParts) -> UnitRecords:
+        return self._records[self._parts.groups.index(group)]
 
     # Room.
 
@@ -159,7 +173,7 @@ class GroupPaths:
         if holding is None or not holding.leaves or holding.is_copied:
             return
         if held.may_drop_device(node):
-            held.drop_device(node)
+            held.drop_device(node, "outside_window")
 
     def _backup(self, group: GroupParts, node: Node) -> bool:
         """Starts to copy the device units of a node to the host; False if the host has no room."""
@@ -231,7 +245,8 @@ class GroupPaths:
         assert held.host is not None
         assert group.host is not None
         assert parts.storage is not None
-        store = _Store(group, held.follow(node), holding.host[:], storage.epoch)
+        pages_told = self._records_of(group).to_store(node)
+        store = _Store(group, held.follow(node), holding.host[:], storage.epoch, pages_told)
         holding.stored_in = storage.epoch
         held.host.pin(store.units)
         self._stores.append(store)
@@ -267,13 +282,15 @@ class GroupPaths:
         assert held.host is not None
         held.host.unpin(store.units)
         held.unfollow(store.run)
+        if store.is_whole:
+            self._records_of(store.group).stored(store.pages, store.epoch)
         for at in store.run.nodes:
             holding = held.get(at)
             if holding is not None and not store.is_whole and holding.stored_in == store.epoch:
                 holding.stored_in = 0  # the next use tries again
             is_spare = store.is_whole and not parts.retention.keeps_stored
             if is_spare and holding is not None and holding.host and held.may_drop_host(at):
-                held.drop_host(at)
+                held.drop_host(at, "stored")
 
     # Up.
 
