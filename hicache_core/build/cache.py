@@ -36,7 +36,7 @@ from hicache_core.copies.base import Transfer
 from hicache_core.copies.open import open_transfer
 from hicache_core.errors import ConfigError, RankLost, SpecError
 from hicache_core.kv.keys import storage_namespace
-from hicache_core.kv.spec import KVSpec
+from hicache_core.kv.spec import GroupKind, KVSpec
 from hicache_core.observe.snapshot import CacheSnapshot
 from hicache_core.pools.device import DevicePool
 from hicache_core.pools.host import HostPool
@@ -129,6 +129,7 @@ class HiCache(Controller):
                 observers = Observers(in_force, clock, ranks.rank)
                 undo.callback(observers.close)
                 observers.open()
+            _log_snapshots(in_force, spec)
             super().__init__(observers.watching(parts))
             self._observers = observers
             observers.begin(self)  # the cache is whole: nobody could see it before
@@ -352,6 +353,22 @@ def _host(
     transfer = open_transfer(config.hicache_io_backend, device_pool, host)
     undo.callback(transfer.close)
     return host, transfer
+
+
+def _log_snapshots(config: HiCacheConfig, spec: KVSpec) -> None:
+    """Says what the snapshots of a recurrent state cost."""
+    for group in spec.groups:
+        if group.kind is GroupKind.STATE:
+            nbytes = group.spec.page_nbytes(1)
+            log.info(
+                "a snapshot of group %s has %d bytes: with state_snapshot_interval %d these are "
+                "%.0f bytes for each token of a prompt, besides %d bytes of its KV",
+                group.name,
+                nbytes,
+                config.state_snapshot_interval,
+                nbytes / config.state_snapshot_interval,
+                spec.token_nbytes + sum(g.spec.token_nbytes for g in spec.groups if g.window),
+            )
 
 
 def _log_progress(done_nbytes: int, all_nbytes: int) -> None:

@@ -41,7 +41,12 @@ _NEEDED = ("torch", "transformers", "gguf")
     type=click.Path(file_okay=False, path_type=Path),
     help="Store pages in this folder and keep it. Default: a temporary folder.",
 )
-@click.option("--model", help="A local model folder or GGUF file. Default: SmolLM2-135M-Instruct.")
+@click.option(
+    "--model",
+    default="smollm2",
+    show_default=True,
+    help="A local model folder, a GGUF file, or packaged weights: smollm2 or gemma3-270m.",
+)
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(2, 512),

@@ -15,7 +15,7 @@ class DemoSettings:
     """What a process of the demo needs to know.
 
     Attributes:
-        model: a folder with a transformers model, or None for SmolLM2-135M-Instruct.
+        model: a folder with a transformers model, a GGUF file, or the name of packaged weights.
         max_new_tokens: tokens in an answer at most.
         threads: threads of torch.
         cache: the settings of ``HiCacheConfig`` by name.
@@ -23,7 +23,7 @@ class DemoSettings:
         corrupt: overwrite a cached page on purpose, to show that the comparison can fail.
     """
 
-    model: str | None
+    model: str
     max_new_tokens: int
     threads: int
     cache: Mapping[str, Any]

@@ -17,7 +17,8 @@ from hicache_core.demo.plan import CORRUPTED_TURN
 from hicache_core.demo.records import DemoSettings, Event, Facts, Note, Step, TurnPlan, TurnRecord
 from hicache_core.demo.script import HANDBOOK, QUESTIONS
 from hicache_core.engine.generation import Generation, generate_greedy
-from hicache_core.engine.model import LoadedModel, find_smollm2, load_folder, load_gguf
+from hicache_core.engine.model import LoadedModel, load_folder, load_gguf
+from hicache_core.engine.packaged import PACKAGED
 from hicache_core.integrations.transformers import CachedModel, CachedTokens
 from hicache_core.types import Namespace
 
@@ -30,8 +31,8 @@ Say = Callable[[Event], None]
 
 def load_model(settings: DemoSettings) -> LoadedModel:
     """The model of the settings, in ``DTYPE``."""
-    if settings.model is None:
-        return load_gguf(find_smollm2(), DTYPE)
+    if settings.model.lower() in PACKAGED:
+        return PACKAGED[settings.model.lower()](DTYPE)
     path = Path(settings.model)
     return load_gguf(path, DTYPE) if path.is_file() else load_folder(path, DTYPE)
 

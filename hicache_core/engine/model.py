@@ -9,13 +9,15 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 
 from hicache_core.errors import ConfigError
 
@@ -91,21 +93,49 @@ def load_gguf(file: Path, dtype: torch.dtype, cache_dir: Path | None = None) -> 
         dtype: of the weights and of the KV.
         cache_dir: ``default_cache_dir()`` if None.
     """
+    return load_gguf_parts(file.stem, (file,), dtype, cache_dir)
+
+
+def load_gguf_parts(
+    name: str, parts: Sequence[Path], dtype: torch.dtype, cache_dir: Path | None = None
+) -> LoadedModel:
+    """A model from a GGUF file that was cut into parts; otherwise as ``load_gguf``.
+
+    Args:
+        name: what to call the model.
+        parts: the bytes of the GGUF file, in order.
+        dtype: of the weights and of the KV.
+        cache_dir: ``default_cache_dir()`` if None.
+    """
     cache_dir = default_cache_dir() if cache_dir is None else cache_dir
-    digest = _sha256(file)[:16]
+    digest = _sha256(*parts)[:16]
     dtype_name = str(dtype).removeprefix("torch.")
-    folder = (
-        cache_dir / f"{file.stem}-{dtype_name}-{digest}-transformers-{transformers.__version__}"
-    )
+    folder = cache_dir / f"{name}-{dtype_name}-{digest}-transformers-{transformers.__version__}"
     if not _is_intact(folder):
-        parsed = _parse_gguf(file, dtype)
+        with _joined(parts) as file:
+            parsed = _parse_gguf(file, dtype)
         try:
             _save(parsed, folder)
         except OSError as error:
             log.warning("the converted model is not kept: %s; the next start is slow again", error)
-            return parsed
+            return LoadedModel(name, parsed.model, parsed.tokenizer)
     loaded = load_folder(folder, dtype)
-    return LoadedModel(file.stem, loaded.model, loaded.tokenizer)
+    return LoadedModel(name, loaded.model, loaded.tokenizer)
+
+
+@contextmanager
+def _joined(parts: Sequence[Path]) -> Iterator[Path]:
+    """The parts as one file, which is removed afterwards if it was made here."""
+    if len(parts) == 1:
+        yield parts[0]
+        return
+    with tempfile.TemporaryDirectory(prefix="hicache-gguf-") as directory:
+        file = Path(directory) / "model.gguf"
+        with file.open("wb") as whole:
+            for part in parts:
+                with part.open("rb") as stream:
+                    shutil.copyfileobj(stream, whole)
+        yield file
 
 
 def _parse_gguf(file: Path, dtype: torch.dtype) -> LoadedModel:
@@ -115,6 +145,8 @@ def _parse_gguf(file: Path, dtype: torch.dtype) -> LoadedModel:
     tokenizer = AutoTokenizer.from_pretrained(
         file.parent, gguf_file=file.name, local_files_only=True
     )
+    if parsed.config.model_type.startswith("gemma"):
+        _add_runs_of_spaces(tokenizer)
     # A model that came from GGUF refuses save_pretrained: the same weights in a plain model do not.
     fields = parsed.config.to_dict()
     fields.pop("quantization_config", None)
@@ -128,6 +160,16 @@ def _parse_gguf(file: Path, dtype: torch.dtype) -> LoadedModel:
             setattr(model.get_submodule(name), key, buffer)
     model.generation_config = parsed.generation_config
     return LoadedModel(file.stem, model.to(dtype).eval(), tokenizer)
+
+
+def _add_runs_of_spaces(tokenizer: Any) -> None:
+    """Makes runs of spaces tokens again that are found before anything else, the longest first.
+
+    Gemma has one for each length from 2 to 31. transformers' reader of GGUF leaves them to the
+    merges, which cut a run of more than sixteen in another way.
+    """
+    runs = [token for token in tokenizer.get_vocab() if len(token) > 1 and set(token) == {"▁"}]
+    tokenizer.add_tokens([AddedToken(run, normalized=True, special=False) for run in runs])
 
 
 def _save(loaded: LoadedModel, folder: Path) -> None:
@@ -162,6 +204,11 @@ def _is_intact(folder: Path) -> bool:
         return False
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _sha256(*parts: Path) -> str:
+    """Of the parts one after the other."""
+    digest = hashlib.sha256()
+    for part in parts:
+        with part.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()

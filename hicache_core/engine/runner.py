@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache
-from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
 
+from hicache_core.integrations.model_check import windows_of
 from hicache_core.pools.device import DevicePool
 
 EachLayer = Callable[[int], None]
@@ -134,14 +135,6 @@ def _exchange(
     return rows.view(*read.shape, *rows.shape[1:]).transpose(1, 2)
 
 
-def _windows(config: Any) -> list[int]:
-    """Of each layer, the tokens that one attends to, also in chunks; 0 for all."""
-    return [
-        layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else 0
-        for layer in DynamicCache(config=config).layers
-    ]
-
-
 class Runner:
     """Computes prompts and next tokens. Owner thread only.
 
@@ -157,7 +150,7 @@ class Runner:
         """Joins a ``…ForCausalLM`` in eval mode and a pool of its spec."""
         self.pool = pool
         self._model = model
-        self._windows = _windows(model.config)
+        self._windows = windows_of(model.config)
         self._offsets = torch.arange(pool.page_size, device=pool.device)
 
     @property

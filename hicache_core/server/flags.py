@@ -31,7 +31,8 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "--model-path",
         "--model",
         required=True,
-        help="A folder that transformers saved, a GGUF file, or smollm2 for the packaged weights.",
+        help="A folder that transformers saved, a GGUF file, or packaged weights: smollm2 or "
+        "gemma3-270m.",
     ),
     click.option(
         "--served-model-name", default="", help="Model name for clients. Default: the model's own."

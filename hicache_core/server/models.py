@@ -6,10 +6,9 @@ from pathlib import Path
 
 import torch
 
-from hicache_core.engine.model import LoadedModel, find_smollm2, load_folder, load_gguf
+from hicache_core.engine.model import LoadedModel, load_folder, load_gguf
+from hicache_core.engine.packaged import PACKAGED
 from hicache_core.errors import ConfigError
-
-SMOLLM2 = "smollm2"
 
 
 def load_model(path: str, device: str) -> LoadedModel:
@@ -19,8 +18,8 @@ def load_model(path: str, device: str) -> LoadedModel:
         ConfigError: there is none.
     """
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    if path.lower() == SMOLLM2:
-        loaded = load_gguf(find_smollm2(), dtype)
+    if path.lower() in PACKAGED:
+        loaded = PACKAGED[path.lower()](dtype)
     elif path.endswith(".gguf"):
         if not Path(path).is_file():
             raise ConfigError(f"--model-path {path}: there is no such file")
@@ -29,7 +28,8 @@ def load_model(path: str, device: str) -> LoadedModel:
         loaded = load_folder(Path(path), dtype)
     else:
         raise ConfigError(
-            f"--model-path {path}: no folder and no GGUF file; write a local path, or {SMOLLM2}"
+            f"--model-path {path}: no folder and no GGUF file; write a local path, or "
+            + " or ".join(PACKAGED)
         )
     loaded.model.to(device)
     return loaded

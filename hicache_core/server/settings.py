@@ -59,7 +59,7 @@ class ServerSettings:
     """All settings of a server.
 
     Attributes:
-        model_path: a folder, a GGUF file, or ``smollm2``.
+        model_path: a folder, a GGUF file, or the name of packaged weights.
         cache: settings of the cache; ``enable_hierarchical_cache`` has SGLang's default.
         engine: settings of the engine.
         keys: that callers must send.

@@ -17,6 +17,7 @@ from hicache_core.engine.logits_rules import LogitsRules
 from hicache_core.engine.model import LoadedModel
 from hicache_core.engine.request import Output, Request, SamplingParams
 from hicache_core.errors import ConfigError, HiCacheError, InvalidTokens, SpecError
+from tests.engine.windowed_models import loaded_model
 from tests.page_path.odd_models import LIMIT, VOCABULARY, odd_model, plain, prompt_of
 
 N_NEW = 8
@@ -84,6 +85,13 @@ def test_other_models_answer_prompts_of_several_lengths_at_once(
         answers = ask(engine, *prompts)
     if dtype == torch.float32:
         assert answers == [plain(model, prompt, N_NEW) for prompt in prompts]
+
+
+def test_a_model_with_windows_is_opened() -> None:
+    loaded = loaded_model("gemma2")
+    prompts = [prompt_of(50), prompt_of(21, seed=1)]
+    with opened(loaded.model, chunk_tokens=16) as engine:
+        assert ask(engine, *prompts) == [plain(loaded.model, prompt, N_NEW) for prompt in prompts]
 
 
 @pytest.mark.parametrize("name", ["longrope", "phi3", "dynamic", "doge"])

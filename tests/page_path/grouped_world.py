@@ -41,6 +41,8 @@ MIXES: dict[str, KVSpec] = {
     "full and window": spec_of(*KV, groups=(SWA,)),
     "full and state": spec_of(*KV, groups=(MAMBA,)),
     "full, window and state": spec_of(*KV, groups=(SWA, MAMBA)),
+    "window": spec_of(groups=(SWA,)),
+    "state": spec_of(groups=(MAMBA,)),
 }
 
 

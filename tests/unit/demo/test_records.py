@@ -22,7 +22,7 @@ from hicache_core.demo.records import (
     to_line,
 )
 
-SETTINGS = DemoSettings(None, 8, 2, {"hicache_storage_backend": "file"}, "salt")
+SETTINGS = DemoSettings("smollm2", 8, 2, {"hicache_storage_backend": "file"}, "salt")
 
 
 def record(**changes: Any) -> TurnRecord:

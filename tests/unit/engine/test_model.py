@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GemmaTokenizer
 
 from hicache_core.engine import model as loading
 from hicache_core.engine.model import LoadedModel, default_cache_dir, find_smollm2, load_folder
@@ -101,6 +102,38 @@ def test_the_cache_folder_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     monkeypatch.setenv("HOME", "/home/reader")
     assert default_cache_dir() == Path("/home/reader/.cache/hicache/models")
+
+
+def test_parts_of_a_file_are_one_file_while_it_is_read(tmp_path: Path) -> None:
+    parts = [tmp_path / f"part{n}" for n in range(3)]
+    for n, part in enumerate(parts):
+        part.write_bytes(bytes([n]) * 5)
+    whole = tmp_path / "whole"
+    with loading._joined(parts) as file:
+        assert file.read_bytes() == b"".join(part.read_bytes() for part in parts)
+        whole.write_bytes(file.read_bytes())
+    assert not file.exists()
+    assert loading._sha256(*parts) == loading._sha256(whole)
+    with loading._joined([whole]) as file:
+        assert file == whole, "a file that was not cut is read where it lies"
+    assert whole.exists()
+
+
+def test_a_run_of_spaces_is_the_longest_token_there_is() -> None:
+    """Without its tokens for them, merges of equal halves cut a run of six into four and two."""
+    space = "▁"
+    merges = [(space, space), (space * 2, space * 2), (space * 3, space * 3), ("a", "b")]
+    pieces = [space, *(space * n for n in range(2, 7)), "a", "b", "ab"]
+    special = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "<mask>": 4}
+    vocabulary = special | {piece: n for n, piece in enumerate(pieces, start=len(special))}
+    tokenizer = GemmaTokenizer(vocabulary, merges)
+    before = tokenizer.tokenize("ab      ab  a")
+    assert before == ["ab", space * 4, space * 2, "ab", space * 2, "a"]
+    loading._add_runs_of_spaces(tokenizer)
+    assert len(tokenizer) == len(vocabulary)
+    assert tokenizer.tokenize("ab      ab  a") == ["ab", space * 6, "ab", space * 2, "a"]
+    ids = tokenizer("ab      ab  a", add_special_tokens=False).input_ids
+    assert tokenizer.decode(ids) == "ab      ab  a"
 
 
 def test_smollm2_is_found_without_importing_its_package() -> None:
