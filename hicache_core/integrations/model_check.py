@@ -13,6 +13,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hicache_core.errors import SpecError
+from hicache_core.integrations.identity import check_adapters
 from hicache_core.integrations.length_rule import length_rule_of
 from hicache_core.kv.spec import KVSpec
 
@@ -87,6 +88,7 @@ def check_model(model: Any) -> Probe:
     Raises:
         SpecError: the model cannot be cached; the message says why.
     """
+    check_adapters(model)
     check_layers(model.config)
     text = _text_config(model.config)
     if text.model_type == "big_bird" and text.attention_type != "original_full":
