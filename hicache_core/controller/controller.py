@@ -140,6 +140,8 @@ class Controller:
             counters.host_hit_tokens += match.n_host_tokens
             n_prompt = len(packed) // TOKEN_NBYTES + n_behind
             counters.missed_tokens += n_prompt - match.n_tokens
+            if match.cut_by:
+                self._group_paths.count_cut(match)
             if request_id is not None:
                 self._record(request_id, packed, namespace, match, n_prompt)
         return match
@@ -265,6 +267,8 @@ class Controller:
         except PoolExhausted:
             self._group_paths.free(own)
             self._parts.counters.load_back_skipped_pages += n_pages
+            for group, units in zip(self._parts.groups, match.groups, strict=True):
+                group.counters.load_skipped_units += units.n_on_host
             return self._parts.tree.device_part(match)
         loaded = self._load_back_path.start(match, device_pages) if n_pages else match
         if loaded.n_tokens < match.n_tokens:

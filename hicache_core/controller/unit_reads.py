@@ -192,6 +192,7 @@ class UnitReader:
             assert group.host is not None
             if len(units) < stop - first:
                 group.held.host.free(units)
+                group.counters.fetch_skipped_units += stop - first
                 has_room = False
                 continue
             group.held.host.n_lent += len(units)
@@ -240,12 +241,14 @@ class UnitReader:
         prefix = tokens[: reads.boundary * page_size * TOKEN_NBYTES]
         node = tree.locate(prefix, seed).node
         for read in reads.reads:
-            pool = self._parts.groups[read.group].held.host
+            group = self._parts.groups[read.group]
+            pool = group.held.host
             assert pool is not None
             if read.n_delivered == 0:  # on some rank the call may still run
                 self._storage.quarantine.hold(read.job_id, read.units, partial(_free_lent, pool))
                 continue
             pool.n_lent -= len(read.units)
+            group.counters.fetched_units += read.n_delivered
             arrived, late = read.units[: read.n_delivered], read.units[read.n_delivered :]
             freed = tree.insert_host_units(node, read.group, read.first, arrived, stored_in)
             pool.free(freed + late)
