@@ -14,7 +14,7 @@ from typing import Self
 
 from hicache_core.controller.attachment import Attaching, Clearing
 from hicache_core.controller.evictor import Evictor
-from hicache_core.controller.explain import Explanation, Hits
+from hicache_core.controller.explain import Cut, Explanation, Hits
 from hicache_core.controller.groups import GroupPaths
 from hicache_core.controller.load_back import LoadBackPath
 from hicache_core.controller.parts import Counters, Parts
@@ -172,6 +172,7 @@ class Controller:
             missed_page if len(page) == page_nbytes else None,
             page_digests(tokens[:page_nbytes], page_size) if was_looked_up else None,
             namespace,
+            Cut(match.cut_by, match.n_uncut_tokens) if match.cut_by else None,
         )
 
     def explain(self, request_id: str) -> Explanation | None:

@@ -49,11 +49,14 @@ class Question:
     _n_full: int
     _asked: tuple[_Asked, ...]
 
-    def n_more(self, mask: Sequence[bool]) -> int:
+    def n_more(self, mask: Sequence[bool]) -> tuple[int, str]:
         """How many pages beyond ``reached`` can be used, by what storage says it has.
 
         Args:
             mask: for each of ``keys`` whether storage has it.
+
+        Returns:
+            The pages, and the name of the group without which there would be more; empty if none.
         """
         limit = self.n_pages
         if self._n_full:
@@ -70,10 +73,18 @@ class Question:
                 known[page] |= mask[start + page - asked.first]
             start += self.n_pages - asked.first
             available.append((asked.group, _runs(known)))
+        cut_by = ""
         for boundary in range(limit, self.reached, -1):
-            if all(_suffices(group, runs, boundary) for group, runs in available):
-                return boundary - self.reached
-        return 0
+            lacking = (
+                group.held.group.name
+                for group, runs in available
+                if not _suffices(group, runs, boundary)
+            )
+            first = next(lacking, None)
+            if first is None:
+                return boundary - self.reached, cut_by
+            cut_by = cut_by or first
+        return 0, cut_by
 
 
 def _runs(there: bytearray) -> list[int]:
