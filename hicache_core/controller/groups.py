@@ -23,7 +23,7 @@ from hicache_core.kv.keys import PageKeys
 from hicache_core.kv.spec import GroupKind
 from hicache_core.observe.journal import PageRun
 from hicache_core.radix.holdings import Holding, Run
-from hicache_core.radix.node import Node, path_to
+from hicache_core.radix.node import Node, path_to_root
 from hicache_core.radix.results import LACKING, Match, Units
 from hicache_core.types import WriteJob
 
@@ -51,6 +51,7 @@ class _Load:
     runs: tuple[Run, ...]
     ticket: Ticket
     host_units: array[int]
+    device_units: array[int]
 
 
 class GroupPaths:
@@ -150,7 +151,7 @@ class GroupPaths:
 
     def consider(self, node: Node) -> None:
         """Copies down, or stores, what the policy wants of the path to ``node``."""
-        path = path_to(node)
+        path = list(path_to_root(node))  # the last units first: they are worth most
         for group in self._parts.groups:
             for at in path:
                 holding = group.held.get(at)
@@ -338,9 +339,10 @@ class GroupPaths:
         assert held.host is not None
         assert group.transfer is not None
         held.host.pin(host_units)
+        held.device.pin(own)  # their owner may give them back while they are still written
         ticket = group.transfer.to_device(host_units, own)
         runs = tuple(held.follow(at) for at in held.trailing(node))
-        load = _Load(group, runs, ticket, host_units)
+        load = _Load(group, runs, ticket, host_units, own[:])
         self._loads.append(load)
         parts.jobs.add_copy(ticket, len(own), partial(self._loaded, load))
         taken = iter(own)
@@ -352,6 +354,7 @@ class GroupPaths:
         self._loads.remove(load)
         assert held.host is not None
         held.host.unpin(load.host_units)
+        held.device.unpin(load.device_units)
         for run in load.runs:
             held.unfollow(run)
         if n_copied < len(load.host_units):
