@@ -102,7 +102,7 @@ class Controller:
         self._group_paths = GroupPaths(parts, self._wait_for_copy)
         self._prefetch_path: PrefetchPath | None = None
         if parts.storage is not None and parts.host is not None:
-            parts.storage.when_lost = parts.tell_everything_again
+            parts.storage.when_lost = self._tell_everything_again
             units = UnitReader(parts, parts.storage, self._group_paths)
             self._prefetch_path = PrefetchPath(parts, parts.storage, parts.host, units)
         self._evictor = Evictor(parts, self._write_path, self._prefetch_path, self._settle)
@@ -453,6 +453,11 @@ class Controller:
         """
         self._check_open()
         return self._reads_idle and self._group_paths.idle and self._evictor.reset()
+
+    def _tell_everything_again(self) -> None:
+        self._parts.tell_everything_again()
+        if self._parts.journal is not None and self._parts.journal.hears_gains:
+            self._group_paths.tell_everything_again()
 
     @property
     def _reads_idle(self) -> bool:

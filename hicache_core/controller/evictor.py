@@ -97,6 +97,8 @@ class Evictor:
                 parts.tell_removed(Tier.DEVICE, node, "flushed")
             if node.on_host:
                 parts.tell_removed(Tier.HOST, node, "flushed")
+            for group in parts.groups:
+                group.held.remove(node, "flushed")
         dropped = parts.tree.reset()
         parts.device.allocator.free(dropped.device_pages)
         if parts.host is not None:

@@ -154,6 +154,8 @@ class Explainer(Journal):
 
     def removed(self, tier: Tier, run: PageRun, cause: str) -> None:
         # docstring inherited; one entry per run
+        if run.group is not None:
+            return
         ghost = _Ghost(self._n_left, run.digests, self._clock(), tier, cause, run.stored)
         self._n_left += 1
         self._ghosts[ghost.number] = ghost

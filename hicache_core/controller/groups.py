@@ -16,12 +16,14 @@ from functools import partial
 
 from hicache_core.controller.attachment import Attachment
 from hicache_core.controller.parts import GroupParts, Parts
+from hicache_core.controller.unit_records import UnitRecords
 from hicache_core.copies.base import Ticket
 from hicache_core.errors import LoadFailed, PoolExhausted
 from hicache_core.kv.keys import PageKeys
 from hicache_core.kv.spec import GroupKind
+from hicache_core.observe.journal import PageRun
 from hicache_core.radix.holdings import Holding, Run
-from hicache_core.radix.node import Node, path_to
+from hicache_core.radix.node import Node, path_to_root
 from hicache_core.radix.results import LACKING, Match, Units
 from hicache_core.types import WriteJob
 
@@ -36,6 +38,7 @@ class _Store:
     run: Run
     units: array[int]
     epoch: int
+    pages: PageRun | None
     n_batches: int = 0
     is_whole: bool = True
 
@@ -67,6 +70,9 @@ class GroupPaths:
         """
         self._parts = parts
         self._wait_for_copy = wait_for_copy
+        self._records = [UnitRecords(parts, index) for index in range(len(parts.groups))]
+        for group, records in zip(parts.groups, self._records, strict=True):
+            group.held.observer = records
         self._n_backups = 0
         self._stores: list[_Store] = []
         self._loads: list[_Load] = []
@@ -82,6 +88,14 @@ class GroupPaths:
     def loads_settled(self) -> bool:
         """Whether every copy to the device has settled."""
         return not self._loads
+
+    def tell_everything_again(self) -> None:
+        """Tells the journal, which knows nothing, what device and host hold of all groups."""
+        for records in self._records:
+            records.tell_all_again()
+
+    def _records_of(self, group: GroupParts) -> UnitRecords:
+        return self._records[self._parts.groups.index(group)]
 
     # Room.
 
@@ -144,7 +158,7 @@ class GroupPaths:
 
     def consider(self, node: Node) -> None:
         """Copies down, or stores, what the policy wants of the path to ``node``."""
-        path = path_to(node)
+        path = list(path_to_root(node))  # the last units first: they are worth most
         for group in self._parts.groups:
             for at in path:
                 holding = group.held.get(at)
@@ -174,7 +188,7 @@ class GroupPaths:
         if holding is None or not holding.leaves or holding.is_copied:
             return
         if held.may_drop_device(node):
-            held.drop_device(node)
+            held.drop_device(node, "outside_window")
 
     def _backup(self, group: GroupParts, node: Node) -> bool:
         """Starts to copy the device units of a node to the host; False if the host has no room."""
@@ -246,7 +260,8 @@ class GroupPaths:
         assert held.host is not None
         assert group.host is not None
         assert parts.storage is not None
-        store = _Store(group, held.follow(node), holding.host[:], storage.epoch)
+        pages_told = self._records_of(group).to_store(node)
+        store = _Store(group, held.follow(node), holding.host[:], storage.epoch, pages_told)
         holding.stored_in = storage.epoch
         held.host.pin(store.units)
         self._stores.append(store)
@@ -282,13 +297,15 @@ class GroupPaths:
         assert held.host is not None
         held.host.unpin(store.units)
         held.unfollow(store.run)
+        if store.is_whole:
+            self._records_of(store.group).stored(store.pages, store.epoch)
         for at in store.run.nodes:
             holding = held.get(at)
             if holding is not None and not store.is_whole and holding.stored_in == store.epoch:
                 holding.stored_in = 0  # the next use tries again
             is_spare = store.is_whole and not parts.retention.keeps_stored
             if is_spare and holding is not None and holding.host and held.may_drop_host(at):
-                held.drop_host(at)
+                held.drop_host(at, "stored")
 
     # Up.
 
@@ -328,10 +345,10 @@ class GroupPaths:
         assert held.host is not None
         assert group.transfer is not None
         held.host.pin(host_units)
-        held.device.pin(own)  # whoever gives them up meanwhile: the copy writes into them
+        held.device.pin(own)  # their owner may give them back while they are still written
         ticket = group.transfer.to_device(host_units, own)
         runs = tuple(held.follow(at) for at in held.trailing(node))
-        load = _Load(group, runs, ticket, host_units, own)
+        load = _Load(group, runs, ticket, host_units, own[:])
         self._loads.append(load)
         parts.jobs.add_copy(ticket, len(own), partial(self._loaded, load))
         taken = iter(own)

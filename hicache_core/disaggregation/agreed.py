@@ -8,7 +8,12 @@ from typing import Any
 
 from hicache_core.disaggregation.wrapper import TransferWrapper
 from hicache_core.errors import HiCacheError, TransferError
-from hicache_core.kv_transfer.base import KvTransferBackend, Notice, TransferState
+from hicache_core.kv_transfer.base import (
+    KvTransferBackend,
+    Notice,
+    TransferState,
+    UnitRows,
+)
 from hicache_core.ranks.base import RankGroup, agree_all
 
 _ELSEWHERE = "the transfer failed on another rank"
@@ -52,9 +57,11 @@ class AgreedTransfer(TransferWrapper):
         pages: Sequence[int],
         tokens: tuple[int, int],
         timeout_s: float,
+        groups: Sequence[UnitRows] = (),
     ) -> None:
         # docstring inherited
-        self._begin(room, lambda: self._inner.receive(room, addresses, pages, tokens, timeout_s))
+        receive = super().receive
+        self._begin(room, lambda: receive(room, addresses, pages, tokens, timeout_s, groups))
 
     def poll(self) -> list[Notice]:
         # docstring inherited

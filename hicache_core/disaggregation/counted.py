@@ -11,6 +11,7 @@ from hicache_core.kv_transfer.base import (
     KvTransferBackend,
     Notice,
     TransferState,
+    UnitRows,
 )
 from hicache_core.observe.snapshot import TransferStatus
 
@@ -66,9 +67,10 @@ class CountedTransfer(TransferWrapper):
         pages: Sequence[int],
         tokens: tuple[int, int],
         timeout_s: float,
+        groups: Sequence[UnitRows] = (),
     ) -> None:
         # docstring inherited
-        super().receive(room, addresses, pages, tokens, timeout_s)
+        super().receive(room, addresses, pages, tokens, timeout_s, groups)
         self._under_way[RECEIVED].add(room)
 
     def poll(self) -> list[Notice]:

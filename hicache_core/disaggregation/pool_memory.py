@@ -27,6 +27,7 @@ def memory_of_pool(pool: DevicePool) -> PageMemory:
         pool.page_size,
         pool.n_pages,
         [[_bytes_of(layer) for layer in layers] for layers in pool.buffers],
+        tuple(memory_of_pool(group) for group in pool.groups),
     )
 
 

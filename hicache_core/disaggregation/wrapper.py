@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hicache_core.kv_transfer.base import KvTransferBackend, Notice
+from hicache_core.kv_transfer.base import KvTransferBackend, Notice, UnitRows
 
 
 class TransferWrapper(KvTransferBackend):
@@ -14,6 +14,7 @@ class TransferWrapper(KvTransferBackend):
         """``inner`` is not open yet."""
         super().__init__(inner.config, inner.context)
         self._inner = inner
+        self.moves_groups = inner.moves_groups
 
     def open(self) -> None:
         # docstring inherited
@@ -46,9 +47,20 @@ class TransferWrapper(KvTransferBackend):
         # docstring inherited
         self._inner.offer(room, n_tokens, timeout_s)
 
-    def send(self, room: int, pages: Sequence[int], layer: int, start: int, stop: int) -> None:
+    def send(
+        self,
+        room: int,
+        pages: Sequence[int],
+        layer: int,
+        start: int,
+        stop: int,
+        group: int | None = None,
+    ) -> None:
         # docstring inherited
-        self._inner.send(room, pages, layer, start, stop)
+        if group is None:  # a backend may know of no groups
+            self._inner.send(room, pages, layer, start, stop)
+        else:
+            self._inner.send(room, pages, layer, start, stop, group)
 
     def finish(self, room: int, note: bytes) -> None:
         # docstring inherited
@@ -61,9 +73,13 @@ class TransferWrapper(KvTransferBackend):
         pages: Sequence[int],
         tokens: tuple[int, int],
         timeout_s: float,
+        groups: Sequence[UnitRows] = (),
     ) -> None:
         # docstring inherited
-        self._inner.receive(room, addresses, pages, tokens, timeout_s)
+        if groups:
+            self._inner.receive(room, addresses, pages, tokens, timeout_s, groups)
+        else:  # a backend may know of no groups
+            self._inner.receive(room, addresses, pages, tokens, timeout_s)
 
     def cancel(self, room: int, reason: str) -> None:
         # docstring inherited

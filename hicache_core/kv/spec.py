@@ -138,7 +138,8 @@ class KVSpec:
         heads: (start, stop, total) of the model's KV heads that are held; (0, 1, 1) for MLA,
             whose latent belongs to all heads.
         groups: layers that need other pages of a prefix than all of them: windows, states. The
-            components above are those of the full pages; with groups there may be none.
+            components above are those of the full pages. There may be none: all layers are in
+            groups, or this rank's layers have none; a page has no bytes then.
     """
 
     components: tuple[Component, ...]
@@ -151,8 +152,8 @@ class KVSpec:
     def __post_init__(self) -> None:
         """Raises SpecError for fields that contradict each other."""
         names = [component.name for component in self.components]
-        if len(set(names)) != len(names) or not (names or self.groups):
-            raise SpecError(f"components need distinct names, and there must be one; got {names}")
+        if len(set(names)) != len(names):
+            raise SpecError(f"components need distinct names; got {names}")
         group_names = [group.name for group in self.groups]
         if len(set(group_names)) != len(group_names):
             raise SpecError(f"groups need distinct names; got {group_names}")
@@ -295,7 +296,8 @@ class KVSpec:
     ) -> KVSpec:
         """The part of this spec that one rank holds.
 
-        Of layers, a component keeps those in the range, and leaves if none is. Of heads, it keeps
+        Of layers, a component keeps those in the range, and leaves if none is. A group stays even
+        then, since all ranks hold the same units. Of heads, it keeps
         the same part of its first dimension as the range is of the heads held here, be these
         more or fewer; a row that all heads share stays whole (``is_shared``).
 
@@ -304,25 +306,25 @@ class KVSpec:
             heads: (start, stop) of the model's KV heads; all that this spec has by default.
 
         Raises:
-            SpecError: the range is empty or not held here, no component is left, or heads of a
-                component would be divided.
+            SpecError: the range is empty or not held here, or heads of a component would be
+                divided.
         """
-        components, held_layers, held_heads = self.components, self.layers, self.heads
+        components, num_layers = self.components, self.num_layers
         if layers is not None:
             _check_inside("layers", layers, self.layers)
             first, stop = layers[0] - self.layers[0], layers[1] - self.layers[0]
-            parts = [_of_layers(component, first, stop) for component in components]
-            components, held_layers = tuple(part for part in parts if part is not None), layers
+            parts = (_of_layers(component, first, stop) for component in components)
+            components = tuple(part for part in parts if part is not None)
+            num_layers = stop - first
         if heads is not None and heads != self.heads[:2]:
             _check_inside("heads", heads, self.heads[:2])
             components = tuple(self._of_heads(component, heads) for component in components)
-            held_heads = (*heads, self.heads[2])
         return replace(
             self,
             components=components,
-            num_layers=held_layers[1] - held_layers[0],
-            layers=held_layers,
-            heads=held_heads,
+            num_layers=num_layers,
+            layers=layers or self.layers,
+            heads=(*(heads or self.heads[:2]), self.heads[2]),
             groups=tuple(_sharded(group, layers, heads) for group in self.groups),
         )
 

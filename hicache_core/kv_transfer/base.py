@@ -72,6 +72,20 @@ class Notice:
     elapsed_s: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class UnitRows:
+    """The rows of a group of layers that a receiver lacks.
+
+    Attributes:
+        pages: ids in the group's memory of the pages of tokens 0 to stop, in order; those before
+            start are not used. Of a state, the one unit.
+        tokens: (start, stop) of the rows; of a state (0, 1).
+    """
+
+    pages: Sequence[int]
+    tokens: tuple[int, int]
+
+
 class KvTransferBackend(ABC):
     """Moves the KV of requests between the page memories of two nodes, layer by layer.
 
@@ -101,6 +115,8 @@ class KvTransferBackend(ABC):
     """Entry-point name and the value of ``--disaggregation-transfer-backend``."""
     api_version: ClassVar[int] = API_VERSION
     """The version of this contract that the class was written for."""
+    moves_groups: bool = False
+    """Whether ``send`` and ``receive`` take rows of groups of layers."""
     Config: ClassVar[type[TransferConfig]] = TransferConfig
     """This backend's settings."""
 
@@ -160,7 +176,15 @@ class KvTransferBackend(ABC):
         """
 
     @abstractmethod
-    def send(self, room: int, pages: Sequence[int], layer: int, start: int, stop: int) -> None:
+    def send(
+        self,
+        room: int,
+        pages: Sequence[int],
+        layer: int,
+        start: int,
+        stop: int,
+        group: int | None = None,
+    ) -> None:
         """Declares rows [start, stop) of ``layer`` final, so that receivers may have them.
 
         Returns at once. The ranges of a layer follow each other without a gap. A call for a room
@@ -170,8 +194,10 @@ class KvTransferBackend(ABC):
             room: number of the request.
             pages: ids of the pages of tokens 0 to stop, in order.
             layer: index among the layers in memory.
-            start: position of the first token.
-            stop: position after the last token.
+            start: position of the first token; of a state 0.
+            stop: position after the last token; of a state 1.
+            group: index of the group of layers whose rows these are, in units of its memory; None
+                for those of full pages. Only for a backend that ``moves_groups``.
         """
 
     @abstractmethod
@@ -186,6 +212,7 @@ class KvTransferBackend(ABC):
         pages: Sequence[int],
         tokens: tuple[int, int],
         timeout_s: float,
+        groups: Sequence[UnitRows] = (),
     ) -> None:
         """Fetches rows [start, stop) of a request into ``pages``; returns at once.
 
@@ -196,6 +223,8 @@ class KvTransferBackend(ABC):
             pages: ids of the pages of tokens 0 to stop; rows before start are not written.
             tokens: (start, stop); start is the length of the prefix that is here already.
             timeout_s: the room fails if rows are missing by then.
+            groups: for each group of layers, in the order of the spec, the rows to fetch. Only for
+                a backend that ``moves_groups``.
 
         Raises:
             TransferError: the number is in use.

@@ -22,15 +22,20 @@ class PageMemory:
         n_pages: number of pages.
         regions: ``regions[component][i]``, a writable memoryview of bytes in which page p starts
             at ``p * page_size * row_nbytes`` of the component, for the i-th layer that has it.
+        groups: the memory of each group of layers of the spec.
     """
 
     spec: KVSpec
     page_size: int
     n_pages: int
     regions: Sequence[Sequence[memoryview]]
+    groups: Sequence[PageMemory] = ()
 
     def __post_init__(self) -> None:
         """Raises SpecError if the regions do not match the pages of the spec."""
+        if [memory.spec for memory in self.groups] != [group.spec for group in self.spec.groups]:
+            names = [group.name for group in self.spec.groups]
+            raise SpecError(f"need the memory of groups {names}, got {len(self.groups)}")
         if len(self.regions) != len(self.spec.components):
             raise SpecError(
                 f"need regions of {len(self.spec.components)} components, got {len(self.regions)}"
@@ -52,7 +57,13 @@ class PageMemory:
             "layers": list(self.spec.layers),
             "total_heads": self.spec.heads[2],
             "components": [self._identity_of(component) for component in self.spec.components],
+            **self._identity_of_groups(),
         }
+
+    def _identity_of_groups(self) -> dict[str, object]:
+        both = zip(self.spec.groups, self.groups, strict=True)
+        groups = [[group.name, group.window, memory.identity()] for group, memory in both]
+        return {"groups": groups} if groups else {}
 
     def _identity_of(self, component: Component) -> list[object]:
         """Name, dtype and bytes of a head; the layers of a component that only some have."""
@@ -65,6 +76,28 @@ class PageMemory:
             return component.row_nbytes
         start, stop, _ = self.spec.heads
         return component.row_nbytes * n_heads // (stop - start)
+
+    def number(self, layer: int, group: int | None) -> int:
+        """One number for a layer of the full pages, or of a group; see ``part``."""
+        return layer if group is None else layer + (group + 1) * self.spec.num_layers
+
+    def part(self, number: int) -> tuple[PageMemory, int]:
+        """The memory and the layer that ``number`` means.
+
+        Raises:
+            SpecError: there is no such group.
+        """
+        group, layer = divmod(number, self.spec.num_layers)
+        if group > len(self.groups):
+            raise SpecError(f"layer {number} is of group {group - 1}; {len(self.groups)} are here")
+        return (self.groups[group - 1] if group else self), layer
+
+    def every_region(self) -> Iterator[memoryview]:
+        """All memory that rows can lie in, groups included, for transports that register it."""
+        for layers in self.regions:
+            yield from layers
+        for memory in self.groups:
+            yield from memory.every_region()
 
     @property
     def heads(self) -> Heads:

@@ -22,10 +22,11 @@ from hicache_core.kv_transfer.base import (
     Notice,
     TransferConfig,
     TransferContext,
+    UnitRows,
 )
 from hicache_core.kv_transfer.callers import Callers
 from hicache_core.kv_transfer.carrier import Carrier
-from hicache_core.kv_transfer.receiving import Receiver, ReceivingRoom, connection_to
+from hicache_core.kv_transfer.receiving import Receiver, ReceivingRoom, WantedRows, connection_to
 from hicache_core.kv_transfer.room import PastRooms, Room
 from hicache_core.kv_transfer.secret import MIN_LENGTH, SharedSecret
 from hicache_core.kv_transfer.sending import Sender, SendingRoom
@@ -77,6 +78,7 @@ class PeerTransfer(KvTransferBackend):
     """A transfer backend with one conversation for each receiver; a carrier moves the rows."""
 
     Config = PeerConfig
+    moves_groups = True
 
     def __init__(
         self,
@@ -187,11 +189,19 @@ class PeerTransfer(KvTransferBackend):
         if deserted is not None:
             offer.fail(TransferError(deserted))
 
-    def send(self, room: int, pages: Sequence[int], layer: int, start: int, stop: int) -> None:
+    def send(
+        self,
+        room: int,
+        pages: Sequence[int],
+        layer: int,
+        start: int,
+        stop: int,
+        group: int | None = None,
+    ) -> None:
         # docstring inherited
         self._sender.n_computed += 1
         if (offer := self._offers.get(room)) is not None:
-            offer.add(pages, layer, start, stop)
+            offer.add(pages, self.context.memory.number(layer, group), start, stop)
 
     def finish(self, room: int, note: bytes) -> None:
         # docstring inherited
@@ -207,12 +217,12 @@ class PeerTransfer(KvTransferBackend):
         pages: Sequence[int],
         tokens: tuple[int, int],
         timeout_s: float,
+        groups: Sequence[UnitRows] = (),
     ) -> None:
         # docstring inherited
         self._check_new(room, self._intakes)
-        intake = ReceivingRoom(
-            room, pages, tokens, timeout_s, self._clock, self._settled(self._intakes)
-        )
+        wanted = WantedRows(self.context.memory, pages, tokens, groups)
+        intake = ReceivingRoom(room, wanted, timeout_s, self._clock, self._settled(self._intakes))
         self._intakes[room] = intake
         intake.enter()
         try:

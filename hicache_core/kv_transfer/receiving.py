@@ -6,15 +6,15 @@ import contextlib
 import logging
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hicache_core.errors import HiCacheError, TransferError
-from hicache_core.kv_transfer.base import Notice, TransferContext, TransferState
+from hicache_core.kv_transfer.base import Notice, TransferContext, TransferState, UnitRows
 from hicache_core.kv_transfer.carrier import Carrier
 from hicache_core.kv_transfer.handshake import divide, hello_of, want_of, welcomed_of
-from hicache_core.kv_transfer.page_memory import Heads
+from hicache_core.kv_transfer.page_memory import Heads, PageMemory
 from hicache_core.kv_transfer.room import Room
 from hicache_core.kv_transfer.wire import Connection, Frame, Kind, Patience, checksum_of
 
@@ -30,14 +30,60 @@ class _Part:
     greeting: dict[str, Any]
 
 
+class WantedRows:
+    """Which rows a room is to have, and where they go: by number of the layer."""
+
+    def __init__(
+        self,
+        memory: PageMemory,
+        pages: Sequence[int],
+        tokens: tuple[int, int],
+        groups: Sequence[UnitRows] = (),
+    ) -> None:
+        """Checks that every group is there.
+
+        Args:
+            memory: of the receiver.
+            pages: ids of the full pages of tokens 0 to stop.
+            tokens: (start, stop) of the rows of full pages.
+            groups: the rows of each group.
+
+        Raises:
+            TransferError: they are not those of the memory's groups.
+        """
+        if len(groups) != len(memory.groups):
+            names = [group.name for group in memory.spec.groups]
+            raise TransferError(
+                f"rows of groups {names} are needed; {len(groups)} groups are given"
+            )
+        self.tokens = tokens
+        self._layers: dict[int, UnitRows] = {}
+        for group, rows in ((None, UnitRows(tuple(pages), tokens)), *enumerate(groups)):
+            spec = memory.spec if group is None else memory.groups[group].spec
+            for layer in range(spec.num_layers):
+                if group is None or spec.components_in(layer):
+                    self._layers[memory.number(layer, group)] = rows
+
+    def starts(self) -> dict[int, int]:
+        """The first wanted token of each layer."""
+        return {number: rows.tokens[0] for number, rows in self._layers.items()}
+
+    def of(self, number: int) -> UnitRows:
+        """What a layer is to have."""
+        return self._layers[number]
+
+    def are_complete(self, reached: Mapping[int, int]) -> bool:
+        """Whether rows up to ``reached``, by layer, are all."""
+        return all(reached[number] >= rows.tokens[1] for number, rows in self._layers.items())
+
+
 class ReceivingRoom(Room):
     """A room on the decode side: says where the rows go."""
 
     def __init__(
         self,
         number: int,
-        pages: Sequence[int],
-        tokens: tuple[int, int],
+        wanted: WantedRows,
         timeout_s: float,
         clock: Callable[[], float],
         settled: Callable[[Notice], None],
@@ -46,15 +92,13 @@ class ReceivingRoom(Room):
 
         Args:
             number: of the room.
-            pages: ids of the pages of tokens 0 to stop.
-            tokens: (start, stop) of the rows to fetch.
+            wanted: the rows to fetch.
             timeout_s: the room fails when this time is over.
             clock: seconds, monotonic.
             settled: called once, with the notice.
         """
         super().__init__(number, timeout_s, clock, settled)
-        self.pages = tuple(pages)
-        self.tokens = tokens
+        self.wanted = wanted
 
 
 class Receiver:
@@ -111,7 +155,7 @@ class Receiver:
             intake.watch(peer)  # not before: a sender that was greeted notices that this one left
             welcome = welcomed_of(peer.receive_json(Kind.WELCOME)[1], address)
             heads, missing = divide(missing, welcome.heads)
-            peer.send_json(Kind.WANT, intake.number, want_of(heads, intake.tokens))
+            peer.send_json(Kind.WANT, intake.number, want_of(heads, intake.wanted.tokens))
             parts[-1] = _Part(peer, heads, welcome.carrier)
             if len(known) == 1:
                 known += welcome.others
@@ -142,8 +186,7 @@ class Receiver:
         return note
 
     def _fetch(self, intake: ReceivingRoom, part: _Part) -> bytes:
-        start, stop = intake.tokens
-        reached = [start] * self._memory.spec.num_layers
+        reached = intake.wanted.starts()
         n_computed: object = None
         part.peer.renew()  # others were greeted meanwhile
         while True:
@@ -157,7 +200,7 @@ class Receiver:
                 continue
             if frame.kind is Kind.END:
                 note = part.peer.text_of(frame)
-                if part.heads is not None and min(reached) < stop:
+                if part.heads is not None and not intake.wanted.are_complete(reached):
                     raise TransferError(f"{part.peer.peer} ended before all rows were sent")
                 return note
             if frame.kind is not Kind.LAYER or part.heads is None:
@@ -165,17 +208,17 @@ class Receiver:
             self._fetch_layer(intake, part, frame, reached)
 
     def _fetch_layer(
-        self, intake: ReceivingRoom, part: _Part, frame: Frame, reached: list[int]
+        self, intake: ReceivingRoom, part: _Part, frame: Frame, reached: dict[int, int]
     ) -> None:
-        fits = frame.layer < len(reached) and frame.start == reached[frame.layer]
-        if part.heads is None or not fits or not frame.start < frame.stop <= intake.tokens[1]:
+        fits = frame.start == reached.get(frame.layer)
+        rows = intake.wanted.of(frame.layer) if fits else None
+        if part.heads is None or rows is None or not frame.start < frame.stop <= rows.tokens[1]:
             raise TransferError(
                 f"{part.peer.peer} sent tokens {frame.start} to {frame.stop} of layer "
                 f"{frame.layer} out of turn"
             )
-        segments = self._memory.segments(
-            frame.layer, intake.pages, frame.start, frame.stop, part.heads
-        )
+        memory, layer = self._memory.part(frame.layer)
+        segments = memory.segments(layer, rows.pages, frame.start, frame.stop, part.heads)
         self._carrier.receive_rows(part.peer, frame, segments, part.greeting)
         if checksum_of(segments) != frame.checksum:
             raise TransferError(
@@ -184,7 +227,7 @@ class Receiver:
             )
         part.peer.renew()
         reached[frame.layer] = frame.stop
-        intake.count(self._memory.nbytes(frame.stop - frame.start, part.heads, frame.layer))
+        intake.count(memory.nbytes(frame.stop - frame.start, part.heads, layer))
 
 
 def connection_to(

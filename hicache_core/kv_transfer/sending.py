@@ -61,7 +61,7 @@ class SendingRoom(Room):
 
         Args:
             pages: ids of the pages of tokens 0 to stop.
-            layer: index among the layers in memory.
+            layer: number of the layer (``PageMemory.number``).
             start: position of the first token.
             stop: position after the last token.
         """
@@ -222,10 +222,12 @@ class Sender:
                 peer.send_text(Kind.END, offer.number, item)
                 return
             index += 1
-            start = max(item.start, want.start)
+            memory, layer = self._memory.part(item.layer)
+            is_full = memory is self._memory
+            start = max(item.start, want.start) if is_full else item.start
             if want.heads is None or start >= item.stop:
                 continue
-            segments = self._memory.segments(item.layer, item.pages, start, item.stop, want.heads)
+            segments = memory.segments(layer, item.pages, start, item.stop, want.heads)
             frame = Frame(
                 Kind.LAYER,
                 offer.number,
@@ -235,4 +237,4 @@ class Sender:
                 checksum=checksum_of(segments),
             )
             self._carrier.send_rows(peer, frame, segments)
-            offer.count(self._memory.nbytes(item.stop - start, want.heads, item.layer))
+            offer.count(memory.nbytes(item.stop - start, want.heads, layer))

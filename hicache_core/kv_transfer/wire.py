@@ -49,7 +49,7 @@ class Frame:
     Attributes:
         kind: of the frame.
         room: number of the request.
-        layer: for LAYER, index among the layers in memory.
+        layer: for LAYER, its number in the page memory, groups included.
         start: for LAYER, position of the first token.
         stop: for LAYER, position after the last token.
         nbytes: bytes that follow the header.

@@ -6,8 +6,9 @@ msgpack array ``[ts, events, dp_rank]``; each event is a map whose ``type`` name
 =================  =============================================================================
 ``BlockStored``    ``block_hashes``, ``parent_block_hash``, ``token_ids``, ``block_size``,
                    ``lora_id``, ``medium``, ``lora_name``; in a namespace ``cache_salt``,
-                   ``extra_keys``
-``BlockRemoved``   ``block_hashes``, ``medium``
+                   ``extra_keys``; of a group of layers ``extra_keys``, ``group_idx``,
+                   ``kv_cache_spec_kind``, ``kv_cache_spec_sliding_window``
+``BlockRemoved``   ``block_hashes``, ``medium``; of a group of layers ``group_idx``
 ``AllBlocksCleared``
 =================  =============================================================================
 
@@ -17,7 +18,8 @@ without ``cache_salt``, which ``extra_keys`` has too.
 A hash is the first 8 bytes of the page's digest as a signed big-endian integer. Digests chain the
 namespace (salt, key, adapter), so equal tokens of two tenants have two hashes. A router that hashes
 the tokens itself needs the names as well: see ``_names``. ``lora_id`` is null: readers want it
-there, and ``lora_name`` says it.
+there, and ``lora_name`` says it. Full pages have no group, so their events are those of a model
+with full attention only.
 """
 
 from __future__ import annotations
@@ -25,15 +27,19 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import msgpack
 
 from hicache_core.kv.keys import DIGEST_NBYTES, TOKEN_NBYTES
+from hicache_core.kv.spec import GroupKind
 from hicache_core.observe.journal import PageRun
 from hicache_core.types import Namespace, Tier
 
 MEDIUM = {Tier.DEVICE: "GPU", Tier.HOST: "CPU_PINNED", Tier.STORAGE: "EXTERNAL"}
+KIND = {GroupKind.WINDOW: "sliding_window", GroupKind.STATE: "mamba"}
+"""vLLM's names of the kinds of groups."""
 END_OF_REPLAY = (-1).to_bytes(8, "big", signed=True)
 """The sequence number of the message that ends a replay."""
 
@@ -51,7 +57,7 @@ def pieces(run: PageRun, max_tokens: int) -> Iterator[PageRun]:
     for start in range(0, n_pages, step):
         digests = run.digests[start * DIGEST_NBYTES : (start + step) * DIGEST_NBYTES]
         tokens = run.tokens[start * page_nbytes : (start + step) * page_nbytes]
-        yield PageRun(parent, digests, tokens, run.seed)
+        yield replace(run, parent=parent, digests=digests, tokens=tokens)
         parent = digests[-DIGEST_NBYTES:]
 
 
@@ -80,6 +86,11 @@ def stored(tier: Tier, run: PageRun, namespace: Namespace | None = None) -> Even
     }
     if run.seed:
         event |= _names(run.seed, namespace, len(hashes), is_first=is_first)
+    if run.group is not None:
+        event.setdefault("extra_keys", None)  # an array has the fields of a group after it
+        event["group_idx"] = run.group_index
+        event["kv_cache_spec_kind"] = KIND[run.group.kind]
+        event["kv_cache_spec_sliding_window"] = run.group.window or None
     return event
 
 
@@ -107,11 +118,12 @@ def _names(seed: bytes, namespace: Namespace | None, n_blocks: int, *, is_first:
 
 def removed(tier: Tier, run: PageRun) -> Event:
     """The event that ``tier`` no longer has the pages."""
-    return {
+    event: Event = {
         "type": "BlockRemoved",
         "block_hashes": block_hashes(run.digests),
         "medium": MEDIUM[tier],
     }
+    return event if run.group is None else event | {"group_idx": run.group_index}
 
 
 def block_hashes(digests: bytes) -> list[int]:

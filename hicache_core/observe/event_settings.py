@@ -34,6 +34,8 @@ class EventsConfig:
         queue_runs: runs of pages that may wait for the publisher's thread.
         dp_rank: data-parallel rank of this cache.
         bind: False to connect to subscribers that bind, instead.
+        groups: whether units of groups of layers are told, too. A reader that does not know
+            ``group_idx`` would take them for full pages.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -48,6 +50,7 @@ class EventsConfig:
     queue_runs: Count = 100_000
     dp_rank: Count = 0
     bind: bool = True
+    groups: bool = True
 
 
 def events_config(settings: Mapping[str, Any]) -> EventsConfig | None:

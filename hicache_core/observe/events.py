@@ -109,12 +109,15 @@ class KvEvents(Journal):
 
     def stored(self, tier: Tier, run: PageRun) -> None:
         # docstring inherited
+        if run.group is not None and not self._config.groups:
+            return
         namespace = self._names.get(run.seed) if run.seed else _DEFAULT
         self._put(_Change(tier, run, is_stored=True, namespace=namespace))
 
     def removed(self, tier: Tier, run: PageRun, cause: str) -> None:  # noqa: ARG002 - not on the wire
         # docstring inherited
-        self._put(_Change(tier, run))
+        if run.group is None or self._config.groups:
+            self._put(_Change(tier, run))
 
     def cleared(self) -> None:
         # docstring inherited

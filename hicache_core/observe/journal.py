@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hicache_core.kv.spec import Group
 from hicache_core.types import Namespace, Tier
 
 
@@ -19,6 +20,9 @@ class PageRun:
         tokens: packed token ids of these pages.
         seed: seed of the chain, which tells namespaces apart; empty for the default one.
         stored: storage has these pages, or they are being written to it.
+        group: the group of layers whose units are meant; None for the full pages. A snapshot of a
+            state is the unit of the page that it was taken after.
+        group_index: 0 for the full pages, otherwise 1 for the first group of the spec, and so on.
     """
 
     parent: bytes
@@ -26,6 +30,8 @@ class PageRun:
     tokens: bytes | memoryview
     seed: bytes
     stored: bool = False
+    group: Group | None = None
+    group_index: int = 0
 
 
 class Journal(ABC):
@@ -55,8 +61,8 @@ class Journal(ABC):
         Args:
             tier: the tier.
             run: the pages.
-            cause: ``evicted``; ``stored``, if the host freed them since storage has them; or
-                ``flushed``.
+            cause: ``evicted``; ``stored``, if the host freed them since storage has them;
+                ``flushed``; or ``outside_window``, of units that no prefix needs on the device.
         """
 
     @abstractmethod

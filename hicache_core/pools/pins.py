@@ -1,4 +1,4 @@
-"""Units of a pool that are still being read after their owner has let go of them."""
+"""Units of a pool that calls still use after their owner has let go of them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from hicache_core.pools.allocator import PageAllocator
 
 
 class PinnedUnits:
-    """The allocator of a pool, and the units that copies or stores read. Owner thread only.
+    """The allocator of a pool, and the units that copies or stores use. Owner thread only.
 
     ::
 
         free ── allocate ──> owned ── free ──> free
-                               │  pinned: some call reads it
+                               │  pinned: some call uses it
                                └─ free ──> let go ── the last unpin ──> free
 
-    So whoever owns a unit may give it up at any time, and a call that reads it never finds another
-    prefix's bytes in it.
+    So whoever owns a unit may give it up at any time, and a call that uses it never meets
+    another prefix's bytes in it.
 
     Attributes:
         n_lent: units that calls fill, and that belong to no node yet.
@@ -44,7 +44,7 @@ class PinnedUnits:
 
     @property
     def n_let_go(self) -> int:
-        """Units that nobody owns, but some call still reads."""
+        """Units that nobody owns, but some call still uses."""
         return len(self._let_go)
 
     def allocate(self, n: int) -> array[int]:
@@ -67,7 +67,7 @@ class PinnedUnits:
         self._allocator.free(array("i", [unit for unit in units if unit not in pinned]))
 
     def pin(self, units: array[int]) -> None:
-        """Says that a call begins to read owned ``units``."""
+        """Says that a call begins to use owned ``units``."""
         self._pins.update(units)
 
     def unpin(self, units: array[int]) -> None:
@@ -89,7 +89,7 @@ class PinnedUnits:
         self._allocator.free(freed)
 
     def are_idle(self, units: array[int]) -> bool:
-        """Whether no call reads any of ``units``."""
+        """Whether no call uses any of ``units``."""
         return not self._pins or self._pins.keys().isdisjoint(units)
 
     def check_integrity(self, n_owned: int, name: str, *, exactly: bool) -> None:

@@ -8,6 +8,7 @@ its full pages, and go for good when the node leaves the tree.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -18,6 +19,7 @@ from hicache_core.radix.ghosts import last_page_name, page_names
 from hicache_core.radix.node import Node, cut, path_to_root
 from hicache_core.radix.order import EvictionOrder, EvictionPolicy, TierView
 from hicache_core.radix.results import LACKING, Units
+from hicache_core.types import Tier
 
 Split = Callable[[Node, int], Node]
 """Cuts a node after its first pages; returns the new node above it, which has those."""
@@ -60,6 +62,32 @@ class Run:
         self.nodes = [node]
 
 
+class UnitObserver(ABC):
+    """Is told which units nodes gain and lose. Owner thread; must not raise."""
+
+    @abstractmethod
+    def gained(self, tier: Tier, node: Node) -> None:
+        """A tier has the units of ``node`` from now on, readable."""
+
+    @abstractmethod
+    def lost(self, tier: Tier, node: Node, cause: str) -> None:
+        """A tier has lost the units of ``node``, which is still in the tree.
+
+        Args:
+            tier: device or host.
+            node: whose units they were.
+            cause: one word, such as ``evicted``.
+        """
+
+
+class _Nobody(UnitObserver):
+    def gained(self, tier: Tier, node: Node) -> None:
+        pass
+
+    def lost(self, tier: Tier, node: Node, cause: str) -> None:
+        pass
+
+
 class Holdings:
     """The units of one group, by node. Owner thread; the tree tells it of splits and removals.
 
@@ -70,6 +98,7 @@ class Holdings:
         host: units of the host pool; None without a host tier.
         n_device_units: units on the device that nodes have.
         n_host_units: likewise on the host.
+        observer: is told of gains and losses.
     """
 
     def __init__(
@@ -95,6 +124,7 @@ class Holdings:
         self.host = host
         self.n_device_units = 0
         self.n_host_units = 0
+        self.observer: UnitObserver = _Nobody()
         is_state = group.kind is GroupKind.STATE
         names = last_page_name if is_state else page_names
         view = TierView(page_size, _no_children, self.n_units, names)
@@ -215,6 +245,7 @@ class Holdings:
         holding.device = units
         self.n_device_units += len(units)
         self._device_order.place(node)
+        self.observer.gained(Tier.DEVICE, node)
         return array("i")
 
     def gain_host(self, node: Node, units: array[int], stored_in: int = 0) -> bool:
@@ -235,41 +266,46 @@ class Holdings:
         holding.stored_in = stored_in or holding.stored_in
         self.n_host_units += len(units)
         self._host_order.place(node)
+        self.observer.gained(Tier.HOST, node)
+        if stored_in:
+            self.observer.gained(Tier.STORAGE, node)
         return True
 
-    def drop_device(self, node: Node) -> int:
-        """Frees the device units of a node; returns how many."""
+    def drop_device(self, node: Node, cause: str = "evicted") -> int:
+        """Frees the device units of a node; returns how many. ``cause`` is one word for metrics."""
         holding = self._held[node]
         units, holding.device = holding.device, None
         assert units is not None
         holding.leaves = False
         self._device_order.discard(node)
         self.n_device_units -= len(units)
+        self.observer.lost(Tier.DEVICE, node, cause)
         self._forget_if_empty(node, holding)
         self.device.free(units)
         return len(units)
 
-    def drop_host(self, node: Node) -> int:
-        """Frees the host units of a node; returns how many."""
+    def drop_host(self, node: Node, cause: str = "evicted") -> int:
+        """Frees the host units of a node; returns how many. ``cause`` is one word for metrics."""
         holding = self._held[node]
         units, holding.host = holding.host, None
         assert units is not None
         assert self.host is not None
         self._host_order.discard(node)
         self.n_host_units -= len(units)
+        self.observer.lost(Tier.HOST, node, cause)
         self._forget_if_empty(node, holding)
         self.host.free(units)
         return len(units)
 
-    def remove(self, node: Node) -> None:
+    def remove(self, node: Node, cause: str = "evicted") -> None:
         """Frees what a node has, which is about to leave the tree."""
         holding = self._held.get(node)
         if holding is None:
             return
         if holding.device is not None:
-            self.drop_device(node)
+            self.drop_device(node, cause)
         if holding.host is not None:
-            self.drop_host(node)
+            self.drop_host(node, cause)
 
     def _forget_if_empty(self, node: Node, holding: Holding) -> None:
         if holding.device is None and holding.host is None:

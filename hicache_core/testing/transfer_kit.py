@@ -20,12 +20,13 @@ from dataclasses import dataclass, field
 import pytest
 
 from hicache_core.errors import TransferError
-from hicache_core.kv.spec import Component, KVSpec
+from hicache_core.kv.spec import Component, Group, GroupKind, KVSpec
 from hicache_core.kv_transfer.base import (
     KvTransferBackend,
     Notice,
     TransferContext,
     TransferState,
+    UnitRows,
 )
 from hicache_core.kv_transfer.page_memory import PageMemory
 
@@ -64,6 +65,20 @@ LAYERS_DIFFER = KVSpec(
 """A small model whose last layer has half as many heads, and whose second layer has nothing."""
 
 
+def _part(*components: Component, groups: tuple[Group, ...] = ()) -> KVSpec:
+    return KVSpec(components, N_LAYERS, "m1", (0, N_LAYERS), (0, N_HEADS, N_HEADS), groups)
+
+
+GROUPED = _part(
+    Component("k", (N_HEADS, 4), "bfloat16", (0,)),
+    groups=(
+        Group("swa", GroupKind.WINDOW, _part(Component("k", (N_HEADS, 2), "float32", (1,))), 6),
+        Group("mamba", GroupKind.STATE, _part(Component("conv_0", (3, 5), "float32", (2,)))),
+    ),
+)
+"""A small model whose first layer keeps all tokens, its second a window and its third a state."""
+
+
 def memory_of(spec: KVSpec, seed: int | None, page_size: int = PAGE_SIZE) -> PageMemory:
     """Page memory in mapped regions, which RDMA can register.
 
@@ -83,7 +98,8 @@ def memory_of(spec: KVSpec, seed: int | None, page_size: int = PAGE_SIZE) -> Pag
                 view[:] = source.randbytes(nbytes)
             layers.append(view)
         regions.append(layers)
-    return PageMemory(spec, page_size, N_PAGES, regions)
+    groups = [memory_of(group.spec, seed, group.page_size(page_size)) for group in spec.groups]
+    return PageMemory(spec, page_size, N_PAGES, regions, groups)
 
 
 @dataclass(frozen=True)
@@ -324,6 +340,53 @@ class TransferKit:
                 assert arrived.nbytes == 10 * decode.memory.spec.token_nbytes
         for prefill in prefills:
             assert prefill.notice().state is TransferState.SENT
+
+    def test_windows_and_states_come_with_the_full_pages(self) -> None:
+        prefill = self.node(memory_of(GROUPED, seed=3))
+        decode = self.node(memory_of(GROUPED, None))
+        if not decode.backend.moves_groups:
+            pytest.skip("this backend moves full pages only (moves_groups)")
+        n, window, pages = 10, (5, 10), [1, 2, 3]
+        wanted = [UnitRows([0, 3, 2], window), UnitRows([2], (0, 1))]
+        address = prefill.backend.address
+        decode.backend.receive(ROOM, [address], [2, 3, 0], (4, n), WAIT_S, wanted)
+        prefill.backend.offer(ROOM, n, WAIT_S)
+        prefill.backend.send(ROOM, pages, 0, 0, n)
+        prefill.backend.send(ROOM, pages, 1, *window, 0)
+        prefill.backend.send(ROOM, [1], 2, 0, 1, 1)
+        for layer in (1, 2):
+            prefill.backend.send(ROOM, pages, layer, 0, n)
+        prefill.backend.finish(ROOM, b"note")
+        arrived = decode.notice()
+        assert arrived.state is TransferState.ARRIVED, arrived.error
+        assert prefill.notice().state is TransferState.SENT
+        heads = decode.memory.heads
+        for group, layer, theirs, rows in (
+            (None, 0, pages, UnitRows([2, 3, 0], (4, n))),
+            (0, 1, pages, wanted[0]),
+            (1, 2, [1], wanted[1]),
+        ):
+            number = decode.memory.number(layer, group)
+            (there, at), (here, _) = prefill.memory.part(number), decode.memory.part(number)
+            sent = b"".join(there.segments(at, theirs, *rows.tokens, heads))
+            assert b"".join(here.segments(at, rows.pages, *rows.tokens, heads)) == sent
+            assert any(sent)
+
+    def test_a_group_that_does_not_come_fails_the_room(self) -> None:
+        prefill = self.node(memory_of(GROUPED, seed=3))
+        decode = self.node(memory_of(GROUPED, None))
+        if not decode.backend.moves_groups:
+            pytest.skip("this backend moves full pages only (moves_groups)")
+        wanted = [UnitRows([0, 1], (3, 8)), UnitRows([2], (0, 1))]
+        decode.backend.receive(ROOM, [prefill.backend.address], [0, 1], (0, 8), WAIT_S, wanted)
+        prefill.backend.offer(ROOM, 8, WAIT_S)
+        prefill.send_all([0, 1], 8)
+        assert decode.notice().state is TransferState.FAILED
+
+    def test_a_node_without_the_groups_is_refused(self) -> None:
+        prefill, decode = self.node(memory_of(GROUPED, seed=3)), self.node()
+        decode.backend.receive(ROOM, [prefill.backend.address], [0, 1], (0, 8), WAIT_S)
+        assert decode.notice().error_kind == "PeerRefused"
 
     def _shard(
         self, whole: PageMemory | None, rank: int, n: int, spec: KVSpec | None = None

@@ -95,3 +95,39 @@ def test_the_cost_of_snapshots_is_logged_at_start(caplog: pytest.LogCaptureFixtu
     nbytes = MIXES["full and state"].groups[0].spec.page_nbytes(1)
     assert f"a snapshot of group mamba has {nbytes} bytes" in caplog.text
     assert f"these are {nbytes / 8:.0f} bytes for each token" in caplog.text
+
+
+def test_units_that_are_given_back_are_not_used_again_before_their_copy_has_ended() -> None:
+    """Whoever gave up a request frees its units at once; the copy into them may still run."""
+    world = make_grouped_world("full and window", n_units=6, hicache_ratio=4.0)
+    world.request(range(24))
+    world.cache.flush()
+    world.flush_device()
+    match = world.cache.match_prefix(range(24))
+    world.cache.lock(match.node)
+    loaded = world.cache.load_back(match)
+    own = loaded.own[0]
+    assert len(own) == 2
+    world.cache.free_units(0, own)
+    pool = world.cache.parts.groups[0].held.device
+    taken = pool.allocate(pool.n_free)
+    assert set(own).isdisjoint(taken)
+    world.cache.free_units(0, taken)
+    world.cache.wait_layer(1)
+    world.cache.wait(1.0)
+    world.cache.poll()
+    assert pool.n_free == pool.n_units
+    world.cache.unlock(match.node)
+    world.close()
+
+
+def test_the_last_window_of_a_prompt_is_copied_down_before_the_others() -> None:
+    """If the host has room for a part only, the part that one goes on from is there."""
+    world = make_grouped_world("full and window", n_units=16, hicache_ratio=0.25, device_pages=64)
+    assert world.cache.parts.groups[0].held.host is not None
+    assert world.cache.parts.groups[0].held.host.n_units == 4
+    world.request(range(24))
+    world.cache.flush()
+    world.flush_device()
+    assert world.request(range(24)).n_tokens == 24
+    world.close()

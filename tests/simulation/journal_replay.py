@@ -19,10 +19,13 @@ class JournalReplay(Journal):
 
     def stored(self, tier: Tier, run: PageRun) -> None:
         # docstring inherited
-        self._pages[tier].update(_cut(run.digests))
+        if run.group is None:
+            self._pages[tier].update(_cut(run.digests))
 
     def removed(self, tier: Tier, run: PageRun, cause: str) -> None:
         # docstring inherited
+        if run.group is not None:
+            return
         gone = _cut(run.digests)
         if not self._pages[tier].issuperset(gone):
             raise InvariantBroken(f"journal: the {tier.value} loses ({cause}) what it never had")

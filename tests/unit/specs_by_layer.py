@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-
-from hicache_core.kv.spec import Component, KVSpec
+from hicache_core.kv.spec import Component, Group, GroupKind, KVSpec
 
 
 def _spec(n_layers: int, n_heads: int, *components: Component) -> KVSpec:
@@ -40,8 +38,6 @@ BY_LAYER = {
 """All with at most 4 KV heads; sizes are odd, so that an offset that is wrong shows."""
 
 
-def without_components(n_layers: int = 3) -> KVSpec:
-    """A spec of no bytes, as that of the full pages of a model whose layers all keep a state."""
-    spec = copy.copy(_spec(n_layers, 4, Component("k", (4, 1), "int8")))
-    object.__setattr__(spec, "components", ())  # the constructor asks for one
-    return spec
+STATE = Group("mamba", GroupKind.STATE, _spec(3, 4, Component("conv_0", (5,), "int8", (0, 1))))
+WITHOUT_COMPONENTS = KVSpec((), 3, "f", (0, 3), (0, 4, 4), (STATE,))
+"""As of a model whose layers all keep a state: its full pages have no bytes."""

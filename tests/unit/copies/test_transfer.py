@@ -23,7 +23,7 @@ from hicache_core.kv.spec import Component, KVSpec
 from hicache_core.pools.device import DevicePool, paged
 from hicache_core.pools.host import HostPool
 from hicache_core.pools.layout import LAYOUTS
-from tests.unit.specs_by_layer import BY_LAYER, without_components
+from tests.unit.specs_by_layer import BY_LAYER, WITHOUT_COMPONENTS
 
 TRANSFERS: list[type[Transfer]] = [DirectTransfer, KernelTransfer]
 if native.IS_BUILT:
@@ -42,7 +42,7 @@ class World:
         page_size: int = 4,
         queue: CopyQueue | None = None,
     ) -> None:
-        self.device = DevicePool(spec, page_size, 5)
+        self.device = DevicePool.with_groups(spec, page_size, 5, [1] * len(spec.groups))
         self.host = HostPool(spec, page_size, 7, LAYOUTS[layout])
         generator = torch.Generator().manual_seed(1)
         for tensor in self.device_rows() + self.host_rows():
@@ -194,12 +194,11 @@ def test_what_a_layer_has_arrives_with_that_layer(
 def test_pages_without_bytes_are_copied_at_once_and_settle(
     kind: type[Transfer], layout: str
 ) -> None:
-    spec = without_components(n_layers=2)
-    with opened(kind, layout, spec, queue=ThreadQueue()) as world:
+    with opened(kind, layout, WITHOUT_COMPONENTS, queue=ThreadQueue()) as world:
         assert world.device.buffers == []
         pages = array("i", [4, 0, 2])
         down, up = world.transfer.to_host(pages, pages), world.transfer.to_device(pages, pages)
-        for layer in range(2):
+        for layer in range(WITHOUT_COMPONENTS.num_layers):
             up.wait_layer(layer)
         assert down.wait(10)
         assert up.wait(10)

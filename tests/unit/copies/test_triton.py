@@ -18,7 +18,7 @@ from hicache_core.kv.spec import KVSpec
 from hicache_core.pools.device import DevicePool
 from hicache_core.pools.host import HostPool
 from hicache_core.pools.layout import LAYOUTS
-from tests.unit.specs_by_layer import BY_LAYER, without_components
+from tests.unit.specs_by_layer import BY_LAYER, WITHOUT_COMPONENTS
 
 SPECS = {
     "mha": KVSpec.mha(num_layers=2, num_heads=2, head_dim=64, dtype="bfloat16", fingerprint="f"),
@@ -49,7 +49,8 @@ def kernel() -> Iterator[ModuleType]:
 
 def pools(spec: KVSpec, layout: str) -> tuple[DevicePool, HostPool]:
     """Two pools full of bytes that are the same in every call."""
-    device, host = DevicePool(spec, 4, 5), HostPool(spec, 4, 6, LAYOUTS[layout])
+    device = DevicePool.with_groups(spec, 4, 5, [1] * len(spec.groups))
+    host = HostPool(spec, 4, 6, LAYOUTS[layout])
     generator = torch.Generator().manual_seed(1)
     for tensor in all_bytes(device, host):
         tensor.copy_(torch.randint(256, tensor.shape, dtype=torch.uint8, generator=generator))
@@ -86,7 +87,7 @@ def test_the_kernel_moves_the_same_bytes_as_torch(
 
 
 def test_the_kernel_is_not_started_for_pages_without_bytes(kernel: ModuleType) -> None:
-    device, host = pools(without_components(), "page_first")
+    device, host = pools(WITHOUT_COMPONENTS, "page_first")
     transfer = kernel.TritonTransfer(device, host, InlineQueue())
     transfer.open()
     pages = array("i", [4, 0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from hicache_core.errors import SpecError
 from hicache_core.kv.spec import Component, KVSpec
-from tests.unit.specs_by_layer import BY_LAYER
+from tests.unit.specs_by_layer import BY_LAYER, WITHOUT_COMPONENTS
 
 TWO_SHAPES = BY_LAYER["two shapes"]
 
@@ -73,10 +74,6 @@ def test_shards_by_layers_have_each_row_once(spec: KVSpec, data: st.DataObject) 
             for layer in spec.layers_of(component)
             if start <= layer < stop
         }
-        if not rows:
-            with pytest.raises(SpecError, match="there must be one"):
-                spec.shard(layers=(start, stop))
-            continue
         part = spec.shard(layers=(start, stop))
         assert (part.num_layers, part.layers) == (stop - start, (start, stop))
         found |= {(c.name, start + layer) for c in part.components for layer in part.layers_of(c)}
@@ -95,6 +92,16 @@ def test_a_shard_of_a_shard_counts_the_model_s_layers() -> None:
         ("k_1", (1,)),
         ("v_1", (1,)),
     ]
+
+
+def test_a_shard_keeps_the_groups_even_without_layers_of_theirs() -> None:
+    """All ranks hold the same units, so that they evict alike; some have no bytes."""
+    k = Component("k", (4, 3), "int8", (2,))
+    whole = replace(spec_of(k, n_layers=3), groups=WITHOUT_COMPONENTS.groups)
+    first, last = whole.shard(layers=(0, 2)), whole.shard(layers=(2, 3))
+    assert (first.components, first.token_nbytes, last.token_nbytes) == ((), 0, 12)
+    specs = [part.groups[0].spec for part in (first, last)]
+    assert [(spec.layers, spec.token_nbytes) for spec in specs] == [((0, 2), 10), ((2, 3), 0)]
 
 
 def test_heads_are_cut_in_proportion_where_layers_have_fewer() -> None:

@@ -208,7 +208,6 @@ def test_a_shard_must_lie_inside(layers: Any, heads: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"components": ()}, "distinct names"),
         ({"components": (Component("k", (1,), "int8"),) * 2}, "distinct names"),
         ({"num_layers": 3}, "are not 3 layers"),
         ({"layers": (-1, 3)}, "are not 4 layers"),

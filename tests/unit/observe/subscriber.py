@@ -85,7 +85,8 @@ class Subscriber:
             if event["type"] == "AllBlocksCleared":
                 self.index.clear()
                 continue
-            medium = self.index[event["medium"]]
+            group = event.get("group_idx")
+            medium = self.index[event["medium"] if group is None else f"{event['medium']} {group}"]
             if event["type"] == "BlockStored":
                 medium.update(event["block_hashes"])
             else:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from hicache_core.errors import ConfigError
 from hicache_core.kv.keys import chain_seed, pack_tokens, page_digests
+from hicache_core.kv.spec import Group, GroupKind, KVSpec
 from hicache_core.observe import events as events_module
 from hicache_core.observe.event_format import (
     CLEARED,
@@ -32,6 +33,7 @@ from hicache_core.types import Namespace, Tier
 from tests.unit.observe.subscriber import MEDIA, Subscriber
 
 PAGE_SIZE = 4
+SPEC = KVSpec.mha(num_layers=1, num_heads=1, head_dim=2, dtype="float16", fingerprint="model")
 MARKS = itertools.count(1 << 20)
 LOOPBACK = EventsConfig(
     endpoint="tcp://127.0.0.1:*", replay_endpoint="tcp://127.0.0.1:*", topic="kv"
@@ -214,6 +216,32 @@ def test_arrays_hold_the_same_fields_in_the_order_of_the_older_form() -> None:
     ]
     plain = msgpack.unpackb(payload_of_arrays(1.5, [stored(Tier.DEVICE, run([1] * 4))], 0))
     assert plain[1][0][5:] == [None, "GPU", None]
+
+
+WINDOW = Group("swa", GroupKind.WINDOW, SPEC, window=7)
+STATE = Group("mamba", GroupKind.STATE, SPEC)
+
+
+def test_units_of_a_group_have_the_fields_of_vllm_for_it() -> None:
+    """Names and order are those of ``BlockStored`` and ``BlockRemoved`` in vLLM 0.32."""
+    page = run([1] * 4)
+    window = replace(page, group=WINDOW, group_index=1)
+    state = replace(page, group=STATE, group_index=2)
+    plain, told = stored(Tier.HOST, page), stored(Tier.HOST, window)
+    assert list(told)[len(plain) :] == [
+        "extra_keys",
+        "group_idx",
+        "kv_cache_spec_kind",
+        "kv_cache_spec_sliding_window",
+    ]
+    assert list(told.values())[len(plain) :] == [None, 1, "sliding_window", 7]
+    assert list(stored(Tier.HOST, state).values())[len(plain) :] == [None, 2, "mamba", None]
+    assert removed(Tier.HOST, state) == removed(Tier.HOST, page) | {"group_idx": 2}
+
+
+def test_pieces_of_a_long_run_belong_to_its_group() -> None:
+    whole = replace(run([1] * 40), group=WINDOW, group_index=3)
+    assert {piece.group_index for piece in pieces(whole, 8)} == {3}
 
 
 def test_the_setting_chooses_arrays() -> None:

@@ -16,7 +16,7 @@ from hicache_core.kv.spec import KVSpec
 from hicache_core.pools.host import HEADER_NBYTES, HostPool
 from hicache_core.pools.layout import LAYOUTS, PoolShape, layout_named
 from hicache_core.storage.segments import join
-from tests.unit.specs_by_layer import BY_LAYER, without_components
+from tests.unit.specs_by_layer import BY_LAYER, WITHOUT_COMPONENTS
 
 PAGE_SIZE = 4
 N_PAGES = 3
@@ -141,7 +141,7 @@ def test_layer_first_has_a_segment_for_each_layer_that_has_the_component() -> No
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_page_without_bytes_is_its_header(name: str) -> None:
-    pool = HostPool(without_components(), PAGE_SIZE, N_PAGES, LAYOUTS[name])
+    pool = HostPool(WITHOUT_COMPONENTS, PAGE_SIZE, N_PAGES, LAYOUTS[name])
     assert [len(page) for page in pool.pages(range(N_PAGES))] == [1] * N_PAGES
     assert pool.object_nbytes == HEADER_NBYTES
     assert pool.nbytes == N_PAGES * HEADER_NBYTES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -24,7 +25,7 @@ from hicache_core.copies.kernel import KernelTransfer
 from hicache_core.copies.native import NativeTransfer
 from hicache_core.copies.queues import InlineQueue
 from hicache_core.errors import IntegrityError, PoolExhausted
-from hicache_core.kv.spec import KVSpec
+from hicache_core.kv.spec import Component, KVSpec
 from hicache_core.pools.device import DevicePool
 from hicache_core.pools.host import HostPool
 from hicache_core.pools.layout import LAYOUTS
@@ -35,8 +36,17 @@ DEVICE_PAGES = 5
 HOST_PAGES = 4
 
 # Components of different widths, one of them narrow: offsets that are wrong by a row are seen.
-SPEC = KVSpec.mha(
+ALIKE = KVSpec.mha(
     num_layers=2, num_heads=1, head_dim=3, dtype="int8", fingerprint="f", scale_dtype="float32"
+)
+# And some that only some layers have: offsets that are wrong by a layer are seen.
+SPEC = replace(
+    ALIKE,
+    components=(
+        Component("k_1", (1, 4), "float32", (1,)),
+        *ALIKE.components,
+        Component("indexer_k", (5,), "int8", (0,)),
+    ),
 )
 TRANSFERS: list[type[Transfer]] = [DirectTransfer, KernelTransfer]
 if native.IS_BUILT:
@@ -48,7 +58,13 @@ PICKS = st.integers(0, 1000)
 
 @cache
 def rows(label: int, component: int, layer: int) -> torch.Tensor:
-    """What a page with this label holds there: uint8 (page_size, row_nbytes)."""
+    """What a page with this label holds there: uint8 (page_size, row_nbytes).
+
+    Args:
+        label: of the page.
+        component: index of the component.
+        layer: index among the layers that have it.
+    """
     nbytes = SPEC.components[component].row_nbytes
     content = random.Random(f"{label} {component} {layer}").randbytes(PAGE_SIZE * nbytes)
     return torch.frombuffer(bytearray(content), dtype=torch.uint8).view(PAGE_SIZE, nbytes)
@@ -167,7 +183,7 @@ class PoolsMachine(RuleBasedStateMachine):
     @invariant()
     def every_page_in_use_holds_what_its_label_says(self) -> None:
         for component in range(len(SPEC.components)):
-            for layer in range(SPEC.num_layers):
+            for layer in range(len(self.device.buffers[component])):
                 for page, label in self.on_device.items():
                     found = self.device_rows(component, layer, page)
                     assert torch.equal(found, rows(label, component, layer)), ("device", page)

@@ -31,6 +31,7 @@ from tests.unit.manifests import write_manifest
 
 PAGE_SIZE = 4
 SPEC = KVSpec.mha(num_layers=2, num_heads=2, head_dim=8, dtype="bfloat16", fingerprint="m1")
+K, V = SPEC.components
 TOKENS = pack_tokens(range(1, 31))  # seven pages and two tokens
 DEFAULT = Namespace()
 SALTED = Namespace(cache_salt="tenant-a")
@@ -179,8 +180,16 @@ def test_a_salt_that_nobody_stored_with_is_found_out(store: StorageBackend) -> N
                 [["k", [2, 8], "float16"], ["v", [2, 8], "float16"]],
             ),
         ),
+        (
+            manifest_of(replace(SPEC, components=(replace(K, layers=(1,)), V))),
+            Difference(
+                "components",
+                [["k", [2, 8], "bfloat16"], ["v", [2, 8], "bfloat16"]],
+                [["k", [2, 8], "bfloat16", [1]], ["v", [2, 8], "bfloat16"]],
+            ),
+        ),
     ],
-    ids=["model", "layout", "page_size", "dtype"],
+    ids=["model", "layout", "page_size", "dtype", "layers of a component"],
 )
 def test_another_cache_stored_it_and_differs_in_one_field(
     store: StorageBackend, other: Manifest, difference: Difference

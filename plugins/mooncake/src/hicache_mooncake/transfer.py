@@ -95,8 +95,8 @@ class EngineCarrier(Carrier):
             TransferError: no engine with this protocol and device, or memory it does not take.
         """
         _set_limits(self._config.idle_timeout_s)
-        regions = [region for layers in memory.regions for region in layers]
-        self._ranges = sorted((address_of(r), r.nbytes) for r in [*regions, self._scratch])
+        regions = [*memory.every_region(), self._scratch]
+        self._ranges = sorted((address_of(r), r.nbytes) for r in regions)
         self._engine = self._engine_at(_own_host(self._config))
 
     def _engine_at(self, host: str) -> Any:
