@@ -337,8 +337,11 @@ class Explainer(Journal):
         _keep(self._first_pages, first_page, known, MAX_FIRST_PAGES)
 
 
-_MAY_BECOME_BETTER_KNOWN = frozenset(
-    [Reason.NEVER_SEEN, Reason.NEW_PART, Reason.DEADLINE, Reason.CUT_BY_GROUP]
+_MAY_BECOME_BETTER_KNOWN = (
+    Reason.NEVER_SEEN,
+    Reason.NEW_PART,
+    Reason.DEADLINE,
+    Reason.CUT_BY_GROUP,
 )
 
 
