@@ -13,6 +13,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hicache_core.errors import SpecError
+from hicache_core.integrations.identity import check_adapters
 from hicache_core.integrations.length_rule import length_rule_of
 from hicache_core.kv.spec import KVSpec
 
@@ -87,6 +88,7 @@ def check_model(model: Any) -> Probe:
     Raises:
         SpecError: the model cannot be cached; the message says why.
     """
+    check_adapters(model)
     check_layers(model.config)
     text = _text_config(model.config)
     if text.model_type == "big_bird" and text.attention_type != "original_full":
@@ -95,6 +97,7 @@ def check_model(model: Any) -> Probe:
             "that depend on the length of the prompt, so its KV cannot be reused: set "
             "config.attention_type = 'original_full' before the model is made"
         )
+    _check_purpose(model)
     ids = probe_tokens(model)
     n_first = len(ids) * 2 // 3
     if not n_first:
@@ -405,3 +408,16 @@ def _name(model: Any) -> str:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     kind = type(inner).__name__
     return kind if inner is model else f"{type(model).__name__} of {kind}"
+
+
+def _check_purpose(model: Any) -> None:
+    """Raises SpecError for a model that does not continue a text with what it computed of it."""
+    kind = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise SpecError(
+            f"{kind} cannot be cached: the KV of its decoder depends on what its encoder has read"
+        )
+    if hasattr(model, "can_generate") and not model.can_generate():
+        raise SpecError(
+            f"{kind} cannot be cached: it is not a causal language model of transformers"
+        )
