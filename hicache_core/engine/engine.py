@@ -38,7 +38,8 @@ from hicache_core.engine.tensor_ranks import TensorRanks
 from hicache_core.engine.watchdog import Watchdog
 from hicache_core.errors import ConfigError, QueueFull, RankLost, UseAfterClose
 from hicache_core.integrations.identity import ModelIdentity
-from hicache_core.integrations.model_check import check_model, kv_spec_of
+from hicache_core.integrations.model_check import check_model
+from hicache_core.integrations.model_spec import full_kv_spec_of
 from hicache_core.pools.device import DevicePool
 from hicache_core.process.main_thread import main_has_ended
 
@@ -132,7 +133,7 @@ class Engine:
         self._rules = LogitsRules.of(model)
         probe = check_model(model)
         self.identity = ModelIdentity(model)
-        spec = kv_spec_of(model, self.identity.fingerprint)
+        spec = full_kv_spec_of(model, self.identity.fingerprint)
         check_batches(model, spec, probe)
         page_size = self._cache_config.page_size
         if self._ranks is not None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hicache_core.engine.runner import Past, Runner
-from hicache_core.integrations.transformers import kv_spec_of
+from hicache_core.integrations.model_spec import full_kv_spec_of
 from hicache_core.pools.device import DevicePool
 from hicache_core.types import CachedTokens
 from tests.engine.windowed_models import WINDOW, WINDOWED, loaded_model
@@ -38,7 +38,7 @@ def test_logits_are_those_of_the_model_in_chunks_and_beside_other_lengths(name: 
     model = loaded_model(name).model
     expected = whole(model, LONG)
     pages = array("i", range(-(-len(LONG) // PAGE_SIZE)))
-    runner = Runner(model, DevicePool(kv_spec_of(model, "x"), PAGE_SIZE, len(pages)))
+    runner = Runner(model, DevicePool(full_kv_spec_of(model, "x"), PAGE_SIZE, len(pages)))
     n_past = 0
     for n_tokens in CHUNKS:
         logits = runner.prefill(LONG[n_past : n_past + n_tokens], n_past, pages)

@@ -20,7 +20,8 @@ from hicache_core.engine.runner import Runner
 from hicache_core.engine.sampling import Sampler
 from hicache_core.engine.scheduler import Scheduler
 from hicache_core.engine.task import Task
-from hicache_core.integrations.transformers import fingerprint_of_model, kv_spec_of
+from hicache_core.integrations.model_spec import full_kv_spec_of
+from hicache_core.integrations.transformers import fingerprint_of_model
 from hicache_core.pools.device import DevicePool
 from hicache_core.types import Namespace
 from tests.page_path.tiny_models import prompt_of, tiny_model
@@ -201,7 +202,7 @@ def stepped_engine(
     """One with a cache of its own; at the end, no page may be held by anybody but the tree."""
     loaded = loaded or model_of()
     cache_settings = cache or cache_config()
-    spec = kv_spec_of(loaded.model, fingerprint_of_model(loaded.model))
+    spec = full_kv_spec_of(loaded.model, fingerprint_of_model(loaded.model))
     pool = DevicePool(spec, cache_settings.page_size, n_pages)
     with HiCache(cache_settings, spec, pool) as opened:
         made = SteppedEngine(loaded, opened, pool, EngineConfig(**config))
