@@ -35,6 +35,7 @@ from hicache_core.engine.shard import shard
 from hicache_core.engine.status import status_of
 from hicache_core.engine.task import Task
 from hicache_core.engine.tensor_ranks import TensorRanks
+from hicache_core.engine.units import SequenceUnits
 from hicache_core.engine.watchdog import Watchdog
 from hicache_core.errors import ConfigError, QueueFull, RankLost, UseAfterClose
 from hicache_core.integrations.identity import ModelIdentity
@@ -138,14 +139,17 @@ class Engine:
         if self._ranks is not None:
             spec = shard(model, spec, self._ranks)
             self.identity.settle()
-        self._limits = Limits.of(self._model, spec, self._config, page_size)
+        self._limits = Limits.of(self._model, spec, self._config, self._cache_config)
         if self._ranks is not None:
             self._limits = self._limits.agreed(self._ranks, page_size)
         n_pages = self._limits.n_slots // page_size
-        self._pool = DevicePool(spec, page_size, n_pages, model.device)
+        n_units = self._limits.n_units
+        self._pool = DevicePool.with_groups(spec, page_size, n_pages, n_units, model.device)
         self._cache = HiCache(
             self._cache_config, spec, self._pool, clock=self._clock, ranks=self._ranks
         )
+        snapshot_interval = self._cache_config.state_snapshot_interval
+        self._units = SequenceUnits(self._cache, spec.groups, snapshot_interval)
         self._scheduler = self._make_scheduler(
             self._cache,
             Runner(model, self._pool),
@@ -317,7 +321,7 @@ class Engine:
             request,
             order.number,
             partial(self._told, on_output),
-            PageTable(self._cache, request.namespace, request.priority),
+            PageTable(self._cache, request.namespace, request.priority, self._units.another()),
             Sampler(params, order.seed, self._limits.eos_token_ids, self._rules),
             TextStream(self._model.tokenizer, params.stop, skip_special=params.skip_special_tokens),
         )
