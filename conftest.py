@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent
 LONGEST = (
     "tests/engines/test_vllm.py",
     "tests/engines/test_sglang.py",
+    "tests/models/test_models.py",
     "tests/simulation/test_simulation.py",
     "tests/end_to_end/test_dist.py",
     "tests/pd/test_smollm2.py",

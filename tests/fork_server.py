@@ -9,4 +9,4 @@ import multiprocessing
 
 CONTEXT = multiprocessing.get_context("forkserver")
 # It imports what it was told before its first process, and nothing later: hence one list for all.
-CONTEXT.set_forkserver_preload(["tests.engine.tp_world", "tests.ranks.rank"])
+CONTEXT.set_forkserver_preload(["tests.engine.tp_world", "tests.models.trial", "tests.ranks.rank"])

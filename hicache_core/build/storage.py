@@ -208,7 +208,6 @@ class StorageOpener:
             HEADER_NBYTES + max(nbytes),
             ranks.rank,
             ranks.world_size,
-            least_nbytes=HEADER_NBYTES + min(filter(None, nbytes)) if groups else 0,
         )
 
     def open(self, name: str, settings: Mapping[str, object]) -> Attachment:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -247,7 +248,9 @@ class Controller:
 
         Returns:
             The match with all its pages on the device. If the device has too little room, the
-            match with its device part only: the caller computes the rest again.
+            match with its device part only: the caller computes the rest again. Of a model with
+            groups it locks the node of that one, and unlocks the other: a shorter prefix needs
+            other units.
 
         Raises:
             IntegrityError: the node is not locked, so its pages may be gone already.
@@ -257,6 +260,8 @@ class Controller:
             return match
         if not match.node.lock_count:
             raise IntegrityError("load_back of a match whose node is not locked; lock it first")
+        if self._parts.groups:  # an insert may have brought units, so that the host's could go
+            match = replace(match, groups=self._parts.tree.units(match.node))
         n_pages = len(match.host_pages)
         own: tuple[array[int], ...] = ()
         try:

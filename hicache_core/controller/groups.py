@@ -106,8 +106,16 @@ class GroupPaths:
             PoolExhausted: too few may leave the device; nothing was taken.
         """
         pool = group.held.device
-        while pool.n_free < n and self._evict_device(group, n - pool.n_free):
-            pass
+        n_leaving = 0  # they are free once the host has them
+        while pool.n_free < n:
+            n_lacking = n - pool.n_free - n_leaving
+            n_sent = self._evict_device(group, n_lacking) if n_lacking > 0 else None
+            if n_sent is not None:
+                n_leaving += n_sent
+            elif self._wait_for_copy():
+                n_leaving = 0
+            else:
+                break
         if pool.n_free < n:
             raise PoolExhausted(
                 f"{n} units of group {group.held.group.name!r} are needed; {pool.n_free} of "
@@ -115,18 +123,24 @@ class GroupPaths:
             )
         return pool.allocate(n)
 
-    def _evict_device(self, group: GroupParts, n: int) -> bool:
-        """Frees up to ``n`` device units, or starts to; False if nothing can leave."""
+    def _evict_device(self, group: GroupParts, n: int) -> int | None:
+        """Frees up to ``n`` device units of one node, or has them copied to the host first.
+
+        Returns:
+            How many leave with the end of a copy; None if nothing can leave.
+        """
         held = group.held
         victim = held.device_victim(n, self._parts.tree.split)
         if victim is None:
-            return self._wait_for_copy()
+            return None
         holding = held.get(victim)
         assert holding is not None
         backs_up = self._parts.policies.write.backs_up_before_eviction
-        if not (backs_up and self._wants_backup(holding) and self._backup(group, victim)):
-            held.drop_device(victim)
-        return True
+        if backs_up and self._wants_backup(holding) and self._backup(group, victim):
+            holding.leaves = True
+            return held.n_units(victim)
+        held.drop_device(victim)
+        return 0
 
     def allocate_host(self, group: GroupParts, n: int) -> array[int]:
         """Takes up to ``n`` host units, and evicts what may go; never waits."""

@@ -271,6 +271,8 @@ class PrefetchPath:
         if n_wanted < n_found:
             detail = f"{n_wanted} of {n_found} pages are expected to pay"
             prefetch.falls_short(Shortfall("declined", detail))
+            if question is not None:  # fewer may end where a group has nothing
+                n_wanted = question.n_more(result.mask or (), n_wanted)
         return n_wanted
 
     def _answered(

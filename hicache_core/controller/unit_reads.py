@@ -49,11 +49,12 @@ class Question:
     _n_full: int
     _asked: tuple[_Asked, ...]
 
-    def n_more(self, mask: Sequence[bool]) -> int:
+    def n_more(self, mask: Sequence[bool], most: int | None = None) -> int:
         """How many pages beyond ``reached`` can be used, by what storage says it has.
 
         Args:
             mask: for each of ``keys`` whether storage has it.
+            most: pages that are wanted at most; all if None.
         """
         limit = self.n_pages
         if self._n_full:
@@ -62,6 +63,8 @@ class Question:
                 if not there:
                     break
                 limit += 1
+        if most is not None:
+            limit = min(limit, self.reached + most)
         start = self._n_full
         available: list[tuple[GroupParts, list[int]]] = []
         for asked in self._asked:

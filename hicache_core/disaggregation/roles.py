@@ -17,7 +17,7 @@ from hicache_core.engine.config import EngineConfig
 from hicache_core.engine.runner import Runner
 from hicache_core.engine.scheduler import Clock, Scheduler
 from hicache_core.engine.tensor_ranks import TensorRanks
-from hicache_core.errors import ConfigError, SpecError
+from hicache_core.errors import ConfigError
 from hicache_core.kv_transfer.base import KvTransferBackend, TransferContext
 from hicache_core.kv_transfer.page_memory import PageMemory
 from hicache_core.observe.snapshot import TransferStatus
@@ -88,15 +88,9 @@ class Role:
 
         Raises:
             TransferError, BrokenBackend: the backend does not open.
-            SpecError: the pages are not in host memory, or the model has windows or states in
-                pools of their own.
+            SpecError: the pages are not in host memory.
             RankLost: another rank could not do the same.
         """
-        if groups := [group.name for group in runner.pool.spec.groups]:
-            raise SpecError(
-                f"the model keeps {', '.join(groups)} beside its full pages, which prefill and "
-                "decode nodes do not exchange yet: start it without disaggregation"
-            )
         scheduler = Scheduler(cache, runner, config, n_pages=n_pages, clock=clock, ranks=ranks)
         transfer = self._open(memory_of_pool(runner.pool), ranks)
         timeout_s = self.settings.timeout_s

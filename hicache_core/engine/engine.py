@@ -39,7 +39,8 @@ from hicache_core.engine.units import SequenceUnits
 from hicache_core.engine.watchdog import Watchdog
 from hicache_core.errors import ConfigError, QueueFull, RankLost, UseAfterClose
 from hicache_core.integrations.identity import ModelIdentity
-from hicache_core.integrations.model_check import check_model, kv_spec_of
+from hicache_core.integrations.model_check import check_model
+from hicache_core.integrations.model_spec import full_kv_spec_of, kv_spec_of
 from hicache_core.pools.device import DevicePool
 from hicache_core.process.main_thread import main_has_ended
 
@@ -133,7 +134,10 @@ class Engine:
         self._rules = LogitsRules.of(model)
         probe = check_model(model)
         self.identity = ModelIdentity(model)
-        spec = kv_spec_of(model, self.identity.fingerprint)
+        # Ranks, and connectors and listeners, move full pages only: windows are in those as well.
+        is_alone = self._ranks is None and self._make_scheduler is Scheduler
+        spec_of = kv_spec_of if is_alone else full_kv_spec_of
+        spec = spec_of(model, self.identity.fingerprint)
         check_batches(model, spec, probe)
         page_size = self._cache_config.page_size
         if self._ranks is not None:
@@ -276,10 +280,17 @@ class Engine:
         ``close`` waits at most its own time for pages that the listener holds: end it first.
 
         Raises:
-            ConfigError: the engine has several ranks.
+            ConfigError: the engine has several ranks, or the model keeps windows or states beside
+                the full pages.
         """
         if self._ranks is not None:
             raise ConfigError(_ONE_RANK_ONLY)
+        if groups := [group.name for group in self._pool.spec.groups]:
+            raise ConfigError(
+                f"a listener gets full pages, and this engine keeps {', '.join(groups)} beside "
+                "them: let make_scheduler put the listener into the scheduler's feed, so that the "
+                "full pages have the windows, too"
+            )
         self._scheduler.feed.listener = listener
 
     def status(self) -> EngineStatus:

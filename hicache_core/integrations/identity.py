@@ -4,44 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain
-from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import xxhash
-from torch import nn
 
 from hicache_core.errors import ConfigError, SpecError
-from hicache_core.types import Namespace
-
-# Keys of a config that say nothing about KV, or where the model was read from.
-_NOT_OF_CONFIG = frozenset({"transformers_version", "use_cache"})
-
-# Attributes of modules that change with use, or say where the model is rather than what it does.
-_NOT_SETTINGS = frozenset(
-    {
-        "gradient_checkpointing",
-        "hf_device_map",
-        "max_seq_len_cached",
-        "rope_deltas",
-        "training",
-        "warnings_issued",
-    }
+from hicache_core.integrations.module_settings import (
+    NOT_OF_CONFIG,
+    attention_of,
+    first_tables,
+    foreign_code,
+    frozen,
+    further_configs,
+    has_objects,
+    loose_tensors,
+    moves_with_length,
+    noisy,
+    of_config,
+    others,
+    settings,
+    state_of,
 )
-
-# Of peft's layers: which adapters are switched on. Other private names are nobody's business.
-_ADAPTER_SETTINGS = frozenset({"_active_adapter", "_disable_adapters"})
-
-# Rotary tables of these kinds follow from the config and the length of the sequence at hand.
-_ROPE_THAT_MOVES = frozenset({"dynamic", "longrope"})
-
-# Packages whose hooks move tensors, look on, or compute weights from others that we read.
-_KNOWN_HOOKS = frozenset({"accelerate", "hicache_core", "peft", "torch", "transformers"})
+from hicache_core.integrations.watch import NO_LOOK, Watch
+from hicache_core.types import Namespace
 
 
 def fingerprint_of_model(model: Any) -> str:
@@ -87,7 +78,9 @@ class ModelIdentity:
         """
         self._model = model
         self._contents = _Contents()
-        self._named_hooks = [] if fingerprint is None else [hook for _, hook in _hooks(model)]
+        named = [] if fingerprint is None else foreign_code(model)
+        self._named_code = [function for _, _, function in named]
+        self._named: dict[object, str] = {}  # states with objects, whose names only we know
         self._check()
         if fingerprint is None:
             self.fingerprint = _digest(model, self._contents)
@@ -107,14 +100,15 @@ class ModelIdentity:
 
     def _begin(self, first: str) -> None:
         self._first = first
-        self._watch = _Watch(self._model)
+        self._first_others = _others_of(self._model, self._contents)
+        self._watch = Watch(self._model)
         self._last_look = self._watch.look()
         self._variant: str | None = None
 
     def weights_changed(self) -> None:
         """Makes the next check read everything: for changes of weights that it cannot see."""
         self._contents.forget()
-        self._last_look = _NO_LOOK
+        self._last_look = NO_LOOK
 
     def variant(self) -> str | None:
         """The name of the model's present state, in addition to the fingerprint.
@@ -126,14 +120,25 @@ class ModelIdentity:
         Raises:
             SpecError, ConfigError: as at the start.
         """
-        if self._watch.look() != self._last_look:
+        if self._watch.has_changed(self._last_look):
             self._check()
-            self._watch = _Watch(self._model)
+            self._watch = Watch(self._model)
             look = self._watch.look()
             digest = _digest(self._model, self._contents)
+            if more := self._others_name():
+                digest = hashlib.sha256(f"{digest} {more}".encode()).hexdigest()[:32]
             self._variant = None if digest == self._first else digest
             self._last_look = look
         return self._variant
+
+    def _others_name(self) -> str:
+        """Names what the digest leaves out, as far as it has changed since the start."""
+        now, first = _others_of(self._model, self._contents), self._first_others
+        names = sorted(now.keys() | first.keys())
+        changed = tuple((key, now.get(key)) for key in names if now.get(key) != first.get(key))
+        if not has_objects(changed):
+            return repr(changed) if changed else ""
+        return self._named.setdefault(changed, secrets.token_hex(16))
 
     def namespace(self, namespace: Namespace, inputs: str | None = None) -> Namespace:
         """The namespace for the keys of a request.
@@ -151,83 +156,32 @@ class ModelIdentity:
         return replace(namespace, variant=hashlib.sha256("/".join(parts).encode()).hexdigest()[:32])
 
     def _check(self) -> None:
-        adapters: Mapping[str, Any] = getattr(self._model, "peft_config", None) or {}
-        for name, adapter in adapters.items():
-            if getattr(adapter, "is_prompt_learning", False):
-                raise SpecError(
-                    f"adapter {name!r} is a {type(adapter).__name__}: its virtual tokens are in "
-                    "the KV but not among the token ids, so its pages cannot have keys"
-                )
-        for name, hook in _hooks(self._model):
-            if not _is_known(hook) and not any(hook is known for known in self._named_hooks):
-                called = getattr(hook, "__qualname__", type(hook).__name__)
+        check_adapters(self._model)
+        for name, what, function in foreign_code(self._model):
+            if not any(function is known for known in self._named_code):
+                called = getattr(function, "__qualname__", type(function).__name__)
                 raise ConfigError(
-                    f"module {name or 'model'!r} has a forward hook, {called}, which may change "
-                    "the KV without changing the fingerprint; remove it, or give CachedModel.open "
-                    "a fingerprint= that covers the hook (an Engine accepts no hooks)"
+                    f"module {name or 'model'!r} has {what}, {called}, which may change the KV "
+                    "without changing the fingerprint; remove it, or give CachedModel.open a "
+                    "fingerprint= that covers it (an Engine accepts none)"
                 )
 
 
-class _Look(NamedTuple):
-    """The result of one check; comparable only with others of this process."""
-
-    modules: tuple[int, ...]
-    tensors: tuple[object, ...]
-    settings: tuple[object, ...]
-    hooks: tuple[int, ...]
-
-
-_NO_LOOK = _Look((), (), (), ())
-
-
-class _Watch:
-    """The places in a model that show a change, found once and then read quickly."""
-
-    def __init__(self, model: nn.Module) -> None:
-        modules = list(model.modules())
-        self._children = [module._modules for module in modules if module._modules]
-        self._hooks = [
-            hooks
-            for module in modules
-            for hooks in (module._forward_pre_hooks, module._forward_hooks)
-        ]
-        holders: list[Any] = [module._parameters for module in modules if module._parameters]
-        holders += [module._buffers for module in modules if _fixed_buffers(module)]
-        self._holders = holders
-        # Weak, so that weights that were replaced can be freed; dead once the memory may be reused.
-        self._tensors = [weakref.ref(tensor) for tensor in self._held()]
-        self._plain: list[tuple[Callable[[dict[str, Any]], object], dict[str, Any]]] = []
-        self._nested: list[tuple[str, dict[str, Any]]] = []
-        for module in modules:
-            names = [name for name, _ in _settings(module)]
-            kept = vars(module)
-            plain = [name for name in names if not isinstance(kept[name], dict | list | set)]
-            if plain:
-                self._plain.append((itemgetter(*plain), kept))
-            self._nested += [(name, kept) for name in names if name not in plain]
-
-    def _held(self) -> Iterator[torch.Tensor]:
-        values = chain.from_iterable(map(dict.values, self._holders))
-        return (tensor for tensor in values if tensor is not None)
-
-    def look(self) -> _Look:
-        """Reads these places now."""
-        children = chain.from_iterable(map(dict.values, self._children))
-        tensors = list(self._held())
-        same = [ref() is tensor for ref, tensor in zip(self._tensors, tensors, strict=False)]
-        states = map(_state_of, tensors)
-        try:
-            settings = [get(kept) for get, kept in self._plain]
-            settings += [_frozen(kept[name]) for name, kept in self._nested]
-        except KeyError:  # one is gone
-            settings = []
-        hooks = chain.from_iterable(map(dict.values, self._hooks)) if any(self._hooks) else ()
-        return _Look(
-            tuple(map(id, children)),
-            (len(tensors), all(same) and len(same) == len(self._tensors), *states),
-            tuple(settings),
-            tuple(map(id, hooks)),
-        )
+def check_adapters(model: Any) -> None:
+    """Raises SpecError for adapters whose KV follows from more than the token ids before it."""
+    adapters: Mapping[str, Any] = getattr(model, "peft_config", None) or {}
+    for name, adapter in adapters.items():
+        kind = f"adapter {name!r} is a {type(adapter).__name__}"
+        if getattr(adapter, "is_prompt_learning", False):
+            raise SpecError(
+                f"{kind}: its virtual tokens are in the KV but not among the token ids, so its "
+                "pages cannot have keys"
+            )
+        if getattr(adapter, "alora_invocation_tokens", None):
+            raise SpecError(
+                f"{kind} with invocation tokens, which switch it on behind their last place in the "
+                "prompt: a longer prompt may move that place, so KV before it cannot be reused"
+            )
 
 
 class _Contents:
@@ -254,7 +208,7 @@ class _Contents:
         Raises:
             SpecError: they cannot be read.
         """
-        state = _state_of(tensor)
+        state = state_of(tensor)
         known = self._known.get(name)
         if known is not None and known[0]() is tensor and known[1] == state:
             return known[2]
@@ -262,15 +216,6 @@ class _Contents:
         text = f"{tuple(tensor.shape)} {tensor.dtype} {content}"
         self._known[name] = (weakref.ref(tensor), state, text)
         return text
-
-
-def _state_of(tensor: torch.Tensor) -> tuple[int, int]:
-    """Address and version of a tensor, as far as they are known."""
-    try:
-        version = 0 if tensor.is_inference() else tensor._version
-        return tensor.data_ptr(), version
-    except (RuntimeError, NotImplementedError):  # a wrapper around other tensors has no memory
-        return 0, 0
 
 
 def _content(name: str, tensor: torch.Tensor) -> str:
@@ -287,61 +232,38 @@ def _content(name: str, tensor: torch.Tensor) -> str:
 
 def _digest(model: Any, contents: _Contents) -> str:
     digest = hashlib.sha256(_as_json(_without_origin(model.config.to_dict())))
-    named = [(name, dict(_settings(module))) for name, module in model.named_modules()]
-    digest.update(_as_json({name: settings for name, settings in named if settings}))
-    tensors: dict[str, Any] = {
-        f"{name}.{key}" if name else key: buffer
-        for name, module in model.named_modules()
-        if _fixed_buffers(module)
-        for key, buffer in module._buffers.items()
-        if buffer is not None
-    }
-    tensors.update(model.state_dict(keep_vars=True))
+    named = [(name, dict(settings(module))) for name, module in model.named_modules()]
+    digest.update(_as_json({name: found for name, found in named if found}))
+    held: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        buffers = () if moves_with_length(module) else module._buffers.items()
+        for key, tensor in (*buffers, *loose_tensors(module)):
+            if tensor is not None:
+                held[f"{name}.{key}" if name else key] = tensor
+    held.update(model.state_dict(keep_vars=True))
     shared: dict[int, str] = {}  # tied weights are read once
-    for name, tensor in sorted(tensors.items()):
+    for name, tensor in sorted(held.items()):
         if id(tensor) not in shared:
             shared[id(tensor)] = contents.of(name, tensor)
         digest.update(f"\n{name} {shared[id(tensor)]}".encode())
+    noise = [name for name, module in model.named_modules() if module.training and noisy(module)]
+    if rare := noise + attention_of(model):
+        digest.update(_as_json(rare))
     return digest.hexdigest()[:32]
 
 
-def _fixed_buffers(module: nn.Module) -> bool:
-    """Whether a module has buffers, and they stay as they are however long the sequences get."""
-    kinds = getattr(module, "rope_type", None)
-    kinds = kinds.values() if isinstance(kinds, dict) else (kinds,)
-    return bool(module._buffers) and not any(
-        isinstance(kind, str) and kind in _ROPE_THAT_MOVES for kind in kinds
-    )
-
-
-def _settings(module: nn.Module) -> Iterator[tuple[str, object]]:
-    """The attributes of a module that are plain numbers, or collections that hold such."""
-    for name, value in vars(module).items():
-        if name in _NOT_SETTINGS or (name.startswith("_") and name not in _ADAPTER_SETTINGS):
-            continue
-        if isinstance(value, str) and name not in _ADAPTER_SETTINGS:
-            continue  # names and paths
-        if value is not None and _is_plain(value):
-            yield name, value
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(key, str | int) for key in value) and all(
-            map(_is_plain, value.values())
-        )
-    if isinstance(value, list | tuple | set | frozenset):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)
-
-
-def _frozen(value: object) -> object:
-    """The same as a value that does not change with the module."""
-    if isinstance(value, dict):
-        return tuple((key, _frozen(item)) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return tuple(map(_frozen, value))
-    return frozenset(value) if isinstance(value, set) else value
+def _others_of(model: Any, contents: _Contents) -> dict[str, object]:
+    """What the digest leaves out, as a model of this class has it like any other at the start."""
+    state: dict[str, object] = {
+        f"further config {n}": frozen(dict(of_config(config)))
+        for n, config in enumerate(further_configs(model))
+    }
+    for name, module in model.named_modules():
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        state[name] = kind, frozen(dict(others(module)))
+        for key in first_tables(module):
+            state[f"{name}.{key}"] = contents.of(f"{name}.{key}", module._buffers[key])
+    return state
 
 
 def _without_origin(value: object) -> object:
@@ -350,7 +272,7 @@ def _without_origin(value: object) -> object:
         return {
             str(key): _without_origin(item)
             for key, item in value.items()
-            if not (str(key).startswith("_") or key in _NOT_OF_CONFIG)
+            if not (str(key).startswith("_") or key in NOT_OF_CONFIG)
         }
     return [_without_origin(item) for item in value] if isinstance(value, list | tuple) else value
 
@@ -364,15 +286,3 @@ def _in_words(value: object) -> object:
     if isinstance(value, set | frozenset):
         return sorted(value, key=str)
     return str(value) if isinstance(value, torch.dtype) else type(value).__qualname__
-
-
-def _hooks(model: nn.Module) -> Iterator[tuple[str, object]]:
-    for name, module in model.named_modules():
-        for hook in chain(module._forward_pre_hooks.values(), module._forward_hooks.values()):
-            yield name, hook
-
-
-def _is_known(hook: object) -> bool:
-    hook = getattr(hook, "func", hook)  # of a partial
-    source = getattr(hook, "__module__", None) or type(hook).__module__
-    return str(source).partition(".")[0] in _KNOWN_HOOKS

@@ -66,7 +66,7 @@ class ARCOrder(QueueOrder):
         if missed_again:
             share = max(0.0, share - missed_again * max(1.0, n_once / n_again))
         self._new_share = share
-        return PROVEN if 2 * (missed_once + missed_again) >= node.n_pages else NEW
+        return PROVEN if 2 * (missed_once + missed_again) >= self._size(node) else NEW
 
     def place(self, node: Node) -> None:
         # docstring inherited

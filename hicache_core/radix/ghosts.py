@@ -20,6 +20,11 @@ def page_names(node: Node, page_size: int) -> list[int]:
     return memoryview(node_digests(node, page_size)).cast("Q")[::_WORDS_A_DIGEST].tolist()
 
 
+def last_page_name(node: Node, page_size: int) -> list[int]:
+    """The last of ``page_names``: what a snapshot at the end of ``node`` is known by."""
+    return page_names(node, page_size)[-1:]
+
+
 class Ghosts:
     """Remembers pages without their KV; the caller keeps their number bounded."""
 

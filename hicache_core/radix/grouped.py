@@ -10,7 +10,7 @@ from hicache_core.errors import IntegrityError
 from hicache_core.kv.spec import GroupKind
 from hicache_core.radix.holdings import Holdings, Part, Split
 from hicache_core.radix.node import Node, last_on_device, path_to
-from hicache_core.radix.results import InsertResult, Match, NewUnits
+from hicache_core.radix.results import InsertResult, Match, NewUnits, Units
 
 
 class Grouped:
@@ -117,9 +117,13 @@ class Grouped:
             for run in runs:
                 duplicates[-1].extend(self._insert_run(result, n_pages, held, run))
             held.renew(result.node, used=False)
-        path = [(node, node.n_pages) for node in path_to(result.node)]
-        units = tuple(held.units(path) for held in self.groups)
+        units = self.units(result.node)
         return replace(result, unit_duplicates=tuple(duplicates), units=units)
+
+    def units(self, node: Node) -> tuple[Units, ...]:
+        """By group, what the prefix that ends at ``node`` has."""
+        path = [(at, at.n_pages) for at in path_to(node)]
+        return tuple(held.units(path) for held in self.groups)
 
     def _insert_run(
         self, result: InsertResult, n_pages: int, held: Holdings, run: NewUnits

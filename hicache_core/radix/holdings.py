@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from hicache_core.errors import IntegrityError
 from hicache_core.kv.spec import Group, GroupKind
 from hicache_core.pools.pins import PinnedUnits
+from hicache_core.radix.ghosts import last_page_name, page_names
 from hicache_core.radix.node import Node, cut, path_to_root
 from hicache_core.radix.order import EvictionOrder, EvictionPolicy, TierView
 from hicache_core.radix.results import LACKING, Units
@@ -124,9 +125,11 @@ class Holdings:
         self.n_device_units = 0
         self.n_host_units = 0
         self.observer: UnitObserver = _Nobody()
-        alone = TierView(page_size, lambda _node: 0)  # no node keeps another's units
-        self._device_order = policies[0].order(alone)
-        self._host_order = policies[1].order(alone)
+        is_state = group.kind is GroupKind.STATE
+        names = last_page_name if is_state else page_names
+        view = TierView(page_size, _no_children, self.n_units, names)
+        self._device_order = policies[0].order(view)
+        self._host_order = policies[1].order(view)
         self._held: dict[Node, Holding] = {}
         self._locks: dict[Node, int] = {}
         self._runs: dict[Node, list[Run]] = {}
@@ -202,15 +205,21 @@ class Holdings:
         return 1 if self.group.kind is GroupKind.STATE else node.n_pages
 
     def renew(self, node: Node, *, used: bool) -> None:
-        """Tells both orders that the prefix which ends at ``node`` was used, or inserted."""
-        for order, on_device in ((self._device_order, True), (self._host_order, False)):
-            touch = order.touch(used=used, inserted=not used)
-            if touch is None:
+        """Tells both orders that the prefix which ends at ``node`` was used, or inserted.
+
+        What it needs stays on the device, even if a longer prefix, which did not, brought it.
+        """
+        touch_device = self._device_order.touch(used=used, inserted=not used)
+        touch_host = self._host_order.touch(used=used, inserted=not used)
+        for at in self.trailing(node):
+            holding = self._held.get(at)
+            if holding is None:
                 continue
-            for at in self.trailing(node):
-                holding = self._held.get(at)
-                if holding is not None and (holding.device if on_device else holding.host):
-                    touch(at)
+            holding.leaves = False
+            if touch_device is not None and holding.device is not None:
+                touch_device(at)
+            if touch_host is not None and holding.host is not None:
+                touch_host(at)
 
     def trailing(self, node: Node) -> Iterator[Node]:
         """The nodes with units that one needs to go on after ``node``, deepest first."""
@@ -319,10 +328,10 @@ class Holdings:
         above.host, holding.host = cut(holding.host, upper.n_pages)
         above.stored_in, above.is_copied = holding.stored_in, holding.is_copied
         above.leaves = holding.leaves
-        if above.device is not None:
-            self._device_order.split(upper, node)
-        if above.host is not None:
-            self._host_order.split(upper, node)
+        for order, units in ((self._device_order, above.device), (self._host_order, above.host)):
+            if units is not None:
+                order.split(upper, node)
+                order.place(upper)  # a queue lets it rest for its child, which keeps no units of it
 
     # Locks.
 
@@ -466,12 +475,16 @@ class Holdings:
         for node in listed - there:
             self._require(False, node, "is listed in an order, but has no units in that tier")
         for node in there - listed:
-            may_be_out = node in self._locks or node in self._runs or node.lock_count > 0
+            may_be_out = node in self._locks or node in self._runs
             self._require(may_be_out, node, "is not listed in the order of its tier")
 
     def _require(self, holds: bool, node: Node, rule: str) -> None:
         if not holds:
             raise IntegrityError(f"group {self.group.name!r}: {node} {rule}")
+
+
+def _no_children(_: Node) -> int:
+    return 0  # no node keeps the units of another
 
 
 def _run(holding: Holding, part: slice) -> tuple[array[int], array[int]]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import ClassVar
 
+from hicache_core.radix.ghosts import page_names
 from hicache_core.radix.node import Node
 
 
@@ -97,10 +99,14 @@ class TierView:
     Attributes:
         page_size: tokens per page.
         n_children: counts the children of a node that have pages in the tier.
+        size: pages, or units of a group, that a node has in the tier.
+        names: names of these, by node and tokens per page, for orders that remember who left.
     """
 
     page_size: int
     n_children: Callable[[Node], int]
+    size: Callable[[Node], int] = attrgetter("n_pages")
+    names: Callable[[Node, int], list[int]] = page_names
 
 
 class EvictionPolicy(ABC):

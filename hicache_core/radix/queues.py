@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from sys import getsizeof
 
 from hicache_core.errors import IntegrityError
-from hicache_core.radix.ghosts import page_names
 from hicache_core.radix.node import Node, path_to_root
 from hicache_core.radix.order import Entry, EvictionOrder, TierView
 
@@ -60,6 +59,7 @@ class QueueOrder(EvictionOrder):
 
     def __init__(self, tier: TierView) -> None:
         self._tier = tier
+        self._size = tier.size
         self._entries: dict[Node, QueueEntry] = {}
         self._heads = (QueueEntry(None, NEW), QueueEntry(None, PROVEN))
         self._n_pages = [0, 0]
@@ -103,7 +103,7 @@ class QueueOrder(EvictionOrder):
             return
         queue = self._enters(node)
         entry = self._entries[node] = QueueEntry(node, queue)
-        self._n_pages[queue] += node.n_pages
+        self._n_pages[queue] += self._size(node)
         self._capacity = max(self._capacity, sum(self._n_pages))
         entry.insert_before(self._heads[queue])
         if queue == PROVEN and node.parent is not None:
@@ -121,7 +121,7 @@ class QueueOrder(EvictionOrder):
         if entry is not None:
             entry.rest()
             self._left(node, entry.queue)
-            self._n_pages[entry.queue] -= node.n_pages
+            self._n_pages[entry.queue] -= self._size(node)
         if node.parent is not None:
             self._wake(node.parent)
 
@@ -148,8 +148,9 @@ class QueueOrder(EvictionOrder):
     def _move(self, entry: QueueEntry, queue: int) -> None:
         """Make a node the youngest of ``queue``."""
         assert entry.node is not None
-        self._n_pages[entry.queue] -= entry.node.n_pages
-        self._n_pages[queue] += entry.node.n_pages
+        size = self._size(entry.node)
+        self._n_pages[entry.queue] -= size
+        self._n_pages[queue] += size
         entry.unlink()
         entry.queue = queue
         entry.insert_before(self._heads[queue])
@@ -179,7 +180,7 @@ class QueueOrder(EvictionOrder):
         return None
 
     def _names(self, node: Node) -> list[int]:
-        return page_names(node, self._tier.page_size)
+        return self._tier.names(node, self._tier.page_size)
 
     # -- audit -------------------------------------------------------------------------------
 
@@ -188,7 +189,7 @@ class QueueOrder(EvictionOrder):
         sizes = [0, 0]
         linked = 0
         for node, entry in self._entries.items():
-            sizes[entry.queue] += node.n_pages
+            sizes[entry.queue] += self._size(node)
             linked += not entry.rests
         if sizes != self._n_pages:
             raise IntegrityError(f"queues of {sizes} pages, {self._n_pages} counted")

@@ -57,7 +57,7 @@ class S3FIFOOrder(QueueOrder):
         if not len(self._ghosts):
             return NEW
         known = self._ghosts.take(self._names(node))
-        return PROVEN if 2 * known >= node.n_pages else NEW
+        return PROVEN if 2 * known >= self._size(node) else NEW
 
     def _left(self, node: Node, queue: int) -> None:
         # docstring inherited

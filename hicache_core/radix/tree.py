@@ -31,7 +31,7 @@ from hicache_core.radix.node import (
 )
 from hicache_core.radix.order import EvictionPolicy
 from hicache_core.radix.residency import Residency
-from hicache_core.radix.results import Dropped, InsertResult, Match, NewUnits
+from hicache_core.radix.results import Dropped, InsertResult, Match, NewUnits, Units
 
 
 class RadixTree:
@@ -146,6 +146,10 @@ class RadixTree:
         """The longest part of a match that needs nothing of the host."""
         match = replace(match, host_pages=array("i"), node=match.device_node)
         return self._grouped.cut(match, on_device=True) if self.groups else match
+
+    def units(self, node: Node) -> tuple[Units, ...]:
+        """By group, what the prefix that ends at ``node`` has."""
+        return self._grouped.units(node)
 
     def insert_host_units(
         self, node: Node, group: int, first: int, units: array[int], stored_in: int

@@ -21,7 +21,9 @@ from hicache_core.engine.sampling import Sampler
 from hicache_core.engine.scheduler import Scheduler
 from hicache_core.engine.task import Task
 from hicache_core.engine.units import SequenceUnits
-from hicache_core.integrations.transformers import fingerprint_of_model, kv_spec_of
+from hicache_core.integrations.model_spec import kv_spec_of
+from hicache_core.integrations.transformers import fingerprint_of_model
+from hicache_core.kv.spec import KVSpec
 from hicache_core.pools.device import DevicePool
 from hicache_core.types import Namespace
 from tests.page_path.tiny_models import prompt_of, tiny_model
@@ -204,6 +206,7 @@ def stepped_engine(
     n_pages: int = 64,
     n_units: int | None = None,
     cache: HiCacheConfig | None = None,
+    spec_of: Callable[[Any, str], KVSpec] = kv_spec_of,
     **config: Any,
 ) -> Iterator[SteppedEngine]:
     """One with a cache of its own; at the end, no page may be held by anybody but the tree.
@@ -212,7 +215,7 @@ def stepped_engine(
     """
     loaded = loaded or model_of()
     cache_settings = cache or cache_config()
-    spec = kv_spec_of(loaded.model, fingerprint_of_model(loaded.model))
+    spec = spec_of(loaded.model, fingerprint_of_model(loaded.model))
     units = [n_units or n_pages] * len(spec.groups)
     pool = DevicePool.with_groups(spec, cache_settings.page_size, n_pages, units)
     with HiCache(cache_settings, spec, pool) as opened:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -14,6 +15,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hicache_core.engine.config import EngineConfig
 from hicache_core.engine.engine import Engine
@@ -108,7 +112,17 @@ def replace_a_module(model: Any) -> None:
     attention(model).k_proj = Adapters(attention(model).k_proj)
 
 
+def drop_at_random(model: Any) -> None:
+    attention(model).attention_dropout = 0.5
+    model.train()
+
+
+def hang_up_a_tensor(model: Any) -> None:
+    attention(model).shift = torch.ones(3)
+
+
 CHANGES = [
+    hang_up_a_tensor,
     write_in_place,
     load,
     load_and_assign,
@@ -121,7 +135,7 @@ CHANGES = [
 Change = Callable[[Any], None]
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", [*CHANGES, drop_at_random])
 def test_a_change_before_the_start_gives_another_fingerprint(change: Change) -> None:
     changed = tiny_model("llama")
     change(changed)
@@ -140,6 +154,105 @@ def test_a_change_after_the_start_finds_nothing_old_and_leaves_nothing_under_the
     assert cached.cache.flush()
     # Another process with the first weights: it gets what they computed, and that alone.
     assert ask(world.open(tiny_model("llama")), PROMPT) == CachedTokens(storage=KNOWN)
+
+
+def change_a_text(model: Any) -> None:
+    model.model.rotary_emb.rope_type = "other"
+
+
+def give_none_a_value(model: Any) -> None:
+    model.model.embed_tokens.max_norm = 1.0
+
+
+def change_the_config(model: Any) -> None:
+    model.config.rms_norm_eps = 0.5
+
+
+def replace_a_module_without_weights(model: Any) -> None:
+    model.model.layers[0].mlp.act_fn = nn.GELU()
+
+
+def swap_the_layers(model: Any) -> None:
+    layers = model.model.layers
+    layers[0], layers[1] = layers[1], layers[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_a_text,
+        give_none_a_value,
+        change_the_config,
+        replace_a_module_without_weights,
+        swap_the_layers,
+    ],
+)
+def test_what_a_model_has_from_its_class_is_watched_as_well(change: Change) -> None:
+    """Two caches that change alike share; the first state keeps the first name."""
+    identities = []
+    for _ in range(2):
+        model = tiny_model("llama")
+        identities.append(ModelIdentity(model))
+        assert identities[-1].variant() is None
+        change(model)
+    first, second = (identity.variant() for identity in identities)
+    assert first is not None
+    assert first == second
+
+
+def test_functions_are_known_to_one_process_and_found_again_there() -> None:
+    model = tiny_model("llama")
+    identity = ModelIdentity(model)
+    attention(model).shape = one = lambda x: 2 * x
+    name = identity.variant()
+    assert name is not None
+    attention(model).shape = lambda x: 3 * x
+    assert identity.variant() not in (None, name)
+    attention(model).shape = one
+    assert identity.variant() == name
+    del attention(model).shape
+    assert identity.variant() is None
+
+
+def test_a_tensor_that_hangs_on_a_module_is_watched() -> None:
+    model = tiny_model("llama")
+    hang_up_a_tensor(model)
+    identity = ModelIdentity(model)
+    attention(model).shift.add_(1)
+    assert identity.variant() is not None
+
+
+def test_dropout_counts_while_it_drops() -> None:
+    """A mode of training alone changes nothing where nothing is dropped."""
+    model = tiny_model("llama", attention_dropout=0.5)
+    identity = ModelIdentity(model)
+    model.train()
+    assert identity.variant() is not None
+    model.eval()
+    assert identity.variant() is None
+    calm = tiny_model("llama")
+    identity = ModelIdentity(calm)
+    assert fingerprint_of_model(calm.train()) == identity.fingerprint
+    assert identity.variant() is None
+
+
+def test_another_attention_function_is_another_model() -> None:
+    """One of transformers' own computes the same up to rounding."""
+
+    def own(module: Any, *args: Any, **kwargs: Any) -> Any:
+        return sdpa_attention_forward(module, *args, **kwargs)
+
+    model = tiny_model("llama")
+    identity = ModelIdentity(model)
+    model.set_attn_implementation("eager")
+    assert identity.variant() is None
+    AttentionInterface.register("own", own)
+    try:
+        model.config._attn_implementation = "own"
+        assert identity.variant() is not None
+        assert fingerprint_of_model(model) != identity.fingerprint
+    finally:
+        del AttentionInterface._global_mapping["own"]
 
 
 def test_a_reset_after_a_change_stores_nothing_under_the_old_name(world: World) -> None:
@@ -233,6 +346,35 @@ def test_a_hook_is_refused_unless_the_caller_names_it(world: World) -> None:
     handle.remove()
 
 
+def test_a_forward_of_its_own_is_refused_as_a_hook_is(world: World) -> None:
+    """Also one that wraps the first one, and has its name."""
+    cached = world.open(tiny_model("llama"))
+    module = attention(cached.model).k_proj
+    first = module.forward
+
+    @functools.wraps(first)
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        return first(x) * 2
+
+    module.forward = doubled
+    with pytest.raises(ConfigError, match=r"k_proj' has a forward of its own, Linear\.forward"):
+        ask(cached, PROMPT)
+    with pytest.raises(ConfigError, match=r"give CachedModel\.open a fingerprint="):
+        world.open(cached.model)
+    ask(world.open(cached.model, fingerprint="doubled"), PROMPT)
+
+
+def test_a_hook_for_all_modules_is_refused(world: World) -> None:
+    cached = world.open(tiny_model("llama"))
+    handle = register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(ConfigError, match="module 'model' has a forward hook"):
+            ask(cached, PROMPT)
+    finally:
+        handle.remove()
+    ask(cached, PROMPT)
+
+
 def test_a_hook_that_comes_later_is_refused_as_long_as_it_is_there(world: World) -> None:
     cached = world.open(tiny_model("llama"))
     ask(cached, PROMPT)
@@ -252,12 +394,26 @@ def test_what_transformers_hooks_in_to_return_attentions_changes_no_name(world: 
     assert ask(cached, PROMPT) == CachedTokens(device=KNOWN)
 
 
-def test_virtual_tokens_are_refused_at_the_start(world: World) -> None:
-    """Prompt and prefix tuning; the attribute is peft's."""
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"is_prompt_learning": True}, "its virtual tokens are in the KV"),
+        ({"alora_invocation_tokens": [5, 6]}, "switch it on behind their last place"),
+    ],
+)
+def test_adapters_whose_kv_has_no_key_are_refused(
+    settings: dict[str, Any], said: str, world: World
+) -> None:
+    """Prompt and prefix tuning, and activated LoRA; the attributes are peft's."""
+    adapter = {"default": SimpleNamespace(**settings)}
     model = tiny_model("llama")
-    model.peft_config = {"default": SimpleNamespace(is_prompt_learning=True)}
-    with pytest.raises(SpecError, match=r"adapter 'default' .* virtual tokens are in the KV"):
+    model.peft_config = adapter
+    with pytest.raises(SpecError, match=f"adapter 'default' .*{said}"):
         world.open(model)
+    cached = world.open(tiny_model("llama"))
+    cached.model.peft_config = adapter
+    with pytest.raises(SpecError, match=said):
+        ask(cached, PROMPT)
 
 
 def test_weights_that_cannot_be_read_need_a_name() -> None:
@@ -303,6 +459,26 @@ def test_an_engine_serves_each_state_of_its_model_its_own_kv() -> None:
         load(model)
         for expected in (0, KNOWN):
             assert engine_answer(engine, f"after {expected}") == (plain(model, PROMPT), expected)
+    finally:
+        engine.close()
+
+
+def test_an_engine_notices_adapters_that_are_added_and_switched() -> None:
+    model = tiny_model("llama")
+    loaded = LoadedModel("tiny", model, None)
+    engine = Engine(loaded, World(ExitStack()).config(), EngineConfig(device_tokens=512))
+    engine.open()
+    try:
+        engine_answer(engine, "plain")
+        replace_a_module(model)  # as peft puts its layers around those that are there
+        for name in "ab":
+            attention(model).k_proj._active_adapter = name
+            for expected in (0, KNOWN):
+                answer = engine_answer(engine, f"{name} {expected}")
+                assert answer == (plain(model, PROMPT), expected)
+        attention(model).k_proj.register_forward_hook(steer)
+        with pytest.raises(ConfigError, match="an Engine accepts none"):
+            engine_answer(engine, "hooked")
     finally:
         engine.close()
 

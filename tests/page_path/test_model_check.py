@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BambaConfig, Gemma2Config
+from transformers import Gemma2Config
 from transformers.utils import logging as hf_logging
 
 from hicache_core.config.settings import HiCacheConfig
 from hicache_core.errors import SpecError
-from hicache_core.integrations.model_check import check_layers, check_model, kv_spec_of
+from hicache_core.integrations.model_check import check_layers, check_model
+from hicache_core.integrations.model_spec import full_kv_spec_of
 from hicache_core.integrations.transformers import CachedModel
 
 from .odd_models import odd_model
@@ -116,19 +117,14 @@ def test_weights_whose_scales_follow_the_whole_prompt_are_refused() -> None:
         check_model(model)
 
 
-def test_layers_that_differ_in_shape_are_refused() -> None:
+def test_layers_that_differ_in_shape_are_refused_where_all_need_one() -> None:
     model = odd_model("llama")
     attention = model.model.layers[1].self_attn
     attention.k_proj = torch.nn.Linear(64, 64)
     attention.v_proj = torch.nn.Linear(64, 64)
     attention.num_key_value_groups = 1
     with pytest.raises(SpecError, match="several shapes of KV"):
-        kv_spec_of(model, "x")
-
-
-def test_layers_that_keep_a_state_are_refused() -> None:
-    with pytest.raises(SpecError, match="BambaConfig has layers of the kind LinearAttentionLayer"):
-        check_layers(BambaConfig(num_hidden_layers=2, attn_layer_indices=[1]))
+        full_kv_spec_of(model, "x")
 
 
 def test_a_config_for_which_transformers_has_no_cache_is_refused() -> None:

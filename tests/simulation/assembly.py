@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
@@ -13,7 +13,7 @@ from hicache_core.controller.attachment import Attachment
 from hicache_core.controller.controller import Controller
 from hicache_core.controller.explain import Explainer
 from hicache_core.controller.jobs import JobTable, Settle
-from hicache_core.controller.parts import Parts
+from hicache_core.controller.parts import GroupParts, Parts
 from hicache_core.controller.policies import (
     BestEffort,
     Policies,
@@ -24,13 +24,16 @@ from hicache_core.controller.policies import (
 from hicache_core.controller.quarantine import Quarantine
 from hicache_core.controller.storage_tier import StorageTier
 from hicache_core.copies import native
-from hicache_core.copies.base import Ticket
+from hicache_core.copies.base import Ticket, Transfer
 from hicache_core.copies.kernel import KernelTransfer
 from hicache_core.errors import BackendUnavailable
 from hicache_core.kv.keys import storage_namespace
 from hicache_core.observe.journal import Journals
+from hicache_core.pools.device import DevicePool
 from hicache_core.pools.host import HostPool
+from hicache_core.pools.pins import PinnedUnits
 from hicache_core.radix.eviction import eviction_policy
+from hicache_core.radix.holdings import Holdings
 from hicache_core.radix.tree import RadixTree
 from hicache_core.ranks.base import RankGroup
 from hicache_core.storage.base import StorageBackend
@@ -44,7 +47,7 @@ from tests.simulation.copies import SimCopyQueue
 from tests.simulation.engine import Engine
 from tests.simulation.journal_replay import JournalReplay
 from tests.simulation.link import Link, Weather
-from tests.simulation.memory import device_pool, host_pool
+from tests.simulation.memory import device_pool, host_pools
 from tests.simulation.setup import Setup
 from tests.simulation.worker import SimWorker
 
@@ -154,20 +157,33 @@ def open_rank(world: World, group: RankGroup) -> Rank:
     """Starts the controller of one rank."""
     setup, rank = world.setup, group.rank
     process = Process(world.clock)
-    device, host = device_pool(setup, rank), host_pool(setup, rank)
+    device, (host, *group_hosts) = device_pool(setup, rank), host_pools(setup, rank)
     jobs = AuditedJobs(group)
-    loads = _copy_queue(world, process)
-    stores = _copy_queue(world, process) if setup.two_queues else loads
-    kind = native.NativeTransfer if native.IS_BUILT else KernelTransfer
-    transfer = kind(device, host, loads, stores)
-    transfer.open()
+    transfer = _transfer(world, process, device, host)
     policies = eviction_policy(setup.device_eviction), eviction_policy(setup.host_eviction)
-    opener = Opener(world, process, group, host)
+    groups = [
+        GroupParts(
+            Holdings(
+                kind,
+                setup.page_size,
+                policies,
+                PinnedUnits(pool.allocator),
+                PinnedUnits(group_host.allocator),
+            ),
+            pool,
+            group_host,
+            _transfer(world, process, pool, group_host),
+        )
+        for kind, pool, group_host in zip(
+            device.spec.groups, device.groups, group_hosts, strict=True
+        )
+    ]
+    opener = Opener(world, process, group, [host, *group_hosts])
     clock = world.local_clock(rank)
     explainer, replay = Explainer(clock), JournalReplay()
     parts = Parts(
         page_size=setup.page_size,
-        tree=RadixTree(setup.page_size, *policies),
+        tree=RadixTree(setup.page_size, *policies, [part.held for part in groups]),
         device=device,
         host=host,
         transfer=transfer,
@@ -184,6 +200,7 @@ def open_rank(world: World, group: RankGroup) -> Rank:
         retention=RETENTIONS[setup.retention],
         explainer=explainer,
         journal=Journals([explainer, replay]),
+        groups=tuple(groups),
     )
     if setup.starts_with_storage:
         assert parts.storage is not None
@@ -200,15 +217,28 @@ class Opener:
         workers: of every store that was opened, the latest last.
     """
 
-    def __init__(self, world: World, process: Process, group: RankGroup, host: HostPool) -> None:
-        """Asks the other ranks what they hold: of those with equal bytes, one writes."""
+    def __init__(
+        self, world: World, process: Process, group: RankGroup, hosts: Sequence[HostPool]
+    ) -> None:
+        """Asks the other ranks what they hold: of those with equal bytes, one writes.
+
+        Args:
+            world: time, chance, weather.
+            process: of the rank.
+            group: of the rank.
+            hosts: pool of the full pages, then those of the groups.
+        """
         self.workers: list[SimWorker] = []
         self._world = world
         self._process = process
         self._rank = group.rank
-        self._object_nbytes = host.object_nbytes
-        setup = world.setup
-        self._namespace = storage_namespace(host.spec.identity(), setup.page_size, setup.layout)
+        self._object_nbytes = max(host.object_nbytes for host in hosts)
+        setup, spec = world.setup, hosts[0].spec
+        self._namespace = storage_namespace(spec.identity(), setup.page_size, setup.layout)
+        self._group_namespaces = tuple(
+            storage_namespace(group.identity(), host.page_size, setup.layout)
+            for group, host in zip(spec.groups, hosts[1:], strict=True)
+        )
         holders = group.gather(self._namespace)
         self._is_writer = holders.index(self._namespace) == group.rank
 
@@ -249,6 +279,7 @@ class Opener:
             is_writer=self._is_writer,
             admission=ADMISSIONS[setup.admission](),
             verdict=sealed.verdict,
+            group_namespaces=self._group_namespaces,
         )
 
     def _guarded(self, sealed: SealedBackend) -> StorageBackend:
@@ -267,6 +298,16 @@ class Opener:
         )
         clock, process = self._world.clock, self._process
         return GuardedBackend(sealed, config, lambda: clock.now, process.sleep, self._world.draw)
+
+
+def _transfer(world: World, process: Process, device: DevicePool, host: HostPool) -> Transfer:
+    """An open one, with queues of its own."""
+    loads = _copy_queue(world, process)
+    stores = _copy_queue(world, process) if world.setup.two_queues else loads
+    kind = native.NativeTransfer if native.IS_BUILT else KernelTransfer
+    transfer = kind(device, host, loads, stores)
+    transfer.open()
+    return transfer
 
 
 def _copy_queue(world: World, process: Process) -> SimCopyQueue:

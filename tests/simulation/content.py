@@ -16,12 +16,22 @@ TOKEN_NBYTES = 4
 class Contents:
     """Writes and checks the pages of one device pool."""
 
-    _known: ClassVar[dict[tuple[bytes, bytes, int, int, int], list[list[bytes]]]] = {}
+    _known: ClassVar[dict[tuple[bytes, bytes, int, int, str, int], list[list[bytes]]]] = {}
 
-    def __init__(self, pool: DevicePool, shard: int) -> None:
-        """Views ``pool`` as bytes."""
+    def __init__(
+        self, pool: DevicePool, shard: int, group: str = "", page_size: int | None = None
+    ) -> None:
+        """Views ``pool`` as bytes.
+
+        Args:
+            pool: of full pages, or of units of a group.
+            shard: the part of the KV that the rank holds.
+            group: name of the group; empty for full pages.
+            page_size: tokens of a page, if not those of ``pool``.
+        """
         self._shard = shard
-        self._page_nbytes = pool.page_size * TOKEN_NBYTES
+        self._group = group
+        self._page_nbytes = (page_size or pool.page_size) * TOKEN_NBYTES
         self._views = [
             [layer.numpy().data.cast("B") for layer in layers] for layers in pool.buffers
         ]
@@ -30,12 +40,14 @@ class Contents:
     def expected(self, seed: bytes, tokens: bytes, page: int) -> list[list[bytes]]:
         """Bytes by component and layer of page ``page`` of ``tokens`` in the namespace ``seed``."""
         prefix = tokens[: (page + 1) * self._page_nbytes]
-        key = (seed, prefix, self._shard, self._page_nbytes, len(self._row_nbytes))
+        shape = len(self._row_nbytes)
+        key = (seed, prefix, self._shard, self._page_nbytes, self._group, shape)
         found = self._known.get(key)
         if found is None:
             if len(self._known) > _MAX_KNOWN:
                 self._known.clear()
-            digest = blake2b(prefix, key=seed[:32], salt=bytes([self._shard])).digest()
+            salt, person = bytes([self._shard]), self._group.encode()
+            digest = blake2b(prefix, key=seed[:32], salt=salt, person=person).digest()
             # Each component and layer starts elsewhere in the digest, so that none equals another.
             found = self._known[key] = [
                 [_slice(digest, 2 * layer + 5 * component, nbytes) for layer in range(len(layers))]
@@ -48,23 +60,33 @@ class Contents:
     def write(self, seed: bytes, tokens: bytes, pages: array[int], first: int, last: int) -> None:
         """Computes the pages ``first`` to ``last`` of ``tokens``."""
         for page in range(first, last):
-            content = self.expected(seed, tokens, page)
-            for layers, rows, nbytes in zip(self._views, content, self._row_nbytes, strict=True):
-                start = pages[page] * nbytes
-                for view, row in zip(layers, rows, strict=True):
-                    view[start : start + nbytes] = row
+            self.write_page(seed, tokens, page, pages[page])
+
+    def write_page(self, seed: bytes, tokens: bytes, page: int, unit: int) -> None:
+        """Computes page ``page`` of ``tokens``, which the pool has as ``unit``."""
+        content = self.expected(seed, tokens, page)
+        for layers, rows, nbytes in zip(self._views, content, self._row_nbytes, strict=True):
+            start = unit * nbytes
+            for view, row in zip(layers, rows, strict=True):
+                view[start : start + nbytes] = row
 
     def first_wrong(
         self, seed: bytes, tokens: bytes, pages: array[int], n_pages: int, layer: int
     ) -> int | None:
         """The first of the leading ``n_pages`` whose layer does not hold what it must."""
         for page in range(n_pages):
-            content = self.expected(seed, tokens, page)
-            for layers, rows, nbytes in zip(self._views, content, self._row_nbytes, strict=True):
-                start = pages[page] * nbytes
-                if layers[layer][start : start + nbytes] != rows[layer]:
-                    return page
+            if self.is_wrong(seed, tokens, page, pages[page], layer):
+                return page
         return None
+
+    def is_wrong(self, seed: bytes, tokens: bytes, page: int, unit: int, layer: int) -> bool:
+        """Whether a layer of ``unit`` does not hold that of page ``page`` of ``tokens``."""
+        content = self.expected(seed, tokens, page)
+        for layers, rows, nbytes in zip(self._views, content, self._row_nbytes, strict=True):
+            start = unit * nbytes
+            if layers[layer][start : start + nbytes] != rows[layer]:
+                return True
+        return False
 
 
 def _slice(digest: bytes, start: int, nbytes: int) -> bytes:

@@ -16,6 +16,7 @@ from hicache_core.radix.results import Match
 from hicache_core.types import Namespace
 from tests.simulation.clock import InvariantBroken
 from tests.simulation.content import TOKEN_NBYTES, Contents
+from tests.simulation.units import Held, RequestUnits
 
 
 class State(enum.Enum):
@@ -40,6 +41,7 @@ class Request:
         node: what it has locked in the tree.
         n_failed_loads: of its cache, when it was matched.
         priority: passed to ``insert``.
+        units: what it has of each group.
     """
 
     request_id: str
@@ -51,6 +53,7 @@ class Request:
     n_shared: int = 0
     node: Node | None = None
     n_failed_loads: int = 0
+    units: list[Held] = field(default_factory=list)
 
     @property
     def own_pages(self) -> array[int]:
@@ -69,6 +72,7 @@ class Engine:
         self.shard = shard
         self.requests: dict[str, Request] = {}
         self._contents = Contents(pool, shard)
+        self.units = RequestUnits(cache, pool, shard)
         self._page_nbytes = pool.page_size * TOKEN_NBYTES
 
     def arrive(self, request: Request, *, prefetch: bool) -> bool:
@@ -89,16 +93,19 @@ class Engine:
         cache.lock(match.node)
         request.n_failed_loads = cache.n_failed_loads
         loaded = cache.load_back(match)
+        cache.lock(loaded.node)  # of a shorter prefix other units are needed
+        cache.unlock(match.node)
         n_cached = len(loaded.device_pages)
+        request.units, request.node = self.units.taken(loaded), loaded.node
         try:
             rest = cache.allocate(self._n_started(request) - n_cached)
         except PoolExhausted:
-            cache.unlock(match.node)
+            self._release(request)
             return (n_storage_tokens, match.n_device_tokens, match.n_host_tokens)
-        request.pages = loaded.device_pages + rest
-        request.n_shared, request.node = n_cached, match.node
+        request.pages, request.n_shared = loaded.device_pages + rest, n_cached
+        n_units = self.units.allocate(request.units, n_cached, self._n_whole(request))
         request.state = State.LOADED
-        return (n_storage_tokens, match.n_device_tokens, match.n_host_tokens, n_cached)
+        return (n_storage_tokens, match.n_device_tokens, match.n_host_tokens, n_cached, *n_units)
 
     def forward(self, request_id: str, page_s: float) -> bool:
         """Attention over what was cached, layer by layer; computes the rest, ``page_s`` a page.
@@ -140,6 +147,7 @@ class Engine:
         except PoolExhausted:
             return False
         request.tokens += tokens
+        self.units.allocate(request.units, n_before, self._n_whole(request))
         self._compute(request, chain_seed(request.namespace), n_before)
         return True
 
@@ -155,12 +163,17 @@ class Engine:
         tail = request.pages[n_whole:]
         insert = cache.insert_received if received else cache.insert
         result = insert(
-            request.tokens, request.pages[:n_whole], request.namespace, priority=request.priority
+            request.tokens,
+            request.pages[:n_whole],
+            request.namespace,
+            priority=request.priority,
+            groups=self.units.runs(request.units),
         )
         cache.lock(result.node)
         assert request.node is not None
         cache.unlock(request.node)
         cache.free(result.duplicates)
+        request.units = self.units.inserted(request.units, result)
         request.node, request.n_shared = result.node, n_whole
         request.pages = result.pages + tail
         for layer in range(self.pool.spec.num_layers):
@@ -195,13 +208,16 @@ class Engine:
 
     def _release(self, request: Request) -> None:
         self.cache.free(request.own_pages)
+        self.units.release(request.units)
         if request.node is not None:
             self.cache.unlock(request.node)
         request.pages, request.n_shared, request.node = array("i"), 0, None
+        request.units = []
 
     def _compute(self, request: Request, seed: bytes, first: int) -> None:
         last = self._n_whole(request)
         self._contents.write(seed, request.tokens, request.pages, first, last)
+        self.units.compute(request.units, seed, request.tokens)
 
     def _check(self, request: Request, seed: bytes, layer: int) -> None:
         wrong = self._contents.first_wrong(
@@ -211,6 +227,12 @@ class Engine:
             raise InvariantBroken(
                 f"no wrong bytes: {request.request_id} was served page {wrong} (device page "
                 f"{request.pages[wrong]}), whose layer {layer} is not that of its tokens"
+            )
+        unit = self.units.first_wrong(request.units, seed, request.tokens, layer)
+        if unit is not None:
+            raise InvariantBroken(
+                f"no wrong bytes: {request.request_id} was served a unit of {unit[0]} for page "
+                f"{unit[1]} whose layer {layer} is not that of its tokens"
             )
 
     def _check_explanation(self, request: Request, match: Match) -> None:

@@ -44,6 +44,7 @@ class JournalReplay(Journal):
         host: list[bytes] = []
         stored: list[bytes] = []
         attached = None if storage is None else storage.current
+        has_pages = bool(cache.parts.device.spec.components)  # else storage has units alone
         being_stored = _being_stored(cache)
         for node in nodes:
             pages = _cut(tree.digests(node))
@@ -51,7 +52,7 @@ class JournalReplay(Journal):
                 device += pages
             if node.on_host:
                 host += pages
-            if attached is not None and node.stored_in == attached.epoch:
+            if has_pages and attached is not None and node.stored_in == attached.epoch:
                 stored += () if node in being_stored else pages
         for tier, held in ((Tier.DEVICE, device), (Tier.HOST, host)):
             if self._pages[tier] != set(held):

@@ -21,18 +21,52 @@ from tests.simulation.setup import Setup
 
 def device_pool(setup: Setup, rank: int) -> DevicePool:
     """Zeros; at most one pool of a rank may be in use."""
-    known = _device_pool(setup.spec(rank), setup.page_size, setup.device_pages, rank)
-    for layers in known.buffers:
+    spec = setup.spec(rank)
+    groups = [
+        DevicePool(
+            group.spec,
+            page_size := group.page_size(setup.page_size),
+            setup.device_units,
+            buffers=_buffers(group.spec, page_size, setup.device_units, rank, group.name),
+        )
+        for group in spec.groups
+    ]
+    buffers = _buffers(spec, setup.page_size, setup.device_pages, rank, "")
+    return DevicePool(spec, setup.page_size, setup.device_pages, buffers=buffers, groups=groups)
+
+
+def _buffers(
+    spec: KVSpec, page_size: int, n_pages: int, rank: int, group: str
+) -> list[list[torch.Tensor]]:
+    buffers = _known_buffers(spec, page_size, n_pages, rank, group)
+    for layers in buffers:
         for layer in layers:
             layer.zero_()
-    pool = copy(known)
-    pool.allocator = PageAllocator(pool.n_pages)
-    return pool
+    return buffers
 
 
-def host_pool(setup: Setup, rank: int) -> HostPool:
-    """Bytes that are no page; at most one pool of a rank may be in use."""
-    known = _host_pool(setup.spec(rank), setup.page_size, setup.host_pages, setup.layout, rank)
+def host_pools(setup: Setup, rank: int) -> list[HostPool]:
+    """Bytes that are no page: the pool of full pages, then those of the groups.
+
+    At most one pool of a rank and group may be in use.
+    """
+    spec = setup.spec(rank)
+    pages = _host_pool(spec, setup.page_size, setup.host_pages, setup.layout, rank, "")
+    units = [
+        _host_pool(
+            group.spec,
+            group.page_size(setup.page_size),
+            setup.host_units,
+            setup.layout,
+            rank,
+            group.name,
+        )
+        for group in spec.groups
+    ]
+    return [_fresh(pool) for pool in (pages, *units)]
+
+
+def _fresh(known: HostPool) -> HostPool:
     known.buffers[0][:] = b"\xa5" * known.nbytes
     pool = copy(known)
     pool.allocator = PageAllocator(pool.n_pages)
@@ -40,17 +74,29 @@ def host_pool(setup: Setup, rank: int) -> HostPool:
 
 
 @cache
-def _device_pool(spec: KVSpec, page_size: int, n_pages: int, rank: int) -> DevicePool:
-    buffers = [
+def _known_buffers(
+    spec: KVSpec,
+    page_size: int,
+    n_pages: int,
+    rank: int,
+    group: str,
+) -> list[list[torch.Tensor]]:
+    return [
         [
             torch.zeros(n_pages, page_size, *component.shape, dtype=getattr(torch, component.dtype))
             for _ in range(spec.num_layers)
         ]
         for component in spec.components
     ]
-    return DevicePool.from_buffers(spec, page_size, buffers)
 
 
 @cache
-def _host_pool(spec: KVSpec, page_size: int, n_pages: int, layout: str, rank: int) -> HostPool:
+def _host_pool(
+    spec: KVSpec,
+    page_size: int,
+    n_pages: int,
+    layout: str,
+    rank: int,
+    group: str,
+) -> HostPool:
     return HostPool(spec, page_size, n_pages, LAYOUTS[layout])

@@ -26,6 +26,7 @@ class Chunk:
     first: int
     n_schedules: int
     ranks: int | None
+    groups: bool | None
     n_steps: int
 
 
@@ -58,6 +59,7 @@ def run_many(
     seed: int,
     *,
     ranks: int | None = None,
+    groups: bool | None = None,
     n_steps: int = N_STEPS,
     n_jobs: int | None = None,
     progress: Callable[[int], None] = lambda _n: None,
@@ -68,13 +70,14 @@ def run_many(
         n_schedules: how many.
         seed: of the first.
         ranks: as in ``run_schedule``.
+        groups: as in ``run_schedule``.
         n_steps: as in ``run_schedule``.
         n_jobs: processes; one for each core if None. With 1, nothing is started.
         progress: called with the number of schedules done, now and then.
     """
     start = time.monotonic()
     chunks = [
-        Chunk(first, min(CHUNK, seed + n_schedules - first), ranks, n_steps)
+        Chunk(first, min(CHUNK, seed + n_schedules - first), ranks, groups, n_steps)
         for first in range(seed, seed + n_schedules, CHUNK)
     ]
     n_done = 0
@@ -114,7 +117,9 @@ def _run_chunk(chunk: Chunk) -> Result:
     tally: Counter[str] = Counter()
     for n, seed in enumerate(range(chunk.first, chunk.first + chunk.n_schedules)):
         try:
-            tally += run_schedule(seed, ranks=chunk.ranks, n_steps=chunk.n_steps)
+            tally += run_schedule(
+                seed, ranks=chunk.ranks, groups=chunk.groups, n_steps=chunk.n_steps
+            )
         except ScheduleFailed as failure:
             return n, tally, failure
     return chunk.n_schedules, tally, None

@@ -9,6 +9,7 @@ from itertools import count
 from random import Random
 from typing import TypeVar
 
+from hicache_core.controller.controller import Controller
 from hicache_core.errors import HiCacheError
 from hicache_core.kv.keys import pack_tokens
 from hicache_core.storage.memory import MemoryBackend, MemoryConfig
@@ -47,13 +48,19 @@ MAX_PAGES = 8
 
 
 def run_schedule(
-    seed: int, *, ranks: int | None = None, n_steps: int = N_STEPS, is_loud: bool = False
+    seed: int,
+    *,
+    ranks: int | None = None,
+    groups: bool | None = None,
+    n_steps: int = N_STEPS,
+    is_loud: bool = False,
 ) -> Counter[str]:
     """Runs the schedule of ``seed``; how often what happened in it, ``steps`` above all.
 
     Args:
-        seed: the schedule is a function of this, of ``ranks`` and of ``n_steps``.
+        seed: the schedule is a function of this and of the next three.
         ranks: controllers in lockstep; the seed decides if None.
+        groups: whether the model has groups of layers; the seed decides if None.
         n_steps: random steps before the end, which has some more.
         is_loud: print each step.
 
@@ -61,7 +68,7 @@ def run_schedule(
         ScheduleFailed: an invariant does not hold.
     """
     trace = Trace(is_loud)
-    schedule = Schedule(seed, ranks, trace)
+    schedule = Schedule(seed, ranks, groups, trace)
     try:
         schedule.run(n_steps)
     except FAILURES as error:
@@ -82,11 +89,11 @@ class Schedule:
         tally: how often what happened, on all ranks.
     """
 
-    def __init__(self, seed: int, ranks: int | None, trace: Trace) -> None:
+    def __init__(self, seed: int, ranks: int | None, groups: bool | None, trace: Trace) -> None:
         """Draws the world; ``run`` lets it live."""
         self._draw = draw = Random(seed)
         self._trace = trace
-        setup = Setup.drawn(draw, ranks)
+        setup = Setup.drawn(draw, ranks, groups)
         self.doing = "start"
         self.tally: Counter[str] = Counter()
         self._is_touched = False  # since the last check
@@ -223,8 +230,21 @@ class Schedule:
             raise InvariantBroken(f"rest: only {len(pages)} host pages can be had")
         assert parts.host is not None
         parts.host.allocator.free(pages)
+        self._check_units_rest(rank)
         if rank.jobs.unsettled:
             raise InvariantBroken(f"settle once: jobs {rank.jobs.unsettled} never settled")
+
+    def _check_units_rest(self, rank: Rank) -> None:
+        """Every unit of both tiers can be had, and none is lent or only read."""
+        paths = rank.engine.cache._group_paths
+        for at, part in enumerate(rank.engine.cache.parts.groups):
+            n_device, n_host = self.world.setup.device_units, self.world.setup.host_units
+            rank.engine.cache.free_units(at, rank.engine.cache.allocate_units(at, n_device))
+            units = paths.allocate_host(part, n_host)
+            assert part.held.host is not None
+            if len(units) != n_host:
+                raise InvariantBroken(f"rest: only {len(units)} host units can be had of {n_host}")
+            part.held.host.free(units)
 
     def _warm_up(self) -> None:
         """Fills the tiers with what is going to be asked for, and perhaps leaves it to storage."""
@@ -344,6 +364,9 @@ class Schedule:
     def _evict(self) -> None:
         n_pages = self._draw.randint(1, self.world.setup.device_pages)
         self._agreed(f"evict {n_pages}", lambda rank: rank.engine.cache.evict(n_pages))
+        if self._engine.pool.groups and self._draw.random() < 0.5:
+            n_units = self._draw.randint(1, self.world.setup.device_units)
+            self._agreed(f"evict {n_units} units", lambda rank: rank.engine.units.evict(n_units))
 
     def _flush(self) -> None:
         timeout_s = self._draw.choice((0.0, 0.1, 20.0))
@@ -409,6 +432,16 @@ class Schedule:
             raise InvariantBroken(f"ranks agree: {name} has the results {results}")
         return results[0]
 
+    def _tally_groups(self, cache: Controller) -> None:
+        paths, reads = cache._group_paths, cache._prefetch_path
+        self.tally["steps_with_unit_backups"] += paths._n_backups > 0
+        self.tally["steps_with_unit_stores"] += bool(paths._stores)
+        self.tally["steps_with_unit_loads"] += bool(paths._loads)
+        self.tally["steps_with_unit_reads"] += bool(reads and reads._units.n_running)
+        for part in cache.parts.groups:
+            pools = part.held.device, part.held.host
+            self.tally["steps_with_units_let_go"] += any(it.n_let_go for it in pools if it)
+
     def _check(self) -> None:
         self._is_touched = False
         for rank in self._ranks:
@@ -417,4 +450,5 @@ class Schedule:
             self.tally["steps_with_orphaned_pages"] += cache._write_path.n_orphaned_pages > 0
             reads = cache._prefetch_path
             self.tally["steps_with_orphaned_reads"] += bool(reads and reads.n_orphaned_pages)
+            self._tally_groups(cache)
         checks.check_ranks_agree([rank.engine for rank in self._ranks])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Literal
 
-from hicache_core.kv.spec import KVSpec
+from hicache_core.kv.spec import Component, Group, GroupKind, KVSpec
 from hicache_core.radix.eviction import POLICY_NAMES
 from hicache_core.types import Namespace
 
@@ -57,6 +57,11 @@ class Setup:
         two_queues: copies to the host have a queue of their own.
         copy_failure_rate: share of the copy steps that fail.
         starts_with_storage: a store is attached from the start.
+        has_full: all pages of a prefix are needed by some layers; always without groups.
+        windows: tokens of each group that is a window.
+        has_state: a group is a state.
+        device_units: units of each group's device pool.
+        host_units: units of each group's host pool.
     """
 
     ranks: int
@@ -81,14 +86,25 @@ class Setup:
     two_queues: bool
     copy_failure_rate: float
     starts_with_storage: bool
+    has_full: bool
+    windows: tuple[int, ...]
+    has_state: bool
+    device_units: int
+    host_units: int
 
     @classmethod
-    def drawn(cls, draw: Random, ranks: int | None) -> Setup:
-        """A world for ``draw``; with ``ranks`` of them, or any of 1, 2 and 4."""
+    def drawn(cls, draw: Random, ranks: int | None, groups: bool | None) -> Setup:
+        """A world for ``draw``.
+
+        Args:
+            draw: decides the rest.
+            ranks: how many; 1, 2 or 4, as drawn, if None.
+            groups: whether it has groups of layers; as drawn, if None.
+        """
         n_ranks = ranks or draw.choices((1, 2, 4), (80, 15, 5))[0]
         page_size = draw.choice((2, 4))
         device_pages = draw.randint(4, 24)
-        return cls(
+        world = cls(
             ranks=n_ranks,
             is_mla=draw.random() < 0.3,
             window=draw.choice((8, 8, 16, 16, 64) if n_ranks > 1 else (None, None, 8, 16)),
@@ -111,6 +127,30 @@ class Setup:
             two_queues=draw.random() < 0.5,
             copy_failure_rate=draw.choice((0.0, 0.0, 0.1, 0.2)),
             starts_with_storage=draw.random() < 0.9,
+            has_full=True,
+            windows=(),
+            has_state=False,
+            device_units=1,
+            host_units=1,
+        )
+        wants_groups = draw.random() < 0.6
+        return world._with_groups(draw) if (wants_groups and groups is None) or groups else world
+
+    def _with_groups(self, draw: Random) -> Setup:
+        """This world with groups of layers."""
+        sizes = [2, self.page_size + 1, 3 * self.page_size - 1, 5 * self.page_size]
+        n_windows, has_state = draw.choice(
+            ((1, False), (1, False), (0, True), (1, True), (2, True))
+        )
+        windows = draw.sample(sizes, n_windows)
+        device_units = draw.choice((2, 4, 8, 8, 12, 16, 24))
+        return replace(
+            self,
+            has_full=draw.random() < 0.7,
+            windows=tuple(sorted(windows)),
+            has_state=has_state,
+            device_units=device_units,
+            host_units=_rounded(device_units * draw.choice((0.5, 1.0, 2.0, 2.0, 4.0))),
         )
 
     def shard(self, rank: int) -> int:
@@ -118,19 +158,51 @@ class Setup:
         return 0 if self.is_mla else rank
 
     def spec(self, rank: int) -> KVSpec:
-        """The KV that ``rank`` holds: latents, or one head of each layer."""
+        """The KV that ``rank`` holds: latents, one head of each layer, or two layers.
+
+        Ranks cannot share the heads of a state, so they share the layers of such a model.
+        """
         if self.is_mla:
-            return KVSpec.mla(
-                num_layers=2, kv_lora_rank=3, rope_dim=2, dtype="float16", fingerprint=FINGERPRINT
+            return self._grouped(
+                KVSpec.mla(
+                    num_layers=2,
+                    kv_lora_rank=3,
+                    rope_dim=2,
+                    dtype="float16",
+                    fingerprint=FINGERPRINT,
+                )
             )
+        n_stages, n_heads = (self.ranks, 1) if self.has_state else (1, self.ranks)
         whole = KVSpec.mha(
-            num_layers=2,
-            num_heads=self.ranks,
+            num_layers=2 * n_stages,
+            num_heads=n_heads,
             head_dim=2,
             dtype="float16",
             fingerprint=FINGERPRINT,
         )
+        whole = self._grouped(whole)
+        if self.has_state:
+            return whole.shard(layers=(2 * rank, 2 * rank + 2))
         return whole.shard(heads=(rank, rank + 1))
+
+    def _grouped(self, spec: KVSpec) -> KVSpec:
+        """``spec`` with the groups of this world."""
+        n_heads = spec.heads[1]
+        window = (Component("k", (n_heads, 3), "float16"),)
+        state = (Component("conv_0", (3,), "float16"), Component("recurrent_0", (5,), "uint8"))
+        groups = [
+            Group(
+                "_".join(["swa", str(i)][: 1 + i]),
+                GroupKind.WINDOW,
+                replace(spec, components=window),
+                size,
+            )
+            for i, size in enumerate(self.windows)
+        ]
+        if self.has_state:
+            groups.append(Group("mamba", GroupKind.STATE, replace(spec, components=state)))
+        components = spec.components if self.has_full else ()
+        return replace(spec, components=components, groups=tuple(groups))
 
 
 def _rounded(n_pages: float) -> int:

@@ -15,15 +15,22 @@ import pytest
 
 from hicache_core.controller.attachment import Attachment
 from hicache_core.controller.controller import Controller
+from hicache_core.controller.groups import GroupPaths
 from hicache_core.controller.jobs import Agreement, JobTable
 from hicache_core.controller.load_back import LoadBack, LoadBackPath
-from hicache_core.controller.parts import Parts
+from hicache_core.controller.parts import GroupParts, Parts
 from hicache_core.controller.prefetch import PrefetchPath
+from hicache_core.controller.prefetch_record import UnitRead
 from hicache_core.controller.quarantine import Quarantine
 from hicache_core.controller.storage_tier import StorageTier
+from hicache_core.controller.unit_reads import Question, UnitReader
 from hicache_core.controller.write_path import WritePath
+from hicache_core.kv.keys import PageKeys
+from hicache_core.kv.spec import Group, GroupKind
+from hicache_core.pools.pins import PinnedUnits
+from hicache_core.radix.holdings import Holdings
 from hicache_core.radix.node import Node
-from hicache_core.radix.results import Match
+from hicache_core.radix.results import Match, Units
 from hicache_core.radix.tree import RadixTree
 from hicache_core.storage.sealed import SealedBackend
 from hicache_core.types import Namespace, Tier
@@ -34,19 +41,19 @@ from tests.simulation.trace import ScheduleFailed
 Patch = pytest.MonkeyPatch
 
 
-def found(ranks: int, n_schedules: int) -> ScheduleFailed:
+def found(ranks: int, groups: bool, n_schedules: int) -> ScheduleFailed:
     """The first failure among the schedules from seed 0 on."""
     for seed in range(n_schedules):
         try:
-            run_schedule(seed, ranks=ranks)
+            run_schedule(seed, ranks=ranks, groups=groups)
         except ScheduleFailed as failure:
             return failure
     raise AssertionError(f"{n_schedules} schedules did not find the bug")
 
 
 def pages_of_overdue_reads_are_freed(patch: Patch) -> None:
-    def hold(self: Quarantine, job_id: int, pages: array[int]) -> None:
-        self._allocator.free(pages)
+    def hold(self: Quarantine, job_id: int, pages: array[int], free: Any = None) -> None:
+        (free or self._allocator.free)(pages)
 
     patch.setattr(Quarantine, "hold", hold)
 
@@ -220,14 +227,150 @@ MUTATIONS: dict[Callable[[Patch], None], tuple[int, str]] = {
 """What is broken, on how many ranks it is looked for, and what is found."""
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
+def a_unit_counts_before_it_has_arrived(patch: Patch) -> None:
+    settled = UnitReader._settled
+
+    def all_of_it(self: UnitReader, read: UnitRead, then: Any, n_delivered: int) -> None:
+        settled(self, read, then, len(read.units) if n_delivered else 0)
+
+    patch.setattr(UnitReader, "_settled", all_of_it)
+
+
+def a_match_is_not_cut(patch: Patch) -> None:
+    patch.setattr(Holdings, "cover", lambda *_, **__: True)
+
+
+def a_window_is_a_page_short(patch: Patch) -> None:
+    needed = Group.first_needed
+
+    def one_later(self: Group, n_pages: int, page_size: int) -> int:
+        return min(needed(self, n_pages, page_size) + 1, max(n_pages - 1, 0))
+
+    patch.setattr(Group, "first_needed", one_later)
+
+
+def a_split_moves_the_snapshot(patch: Patch) -> None:
+    split = Holdings.split
+
+    def to_the_upper_part(self: Holdings, upper: Node, node: Node) -> None:
+        split(self, upper, node)
+        holding = self.get(node)
+        if self.group.kind is GroupKind.STATE and holding is not None and not holding.host:
+            units = holding.device
+            assert units is not None
+            self.device.pin(units)
+            self.drop_device(node)
+            self.device._let_go.discard(units[0])
+            self.device.unpin(units)
+            self.gain_device(upper, units)
+
+    patch.setattr(Holdings, "split", to_the_upper_part)
+
+
+def a_snapshot_is_stored_as_that_of_the_first_page(patch: Patch) -> None:
+    def of_the_first(
+        self: GroupPaths, group: GroupParts, node: Node, storage: Attachment
+    ) -> PageKeys:
+        at = self._parts.groups.index(group)
+        assert node.parent is not None
+        parent = self._parts.tree.last_digest(node.parent)
+        page_size = self._parts.page_size
+        keys = PageKeys(storage.group_namespaces[at], node.tokens, page_size, parent)
+        return keys[:1] if group.held.group.kind is GroupKind.STATE else keys
+
+    patch.setattr(GroupPaths, "_keys", of_the_first)
+
+
+def a_unit_is_free_while_a_call_reads_it(patch: Patch) -> None:
+    def at_once(self: PinnedUnits, units: array[int]) -> None:
+        self._allocator.free(units)
+
+    patch.setattr(PinnedUnits, "free", at_once)
+
+
+def a_unit_is_free_while_a_load_fills_it(patch: Patch) -> None:
+    load, loaded = GroupPaths._load, GroupPaths._loaded
+
+    def unpinned(self: GroupPaths, group: GroupParts, *rest: Any) -> Units:
+        found = load(self, group, *rest)
+        group.held.device.unpin(rest[-1])
+        return found
+
+    def pinned(self: GroupPaths, load: Any, n_copied: int) -> None:
+        load.group.held.device.pin(load.device_units)
+        loaded(self, load, n_copied)
+
+    patch.setattr(GroupPaths, "_load", unpinned)
+    patch.setattr(GroupPaths, "_loaded", pinned)
+
+
+def units_are_read_before_they_arrive(patch: Patch) -> None:
+    patch.setattr(GroupPaths, "wait_layer", lambda *_: None)
+
+
+def a_lock_of_units_is_not_taken_back(patch: Patch) -> None:
+    patch.setattr(Holdings, "unlock", lambda *_: None)
+
+
+def a_prefix_locks_no_units(patch: Patch) -> None:
+    patch.setattr(Holdings, "lock", lambda *_: None)
+    patch.setattr(Holdings, "unlock", lambda *_: None)
+
+
+def a_failed_load_of_units_is_told_to_its_rank_only(patch: Patch) -> None:
+    loaded = GroupPaths._loaded
+
+    def hushed(self: GroupPaths, load: Any, n_copied: int) -> None:
+        before = self.n_failed
+        loaded(self, load, n_copied)
+        if load.ticket.error is None:
+            self.n_failed = before
+
+    patch.setattr(GroupPaths, "_loaded", hushed)
+
+
+def a_rank_reads_the_units_that_it_has_found_itself(patch: Patch) -> None:
+    n_more, start = Question.n_more, UnitReader.start
+    mine: dict[int, int] = {}
+
+    def noted(self: Question, mask: Any, *limit: Any) -> int:
+        mine[id(self._asked[0].group)] = self.reached + n_more(self, mask)
+        return n_more(self, mask, *limit)
+
+    def alone(self: UnitReader, reads: Any, *rest: Any) -> bool:
+        reads.boundary = mine.get(id(self._parts.groups[0]), reads.boundary)
+        return start(self, reads, *rest)
+
+    patch.setattr(Question, "n_more", noted)
+    patch.setattr(UnitReader, "start", alone)
+
+
+OF_GROUPS: dict[Callable[[Patch], None], tuple[int, str]] = {
+    a_unit_counts_before_it_has_arrived: (1, "no wrong bytes"),
+    a_match_is_not_cut: (1, "every group"),
+    a_window_is_a_page_short: (1, "every group"),
+    a_split_moves_the_snapshot: (1, "no wrong bytes|every group"),
+    a_snapshot_is_stored_as_that_of_the_first_page: (1, "no wrong bytes"),
+    a_unit_is_free_while_a_call_reads_it: (1, "own until drained|no wrong bytes|one owner|owned"),
+    a_unit_is_free_while_a_load_fills_it: (1, "own until drained|no wrong bytes|one owner"),
+    units_are_read_before_they_arrive: (1, "no wrong bytes"),
+    a_lock_of_units_is_not_taken_back: (1, "locked"),
+    a_prefix_locks_no_units: (1, "locked: units|one owner|every group"),
+    a_failed_load_of_units_is_told_to_its_rank_only: (2, "ranks agree|no wrong bytes|no hang"),
+    a_rank_reads_the_units_that_it_has_found_itself: (2, "ranks agree|no hang"),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS | OF_GROUPS, ids=lambda it: it.__name__)
 def test_a_mutation_is_found(mutation: Callable[[Patch], None], monkeypatch: Patch) -> None:
-    ranks, invariant = MUTATIONS[mutation]
+    groups = mutation in OF_GROUPS
+    ranks, invariant = (MUTATIONS | OF_GROUPS)[mutation]
     mutation(monkeypatch)
-    failure = found(ranks, 200)
+    failure = found(ranks, groups, 600)
     print(failure.seed, failure.reason)
     with pytest.raises(ScheduleFailed, match=invariant) as again:
-        run_schedule(failure.seed, ranks=ranks)
+        run_schedule(failure.seed, ranks=ranks, groups=groups)
     assert again.value.trace == failure.trace, "a schedule is a function of its seed"
-    text = report(failure, ranks, N_STEPS)
-    assert f"--seed {failure.seed} --ranks {ranks}" in text
+    text = report(failure, ranks, groups, N_STEPS)
+    option = "groups" if groups else "no-groups"
+    assert f"--seed {failure.seed} --ranks {ranks} --{option}" in text

@@ -38,6 +38,11 @@ REACHED = (
     "started_over",
     "steps_with_orphaned_pages",
     "steps_with_orphaned_reads",
+    "steps_with_unit_backups",
+    "steps_with_unit_loads",
+    "steps_with_unit_reads",
+    "steps_with_unit_stores",
+    "steps_with_units_let_go",
     "stored_pages",
 )
 
@@ -51,7 +56,7 @@ def test_every_invariant_holds_in_many_schedules(full: bool) -> None:
     outcome = run_many(n_schedules, seed=0, n_jobs=None if full else 1)
     print(outcome)
     if outcome.failure is not None:
-        pytest.fail(report(outcome.failure, None, N_STEPS), pytrace=False)
+        pytest.fail(report(outcome.failure, None, None, N_STEPS), pytrace=False)
     assert outcome.n_schedules == n_schedules
     missing = [what for what in REACHED if outcome.tally[what] < often]
     assert not missing, "the schedules hardly ever get there"
