@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from hicache_s3.index import INDEX_NBYTES, MAX_PACK_PAGES, IndexCache, PackIndex
+from hicache_s3.objects import Objects
 from hicache_s3.pages import Alone, Found
 from hicache_s3.request_threads import RequestThreads
 from hicache_s3.search import Search
@@ -94,6 +95,36 @@ def test_a_copy_without_object_metadata_serves_all_pages_and_scrub_removes_none(
     before = weed.names(f"copied-{source}")
     assert {checked.kind for checked in scrub(make_backend(**options))} == {"good"}
     assert weed.names(f"copied-{source}") == before
+
+
+@pytest.mark.parametrize(("least_nbytes", "most_requests"), [(0, 140), (NBYTES, 50)])
+def test_small_pages_beside_large_ones_are_found_by_a_request_for_each_pack(
+    make_backend: MakeBackend,
+    monkeypatch: pytest.MonkeyPatch,
+    least_nbytes: int,
+    most_requests: int,
+) -> None:
+    """Small ones are packed, large ones are not: each is found, whatever the largest says."""
+    options = {"pack_nbytes": 8 * NBYTES, "object_nbytes": 8 * NBYTES}
+    small, large = keys_of(64), keys_of(8, "large", "fedcba9876543210")
+    writer = make_backend(**options)
+    put(writer, small)
+    put(writer, large, (64, 8 * NBYTES - 64))
+    asked: list[str] = []
+    for name in ("look", "fetch"):
+        real = getattr(Objects, name)
+
+        def counted(self: Objects, *args: Any, real: Any = real, **more: Any) -> Any:
+            asked.append(args[0])
+            return real(self, *args, **more)
+
+        monkeypatch.setattr(Objects, name, counted)
+    reader = make_backend(**options, least_nbytes=least_nbytes)
+    asked.clear()
+    assert reader.exists_each([*small, *large]) == [True] * 72
+    assert len(asked) <= most_requests
+    assert hits(reader, small) == 64
+    assert hits(reader, large, (64, 8 * NBYTES - 64)) == 8
 
 
 def test_a_short_page_that_could_be_an_index_is_read_as_a_page(make_backend: MakeBackend) -> None:

@@ -82,10 +82,7 @@ class S3Backend(StorageBackend):
         return value
 
     def exists(self, key: str) -> bool:
-        return (
-            self._opened().find(key, packed=self._stride(self.context.object_nbytes) > 1)
-            is not None
-        )
+        return self._opened().find(key, packed=self._likely_stride() > 1) is not None
 
     def set(self, key: str, value: Buffer) -> None:
         self._opened().objects.store(page_name(key), (memoryview(value).cast("B"),))
@@ -174,7 +171,7 @@ class S3Backend(StorageBackend):
 
     def _look_up(self, keys: Sequence[str], *, leading: bool) -> Search:
         store = self._opened()
-        search = Search(keys, self._stride(self.context.object_nbytes), leading=leading)
+        search = Search(keys, self._likely_stride(), leading=leading)
 
         def ask(n: int) -> Found:
             return store.find(keys[n], packed=search.stride > 1)
@@ -207,6 +204,14 @@ class S3Backend(StorageBackend):
         if store is None:
             raise UseAfterClose("the s3 backend is not open")
         return store
+
+    def _likely_stride(self) -> int:
+        """As ``_stride``, for keys whose pages are not at hand.
+
+        Where pages have several sizes, the smallest decide: a page that is found alone costs one
+        more round, but to take packed pages for single ones costs a request for each of them.
+        """
+        return self._stride(self.context.least_nbytes or self.context.object_nbytes)
 
     def _stride(self, page_nbytes: int) -> int:
         """Returns how many pages a pack is likely to have; ``page_nbytes`` is 0 if unknown."""
