@@ -9,13 +9,12 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
 from hicache_core.controller.attachment import Attaching, Clearing
 from hicache_core.controller.evictor import Evictor
-from hicache_core.controller.explain import Explanation, Hits
+from hicache_core.controller.explain import Cut, Explanation, Hits
 from hicache_core.controller.groups import GroupPaths
 from hicache_core.controller.load_back import LoadBackPath
 from hicache_core.controller.parts import Counters, Parts
@@ -141,6 +140,8 @@ class Controller:
             counters.host_hit_tokens += match.n_host_tokens
             n_prompt = len(packed) // TOKEN_NBYTES + n_behind
             counters.missed_tokens += n_prompt - match.n_tokens
+            if match.cut_by:
+                self._group_paths.count_cut(match)
             if request_id is not None:
                 self._record(request_id, packed, namespace, match, n_prompt)
         return match
@@ -171,6 +172,7 @@ class Controller:
             missed_page if len(page) == page_nbytes else None,
             page_digests(tokens[:page_nbytes], page_size) if was_looked_up else None,
             namespace,
+            Cut(match.cut_by, match.n_uncut_tokens) if match.cut_by else None,
         )
 
     def explain(self, request_id: str) -> Explanation | None:
@@ -261,7 +263,7 @@ class Controller:
         if not match.node.lock_count:
             raise IntegrityError("load_back of a match whose node is not locked; lock it first")
         if self._parts.groups:  # an insert may have brought units, so that the host's could go
-            match = replace(match, groups=self._parts.tree.units(match.node))
+            match = match._replace(groups=self._parts.tree.units(match.node))
         n_pages = len(match.host_pages)
         own: tuple[array[int], ...] = ()
         try:
@@ -270,6 +272,8 @@ class Controller:
         except PoolExhausted:
             self._group_paths.free(own)
             self._parts.counters.load_back_skipped_pages += n_pages
+            for group, units in zip(self._parts.groups, match.groups, strict=True):
+                group.counters.load_skipped_units += units.n_on_host
             return self._parts.tree.device_part(match)
         loaded = self._load_back_path.start(match, device_pages) if n_pages else match
         if loaded.n_tokens < match.n_tokens:

@@ -96,6 +96,16 @@ class EvictsBeforeRead(Store):
         return super().batch_get(keys[: self.n_kept], pages[: self.n_kept])
 
 
+class Forgets(Store):
+    """Says that it has the objects under ``forgotten`` keys, and does not deliver them."""
+
+    name = "forgets"
+    forgotten: ClassVar[set[str]] = set()
+
+    def get(self, key: str) -> Buffer | None:
+        return None if key in self.forgotten else super().get(key)
+
+
 class Flips(Store):
     """Flips one bit of every third object that it gives out."""
 
@@ -223,6 +233,7 @@ class RaisesOnClear(Store):
 def reset() -> None:
     """Empties the store that all share, and shuts the gates."""
     Store.objects.clear()
+    Forgets.forgotten.clear()
     Gated.reset()
     GatedQuestions.reset()
     GatedWrites.reset()

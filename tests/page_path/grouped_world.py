@@ -16,6 +16,7 @@ from hicache_core.kv.keys import pack_tokens
 from hicache_core.kv.spec import Component, Group, GroupKind, KVSpec
 from hicache_core.pools.device import DevicePool
 from hicache_core.radix.results import LACKING, Match, NewUnits
+from hicache_core.ranks.base import RankGroup
 from hicache_core.types import Namespace
 
 PAGE_SIZE = 4
@@ -201,6 +202,7 @@ def make_grouped_world(
     storage: dict[str, Any] | None = None,
     backend: str | None = None,
     batch_pages: int = 128,
+    ranks: RankGroup | None = None,
     **settings: Any,
 ) -> GroupedWorld:
     """A world of one mix of groups; ``storage`` are the settings of the backend."""
@@ -214,4 +216,4 @@ def make_grouped_world(
         **settings,
     )
     pool = DevicePool.with_groups(spec, PAGE_SIZE, device_pages, [n_units] * len(spec.groups))
-    return GroupedWorld(HiCache(config, spec, pool, batch_pages=batch_pages), pool)
+    return GroupedWorld(HiCache(config, spec, pool, batch_pages=batch_pages, ranks=ranks), pool)
