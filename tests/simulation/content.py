@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from hashlib import blake2b
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 from hicache_core.pools.device import DevicePool
 
@@ -12,11 +12,13 @@ _MAX_KNOWN = 100_000
 
 TOKEN_NBYTES = 4
 
+_Key: TypeAlias = tuple[bytes, bytes, int, int, str, tuple[int, ...]]
+
 
 class Contents:
     """Writes and checks the pages of one device pool."""
 
-    _known: ClassVar[dict[tuple[bytes, bytes, int, int, str, int], list[list[bytes]]]] = {}
+    _known: ClassVar[dict[_Key, list[list[bytes]]]] = {}
 
     def __init__(
         self, pool: DevicePool, shard: int, group: str = "", page_size: int | None = None
@@ -36,11 +38,13 @@ class Contents:
             [layer.numpy().data.cast("B") for layer in layers] for layers in pool.buffers
         ]
         self._row_nbytes = [layers[0].nbytes // pool.n_pages for layers in self._views]
+        layers = range(pool.spec.num_layers)
+        self._in_layer = [pool.spec.components_in(layer) for layer in layers]
 
     def expected(self, seed: bytes, tokens: bytes, page: int) -> list[list[bytes]]:
         """Bytes by component and layer of page ``page`` of ``tokens`` in the namespace ``seed``."""
         prefix = tokens[: (page + 1) * self._page_nbytes]
-        shape = len(self._row_nbytes)
+        shape = tuple(self._row_nbytes)
         key = (seed, prefix, self._shard, self._page_nbytes, self._group, shape)
         found = self._known.get(key)
         if found is None:
@@ -82,9 +86,10 @@ class Contents:
     def is_wrong(self, seed: bytes, tokens: bytes, page: int, unit: int, layer: int) -> bool:
         """Whether a layer of ``unit`` does not hold that of page ``page`` of ``tokens``."""
         content = self.expected(seed, tokens, page)
-        for layers, rows, nbytes in zip(self._views, content, self._row_nbytes, strict=True):
-            start = unit * nbytes
-            if layers[layer][start : start + nbytes] != rows[layer]:
+        for component, at in self._in_layer[layer]:
+            nbytes = self._row_nbytes[component]
+            found = self._views[component][at][unit * nbytes : (unit + 1) * nbytes]
+            if found != content[component][at]:
                 return True
         return False
 

@@ -84,7 +84,7 @@ def _known_buffers(
     return [
         [
             torch.zeros(n_pages, page_size, *component.shape, dtype=getattr(torch, component.dtype))
-            for _ in range(spec.num_layers)
+            for _ in spec.layers_of(component)
         ]
         for component in spec.components
     ]

@@ -158,20 +158,16 @@ class Setup:
         return 0 if self.is_mla else rank
 
     def spec(self, rank: int) -> KVSpec:
-        """The KV that ``rank`` holds: latents, one head of each layer, or two layers.
+        """The KV that ``rank`` holds: latents and keys, one head of each layer, or two layers.
 
         Ranks cannot share the heads of a state, so they share the layers of such a model.
         """
         if self.is_mla:
-            return self._grouped(
-                KVSpec.mla(
-                    num_layers=2,
-                    kv_lora_rank=3,
-                    rope_dim=2,
-                    dtype="float16",
-                    fingerprint=FINGERPRINT,
-                )
+            latents = KVSpec.mla(
+                num_layers=2, kv_lora_rank=3, rope_dim=2, dtype="float16", fingerprint=FINGERPRINT
             )
+            keys = Component("indexer_k", (3,), "uint8", (1,))
+            return self._grouped(replace(latents, components=(*latents.components, keys)))
         n_stages, n_heads = (self.ranks, 1) if self.has_state else (1, self.ranks)
         whole = KVSpec.mha(
             num_layers=2 * n_stages,
@@ -186,10 +182,14 @@ class Setup:
         return whole.shard(heads=(rank, rank + 1))
 
     def _grouped(self, spec: KVSpec) -> KVSpec:
-        """``spec`` with the groups of this world."""
-        n_heads = spec.heads[1]
-        window = (Component("k", (n_heads, 3), "float16"),)
-        state = (Component("conv_0", (3,), "float16"), Component("recurrent_0", (5,), "uint8"))
+        """``spec`` with the groups of this world, each of which lives in some of the layers."""
+        n_heads, n_layers = spec.heads[1], spec.num_layers
+        even, odd = tuple(range(0, n_layers, 2)), tuple(range(1, n_layers, 2))
+        window = (Component("k", (n_heads, 3), "float16", odd),)
+        state = (
+            Component("conv_0", (3,), "float16"),
+            Component("recurrent_0", (5,), "uint8", even),
+        )
         groups = [
             Group(
                 "_".join(["swa", str(i)][: 1 + i]),
