@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -264,7 +263,7 @@ class Controller:
         if not match.node.lock_count:
             raise IntegrityError("load_back of a match whose node is not locked; lock it first")
         if self._parts.groups:  # an insert may have brought units, so that the host's could go
-            match = replace(match, groups=self._parts.tree.units(match.node))
+            match = match._replace(groups=self._parts.tree.units(match.node))
         n_pages = len(match.host_pages)
         own: tuple[array[int], ...] = ()
         try:

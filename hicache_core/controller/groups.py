@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from hicache_core.controller.attachment import Attachment
@@ -343,7 +343,7 @@ class GroupPaths:
             self._load(group, match.node, units, mine)
             for group, units, mine in zip(self._parts.groups, match.groups, own, strict=True)
         )
-        return replace(match, groups=loaded, own=own)
+        return match._replace(groups=loaded, own=own)
 
     def _load(self, group: GroupParts, node: Node, units: Units, own: array[int]) -> Units:
         if not own:

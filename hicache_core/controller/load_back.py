@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from hicache_core.controller.parts import Parts
@@ -68,8 +68,7 @@ class LoadBackPath:
         load_back = LoadBack(ticket, node, n_pages, parts.clock(), span)
         self._under_way.append(load_back)
         parts.jobs.add_copy(ticket, n_pages, partial(self._settled, load_back))
-        return replace(
-            match,
+        return match._replace(
             device_pages=match.device_pages + device_pages,
             host_pages=array("i"),
             device_node=node,

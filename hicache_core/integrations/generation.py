@@ -33,7 +33,7 @@ def from_its_end(model: Any, past: Cache) -> Iterator[None]:
     """Lets ``generate`` go on from the end of ``past`` for a model that takes it by another name.
 
     transformers skips the tokens of a cache only if the model's forward calls it
-    ``past_key_values``. Mamba would be shown all of the prompt again.
+    ``past_key_values``. Mamba 2, where it is ``cache_params``, would be shown all of it again.
 
     Args:
         model: whose ``generate`` runs inside.
@@ -43,7 +43,7 @@ def from_its_end(model: Any, past: Cache) -> Iterator[None]:
 
     @functools.wraps(prepare)
     def skipping(input_ids: torch.Tensor, *args: Any, **arguments: Any) -> Any:
-        if arguments.get("is_first_iteration"):
+        if arguments.get("is_first_iteration") and arguments.get("cache_params") is past:
             arguments["next_sequence_length"] = input_ids.shape[1] - past.get_seq_length()
         return prepare(input_ids, *args, **arguments)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import replace
 
 from hicache_core.errors import IntegrityError
 from hicache_core.kv.spec import GroupKind
@@ -30,7 +29,7 @@ class Grouped:
         """
         self.groups = tuple(groups)
         self._page_size = page_size
-        self._split = split
+        self._split = split  # which calls ``split`` of this object too
 
     def renew(self, node: Node, *, used: bool) -> None:
         """As ``Residency.renew``, for the units of the prefix that ends at ``node``."""
@@ -46,6 +45,16 @@ class Grouped:
         """Takes back one ``lock`` of ``node``."""
         for held in self.groups:
             held.unlock(node)
+
+    def split(self, upper: Node, node: Node) -> None:
+        """Takes in ``upper``, which was just split off ``node`` with its first pages."""
+        for held in self.groups:
+            held.split(upper, node)
+
+    def remove(self, node: Node) -> None:
+        """Frees what a node has, which is about to leave the tree."""
+        for held in self.groups:
+            held.remove(node)
 
     def check_integrity(self, nodes: Sequence[Node]) -> None:
         """Checks every group against ``nodes``, the whole tree.
@@ -118,7 +127,7 @@ class Grouped:
                 duplicates[-1].extend(self._insert_run(result, n_pages, held, run))
             held.renew(result.node, used=False)
         units = self.units(result.node)
-        return replace(result, unit_duplicates=tuple(duplicates), units=units)
+        return result._replace(unit_duplicates=tuple(duplicates), units=units)
 
     def units(self, node: Node) -> tuple[Units, ...]:
         """By group, what the prefix that ends at ``node`` has."""

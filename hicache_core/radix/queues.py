@@ -23,21 +23,24 @@ class QueueEntry(Entry):
 
     Attributes:
         queue: ``NEW`` or ``PROVEN``, even while it rests.
+        size: pages, or units of a group, that the node has in the tier.
         uses: a count that the policy keeps.
     """
 
-    __slots__ = ("queue", "uses")
+    __slots__ = ("queue", "size", "uses")
 
-    def __init__(self, node: Node | None, queue: int, uses: int = 0) -> None:
+    def __init__(self, node: Node | None, queue: int, size: int = 0, uses: int = 0) -> None:
         """Rests: it is in no queue yet.
 
         Args:
             node: has this place; None for the head of a queue.
             queue: ``NEW`` or ``PROVEN``.
+            size: of the node in the tier.
             uses: first value of the policy's count.
         """
         super().__init__(node)
         self.queue = queue
+        self.size = size
         self.uses = uses
 
     @property
@@ -59,7 +62,9 @@ class QueueOrder(EvictionOrder):
 
     def __init__(self, tier: TierView) -> None:
         self._tier = tier
+        self._page_size = tier.page_size
         self._size = tier.size
+        self._names_of = tier.names
         self._entries: dict[Node, QueueEntry] = {}
         self._heads = (QueueEntry(None, NEW), QueueEntry(None, PROVEN))
         self._n_pages = [0, 0]
@@ -102,8 +107,9 @@ class QueueOrder(EvictionOrder):
             self._wake(node)
             return
         queue = self._enters(node)
-        entry = self._entries[node] = QueueEntry(node, queue)
-        self._n_pages[queue] += self._size(node)
+        size = self._size(node)
+        entry = self._entries[node] = QueueEntry(node, queue, size)
+        self._n_pages[queue] += size
         self._capacity = max(self._capacity, sum(self._n_pages))
         entry.insert_before(self._heads[queue])
         if queue == PROVEN and node.parent is not None:
@@ -113,7 +119,9 @@ class QueueOrder(EvictionOrder):
         # docstring inherited; ``upper`` has a child, so it rests
         entry = self._entries.get(node)
         if entry is not None:
-            self._entries[upper] = QueueEntry(upper, entry.queue, entry.uses)
+            size = self._size(upper)
+            entry.size -= size
+            self._entries[upper] = QueueEntry(upper, entry.queue, size, entry.uses)
 
     def discard(self, node: Node) -> None:
         # docstring inherited
@@ -121,7 +129,7 @@ class QueueOrder(EvictionOrder):
         if entry is not None:
             entry.rest()
             self._left(node, entry.queue)
-            self._n_pages[entry.queue] -= self._size(node)
+            self._n_pages[entry.queue] -= entry.size
         if node.parent is not None:
             self._wake(node.parent)
 
@@ -148,9 +156,8 @@ class QueueOrder(EvictionOrder):
     def _move(self, entry: QueueEntry, queue: int) -> None:
         """Make a node the youngest of ``queue``."""
         assert entry.node is not None
-        size = self._size(entry.node)
-        self._n_pages[entry.queue] -= size
-        self._n_pages[queue] += size
+        self._n_pages[entry.queue] -= entry.size
+        self._n_pages[queue] += entry.size
         entry.unlink()
         entry.queue = queue
         entry.insert_before(self._heads[queue])
@@ -180,7 +187,7 @@ class QueueOrder(EvictionOrder):
         return None
 
     def _names(self, node: Node) -> list[int]:
-        return self._tier.names(node, self._tier.page_size)
+        return self._names_of(node, self._page_size)
 
     # -- audit -------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from hicache_core.radix.node import Node
 
@@ -45,8 +46,8 @@ class NewUnits:
     device: array[int]
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
+# Named tuples: each lookup makes one, and a frozen dataclass takes longer to make.
+class Match(NamedTuple):
     """The longest known prefix, in whole pages: a run on the device, then a run on the host.
 
     Attributes:
@@ -92,8 +93,7 @@ class Match:
         return self.n_device_tokens + self.n_host_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class InsertResult:
+class InsertResult(NamedTuple):
     """The result of an insert.
 
     Attributes:

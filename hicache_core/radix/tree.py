@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 
 from hicache_core.errors import IntegrityError, InvalidTokens, SpecError
 from hicache_core.kv.keys import DIGEST_NBYTES, TOKEN_NBYTES
@@ -144,7 +143,7 @@ class RadixTree:
 
     def device_part(self, match: Match) -> Match:
         """The longest part of a match that needs nothing of the host."""
-        match = replace(match, host_pages=array("i"), node=match.device_node)
+        match = match._replace(host_pages=array("i"), node=match.device_node)
         return self._grouped.cut(match, on_device=True) if self.groups else match
 
     def units(self, node: Node) -> tuple[Units, ...]:
@@ -625,8 +624,8 @@ class RadixTree:
         """Split off the first ``at`` pages of ``node`` as a new node above it; returns that one."""
         upper = split_node(node, at, self._page_nbytes)
         self._residency.split(upper, node)
-        for held in self.groups:
-            held.split(upper, node)
+        if self.groups:
+            self._grouped.split(upper, node)
         self._n_nodes += 1
         return upper
 
@@ -635,8 +634,8 @@ class RadixTree:
         parent = node.parent
         if parent is None or node.children or node.lock_count or node.host_lock_count:
             raise IntegrityError(f"{node} cannot leave the tree: it is in use")
-        for held in self.groups:
-            held.remove(node)
+        if self.groups:
+            self._grouped.remove(node)
         del parent.children[node.key]
         node.parent = None
         self._n_nodes -= 1

@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 from transformers import AutoModelForCausalLM
 
-VOCABULARY = 320
+VOCABULARY = 512
 WINDOW = 10
 """Tokens of a sliding window or a chunk; no multiple of a page."""
 
