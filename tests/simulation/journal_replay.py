@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from hicache_core.controller.controller import Controller
 from hicache_core.kv.keys import DIGEST_NBYTES
+from hicache_core.kv.spec import GroupKind
 from hicache_core.observe.journal import Journal, PageRun
 from hicache_core.radix.node import Node, run_of
 from hicache_core.types import Tier
@@ -16,25 +19,29 @@ class JournalReplay(Journal):
     def __init__(self) -> None:
         """Empty tiers."""
         self._pages: dict[Tier, set[bytes]] = {tier: set() for tier in Tier}
+        self._units: defaultdict[tuple[Tier, int], set[bytes]] = defaultdict(set)
 
     def stored(self, tier: Tier, run: PageRun) -> None:
         # docstring inherited
-        if run.group is None:
-            self._pages[tier].update(_cut(run.digests))
+        self._of(tier, run).update(_cut(run.digests))
 
     def removed(self, tier: Tier, run: PageRun, cause: str) -> None:
         # docstring inherited
-        if run.group is not None:
-            return
-        gone = _cut(run.digests)
-        if not self._pages[tier].issuperset(gone):
-            raise InvariantBroken(f"journal: the {tier.value} loses ({cause}) what it never had")
-        self._pages[tier].difference_update(gone)
+        gone, known = _cut(run.digests), self._of(tier, run)
+        if not known.issuperset(gone):
+            name = "" if run.group is None else f", group {run.group.name!r}"
+            raise InvariantBroken(
+                f"journal: the {tier.value}{name} loses ({cause}) what it never had"
+            )
+        known.difference_update(gone)
 
     def cleared(self) -> None:
         # docstring inherited
-        for pages in self._pages.values():
+        for pages in (*self._pages.values(), *self._units.values()):
             pages.clear()
+
+    def _of(self, tier: Tier, run: PageRun) -> set[bytes]:
+        return self._units[tier, run.group_index] if run.group else self._pages[tier]
 
     def check(self, cache: Controller, nodes: list[Node]) -> None:
         """Holds against the tree: exact for device and host; of what storage is believed to have,
@@ -62,6 +69,28 @@ class JournalReplay(Journal):
                 )
         if not self._pages[Tier.STORAGE].issuperset(stored):
             raise InvariantBroken("journal: storage has pages that were never told")
+        self._check_units(cache)
+
+    def _check_units(self, cache: Controller) -> None:
+        """Holds the units of groups against the holdings: exact for device and host."""
+        for number, group in enumerate(cache.parts.groups, 1):
+            found: dict[Tier, set[bytes]] = {Tier.DEVICE: set(), Tier.HOST: set()}
+            for node in group.held.nodes():
+                holding = group.held.get(node)
+                assert holding is not None
+                pages = _cut(cache.parts.tree.digests(node))
+                units = pages[-1:] if group.held.group.kind is GroupKind.STATE else pages
+                if holding.device is not None:
+                    found[Tier.DEVICE].update(units)
+                if holding.host is not None:
+                    found[Tier.HOST].update(units)
+            for tier, held in found.items():
+                told = self._units[tier, number]
+                if told != held:
+                    raise InvariantBroken(
+                        f"journal: of group {group.held.group.name!r} on the {tier.value}, "
+                        f"{len(told)} units were told, and it holds {len(held)}"
+                    )
 
 
 def _being_stored(cache: Controller) -> set[Node]:
