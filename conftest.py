@@ -18,6 +18,7 @@ LONGEST = (
     "tests/models/test_models.py",
     "tests/simulation/test_simulation.py",
     "tests/end_to_end/test_dist.py",
+    "tests/page_path/test_transformers_groups.py",
     "tests/pd/test_smollm2.py",
     "tests/end_to_end/test_documents.py",
     "tests/end_to_end/test_demo.py",

@@ -133,7 +133,8 @@ class CachedModel:
             model: a transformers ``…ForCausalLM``.
             config: settings of the cache. Unless it sets a prefetch policy, a prompt waits for
                 everything that storage has of it (``wait_complete``).
-            device_tokens: tokens that the device tier holds.
+            device_tokens: tokens that the device tier holds. Pools for windows and for snapshots
+                of states, if the model has them, come on top.
             fingerprint: digest of config, weights, adapters and hooks as they are now;
                 ``fingerprint_of_model`` by default.
 
