@@ -9,6 +9,7 @@ import pytest
 
 from hicache_core.engine.model import LoadedModel
 from hicache_core.types import CachedTokens
+from tests.engine.test_pressure import FailingLoads
 from tests.engine.world import (
     SteppedEngine,
     cache_config,
@@ -91,6 +92,18 @@ def test_conversations_that_part_have_their_own_answers(loaded: LoadedModel) -> 
                 turn + list(plain(loaded, turn, N_NEW)) + prompt(3, seed=len(turn) + n)
                 for n, turn in enumerate(turns)
             ]
+
+
+def test_a_request_whose_units_do_not_arrive_computes_everything(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [prompt(43)]
+    with stepped_engine(loaded) as it:
+        answers(it, prompts)
+        empty_device(it)
+        FailingLoads(it, monkeypatch, 1)
+        assert answers(it, prompts) == [CachedTokens()]
+        assert it.scheduler.tally.restarted == 1
 
 
 @pytest.mark.parametrize(("policy", "n_units"), [("write_through", 9), ("write_back", 13)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Iterator
@@ -16,8 +17,9 @@ from hicache_core.engine.engine import Engine, EngineConfig
 from hicache_core.engine.logits_rules import LogitsRules
 from hicache_core.engine.model import LoadedModel
 from hicache_core.engine.request import Output, Request, SamplingParams
+from hicache_core.engine.scheduler import Scheduler
 from hicache_core.errors import ConfigError, HiCacheError, InvalidTokens, SpecError
-from tests.engine.windowed_models import loaded_model
+from tests.page_path.mixed_models import mixed_model
 from tests.page_path.odd_models import LIMIT, VOCABULARY, odd_model, plain, prompt_of
 
 N_NEW = 8
@@ -87,11 +89,38 @@ def test_other_models_answer_prompts_of_several_lengths_at_once(
         assert answers == [plain(model, prompt, N_NEW) for prompt in prompts]
 
 
-def test_a_model_with_windows_is_opened() -> None:
-    loaded = loaded_model("gemma2")
+@pytest.mark.parametrize("name", ["deepseek_v32", "gemma2", "lfm3", "mamba2"])
+def test_windows_states_and_indexers_are_checked_and_answered_at_once(name: str) -> None:
+    model = mixed_model(name)
     prompts = [prompt_of(50), prompt_of(21, seed=1)]
-    with opened(loaded.model, chunk_tokens=16) as engine:
-        assert ask(engine, *prompts) == [plain(loaded.model, prompt, N_NEW) for prompt in prompts]
+    with opened(model, chunk_tokens=16) as engine:
+        assert ask(engine, *prompts) == [plain(model, prompt, N_NEW) for prompt in prompts]
+
+
+def with_another_scheduler(name: str) -> Engine:
+    return Engine(
+        LoadedModel(name, mixed_model(name), None),
+        HiCacheConfig(page_size=4),
+        EngineConfig(device_tokens=512),
+        make_scheduler=functools.partial(Scheduler),
+    )
+
+
+def test_where_full_pages_are_moved_windows_are_in_them_and_states_are_refused() -> None:
+    engine = with_another_scheduler("gemma2")
+    engine.open()
+    engine.close()
+    assert engine.pool.spec.groups == ()
+    with pytest.raises(SpecError, match="layers that keep a state"):
+        with_another_scheduler("lfm3").open()
+
+
+def test_a_listener_that_would_lack_the_windows_is_refused() -> None:
+    with (
+        opened(mixed_model("gemma2")) as engine,
+        pytest.raises(ConfigError, match="keeps swa beside them"),
+    ):
+        engine.listen(None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["longrope", "phi3", "dynamic", "doge"])
