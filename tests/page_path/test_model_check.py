@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma2Config
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    Gemma2Config,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+)
 from transformers.utils import logging as hf_logging
 
 from hicache_core.config.settings import HiCacheConfig
@@ -74,6 +80,39 @@ def test_a_model_whose_kv_may_not_be_reused_is_refused_in_one_sentence(name: str
     with pytest.raises(SpecError, match=REFUSED[name]) as caught:
         CachedModel.open(model, HiCacheConfig())
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["bert", "electra", "roberta"])
+def test_an_encoder_is_refused_where_rounding_would_hide_it(name: str) -> None:
+    with pytest.raises(SpecError, match=r"depends on the tokens after it: a decoder is made"):
+        check_model(odd_model(name, torch.bfloat16))
+
+
+def test_an_encoder_is_refused_whose_weights_hardly_matter_yet() -> None:
+    """As transformers makes them; GPT-NeoX has the same setting and is causal."""
+    size = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 320}
+    torch.manual_seed(0)
+    with pytest.raises(SpecError, match="depends on the tokens after it"):
+        check_model(BertLMHeadModel(BertConfig(**size, num_attention_heads=4)).eval())
+    causal = GPTNeoXForCausalLM(GPTNeoXConfig(**size, num_attention_heads=4)).eval()
+    assert causal.config.is_decoder is False
+    check_model(causal)
+
+
+def test_attention_in_both_directions_is_refused_in_every_precision() -> None:
+    """As embedding models have it, whose classes are those of causal ones."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = odd_model("llama", dtype)
+        for layer in model.model.layers:
+            layer.self_attn.register_forward_pre_hook(_without_mask, with_kwargs=True)
+        with pytest.raises(SpecError, match="depends on"):
+            check_model(model)
+
+
+def _without_mask(module: Any, _: Any, arguments: dict[str, Any]) -> Any:
+    """What a layer is given, without the mask that hides later tokens."""
+    module.is_causal = False
+    return (), {**arguments, "attention_mask": None}
 
 
 def test_the_check_leaves_modes_random_numbers_and_gradients_as_they_were() -> None:
