@@ -191,15 +191,18 @@ def _check_causal(model: Any, ids: list[int], n_first: int, whole: torch.Tensor)
     """Checks that the first ``n_first`` tokens have the same logits before other tokens.
 
     It finds an encoder where both parts of a prompt seem right: in 16 bits, or with weights that
-    hardly matter. Nothing rounds otherwise here, since the shapes are the same, except of experts.
+    hardly matter. Nothing rounds otherwise here, since the shapes are the same; only experts get
+    other batches, and states other chunks.
 
     Raises:
         SpecError: they have not.
     """
     changed = [*ids[:n_first], *reversed(ids[n_first:])]
     apart = _apart(forward(model, changed, new_cache(model))[:n_first], whole[:n_first])
-    has_experts = any("expert" in name for name, _ in model.named_modules())
-    if apart > (_tolerance(model) if has_experts else _CAUSAL_TOLERANCE):
+    has_others = any("expert" in name for name, _ in model.named_modules()) or any(
+        hasattr(layer, "recurrent_states") for layer in _layers_of(model.config)
+    )
+    if apart > (_tolerance(model) if has_others else _CAUSAL_TOLERANCE):
         raise SpecError(
             f"{name_of(model)} cannot be cached: what it computes for a token depends on the "
             f"tokens after it{_advice(model)}"
