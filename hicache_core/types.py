@@ -136,11 +136,15 @@ class BackendContext:
 
     Attributes:
         namespace: hex digest that prefixes every key (``<namespace>/<page hash>``).
-        object_nbytes: size of every stored object, header included; 0 if not fixed.
+        object_nbytes: size of every stored object, header included, or of the largest if they
+            have several sizes; 0 if not fixed.
         rank: this process among those that share the cache.
         world_size: how many processes share the cache.
         creates: False for a command that only reads a store. If the store does not exist, the
             backend then raises ``BackendUnavailable`` instead of creating it.
+        least_nbytes: size of the smallest stored object if they have several sizes, as those of a
+            model with groups of layers, which have namespaces of their own; 0 if all have
+            ``object_nbytes``.
     """
 
     namespace: str
@@ -148,3 +152,4 @@ class BackendContext:
     rank: int = 0
     world_size: int = 1
     creates: bool = True
+    least_nbytes: int = 0

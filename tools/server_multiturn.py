@@ -1,6 +1,6 @@
-"""SmolLM2 behind ``hicache serve``: conversations of several turns, by what caches them.
+"""A model behind ``hicache serve``: conversations of several turns, by what caches them.
 
-    python -m tools.server_multiturn [--clients 8] [--rounds 6] [--tiers none device ...]
+    python -m tools.server_multiturn [--model NAME] [--clients 8] [--rounds 6] [--tiers none ...]
 
 ``make bench`` does not run it: it takes minutes, and starts a server for each row. A row is a
 fresh server on an empty store; rows with storage are run once more after a restart, on the warm
@@ -41,15 +41,16 @@ HEADER = (
 
 
 @contextmanager
-def serving(page_size: int, device_tokens: int, flags: Sequence[str]) -> Iterator[str]:
+def serving(model: str, page_size: int, device_tokens: int, flags: Sequence[str]) -> Iterator[str]:
     """Starts a server on any free port and yields its address; at the end it drains its writes.
 
     Args:
+        model: as ``--model-path``.
         page_size: tokens in a page.
         device_tokens: tokens that the device tier holds.
         flags: further flags.
     """
-    command = ["-m", "hicache_core.launch_server", "--model-path", "smollm2", "--port", "0"]
+    command = ["-m", "hicache_core.launch_server", "--model-path", model, "--port", "0"]
     command += ["--page-size", str(page_size), "--max-total-tokens", str(device_tokens)]
     child = Child("server", [*command, "--enable-cache-report", *flags])
     try:
@@ -109,14 +110,14 @@ def rows(tiers: str, given: argparse.Namespace, directory: Path) -> Iterator[str
     n_tokens = given.clients * given.rounds * (given.words + given.output) // 2
     device_tokens = -(-n_tokens // PAGE_SIZE) * PAGE_SIZE
     if tiers == "none":
-        with serving(NO_PAGE, NO_PAGE * (given.clients + 1), ()) as url:
+        with serving(given.model, NO_PAGE, NO_PAGE * (given.clients + 1), ()) as url:
             yield line(tiers, "cold", measured(url, given))
     elif tiers == "device":
-        with serving(PAGE_SIZE, device_tokens, ()) as url:
+        with serving(given.model, PAGE_SIZE, device_tokens, ()) as url:
             yield line(tiers, "cold", measured(url, given))
     elif tiers in {"small-host", "host"}:
         ratio = 1 if tiers == "small-host" else 2
-        with serving(PAGE_SIZE, device_tokens, [*HIERARCHY, str(ratio)]) as url:
+        with serving(given.model, PAGE_SIZE, device_tokens, [*HIERARCHY, str(ratio)]) as url:
             yield line(f"device + host of {ratio} x", "cold", measured(url, given))
     else:
         with store(tiers, directory) as (settings, _):
@@ -125,13 +126,14 @@ def rows(tiers: str, given: argparse.Namespace, directory: Path) -> Iterator[str
             extra = {**settings, "prefetch_threshold": PAGE_SIZE}
             flags += ["--hicache-storage-backend-extra-config", json.dumps(extra)]
             for run in ("cold", "after a restart"):
-                with serving(PAGE_SIZE, device_tokens, flags) as url:
+                with serving(given.model, PAGE_SIZE, device_tokens, flags) as url:
                     yield line(f"+ {tiers}", run, measured(url, given))
 
 
 def main() -> None:
     """Prints the table as Markdown, each row as soon as it is there."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--words", type=int, default=64, help="of each question")
@@ -139,7 +141,7 @@ def main() -> None:
     parser.add_argument("--tiers", nargs="*", default=list(TIERS), choices=TIERS)
     given = parser.parse_args()
     facts = ", ".join(f"{name} {value}" for name, value in machine().items())
-    print(f"Machine: {facts}. {given.clients} clients, {given.rounds} rounds.\n")
+    print(f"Machine: {facts}. {given.model}, {given.clients} clients, {given.rounds} rounds.\n")
     print(HEADER, "|---" * 9 + "|", sep="\n", flush=True)
     for tiers in given.tiers:
         with tempfile.TemporaryDirectory(prefix="hicache-bench-") as directory:

@@ -208,6 +208,7 @@ class StorageOpener:
             HEADER_NBYTES + max(nbytes),
             ranks.rank,
             ranks.world_size,
+            least_nbytes=HEADER_NBYTES + min(filter(None, nbytes)) if groups else 0,
         )
 
     def open(self, name: str, settings: Mapping[str, object]) -> Attachment:
@@ -253,13 +254,15 @@ class StorageOpener:
         """Key and page of an object for each namespace that says what it means, where it fits."""
         if self._n_groups > 1:
             return ()  # among pages that are cut by heads it would be cut too, and say nothing
-        made = [
-            manifest_page(described, pool.object_nbytes)
-            for described, pool in zip(
-                (self._described, *self._described_groups), (self._host, *self._groups), strict=True
-            )
-            if pool.shape.page_nbytes
-        ]
+        made = []
+        if self._host.shape.page_nbytes:
+            made.append(manifest_page(self._described, self._host.object_nbytes))
+        page_size, groups = self._config.page_size, self._host.spec.groups
+        for described, pool, group in zip(
+            self._described_groups, self._groups, groups, strict=True
+        ):
+            told = {"window": group.window, "page_size": page_size}
+            made.append(manifest_page(described, pool.object_nbytes, told))
         return [manifest for manifest in made if manifest is not None]
 
     def _with_head_groups(

@@ -15,6 +15,7 @@ from hicache_core.integrations.foreign.identity import BY_NAME
 from hicache_core.kv.keys import describe_namespace
 from hicache_core.kv.spec import KVSpec
 from hicache_core.storage.manifest import Manifest
+from hicache_core.storage.why import AskedGroup
 
 DEFAULT_PAGE_SIZE, DEFAULT_LAYOUT = 64, "page_first"
 _NAMESPACE = re.compile(r"[0-9a-f]{16}")
@@ -74,11 +75,13 @@ def choose(named: CacheDescription, known: Mapping[str, Manifest | None]) -> Cac
     if named.namespace is not None:
         return _by_digest(named.namespace, named.page_size, known)
     manifests = [manifest for manifest in known.values() if manifest is not None]
+    # Groups belong to the cache of their full pages, if it stores any.
+    manifests = [one for one in manifests if not one.group] or manifests
     if named.model is not None:
         return _by_model(named, named.model, manifests)
     found = [manifest for manifest in manifests if _fits(named, manifest)]
     if len(found) == 1:
-        return CacheRef(found[0].namespace, found[0].page_size, found[0])
+        return CacheRef(found[0].namespace, found[0].chain_page_size, found[0])
     said = "several caches fit" if found else "no cache fits"
     there = "; ".join(map(summary, found or manifests)) or "no manifest"
     raise ConfigError(
@@ -87,14 +90,39 @@ def choose(named: CacheDescription, known: Mapping[str, Manifest | None]) -> Cac
     )
 
 
+def groups_of(cache: CacheRef, known: Mapping[str, Manifest | None]) -> tuple[AskedGroup, ...]:
+    """The groups of layers that belong to a cache: windows, the shortest first, then states.
+
+    Args:
+        cache: the cache.
+        known: the namespaces in the store, each with its manifest or None.
+    """
+    own = cache.manifest
+    if own is None:
+        return ()
+    same = ("model_fingerprint", "layers", "layout")
+    found = (
+        AskedGroup(one.group, one.namespace, one.window)
+        for one in known.values()
+        if one is not None
+        and one.group
+        and one.chain_page_size == cache.page_size
+        and all(one.fields.get(name) == own.fields.get(name) for name in same)
+    )
+    return tuple(sorted(found, key=lambda group: (not group.window, group.window, group.name)))
+
+
 def summary(manifest: Manifest) -> str:
     """A manifest in one line."""
     fields = manifest.fields
     said = [
         _model_words(fields.get("model_fingerprint")),
-        f"page size {fields['page_size']}",
+        f"page size {manifest.chain_page_size}",
         str(fields["layout"]),
     ]
+    if manifest.group:
+        kind = f"a window of {manifest.window}" if manifest.window else "a state"
+        said.insert(1, f"group {manifest.group}: {kind}")
     if "engine" in fields:
         said.insert(0, _engine_words(manifest))
         nbytes = fields.get("object_nbytes")
@@ -133,7 +161,7 @@ def _by_digest(
     if _NAMESPACE.fullmatch(namespace) is None:
         raise ConfigError(f"--namespace {namespace!r}: a storage namespace is 16 hex digits")
     manifest = known.get(namespace)
-    own = None if manifest is None else manifest.page_size
+    own = None if manifest is None else manifest.chain_page_size
     return CacheRef(namespace, page_size or own or DEFAULT_PAGE_SIZE, manifest)
 
 
@@ -171,7 +199,7 @@ def _fits(named: CacheDescription, manifest: Manifest) -> bool:
     fields = manifest.fields
     return (
         str(fields.get("model_fingerprint")).startswith(named.fingerprint)
-        and named.page_size in (None, fields["page_size"])
+        and named.page_size in (None, manifest.chain_page_size)
         and named.layout in (None, fields["layout"])
         and named.dtype in (None, fields.get("dtype"), *_dtypes(fields))
     )

@@ -11,7 +11,13 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hicache_core.observe.snapshot import BackendStatus, CacheSnapshot, OperationStatus, PoolStatus
+from hicache_core.observe.snapshot import (
+    BackendStatus,
+    CacheSnapshot,
+    GroupStatus,
+    OperationStatus,
+    PoolStatus,
+)
 from hicache_core.observe.windows import Observation
 
 _BREAKERS = {"closed": "green", "half_open": "yellow", "open": "bold red"}
@@ -94,13 +100,15 @@ def rates_of(samples: Sequence[Mapping[str, Any]]) -> Rates | None:
 def status_view(seen: Observation) -> RenderableType:
     """The cache in numbers; alarms come last, next to the prompt of the shell."""
     alarms = _alarms(seen) or [Text("no alarms", style="green")]
-    return Group(_tiers(seen), Text(_hits(seen) + "\n"), *_storage(seen.snapshot), *alarms)
+    tiers = [_tiers(seen), *_groups(seen.snapshot), Text(_hits(seen) + "\n")]
+    return Group(*tiers, *_storage(seen.snapshot), *alarms)
 
 
 def top_view(moment: Moment) -> RenderableType:
     """Rates and requests as well; alarms come first, since a low window cuts off the end."""
     seen = moment.seen
     parts: list[RenderableType] = [_head(moment), *_alarms(seen), _bars(seen.snapshot)]
+    parts += _groups(seen.snapshot)
     return Group(*parts, *_storage(seen.snapshot), _requests(moment.requests))
 
 
@@ -185,6 +193,33 @@ def _pages(pool: PoolStatus | None) -> Iterator[str]:
         return
     numbers = (pool.free_pages, pool.evictable_pages, pool.locked_pages, pool.in_flight_pages)
     yield from ("–" if n is None else f"{n:,}" for n in (pool.n_pages, *numbers))
+
+
+def _groups(snapshot: CacheSnapshot) -> Iterator[RenderableType]:
+    """The units of windows and states, one row for each group and tier; nothing without groups."""
+    if not snapshot.groups:
+        return
+    table = _table(
+        "groups of layers", "GROUP", "TIER", "UNITS", "FREE", "CACHED", "EVICTED", "CUT MATCHES"
+    )
+    for group in snapshot.groups:
+        for tier, pool in (("device", group.device), ("host", group.host)):
+            if pool is None:
+                continue
+            evicted = sum(item.n_pages for item in group.evicted_units if item.tier == tier)
+            numbers = (pool.n_pages, pool.free_pages, pool.cached_pages or 0, evicted)
+            first = tier == "device"
+            table.add_row(
+                _group_words(group) if first else "",
+                tier,
+                *(f"{n:,}" for n in numbers),
+                f"{group.cut_matches:,}" if first else "",
+            )
+    yield table
+
+
+def _group_words(group: GroupStatus) -> str:
+    return f"{group.name} (window {group.window:,})" if group.window else f"{group.name} (state)"
 
 
 def _hits(seen: Observation) -> str:

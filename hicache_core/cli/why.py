@@ -11,14 +11,20 @@ from typing import Any
 
 import click
 
-from hicache_core.cli._cache_choice import CacheDescription, CacheRef, choose, summary
+from hicache_core.cli._cache_choice import (
+    CacheDescription,
+    CacheRef,
+    choose,
+    groups_of,
+    summary,
+)
 from hicache_core.cli._prompt import packed_prompt
 from hicache_core.config.sources import read_inline
 from hicache_core.errors import ConfigError
 from hicache_core.plugin.manager import backend_settings
 from hicache_core.storage.base import StorageBackend
 from hicache_core.storage.manifest import Manifest, read_manifest, read_manifests
-from hicache_core.storage.why import Answer, Cause, Miss, Question, why
+from hicache_core.storage.why import Answer, Cause, GroupAnswer, Miss, Question, why
 from hicache_core.testing.recipe import Recipe
 from hicache_core.types import BackendContext, Namespace
 
@@ -73,7 +79,7 @@ def command(ctx: click.Context, /, *, prompt: str, as_json: bool, **options: Any
     tokens = packed_prompt(prompt, options["tokenizer"] or options["model"])
     answer = _answer(tokens, options)
     click.echo(_as_json(answer) if as_json else "\n".join(_lines(answer)))
-    ctx.exit(0 if answer.n_pages and answer.miss is None else 1)
+    ctx.exit(0 if answer.n_pages and answer.n_usable == answer.n_pages else 1)
 
 
 def _answer(tokens: bytes, options: Mapping[str, Any]) -> Answer:
@@ -93,7 +99,7 @@ def _answer(tokens: bytes, options: Mapping[str, Any]) -> Answer:
         _check_keys(cache)
         question = _question(tokens, cache, known, options)
         # Some stores keep a place for each namespace, or need to know the size of an object.
-        with _opened(recipe, _context(cache)) as own:
+        with _opened(recipe, _context(cache, question, known)) as own:
             return why(own, question)
 
 
@@ -120,13 +126,31 @@ def _question(
     options: Mapping[str, Any],
 ) -> Question:
     request = Namespace(options["extra_key"], options["cache_salt"], options["lora_id"])
-    others = {name: manifest for name, manifest in known.items() if name != cache.namespace}
-    return Question(tokens, cache.page_size, cache.namespace, request, cache.manifest, others)
+    groups = groups_of(cache, known)
+    others = {
+        name: manifest
+        for name, manifest in known.items()
+        if name != cache.namespace and (manifest is None or not manifest.group)
+    }
+    return Question(
+        tokens,
+        cache.page_size,
+        cache.namespace,
+        request,
+        cache.manifest,
+        others,
+        groups,
+        has_full_pages=cache.manifest is None or not cache.manifest.group,
+    )
 
 
-def _context(cache: CacheRef) -> BackendContext:
-    nbytes = 0 if cache.manifest is None else cache.manifest.object_nbytes
-    return BackendContext(cache.namespace, object_nbytes=nbytes, creates=False)
+def _context(
+    cache: CacheRef, question: Question, known: Mapping[str, Manifest | None]
+) -> BackendContext:
+    manifests = [cache.manifest, *(known[group.storage_namespace] for group in question.groups)]
+    sizes = [0 if manifest is None else manifest.object_nbytes for manifest in manifests]
+    least_nbytes = min(sizes) if question.groups else 0
+    return BackendContext(cache.namespace, max(sizes), creates=False, least_nbytes=least_nbytes)
 
 
 @contextlib.contextmanager
@@ -150,17 +174,36 @@ def _lines(answer: Answer) -> Iterator[str]:
     yield f"cache       {name + ' (no manifest)' if manifest is None else summary(manifest)}"
     if question.request != Namespace():
         yield f"request     {_shown(question.request)}"
-    yield f"stored      {answer.n_stored} leading pages, {answer.n_stored * page_size} tokens"
+    if question.has_full_pages:
+        yield f"stored      {answer.n_stored} leading pages, {answer.n_stored * page_size} tokens"
     if answer.n_present > answer.n_stored:
         n_behind = answer.n_present - answer.n_stored
         yield f"behind      {n_behind} more, useless until the gap is filled"
+    if question.groups:
+        yield from map(_group_line, answer.groups)
+        yield f"usable      {answer.n_usable} leading pages, {answer.n_usable * page_size} tokens"
     if answer.n_pages == 0:
         yield "why         the prompt is shorter than a page, and only whole pages are stored"
         return
-    if answer.miss is None:
+    if answer.cut_by:
+        yield (
+            f"why         cut by group {answer.cut_by}: the pages are stored, the units that it "
+            "needs there are not"
+        )
+    elif answer.miss is None:
         yield "why         it is not a miss: every whole page is stored and verifies"
-        return
-    yield from _miss_lines(answer.miss, question)
+    if answer.miss is not None:
+        yield from _miss_lines(answer.miss, question)
+
+
+def _group_line(answer: GroupAnswer) -> str:
+    group = answer.group
+    kind = f"window of {group.window} tokens" if group.window else "state"
+    said = f"{answer.n_units} units of the prompt are stored"
+    if answer.missing:
+        pages = ", ".join(map(str, answer.missing[:8])) + (", …" if len(answer.missing) > 8 else "")
+        said += f"; missing or damaged: page {pages}"
+    return f"group       {group.name}, {kind}: {said}"
 
 
 def _miss_lines(miss: Miss, question: Question) -> Iterator[str]:
@@ -196,6 +239,9 @@ def _as_json(answer: Answer) -> str:
             "n_pages": answer.n_pages,
             "n_stored": answer.n_stored,
             "n_present": answer.n_present,
+            "n_usable": answer.n_usable,
+            "cut_by": answer.cut_by,
+            "groups": [asdict(group) for group in answer.groups],
             "miss": None if answer.miss is None else asdict(answer.miss),
         },
         indent=2,

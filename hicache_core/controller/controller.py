@@ -14,7 +14,7 @@ from typing import Self
 
 from hicache_core.controller.attachment import Attaching, Clearing
 from hicache_core.controller.evictor import Evictor
-from hicache_core.controller.explain import Explanation, Hits
+from hicache_core.controller.explain import Cut, Explanation, Hits
 from hicache_core.controller.groups import GroupPaths
 from hicache_core.controller.load_back import LoadBackPath
 from hicache_core.controller.parts import Counters, Parts
@@ -140,6 +140,8 @@ class Controller:
             counters.host_hit_tokens += match.n_host_tokens
             n_prompt = len(packed) // TOKEN_NBYTES + n_behind
             counters.missed_tokens += n_prompt - match.n_tokens
+            if match.cut_by:
+                self._group_paths.count_cut(match)
             if request_id is not None:
                 self._record(request_id, packed, namespace, match, n_prompt)
         return match
@@ -170,6 +172,7 @@ class Controller:
             missed_page if len(page) == page_nbytes else None,
             page_digests(tokens[:page_nbytes], page_size) if was_looked_up else None,
             namespace,
+            Cut(match.cut_by, match.n_uncut_tokens) if match.cut_by else None,
         )
 
     def explain(self, request_id: str) -> Explanation | None:
@@ -269,6 +272,8 @@ class Controller:
         except PoolExhausted:
             self._group_paths.free(own)
             self._parts.counters.load_back_skipped_pages += n_pages
+            for group, units in zip(self._parts.groups, match.groups, strict=True):
+                group.counters.load_skipped_units += units.n_on_host
             return self._parts.tree.device_part(match)
         loaded = self._load_back_path.start(match, device_pages) if n_pages else match
         if loaded.n_tokens < match.n_tokens:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from hicache_core.types import Namespace, Tier
 
 MAX_REQUESTS = 1024
 MAX_GHOST_PAGES = 65_536
+MAX_UNIT_GHOSTS = 4096
 MAX_FIRST_PAGES = 4096
 MAX_NAMESPACES_A_PAGE = 4
 
@@ -37,6 +38,7 @@ class Reason(enum.Enum):
     VANISHED = "vanished"  # storage said it had the page, and then did not deliver it
     NO_ROOM = "no_room"  # no host page was free for it
     OTHER_NAMESPACE = "other_namespace"  # cached for another tenant, key or adapter
+    CUT_BY_GROUP = "cut_by_group"  # its pages are there, the units of a group are not
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,8 @@ class Explanation:
         reason: why the first missed page was missed; the pages after it follow from that.
         detail: the reason in words; may be empty.
         at_s: when it was matched, by the cache's clock.
+        cut_by: the group of layers whose missing units made the match shorter; empty if none.
+        uncut_tokens: tokens that the full pages alone would have given, if a group cut them short.
     """
 
     request_id: str
@@ -64,6 +68,8 @@ class Explanation:
     reason: Reason
     detail: str
     at_s: float
+    cut_by: str = ""
+    uncut_tokens: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """As a dict that JSON can hold."""
@@ -76,6 +82,13 @@ class Hits(NamedTuple):
     device: int
     host: int
     all: int
+
+
+class Cut(NamedTuple):
+    """A match that is shorter than its full pages: the group whose units lack, and their tokens."""
+
+    group: str
+    n_uncut_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +115,14 @@ class _Missed(NamedTuple):
         start: number of its first token.
         others: fields in which another namespace that has this prompt differs.
         n_left: runs that had left by then; one that left later cannot be the reason.
+        cut: the page is there, but a group lacks units that one needs to go on after it.
     """
 
     page: bytes
     start: int
     others: tuple[str, ...]
     n_left: int
+    cut: Cut | None = None
 
     def why_unknown(self) -> tuple[Reason, str]:
         """Why the page was missed, if nothing is remembered of it."""
@@ -139,6 +154,7 @@ class Explainer(Journal):
         self._loaded: OrderedDict[str, int] = OrderedDict()
         self._ghosts: OrderedDict[int, _Ghost] = OrderedDict()  # by number
         self._newest: dict[bytes, _Ghost] = {}  # of them by their first page
+        self._unit_ghosts: deque[tuple[str, _Ghost]] = deque(maxlen=MAX_UNIT_GHOSTS)
         self._n_left = 0
         self._n_ghost_pages = 0
         self._open: OrderedDict[str, _Missed] = (
@@ -154,10 +170,11 @@ class Explainer(Journal):
 
     def removed(self, tier: Tier, run: PageRun, cause: str) -> None:
         # docstring inherited; one entry per run
-        if run.group is not None:
-            return
         ghost = _Ghost(self._n_left, run.digests, self._clock(), tier, cause, run.stored)
         self._n_left += 1
+        if run.group is not None:
+            self._unit_ghosts.append((run.group.name, ghost))
+            return
         self._ghosts[ghost.number] = ghost
         self._newest[run.digests[:DIGEST_NBYTES]] = ghost
         self._n_ghost_pages += len(run.digests) // DIGEST_NBYTES
@@ -187,6 +204,7 @@ class Explainer(Journal):
         missed_page: Callable[[], bytes] | None,
         first_page: bytes | None,
         namespace: Namespace,
+        cut: Cut | None = None,
     ) -> None:
         """Records a match, and decides why the first missed page was missed.
 
@@ -197,6 +215,7 @@ class Explainer(Journal):
             first_page: digest of the prompt's first page as the default namespace has it; empty
                 for a prompt shorter than a page; None if nothing was looked up.
             namespace: the request's.
+            cut: the group that made the match shorter; None if none did.
         """
         answer = self._answers.pop(request_id, None)
         loaded = min(self._loaded.pop(request_id, 0), hits.host)
@@ -206,10 +225,10 @@ class Explainer(Journal):
             reason, detail = Reason.TOO_SHORT, "it has no whole page to look for"
         elif first_page and missed_page is not None:
             others = () if n_hit else self._others(first_page, namespace)
-            missed_first = _Missed(missed_page(), n_hit, others, self._n_left)
+            missed_first = _Missed(missed_page(), n_hit, others, self._n_left, cut)
             ghost = self._newest.get(missed_first.page)
             reason, detail = self._why(answer, ghost, missed_first, self._clock())
-            if reason in (Reason.NEVER_SEEN, Reason.NEW_PART, Reason.DEADLINE):
+            if reason in _MAY_BECOME_BETTER_KNOWN:
                 _keep(self._open, request_id, missed_first, MAX_REQUESTS)
         if first_page:
             self._note(first_page, namespace)
@@ -225,6 +244,7 @@ class Explainer(Journal):
             reason,
             detail,
             self._clock(),
+            *(cut or ()),
         )
         _keep(self._requests, request_id, explanation, MAX_REQUESTS)
 
@@ -250,6 +270,8 @@ class Explainer(Journal):
         found, missed = self._requests.get(request_id), self._open.get(request_id)
         if found is None or missed is None:
             return found
+        if found.reason is Reason.CUT_BY_GROUP:
+            return self._with_lost_units(found, missed)
         if found.reason not in (Reason.NEVER_SEEN, Reason.NEW_PART):
             return found
         ghosts = list(self._ghosts.values())  # one step: any thread may ask
@@ -259,6 +281,15 @@ class Explainer(Journal):
             return found
         reason, detail = self._why(None, ghost, missed, found.at_s)
         return replace(found, reason=reason, detail=detail)
+
+    def _with_lost_units(self, found: Explanation, missed: _Missed) -> Explanation:
+        """Adds when the units left that cut a match short, as far as that is remembered."""
+        for group, ghost in reversed(list(self._unit_ghosts)):
+            is_it = group == found.cut_by and ghost.number < missed.n_left
+            if is_it and ghost.holds(missed.page):
+                left = _left(ghost, found.at_s)
+                return replace(found, detail=f"{found.detail}; {left}")
+        return found
 
     @property
     def request_ids(self) -> list[str]:
@@ -273,10 +304,15 @@ class Explainer(Journal):
         asked = answer is not None and answer.reason != "no_storage"
         if answer is not None and answer.reason not in ("absent", "no_storage", "below_threshold"):
             return Reason(answer.reason), answer.detail
+        if missed.cut is not None:
+            group, n_uncut = missed.cut
+            return Reason.CUT_BY_GROUP, (
+                f"cut by group {group!r}: the full pages are there up to token {n_uncut}, the "
+                "units that the group needs there are not"
+            )
         too_short = answer is not None and answer.reason == "below_threshold"
         if ghost is not None and not (too_short and ghost.stored):
-            age_s = at_s - ghost.at_s
-            left = f"it left the {ghost.tier.value} {age_s:.1f} s before ({ghost.cause})"
+            left = _left(ghost, at_s)
             if asked and not ghost.stored:
                 return Reason.NOT_DURABLE, f"{left}, before storage had it"
             return Reason.EVICTED, f"{left}, and storage does not have it" if asked else left
@@ -299,6 +335,19 @@ class Explainer(Journal):
         if namespace not in known:
             known = [*known[1 - MAX_NAMESPACES_A_PAGE :], namespace]
         _keep(self._first_pages, first_page, known, MAX_FIRST_PAGES)
+
+
+_MAY_BECOME_BETTER_KNOWN = (
+    Reason.NEVER_SEEN,
+    Reason.NEW_PART,
+    Reason.DEADLINE,
+    Reason.CUT_BY_GROUP,
+)
+
+
+def _left(ghost: _Ghost, at_s: float) -> str:
+    age_s = at_s - ghost.at_s
+    return f"it left the {ghost.tier.value} {age_s:.1f} s before ({ghost.cause})"
 
 
 def _keep(memory: OrderedDict[Any, Any], key: object, value: object, limit: int) -> None:

@@ -94,6 +94,13 @@ class GroupPaths:
         for records in self._records:
             records.tell_all_again()
 
+    def count_cut(self, match: Match) -> None:
+        """Counts a match that a group has made shorter."""
+        for group in self._parts.groups:
+            if group.held.group.name == match.cut_by:
+                group.counters.cut_matches += 1
+                group.counters.cut_tokens += match.n_uncut_tokens - match.n_tokens
+
     def _records_of(self, group: GroupParts) -> UnitRecords:
         return self._records[self._parts.groups.index(group)]
 
@@ -201,7 +208,7 @@ class GroupPaths:
         assert held.host is not None
         if len(host_units) < len(device_units):
             held.host.free(host_units)
-            parts.counters.backup_skipped_pages += len(device_units)
+            group.counters.backup_skipped_units += len(device_units)
             return False
         holding.is_copied = True
         held.device.pin(device_units)
@@ -228,6 +235,7 @@ class GroupPaths:
         held.host.n_lent -= len(host_units)
         held.unfollow(run)
         is_whole = n_copied == len(device_units)
+        group.counters.backup_units += len(device_units) if is_whole else 0
         start = 0
         for at in run.nodes:
             mine = host_units[start : start + held.n_units(at)]
@@ -286,11 +294,11 @@ class GroupPaths:
         return keys[-1:] if group.held.group.kind is GroupKind.STATE else keys
 
     def _stored(self, store: _Store, n_units: int, n_stored: int) -> None:
-        parts, held = self._parts, store.group.held
+        parts, held, counters = self._parts, store.group.held, store.group.counters
         store.n_batches -= 1
         store.is_whole = store.is_whole and n_stored == n_units
-        parts.counters.stored_pages += n_stored
-        parts.counters.store_dropped_pages += n_units - n_stored
+        counters.stored_units += n_stored
+        counters.store_dropped_units += n_units - n_stored
         if store.n_batches:
             return
         self._stores.remove(store)
@@ -366,6 +374,8 @@ class GroupPaths:
         if n_copied < len(load.host_units):
             self._failed.append(load)
             self.n_failed += 1
+        else:
+            load.group.counters.loaded_units += n_copied
 
     def wait_layer(self, layer: int) -> None:
         """Blocks until layer ``layer`` of every running copy of a group has arrived.

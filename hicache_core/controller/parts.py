@@ -106,6 +106,37 @@ class RemovalCounts:
         return [EvictedPages(tier.value, cause, n) for (tier, cause), n in counts.items()]
 
 
+@dataclass(slots=True)
+class GroupCounters:
+    """What happened to one group of layers since the start. The owner thread counts.
+
+    Attributes:
+        loaded_units: copied from the host to the device.
+        load_skipped_units: of host hits that were not used, since the device had no room.
+        backup_units: copied from the device to the host.
+        backup_skipped_units: not copied to the host, since it had no room.
+        fetched_units: delivered by storage to the host.
+        fetch_skipped_units: not read from storage, since the host had no room.
+        stored_units: acknowledged by storage.
+        store_dropped_units: not stored: the write queue was full, or storage refused them.
+        cut_matches: matches that are shorter than their full pages, since units were missing.
+        cut_tokens: tokens that these matches are shorter.
+        removals: units that left a tier, by cause.
+    """
+
+    loaded_units: int = 0
+    load_skipped_units: int = 0
+    backup_units: int = 0
+    backup_skipped_units: int = 0
+    fetched_units: int = 0
+    fetch_skipped_units: int = 0
+    stored_units: int = 0
+    store_dropped_units: int = 0
+    cut_matches: int = 0
+    cut_tokens: int = 0
+    removals: RemovalCounts = field(default_factory=RemovalCounts)
+
+
 @dataclass(frozen=True, eq=False)
 class GroupParts:
     """The parts of one group of layers. Owner thread.
@@ -115,12 +146,14 @@ class GroupParts:
         device: its pool of the device.
         host: its pool of the host; None without a host tier.
         transfer: copies between the two; None without a host tier.
+        counters: how often things happened.
     """
 
     held: Holdings
     device: DevicePool
     host: HostPool | None
     transfer: Transfer | None
+    counters: GroupCounters = field(default_factory=GroupCounters)
 
 
 @dataclass(frozen=True)

@@ -257,8 +257,9 @@ class PrefetchPath:
         if (shortfall := shortfall_of(result)) is not None:
             prefetch.falls_short(shortfall)
             return 0
+        cut_by = ""
         if question is not None:
-            n_found = question.n_more(result.mask or ())
+            n_found, cut_by = question.n_more(result.mask or ())
         if n_found == 0 and prefetch.given_up and parts.explainer is not None:
             parts.explainer.storage_had_nothing(prefetch.request_id)
         admission = prefetch.storage.admission
@@ -266,13 +267,17 @@ class PrefetchPath:
         if n_found * parts.page_size < parts.policies.prefetch_threshold:
             if n_found:
                 prefetch.falls_short(Shortfall("below_threshold", f"storage has {n_found} pages"))
+            elif cut_by:
+                prefetch.falls_short(_cut(cut_by))
             return 0
         n_wanted = admission.admit(self._candidate(prefetch, n_found))
         if n_wanted < n_found:
             detail = f"{n_wanted} of {n_found} pages are expected to pay"
             prefetch.falls_short(Shortfall("declined", detail))
             if question is not None:  # fewer may end where a group has nothing
-                n_wanted = question.n_more(result.mask or (), n_wanted)
+                n_wanted = question.n_more(result.mask or (), n_wanted)[0]
+        elif cut_by:
+            prefetch.falls_short(_cut(cut_by))
         return n_wanted
 
     def _answered(
@@ -472,3 +477,11 @@ class PrefetchPath:
             prefetch.timer = None
             if prefetch in self._timed:
                 self._timed.remove(prefetch)
+
+
+def _cut(group: str) -> Shortfall:
+    return Shortfall(
+        "cut_by_group",
+        f"cut by group {group!r}: storage has full pages further on, but not the units that the "
+        "group needs there",
+    )

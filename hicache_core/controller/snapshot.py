@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
 from hicache_core.controller.attachment import Attachment
-from hicache_core.controller.parts import Parts
+from hicache_core.controller.parts import GroupParts, Parts
 from hicache_core.controller.prefetch import PrefetchPath
 from hicache_core.controller.write_path import WritePath
-from hicache_core.observe.snapshot import CacheSnapshot, PoolStatus
+from hicache_core.observe.snapshot import CacheSnapshot, GroupStatus, PoolStatus
 from hicache_core.pools.host import HostPool
+from hicache_core.pools.pins import PinnedUnits
 from hicache_core.radix.tree import RadixTree
 
 
@@ -67,6 +68,48 @@ def take_snapshot(
         missed_tokens={} if parts.explainer is None else dict(parts.explainer.missed_tokens),
         prefetch_wait_s=parts.timings.prefetch_wait_s.histogram(),
         load_back_s=parts.timings.load_back_s.histogram(),
+        groups=[_group(group, parts) for group in parts.groups],
+    )
+
+
+def _group(parts: GroupParts, cache: Parts) -> GroupStatus:
+    held, counters = parts.held, parts.counters
+    group = held.group
+    moved = {"load_back": counters.loaded_units, "backup": counters.backup_units}
+    skipped = {
+        "load_back": counters.load_skipped_units,
+        "backup": counters.backup_skipped_units,
+    }
+    if cache.storage is not None:
+        moved |= {"prefetch": counters.fetched_units, "store": counters.stored_units}
+        skipped |= {
+            "prefetch": counters.fetch_skipped_units,
+            "store": counters.store_dropped_units,
+        }
+    return GroupStatus(
+        name=group.name,
+        kind=group.kind.value,
+        window=group.window,
+        unit_tokens=group.page_size(cache.page_size),
+        unit_nbytes=group.spec.page_nbytes(group.page_size(cache.page_size)),
+        device=_units(held.device, held.n_device_units),
+        host=None if held.host is None else _units(held.host, held.n_host_units),
+        moved_units={} if held.host is None else moved,
+        skipped_units={} if held.host is None else skipped,
+        cut_matches=counters.cut_matches,
+        cut_tokens=counters.cut_tokens,
+        evicted_units=counters.removals.evicted_pages(),
+    )
+
+
+def _units(pool: PinnedUnits, n_cached: int) -> PoolStatus:
+    return PoolStatus(
+        n_pages=pool.n_units,
+        free_pages=pool.n_free,
+        locked_pages=None,
+        in_flight_pages=None,
+        evictable_pages=None,
+        cached_pages=n_cached,
     )
 
 

@@ -49,12 +49,15 @@ class Question:
     _n_full: int
     _asked: tuple[_Asked, ...]
 
-    def n_more(self, mask: Sequence[bool], most: int | None = None) -> int:
+    def n_more(self, mask: Sequence[bool], most: int | None = None) -> tuple[int, str]:
         """How many pages beyond ``reached`` can be used, by what storage says it has.
 
         Args:
             mask: for each of ``keys`` whether storage has it.
             most: pages that are wanted at most; all if None.
+
+        Returns:
+            The pages, and the name of the group without which there would be more; empty if none.
         """
         limit = self.n_pages
         if self._n_full:
@@ -73,10 +76,18 @@ class Question:
                 known[page] |= mask[start + page - asked.first]
             start += self.n_pages - asked.first
             available.append((asked.group, _runs(known)))
+        cut_by = ""
         for boundary in range(limit, self.reached, -1):
-            if all(_suffices(group, runs, boundary) for group, runs in available):
-                return boundary - self.reached
-        return 0
+            lacking = (
+                group.held.group.name
+                for group, runs in available
+                if not _suffices(group, runs, boundary)
+            )
+            first = next(lacking, None)
+            if first is None:
+                return boundary - self.reached, cut_by
+            cut_by = cut_by or first
+        return 0, cut_by
 
 
 def _runs(there: bytearray) -> list[int]:
@@ -195,6 +206,7 @@ class UnitReader:
             assert group.host is not None
             if len(units) < stop - first:
                 group.held.host.free(units)
+                group.counters.fetch_skipped_units += stop - first
                 has_room = False
                 continue
             group.held.host.n_lent += len(units)
@@ -243,12 +255,14 @@ class UnitReader:
         prefix = tokens[: reads.boundary * page_size * TOKEN_NBYTES]
         node = tree.locate(prefix, seed).node
         for read in reads.reads:
-            pool = self._parts.groups[read.group].held.host
+            group = self._parts.groups[read.group]
+            pool = group.held.host
             assert pool is not None
             if read.n_delivered == 0:  # on some rank the call may still run
                 self._storage.quarantine.hold(read.job_id, read.units, partial(_free_lent, pool))
                 continue
             pool.n_lent -= len(read.units)
+            group.counters.fetched_units += read.n_delivered
             arrived, late = read.units[: read.n_delivered], read.units[read.n_delivered :]
             freed = tree.insert_host_units(node, read.group, read.first, arrived, stored_in)
             pool.free(freed + late)

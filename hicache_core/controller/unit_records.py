@@ -1,4 +1,4 @@
-"""Unit records: the journal is told what the tiers gain and lose of a group of layers."""
+"""Unit records: what the tiers gain and lose of a group is counted and told to the journal."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ class UnitRecords(UnitObserver):
 
     def lost(self, tier: Tier, node: Node, cause: str) -> None:
         # docstring inherited
+        held = self._group.held
+        self._group.counters.removals.add(tier, cause, held.n_units(node))
         journal = self._parts.journal
         if journal is not None:
             journal.removed(tier, self.run(node), cause)

@@ -7,7 +7,8 @@ Triton, so only the CUDA path imports this module.
 from __future__ import annotations
 
 from array import array
-from itertools import accumulate
+from collections.abc import Iterator
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -20,9 +21,12 @@ from hicache_core.pools.device import DevicePool
 from hicache_core.pools.host import HostPool
 
 PLAN_FIELDS = 7
-"""Device base, page stride, token stride; host base, page stride, token stride; words of a row."""
+"""Device base, page stride, token stride; host base, page stride, token stride; words."""
 
 BLOCK_WORDS = 256
+
+PLAN_WORDS = 32 * BLOCK_WORDS
+"""Words of a plan. A longer row, such as a snapshot's, has several, so that programs share it."""
 
 
 # One program copies one token's row of one page by one plan. Strides and bases are in bytes.
@@ -88,8 +92,12 @@ class TritonTransfer(Transfer):
         self._rows = rows = row_words(device_pool, host_pool)
         words = {on_host.dtype for layer in rows for _, on_host in layer}
         self._word = min(words, key=lambda word: word.itemsize, default=torch.int64)
-        plans = [_plan(*pair, self._word.itemsize) for layer in rows for pair in layer]
-        self._starts = list(accumulate(map(len, rows), initial=0))  # of each layer
+        by_layer = [
+            [plan for pair in layer for plan in _plans(*pair, self._word.itemsize)]
+            for layer in rows
+        ]
+        plans = list(chain.from_iterable(by_layer))
+        self._starts = list(accumulate(map(len, by_layer), initial=0))  # of each layer
         table = torch.tensor(plans, dtype=torch.int64, device=device_pool.device)
         self._plans = table.view(len(plans), PLAN_FIELDS)
 
@@ -119,10 +127,12 @@ class TritonTransfer(Transfer):
         return torch.tensor(array("i", pages), dtype=torch.int32, device=self.device_pool.device)
 
 
-def _plan(on_device: torch.Tensor, on_host: torch.Tensor, word_nbytes: int) -> list[int]:
-    """``PLAN_FIELDS`` of the rows (n_pages, page_size, n_words) of one component and layer."""
-    fields: list[int] = []
-    for rows in (on_device, on_host):
-        page, token, _ = (stride * rows.itemsize for stride in rows.stride())
-        fields += [rows.data_ptr(), page, token]
-    return [*fields, on_device.shape[-1] * on_device.itemsize // word_nbytes]
+def _plans(on_device: torch.Tensor, on_host: torch.Tensor, word_nbytes: int) -> Iterator[list[int]]:
+    """Plans for the rows (n_pages, page_size, n_words) of one component and layer, in pieces."""
+    n_words = on_device.shape[-1] * on_device.itemsize // word_nbytes
+    for start in range(0, n_words, PLAN_WORDS):
+        plan: list[int] = []
+        for rows in (on_device, on_host):
+            page, token, _ = (stride * rows.itemsize for stride in rows.stride())
+            plan += [rows.data_ptr() + start * word_nbytes, page, token]
+        yield [*plan, min(PLAN_WORDS, n_words - start)]

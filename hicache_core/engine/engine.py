@@ -35,10 +35,12 @@ from hicache_core.engine.shard import shard
 from hicache_core.engine.status import status_of
 from hicache_core.engine.task import Task
 from hicache_core.engine.tensor_ranks import TensorRanks
+from hicache_core.engine.units import SequenceUnits
 from hicache_core.engine.watchdog import Watchdog
 from hicache_core.errors import ConfigError, QueueFull, RankLost, UseAfterClose
 from hicache_core.integrations.identity import ModelIdentity
-from hicache_core.integrations.model_check import check_model, kv_spec_of
+from hicache_core.integrations.model_check import check_model
+from hicache_core.integrations.model_spec import full_kv_spec_of, kv_spec_of
 from hicache_core.pools.device import DevicePool
 from hicache_core.process.main_thread import main_has_ended
 
@@ -132,20 +134,26 @@ class Engine:
         self._rules = LogitsRules.of(model)
         probe = check_model(model)
         self.identity = ModelIdentity(model)
-        spec = kv_spec_of(model, self.identity.fingerprint)
+        # Ranks, and connectors and listeners, move full pages only: windows are in those as well.
+        is_alone = self._ranks is None and self._make_scheduler is Scheduler
+        spec_of = kv_spec_of if is_alone else full_kv_spec_of
+        spec = spec_of(model, self.identity.fingerprint)
         check_batches(model, spec, probe)
         page_size = self._cache_config.page_size
         if self._ranks is not None:
             spec = shard(model, spec, self._ranks)
             self.identity.settle()
-        self._limits = Limits.of(self._model, spec, self._config, page_size)
+        self._limits = Limits.of(self._model, spec, self._config, self._cache_config)
         if self._ranks is not None:
             self._limits = self._limits.agreed(self._ranks, page_size)
         n_pages = self._limits.n_slots // page_size
-        self._pool = DevicePool(spec, page_size, n_pages, model.device)
+        n_units = self._limits.n_units
+        self._pool = DevicePool.with_groups(spec, page_size, n_pages, n_units, model.device)
         self._cache = HiCache(
             self._cache_config, spec, self._pool, clock=self._clock, ranks=self._ranks
         )
+        snapshot_interval = self._cache_config.state_snapshot_interval
+        self._units = SequenceUnits(self._cache, spec.groups, snapshot_interval)
         self._scheduler = self._make_scheduler(
             self._cache,
             Runner(model, self._pool),
@@ -272,10 +280,17 @@ class Engine:
         ``close`` waits at most its own time for pages that the listener holds: end it first.
 
         Raises:
-            ConfigError: the engine has several ranks.
+            ConfigError: the engine has several ranks, or the model keeps windows or states beside
+                the full pages.
         """
         if self._ranks is not None:
             raise ConfigError(_ONE_RANK_ONLY)
+        if groups := [group.name for group in self._pool.spec.groups]:
+            raise ConfigError(
+                f"a listener gets full pages, and this engine keeps {', '.join(groups)} beside "
+                "them: let make_scheduler put the listener into the scheduler's feed, so that the "
+                "full pages have the windows, too"
+            )
         self._scheduler.feed.listener = listener
 
     def status(self) -> EngineStatus:
@@ -317,7 +332,7 @@ class Engine:
             request,
             order.number,
             partial(self._told, on_output),
-            PageTable(self._cache, request.namespace, request.priority),
+            PageTable(self._cache, request.namespace, request.priority, self._units.another()),
             Sampler(params, order.seed, self._limits.eos_token_ids, self._rules),
             TextStream(self._model.tokenizer, params.stop, skip_special=params.skip_special_tokens),
         )

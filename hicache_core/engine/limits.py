@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from hicache_core.config.settings import HiCacheConfig
 from hicache_core.engine.config import EngineConfig
 from hicache_core.engine.model import LoadedModel
 from hicache_core.engine.request import Request
 from hicache_core.errors import ConfigError, InvalidTokens, NotEnoughMemory
 from hicache_core.integrations.length_rule import length_rule_of
 from hicache_core.integrations.model_check import vocabulary_of
-from hicache_core.kv.spec import KVSpec
+from hicache_core.kv.spec import Group, GroupKind, KVSpec
 from hicache_core.ranks.base import RankGroup, agree_all
 
 log = logging.getLogger(__name__)
@@ -33,22 +35,26 @@ class Limits:
         context_length: maximum tokens of prompt and answer together.
         vocabulary: number of token ids; valid ids are below it.
         eos_token_ids: tokens that end an answer.
+        n_units: units of each group of the spec, in its device pool.
     """
 
     n_slots: int
     context_length: int
     vocabulary: int
     eos_token_ids: frozenset[int]
+    n_units: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, loaded: LoadedModel, spec: KVSpec, config: EngineConfig, page_size: int) -> Limits:
+    def of(
+        cls, loaded: LoadedModel, spec: KVSpec, config: EngineConfig, cache: HiCacheConfig
+    ) -> Limits:
         """The limits of a model under a configuration.
 
         Args:
             loaded: the model and its tokenizer.
             spec: of its KV.
             config: of the engine.
-            page_size: tokens of a page.
+            cache: of the cache: its pages and snapshots.
 
         Raises:
             NotEnoughMemory: ``mem_fraction_static`` leaves no room for a page.
@@ -56,9 +62,15 @@ class Limits:
         """
         model = loaded.model
         context_length = _context_length(model, config)
-        n_tokens = config.device_tokens or _device_tokens(model, spec, config, context_length)
+        page_size = cache.page_size
+        n_tokens = config.device_tokens or _device_tokens(
+            model, spec, config, cache, context_length
+        )
         n_pages = max(1, n_tokens // page_size)
-        return cls(n_pages * page_size, context_length, vocabulary_of(model), _ends(loaded))
+        n_units = tuple(_n_units(group, n_pages, config, cache) for group in spec.groups)
+        return cls(
+            n_pages * page_size, context_length, vocabulary_of(model), _ends(loaded), n_units
+        )
 
     def agreed(self, ranks: RankGroup, page_size: int) -> Limits:
         """The same limits with the smallest device pool of all ranks. A collective."""
@@ -128,13 +140,52 @@ def _ends(loaded: LoadedModel) -> frozenset[int]:
     return frozenset(int(token) for token in ids if token is not None)
 
 
-def _device_tokens(model: Any, spec: KVSpec, config: EngineConfig, context_length: int) -> int:
+def units_needed(group: Group, n_tokens: int, chunk_tokens: int, page_size: int) -> int:
+    """Units that one running sequence needs at once.
+
+    Args:
+        group: of the spec.
+        n_tokens: of the sequence.
+        chunk_tokens: tokens of its prompt that are computed together at most.
+        page_size: tokens of a page.
+    """
+    if group.kind is GroupKind.STATE:
+        return 2  # its own state, and a snapshot
+    n_read = min(n_tokens, group.window - 1 + chunk_tokens)
+    return -(-n_read // page_size) + 2  # it may begin and end inside a page
+
+
+def _n_units(group: Group, n_pages: int, config: EngineConfig, cache: HiCacheConfig) -> int:
+    """The size of a group's device pool beside ``n_pages`` full pages.
+
+    It is what all running sequences need at once. Windows need no more than the full pages do.
+    There is room for as many snapshots again as there are intervals in the full pages.
+    """
+    n_tokens = n_pages * cache.page_size
+    n_running = config.max_running * units_needed(
+        group, n_tokens, config.chunk_tokens, cache.page_size
+    )
+    if group.kind is GroupKind.WINDOW:
+        return min(n_pages, n_running)
+    return n_running + max(config.max_running, n_tokens // cache.state_snapshot_interval)
+
+
+def _device_tokens(
+    model: Any, spec: KVSpec, config: EngineConfig, cache: HiCacheConfig, context_length: int
+) -> int:
+    n_default = max(CPU_DEVICE_TOKENS, context_length)
     if model.device.type != "cuda":
-        return max(CPU_DEVICE_TOKENS, context_length)
+        return n_default
     free, total = torch.cuda.mem_get_info(model.device)
     used = total - free  # the weights, mostly
     room = int(total * config.mem_fraction_static) - used
-    n_tokens = room // spec.page_nbytes(1)
+    token_nbytes: float = spec.token_nbytes
+    for group in spec.groups:
+        unit_nbytes = group.spec.page_nbytes(group.page_size(cache.page_size))
+        is_state = group.kind is GroupKind.STATE
+        room -= unit_nbytes * _n_units(group, 0 if is_state else sys.maxsize, config, cache)
+        token_nbytes += is_state * unit_nbytes / cache.state_snapshot_interval
+    n_tokens = int(room // token_nbytes) if token_nbytes else n_default * (room > 0)
     if n_tokens < 1:
         raise NotEnoughMemory(
             f"mem_fraction_static {config.mem_fraction_static} of {total / 1e9:.1f} GB leaves no "

@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Callable, Sequence
 
 from hicache_core.controller.controller import Controller
+from hicache_core.engine.units import SequenceUnits
 from hicache_core.kv.keys import pack_tokens
 from hicache_core.radix.node import Node
 from hicache_core.radix.results import InsertResult
@@ -25,19 +26,28 @@ class PageTable:
 
     Attributes:
         pages: ids in the device pool, one for each page of the sequence, in order.
+        units: what the sequence has of groups of layers.
         is_sent: True if a transfer reads ``pages``. Until ``release`` they then stay the same, even
             where the tree has other pages with the same tokens.
     """
 
-    def __init__(self, cache: Controller, namespace: Namespace, priority: int) -> None:
+    def __init__(
+        self,
+        cache: Controller,
+        namespace: Namespace,
+        priority: int,
+        units: SequenceUnits | None = None,
+    ) -> None:
         """Starts empty; ``begin`` fills it.
 
         Args:
             cache: whose pages the table holds.
             namespace: of the request.
             priority: of its pages, under the priority eviction policy.
+            units: empty ones of the groups of the spec; None without groups.
         """
         self.pages = array("i")
+        self.units = units or SequenceUnits(cache)
         self.is_sent = False
         self._cache = cache
         self._namespace = namespace
@@ -49,7 +59,7 @@ class PageTable:
 
     def another(self) -> PageTable:
         """An empty one for the same request."""
-        return PageTable(self._cache, self._namespace, self._priority)
+        return PageTable(self._cache, self._namespace, self._priority, self.units.another())
 
     def begin(self, node: Node, shared: array[int], own: array[int]) -> None:
         """Starts with a match.
@@ -113,12 +123,14 @@ class PageTable:
             self.pages[:n_pages],
             self._namespace,
             priority=self._priority,
+            groups=self.units.runs(n_pages),
         )
         self._cache.lock(result.node)
         if self._node is not None:
             self._cache.unlock(self._node)
         self._node = result.node
         self._n_stored = n_pages
+        self.units.stored(result, n_pages)
         self._mine = set(self.pages[n_pages:])
         if self.is_sent:
             self._mine.update(result.duplicates)
@@ -129,6 +141,7 @@ class PageTable:
 
     def release(self) -> None:
         """Gives everything back; what was stored stays in the cache as long as it may."""
+        self.units.release()
         if self._mine:
             self._cache.free(array("i", sorted(self._mine)))
         if self._node is not None:

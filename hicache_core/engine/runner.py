@@ -1,20 +1,22 @@
-"""Runner: forwards of a transformers causal LM over sequences whose past lies in device pages."""
+"""Runner: forwards of a transformers causal LM over sequences whose past lies in device pools."""
 
 from __future__ import annotations
 
+import inspect
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 
+from hicache_core.engine.pool_cache import EachLayer, Forward, PoolCache, Rows, layer_plans
 from hicache_core.integrations.model_check import windows_of
+from hicache_core.kv.spec import GroupKind
 from hicache_core.pools.device import DevicePool
+from hicache_core.radix.results import LACKING
 
-EachLayer = Callable[[int], None]
+__all__ = ["NO_UNITS", "EachLayer", "HeldUnits", "Past", "Runner", "WindowPages", "nothing"]
 
 
 def nothing(layer: int) -> None:
@@ -22,19 +24,35 @@ def nothing(layer: int) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """Where the tokens of a forward are, in slots (page * page_size + offset) of the pool.
+class WindowPages:
+    """The pages that a sequence has of a window.
 
     Attributes:
-        new: slots of the tokens that are computed, (n_sequences * n_new,), int64.
-        all: slots of past and new tokens, (n_sequences, n_tokens), int64. A shorter sequence is
-            padded at the left with its own first slot: masked, and a number in any case.
-        n_new: tokens computed of each sequence.
+        first: index of the first of them in the sequence; those before have left the window.
+        units: ids in the pool of the window's group, of consecutive pages.
     """
 
-    new: torch.Tensor
-    all: torch.Tensor
-    n_new: int
+    first: int
+    units: array[int]
+
+
+@dataclass(frozen=True, slots=True)
+class HeldUnits:
+    """What a sequence has in the groups of layers.
+
+    Attributes:
+        windows: of each window of the spec.
+        state_from: unit with the state to go on from, which stays as it is; ``LACKING`` for none.
+        state_to: unit that gets the new state; it may be the same.
+    """
+
+    windows: tuple[WindowPages, ...] = ()
+    state_from: int = LACKING
+    state_to: int = LACKING
+
+
+NO_UNITS = HeldUnits()
+"""Of a model with full attention only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,94 +63,13 @@ class Past:
         last_token: its id.
         n_tokens: tokens in pages; also the position of ``last_token``.
         pages: ids of its pages, with room for one more token.
+        units: what it has in the groups, with room likewise.
     """
 
     last_token: int
     n_tokens: int
     pages: array[int]
-
-
-class _PoolLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer of a PoolCache: new rows are written into the pages, then read there with the past.
-
-    A layer with a window reads the rows that its new tokens may attend to, and no others.
-    """
-
-    def __init__(self, cache: PoolCache, layer: int, window: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.is_initialized = True
-        self.is_sliding = window > 0
-        self._cache = cache
-        self._layer = layer
-        self._window = window
-        self._n_behind = max(0, cache.n_past - window + 1) if window else 0
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """The pool has its memory already."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes (n_sequences, heads, n_new, width) each; rows to attend to, (…, n_rows, width)."""
-        cache = self._cache
-        cache.before_layer(self._layer)
-        read = cache.rows.all[:, self._n_behind :]
-        keys, values = (
-            _exchange(buffers[self._layer], states, cache.rows.new, read)
-            for buffers, states in zip(cache.pool.buffers, (key_states, value_states), strict=True)
-        )
-        cache.after_layer(self._layer)
-        return keys, values
-
-    def get_seq_length(self) -> int:
-        """Tokens of the past, those that have left the window included."""
-        return self._cache.n_past
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(length, offset) of the attention mask."""
-        return self._cache.n_past + query_length - self._n_behind, self._n_behind
-
-    def get_max_length(self) -> int:
-        """The window; -1: no limit."""
-        return self._window or -1
-
-
-class PoolCache(Cache):
-    """A transformers ``Cache`` for one forward; several sequences, each with pages of its own."""
-
-    def __init__(
-        self,
-        pool: DevicePool,
-        windows: Sequence[int],
-        rows: Rows,
-        before_layer: EachLayer,
-        after_layer: EachLayer,
-    ) -> None:
-        """Reads and writes nothing yet.
-
-        Args:
-            pool: where the pages are; two components, keys and values.
-            windows: of each layer, the tokens that one attends to; 0 for all.
-            rows: what is written and read.
-            before_layer: called before a layer's pages are touched; returns when they may be.
-            after_layer: called when a layer's new rows are written.
-        """
-        self.pool = pool
-        self.rows = rows
-        self.n_past = rows.all.shape[1] - rows.n_new
-        self.before_layer = before_layer
-        self.after_layer = after_layer
-        super().__init__(layers=[_PoolLayer(self, *each) for each in enumerate(windows)])
-
-
-def _exchange(
-    buffer: torch.Tensor, states: torch.Tensor, new: torch.Tensor, read: torch.Tensor
-) -> torch.Tensor:
-    """Writes ``states`` into slots ``new`` of one layer, and reads the slots ``read``."""
-    slots = buffer.flatten(0, 1)
-    slots.index_copy_(0, new, states.transpose(1, 2).flatten(0, 1))
-    rows = slots.index_select(0, read.flatten())
-    return rows.view(*read.shape, *rows.shape[1:]).transpose(1, 2)
+    units: HeldUnits = NO_UNITS
 
 
 class Runner:
@@ -150,8 +87,20 @@ class Runner:
         """Joins a ``…ForCausalLM`` in eval mode and a pool of its spec."""
         self.pool = pool
         self._model = model
-        self._windows = windows_of(model.config)
+        self._plans = layer_plans(pool, windows_of(model.config))
         self._offsets = torch.arange(pool.page_size, device=pool.device)
+        groups = pool.spec.groups
+        self._windows = [group.window for group in groups if group.kind is GroupKind.WINDOW]
+        self._states = [
+            its
+            for group, its in zip(groups, pool.groups, strict=True)
+            if group.kind is GroupKind.STATE
+        ]
+        known = inspect.signature(model.forward).parameters
+        takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in known.values())
+        self._takes_positions = "position_ids" in known or takes_any
+        is_state_only = "cache_params" in known and "past_key_values" not in known
+        self._cache_argument = "cache_params" if is_state_only else "past_key_values"
 
     @property
     def vocabulary(self) -> int:
@@ -164,6 +113,7 @@ class Runner:
         tokens: Sequence[int],
         n_past: int,
         pages: array[int],
+        units: HeldUnits = NO_UNITS,
         *,
         before_layer: EachLayer = nothing,
         after_layer: EachLayer = nothing,
@@ -174,30 +124,50 @@ class Runner:
             tokens: ids of the tokens to compute, at least one.
             n_past: tokens before them, whose KV is in ``pages``.
             pages: of the sequence, with room for ``tokens``.
+            units: what it has in the groups, with room likewise.
             before_layer, after_layer: as of ``PoolCache``.
         """
         n_tokens = n_past + len(tokens)
         slots = self._slots(pages, n_tokens)
-        rows = Rows(slots[n_past:], slots[None], len(tokens))
+        rows = [Rows(slots[n_past:], slots[None])]
+        for window, held in zip(self._windows, units.windows, strict=True):
+            slots = self._window_slots(window, held, n_past, n_tokens)
+            rows.append(Rows(slots[-len(tokens) :], slots[None]))
         ids = torch.tensor([list(tokens)], device=self.pool.device)
         positions = torch.arange(n_past, n_tokens, device=self.pool.device)[None]
-        past = PoolCache(self.pool, self._windows, rows, before_layer, after_layer)
-        return self._forward(ids, positions, past, None)[0]
+        forward = Forward(tuple(rows), n_past, len(tokens), *self._state_units([units]))
+        cache = PoolCache(self._plans, forward, before_layer, after_layer)
+        return self._forward(ids, positions, cache, None)[0]
 
     @torch.inference_mode()
     def decode(self, batch: Sequence[Past]) -> torch.Tensor:
         """Computes the last token of each sequence; logits, (n_sequences, vocabulary), float32."""
         device = self.pool.device
         lengths = [past.n_tokens + 1 for past in batch]
-        slots = [self._slots(past.pages, n) for past, n in zip(batch, lengths, strict=True)]
-        both = torch.stack([own[:1].expand(max(lengths)) for own in slots])
-        for row, own in zip(both, slots, strict=True):
-            row[-len(own) :] = own
-        rows = Rows(both[:, -1], both, 1)
+        rows = [
+            _together([self._slots(past.pages, n) for past, n in zip(batch, lengths, strict=True)])
+        ]
+        for at, window in enumerate(self._windows):
+            own = [
+                self._window_slots(window, past.units.windows[at], past.n_tokens, n)
+                for past, n in zip(batch, lengths, strict=True)
+            ]
+            rows.append(_together(own))
         ids = torch.tensor([[past.last_token] for past in batch], device=device)
         positions = torch.tensor([[past.n_tokens] for past in batch], device=device)
-        cache = PoolCache(self.pool, self._windows, rows, nothing, nothing)
+        states = self._state_units([past.units for past in batch])
+        cache = PoolCache(
+            self._plans, Forward(tuple(rows), max(lengths) - 1, 1, *states), nothing, nothing
+        )
         return self._forward(ids, positions, cache, self._padding_mask(lengths))
+
+    @torch.inference_mode()
+    def copy_state(self, source: int, target: int) -> None:
+        """Copies one unit of the state over another."""
+        for pool in self._states:
+            for layers in pool.buffers:
+                for buffer in layers:
+                    buffer[target] = buffer[source]
 
     def check_device(self) -> None:
         """Raises RuntimeError: the device has failed for good, as a GPU does after a bad access."""
@@ -205,16 +175,19 @@ class Runner:
             torch.cuda.synchronize(self.pool.device)
 
     def _forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, past: Cache, mask: torch.Tensor | None
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        cache: PoolCache,
+        mask: torch.Tensor | None,
     ) -> torch.Tensor:
+        arguments: dict[str, Any] = {self._cache_argument: cache}
+        if self._takes_positions:
+            arguments["position_ids"] = positions
         output = self._model(
-            input_ids=ids,
-            position_ids=positions,
-            past_key_values=past,
-            attention_mask=mask,
-            use_cache=True,
-            logits_to_keep=1,
+            input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1, **arguments
         )
+        cache.save_states()
         logits: torch.Tensor = output.logits[:, -1].float()
         return logits
 
@@ -232,3 +205,32 @@ class Runner:
         index = torch.tensor(pages, dtype=torch.int64, device=self.pool.device)
         slots = index[:, None] * self.pool.page_size + self._offsets
         return slots.flatten()[:n_tokens]
+
+    def _window_slots(
+        self, window: int, held: WindowPages, n_past: int, n_tokens: int
+    ) -> torch.Tensor:
+        """Slots of the tokens up to ``n_tokens`` that those from ``n_past`` on may attend to."""
+        start = held.first * self.pool.page_size
+        slots = self._slots(held.units, n_tokens - start)
+        return slots[max(0, n_past - window + 1) - start :]
+
+    def _state_units(
+        self, units: Sequence[HeldUnits]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Units to go on from, None for sequences that begin; and units to write."""
+        if not self._states:
+            return None, None
+        device = self.pool.device
+        state_from = [each.state_from for each in units]
+        state_to = torch.tensor([each.state_to for each in units], device=device)
+        begins = state_from[0] == LACKING
+        return None if begins else torch.tensor(state_from, device=device), state_to
+
+
+def _together(own: Sequence[torch.Tensor]) -> Rows:
+    """The rows of sequences that each compute their last slot, padded at the left."""
+    longest = max(len(slots) for slots in own)
+    both = torch.stack([slots[:1].expand(longest) for slots in own])
+    for row, slots in zip(both, own, strict=True):
+        row[-len(slots) :] = slots
+    return Rows(both[:, -1], both)

@@ -14,7 +14,8 @@ from hicache_core.engine.blame import Blame
 from hicache_core.engine.config import EngineConfig
 from hicache_core.engine.connector import Connector
 from hicache_core.engine.feed import KvFeed
-from hicache_core.engine.loads import Loads
+from hicache_core.engine.limits import units_needed
+from hicache_core.engine.loads import Loads, settle_loads
 from hicache_core.engine.rate import Rate
 from hicache_core.engine.request import CachedTokens
 from hicache_core.engine.runner import Past, Runner, nothing
@@ -215,10 +216,11 @@ class Scheduler:
         n_left = budget
         for task in self._in_order():
             if n_left and not task.decodes:
-                with self.blame.on(task):
-                    n_tokens = min(n_left, task.n_missing)
-                    n_left -= n_tokens
-                    self._compute(task, n_tokens)
+                n_tokens = task.n_next(n_left)
+                if self._gets_room(task, task.n_computed + n_tokens):
+                    with self.blame.on(task):
+                        n_left -= n_tokens
+                        self._compute(task, n_tokens)
         while n_left and len(self._running) < self._config.max_running:
             ready = self._first_ready()
             if ready is None:
@@ -226,9 +228,9 @@ class Scheduler:
             with self.blame.on(ready):
                 if not self._has_room_for(ready) or self._asks_again(ready):
                     break
-                if not self._admit(ready):
+                n_tokens = self._admit(ready, n_left)
+                if not n_tokens:
                     break
-                n_tokens = min(n_left, ready.n_missing)
                 n_left -= n_tokens
                 self._compute(ready, n_tokens, is_first=True)
         return budget - n_left
@@ -259,8 +261,12 @@ class Scheduler:
             self._ask_storage(task)
         return again and task.asked_storage
 
-    def _admit(self, task: Task) -> bool:
-        """Gives a waiting request the pages of its prompt; False if there are too few."""
+    def _admit(self, task: Task, budget: int) -> int:
+        """Gives a waiting request the pages of its prompt.
+
+        Returns:
+            How many tokens, ``budget`` at most, it computes first; 0 if there is too little room.
+        """
         match, from_storage = self._find(task)
         self._cache.lock(match.node)
         task.table.begin(match.node, array("i"), array("i"))  # it keeps the lock, whatever fails
@@ -269,16 +275,23 @@ class Scheduler:
             pages = self._cache.allocate(n_missing)
         except PoolExhausted:
             task.table.release()
-            return False
+            return 0
         task.table.begin(match.node, array("i"), pages)
         with on_behalf_of(task.request.origin):
             loaded = self._cache.load_back(match)
-        task.table.begin(match.node, loaded.device_pages, pages)
+        if loaded.node is not match.node:  # what is used of it has other units at its end
+            self._cache.lock(loaded.node)
+            self._cache.unlock(match.node)
+        task.table.begin(loaded.node, loaded.device_pages, pages)
+        task.table.units.begin(loaded, len(task.tokens))
+        n_tokens = task.n_next(budget, loaded.n_tokens)
         try:
             task.table.extend(len(task.tokens))
-        except PoolExhausted:  # and so nothing was loaded, for the same reason
+            task.table.units.extend(loaded.n_tokens + n_tokens)
+        except PoolExhausted:
+            settle_loads(self._cache)  # nothing is freed while it is written
             task.table.release()
-            return False
+            return 0
         if task.n_new == 0:
             task.cached = cached_of(match, loaded, from_storage)
         self._progress(task)
@@ -286,7 +299,7 @@ class Scheduler:
         task.n_computed = loaded.n_tokens
         self._running[task.request.request_id] = self._waiting.pop(task.request.request_id)
         self.feed.begin(task)
-        return True
+        return n_tokens
 
     def _has_room_for(self, task: Task) -> bool:
         """Whether the prompt fits beside what runs, with a page for each to go on with."""
@@ -298,7 +311,19 @@ class Scheduler:
         )
         n_shared = sum(page in used for page in look.device_pages) if task.may_load else 0
         n_needed = len(task.tokens) // self._cache.page_size + 1 - n_shared
-        return len(used) + n_needed + len(self._running) <= self._n_pages
+        has_pages = len(used) + n_needed + len(self._running) <= self._n_pages
+        return has_pages and self._have_groups_room(len(task.tokens))
+
+    def _have_groups_room(self, n_tokens: int) -> bool:
+        """Whether a prompt fits into the groups beside what runs, with a unit for each to go on."""
+        pool, n_running = self._runner.pool, len(self._running)
+        held = [task.table.units.n_held for task in self._running.values()]
+        for at, group in enumerate(pool.spec.groups):
+            n_used = sum(n_units[at] for n_units in held) + n_running
+            n_needed = units_needed(group, n_tokens, self._config.chunk_tokens, pool.page_size)
+            if n_used + n_needed > pool.groups[at].n_pages:
+                return False
+        return True
 
     def _find(self, task: Task) -> tuple[Match, int]:
         """What the cache has of all tokens but the last, and the tokens that storage delivered."""
@@ -333,6 +358,7 @@ class Scheduler:
                 task.tokens[start : start + n_tokens],
                 start,
                 task.table.pages,
+                task.table.units.held,
                 before_layer=before_layer,
                 after_layer=self.feed.after_layer(task, start + n_tokens),
             )
@@ -346,8 +372,12 @@ class Scheduler:
         self.prefilled.add(n_tokens)
         self._progress(task)
         task.n_computed += n_tokens
-        if task.n_missing == 0:
+        units = task.table.units
+        units.computed(task.n_computed, self._runner.copy_state)
+        if task.n_missing == 0 or units.has_windows:
             self._store(task)
+        units.leave(task.n_computed)
+        if task.n_missing == 0:
             self._answer(task, *self._choose([task], [logits]))
 
     def _start_over(self, task: Task) -> None:
@@ -362,9 +392,12 @@ class Scheduler:
 
     def _decode(self, tasks: list[Task]) -> int:
         """One more token for each of ``tasks`` that still runs and gets room; how many."""
-        if not (batch := [task for task in tasks if self._gets_room(task)]):
+        if not (batch := [task for task in tasks if self._gets_room(task, len(task.tokens))]):
             return 0
-        pasts = [Past(task.tokens[-1], task.n_computed, task.table.pages) for task in batch]
+        pasts = [
+            Past(task.tokens[-1], task.n_computed, task.table.pages, task.table.units.held)
+            for task in batch
+        ]
         try:
             tokens = self._choose(batch, self._runner.decode(pasts))
         except Exception as error:  # of one request, or of their company
@@ -372,6 +405,8 @@ class Scheduler:
         for task, token in zip(batch, tokens, strict=True):
             with self.blame.on(task):
                 task.n_computed += 1
+                task.table.units.computed(task.n_computed, self._runner.copy_state)
+                task.table.units.leave(task.n_computed)
                 self._answer(task, token)
         return len(batch)
 
@@ -384,11 +419,11 @@ class Scheduler:
         log.warning("a batch of %d is computed one by one: %r", len(batch), error)
         return sum(self._decode([task]) for task in batch)
 
-    def _gets_room(self, task: Task) -> bool:
-        """Whether a running request has room for its next token."""
+    def _gets_room(self, task: Task, n_tokens: int) -> bool:
+        """Whether a running request has room for its tokens up to ``n_tokens``."""
         has_room = task.request.request_id in self._running
         with self.blame.on(task):
-            has_room = has_room and self._make_room(task, len(task.tokens))
+            has_room = has_room and self._make_room(task, n_tokens)
         return has_room and task.request.request_id in self._running
 
     def _choose(self, tasks: Sequence[Task], rows: Iterable[torch.Tensor]) -> list[int]:
@@ -420,6 +455,7 @@ class Scheduler:
         while True:
             try:
                 task.table.extend(n_tokens)
+                task.table.units.extend(n_tokens)
             except PoolExhausted:
                 last = self._in_order()[-1]
                 if last is task and len(self._running) == 1 and not task.table.has_spares:

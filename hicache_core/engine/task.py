@@ -96,6 +96,18 @@ class Task:
         """Tokens to compute before the next one is known."""
         return len(self.tokens) - self.n_computed
 
+    def n_next(self, budget: int, n_computed: int | None = None) -> int:
+        """Tokens of the next forward of its prompt: a snapshot of its state ends it earlier.
+
+        Args:
+            budget: tokens at most.
+            n_computed: leading tokens that are computed; those of the table by default.
+        """
+        start = self.n_computed if n_computed is None else n_computed
+        n_tokens = min(budget, len(self.tokens) - start)
+        stop = self.table.units.next_stop(start)
+        return n_tokens if stop is None else min(n_tokens, stop - start)
+
     @property
     def decodes(self) -> bool:
         """Whether its answer has begun, and only the last token of it is to be computed."""

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
 
 from hicache_core.errors import SpecError
 from hicache_core.integrations.identity import check_adapters
 from hicache_core.integrations.length_rule import length_rule_of
-from hicache_core.kv.spec import KVSpec
 
 __all__ = [
     "Probe",
+    "cache_argument",
     "check_layers",
     "check_model",
     "check_same",
     "failing_as_spec_error",
     "fill",
     "forward",
-    "kv_spec_of",
+    "name_of",
+    "new_cache",
     "probe_tokens",
     "restart",
     "undisturbed",
@@ -47,9 +59,23 @@ _WINDOWS = ("sliding_window", "attention_chunk_size")
 # moves the logits of a trained model by much more than that.
 _TOLERANCE = 0.01
 _COARSE_TOLERANCE = 0.2
+_DECODING_TOLERANCE = 1e-4
 
-# Kinds of layers, as in transformers' own cache, whose KV is in pages.
-_PAGED = frozenset({DynamicLayer, DynamicSlidingWindowLayer})
+# The same, for logits of the same tokens in the same shapes before other tokens.
+_CAUSAL_TOLERANCE = 1e-4
+
+# Kinds of layers of transformers' own cache that a PagedCache has too.
+_KNOWN = frozenset(
+    {
+        DummyLayer,
+        DynamicIndexedLayer,
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+        LinearAttentionAndFullAttentionLayer,
+        LinearAttentionAndSlidingWindowAttentionLayer,
+        LinearAttentionLayer,
+    }
+)
 
 # Errors of a model that cannot use a cache.
 _MODEL_ERRORS = (
@@ -70,10 +96,13 @@ class Probe:
     Attributes:
         tokens: of the prompt.
         logits: of the whole prompt, (n_tokens, vocabulary), float32.
+        decodes_alike: whether the model computes the same token by token. Some models with a state
+            do not, so what they keep of an answer is not what they would keep of a prompt.
     """
 
     tokens: list[int]
     logits: torch.Tensor
+    decodes_alike: bool = True
 
 
 def check_model(model: Any) -> Probe:
@@ -93,8 +122,8 @@ def check_model(model: Any) -> Probe:
     text = _text_config(model.config)
     if text.model_type == "big_bird" and text.attention_type != "original_full":
         raise SpecError(
-            f"{_name(model)} with attention_type {text.attention_type!r} attends to random blocks "
-            "that depend on the length of the prompt, so its KV cannot be reused: set "
+            f"{name_of(model)} with attention_type {text.attention_type!r} attends to random "
+            "blocks that depend on the length of the prompt, so its KV cannot be reused: set "
             "config.attention_type = 'original_full' before the model is made"
         )
     _check_purpose(model)
@@ -103,32 +132,87 @@ def check_model(model: Any) -> Probe:
     if not n_first:
         return Probe([], torch.empty(0, 0))  # a context so short has no prefix
     with undisturbed(model), failing_as_spec_error(model, "cached", "over a cached prefix"):
-        past = _new_cache(model)
+        past = new_cache(model)
         whole = forward(model, ids, past)
         _check_rows(model, past, len(ids))
         _check_parts(model, ids, n_first, whole)
+        _check_causal(model, ids, n_first, whole)
         if any(windows_of(model.config)):
             with _short_windows(model):
-                _check_parts(model, ids, n_first, forward(model, ids, _new_cache(model)))
-    return Probe(ids, whole)
+                _check_parts(model, ids, n_first, forward(model, ids, new_cache(model)))
+        alike = not _forget_recurrent(past) or _decodes_alike(model, ids, n_first, whole)
+    return Probe(ids, whole, alike)
+
+
+def _decodes_alike(model: Any, ids: list[int], n_first: int, whole: torch.Tensor) -> bool:
+    """Whether the logits are the same token by token, after the first ``n_first`` tokens.
+
+    Without single precision rounding hides the difference, as everywhere else.
+    """
+    past = new_cache(model)
+    forward(model, ids[:n_first], past)
+    found = torch.cat([forward(model, [token], past) for token in ids[n_first:]])
+    return _apart(found, whole[n_first:]) < _DECODING_TOLERANCE or not _is_exact(model)
 
 
 def _check_parts(model: Any, ids: list[int], n_first: int, whole: torch.Tensor) -> None:
-    """Checks that a prompt in two parts, ``n_first`` tokens and the rest, has the same logits."""
-    past = _new_cache(model)
+    """Checks that a prompt in two parts, ``n_first`` tokens and the rest, has the same logits.
+
+    Raises:
+        SpecError: they differ, or the rest would be the same after any other state.
+    """
+    past = new_cache(model)
     first = forward(model, ids[:n_first], past)
+    without = copy.deepcopy(past)
     second = forward(model, ids[n_first:], past)
+    if _forget_recurrent(without) and torch.equal(forward(model, ids[n_first:], without), second):
+        raise SpecError(
+            f"{name_of(model)} cannot be cached: it ignores its recurrent state when several "
+            "tokens follow, in this version of transformers and with these kernels"
+        )
     for got, want in ((first, whole[:n_first]), (second, whole[n_first:])):
         check_same(model, "cached", "over a cached prefix", got, want)
 
 
-def check_layers(config: Any) -> None:
-    """Raises SpecError for a model whose layers do not all keep the KV of every token."""
-    kinds = {type(layer) for layer in _layers_of(config)}
-    if others := sorted(kind.__name__ for kind in kinds - _PAGED):
+def _forget_recurrent(past: Cache) -> bool:
+    """Sets all recurrent states to zero; False if there is none."""
+    states = [
+        state
+        for layer in past.layers
+        for state in getattr(layer, "recurrent_states", {}).values()
+        if state is not None
+    ]
+    for state in states:
+        state.zero_()
+    return bool(states)
+
+
+def _check_causal(model: Any, ids: list[int], n_first: int, whole: torch.Tensor) -> None:
+    """Checks that the first ``n_first`` tokens have the same logits before other tokens.
+
+    It finds an encoder where both parts of a prompt seem right: in 16 bits, or with weights that
+    hardly matter. Nothing rounds otherwise here, since the shapes are the same, except of experts.
+
+    Raises:
+        SpecError: they have not.
+    """
+    changed = [*ids[:n_first], *reversed(ids[n_first:])]
+    apart = _apart(forward(model, changed, new_cache(model))[:n_first], whole[:n_first])
+    has_experts = any("expert" in name for name, _ in model.named_modules())
+    if apart > (_tolerance(model) if has_experts else _CAUSAL_TOLERANCE):
         raise SpecError(
-            f"{type(config).__name__} has layers of the kind {', '.join(others)}; pages hold only "
-            "layers with full attention or a window"
+            f"{name_of(model)} cannot be cached: what it computes for a token depends on the "
+            f"tokens after it{_advice(model)}"
+        )
+
+
+def check_layers(config: Any) -> None:
+    """Raises SpecError for a model with layers of a kind that a PagedCache does not have."""
+    kinds = {type(layer) for layer in _layers_of(config)}
+    if others := sorted(kind.__name__ for kind in kinds - _KNOWN):
+        raise SpecError(
+            f"{type(config).__name__} has layers of the kind {', '.join(others)}, which keep more "
+            "than KV of tokens, windows and states"
         )
 
 
@@ -171,37 +255,6 @@ def _short_windows(model: Any) -> Iterator[None]:
             setattr(owner, name, window)
 
 
-def kv_spec_of(model: Any, fingerprint: str) -> KVSpec:
-    """The spec of what ``model`` passes to its cache, found by computing one token.
-
-    A config does not always tell: of an MLA model, transformers caches the latent as keys and the
-    rotary key as values, and a model's cache may have another dtype than its weights.
-
-    Raises:
-        SpecError: the layers differ in shape or dtype, or keep nothing.
-    """
-    past = _new_cache(model)
-    with torch.no_grad(), failing_as_spec_error(model, "cached", "over an empty cache"):
-        model(torch.zeros((1, 1), dtype=torch.int64, device=model.device), past_key_values=past)
-    layers = _filled_layers(model, past)
-    rows = {
-        (layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3], layer.keys.dtype)
-        for layer in layers
-    }
-    if len(rows) != 1:
-        shapes = sorted(map(str, rows))
-        raise SpecError(f"the layers have several shapes of KV, pages need one: {shapes}")
-    num_heads, k_dim, v_dim, dtype = rows.pop()
-    return KVSpec.mha(
-        num_layers=len(layers),
-        num_heads=num_heads,
-        head_dim=k_dim,
-        v_head_dim=v_dim,
-        dtype=str(dtype).removeprefix("torch."),
-        fingerprint=fingerprint,
-    )
-
-
 def probe_tokens(model: Any) -> list[int]:
     """The prompt with which a model is tried: always the same, if possible without special tokens.
 
@@ -225,7 +278,7 @@ def vocabulary_of(model: Any) -> int:
     """
     size = getattr(_text_config(model.config), "vocab_size", None)
     if not size:
-        raise SpecError(f"{_name(model)} cannot be cached: its config has no vocab_size")
+        raise SpecError(f"{name_of(model)} cannot be cached: its config has no vocab_size")
     return int(size)
 
 
@@ -261,19 +314,29 @@ def fill(model: Any, ids: Sequence[int], past: Cache) -> None:
 def restart(model: Any) -> None:
     """Makes a model forget the longest sequence that it has seen, which dynamic rope remembers."""
     with torch.no_grad():
-        _call(model, [0], _new_cache(model), {"logits_to_keep": 1})
+        _call(model, [0], new_cache(model), {"logits_to_keep": 1})
 
 
 def _call(model: Any, ids: Sequence[int], past: Cache, options: dict[str, Any]) -> Any:
     """A forward pass, with those of ``options`` that the model accepts."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of an adapter
-    known = inspect.signature(inner.forward).parameters
-    start = past.get_seq_length()
-    positions = torch.arange(start, start + len(ids), device=model.device)[None]
-    options = {"position_ids": positions, **options}
+    known = _parameters(model)
+    if "position_ids" in known:
+        start = past.get_seq_length()
+        positions = torch.arange(start, start + len(ids), device=model.device)[None]
+        options = {"position_ids": positions, **options}
     options = {key: value for key, value in options.items() if key in known}
     tokens = torch.tensor([list(ids)], dtype=torch.int64, device=model.device)
-    return model(input_ids=tokens, past_key_values=past, use_cache=True, **options)
+    return model(input_ids=tokens, use_cache=True, **{cache_argument(model): past}, **options)
+
+
+def cache_argument(model: Any) -> str:
+    """The argument of a model's forward that takes its cache; Mamba's has a name of its own."""
+    return "cache_params" if "cache_params" in _parameters(model) else "past_key_values"
+
+
+def _parameters(model: Any) -> Collection[str]:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of an adapter
+    return inspect.signature(inner.forward).parameters.keys()
 
 
 def check_same(model: Any, refused: str, how: str, got: torch.Tensor, want: torch.Tensor) -> None:
@@ -291,18 +354,29 @@ def check_same(model: Any, refused: str, how: str, got: torch.Tensor, want: torc
     """
     if got.shape != want.shape:
         found = f"of shape {tuple(got.shape)} instead of {tuple(want.shape)}"
-        raise SpecError(f"{_name(model)} cannot be {refused}: its logits {how} are {found}")
+        raise SpecError(f"{name_of(model)} cannot be {refused}: its logits {how} are {found}")
     apart = _apart(got, want)
-    exact = model.dtype in (torch.float32, torch.float64)
-    if apart <= (_TOLERANCE if exact else _COARSE_TOLERANCE):
+    if apart <= _tolerance(model):
         return
-    cause = "what it computes for a token depends on more than the tokens before it"
-    if getattr(_text_config(model.config), "is_decoder", None) is False:
-        cause += ": a decoder is made with config.is_decoder = True"
     raise SpecError(
-        f"{_name(model)} cannot be {refused}: its logits {how} differ by {apart:.0%} of their "
-        f"spread from those of the whole prompt alone; {cause}"
+        f"{name_of(model)} cannot be {refused}: its logits {how} differ by {apart:.0%} of their "
+        "spread from those of the whole prompt alone; what it computes for a token depends on more "
+        f"than the tokens before it{_advice(model)}"
     )
+
+
+def _is_exact(model: Any) -> bool:
+    return model.dtype in (torch.float32, torch.float64)
+
+
+def _tolerance(model: Any) -> float:
+    return _TOLERANCE if _is_exact(model) else _COARSE_TOLERANCE
+
+
+def _advice(model: Any) -> str:
+    """How an encoder becomes a decoder."""
+    is_encoder = getattr(_text_config(model.config), "is_decoder", None) is False
+    return ": a decoder is made with config.is_decoder = True" if is_encoder else ""
 
 
 @contextmanager
@@ -321,7 +395,7 @@ def failing_as_spec_error(model: Any, refused: str, how: str) -> Iterator[None]:
     except _MODEL_ERRORS as error:
         text = " ".join(str(error).split())[:200]
         raise SpecError(
-            f"{_name(model)} cannot be {refused}: it cannot compute tokens {how}: "
+            f"{name_of(model)} cannot be {refused}: it cannot compute tokens {how}: "
             f"{type(error).__name__}: {text}"
         ) from error
 
@@ -341,38 +415,41 @@ def undisturbed(model: Any) -> Iterator[None]:
                 module.training = True
 
 
-def _new_cache(model: Any) -> DynamicCache:
+def new_cache(model: Any) -> DynamicCache:
+    """transformers' own cache for a model, empty."""
     return DynamicCache(config=model.config)
 
 
-def _filled_layers(model: Any, past: Cache) -> list[Any]:
-    """The layers of ``past``.
-
-    Raises:
-        SpecError: one of them holds nothing.
-    """
-    layers: list[Any] = list(past.layers)
-    filled = [layer for layer in layers if layer.get_seq_length() > 0]
-    if not filled:
-        raise SpecError(
-            f"{_name(model)} cannot be cached: it keeps no KV in the cache that it is given"
-        )
-    if empty := [at for at, layer in enumerate(layers) if layer not in filled]:
-        raise SpecError(
-            f"{_name(model)} cannot be cached: of the {len(layers)} layers of its config, those "
-            f"numbered {', '.join(map(str, empty))} keep no KV, and pages hold that of each"
-        )
-    return filled
-
-
 def _check_rows(model: Any, past: Cache, n_tokens: int) -> None:
-    """Checks that every layer has one row for each of ``n_tokens`` tokens."""
-    n_rows = {layer.get_seq_length() for layer in _filled_layers(model, past)}
-    if n_rows != {n_tokens}:
+    """Checks that every layer holds what its kind does, of each of ``n_tokens`` tokens."""
+    held: list[Any] = list(past.layers)
+    layers = [(at, layer) for at, layer in enumerate(held) if type(layer) is not DummyLayer]
+    empty = [at for at, layer in layers if not _has_rows(layer) and not _has_state(layer)]
+    if len(empty) == len(layers):
         raise SpecError(
-            f"{_name(model)} cannot be cached: it keeps {', '.join(map(str, sorted(n_rows)))} rows "
-            f"of KV for {n_tokens} tokens, so it puts something of its own before the prompt"
+            f"{name_of(model)} cannot be cached: it keeps no KV in the cache that it is given"
         )
+    if empty:
+        raise SpecError(
+            f"{name_of(model)} cannot be cached: of the {len(past.layers)} layers of its config, "
+            f"those numbered {', '.join(map(str, empty))} keep no KV, and pages hold that of each"
+        )
+    n_rows = {layer.get_seq_length() for _, layer in layers if _has_rows(layer)}
+    if n_rows - {n_tokens}:
+        raise SpecError(
+            f"{name_of(model)} cannot be cached: it keeps {', '.join(map(str, sorted(n_rows)))} "
+            f"rows of KV for {n_tokens} tokens, so it puts something of its own before the prompt"
+        )
+
+
+def _has_rows(layer: Any) -> bool:
+    return isinstance(layer, CacheLayerMixin) and layer.get_seq_length() > 0
+
+
+def _has_state(layer: Any) -> bool:
+    return isinstance(layer, LinearAttentionCacheLayerMixin) and any(
+        layer.has_previous_state.values()
+    )
 
 
 def _apart(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -404,7 +481,8 @@ def _text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
-def _name(model: Any) -> str:
+def name_of(model: Any) -> str:
+    """The class of a model, for messages."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     kind = type(inner).__name__
     return kind if inner is model else f"{type(model).__name__} of {kind}"

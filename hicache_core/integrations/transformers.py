@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -25,20 +25,22 @@ from hicache_core.config.settings import HiCacheConfig
 from hicache_core.controller.controller import Controller
 from hicache_core.errors import LoadFailed
 from hicache_core.integrations.arguments import Arguments
+from hicache_core.integrations.generation import AfterEachStep, from_its_end
 from hicache_core.integrations.identity import ModelIdentity, fingerprint_of_model
 from hicache_core.integrations.length_rule import Kind, PureRows, length_rule_of
 from hicache_core.integrations.model_check import (
+    cache_argument,
     check_layers,
     check_model,
     fill,
-    kv_spec_of,
     restart,
-    windows_of,
 )
+from hicache_core.integrations.model_spec import kv_spec_of
 from hicache_core.integrations.overrides import Overrides
 from hicache_core.integrations.tokens import Tokens, token_list
 from hicache_core.integrations.turn import Turn
 from hicache_core.kv.keys import pack_tokens
+from hicache_core.kv.spec import Group, GroupKind
 from hicache_core.pools.device import DevicePool
 from hicache_core.process.logs import log_once
 from hicache_core.types import CachedTokens, Namespace
@@ -102,7 +104,7 @@ class CachedModel:
             identity: of the model; by default, the model as it is now has that fingerprint.
 
         Raises:
-            SpecError: the model has layers that do not keep the KV of every token.
+            SpecError: the model has layers of a kind that cannot be cached.
         """
         check_layers(model.config)
         self.model = model
@@ -110,8 +112,10 @@ class CachedModel:
         self.device_pool = device_pool
         self._identity = identity or ModelIdentity(model, device_pool.spec.model_fingerprint)
         self._overrides = Overrides(model)
-        self._windows = windows_of(model.config)
         self._length_rule = length_rule_of(model)
+        self._snapshot_interval = 1024
+        self._keeps_answers = True
+        self._cache_argument = cache_argument(model)
         self._open_turn: Turn | None = None
 
     @classmethod
@@ -141,14 +145,19 @@ class CachedModel:
             NotEnoughMemory: the pools are larger than the memory that is left.
             BackendError: the storage backend cannot be opened.
         """
-        check_model(model)
+        probe = check_model(model)
         identity = ModelIdentity(model, fingerprint)
         spec = kv_spec_of(model, identity.fingerprint)
         n_pages = max(1, device_tokens // config.page_size)
-        pool = DevicePool(spec, config.page_size, n_pages, model.device)
+        n_units = [_n_units(group, config, n_pages) for group in spec.groups]
+        pool = DevicePool.with_groups(spec, config.page_size, n_pages, n_units, model.device)
         if _PREFETCH_POLICY not in config.model_fields_set:
             config = config.model_copy(update={_PREFETCH_POLICY: "wait_complete"})
-        return cls(model, HiCache(config, spec, pool), pool, identity)
+        cache = HiCache(config, spec, pool)
+        cached = cls(model, cache, pool, identity)
+        cached._snapshot_interval = config.state_snapshot_interval
+        cached._keeps_answers = probe.decodes_alike
+        return cached
 
     def close(self) -> None:
         """Closes the cache; pending writes may be dropped (call ``cache.flush`` before)."""
@@ -217,20 +226,31 @@ class CachedModel:
         return Answer(sequence[len(ids) :], turn.cached)
 
     def _run(self, ids: list[int], turn: Turn, asked: Arguments) -> list[int]:
-        n_past, pure = turn.past.get_seq_length(), turn.past.pure
-        is_plain = asked.inputs is None and not asked.from_nothing
-        if pure.kind is Kind.LONG and n_past <= pure.rule.context and is_plain:
-            fill(self.model, ids[n_past:-1], turn.past)  # generate would leave a cache so short
+        if asked.inputs is None and not asked.from_nothing:
+            self._prefill(ids, turn)
+        passed = dict(asked.passed)
+        if turn.past.has_state and self._keeps_answers:
+            step = AfterEachStep(lambda: turn.snapshot(of_answer=True))
+            passed["stopping_criteria"] = [*(passed.get("stopping_criteria") or ()), step]
         prompt = torch.tensor([ids], dtype=torch.int64, device=self.model.device)
-        output = self.model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            past_key_values=turn.past,
-            **asked.passed,
-        )
+        passed[self._cache_argument] = turn.past
+        is_other = self._cache_argument != "past_key_values"
+        with from_its_end(self.model, turn.past) if is_other else nullcontext():
+            output = self.model.generate(
+                input_ids=prompt, attention_mask=torch.ones_like(prompt), **passed
+            )
         sequences: torch.Tensor = getattr(output, "sequences", output)
         tokens: list[int] = sequences[0].tolist()
         return tokens
+
+    def _prefill(self, ids: list[int], turn: Turn) -> None:
+        """Computes what a ``generate`` would not leave in the cache that it is given."""
+        n_past, pure = turn.past.get_seq_length(), turn.past.pure
+        if pure.kind is Kind.LONG and n_past <= pure.rule.context:
+            fill(self.model, ids[n_past:-1], turn.past)  # generate would leave a cache so short
+        for stop in turn.boundaries(len(ids)):
+            fill(self.model, ids[turn.past.get_seq_length() : stop], turn.past)
+            turn.snapshot()
 
     @contextmanager
     def turn(self, input_ids: Tokens, *, namespace: Namespace = _SHARED) -> Iterator[Turn]:
@@ -246,11 +266,17 @@ class CachedModel:
         token. Rows of the prefix may still be copied when this returns; each layer waits for its
         own. A turn is for one ``generate``, or for forward passes of the caller.
 
+        If the model has a state (linear attention, Mamba), the prompt is computed up to its last
+        page boundary, where a snapshot is taken; so ``past`` may hold more than what was found.
+
         Raises:
             InvalidTokens: the prompt is empty, there are several, or an id is not a token id.
             WrongThread: the caller does not own it.
         """
-        with self._turn(token_list(input_ids), namespace, None, from_nothing=False) as turn:
+        ids = token_list(input_ids)
+        with self._turn(ids, namespace, None, from_nothing=False) as turn:
+            if turn.past.has_state:
+                self._prefill(ids, turn)
             yield turn
 
     @contextmanager
@@ -263,7 +289,11 @@ class CachedModel:
         self.cache.owner.check()
         self._end_turn("this turn has ended: another one began")
         turn = self._open_turn = Turn(
-            self.cache, self.device_pool, self._identity, self._overrides, self._windows
+            self.cache,
+            self.device_pool,
+            self._identity,
+            self._overrides,
+            self._snapshot_interval,
         )
         try:
             if kind is Kind.NONE:
@@ -272,6 +302,8 @@ class CachedModel:
                 from_nothing = True
             turn.begin(tokens, rule.namespace(kind, namespace), inputs, from_nothing=from_nothing)
             turn.past.pure = PureRows(rule, kind, turn.past.get_seq_length())
+            if not self._keeps_answers:
+                turn.keep_only(len(ids))
             yield turn
         finally:
             turn.end("this turn has ended: its pages may be others' by now")
@@ -283,3 +315,16 @@ class CachedModel:
         if self._open_turn is not None:
             self._open_turn.end(reason)
             self._open_turn = None
+
+
+def _n_units(group: Group, config: HiCacheConfig, n_pages: int) -> int:
+    """Device units of a group for a pool of ``n_pages`` full pages.
+
+    Of a window, a quarter of its pages, but twice what one prefix needs. Of a state, one for each
+    snapshot interval, but 4.
+    """
+    page_size = config.page_size
+    if group.kind is GroupKind.STATE:
+        return max(4, n_pages * page_size // config.state_snapshot_interval)
+    n_needed = min(n_pages, -(-(group.window - 1) // page_size) + 1)
+    return max(2 * n_needed, n_pages // 4)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import sys
 import time
 from array import array
-from collections.abc import Sequence
 
 from hicache_core.controller.controller import Controller
 from hicache_core.errors import InvalidTokens, PoolExhausted, UseAfterClose
@@ -14,6 +14,7 @@ from hicache_core.integrations.identity import ModelIdentity
 from hicache_core.integrations.overrides import Overrides
 from hicache_core.integrations.paged_cache import PagedCache, TurnCache
 from hicache_core.integrations.tokens import Tokens, token_list
+from hicache_core.integrations.turn_units import TurnUnits
 from hicache_core.kv.keys import TOKEN_NBYTES, pack_tokens
 from hicache_core.pools.device import DevicePool
 from hicache_core.process.shield import shield
@@ -49,7 +50,7 @@ class Turn:
         pool: DevicePool,
         identity: ModelIdentity,
         overrides: Overrides,
-        windows: Sequence[int],
+        snapshot_interval: int,
     ) -> None:
         """Takes no lock and no page before ``begin``.
 
@@ -58,18 +59,21 @@ class Turn:
             pool: its device pool.
             identity: tells when weights or adapters of the model have changed.
             overrides: settings of the model that a turn changes while it lasts.
-            windows: the window of each layer of the model, 0 for none.
+            snapshot_interval: tokens from one snapshot of a state to the next.
         """
         self._cache = cache
         self._pool = pool
         self._identity = identity
         self._overrides = overrides
-        self._windows = windows
+        page_size = pool.page_size
+        self._snapshot_interval = -(-snapshot_interval // page_size) * page_size
+        self._n_storable = sys.maxsize
         self._ended = ""
         # What ``end`` must release:
         self._request_id: str | None = None
         self._node: Node | None = None
         self._new_pages = array("i")
+        self._units = TurnUnits(cache, pool)
 
     def begin(
         self, tokens: bytes, namespace: Namespace, inputs: str | None, *, from_nothing: bool
@@ -100,7 +104,12 @@ class Turn:
             )
             self._cache.lock(match.node)
             self._node = match.node
-            self._match = self._cache.load_back(match)
+            self._match = loaded = self._cache.load_back(match)
+            self._units.note_loaded(match, loaded)
+            if loaded.node is not match.node:  # a shorter prefix needs other units of its groups
+                self._cache.lock(loaded.node)
+                self._cache.unlock(match.node)
+                self._node = loaded.node
         self.cached = CachedTokens(
             before.n_device_tokens,
             before.n_host_tokens,
@@ -109,8 +118,32 @@ class Turn:
         if self._match.n_tokens < match.n_tokens:  # no room on the device for what the host has
             self.cached = CachedTokens(device=self._match.n_tokens)
         self.past = TurnCache(
-            self._pool, self._match.device_pages, self._cache.wait_layer, self._windows
+            self._pool, loaded.device_pages, self._cache.wait_layer, loaded.groups
         )
+
+    def boundaries(self, n_prompt: int) -> list[int]:
+        """Where forward passes over a prompt end, so that ``snapshot`` can be called there.
+
+        They are the last page boundary that leaves a token to compute, where the full pages that
+        were found end, and one in each snapshot interval. Without a state, there are none.
+        """
+        if not self.past.has_state:
+            return []
+        last = (n_prompt - 1) // self._pool.page_size * self._pool.page_size
+        wanted = {last, self._match.n_uncut_tokens, *range(0, last, self._snapshot_interval)}
+        return sorted(at for at in wanted if self.past.get_seq_length() < at <= last)
+
+    def keep_only(self, n_tokens: int) -> None:
+        """Stores no more than the first ``n_tokens`` tokens, later on."""
+        self._n_storable = n_tokens
+
+    def snapshot(self, *, of_answer: bool = False) -> None:
+        """Keeps the states of the model as they are now, if the sequence ends with a page.
+
+        Args:
+            of_answer: keep only the last one of these.
+        """
+        self._units.snapshot(self.past, replacing=of_answer)
 
     def _fetch(self, tokens: bytes) -> None:
         """Asks storage for what device and host lack, and waits as long as the policy allows."""
@@ -153,29 +186,47 @@ class Turn:
                 f"the model has seen {n_seen} tokens; only {len(ids)} were given (a generate of "
                 "your own with use_cache=False shows it all of them again at each step)"
             )
-        n_seen = min(n_seen, self.past.pure.n_rows)
+        n_seen = min(n_seen, self.past.pure.n_rows, self._n_storable)
         page_size = self._cache.page_size
         n_pages, n_shared = n_seen // page_size, self.past.n_shared_pages
         if self._identity.namespace(*self._asked_for) != self._namespace:
             log.warning("nothing is stored: weights or adapters changed while the turn lasted")
             return n_shared * page_size
+        packed = pack_tokens(ids[: n_pages * page_size])
+        stored = self._match.device_pages[:n_shared]
         try:
             with shield:
                 self._new_pages = self._cache.allocate(n_pages - n_shared)
             self.past.write_pages(n_shared, self._new_pages)
-            pages = self._match.device_pages[:n_shared] + self._new_pages
-            packed = pack_tokens(ids[: n_pages * page_size])
-            with shield:
-                result = self._cache.insert(packed, pages, self._namespace, priority=priority)
-                self._new_pages = array("i")
-                self._cache.free(result.duplicates)
-                self._cache.poll()
+            for stop in self._units.stops(n_shared, n_pages):
+                stored = self._insert(packed, stored, stop, priority)
         except PoolExhausted as error:
-            log.warning("%d tokens are not cached: %s", n_seen - n_shared * page_size, error)
-            return n_shared * page_size
+            log.warning("%d tokens are not cached: %s", n_seen - len(stored) * page_size, error)
         finally:
             self._give_back_pages()
-        return n_pages * page_size
+        return len(stored) * page_size
+
+    def _insert(self, packed: bytes, stored: array[int], stop: int, priority: int) -> array[int]:
+        """Inserts a sequence up to page ``stop``; the pages ``stored`` are in the tree already.
+
+        Returns:
+            The pages that are in the tree now, ``stop`` of them.
+        """
+        groups = self._units.fill(self.past, len(stored), stop)
+        with shield:
+            n_new = stop - len(stored)
+            result = self._cache.insert(
+                packed[: stop * self._cache.page_size * TOKEN_NBYTES],
+                stored + self._new_pages[:n_new],
+                self._namespace,
+                priority=priority,
+                groups=groups,
+            )
+            self._new_pages = self._new_pages[n_new:]
+            self._cache.free(result.duplicates)
+            self._units.note_inserted(groups, result)
+            self._cache.poll()
+        return result.pages
 
     def _give_back_pages(self) -> None:
         with shield:
@@ -199,5 +250,6 @@ class Turn:
             if self._request_id is not None:
                 self._cache.finish_prefetch(self._request_id)
             self._give_back_pages()
+            self._units.give_back()
             if self._node is not None:
                 self._cache.unlock(self._node)

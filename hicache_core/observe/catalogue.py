@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from hicache_core.observe.catalogue_groups import GROUPS
 from hicache_core.observe.catalogue_storage import STORAGE
 from hicache_core.observe.catalogue_transfers import TRANSFERS
 from hicache_core.observe.series import (
     Series,
-    bytes_of,
     counter,
     device_tokens,
     events,
@@ -19,6 +19,8 @@ from hicache_core.observe.series import (
     histogram,
     host_tokens,
     in_use,
+    moved_bytes,
+    moved_tokens,
     pool_pages,
     token_usage,
     unfulfilled,
@@ -157,8 +159,8 @@ MOVES = (
         "counter",
         "tokens",
         "Tokens copied from host to device.",
-        counter("load_back_tokens", labels=("kv",)),
-        {"pool": "`kv`"},
+        moved_tokens("load_back_tokens", "load_back"),
+        {"pool": "`kv`, and the groups of the model: `swa`, `mamba`, …"},
         sglang=True,
     ),
     Series(
@@ -166,7 +168,7 @@ MOVES = (
         "counter",
         "bytes",
         "Bytes copied from host to device.",
-        bytes_of("load_back_tokens"),
+        moved_bytes("load_back_tokens", "load_back"),
         sglang=True,
     ),
     Series(
@@ -189,8 +191,8 @@ MOVES = (
         "counter",
         "tokens",
         "Tokens copied from device to host.",
-        counter("backup_tokens", labels=("kv",)),
-        {"pool": "`kv`"},
+        moved_tokens("backup_tokens", "backup"),
+        {"pool": "`kv`, and the groups of the model: `swa`, `mamba`, …"},
         sglang=True,
     ),
     Series(
@@ -198,7 +200,7 @@ MOVES = (
         "counter",
         "bytes",
         "Bytes copied from device to host.",
-        bytes_of("backup_tokens"),
+        moved_bytes("backup_tokens", "backup"),
         sglang=True,
     ),
     Series(
@@ -287,6 +289,7 @@ SERIES: Mapping[str, tuple[Series, ...]] = {
     "Hits": HITS,
     "Pools": OCCUPANCY,
     "Copies between device and host": MOVES,
+    "Groups of layers": GROUPS,
     "Prefetch": PREFETCH,
     "Storage": STORAGE,
     "Transfers between prefill and decode": TRANSFERS,

@@ -70,13 +70,42 @@ def counter(name: str, *, tokens: bool = False, labels: tuple[str, ...] = ()) ->
     return read
 
 
-def bytes_of(name: str) -> Read:
-    """Reads a counter of tokens as bytes."""
+def moved_tokens(name: str, move: str) -> Read:
+    """Reads a counter of copied tokens of full pages, and the tokens of each group's units.
+
+    A snapshot of a state counts as one token.
+
+    Args:
+        name: of the counter.
+        move: a key of ``GroupStatus.moved_units``.
+    """
 
     def read(seen: Observation) -> Iterator[Sample]:
         value = seen.snapshot.counters.get(name)
         if value is not None:
-            yield (), value * seen.snapshot.page_nbytes // seen.snapshot.page_size
+            yield ("kv",), value
+        for group in seen.snapshot.groups:
+            if move in group.moved_units:
+                yield (group.name,), group.moved_units[move] * group.unit_tokens
+
+    return read
+
+
+def moved_bytes(name: str, move: str) -> Read:
+    """As ``moved_tokens``, in bytes of all pools together.
+
+    Args:
+        name: of the counter.
+        move: a key of ``GroupStatus.moved_units``.
+    """
+
+    def read(seen: Observation) -> Iterator[Sample]:
+        value, snapshot = seen.snapshot.counters.get(name), seen.snapshot
+        if value is not None:
+            of_units = sum(
+                group.moved_units.get(move, 0) * group.unit_nbytes for group in snapshot.groups
+            )
+            yield (), value * snapshot.page_nbytes // snapshot.page_size + of_units
 
     return read
 

@@ -142,6 +142,40 @@ class EvictedPages:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupStatus:
+    """One group of layers that needs other pages of a prefix than all: a window or a state.
+
+    Attributes:
+        name: of the group, such as ``swa`` or ``mamba``.
+        kind: ``window`` or ``state``.
+        window: tokens of a window; 0 for a state.
+        unit_tokens: tokens of a unit of a window; 1 for a state, whose unit is a snapshot.
+        unit_nbytes: bytes of a unit on this rank.
+        device: units in the L1 pool.
+        host: units in the L2 pool; None without one.
+        moved_units: units that were moved, by ``load_back``, ``backup``, ``prefetch``, ``store``.
+        skipped_units: units that were not, since there was no room, by the same words; also those
+            that storage refused.
+        cut_matches: matches that are shorter than their full pages, since units were missing.
+        cut_tokens: tokens that these matches are shorter.
+        evicted_units: by tier and cause.
+    """
+
+    name: str
+    kind: str
+    window: int
+    unit_tokens: int
+    unit_nbytes: int
+    device: PoolStatus
+    host: PoolStatus | None = None
+    moved_units: Mapping[str, int] = field(default_factory=dict)
+    skipped_units: Mapping[str, int] = field(default_factory=dict)
+    cut_matches: int = 0
+    cut_tokens: int = 0
+    evicted_units: Sequence[EvictedPages] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class CacheSnapshot:
     """The state of a cache. Taken on any thread, so its numbers may be from slightly different
     moments.
@@ -169,6 +203,7 @@ class CacheSnapshot:
         load_back_s: seconds of each copy of a request from host to device.
         events: the publisher of KV events; None if there is none.
         transfers: the transfer backend of a prefill or decode node; otherwise empty.
+        groups: the model's groups of layers, in the order of its spec; empty for full attention.
     """
 
     page_size: int
@@ -192,6 +227,7 @@ class CacheSnapshot:
     load_back_s: Histogram | None = None
     events: EventsStatus | None = None
     transfers: Sequence[TransferStatus] = ()
+    groups: Sequence[GroupStatus] = ()
 
     @property
     def stored_nbytes(self) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 
 from hicache_core.radix.node import Node, path_to_root
@@ -29,6 +29,7 @@ class PictureNode:
         tiers: where its pages are: ``device``, ``host``, ``storage`` (storage has them, or is being
             given them).
         locked: a request or a copy keeps it.
+        units: the tiers that have its units, by group of layers; without the groups it has none of.
     """
 
     parent: int
@@ -39,6 +40,7 @@ class PictureNode:
     hidden: int
     tiers: tuple[str, ...]
     locked: bool
+    units: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,7 @@ def take_picture(
                 hidden=hidden[node],
                 tiers=_tiers(node),
                 locked=bool(node.lock_count or node.host_lock_count),
+                units=_units(tree, node),
             )
         )
     n_roots = sum(node.parent is None for node in visited)
@@ -132,3 +135,16 @@ def _tiers(node: Node) -> tuple[str, ...]:
         ("storage", node.stored_in != 0),
     )
     return tuple(tier for tier, is_there in there if is_there)
+
+
+def _units(tree: RadixTree, node: Node) -> dict[str, tuple[str, ...]]:
+    held = {one.group.name: one.get(node) for one in tree.groups}
+    return {
+        name: tuple(
+            tier
+            for tier, units in (("device", one.device), ("host", one.host))
+            if units is not None
+        )
+        for name, one in held.items()
+        if one is not None
+    }

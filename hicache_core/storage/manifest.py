@@ -60,6 +60,21 @@ class Manifest:
         return int(self.fields["page_size"])
 
     @property
+    def group(self) -> str:
+        """Name of the group of layers whose units are stored there; empty for full pages."""
+        return str(self.fields.get("group", ""))
+
+    @property
+    def window(self) -> int:
+        """Tokens of the window of a group; 0 for a state."""
+        return int(self.told.get("window", 0))
+
+    @property
+    def chain_page_size(self) -> int:
+        """Tokens in a page of the prefixes that keys name; also of a state, whose units have 1."""
+        return int(self.told.get("page_size", self.page_size))
+
+    @property
     def object_nbytes(self) -> int:
         """Length of every object of the namespace in bytes, header included; 0 if unknown."""
         fields = self.fields
@@ -108,17 +123,20 @@ def decode(namespace: str, payload: bytes | bytearray | memoryview) -> Manifest 
     return Manifest(namespace, described, told)
 
 
-def manifest_page(described: str, object_nbytes: int) -> tuple[str, Page] | None:
+def manifest_page(
+    described: str, object_nbytes: int, told: Mapping[str, Any] | None = None
+) -> tuple[str, Page] | None:
     """Returns the manifest as a page that a cache can store; None if pages are too small.
 
     Args:
         described: of ``kv.keys.describe_namespace``.
         object_nbytes: length of every object, header included.
+        told: what else to say.
 
     Returns:
         Its key, and a page whose header is not filled in yet.
     """
-    manifest = Manifest.of(described)
+    manifest = Manifest(namespace_digest(described), described, told or {})
     payload = encode(manifest, object_nbytes - HEADER_NBYTES)
     if HEADER_NBYTES + len(payload) > object_nbytes:  # a store may allow one length only
         return None

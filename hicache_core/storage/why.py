@@ -6,7 +6,7 @@ Only reads: a damaged object is reported and stays where it is.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 
@@ -37,6 +37,27 @@ class Cause(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class AskedGroup:
+    """A group of layers of the cache that missed: a window, or a state.
+
+    Attributes:
+        name: of the group.
+        storage_namespace: of its units.
+        window: tokens of a window; 0 for a state.
+    """
+
+    name: str
+    storage_namespace: str
+    window: int
+
+    def first_needed(self, n_pages: int, page_size: int) -> int:
+        """As ``kv.spec.Group.first_needed``, with the arguments ``n_pages`` and ``page_size``."""
+        if not self.window:
+            return max(0, n_pages - 1)
+        return max(0, n_pages * page_size - self.window + 1) // page_size
+
+
+@dataclass(frozen=True, slots=True)
 class Question:
     """The prompt that was a miss, and where it was looked up.
 
@@ -47,6 +68,8 @@ class Question:
         request: salt, key and adapter of the request that missed.
         manifest: of ``storage_namespace``; None if unknown.
         others: further storage namespaces in the store, with their manifests if known.
+        groups: the groups of layers of the cache.
+        has_full_pages: whether the cache stores full pages, beside the units of its groups.
     """
 
     tokens: bytes
@@ -55,6 +78,8 @@ class Question:
     request: Namespace = field(default_factory=Namespace)
     manifest: Manifest | None = None
     others: Mapping[str, Manifest | None] = field(default_factory=dict)
+    groups: tuple[AskedGroup, ...] = ()
+    has_full_pages: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +115,22 @@ class Miss:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupAnswer:
+    """What a store has of one group.
+
+    Attributes:
+        group: the group.
+        n_units: units that are present, anywhere in the prompt.
+        missing: pages whose unit one needs after all stored full pages, and that is absent or
+            damaged; by index.
+    """
+
+    group: AskedGroup
+    n_units: int
+    missing: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """What a store has of a prompt.
 
@@ -99,6 +140,10 @@ class Answer:
         n_stored: leading pages that are present and intact.
         n_present: pages that are present, anywhere in the prompt.
         miss: the first page that is not a hit; None if all are.
+        n_usable: leading pages after which one can go on: as ``n_stored``, or fewer, if a group
+            lacks units.
+        cut_by: the group that makes them fewer; empty if none does.
+        groups: what the store has of each group.
     """
 
     question: Question
@@ -106,6 +151,9 @@ class Answer:
     n_stored: int
     n_present: int
     miss: Miss | None
+    n_usable: int
+    cut_by: str = ""
+    groups: tuple[GroupAnswer, ...] = ()
 
 
 def why(backend: StorageBackend, question: Question) -> Answer:
@@ -123,23 +171,70 @@ def why(backend: StorageBackend, question: Question) -> Answer:
         BackendError: the store cannot answer.
     """
     keys = _keys(question, question.storage_namespace, question.request, question.page_size)
-    n_stored, wrong = 0, None
-    for key in keys:
+    n_pages, miss = len(keys), None
+    n_stored = n_present = n_pages
+    if question.has_full_pages:
+        n_stored, wrong = _leading(backend, keys)
+        n_present = n_stored + sum(backend.exists(key) for key in keys[n_stored:])
+        if n_stored < n_pages and wrong is not None:
+            miss = Miss(n_stored, keys[n_stored], *wrong)
+        elif n_stored < n_pages:
+            behind = n_present > n_stored
+            miss = _elsewhere(backend, question, n_stored, keys[n_stored], behind=behind)
+    units = [_Units(backend, question, group) for group in question.groups]
+    n_usable, cut_by = _usable(units, n_stored)
+    groups = tuple(one.answer(n_stored) for one in units)
+    return Answer(question, n_pages, n_stored, n_present, miss, n_usable, cut_by, groups)
+
+
+def _leading(backend: StorageBackend, keys: Sequence[str]) -> tuple[int, tuple[Cause, str] | None]:
+    """How many leading objects are intact, and what is wrong with the next; None if absent."""
+    for n, key in enumerate(keys):
         value = backend.get(key)
         wrong = None if value is None else _wrong_with(key, value)
         if value is None or wrong is not None:
-            break
-        n_stored += 1
-    n_present = n_stored + sum(backend.exists(key) for key in keys[n_stored:])
-    miss = None
-    if n_stored < len(keys):
-        key = keys[n_stored]
-        if wrong is not None:
-            cause, found_at = wrong
-            miss = Miss(n_stored, key, cause, found_at)
-        else:
-            miss = _elsewhere(backend, question, n_stored, key, behind=n_present > n_stored)
-    return Answer(question, len(keys), n_stored, n_present, miss)
+            return n, wrong
+    return len(keys), None
+
+
+class _Units:
+    """The units of one group for a prompt. Those that a boundary needs are read, to be sure."""
+
+    def __init__(self, backend: StorageBackend, question: Question, group: AskedGroup) -> None:
+        self.group = group
+        self._backend = backend
+        self._page_size = question.page_size
+        namespace = group.storage_namespace
+        self._keys = _keys(question, namespace, question.request, question.page_size)
+        self._there = [backend.exists(key) for key in self._keys]
+        self._intact: dict[int, bool] = {}
+
+    def missing(self, n_pages: int) -> Iterator[int]:
+        """The pages whose unit one needs to go on after ``n_pages``, and that cannot be used."""
+        for page in range(self.group.first_needed(n_pages, self._page_size), n_pages):
+            if not self._is_intact(page):
+                yield page
+
+    def answer(self, n_pages: int) -> GroupAnswer:
+        return GroupAnswer(self.group, sum(self._there), tuple(self.missing(n_pages)))
+
+    def _is_intact(self, page: int) -> bool:
+        if page not in self._intact:
+            key = self._keys[page]
+            value = self._backend.get(key) if self._there[page] else None
+            self._intact[page] = value is not None and _wrong_with(key, value) is None
+        return self._intact[page]
+
+
+def _usable(units: Sequence[_Units], n_stored: int) -> tuple[int, str]:
+    """The pages after which one can go on, and the group that makes them fewer than stored."""
+    cut_by = ""
+    for n_pages in range(n_stored, 0, -1):
+        lacking = [one for one in units if next(one.missing(n_pages), None) is not None]
+        if not lacking:
+            return n_pages, cut_by
+        cut_by = cut_by or lacking[0].group.name
+    return 0, cut_by
 
 
 def _keys(question: Question, namespace: str, request: Namespace, page_size: int) -> list[str]:

@@ -17,7 +17,7 @@ from hicache_core.observe.page.answers import Answer
 from tests.browser.chromium import PROGRAM, Chromium
 from tests.browser.scene import busy_world, url_of
 from tests.page_path.world import World, ids, make_world
-from tests.unit.observe.worlds import transfers
+from tests.unit.observe.worlds import group, transfers
 
 pytestmark = pytest.mark.skipif(
     PROGRAM is None, reason="Debian's chromium is not installed (tools/debian-packages.sh)"
@@ -129,6 +129,24 @@ def test_transfers_are_shown_where_there_are_any(
     browser.wait_for(f"!{hidden}")
     text = browser.evaluate("document.getElementById('transfers').innerText")
     assert moved.backend in text
+    assert browser.evaluate(OVERFLOW) <= 0, "no scrolling sideways"
+    assert browser.errors == []
+
+
+def test_groups_of_layers_are_shown_where_there_are_any(
+    browser: Chromium, busy: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden = "document.getElementById('groups-card').hidden"
+    browser.open(url_of(busy), width=360)
+    browser.wait_for(LIVE)
+    assert browser.evaluate(hidden)
+    plain = busy.cache.snapshot
+    groups = [group(), group("mamba", 0, 1)]
+    monkeypatch.setattr(busy.cache, "snapshot", lambda: replace(plain(), groups=groups))
+    browser.wait_for(f"!{hidden}")
+    text = browser.evaluate("document.getElementById('groups').innerText")
+    for word in ("swa", "window of 4,096 tokens", "mamba", "state", "device", "host", "200"):
+        assert word in text
     assert browser.evaluate(OVERFLOW) <= 0, "no scrolling sideways"
     assert browser.errors == []
 

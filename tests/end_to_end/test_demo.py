@@ -19,7 +19,9 @@ TIERS = {"device", "host", "storage"}
 SERVED_BY = {1: None, 2: "device", 3: "host", 4: "storage", 5: "device", 6: "device"}
 
 
-def run(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+def run(
+    folder: Path, *arguments: str, timeout_s: float = 800
+) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
     """Runs the demo, with its storage below ``folder``; the process and its JSON document."""
     file = folder / "demo.json"
     process = subprocess.run(
@@ -27,7 +29,7 @@ def run(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str]
         capture_output=True,
         text=True,
         check=False,
-        timeout=800,
+        timeout=timeout_s,
         env={**os.environ, "TMPDIR": str(folder)},
     )
     document = json.loads(file.read_text()) if file.exists() else {}
@@ -118,6 +120,19 @@ def test_smollm2_answers_the_same_from_every_tier(tmp_path: Path) -> None:
     assert "SmolLM2-135M-Instruct" in document["summary"]["model"]
     assert all(1_200 < turn["prompt_tokens"] < 2_500 for turn in document["turns"])
     assert "caretaker" in document["summary"]["answers"][0]
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("gemma3")  # converted by then
+def test_so_does_gemma_with_a_prompt_of_three_windows(tmp_path: Path) -> None:
+    process, document = run(
+        tmp_path, "--model", "gemma3-270m", "--max-new-tokens", "8", timeout_s=1700
+    )
+    assert process.returncode == 0, process.stderr + process.stdout
+    check_document(document)
+    assert document["summary"]["model"] == "gemma-3-270m"
+    assert all(1_400 < turn["prompt_tokens"] < 2_500 for turn in document["turns"])
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from hicache_core.engine.orders import Abort, Add, Call, StepOrders, decode, enc
 from hicache_core.engine.request import Bootstrap, Request, SamplingParams
 from hicache_core.engine.shard import check_split
 from hicache_core.errors import ConfigError, UseAfterClose
-from hicache_core.integrations.transformers import fingerprint_of_model, kv_spec_of
+from hicache_core.integrations.model_spec import full_kv_spec_of
+from hicache_core.integrations.transformers import fingerprint_of_model
 from hicache_core.kv.keys import storage_namespace
 from hicache_core.types import CachedTokens, Namespace
 from tests.engine.test_engine import Client, request
@@ -136,7 +137,7 @@ def test_answers_are_those_of_one_rank_from_every_tier(tmp_path: Path) -> None:
         assert from_host.tokens == answer
         assert from_host.outputs[-1].cached == CachedTokens(host=20)
     assert it.engine.status().error == ""
-    spec = kv_spec_of(WHOLE.model, fingerprint_of_model(WHOLE.model))
+    spec = full_kv_spec_of(WHOLE.model, fingerprint_of_model(WHOLE.model))
     layout = HiCacheConfig().hicache_mem_layout
     namespaces = {
         storage_namespace(spec.shard(heads=heads).identity(), PAGE_SIZE, layout)

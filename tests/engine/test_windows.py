@@ -1,4 +1,4 @@
-"""Layers with windows: logits and tokens are those of the model alone, whatever a batch is like."""
+"""Layers with windows, all of whose pages are kept: logits and tokens are those of the model."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ import pytest
 import torch
 
 from hicache_core.engine.runner import Past, Runner
-from hicache_core.integrations.transformers import kv_spec_of
+from hicache_core.integrations.model_spec import full_kv_spec_of
 from hicache_core.pools.device import DevicePool
 from hicache_core.types import CachedTokens
 from tests.engine.windowed_models import WINDOW, WINDOWED, loaded_model
-from tests.engine.world import PAGE_SIZE, cache_config, greedy, plain, prompt_of, stepped_engine
+from tests.engine.world import (
+    PAGE_SIZE,
+    cache_config,
+    greedy,
+    plain,
+    prompt_of,
+    stepped_engine,
+)
 
 N_NEW = 12
 LONG = prompt_of(5 * WINDOW + 3)
@@ -38,7 +45,7 @@ def test_logits_are_those_of_the_model_in_chunks_and_beside_other_lengths(name: 
     model = loaded_model(name).model
     expected = whole(model, LONG)
     pages = array("i", range(-(-len(LONG) // PAGE_SIZE)))
-    runner = Runner(model, DevicePool(kv_spec_of(model, "x"), PAGE_SIZE, len(pages)))
+    runner = Runner(model, DevicePool(full_kv_spec_of(model, "x"), PAGE_SIZE, len(pages)))
     n_past = 0
     for n_tokens in CHUNKS:
         logits = runner.prefill(LONG[n_past : n_past + n_tokens], n_past, pages)
@@ -75,13 +82,17 @@ def test_answers_are_those_of_generate_from_every_tier(name: str, tmp_path: Path
         assert [it.tokens(request_id) for request_id in asked] == expected
         return [it.last(request_id).cached for request_id in asked]
 
-    with stepped_engine(loaded, cache=config, chunk_tokens=5, max_running=3) as it:
+    with stepped_engine(
+        loaded, spec_of=full_kv_spec_of, cache=config, chunk_tokens=5, max_running=3
+    ) as it:
         answers(it)
         assert answers(it) == [CachedTokens(device=n) for n in n_cached]
         it.cache.flush()
         it.cache.evict(it.pool.n_pages)
         assert answers(it) == [CachedTokens(host=n) for n in n_cached]
-    with stepped_engine(loaded, cache=config, chunk_tokens=5, max_running=3) as it:
+    with stepped_engine(
+        loaded, spec_of=full_kv_spec_of, cache=config, chunk_tokens=5, max_running=3
+    ) as it:
         assert [cached.total for cached in answers(it)] == n_cached
         assert it.cache.counters.storage_hit_tokens > 0
 
@@ -90,7 +101,9 @@ def test_conversations_that_part_inside_the_window_have_their_own_answers(name: 
     loaded = loaded_model(name)
     shared = LONG[: 4 * WINDOW]
     turns = [shared + prompt_of(WINDOW // 2, seed=n) for n in (1, 2)]
-    with stepped_engine(loaded, chunk_tokens=WINDOW + 1, max_running=2) as it:
+    with stepped_engine(
+        loaded, spec_of=full_kv_spec_of, chunk_tokens=WINDOW + 1, max_running=2
+    ) as it:
         for _ in range(3):
             asked = [it.ask(turn, greedy(N_NEW)) for turn in turns]
             it.run()
@@ -111,7 +124,13 @@ def test_preempted_and_offloaded_while_decoding_answers_stay_the_same(
     prompts = [prompt_of(WINDOW + 2 * n, seed=n) for n in range(3)]
     config = cache_config(hicache_write_policy=policy, hicache_storage_backend="memory")
     with stepped_engine(
-        loaded, n_pages=13, cache=config, max_running=3, chunk_tokens=7, offload_stride=1
+        loaded,
+        spec_of=full_kv_spec_of,
+        n_pages=13,
+        cache=config,
+        max_running=3,
+        chunk_tokens=7,
+        offload_stride=1,
     ) as it:
         asked = [it.ask(prompt, greedy(2 * WINDOW)) for prompt in prompts]
         it.run()

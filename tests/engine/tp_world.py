@@ -18,7 +18,7 @@ from hicache_core.engine.engine import Engine
 from hicache_core.engine.model import LoadedModel
 from hicache_core.engine.shard import shard
 from hicache_core.engine.tensor_ranks import TensorRanks
-from hicache_core.integrations.transformers import kv_spec_of
+from hicache_core.integrations.model_spec import full_kv_spec_of
 from tests.engine.world import cache_config
 from tests.fork_server import CONTEXT
 from tests.page_path.tiny_models import tiny_model
@@ -172,5 +172,5 @@ def sharded_logits(rank: int, store: str, architecture: str, pipe: Any) -> None:
         model = split_model(architecture)
         ids = torch.arange(40)[None]
         whole = model(ids).logits
-        spec = shard(model, kv_spec_of(model, "tiny"), ranks)
+        spec = shard(model, full_kv_spec_of(model, "tiny"), ranks)
         pipe.send((spec.heads, whole.numpy(), model(ids).logits.numpy()))

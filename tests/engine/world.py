@@ -20,7 +20,10 @@ from hicache_core.engine.runner import Runner
 from hicache_core.engine.sampling import Sampler
 from hicache_core.engine.scheduler import Scheduler
 from hicache_core.engine.task import Task
-from hicache_core.integrations.transformers import fingerprint_of_model, kv_spec_of
+from hicache_core.engine.units import SequenceUnits
+from hicache_core.integrations.model_spec import kv_spec_of
+from hicache_core.integrations.transformers import fingerprint_of_model
+from hicache_core.kv.spec import KVSpec
 from hicache_core.pools.device import DevicePool
 from hicache_core.types import Namespace
 from tests.page_path.tiny_models import prompt_of, tiny_model
@@ -94,7 +97,12 @@ class SteppedEngine:
     """
 
     def __init__(
-        self, loaded: LoadedModel, cache: HiCache, pool: DevicePool, config: EngineConfig
+        self,
+        loaded: LoadedModel,
+        cache: HiCache,
+        pool: DevicePool,
+        config: EngineConfig,
+        snapshot_interval: int = 1024,
     ) -> None:
         """Joins the parts."""
         self.loaded = loaded
@@ -108,6 +116,7 @@ class SteppedEngine:
             n_pages=pool.n_pages,
             clock=lambda: float(self._n_steps + 1),
         )
+        self._units = SequenceUnits(cache, pool.spec.groups, snapshot_interval)
         self._n_steps = 0
         self._n_arrived = 0
 
@@ -138,7 +147,7 @@ class SteppedEngine:
                 request,
                 self._n_arrived,
                 self.outputs[request_id].append,
-                PageTable(self.cache, request.namespace, priority),
+                PageTable(self.cache, request.namespace, priority, self._units.another()),
                 Sampler(params, params.seed or 0, eos),
                 TextStream(self.loaded.tokenizer, params.stop),
             )
@@ -195,16 +204,23 @@ def stepped_engine(
     loaded: LoadedModel | None = None,
     *,
     n_pages: int = 64,
+    n_units: int | None = None,
     cache: HiCacheConfig | None = None,
+    spec_of: Callable[[Any, str], KVSpec] = kv_spec_of,
     **config: Any,
 ) -> Iterator[SteppedEngine]:
-    """One with a cache of its own; at the end, no page may be held by anybody but the tree."""
+    """One with a cache of its own; at the end, no page may be held by anybody but the tree.
+
+    Each group has ``n_units`` units, or as many as there are full pages.
+    """
     loaded = loaded or model_of()
     cache_settings = cache or cache_config()
-    spec = kv_spec_of(loaded.model, fingerprint_of_model(loaded.model))
-    pool = DevicePool(spec, cache_settings.page_size, n_pages)
+    spec = spec_of(loaded.model, fingerprint_of_model(loaded.model))
+    units = [n_units or n_pages] * len(spec.groups)
+    pool = DevicePool.with_groups(spec, cache_settings.page_size, n_pages, units)
     with HiCache(cache_settings, spec, pool) as opened:
-        made = SteppedEngine(loaded, opened, pool, EngineConfig(**config))
+        interval = cache_settings.state_snapshot_interval
+        made = SteppedEngine(loaded, opened, pool, EngineConfig(**config), interval)
         yield made
         made.scheduler.abort_all()
 

@@ -87,6 +87,18 @@ _VISION = {
     "image_size": 32,
     "patch_size": 8,
 }
+_PATCHES = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "fullatt_block_indexes": [0],
+    "window_size": 56,
+}
 
 _MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_LLAMA)),
@@ -113,6 +125,16 @@ _MODELS: dict[str, Callable[[], Any]] = {
     "llava": lambda: hf.LlavaForConditionalGeneration(
         hf.LlavaConfig(
             vision_config=hf.CLIPVisionConfig(**_VISION), text_config=hf.LlamaConfig(**_LLAMA)
+        )
+    ),
+    "qwen2_5_vl": lambda: hf.Qwen2_5_VLForConditionalGeneration(
+        hf.Qwen2_5_VLConfig(
+            text_config={**_LLAMA, **_rope("default", mrope_section=[2, 3, 3])},
+            vision_config=_PATCHES,
+            image_token_id=5,
+            video_token_id=8,
+            vision_start_token_id=6,
+            vision_end_token_id=7,
         )
     ),
     "bert": lambda: hf.BertLMHeadModel(hf.BertConfig(**_BERT)),

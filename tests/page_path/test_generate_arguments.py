@@ -14,6 +14,8 @@ from hicache_core.errors import ConfigError, InvalidTokens
 from hicache_core.integrations.transformers import CachedModel
 from hicache_core.types import CachedTokens
 
+from .odd_models import odd_model, prompt_of
+from .odd_models import plain as odd_plain
 from .test_transformers_model import KNOWN, NEW_TOKENS, PROMPT, World, answer_of, ask, plain
 from .tiny_models import tiny_model
 
@@ -180,6 +182,29 @@ def test_the_offset_of_the_last_picture_is_not_the_texts(cached: CachedModel) ->
     offset_aware = CachedModel(cached.model, cached.cache, cached.device_pool)
     with offset_aware.turn(PROMPT):
         assert cached.model.model.rope_deltas is None
+
+
+def test_text_after_a_picture_is_answered_as_by_a_model_that_has_seen_none() -> None:
+    """Qwen2.5-VL itself: text that was cached before the picture, and text behind it."""
+    ids = [*range(20, 60), 6, *[5] * 16, 7, *range(20, 50)]
+    picture = {
+        "pixel_values": torch.randn(64, 1176, generator=torch.Generator().manual_seed(1)),
+        "image_grid_thw": torch.tensor([[1, 8, 8]]),
+        "mm_token_type_ids": torch.tensor([[int(token == 5) for token in ids]]),
+    }
+    text, more = prompt_of(40, seed=8), prompt_of(60, seed=8)
+    want = [odd_plain(odd_model("qwen2_5_vl"), prompt, NEW_TOKENS) for prompt in (text, more)]
+    model = odd_model("qwen2_5_vl")
+    sampling = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    with ExitStack() as stack:
+        seen = World(stack).open(model)
+        assert seen.generate(text, **sampling).tokens == want[0]
+        prompt = torch.tensor([ids])
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), **sampling, **picture)
+        assert model.model.rope_deltas.any()
+        answers = [seen.generate(given, **sampling) for given in (text, more, more)]
+    assert [answer.tokens for answer in answers] == [want[0], want[1], want[1]]
+    assert answers[0].cached.total > 0
 
 
 def test_without_a_policy_of_its_own_a_prompt_waits_for_storage() -> None:

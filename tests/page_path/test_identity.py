@@ -273,6 +273,16 @@ def test_two_caches_with_the_same_change_share(world: World) -> None:
     assert ask(second, PROMPT) == CachedTokens(storage=KNOWN)
 
 
+@pytest.mark.filterwarnings("ignore:The new embeddings")
+def test_embeddings_resized_to_other_random_rows_share_nothing(world: World) -> None:
+    caches = [world.open(tiny_model("llama")) for _ in range(2)]
+    for seed, cached in enumerate(caches):
+        torch.manual_seed(seed)
+        cached.model.resize_token_embeddings(520, mean_resizing=False)
+        assert ask(cached, PROMPT) == CachedTokens()
+        assert cached.cache.flush()
+
+
 def test_weights_that_come_back_find_their_kv(world: World) -> None:
     cached = world.open(tiny_model("llama"))
     ask(cached, PROMPT)

@@ -18,7 +18,8 @@ import torch
 import hicache_core
 from hicache_core.integrations.transformers import CachedModel
 
-from .test_transformers_model import PROMPT, World, assert_nothing_leaks, plain
+from .mixed_models import mixed_model
+from .test_transformers_model import PROMPT, World, assert_nothing_leaks, evict_units, plain
 from .tiny_models import tiny_model
 
 OURS = str(Path(hicache_core.__file__).parent)
@@ -82,7 +83,8 @@ def empty(cached: CachedModel) -> None:
         assert time.monotonic() < deadline, cached.cache.snapshot()
         cached.cache.wait(0.01)
         cached.cache.poll()
-    assert cached.device_pool.allocator.n_free == cached.device_pool.n_pages
+    for pool in (cached.device_pool, *cached.device_pool.groups):
+        assert pool.allocator.n_free == pool.n_pages
     cached.cache.check_integrity()
 
 
@@ -92,23 +94,26 @@ def prepare(cached: CachedModel) -> None:
     a_turn(cached, PROMPT[:14])
     assert cached.cache.flush()
     cached.cache.evict(cached.device_pool.n_pages)
+    evict_units(cached)
     a_turn(cached, PROMPT[:9])
 
 
-def moments(seen: Counter[tuple[str, int]]) -> Iterator[tuple[str, int, int]]:
-    """Each line of the adapter, at its first and last time, and a part of the lines below it.
+def moments(seen: Counter[tuple[str, int]], every: int) -> Iterator[tuple[str, int, int]]:
+    """Each line of the adapter, at its first and last time, and each ``every``-th line below it.
 
     The adapter has to take and give back in order; all that it calls is under its shield.
     """
     for line in [line for line in seen if line[0].startswith(ADAPTER)]:
         for nth in {1, seen[line]}:
             yield *line, nth
-    for line in [line for line in seen if not line[0].startswith(ADAPTER)][::4]:
+    for line in [line for line in seen if not line[0].startswith(ADAPTER)][::every]:
         yield *line, 1
 
 
-def test_a_signal_at_any_line_leaves_nothing_taken() -> None:
-    model = tiny_model("llama", num_hidden_layers=1)
+@pytest.mark.parametrize("name", ["one layer", pytest.param("groups", marks=pytest.mark.full)])
+def test_a_signal_at_any_line_leaves_nothing_taken(name: str) -> None:
+    """In a model with full attention, and in one with a window and a state as well."""
+    model = tiny_model("llama", num_hidden_layers=1) if name == "one layer" else mixed_model("lfm3")
     model.config.use_cache = False  # to be put aside, and back
     want = plain(model, PROMPT)
     with ExitStack() as stack:
@@ -122,7 +127,7 @@ def test_a_signal_at_any_line_leaves_nothing_taken() -> None:
             a_turn(cached, PROMPT)
         assert len(lines.seen) > 300
         n_stopped = 0
-        for at in moments(lines.seen):
+        for at in moments(lines.seen, 4 if name == "one layer" else 40):
             prepare(cached)
             try:
                 with Lines(at):

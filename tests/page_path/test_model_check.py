@@ -6,12 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BambaConfig, Gemma2Config
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    Gemma2Config,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+)
 from transformers.utils import logging as hf_logging
 
 from hicache_core.config.settings import HiCacheConfig
 from hicache_core.errors import SpecError
-from hicache_core.integrations.model_check import check_layers, check_model, kv_spec_of
+from hicache_core.integrations.model_check import check_layers, check_model
+from hicache_core.integrations.model_spec import full_kv_spec_of
 from hicache_core.integrations.transformers import CachedModel
 
 from .odd_models import odd_model
@@ -75,6 +82,39 @@ def test_a_model_whose_kv_may_not_be_reused_is_refused_in_one_sentence(name: str
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["bert", "electra", "roberta"])
+def test_an_encoder_is_refused_where_rounding_would_hide_it(name: str) -> None:
+    with pytest.raises(SpecError, match=r"depends on the tokens after it: a decoder is made"):
+        check_model(odd_model(name, torch.bfloat16))
+
+
+def test_an_encoder_is_refused_whose_weights_hardly_matter_yet() -> None:
+    """As transformers makes them; GPT-NeoX has the same setting and is causal."""
+    size = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 320}
+    torch.manual_seed(0)
+    with pytest.raises(SpecError, match="depends on the tokens after it"):
+        check_model(BertLMHeadModel(BertConfig(**size, num_attention_heads=4)).eval())
+    causal = GPTNeoXForCausalLM(GPTNeoXConfig(**size, num_attention_heads=4)).eval()
+    assert causal.config.is_decoder is False
+    check_model(causal)
+
+
+def test_attention_in_both_directions_is_refused_in_every_precision() -> None:
+    """As embedding models have it, whose classes are those of causal ones."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = odd_model("llama", dtype)
+        for layer in model.model.layers:
+            layer.self_attn.register_forward_pre_hook(_without_mask, with_kwargs=True)
+        with pytest.raises(SpecError, match="depends on"):
+            check_model(model)
+
+
+def _without_mask(module: Any, _: Any, arguments: dict[str, Any]) -> Any:
+    """What a layer is given, without the mask that hides later tokens."""
+    module.is_causal = False
+    return (), {**arguments, "attention_mask": None}
+
+
 def test_the_check_leaves_modes_random_numbers_and_gradients_as_they_were() -> None:
     """A model with dropout, some modules of it in train mode, is checked without dropout."""
     model = odd_model("bert decoder").train()
@@ -116,19 +156,14 @@ def test_weights_whose_scales_follow_the_whole_prompt_are_refused() -> None:
         check_model(model)
 
 
-def test_layers_that_differ_in_shape_are_refused() -> None:
+def test_layers_that_differ_in_shape_are_refused_where_all_need_one() -> None:
     model = odd_model("llama")
     attention = model.model.layers[1].self_attn
     attention.k_proj = torch.nn.Linear(64, 64)
     attention.v_proj = torch.nn.Linear(64, 64)
     attention.num_key_value_groups = 1
     with pytest.raises(SpecError, match="several shapes of KV"):
-        kv_spec_of(model, "x")
-
-
-def test_layers_that_keep_a_state_are_refused() -> None:
-    with pytest.raises(SpecError, match="BambaConfig has layers of the kind LinearAttentionLayer"):
-        check_layers(BambaConfig(num_hidden_layers=2, attn_layer_indices=[1]))
+        full_kv_spec_of(model, "x")
 
 
 def test_a_config_for_which_transformers_has_no_cache_is_refused() -> None:

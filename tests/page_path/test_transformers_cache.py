@@ -242,5 +242,5 @@ def test_a_pool_of_another_shape_or_dtype_is_refused(model: Any) -> None:
     latent = KVSpec.mla(
         num_layers=3, kv_lora_rank=16, rope_dim=8, dtype="float32", fingerprint="tiny"
     )
-    with pytest.raises(SpecError, match=r"keys and values; the pool's spec has \['latent'\]"):
+    with pytest.raises(SpecError, match=r"the model's latent has the shape and dtype \(2, "):
         forward(model, [1, 2], PagedCache(DevicePool(latent, PAGE_SIZE, 4), array("i")))

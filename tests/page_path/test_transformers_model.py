@@ -86,12 +86,20 @@ def assert_nothing_leaks(cached: CachedModel) -> None:
     cached.cache.check_integrity()
     cached.cache.evict(cached.device_pool.n_pages)
     assert cached.device_pool.allocator.n_free == cached.device_pool.n_pages
+    evict_units(cached)
     cached.cache.check_integrity()
 
 
 def empty_device(cached: CachedModel) -> None:
     assert cached.cache.flush()
     assert cached.cache.evict(cached.device_pool.n_pages)
+    evict_units(cached)
+
+
+def evict_units(cached: CachedModel) -> None:
+    """Takes all units of every group, which needs all of them to be free or evictable."""
+    for group, pool in enumerate(cached.device_pool.groups):
+        cached.cache.free_units(group, cached.cache.allocate_units(group, pool.n_pages))
 
 
 def plain(model: Any, prompt: list[int]) -> list[int]:

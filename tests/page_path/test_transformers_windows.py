@@ -12,14 +12,15 @@ import torch
 from transformers import DynamicCache, MoshiConfig, MoshiForCausalLM
 
 from hicache_core.errors import SpecError
-from hicache_core.integrations.model_check import check_model, forward, kv_spec_of, windows_of
+from hicache_core.integrations.model_check import check_model, forward
+from hicache_core.integrations.model_spec import kv_spec_of
 from hicache_core.integrations.paged_cache import PagedCache
 from hicache_core.integrations.transformers import CachedTokens
 from hicache_core.pools.device import DevicePool
 
 from .mixed_models import WINDOW, WINDOWED, mixed_model
 from .odd_models import prompt_of
-from .test_transformers_model import World, ask, empty_device, plain, whole_pages
+from .test_transformers_model import World, ask, plain, whole_pages
 
 PAGE_SIZE = 4
 PROMPT = prompt_of(3 * WINDOW + 3)
@@ -38,18 +39,8 @@ def world() -> Iterator[World]:
 
 
 def both_caches(model: Any) -> tuple[PagedCache, DynamicCache]:
-    pool = DevicePool(kv_spec_of(model, "tiny"), PAGE_SIZE, 32)
-    paged = PagedCache(pool, array("i"), windows=windows_of(model.config))
-    return paged, DynamicCache(config=model.config)
-
-
-def test_each_tier_serves_the_same_tokens(model: Any, world: World) -> None:
-    first = world.open(model)
-    assert ask(first, PROMPT) == CachedTokens()
-    assert ask(first, PROMPT) == CachedTokens(device=KNOWN)
-    empty_device(first)
-    assert ask(first, PROMPT) == CachedTokens(host=KNOWN)
-    assert ask(world.open(model), PROMPT) == CachedTokens(storage=KNOWN)
+    pool = DevicePool.with_groups(kv_spec_of(model, "tiny"), PAGE_SIZE, 32, [32])
+    return PagedCache(pool, array("i")), DynamicCache(config=model.config)
 
 
 def test_a_conversation_goes_on_beyond_the_window(model: Any, world: World) -> None:
@@ -94,6 +85,17 @@ def test_crop_beyond_the_window_leaves_no_trace(model: Any) -> None:
         paged.crop(-3)
         found = forward(model, PROMPT[-6:], paged)
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_window_with_less_room_than_a_prompt_is_stored_in_parts(model: Any, world: World) -> None:
+    """Its device pool has room for two windows; what has left the window goes down meanwhile."""
+    cached = world.open(model, device_tokens=128, hicache_write_policy="write_through")
+    (pool,) = cached.device_pool.groups
+    long = prompt_of(90)
+    assert pool.n_pages * PAGE_SIZE < len(long)
+    assert ask(cached, long) == CachedTokens()
+    assert ask(cached, long) == CachedTokens(device=whole_pages(len(long) - 1))
+    assert ask(world.open(model), long[:50]).total == 48
 
 
 def test_a_wrong_row_in_the_window_is_seen(model: Any) -> None:

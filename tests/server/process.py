@@ -58,7 +58,7 @@ def environment(**more: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def server_process(
-    model: Path, flags: Sequence[str], env: dict[str, str] | None = None
+    model: Path | str, flags: Sequence[str], env: dict[str, str] | None = None
 ) -> Iterator[ServerProcess]:
     """Starts ``hicache_core.launch_server`` and waits until it answers; kills it at the end."""
     command = [sys.executable, "-m", "hicache_core.launch_server", "--model-path", str(model)]

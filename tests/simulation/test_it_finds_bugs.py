@@ -333,8 +333,8 @@ def a_rank_reads_the_units_that_it_has_found_itself(patch: Patch) -> None:
     n_more, start = Question.n_more, UnitReader.start
     mine: dict[int, int] = {}
 
-    def noted(self: Question, mask: Any, *limit: Any) -> int:
-        mine[id(self._asked[0].group)] = self.reached + n_more(self, mask)
+    def noted(self: Question, mask: Any, *limit: Any) -> tuple[int, str]:
+        mine[id(self._asked[0].group)] = self.reached + n_more(self, mask)[0]
         return n_more(self, mask, *limit)
 
     def alone(self: UnitReader, reads: Any, *rest: Any) -> bool:

@@ -61,9 +61,12 @@ def make_backend(weed: Weed) -> Iterator[MakeBackend]:
     backends: list[S3Backend] = []
     prefix = f"t{time.monotonic_ns():x}/"
 
-    def make(url: str = "", object_nbytes: int = 0, **options: Any) -> S3Backend:
+    def make(
+        url: str = "", object_nbytes: int = 0, least_nbytes: int = 0, **options: Any
+    ) -> S3Backend:
         config = S3Config(**settings(url or weed.url, **{"prefix": prefix, **options}))
-        backends.append(S3Backend(config, BackendContext(NAMESPACE, object_nbytes)))
+        context = BackendContext(NAMESPACE, object_nbytes, least_nbytes=least_nbytes)
+        backends.append(S3Backend(config, context))
         backends[-1].open()
         return backends[-1]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from hicache_s3.index import INDEX_NBYTES, MAX_PACK_PAGES, IndexCache, PackIndex
+from hicache_s3.objects import Objects
 from hicache_s3.pages import Alone, Found
 from hicache_s3.request_threads import RequestThreads
 from hicache_s3.search import Search
@@ -94,6 +95,60 @@ def test_a_copy_without_object_metadata_serves_all_pages_and_scrub_removes_none(
     before = weed.names(f"copied-{source}")
     assert {checked.kind for checked in scrub(make_backend(**options))} == {"good"}
     assert weed.names(f"copied-{source}") == before
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the objects that were looked at or read, one for each request."""
+    names: list[str] = []
+    for method in ("look", "fetch"):
+        real = getattr(Objects, method)
+
+        def counted(self: Objects, name: str, *args: Any, real: Any = real, **more: Any) -> Any:
+            names.append(name)
+            return real(self, name, *args, **more)
+
+        monkeypatch.setattr(Objects, method, counted)
+    return names
+
+
+LARGE = 8 * NBYTES
+"""A page that is stored alone, where eight small ones make a pack."""
+
+
+@pytest.mark.parametrize("least_nbytes", [0, NBYTES])
+def test_small_pages_beside_large_ones_are_found_by_a_request_for_each_pack(
+    make_backend: MakeBackend, asked: list[str], least_nbytes: int
+) -> None:
+    """All are found, whatever is known of their sizes; one that is known saves requests."""
+    options = {**EIGHT, "object_nbytes": LARGE}
+    small, large = keys_of(64), keys_of(8, "large", "fedcba9876543210")
+    writer = make_backend(**options)
+    put(writer, small)
+    put(writer, large, (64, LARGE - 64))
+    reader = make_backend(**options, least_nbytes=least_nbytes)
+    asked.clear()
+    assert reader.exists_each([*small, *large]) == [True] * 72
+    # At most two for each pack and for each large page.
+    assert (len(asked) <= 2 * (8 + 8)) == (least_nbytes > 0)
+    assert hits(reader, small) == 64
+    assert hits(reader, large, (64, LARGE - 64)) == 8
+
+
+def test_the_size_of_pages_is_learnt_for_each_namespace(
+    make_backend: MakeBackend, asked: list[str]
+) -> None:
+    """An engine with several kinds of pages says the size of the first only."""
+    options = {**EIGHT, "object_nbytes": LARGE}
+    small, others = keys_of(64), keys_of(64, "others")
+    writer = make_backend(**options)
+    put(writer, small)
+    put(writer, others)
+    reader = make_backend(**options)
+    assert hits(reader, small[:8]) == 8
+    asked.clear()
+    assert reader.exists_each(others) == [True] * 64
+    assert len(asked) == 8
 
 
 def test_a_short_page_that_could_be_an_index_is_read_as_a_page(make_backend: MakeBackend) -> None:

@@ -77,6 +77,9 @@ def test_once_prints_one_view(server: StatusServer) -> None:
     slowest = ["r29", "100", "10", "20", "30", "69", "2,900", "ms", "never", "seen"]
     assert slowest in rows
     assert any(row[:1] == ["tcp"] for row in rows), "transfers are shown"
+    assert ["swa", "(window", "4,096)", "device", "20", "8", "10", "0", "9"] in rows
+    assert ["host", "200", "80", "120", "11"] in rows, "units of the host"
+    assert any(row[:2] == ["mamba", "(state)"] for row in rows)
     assert not any(row[:1] == ["r5"] for row in rows), "only the slowest are shown"
 
 

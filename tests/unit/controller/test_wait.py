@@ -46,7 +46,8 @@ class World:
         self.waited_s: list[float] = []
         self.slept_s: list[float] = []
         tier = StorageTier(self.jobs, cast(Any, None), cast(Any, None)) if storage else None
-        parts = SimpleNamespace(jobs=self.jobs, storage=tier, host=None, sleep=self.slept_s.append)
+        slept = self.slept_s.append
+        parts = SimpleNamespace(jobs=self.jobs, storage=tier, host=None, groups=(), sleep=slept)
         self.cache = Controller(cast(Parts, parts))
 
 

@@ -14,7 +14,7 @@ import torch
 from hicache_core.copies.base import Transfer
 from hicache_core.copies.kernel import KernelTransfer
 from hicache_core.copies.queues import InlineQueue
-from hicache_core.kv.spec import KVSpec
+from hicache_core.kv.spec import Component, KVSpec
 from hicache_core.pools.device import DevicePool
 from hicache_core.pools.host import HostPool
 from hicache_core.pools.layout import LAYOUTS
@@ -33,6 +33,16 @@ SPECS = {
         fingerprint="f",
         scale_dtype="float32",
         v_head_dim=5,
+    ),
+    "a state and a short row": KVSpec(
+        (
+            Component("recurrent_0", (91, 151), "float32", (0,)),
+            Component("conv_0", (5, 3), "float32"),
+        ),
+        2,
+        "f",
+        (0, 2),
+        (0, 1, 1),
     ),
     **BY_LAYER,
 }

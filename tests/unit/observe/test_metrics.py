@@ -121,7 +121,10 @@ def test_values_are_those_of_the_snapshot_in_the_unit_of_the_series() -> None:
     counters = snapshot.counters
     assert found["hicache:cached_tokens_total"] == {"device": 100, "host": 50, "storage": 25}
     assert found["hicache:backuped_tokens_total"] == {"": counters["stored_pages"] * 16}
-    assert found["hicache:load_back_bytes_total"] == {"": counters["load_back_tokens"] << 16}
+    of_groups = 2 << 18  # one unit of each
+    loaded = counters["load_back_tokens"]
+    assert found["hicache:load_back_bytes_total"] == {"": (loaded << 16) + of_groups}
+    assert found["hicache:load_back_tokens_total"] == {"kv": loaded, "swa": 16, "mamba": 1}
     assert found["hicache:num_used_tokens"] == {"": 30 * 16}
     assert found["hicache:token_usage"] == {"": 0.3}
     assert found["hicache:hicache_host_used_tokens"] == {"": 600 * 16}
@@ -154,6 +157,31 @@ def test_a_counter_is_there_before_its_first_event() -> None:
         "flushed,host": 0,
         "stored,host": 0,
     }
+
+
+def test_groups_of_layers_have_units_by_tier_and_state() -> None:
+    found = samples(full_snapshot())
+    units = {key: n for key, n in found["hicache:group_units"].items() if key.startswith("swa")}
+    assert units == {
+        "swa,free,device": 8,
+        "swa,cached,device": 10,
+        "swa,in_use,device": 2,
+        "swa,free,host": 80,
+        "swa,cached,host": 120,
+        "swa,in_use,host": 0,
+    }
+    assert found["hicache:group_moved_units_total"]["mamba,store"] == 4
+    assert found["hicache:group_skipped_units_total"]["mamba,backup"] == 6
+    assert found["hicache:group_cut_matches_total"] == {"swa": 9, "mamba": 9}
+    evicted = found["hicache:group_evicted_units_total"]
+    assert evicted["evicted,swa,host"] == 11
+    assert "outside_window,swa,device" in evicted
+    assert "outside_window,mamba,device" not in evicted
+
+
+def test_a_model_with_full_attention_has_no_series_of_groups() -> None:
+    found = samples(full_snapshot(groups=()))
+    assert not any("group" in name for name in found)
 
 
 def test_a_breaker_is_in_one_state() -> None:

@@ -11,6 +11,7 @@ from hicache_core.observe.snapshot import (
     CacheSnapshot,
     EventsStatus,
     EvictedPages,
+    GroupStatus,
     OperationStatus,
     PoolStatus,
     TransferStatus,
@@ -62,6 +63,25 @@ def transfers(n: int = 1) -> TransferStatus:
     )
 
 
+def group(name: str = "swa", window: int = 4096, unit_tokens: int = 16) -> GroupStatus:
+    """A group of layers that has seen something of everything."""
+    moves = ("load_back", "backup", "prefetch", "store")
+    return GroupStatus(
+        name,
+        "window" if window else "state",
+        window,
+        unit_tokens,
+        1 << 18,
+        PoolStatus(20, 8, None, None, None, 10),
+        PoolStatus(200, 80, None, None, None, 120),
+        moved_units=dict(zip(moves, (1, 2, 3, 4), strict=True)),
+        skipped_units=dict(zip(moves, (5, 6, 7, 8), strict=True)),
+        cut_matches=9,
+        cut_tokens=10,
+        evicted_units=(EvictedPages("host", "evicted", 11),),
+    )
+
+
 def full_snapshot(**changed: object) -> CacheSnapshot:
     """A snapshot with every field filled; counters are 1, 2, 3, … in the order of their names."""
     names = [field.name for field in fields(Counters)]
@@ -86,6 +106,7 @@ def full_snapshot(**changed: object) -> CacheSnapshot:
         "prefetch_wait_s": histogram(0.02, 0.03),
         "load_back_s": histogram(0.0005),
         "transfers": (transfers(),),
+        "groups": (group(), group("mamba", 0, 1)),
         "events": EventsStatus(sent_batches=5, dropped_runs=0, queued_runs=1),
     }
     return CacheSnapshot(16, 1 << 20, **{**settings, **changed})  # type: ignore[arg-type]

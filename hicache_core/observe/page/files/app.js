@@ -5,6 +5,7 @@ import { at, element, say } from "./dom.js";
 import { openRequests, showRequests } from "./requests.js";
 import { ask, askIfThere, useKey } from "./source.js";
 import { showStorage } from "./storage.js";
+import { showGroups } from "./groups.js";
 import { showTransfers } from "./transfers.js";
 import { openTree, showTree } from "./tree.js";
 import { BREAKERS, bytes, compact, number, seconds, share, TIERS } from "./words.js";
@@ -61,6 +62,7 @@ function show({ snapshot, hit_rate: hitRate, write_only: writeOnly }, requests, 
   showRequests(requests);
   showStorage(snapshot, samples);
   showTransfers(snapshot.transfers);
+  showGroups(snapshot.groups);
 }
 
 function tile(label, value, more) {

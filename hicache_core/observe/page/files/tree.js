@@ -65,8 +65,9 @@ function words(index) {
   const node = nodes[index];
   if (node.parent < 0) return `Namespace ${children.get(-1).indexOf(index) + 1}: ${number(node.tokens_below)} tokens cached.`;
   const tiers = node.tiers.length ? `on ${node.tiers.join(", ")}` : "being loaded";
+  const units = Object.entries(node.units).map(([group, where]) => `; ${group} on ${where.join(", ")}`).join("");
   const hidden = node.hidden ? `, ${number(node.hidden)} smaller nodes not drawn` : "";
-  return `Tokens ${number(node.depth_tokens)} to ${number(node.depth_tokens + node.tokens)} of a prefix: ${tiers}; ` +
+  return `Tokens ${number(node.depth_tokens)} to ${number(node.depth_tokens + node.tokens)} of a prefix: ${tiers}${units}; ` +
     `${number(node.hits)} hits; ${number(node.tokens_below)} tokens below${hidden}${node.locked ? "; in use now" : ""}.`;
 }
 

@@ -55,6 +55,7 @@ const REASONS = {
   corrupt: ["corrupt", "bad", "The stored pages failed verification and were not used."],
   vanished: ["vanished", "warn", "The store reported the pages as present but could not deliver them."],
   no_room: ["no host room", "warn", "There was no free host page to load into."],
+  cut_by_group: ["cut by a group", "warn", "The full pages reach further, but a window or a state lacks what it needs to go on there."],
   other_namespace: ["other namespace", "", "The same tokens are cached for another tenant, key or adapter, and this request may not use them."],
 };
 

@@ -10,7 +10,13 @@ from typing import ClassVar
 
 from hicache_core.errors import BackendError, UseAfterClose
 from hicache_core.plugin.backends import n_leading, nbytes_of
-from hicache_core.storage.base import BackendConfig, Buffer, Finding, StorageBackend
+from hicache_core.storage.base import (
+    BackendConfig,
+    Buffer,
+    Finding,
+    StorageBackend,
+    namespace_of,
+)
 from hicache_core.types import BackendContext, Page
 from hicache_s3.config import S3Config
 from hicache_s3.diagnose import diagnose
@@ -35,6 +41,7 @@ _COUNTERS = (
     "slow_downs",
 )
 _LIKELY_PACK_PAGES = 32
+_MAX_SEEN = 4096
 _NAMESPACE_NCHARS = 17  # 16 hex digits and the slash
 
 
@@ -53,6 +60,9 @@ class S3Backend(StorageBackend):
         self.settings = config
         self._store: Pages | None = None
         self._counts = Counts(_COUNTERS)
+        self._seen_nbytes: dict[
+            str, int
+        ] = {}  # of a page of each namespace, as last written or read
 
     def open(self) -> None:
         if self._store is not None:
@@ -82,10 +92,7 @@ class S3Backend(StorageBackend):
         return value
 
     def exists(self, key: str) -> bool:
-        return (
-            self._opened().find(key, packed=self._stride(self.context.object_nbytes) > 1)
-            is not None
-        )
+        return self._opened().find(key, packed=self._likely_stride(key) > 1) is not None
 
     def set(self, key: str, value: Buffer) -> None:
         self._opened().objects.store(page_name(key), (memoryview(value).cast("B"),))
@@ -174,7 +181,8 @@ class S3Backend(StorageBackend):
 
     def _look_up(self, keys: Sequence[str], *, leading: bool) -> Search:
         store = self._opened()
-        search = Search(keys, self._stride(self.context.object_nbytes), leading=leading)
+        stride = self._likely_stride(keys[0]) if keys else 1
+        search = Search(keys, stride, leading=leading)
 
         def ask(n: int) -> Found:
             return store.find(keys[n], packed=search.stride > 1)
@@ -188,6 +196,7 @@ class S3Backend(StorageBackend):
         store = self._opened()
         if not keys:
             return []
+        self._has_seen(keys[0], pages[0])
         search = Search(keys, self._stride(nbytes_of(pages[0])), leading=leading)
         filled = read_batch(search, pages, store)
         counted = pages[: n_leading(filled)] if leading else list(itertools.compress(pages, filled))
@@ -199,6 +208,8 @@ class S3Backend(StorageBackend):
         """Returns for each page whether it is stored."""
         _check_lengths(keys, pages)
         store = self._opened()
+        if keys:
+            self._has_seen(keys[0], pages[0])
         pack_nbytes = self.settings.pack_nbytes if self.settings.pack else 0
         return write_batch(keys, pages, pack_nbytes=pack_nbytes, store=store)
 
@@ -207,6 +218,23 @@ class S3Backend(StorageBackend):
         if store is None:
             raise UseAfterClose("the s3 backend is not open")
         return store
+
+    def _has_seen(self, key: str, page: Page) -> None:
+        """Remembers how long the pages of a namespace are."""
+        if len(self._seen_nbytes) > _MAX_SEEN:
+            self._seen_nbytes.clear()
+        self._seen_nbytes[namespace_of(key)] = nbytes_of(page)
+
+    def _likely_stride(self, key: str) -> int:
+        """As ``_stride``, for keys whose pages are not at hand; ``key`` is the first.
+
+        Where one question is about pages of several sizes, the smallest decide: a page that is
+        found alone costs one more round, but to take packed pages for single ones costs a request
+        for each of them.
+        """
+        context = self.context
+        seen_nbytes = self._seen_nbytes.get(namespace_of(key), 0)
+        return self._stride(context.least_nbytes or seen_nbytes or context.object_nbytes)
 
     def _stride(self, page_nbytes: int) -> int:
         """Returns how many pages a pack is likely to have; ``page_nbytes`` is 0 if unknown."""
