@@ -54,7 +54,11 @@ def check(h: Harness) -> None:
 
 
 class BackendMachine(RuleBasedStateMachine):
-    """Calls on a few keys; each key has its own shape, so that any of them may be read."""
+    """Calls on a few keys; each key has its own shape, so that any of them may be read.
+
+    Two keys each are of the same page in two namespaces, as those of a page and of a unit of a
+    group of layers are, which one call asks for and reads together.
+    """
 
     def __init__(self, h: Harness, run: int, *, deletes: bool) -> None:
         """Starts with keys that are not there.
@@ -68,7 +72,10 @@ class BackendMachine(RuleBasedStateMachine):
         self.harness = h
         self.backend = h.backend
         self.deletes = deletes
-        self.keys = h.keys(_N_KEYS, f"run {run}")
+        self.keys: list[str] = []
+        for key in h.keys(_N_KEYS // 2, f"run {run}"):
+            page_hash = key.partition("/")[2]
+            self.keys += [key, *h.remember([f"{h.namespace[::-1]}/{page_hash}"])]
         self.model = MemoryBackend(MemoryConfig(), BackendContext(h.namespace))
         self.model.open()
 

@@ -373,3 +373,11 @@ class RemembersWhatIsDeleted(RightBackend):
     def get(self, key: str) -> Buffer | None:
         value = super().get(key)
         return self.__dict__.get("read", {}).get(key) if value is None else value
+
+
+class StoresInOneNamespace(RightBackend):
+    """behaves_like_memory"""
+
+    def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        namespace = keys[0].partition("/")[0] if keys else ""
+        return super().batch_set([f"{namespace}/{key.partition('/')[2]}" for key in keys], pages)
