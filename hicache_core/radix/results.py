@@ -75,7 +75,9 @@ class Match(NamedTuple):
     @property
     def is_on_device(self) -> bool:
         """Whether nothing has to be loaded from the host."""
-        return not self.host_pages and not any(units.n_on_host for units in self.groups)
+        if self.host_pages or not self.groups:
+            return not self.host_pages
+        return not any(units.n_on_host for units in self.groups)
 
     @property
     def n_device_tokens(self) -> int:

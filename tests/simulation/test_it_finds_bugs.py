@@ -230,8 +230,8 @@ MUTATIONS: dict[Callable[[Patch], None], tuple[int, str]] = {
 def a_unit_counts_before_it_has_arrived(patch: Patch) -> None:
     settled = UnitReader._settled
 
-    def all_of_it(self: UnitReader, read: UnitRead, then: Any, n_delivered: int) -> None:
-        settled(self, read, then, len(read.units) if n_delivered else 0)
+    def all_of_it(self: UnitReader, read: UnitRead, then: Any, _: int) -> None:
+        settled(self, read, then, len(read.units))
 
     patch.setattr(UnitReader, "_settled", all_of_it)
 
@@ -346,7 +346,7 @@ def a_rank_reads_the_units_that_it_has_found_itself(patch: Patch) -> None:
 
 
 OF_GROUPS: dict[Callable[[Patch], None], tuple[int, str]] = {
-    a_unit_counts_before_it_has_arrived: (1, "no wrong bytes"),
+    a_unit_counts_before_it_has_arrived: (1, "no wrong bytes|own until drained"),
     a_match_is_not_cut: (1, "every group"),
     a_window_is_a_page_short: (1, "every group"),
     a_split_moves_the_snapshot: (1, "no wrong bytes|every group"),
