@@ -17,7 +17,6 @@ from hicache_core.engine.engine import Engine
 from hicache_core.engine.model import LoadedModel
 from hicache_core.engine.request import Output, Request, SamplingParams
 from hicache_core.engine.runner import Past, Runner
-from hicache_core.engine.scheduler import Scheduler
 from hicache_core.errors import PoolExhausted
 from hicache_core.integrations.transformers import CachedModel
 from hicache_core.kv.spec import KVSpec
@@ -144,16 +143,15 @@ class _InEngine:
                 chunk_tokens=CHUNK_TOKENS,
                 context_length=CONTEXT_TOKENS,
             ),
-            make_scheduler=self._make_scheduler,
         )
         self._n_asked = 0
 
-    def _make_scheduler(
-        self, cache: Controller, runner: Runner, config: EngineConfig, **others: Any
-    ) -> Scheduler:
-        self.spec = runner.pool.spec
-        self._runner: Any = _TappedRunner(runner)
-        return Scheduler(cache, self._runner, config, **others)
+    def open(self) -> None:
+        self.engine.open()
+        scheduler: Any = self.engine._scheduler  # of its own, so that it keeps groups of layers
+        self.spec = scheduler._runner.pool.spec
+        self._runner: Any = _TappedRunner(scheduler._runner)
+        scheduler._runner = self._runner
 
     def ask(self, prompts: Sequence[list[int]]) -> list[Cached]:
         self._runner.logits.clear()
@@ -208,7 +206,7 @@ def in_engine(model: Any, store: str) -> Iterator[Asked]:
         store: name of its storage, which outlives it.
     """
     way = _InEngine(model, store)
-    way.engine.open()
+    way.open()
     try:
         yield way
         way.empty_device()
