@@ -153,7 +153,9 @@ class Engine:
             self._cache_config, spec, self._pool, clock=self._clock, ranks=self._ranks
         )
         snapshot_interval = self._cache_config.state_snapshot_interval
-        self._units = SequenceUnits(self._cache, spec.groups, snapshot_interval)
+        self._units = SequenceUnits(
+            self._cache, spec.groups, snapshot_interval, keeps_answers=probe.decodes_alike
+        )
         self._scheduler = self._make_scheduler(
             self._cache,
             Runner(model, self._pool),

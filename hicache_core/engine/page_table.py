@@ -103,7 +103,7 @@ class PageTable:
 
     def store(self, tokens: Sequence[int]) -> None:
         """Puts the whole pages of ``tokens``, all of them computed, into the tree."""
-        n_pages = len(tokens) // self._cache.page_size
+        n_pages = self.units.n_kept(len(tokens)) // self._cache.page_size
         if n_pages > self._n_stored or self._is_received:
             self._is_received = False
             self._put(self._cache.insert, tokens, n_pages)

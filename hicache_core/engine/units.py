@@ -23,7 +23,12 @@ class SequenceUnits:
     """
 
     def __init__(
-        self, cache: Controller, groups: Sequence[Group] = (), snapshot_interval: int = 1
+        self,
+        cache: Controller,
+        groups: Sequence[Group] = (),
+        snapshot_interval: int = 1,
+        *,
+        keeps_answers: bool = True,
     ) -> None:
         """Starts empty; ``begin`` fills it.
 
@@ -31,8 +36,12 @@ class SequenceUnits:
             cache: whose units it holds.
             groups: of the spec.
             snapshot_interval: a prompt keeps a snapshot of its state every so many tokens.
+            keeps_answers: False for a model whose state is another one after an answer than after
+                a prompt of the same tokens: then prompts are stored, and answers are not.
         """
         self._cache = cache
+        self._keeps_answers = keeps_answers
+        self._n_prompt = 0
         self._groups = tuple(groups)
         self._snapshot_interval = snapshot_interval
         page_size = cache.page_size
@@ -44,7 +53,16 @@ class SequenceUnits:
 
     def another(self) -> SequenceUnits:
         """An empty one for the same groups."""
-        return SequenceUnits(self._cache, self._groups, self._snapshot_interval)
+        return SequenceUnits(
+            self._cache,
+            self._groups,
+            self._snapshot_interval,
+            keeps_answers=self._keeps_answers,
+        )
+
+    def n_kept(self, n_tokens: int) -> int:
+        """How many of the first ``n_tokens`` tokens, all computed, may be stored."""
+        return n_tokens if self._keeps_answers else min(n_tokens, self._n_prompt)
 
     @property
     def has_windows(self) -> bool:
@@ -77,6 +95,7 @@ class SequenceUnits:
             match: what ``load_back`` returned; its node is locked. Its ``own`` units go over.
             n_tokens: of the whole prompt.
         """
+        self._n_prompt = n_tokens
         for at, units in enumerate(match.groups):
             own = match.own[at] if match.own else array("i")
             for window in self._windows:
@@ -105,7 +124,7 @@ class SequenceUnits:
     def computed(self, n_tokens: int, copy: CopyState) -> None:
         """Takes a snapshot if the sequence ends with a page; ``n_tokens`` of it are computed."""
         for state in self._states:
-            state.computed(n_tokens, copy)
+            state.computed(n_tokens, copy, is_kept=self.n_kept(n_tokens) == n_tokens)
 
     def runs(self, n_pages: int) -> list[list[NewUnits]]:
         """Its own units of the first ``n_pages`` pages, for ``insert``."""
@@ -245,9 +264,9 @@ class _State:
         behind = (n_computed // self._every + 1) * self._every
         return min([behind, *(stop for stop in self._stops if stop > n_computed)])
 
-    def computed(self, n_tokens: int, copy: CopyState) -> None:
+    def computed(self, n_tokens: int, copy: CopyState, *, is_kept: bool) -> None:
         self.read = self.working
-        if n_tokens % self._cache.page_size:
+        if n_tokens % self._cache.page_size or not is_kept:
             return
         in_prompt = n_tokens < self._n_prompt
         stays = in_prompt and (n_tokens in self._stops or n_tokens % self._every == 0)
