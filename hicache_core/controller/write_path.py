@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from array import array
+from collections import Counter
 from functools import partial
 
 from hicache_core.controller.attachment import Attachment
@@ -33,7 +34,6 @@ class WritePath:
 
     Attributes:
         received: pages of other servers, which storage is asked for before they are written.
-        n_orphaned_pages: host pages of unsettled stores whose nodes have left the tree.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -42,12 +42,17 @@ class WritePath:
         self._n_backups = 0
         self._n_backup_pages = 0
         self._stores: list[_Store] = []
-        self.n_orphaned_pages = 0
+        self._orphans: Counter[int] = Counter()  # host pages, by how many stores read them
 
     @property
     def idle(self) -> bool:
         """Whether every backup, store and question has settled."""
         return not self._n_backups and not self._stores and self.received.idle
+
+    @property
+    def n_orphaned_pages(self) -> int:
+        """Host pages of unsettled stores whose nodes have left the tree."""
+        return len(self._orphans)
 
     @property
     def n_pages(self) -> int:
@@ -161,8 +166,7 @@ class WritePath:
         self._tell_stored(store)
         if store.orphans is not None:
             assert parts.host is not None
-            self.n_orphaned_pages -= len(store.orphans)
-            parts.host.allocator.free(store.orphans)
+            parts.host.allocator.free(self._let_go(store.orphans))
             return
         parts.tree.unlock_host(store.node, store.n_pages)
         adopt_digests(store.node, store.n_pages, store.keys.digests)
@@ -173,6 +177,17 @@ class WritePath:
                     part.stored_in = 0
         for spare in parts.retention.spare(store.node, parts.epoch):
             parts.drop_host(spare, "stored")
+
+    def _let_go(self, pages: array[int]) -> array[int]:
+        """Ends a store's use of orphaned pages; returns those that no other store reads.
+
+        Two stores read the same pages if a second backend was attached while the first one hung.
+        """
+        self._orphans.subtract(pages)
+        freed = array("i", [page for page in pages if not self._orphans[page]])
+        for page in freed:
+            del self._orphans[page]
+        return freed
 
     def _tell_stored(self, store: _Store) -> None:
         """Tells the journal which leading pages storage now has."""
@@ -201,12 +216,11 @@ class WritePath:
             for part in run_of(store.node, store.n_pages):
                 assert part.host_pages is not None
                 store.orphans.extend(part.host_pages)
-            self.n_orphaned_pages += len(store.orphans)
+            self._orphans.update(store.orphans)
 
     def is_orphaned(self, host_pages: array[int]) -> set[int]:
         """Those of ``host_pages`` that belong to unsettled stores, and may not be freed yet."""
-        orphans = {page for store in self._stores for page in store.orphans or ()}
-        return orphans.intersection(host_pages)
+        return self._orphans.keys() & set(host_pages)
 
 
 def _is_below(node: Node, above: Node) -> bool:
