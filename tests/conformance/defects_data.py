@@ -202,7 +202,7 @@ class GivesSealedPagesOnce(RightBackend):
 
 
 class KeyWithoutNamespace(RightBackend):
-    """namespaces_are_apart"""
+    """namespaces_are_apart behaves_like_memory"""
 
     def get(self, key: str) -> Buffer | None:
         return super().get(key.partition("/")[2])
