@@ -62,6 +62,11 @@ def test_every_invariant_holds_in_many_schedules(full: bool) -> None:
     assert not missing, "the schedules hardly ever get there"
 
 
+def test_pages_that_two_stores_read_are_freed_once() -> None:
+    """A second backend is attached while a write hangs, and the node leaves the tree: seed 723."""
+    assert run_schedule(723)["steps_with_orphaned_pages"] > 0
+
+
 def test_an_object_that_was_cut_to_nothing_may_be_damaged_again() -> None:
     assert {damaged(b"", Random(seed)) for seed in range(9)} == {b""}
 
