@@ -4,7 +4,7 @@
 #   make demo    set up .venv and run `hicache demo`
 #   make demo-pd play prefill and decode on different nodes, with SmolLM2 and Valkey, on this machine
 #   make test    set up .venv and run the tests, JOBS at a time; FULL=1 adds those that take long
-#   make check   format, lint, types, import layers, tests; FULL=1 as above, ENGINES= leaves the real engines out
+#   make check   format, lint, types, import layers, tests; FULL=1 as above, ENGINES= leaves the real engines out, GEMMA= the weights of Gemma
 #   make engines run the real engines on this CPU, in environments that are built once (10 GB)
 #   make bench   print the benchmark tables (BENCH="--quick --only transfer" narrows them)
 #   make soak    simulate SOAK_SCHEDULES lives, then run the cache under faults for SOAK_SECONDS
@@ -28,6 +28,7 @@ BENCH ?=
 SOAK_SCHEDULES ?= 200000
 SOAK_SECONDS ?= 600
 JOBS ?= 2
+GEMMA ?= 1
 FULL ?=
 PYTEST ?=
 ENGINES_DIR ?= .engines
@@ -71,7 +72,7 @@ demo: $(READY)
 demo-pd: $(TESTS_READY)
 	$(BIN)/python -m tests.pd
 
-test: $(TESTS_READY) $(if $(FULL),$(ENGINES_READY) $(GEMMA_READY))
+test: $(TESTS_READY) $(if $(FULL),$(ENGINES_READY) $(if $(GEMMA),$(GEMMA_READY)))
 	$(if $(and $(FULL),$(ENGINES)),HICACHE_ENGINES=$(abspath $(ENGINES_DIR))) $(BIN)/python -m pytest --numprocesses $(JOBS) $(if $(FULL),--full) $(PYTEST)
 
 # torch with what it needs, since a build for CUDA has libraries of its own; the lists name everything else.
