@@ -43,9 +43,8 @@ _NEEDED = ("torch", "transformers", "gguf")
 )
 @click.option(
     "--model",
-    default="smollm2",
-    show_default=True,
-    help="A local model folder, a GGUF file, or packaged weights: smollm2 or gemma3-270m.",
+    help="A local model folder, a GGUF file, or packaged weights: smollm2 (the default) or"
+    " gemma3-270m.",
 )
 @click.option(
     "--max-new-tokens",
@@ -100,7 +99,7 @@ def _settings(backend: str, extra: dict[str, Any], options: dict[str, Any]) -> D
     cache |= {key: value for key, value in given.items() if value is not None}
     _check_backend(backend, HiCacheConfig(**cache))
     return DemoSettings(
-        model=options["model"],
+        model=options["model"] or "smollm2",
         max_new_tokens=options["max_new_tokens"],
         threads=options["threads"] or len(os.sched_getaffinity(0)),
         cache=cache,

@@ -129,22 +129,19 @@ def _poison(engine: Engine, rank: int, poison: Poison | None) -> None:
     assert engine._ranks is not None
     engine._ranks.meet_s = 1.0 if poison[1] != "all" else PATIENCE_S
     runner: Any = engine._scheduler._runner
-    prefill, layer, tokens = runner.prefill, runner._model.model.layers[1], []
-    forward = layer.forward
+    prefill = runner.prefill
 
-    def remembering(ids: Any, *args: Any, **kwargs: Any) -> Any:
-        tokens[:] = ids
-        try:
-            return prefill(ids, *args, **kwargs)
-        finally:
-            tokens.clear()
+    def failing(ids: Any, *args: Any, **kwargs: Any) -> Any:
+        before_layer = kwargs.pop("before_layer")
 
-    def failing(*args: Any, **kwargs: Any) -> Any:
-        if poison[0] in tokens:
-            raise NoLuckError("no such luck")
-        return forward(*args, **kwargs)
+        def unlucky(layer: int) -> None:
+            before_layer(layer)
+            if layer == 1 and poison[0] in ids:
+                raise NoLuckError("no such luck")
 
-    runner.prefill, layer.forward = remembering, failing
+        return prefill(ids, *args, before_layer=unlucky, **kwargs)
+
+    runner.prefill = failing
 
 
 def _break_loads(engine: Engine, n_broken: int) -> None:

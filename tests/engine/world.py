@@ -21,6 +21,7 @@ from hicache_core.engine.sampling import Sampler
 from hicache_core.engine.scheduler import Scheduler
 from hicache_core.engine.task import Task
 from hicache_core.engine.units import SequenceUnits
+from hicache_core.integrations.model_check import check_model
 from hicache_core.integrations.model_spec import kv_spec_of
 from hicache_core.integrations.transformers import fingerprint_of_model
 from hicache_core.kv.spec import KVSpec
@@ -116,7 +117,12 @@ class SteppedEngine:
             n_pages=pool.n_pages,
             clock=lambda: float(self._n_steps + 1),
         )
-        self._units = SequenceUnits(cache, pool.spec.groups, snapshot_interval)
+        self._units = SequenceUnits(
+            cache,
+            pool.spec.groups,
+            snapshot_interval,
+            keeps_answers=check_model(loaded.model).decodes_alike,
+        )
         self._n_steps = 0
         self._n_arrived = 0
 
