@@ -160,9 +160,9 @@ class FailingLoads:
         monkeypatch.setattr(it.cache, "wait_layer", self)
 
     def __call__(self, layer: int) -> None:
-        """Waits, or fails at layer 1: layer 0 has been computed then."""
+        """Waits, or fails behind layer 0, which has been computed then; a layer may keep nothing."""
         self._wait(layer)
-        if layer == 1 and self._left:
+        if layer >= 1 and self._left:
             self._left -= 1
             raise LoadFailed("a copy failed, in a test")
 
