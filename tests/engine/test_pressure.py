@@ -160,7 +160,7 @@ class FailingLoads:
         monkeypatch.setattr(it.cache, "wait_layer", self)
 
     def __call__(self, layer: int) -> None:
-        """Waits, or fails behind layer 0, which has been computed then; a layer may keep nothing."""
+        """Waits, or fails behind layer 0, which has been computed then; one may keep nothing."""
         self._wait(layer)
         if layer >= 1 and self._left:
             self._left -= 1
