@@ -8,7 +8,6 @@ or leave the tree, at any time.
 
 from __future__ import annotations
 
-import logging
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -26,8 +25,6 @@ from hicache_core.radix.holdings import Holding, Run
 from hicache_core.radix.node import Node, path_to_root
 from hicache_core.radix.results import LACKING, Match, Units
 from hicache_core.types import WriteJob
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)

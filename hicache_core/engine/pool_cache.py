@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,6 +10,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DummyLayer, LinearAttentionLayer
 
+from hicache_core.integrations.paged_layers import parts_of
 from hicache_core.kv.spec import GroupKind
 from hicache_core.pools.device import DevicePool
 
@@ -99,27 +100,15 @@ def layer_plans(pool: DevicePool, windows: Sequence[int]) -> list[LayerPlan]:
         slots: tuple[torch.Tensor, ...] = ()
         source = 0
         for at, its in enumerate(row_pools):
-            if found := tuple(rows.flatten(0, 1) for _, rows in _parts(its, layer)):
+            if found := tuple(part.buffer.flatten(0, 1) for part in parts_of(its, layer)):
                 slots, source = found, at
         states = tuple(
-            StatePart(*_kind_of(name), buffer)
+            StatePart(*part.state, part.buffer)
             for its in state_pools
-            for name, buffer in _parts(its, layer)
+            for part in parts_of(its, layer)
         )
         plans.append(LayerPlan(slots, source, window, states))
     return plans
-
-
-def _parts(pool: DevicePool, layer: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """The components that a pool has of a layer: name and buffer."""
-    for index, at in pool.spec.components_in(layer):
-        yield pool.spec.components[index].name, pool.buffers[index][at]
-
-
-def _kind_of(name: str) -> tuple[str, int]:
-    """Of ``conv_0``: kind and index. A further number tells shapes apart."""
-    kind, index, *_ = name.split("_")
-    return kind, int(index)
 
 
 class PoolCache(Cache):

@@ -28,6 +28,12 @@ class Part:
     component: Component
     buffer: torch.Tensor
 
+    @property
+    def state(self) -> tuple[str, int]:
+        """Of ``conv_0``: its kind and index. A further number in the name tells shapes apart."""
+        kind, index, *_ = self.component.name.split("_")
+        return kind, int(index)
+
 
 def parts_of(pool: DevicePool, layer: int) -> tuple[Part, ...]:
     """What a pool has of a layer, in the order of the spec."""
@@ -333,7 +339,7 @@ class StateLayer(LinearAttentionLayer):
             wait: blocks until what a layer reads has arrived on the device.
         """
         self._layer = layer
-        self._states = [(*_kind_of(part), part) for part in parts]
+        self._states = [(*part.state, part) for part in parts]
         LinearAttentionLayer.__init__(self, 1 + max(index for _, index, _ in self._states))
         self._unit = unit
         self._wait = wait
@@ -384,12 +390,6 @@ class StateLayer(LinearAttentionLayer):
                     f"has {tuple(target.shape)}, {target.dtype}"
                 )
             target.copy_(state)
-
-
-def _kind_of(part: Part) -> tuple[str, int]:
-    """("conv" or "recurrent", index of the state); a further number tells shapes apart."""
-    kind, index, *_ = part.component.name.split("_")
-    return kind, int(index)
 
 
 class PagedStateLayer(StateLayer, PagedLayer):  # type: ignore[misc,no-untyped-call]

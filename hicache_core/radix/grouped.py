@@ -62,8 +62,9 @@ class Grouped:
         Raises:
             IntegrityError: names what does not hold.
         """
+        known = set(nodes)
         for held in self.groups:
-            held.check_integrity(set(nodes))
+            held.check_integrity(known)
 
     def cut(self, match: Match, tail: Node | None = None, *, on_device: bool = False) -> Match:
         """The longest part of a match at whose end every group has what it needs.

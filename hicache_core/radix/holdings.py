@@ -142,12 +142,6 @@ class Holdings:
         """All nodes that have units."""
         return self._held.keys()
 
-    @property
-    def n_locked_device_units(self) -> int:
-        """Units of locked nodes on the device; walks the locks."""
-        held = (self._held.get(node) for node in self._locks)
-        return sum(len(it.device) for it in held if it is not None and it.device is not None)
-
     # A prefix.
 
     def cover(self, path: Sequence[Part], *, on_device: bool = False) -> bool:
@@ -360,10 +354,6 @@ class Holdings:
             if count == 0:
                 del self._locks[at]
                 self._place(at)
-
-    def is_locked(self, node: Node) -> bool:
-        """Whether a lock keeps the units of ``node``."""
-        return node in self._locks
 
     def _place(self, node: Node) -> None:
         """Lists a node again, which a search for a victim may have passed over."""
