@@ -56,12 +56,24 @@ class TierModel:
     stored: set[tuple[int, ...]] = field(default_factory=set)
     devices: dict[str, set[tuple[int, ...]]] = field(default_factory=dict)
 
-    def expected(self, turn: Turn) -> CachedTokens:
-        """What a prefill node finds of a prompt."""
+    def expected(self, turn: Turn, beside: Sequence[Turn]) -> set[CachedTokens]:
+        """What a prefill node may find of a prompt.
+
+        The turns ``beside`` it are played at once: what they have loaded or computed by then on the
+        same node is on its device, and what they have not comes from storage.
+        """
         usable = turn.prompt[:-1]
-        device = self._n_known(usable, self.devices.get(turn.prefill, set()))
+        known = self.devices.get(turn.prefill, set())
+        latest = set(known)
+        for other in beside:
+            if other is not turn and other.prefill == turn.prefill:
+                latest |= self._prefixes(other.prompt)
         storage = self._n_known(usable, self.stored)
-        return CachedTokens(device=device, storage=max(0, storage - device))
+        first, last = self._n_known(usable, known), self._n_known(usable, latest)
+        return {
+            CachedTokens(device=device, storage=max(0, storage - device))
+            for device in range(first, last + 1, self.page_size)
+        }
 
     def take(self, turn: Turn) -> None:
         """The turn is over, and what it computed is stored."""
@@ -133,6 +145,6 @@ def check_hits(turns: Sequence[Turn], shape: Shape) -> None:
         latest = [turn for turn in turns if turn.turn == number]
         if number:
             for turn in latest:
-                assert turn.cached == tiers.expected(turn), (turn.conversation, number)
+                assert turn.cached in tiers.expected(turn, latest), (turn.conversation, number)
         for turn in latest:
             tiers.take(turn)
