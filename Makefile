@@ -10,7 +10,7 @@
 #   make soak    simulate SOAK_SCHEDULES lives, then run the cache under faults for SOAK_SECONDS
 #   make dist    build and check sdists and wheels in dist/; DIST_PYTHONS adds interpreters, PROJECT_URL links
 #   make api     write docs/api.md from the docstrings
-#   make docs    write the benchmark tables into docs/benchmarks.md
+#   make docs    write the benchmark tables into docs/benchmark-tables.md
 
 PYTHON ?= python3
 VENV := .venv
@@ -112,7 +112,7 @@ soak: $(TESTS_READY)
 	$(BIN)/python -m tests.pd --tp 1 3
 
 docs: $(TESTS_READY)
-	$(BIN)/python -m benchmarks --json benchmarks/results/latest.json --docs docs/benchmarks.md $(BENCH)
+	$(BIN)/python -m benchmarks --json benchmarks/results/latest.json --docs docs/benchmark-tables.md $(BENCH)
 
 api: $(TESTS_READY)
 	$(BIN)/python -m tools.api
