@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,8 @@ import torch
 import transformers
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 
+from hicache_core.engine.tokenizer import remember
+from hicache_core.engine.user_cache import user_cache
 from hicache_core.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -64,8 +65,7 @@ def find_smollm2() -> Path:
 
 def default_cache_dir() -> Path:
     """Where converted models are kept: ``$XDG_CACHE_HOME/hicache/models``; safe to delete."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if base else Path.home() / ".cache") / "hicache" / "models"
+    return user_cache("models")
 
 
 def load_folder(folder: Path, dtype: torch.dtype) -> LoadedModel:
@@ -78,6 +78,7 @@ def load_folder(folder: Path, dtype: torch.dtype) -> LoadedModel:
         raise ConfigError(f"{folder} is not a model folder: it has no config.json")
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    remember(folder, tokenizer)
     return LoadedModel(folder.name, model.eval(), tokenizer)
 
 
