@@ -289,9 +289,11 @@ class Controller:
                 ranks as the class says.
         """
         self.owner.check()
-        self._load_back_path.wait_layer(layer)
-        if self._parts.groups:
-            self._group_paths.wait_layer(layer)
+        try:
+            self._load_back_path.wait_layer(layer)
+        finally:  # a failure of both is told once, not again to who loads next
+            if self._parts.groups:
+                self._group_paths.wait_layer(layer)
 
     @property
     def loads_settled(self) -> bool:

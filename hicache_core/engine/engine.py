@@ -134,8 +134,10 @@ class Engine:
         self._rules = LogitsRules.of(model)
         probe = check_model(model)
         self.identity = ModelIdentity(model)
-        # Ranks, and connectors and listeners, move full pages only: windows are in those as well.
-        is_alone = self._ranks is None and self._make_scheduler is Scheduler
+        # What cuts objects by heads, and connectors and listeners, know full pages only: windows
+        # are in those as well.
+        cuts_heads = self._ranks is not None and self._cache_config.storage_head_group is not None
+        is_alone = not cuts_heads and self._make_scheduler is Scheduler
         spec_of = kv_spec_of if is_alone else full_kv_spec_of
         spec = spec_of(model, self.identity.fingerprint)
         check_batches(model, spec, probe)

@@ -73,9 +73,9 @@ class Limits:
         )
 
     def agreed(self, ranks: RankGroup, page_size: int) -> Limits:
-        """The same limits with the smallest device pool of all ranks. A collective."""
-        (n_pages,) = agree_all(ranks, [self.n_slots // page_size])
-        return replace(self, n_slots=n_pages * page_size)
+        """The same limits with the smallest device pools of all ranks. A collective."""
+        n_pages, *n_units = agree_all(ranks, [self.n_slots // page_size, *self.n_units])
+        return replace(self, n_slots=n_pages * page_size, n_units=tuple(n_units))
 
     def n_new_max(self, request: Request) -> int:
         """Maximum tokens of the request's answer: what it asks for, or what fits.

@@ -13,7 +13,7 @@ from hicache_core.engine.tensor_ranks import TensorRanks
 from hicache_core.errors import ConfigError
 from hicache_core.kv.spec import KVSpec
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 """Architectures that can be split: separate projections, and no norm over all heads together."""
 
 _COLUMNS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -59,12 +59,14 @@ def shard(model: Any, spec: KVSpec, ranks: TensorRanks) -> KVSpec:
         ranks: the ranks that compute it together.
 
     Returns:
-        The spec of the heads that this rank keeps.
+        The spec of the heads that this rank keeps, in each group of layers too.
 
     Raises:
         ConfigError: as ``check_split``.
     """
     rank, n_ranks = ranks.rank, ranks.world_size
+    if n_ranks == 1:
+        return spec
     check_split(model.config, n_ranks)
     for layer in model.model.layers:
         for name in (*_COLUMNS, *_MLP_COLUMNS):

@@ -96,8 +96,10 @@ def _spec(model: Any, past: Cache, fingerprint: str, *, windows: bool) -> KVSpec
     def spec(found: dict[int, list[_Tensor]], groups: tuple[Group, ...] = ()) -> KVSpec:
         components = _components(found)
         n_heads = components[0].shape[0] if components and components[0].name == "k" else 1
-        layers, heads = (0, n_layers), (0, n_heads, n_heads)
-        return KVSpec(components, n_layers, fingerprint, layers, heads, groups)
+        heads = (0, n_heads, n_heads)
+        if groups and not components:
+            heads = groups[0].spec.heads  # which ranks share, though these pages are empty
+        return KVSpec(components, n_layers, fingerprint, (0, n_layers), heads, groups)
 
     groups = [
         Group(f"swa_{at}" if at else "swa", GroupKind.WINDOW, spec(by_window[window]), window)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import random
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from hicache_core.errors import LoadFailed
 from tests.page_path.grouped_world import MIXES, PAGE_SIZE, make_grouped_world
 
 mixes = pytest.mark.parametrize("mix", MIXES)
@@ -119,6 +122,38 @@ def test_units_that_are_given_back_are_not_used_again_before_their_copy_has_ende
     assert pool.n_free == pool.n_units
     world.cache.unlock(match.node)
     world.close()
+
+
+def test_a_copy_of_pages_and_one_of_units_that_fail_are_told_together() -> None:
+    """Else the next request heard of the second one, and did not wait for its own."""
+    world = make_grouped_world("full and window")
+    world.request(range(40))
+    world.cache.flush()
+    world.flush_device()
+    parts = world.cache.parts
+    transfers: tuple[Any, ...] = (parts.transfer, parts.groups[0].transfer)
+    for transfer in transfers:
+        transfer._prepare = _failing
+    match = world.cache.match_prefix(range(40))
+    world.cache.lock(match.node)
+    loaded = world.cache.load_back(match)
+    while not world.cache.loads_settled:
+        world.cache.wait(1.0)
+        world.cache.poll()
+    assert world.cache.n_failed_loads == 2
+    with pytest.raises(LoadFailed):
+        world.cache.wait_layer(0)
+    world.cache.wait_layer(0)
+    world.cache.free_units(0, loaded.own[0])
+    world.cache.unlock(match.node)
+    world.close()
+
+
+def _failing(*_: object) -> Callable[[range], None]:
+    def copy(layers: range) -> None:
+        raise RuntimeError("no such luck")
+
+    return copy
 
 
 def test_the_last_window_of_a_prompt_is_copied_down_before_the_others() -> None:
