@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from hicache_core.copies.base import CopyLayers, CopyQueue, Direction, PageIds, Transfer
 from hicache_core.copies.rows import row_words
 from hicache_core.pools.device import DevicePool
@@ -34,10 +36,17 @@ class DirectTransfer(Transfer):
         def copy(layers: range) -> None:
             for layer in layers:
                 for on_device, on_host in self._rows[layer]:
+                    # With gaps between rows, torch copies through memory that is not pinned.
+                    at_once = _is_one_run(on_device) and _is_one_run(on_host)
                     for device_page, host_page in pairs:
                         if direction is Direction.TO_HOST:
-                            on_host[host_page].copy_(on_device[device_page], non_blocking=True)
+                            on_host[host_page].copy_(on_device[device_page], non_blocking=at_once)
                         else:
-                            on_device[device_page].copy_(on_host[host_page], non_blocking=True)
+                            on_device[device_page].copy_(on_host[host_page], non_blocking=at_once)
 
         return copy
+
+
+def _is_one_run(rows: torch.Tensor) -> bool:
+    """Whether a page of rows (n_pages, page_size, n) is contiguous."""
+    return rows.stride(1) == rows.shape[2]

@@ -39,7 +39,7 @@ def open_transfer(
 
     Raises:
         SpecError: the io backend is unknown, the pools do not fit each other, or ``kernel`` on
-            CUDA has a host pool that is not pinned.
+            CUDA has a host pool that is not pinned, or no Triton that can compile.
     """
     if io_backend not in IO_BACKENDS:
         raise SpecError(
@@ -67,7 +67,13 @@ def _cuda_kernel(host_pool: HostPool) -> type[Transfer]:
             "io backend 'kernel' on CUDA needs pinned host memory: open the host pool with "
             "pin=True, or use io backend 'direct'"
         )
-    # Triton comes with torch's CUDA builds only, so its import must not be anybody else's.
-    from hicache_core.copies.triton_kernel import TritonTransfer
+    try:
+        # Triton comes with torch's CUDA builds only, so its import must not be anybody else's.
+        from hicache_core.copies.triton_kernel import TritonTransfer
+    except ModuleNotFoundError as error:
+        raise SpecError(
+            f"io backend 'kernel' on CUDA needs Triton: {error}; install triton, which comes with "
+            "torch's CUDA builds, or use io backend 'direct'"
+        ) from error
 
     return TritonTransfer

@@ -49,7 +49,10 @@ def _in_words(on_device: torch.Tensor, on_host: torch.Tensor) -> Rows:
 
 
 def _widest_word(tensors: list[torch.Tensor]) -> torch.dtype:
+    """The widest that all addresses are multiples of: a GPU cannot read across that boundary."""
     unit = 8
     for tensor in tensors:
-        unit = math.gcd(unit, tensor.shape[-1], int(tensor.storage_offset()), *tensor.stride()[:-1])
+        # torch counts from the start of the storage, which an engine may have put anywhere.
+        starts = int(tensor.storage_offset()), tensor.data_ptr()
+        unit = math.gcd(unit, tensor.shape[-1], *starts, *tensor.stride()[:-1])
     return WORDS[unit]

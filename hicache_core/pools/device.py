@@ -64,7 +64,8 @@ class DevicePool:
         self.spec = spec
         self.page_size = page_size
         self.n_pages = n_pages
-        self.device = torch.device(device)
+        # As tensors name it: "cuda" is the current GPU, "cuda:0" for instance.
+        self.device = torch.empty(0, device=device).device
         self.allocator = PageAllocator(n_pages)
         self.groups = tuple(groups)
         self.buffers = self._allocate() if buffers is None else [list(b) for b in buffers]

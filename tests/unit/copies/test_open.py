@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from array import array
 
 import pytest
+import torch
 
 from hicache_core.copies import native
 from hicache_core.copies.direct import DirectTransfer
@@ -59,6 +61,40 @@ def test_another_device_gets_plain_copies_for_direct_and_must_pin_for_kernel() -
     transfer.close()
     with pytest.raises(SpecError, match="pin=True"):
         open_transfer("kernel", *pools("meta"), InlineQueue())
+
+
+def test_kernel_without_triton_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's device ``meta`` stands in for a GPU."""
+    device, host = pools("meta")
+    host.pinned = True
+    monkeypatch.setitem(sys.modules, "hicache_core.copies.triton_kernel", None)
+    with pytest.raises(SpecError, match=r"needs Triton.*'direct'"):
+        open_transfer("kernel", device, host, InlineQueue())
+    host.pinned = False
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_plain_copies_are_asynchronous_only_where_both_sides_are_contiguous(
+    layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere torch copies to memory of its own first, and on from there by the CPU, at once."""
+    asked = []
+    copy = torch.Tensor.copy_
+
+    def spy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool) -> torch.Tensor:
+        asked.append(non_blocking)
+        return copy(target, source)
+
+    host = HostPool(SPEC, 4, 2, LAYOUTS[layout])
+    transfer = DirectTransfer(DevicePool(SPEC, 4, 2), host, InlineQueue())
+    transfer.open()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", spy)
+        transfer.to_host(array("i", [0]), array("i", [1]))
+        transfer.to_device(array("i", [1]), array("i", [0]))
+    assert len(asked) == 2 * 2 * SPEC.num_layers
+    assert set(asked) == {layout != "page_first"}
+    transfer.close()
 
 
 def test_pools_of_different_pages_are_refused() -> None:

@@ -12,6 +12,7 @@ from hicache_core.copies.streams import StreamQueue
 from hicache_core.errors import LoadFailed, UseAfterClose
 
 LAYERS = [range(i, i + 1) for i in range(3)]
+GPU, OTHER_GPU = torch.device("cuda:1"), torch.device("cuda:0")
 
 
 class EmulatedCuda:
@@ -19,20 +20,26 @@ class EmulatedCuda:
 
     def __init__(self) -> None:
         self.log: list[str] = []
-        self.compute = EmulatedStream(self, "compute")
+        self.compute = EmulatedStream(self, "compute", GPU)
         self.current = self.compute
         self.n_events = 0
         self.n_happened = 0
+        self.broken: Exception | None = None
 
     def Stream(self, device: torch.device) -> EmulatedStream:
-        return EmulatedStream(self, f"copies on {device}")
+        return EmulatedStream(self, f"copies on {device}", device)
 
     def Event(self) -> EmulatedEvent:
         self.n_events += 1
         return EmulatedEvent(self, self.n_events)
 
-    def current_stream(self) -> EmulatedStream:
-        return self.current
+    def current_stream(self, device: torch.device | None = None) -> EmulatedStream:
+        """As torch's: without a device, the stream of the current device, which is another one."""
+        return self.current if device == GPU else EmulatedStream(self, "another GPU", OTHER_GPU)
+
+    def check(self) -> None:
+        if self.broken is not None:
+            raise self.broken
 
     @contextmanager
     def stream(self, stream: EmulatedStream) -> Iterator[None]:
@@ -42,8 +49,8 @@ class EmulatedCuda:
 
 
 class EmulatedStream:
-    def __init__(self, cuda: EmulatedCuda, name: str) -> None:
-        self.cuda, self.name = cuda, name
+    def __init__(self, cuda: EmulatedCuda, name: str, device: torch.device) -> None:
+        self.cuda, self.name, self.device = cuda, name, device
 
     def wait_stream(self, other: EmulatedStream) -> None:
         self.cuda.log.append(f"{self.name} waits for {other.name}")
@@ -53,6 +60,7 @@ class EmulatedStream:
 
     def synchronize(self) -> None:
         self.cuda.log.append(f"synchronize {self.name}")
+        self.cuda.check()
 
 
 class EmulatedEvent:
@@ -60,12 +68,15 @@ class EmulatedEvent:
         self.cuda, self.number = cuda, number
 
     def record(self, stream: EmulatedStream) -> None:
+        self.cuda.check()
         self.cuda.log.append(f"event {self.number} on {stream.name}")
 
     def query(self) -> bool:
+        self.cuda.check()
         return self.cuda.n_happened >= self.number
 
     def synchronize(self) -> None:
+        self.cuda.check()
         self.cuda.n_happened = self.number
 
 
@@ -76,7 +87,7 @@ def cuda() -> EmulatedCuda:
 
 @pytest.fixture
 def queue(cuda: EmulatedCuda) -> StreamQueue:
-    queue = StreamQueue(torch.device("cuda:1"), cuda)
+    queue = StreamQueue(GPU, cuda)
     queue.open()
     return queue
 
@@ -129,7 +140,11 @@ def test_wait_without_a_timeout_synchronizes_with_the_last_event(
     assert cuda.n_happened == 3
 
 
-def test_a_launch_that_fails_settles_the_ticket(cuda: EmulatedCuda, queue: StreamQueue) -> None:
+def test_a_launch_that_fails_is_settled_when_all_that_was_launched_has_ended(
+    cuda: EmulatedCuda, queue: StreamQueue
+) -> None:
+    """The failing step may have begun to write its pages, so they belong to the ticket, too."""
+
     def copy(layers: range) -> None:
         if 1 in layers:
             raise RuntimeError("CUDA error: out of luck")
@@ -138,10 +153,36 @@ def test_a_launch_that_fails_settles_the_ticket(cuda: EmulatedCuda, queue: Strea
     assert isinstance(ticket.error, RuntimeError)
     with pytest.raises(LoadFailed, match="out of luck"):
         ticket.wait_layer(0)
-    assert not ticket.done()  # layer 0 was launched and may still be written
+    cuda.n_happened = 1  # layer 0 has arrived
+    assert not ticket.done()
     assert ticket.wait()
+    assert cuda.n_happened == 2
     assert ticket.done()
     assert cuda.current is cuda.compute
+
+
+@pytest.mark.parametrize("ask", ["done", "wait"])
+def test_a_kernel_that_fails_later_is_the_error_of_its_ticket(
+    cuda: EmulatedCuda, queue: StreamQueue, ask: str
+) -> None:
+    ticket = queue.submit(LAYERS, lambda step: None)
+    cuda.broken = RuntimeError("CUDA error: an illegal memory access was encountered")
+    assert getattr(ticket, ask)()
+    assert ticket.error is cuda.broken
+    with pytest.raises(LoadFailed, match="illegal memory access"):
+        ticket.wait_layer(0)
+
+
+def test_a_device_that_has_failed_settles_what_is_launched_on_it(
+    cuda: EmulatedCuda, queue: StreamQueue
+) -> None:
+    cuda.broken = RuntimeError("CUDA error: unspecified launch failure")
+    ticket = queue.submit(LAYERS, lambda step: None)
+    assert ticket.error is cuda.broken
+    assert ticket.done()
+    queue.close()
+    with pytest.raises(UseAfterClose):
+        queue.submit(LAYERS, lambda step: None)
 
 
 def test_close_synchronizes_and_nothing_is_taken_afterwards(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import mmap
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +15,13 @@ import torch
 from hicache_core.copies.base import Transfer
 from hicache_core.copies.kernel import KernelTransfer
 from hicache_core.copies.queues import InlineQueue
+from hicache_core.copies.rows import WORDS
+from hicache_core.errors import SpecError
 from hicache_core.kv.spec import Component, KVSpec
 from hicache_core.pools.device import DevicePool
 from hicache_core.pools.host import HostPool
 from hicache_core.pools.layout import LAYOUTS
+from hicache_core.pools.mapping import map_memory
 from tests.unit.specs_by_layer import BY_LAYER, WITHOUT_COMPONENTS
 
 SPECS = {
@@ -106,9 +110,59 @@ def test_the_kernel_is_not_started_for_pages_without_bytes(kernel: ModuleType) -
     transfer.close()
 
 
+def test_rows_beyond_two_gib_are_found(kernel: ModuleType) -> None:
+    """The memory is mapped and, but for two pages, never touched, so that it takes no room."""
+    spec = KVSpec((Component("k", (8,), "int8"),), 1, "f", (0, 1), (0, 1, 1))
+    mapped = mmap.mmap(-1, (1 << 32) + 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    far = torch.frombuffer(mapped, dtype=torch.int8).as_strided((3, 2, 8), (1 << 31, 8, 1))
+    device = DevicePool.from_buffers(spec, 2, [[far]])
+    host = HostPool(spec, 2, 1, LAYOUTS["page_first"])
+    transfer = kernel.TritonTransfer(device, host, InlineQueue())
+    transfer.open()
+    far[2].copy_(torch.arange(16).view(2, 8))
+    assert transfer.to_host(array("i", [2]), array("i", [0])).error is None
+    assert host.view(0).flatten().tolist() == list(range(16))
+    assert transfer.to_device(array("i", [0]), array("i", [1])).error is None
+    assert torch.equal(far[1], far[2])
+    transfer.close()
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2, 4, 8])
+def test_words_are_no_wider_than_the_address_of_an_engines_memory_allows(
+    kernel: ModuleType, offset: int
+) -> None:
+    """A GPU fails for good when it reads eight bytes that do not start at a multiple of eight."""
+    spec = KVSpec((Component("k", (8,), "uint8"),), 1, "f", (0, 1), (0, 1, 1))
+    memory = torch.frombuffer(map_memory(4096)[offset:], dtype=torch.uint8)
+    device = DevicePool.from_buffers(spec, 1, [[memory[:16].view(2, 1, 8)]])
+    host = HostPool(spec, 1, 1, LAYOUTS["page_first"])
+    transfer = kernel.TritonTransfer(device, host, InlineQueue())
+    assert {rows.dtype for rows in transfer._rows[0][0]} == {WORDS[offset or 8]}
+
+
+def test_a_kernel_that_cannot_be_compiled_is_an_error_when_the_transfer_is_made(
+    kernel: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoCompiler:
+        def __getitem__(self, grid: tuple[int, ...]) -> NoCompiler:
+            return self
+
+        def __call__(self, *args: object, **constants: object) -> None:
+            raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(kernel, "copy_rows", NoCompiler())
+    with pytest.raises(SpecError, match=r"Failed to find C compiler.*'direct'"):
+        kernel.TritonTransfer(*pools(SPECS["mha"], "page_first"), InlineQueue())
+
+
+@pytest.mark.parametrize("to_host", [False, True], ids=["up", "down"])
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_kernel_compiles_for_gpus(
-    kernel: ModuleType, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kernel: ModuleType,
+    capability: int,
+    to_host: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Triton brings its own assembler, so the machine code can be made without a GPU."""
     triton = pytest.importorskip("triton")
@@ -116,15 +170,17 @@ def test_the_kernel_compiles_for_gpus(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     pointers = {"plans": "*i64", "device_pages": "*i32", "host_pages": "*i32"}
+    counts = {"n_pairs": "i32", "n_plans": "i32"}
     constants = {
-        "TO_HOST": True,
+        "TO_HOST": to_host,
+        "TOKENS": 64,
         "WORD": triton.language.int64,
         "FIELDS": kernel.PLAN_FIELDS,
         "BLOCK": kernel.BLOCK_WORDS,
     }
     source = triton.compiler.ASTSource(
         fn=triton.JITFunction(kernel._copy_rows),
-        signature=pointers | dict.fromkeys(constants, "constexpr"),
+        signature=pointers | counts | dict.fromkeys(constants, "constexpr"),
         constexprs=constants,
     )
     compiled = triton.compile(source, target=compiler.GPUTarget("cuda", capability, 32))

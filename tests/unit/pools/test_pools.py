@@ -190,6 +190,12 @@ def test_device_buffers_are_zero_and_do_not_overlap(spec: KVSpec) -> None:
         assert bool((buffer.view(torch.uint8) == i + 1).all())
 
 
+def test_a_device_may_be_named_as_torch_allows() -> None:
+    """As "cuda" names the current GPU, whose tensors say "cuda:0"."""
+    pool = DevicePool(SPEC, 4, 5, "cpu:0")
+    assert pool.device == pool.buffers[0][0].device
+
+
 def test_tensors_are_needed_for_the_layers_that_have_the_component() -> None:
     spec = BY_LAYER["latent and indexer keys"]
     latent = [torch.zeros(5, 4, 20, dtype=torch.bfloat16) for _ in range(3)]
