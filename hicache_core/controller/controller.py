@@ -356,6 +356,7 @@ class Controller:
         *,
         priority: int = 0,
         groups: Groups = (),
+        keep_end: bool = True,
     ) -> InsertResult:
         """Puts a computed prefix into the tree and starts what the write policy wants.
 
@@ -367,6 +368,9 @@ class Controller:
             groups: by group, in the order of the spec, runs of units that the caller has filled.
                 Those of a window that are outside of it at the end of ``tokens`` go down by the
                 write policy, and leave the device at once.
+            keep_end: False for a part of a prompt or an answer whose rest follows. The windows at
+                its end then leave the device, too, once they are no longer locked; a request that
+                matches this prefix, and a longer one that needs them, keep them there.
 
         Returns:
             ``pages``: the pages to use from now on. ``duplicates``: pages of the caller that the
@@ -377,7 +381,7 @@ class Controller:
             InvalidTokens: as in ``match_prefix``.
             IntegrityError: the number of pages does not fit the tokens.
         """
-        result = self._put(tokens, device_pages, namespace, priority, groups)
+        result = self._put(tokens, device_pages, namespace, priority, groups, keep_end=keep_end)
         if self._parts.host is not None:
             self._write_path.consider(result.node)
         if self._parts.groups:
@@ -410,11 +414,18 @@ class Controller:
         namespace: Namespace,
         priority: int,
         groups: Groups,
+        *,
+        keep_end: bool = True,
     ) -> InsertResult:
         self._check_open()
         seed = chain_seed(namespace)
         result = self._parts.tree.insert(
-            pack_tokens(tokens), device_pages, seed, priority=priority, groups=groups
+            pack_tokens(tokens),
+            device_pages,
+            seed,
+            priority=priority,
+            groups=groups,
+            keep_end=keep_end,
         )
         if self._parts.journal is not None:
             self._parts.tell_namespace(seed, namespace)
@@ -438,6 +449,8 @@ class Controller:
         """Takes back one ``lock`` of ``node``."""
         self.owner.check()
         self._parts.tree.unlock(node)
+        if self._parts.groups:
+            self._group_paths.unlocked(node)
 
     def evict(self, n_pages: int) -> int:
         """Frees at least ``n_pages`` device pages if it can, the least useful first.

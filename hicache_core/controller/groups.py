@@ -164,19 +164,29 @@ class GroupPaths:
         """Copies down, or stores, what the policy wants of the path to ``node``."""
         path = list(path_to_root(node))  # the last units first: they are worth most
         for group in self._parts.groups:
+            needed = set(group.held.trailing(node))  # whoever has inserted them locks them next
             for at in path:
                 holding = group.held.get(at)
                 if holding is not None:
-                    self._consider(group, at, holding)
+                    self._consider(group, at, holding, leaves=holding.leaves and at not in needed)
 
-    def _consider(self, group: GroupParts, node: Node, holding: Holding) -> None:
+    def unlocked(self, node: Node) -> None:
+        """Lets units of the prefix that ends at ``node`` leave, if only its lock kept them."""
+        for group in self._parts.groups:
+            for at in group.held.trailing(node):
+                holding = group.held.get(at)
+                if holding is not None and holding.leaves and group.held.may_drop_device(at):
+                    self._consider(group, at, holding, leaves=True)
+
+    def _consider(self, group: GroupParts, node: Node, holding: Holding, *, leaves: bool) -> None:
         policy = self._parts.policies.write
         if holding.device is not None and self._wants_backup(holding):
-            goes = holding.leaves and policy.backs_up_before_eviction
+            goes = leaves and policy.backs_up_before_eviction
             if policy.backs_up(1 + node.hit_count) or goes:
                 self._backup(group, node)
         self._store_if_new(group, node)
-        self._let_leave(group, node)
+        if leaves:
+            self._let_leave(group, node)
 
     def _wants_backup(self, holding: Holding) -> bool:
         parts = self._parts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from hicache_core.controller.controller import Controller
 from hicache_core.engine.units import SequenceUnits
@@ -56,6 +57,7 @@ class PageTable:
         self._node: Node | None = None
         self._n_stored = 0
         self._is_received = False
+        self._is_passed = False  # the windows at the end of what is stored are not kept
 
     def another(self) -> PageTable:
         """An empty one for the same request."""
@@ -101,12 +103,19 @@ class PageTable:
             self.pages.extend(added)
             self._mine.update(added)
 
-    def store(self, tokens: Sequence[int]) -> None:
-        """Puts the whole pages of ``tokens``, all of them computed, into the tree."""
+    def store(self, tokens: Sequence[int], *, keep_end: bool = True) -> None:
+        """Puts the whole pages of ``tokens``, all of them computed, into the tree.
+
+        Args:
+            tokens: of the sequence, from the first on.
+            keep_end: as of ``Controller.insert``.
+        """
         n_pages = self.units.n_kept(len(tokens)) // self._cache.page_size
-        if n_pages > self._n_stored or self._is_received:
+        is_kept_now = keep_end and self._is_passed
+        if n_pages > self._n_stored or self._is_received or is_kept_now:
             self._is_received = False
-            self._put(self._cache.insert, tokens, n_pages)
+            self._is_passed = self.units.has_windows and not keep_end
+            self._put(partial(self._cache.insert, keep_end=keep_end), tokens, n_pages)
 
     def receive(self, tokens: Sequence[int]) -> None:
         """As ``store``, for a prompt that another node computed: it goes down with what follows."""
@@ -147,4 +156,4 @@ class PageTable:
         if self._node is not None:
             self._cache.unlock(self._node)
         self.pages, self._mine, self._node, self._n_stored = array("i"), set(), None, 0
-        self._is_received = self.is_sent = False
+        self._is_received = self._is_passed = self.is_sent = False

@@ -375,7 +375,7 @@ class Scheduler:
         units = task.table.units
         units.computed(task.n_computed, self._runner.copy_state)
         if task.n_missing == 0 or units.has_windows:
-            self._store(task)
+            self._store(task, keep_end=task.n_missing == 0)
         units.leave(task.n_computed)
         if task.n_missing == 0:
             self._answer(task, *self._choose([task], [logits]))
@@ -445,7 +445,7 @@ class Scheduler:
             return
         stride = self._config.offload_stride
         if stride and task.n_computed // self._cache.page_size >= task.table.n_stored + stride:
-            self._store(task)
+            self._store(task, keep_end=False)
         task.emit((token,), text, None)
 
     # Pages.
@@ -470,10 +470,10 @@ class Scheduler:
             else:
                 return True
 
-    def _store(self, task: Task) -> None:
-        """Gives the whole pages that are computed to the cache."""
+    def _store(self, task: Task, *, keep_end: bool = True) -> None:
+        """Gives the whole pages that are computed to the cache; ``keep_end`` as of its insert."""
         with on_behalf_of(task.request.origin):
-            task.table.store(task.tokens[: task.n_computed])
+            task.table.store(task.tokens[: task.n_computed], keep_end=keep_end)
 
     def _let_wait(self, task: Task) -> None:
         """Takes the pages away from a running request."""

@@ -221,6 +221,7 @@ class Turn:
                 self._namespace,
                 priority=priority,
                 groups=groups,
+                keep_end=n_new == len(self._new_pages),
             )
             self._new_pages = self._new_pages[n_new:]
             self._cache.free(result.duplicates)

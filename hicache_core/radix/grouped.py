@@ -34,7 +34,7 @@ class Grouped:
     def renew(self, node: Node, *, used: bool) -> None:
         """As ``Residency.renew``, for the units of the prefix that ends at ``node``."""
         for held in self.groups:
-            held.renew(node, used=used)
+            held.renew(node, self._split, used=used)
 
     def lock(self, node: Node) -> None:
         """Keeps the units that the prefix which ends at ``node`` needs."""
@@ -109,7 +109,12 @@ class Grouped:
         return None
 
     def insert(
-        self, result: InsertResult, n_pages: int, groups: Sequence[Sequence[NewUnits]]
+        self,
+        result: InsertResult,
+        n_pages: int,
+        groups: Sequence[Sequence[NewUnits]],
+        *,
+        keep_end: bool,
     ) -> InsertResult:
         """Gives units to the nodes of a prefix that was just inserted.
 
@@ -117,16 +122,23 @@ class Grouped:
             result: of the insert; its list of new nodes follows the splits.
             n_pages: pages of the prefix.
             groups: as for ``RadixTree.insert``.
+            keep_end: likewise.
 
         Raises:
             IntegrityError: units are not of pages of the prefix.
         """
+
+        def split(node: Node, n_pages: int) -> Node:
+            return self._split_new(node, node.depth_pages + n_pages, result.new_nodes)
+
         duplicates: list[array[int]] = []
         for held, runs in zip(self.groups, groups or [()] * len(self.groups), strict=True):
             duplicates.append(array("i"))
             for run in runs:
-                duplicates[-1].extend(self._insert_run(result, n_pages, held, run))
-            held.renew(result.node, used=False)
+                duplicates[-1].extend(
+                    self._insert_run(result, n_pages, held, run, keep_end=keep_end)
+                )
+            held.renew(result.node, split, used=False, keep_end=keep_end)
         units = self.units(result.node)
         return result._replace(unit_duplicates=tuple(duplicates), units=units)
 
@@ -136,14 +148,20 @@ class Grouped:
         return tuple(held.units(path) for held in self.groups)
 
     def _insert_run(
-        self, result: InsertResult, n_pages: int, held: Holdings, run: NewUnits
+        self,
+        result: InsertResult,
+        n_pages: int,
+        held: Holdings,
+        run: NewUnits,
+        *,
+        keep_end: bool,
     ) -> array[int]:
         """Gives the units of one run to the nodes of an inserted path; returns the duplicates.
 
         ::
 
             pages of the path   0 ........ run.first ........ needed ........ run's end .... n_pages
-            units of a window              | leave the device | stay            |
+            units of a window              | leave the device | stay, if ``keep_end`` |
         """
         is_state = held.group.kind is GroupKind.STATE
         stop = run.first + (1 if is_state else len(run.device))
@@ -165,7 +183,7 @@ class Grouped:
                 is_new = had is None or had.device is None
                 duplicates.extend(held.gain_device(node, run.device[at : at + node.n_pages]))
                 holding = held.get(node)
-                if is_new and end <= needed and holding is not None:
+                if is_new and (end <= needed or not keep_end) and holding is not None:
                     holding.leaves = True
         return duplicates
 

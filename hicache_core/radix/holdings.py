@@ -36,7 +36,8 @@ class Holding:
         host: unit ids in the host pool.
         stored_in: as ``Node.stored_in``.
         is_copied: a copy from the device to the host has not settled.
-        leaves: the device gives it up as soon as the host has it, or cannot get it.
+        leaves: the device gives it up as soon as the host has it, or cannot get it, and no lock
+            keeps it.
     """
 
     __slots__ = ("device", "host", "is_copied", "leaves", "stored_in")
@@ -198,18 +199,27 @@ class Holdings:
         """Units that a node holds, if it holds any."""
         return 1 if self.group.kind is GroupKind.STATE else node.n_pages
 
-    def renew(self, node: Node, *, used: bool) -> None:
+    def renew(self, node: Node, split: Split, *, used: bool, keep_end: bool = True) -> None:
         """Tells both orders that the prefix which ends at ``node`` was used, or inserted.
 
-        What it needs stays on the device, even if a longer prefix, which did not, brought it.
+        Args:
+            node: the end of the prefix.
+            split: cuts a node that it needs in part, and of which the rest leaves.
+            used: False if it was inserted.
+            keep_end: what it needs stays on the device, even if a longer prefix, which did not,
+                brought it.
         """
+        first = self.group.first_needed(node.depth_pages + node.n_pages, self.page_size)
         touch_device = self._device_order.touch(used=used, inserted=not used)
         touch_host = self._host_order.touch(used=used, inserted=not used)
         for at in self.trailing(node):
             holding = self._held.get(at)
             if holding is None:
                 continue
-            holding.leaves = False
+            if holding.leaves and keep_end:
+                if at.depth_pages < first:
+                    split(at, first - at.depth_pages)
+                holding.leaves = False
             if touch_device is not None and holding.device is not None:
                 touch_device(at)
             if touch_host is not None and holding.host is not None:

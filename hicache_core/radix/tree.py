@@ -206,6 +206,7 @@ class RadixTree:
         *,
         priority: int = 0,
         groups: Sequence[Sequence[NewUnits]] = (),
+        keep_end: bool = True,
     ) -> InsertResult:
         """Record that ``device_pages`` hold the KV of ``tokens``.
 
@@ -217,13 +218,12 @@ class RadixTree:
             device_pages: one id for each whole page of ``tokens``; copied.
             seed: chain seed of the namespace.
             priority: for the priority policy; raises the priority of the whole path.
-            groups: by group, runs of units that the caller has filled; the tree takes over those
-                that it lacks.
+            groups: by group, runs of filled units; the tree takes over those that it lacks.
+            keep_end: False if only a lock keeps the units that the end needs on the device.
 
         Raises:
             InvalidTokens: ``tokens`` is not a whole number of tokens.
-            IntegrityError: the number of pages does not fit the tokens, or units are not of pages
-                of ``tokens``.
+            IntegrityError: the number of pages does not fit the tokens, or units are of others.
         """
         n_total = self._whole_pages_nbytes(tokens) // self._page_nbytes
         if len(device_pages) != n_total:
@@ -255,7 +255,9 @@ class RadixTree:
             used.priority = max(used.priority, priority)
         self._residency.renew(node, inserted=bool(new_nodes))
         result = InsertResult(node, pages, duplicates, n_known, new_nodes)
-        return self._grouped.insert(result, n_total, groups) if self.groups else result
+        if self.groups:
+            result = self._grouped.insert(result, n_total, groups, keep_end=keep_end)
+        return result
 
     def digests(self, node: Node) -> bytes:
         """Page digests of ``node``, 32 bytes each, packed; computed once and kept in the nodes."""

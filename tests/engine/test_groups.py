@@ -94,6 +94,29 @@ def test_conversations_that_part_have_their_own_answers(loaded: LoadedModel) -> 
             ]
 
 
+@pytest.mark.parametrize("chunk_tokens", [5, 24])
+def test_a_long_prompt_holds_the_pages_of_its_last_window_only(chunk_tokens: int) -> None:
+    """As soon as the host has the others, however short or long the chunks are."""
+    long = prompt(20 * WINDOW + 3)
+    with stepped_engine(loaded_model("gemma3n"), chunk_tokens=chunk_tokens, max_running=1) as it:
+        group, held = it.pool.spec.groups[0], it.cache.parts.groups[0].held
+        asked = it.ask(long, greedy(N_NEW))
+        n_steps = 0
+        while not it.outputs[asked]:
+            it.step()
+            assert it.cache.flush(20.0)
+            (task,) = it.scheduler._running.values()
+            n_pages = task.n_computed // it.pool.page_size
+            n_needed = n_pages - group.first_needed(n_pages, it.pool.page_size)
+            assert held.n_device_units == n_needed
+            n_steps += 1
+        assert n_steps >= len(long) // chunk_tokens
+        it.run()
+        assert it.tokens(asked) == plain(it.loaded, long, N_NEW)
+        again = [long, long[: 10 * WINDOW]]
+        assert [each.total for each in answers(it, again)] == [200, 96]
+
+
 def test_a_request_whose_units_do_not_arrive_computes_everything(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

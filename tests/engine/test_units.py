@@ -54,12 +54,27 @@ def compute(table: PageTable, tokens: range, n_computed: int, copied: list[int])
         n_computed = min(stop, len(tokens))
         table.units.extend(n_computed)
         table.units.computed(n_computed, lambda _from, to: copied.append(to))
-        table.store(tokens[:n_computed])
+        table.store(tokens[:n_computed], keep_end=n_computed == len(tokens))
         table.units.leave(n_computed)
+
+
+def compute_part(table: PageTable, tokens: range, n_tokens: int) -> None:
+    """Computes the first ``n_tokens`` of a prompt at once, as a part that the rest follows."""
+    table.units.extend(n_tokens)
+    table.units.computed(n_tokens, lambda _from, _to: None)
+    table.store(tokens[:n_tokens], keep_end=False)
+    table.units.leave(n_tokens)
 
 
 def n_free(world: GroupedWorld, group: int) -> int:
     return world.pool.groups[group].allocator.n_free
+
+
+def n_on_host(world: GroupedWorld, tokens: range) -> int:
+    """Units of the window that only the host has of a prefix, all of which is found."""
+    match = world.cache.match_prefix(pack_tokens(tokens), touch=False)
+    assert match.n_tokens == len(tokens)
+    return match.groups[SWA_AT].n_on_host
 
 
 def test_a_prompt_keeps_the_pages_of_its_window_and_gives_the_others_back(
@@ -76,6 +91,69 @@ def test_a_prompt_keeps_the_pages_of_its_window_and_gives_the_others_back(
     n_before = n_free(world, SWA_AT)
     table.release()
     assert n_free(world, SWA_AT) == n_before + 1, "its last page was not whole"
+
+
+def test_pages_that_a_window_has_passed_leave_the_device_once_the_host_has_them(
+    world: GroupedWorld,
+) -> None:
+    """The ends of the parts of a prompt among them; the end of the prompt stays."""
+    tokens = range(128)
+    table, _ = begun(world, tokens)
+    for n_tokens in range(INTERVAL, 128, INTERVAL):
+        compute_part(table, tokens, n_tokens)
+        assert world.cache.flush(10.0)
+        (window,) = table.units.held.windows
+        assert window.first == (n_tokens - SWA.window + 1) // PAGE_SIZE
+        assert n_free(world, SWA_AT) == N_UNITS - len(window.units)
+        world.cache.check_integrity()
+    compute(table, tokens, 112, [])
+    table.release()
+    assert world.cache.flush(10.0)
+    assert n_on_host(world, tokens) == 0
+    assert n_on_host(world, tokens[:64]) > 0
+    assert n_free(world, SWA_AT) == N_UNITS - (32 - SWA.first_needed(32, PAGE_SIZE))
+
+
+def test_the_end_of_a_part_stays_if_another_request_goes_on_from_it(world: GroupedWorld) -> None:
+    tokens = range(64)
+    table, _ = begun(world, tokens)
+    compute_part(table, tokens, INTERVAL)
+    other, n_found = begun(world, range(INTERVAL + 1))
+    assert n_found == INTERVAL
+    compute(table, tokens, INTERVAL, [])
+    assert world.cache.flush(10.0)
+    assert n_on_host(world, tokens[:INTERVAL]) == 0
+    table.release()
+    other.release()
+    assert n_on_host(world, tokens[:INTERVAL]) == 0, "and the next one may, too"
+
+
+@pytest.mark.parametrize("policy", ["write_through", "write_through_selective", "write_back"])
+def test_a_request_that_ends_with_a_part_keeps_the_window_there(policy: str) -> None:
+    """It was aborted, or preempted and goes on from there."""
+    world = make_grouped_world(n_units=N_UNITS, hicache_write_policy=policy)
+    tokens = range(64)
+    table, _ = begun(world, tokens)
+    compute_part(table, tokens, INTERVAL)
+    table.store(tokens[:INTERVAL])
+    table.release()
+    assert world.cache.flush(10.0)
+    assert n_on_host(world, tokens[:INTERVAL]) == 0
+    world.close()
+
+
+def test_what_leaves_with_its_lock_is_copied_first_under_write_back() -> None:
+    """A request that fails stores nothing more; what it stored before is not lost."""
+    world = make_grouped_world(n_units=N_UNITS, hicache_write_policy="write_back")
+    tokens = range(64)
+    table, _ = begun(world, tokens)
+    compute_part(table, tokens, INTERVAL)
+    assert n_on_host(world, tokens[:INTERVAL]) == 0
+    table.release()
+    assert world.cache.flush(10.0)
+    assert n_free(world, SWA_AT) == N_UNITS
+    assert n_on_host(world, tokens[:INTERVAL]) > 0
+    world.close()
 
 
 def test_what_leaves_the_window_of_an_answer_is_free_at_once(world: GroupedWorld) -> None:

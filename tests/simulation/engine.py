@@ -6,6 +6,7 @@ import enum
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from hicache_core.controller.controller import Controller
 from hicache_core.errors import LoadFailed, PoolExhausted
@@ -151,17 +152,18 @@ class Engine:
         self._compute(request, chain_seed(request.namespace), n_before)
         return True
 
-    def insert(self, request_id: str, *, received: bool = False) -> int:
+    def insert(self, request_id: str, *, received: bool = False, keep_end: bool = True) -> int:
         """Gives the tree what was computed so far and goes on; pages that it had already.
 
         Args:
             request_id: whose.
             received: as if another node had computed it.
+            keep_end: as of ``Controller.insert``, which alone knows it.
         """
         request, cache = self.requests[request_id], self.cache
         n_whole = self._n_whole(request)
         tail = request.pages[n_whole:]
-        insert = cache.insert_received if received else cache.insert
+        insert = cache.insert_received if received else partial(cache.insert, keep_end=keep_end)
         result = insert(
             request.tokens,
             request.pages[:n_whole],

@@ -339,9 +339,13 @@ class Schedule:
 
     def _insert(self, name: str) -> None:
         if self._loads_settled(name):
-            is_received = self._draw.random() < 0.4
-            step = f"insert {name} received={is_received}"
-            self._agreed(step, lambda rank: rank.engine.insert(name, received=is_received))
+            draw = self._draw.random()
+            is_received, keep_end = draw < 0.4, draw < 0.7
+            step = f"insert {name} received={is_received} keep_end={keep_end}"
+            self._agreed(
+                step,
+                lambda rank: rank.engine.insert(name, received=is_received, keep_end=keep_end),
+            )
 
     def _finish(self, name: str) -> None:
         if self._loads_settled(name):
