@@ -37,7 +37,11 @@ class Namespace:
 
 @dataclass(frozen=True, slots=True)
 class CachedTokens:
-    """Cached tokens of a prompt, by the tier where they were when the turn began."""
+    """Cached tokens of a prompt, by the tier where they were when the turn began.
+
+    A page counts for the farthest tier that something of it came from: its KV in layers with full
+    attention, its part of a window, or the state at its end.
+    """
 
     device: int = 0
     host: int = 0

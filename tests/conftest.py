@@ -23,6 +23,16 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_windowed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a window as a folder; all workers share it, and no test writes into it."""
+    from tests.unit.engine.tiny_chat_model import save_tiny_windowed_chat_model
+
+    return shared_folder(
+        tmp_path_factory, "tiny-windowed-chat-model", save_tiny_windowed_chat_model
+    )
+
+
+@pytest.fixture(scope="session")
 def tiny_chat(tiny_folder: Path) -> LoadedModel:
     """The same model in this process, without any cache of ours; no test changes it."""
     import torch

@@ -136,10 +136,11 @@ class Controller:
         match = self._parts.tree.match(packed, chain_seed(namespace), touch=touch)
         if touch:
             counters = self._parts.counters
-            counters.device_hit_tokens += match.n_device_tokens
-            counters.host_hit_tokens += match.n_host_tokens
+            n_found, n_from_host = match.n_tokens, match.n_tokens_from_host
+            counters.device_hit_tokens += n_found - n_from_host
+            counters.host_hit_tokens += n_from_host
             n_prompt = len(packed) // TOKEN_NBYTES + n_behind
-            counters.missed_tokens += n_prompt - match.n_tokens
+            counters.missed_tokens += n_prompt - n_found
             if match.cut_by:
                 self._group_paths.count_cut(match)
             if request_id is not None:
@@ -168,7 +169,7 @@ class Controller:
 
         explainer.matched(
             request_id,
-            Hits(match.n_device_tokens, match.n_host_tokens, n_prompt),
+            Hits(match.n_tokens - match.n_tokens_from_host, match.n_tokens_from_host, n_prompt),
             missed_page if len(page) == page_nbytes else None,
             page_digests(tokens[:page_nbytes], page_size) if was_looked_up else None,
             namespace,

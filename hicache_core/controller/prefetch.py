@@ -147,7 +147,7 @@ class PrefetchPath:
         parts = self._parts
         parts.timings.prefetch_wait_s.add(parts.clock() - prefetch.started_s)
         self._tell(request_id, prefetch.shortfall or Shortfall("absent"))
-        n_pages = prefetch.n_gained_pages if parts.groups else prefetch.n_loaded_pages
+        n_pages = prefetch.n_delivered_pages if parts.groups else prefetch.n_loaded_pages
         n_tokens = n_pages * parts.page_size
         parts.counters.storage_hit_tokens += n_tokens
         return n_tokens
@@ -288,7 +288,7 @@ class PrefetchPath:
         elif not self._waits_behind_another(prefetch):
             boundary = reached + n_wanted
             if self._parts.groups:
-                prefetch.unit_reads = UnitReads(boundary, n_wanted)
+                prefetch.unit_reads = UnitReads(boundary)
             self._read(prefetch, first_page, keys[: max(0, boundary - first_page)])
         self._lift_anchor(prefetch)
 
@@ -436,7 +436,9 @@ class PrefetchPath:
             return
         epoch = prefetch.storage.epoch
         if self._units.attach(reads, prefetch.tokens, prefetch.seed, epoch):
-            prefetch.n_gained_pages = reads.n_more
+            start = prefetch.first_page
+            full = range(start, start + prefetch.n_loaded_pages)
+            prefetch.n_delivered_pages = len(reads.pages().union(full))
         prefetch.unit_reads = None
         self._done(prefetch)
 

@@ -76,13 +76,11 @@ class UnitReads:
 
     Attributes:
         boundary: pages of the prefix that can be used once all have arrived.
-        n_more: how many of them could not be used without storage.
         full_ended: the read of full pages has ended.
         reads: one for each group that lacks units.
     """
 
     boundary: int
-    n_more: int
     full_ended: bool = False
     reads: list[UnitRead] = field(default_factory=list)
 
@@ -90,6 +88,11 @@ class UnitReads:
     def ended(self) -> bool:
         """Whether nothing more will come."""
         return self.full_ended and all(read.n_delivered >= 0 for read in self.reads)
+
+    def pages(self) -> set[int]:
+        """The pages for which a unit has arrived."""
+        arrived = (range(read.first, read.first + read.n_delivered) for read in self.reads)
+        return set[int]().union(*arrived)
 
 
 @dataclass(slots=True, eq=False)
@@ -120,7 +123,8 @@ class Prefetch:
         broken: a batch fell short, so pages after it cannot be used.
         n_loaded_pages: pages of the run that are hits now.
         unit_reads: reads of units of groups; None until they are submitted.
-        n_gained_pages: pages that can be used only by what storage delivered for groups.
+        n_delivered_pages: pages of a usable prefix of which storage delivered something: the page,
+            or a unit of a group. Of a model without groups it stays 0.
         shortfall: why storage did not deliver everything, as far as this rank knows.
         given_up: the request went on without the rest.
         done: no more pages will come.
@@ -149,7 +153,7 @@ class Prefetch:
     broken: bool = False
     n_loaded_pages: int = 0
     unit_reads: UnitReads | None = None
-    n_gained_pages: int = 0
+    n_delivered_pages: int = 0
     shortfall: Shortfall | None = None
     given_up: bool = False
     done: bool = False

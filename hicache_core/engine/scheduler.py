@@ -20,12 +20,12 @@ from hicache_core.engine.rate import Rate
 from hicache_core.engine.request import CachedTokens
 from hicache_core.engine.runner import Past, Runner, nothing
 from hicache_core.engine.tally import Tally
-from hicache_core.engine.task import Task, cached_of
+from hicache_core.engine.task import Task
 from hicache_core.engine.tensor_ranks import TensorRanks
 from hicache_core.errors import LoadFailed, PoolExhausted
 from hicache_core.kv.keys import TOKEN_NBYTES
 from hicache_core.observe.tracing import on_behalf_of
-from hicache_core.radix.results import Match
+from hicache_core.radix.results import Match, cached_tokens
 
 log = logging.getLogger(__name__)
 
@@ -293,7 +293,7 @@ class Scheduler:
             task.table.release()
             return 0
         if task.n_new == 0:
-            task.cached = cached_of(match, loaded, from_storage)
+            task.cached = cached_tokens(match, loaded, from_storage)
         self._progress(task)
         task.note(first_scheduled=self._clock())
         task.n_computed = loaded.n_tokens

@@ -12,7 +12,6 @@ from hicache_core.engine.page_table import PageTable
 from hicache_core.engine.request import CachedTokens, Output, Request, Times
 from hicache_core.engine.sampling import Sampler
 from hicache_core.kv.keys import pack_tokens
-from hicache_core.radix.results import Match
 
 OnOutput = Callable[[Output], None]
 
@@ -168,17 +167,3 @@ class Task:
         """Sets the times that have not been set before."""
         new = {name: at for name, at in times.items() if not getattr(self.times, name)}
         self.times = replace(self.times, **new)
-
-
-def cached_of(match: Match, loaded: Match, from_storage: int) -> CachedTokens:
-    """Cached tokens of a prompt by tier.
-
-    Args:
-        match: what the cache had.
-        loaded: what is on the device after the load.
-        from_storage: tokens that a prefetch brought.
-    """
-    if loaded.n_tokens < match.n_tokens:  # no room on the device for what the host has
-        return CachedTokens(device=loaded.n_tokens)
-    storage = min(from_storage, match.n_host_tokens)
-    return CachedTokens(match.n_device_tokens, match.n_host_tokens - storage, storage)

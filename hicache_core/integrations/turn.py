@@ -19,6 +19,7 @@ from hicache_core.kv.keys import TOKEN_NBYTES, pack_tokens
 from hicache_core.pools.device import DevicePool
 from hicache_core.process.shield import shield
 from hicache_core.radix.node import Node
+from hicache_core.radix.results import cached_tokens
 from hicache_core.types import CachedTokens, Namespace
 
 log = logging.getLogger(__name__)
@@ -92,9 +93,7 @@ class Turn:
         usable = b"" if from_nothing else tokens[:-TOKEN_NBYTES]
         with shield:
             self._cache.poll()
-            before = self._cache.match_prefix(usable, self._namespace, touch=False)
-        if not from_nothing:
-            self._fetch(tokens)
+        from_storage = 0 if from_nothing else self._fetch(tokens)
         with shield:
             match = self._cache.match_prefix(
                 usable,
@@ -110,13 +109,7 @@ class Turn:
                 self._cache.lock(loaded.node)
                 self._cache.unlock(match.node)
                 self._node = loaded.node
-        self.cached = CachedTokens(
-            before.n_device_tokens,
-            before.n_host_tokens,
-            max(0, match.n_tokens - before.n_tokens),
-        )
-        if self._match.n_tokens < match.n_tokens:  # no room on the device for what the host has
-            self.cached = CachedTokens(device=self._match.n_tokens)
+        self.cached = cached_tokens(match, loaded, from_storage)
         self.past = TurnCache(
             self._pool, loaded.device_pages, self._cache.wait_layer, loaded.groups
         )
@@ -145,8 +138,12 @@ class Turn:
         """
         self._units.snapshot(self.past, replacing=of_answer)
 
-    def _fetch(self, tokens: bytes) -> None:
-        """Asks storage for what device and host lack, and waits as long as the policy allows."""
+    def _fetch(self, tokens: bytes) -> int:
+        """Asks storage for what device and host lack, and waits as long as the policy allows.
+
+        Returns:
+            Tokens that storage delivered.
+        """
         self._request_id = request_id = f"turn-{next(_numbers)}"
         with shield:
             asked = self._cache.prefetch(request_id, tokens, self._namespace)
@@ -158,7 +155,7 @@ class Turn:
                 with shield:
                     self._cache.poll()
         with shield:
-            self._cache.finish_prefetch(request_id)
+            return self._cache.finish_prefetch(request_id)
 
     def store(self, tokens: Tokens, *, priority: int = 0) -> int:
         """Inserts the whole pages that the model computed into the cache.

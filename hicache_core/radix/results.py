@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from hicache_core.radix.node import Node
+from hicache_core.types import CachedTokens
 
 LACKING = -1
 """The id of a unit that a tier does not have."""
@@ -93,6 +94,34 @@ class Match(NamedTuple):
     def n_tokens(self) -> int:
         """Tokens of both runs."""
         return self.n_device_tokens + self.n_host_tokens
+
+    @property
+    def n_tokens_from_host(self) -> int:
+        """Tokens of the pages of which the host alone has something: the page, or a unit of it."""
+        if not self.groups:
+            return self.n_host_tokens
+        n_on_device, lacking = len(self.device_pages), set[int]()
+        for units in self.groups:
+            if units.n_on_host:
+                numbered = enumerate(units.host, units.first)
+                lacking.update(page for page, unit in numbered if unit != LACKING)
+        n_units = sum(page < n_on_device for page in lacking)
+        return (n_units + len(self.host_pages)) * self.page_size
+
+
+def cached_tokens(match: Match, loaded: Match, from_storage: int) -> CachedTokens:
+    """Cached tokens of a prompt by tier.
+
+    Args:
+        match: what the cache had, after storage had delivered.
+        loaded: the same after its load to the device.
+        from_storage: tokens that storage delivered for the prompt.
+    """
+    if loaded.n_tokens < match.n_tokens:  # no room on the device for what the host has
+        return CachedTokens(device=loaded.n_tokens)
+    host = match.n_tokens_from_host
+    storage = min(from_storage, host)
+    return CachedTokens(match.n_tokens - host, host - storage, storage)
 
 
 class InsertResult(NamedTuple):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,16 @@ from hicache_core.cli.demo import command
 from hicache_core.errors import ConfigError, UnknownBackend
 
 TIERS = {"device", "host", "storage"}
-SERVED_BY = {1: None, 2: "device", 3: "host", 4: "storage", 5: "device", 6: "device"}
+SERVED_BY: dict[int, set[str]] = {
+    1: set(),
+    2: {"device"},
+    3: {"host"},
+    4: {"storage"},
+    5: {"device"},
+    6: {"device"},
+}
+# The process that was restarted has read the window at the end of turn 4 only.
+WINDOWED_SERVED_BY = {**SERVED_BY, 6: {"device", "storage"}}
 
 
 def run(
@@ -36,10 +46,10 @@ def run(
     return process, document
 
 
-def check_document(document: dict[str, Any]) -> None:
+def check_document(document: dict[str, Any], served_by: Mapping[int, set[str]] = SERVED_BY) -> None:
     """The form that ``--json`` promises, and where each turn's prefix came from."""
     assert set(document) == {"turns", "summary"}
-    assert [turn["turn"] for turn in document["turns"]] == list(SERVED_BY)
+    assert [turn["turn"] for turn in document["turns"]] == list(served_by)
     page_size = document["summary"]["in_force"]["page_size"]
     for turn in document["turns"]:
         assert set(turn) == {
@@ -52,10 +62,11 @@ def check_document(document: dict[str, Any]) -> None:
         assert set(cached) == TIERS
         assert sum(cached.values()) < turn["prompt_tokens"]
         assert all(n % page_size == 0 for n in cached.values())
-        assert {tier for tier in TIERS if cached[tier]} == {SERVED_BY[turn["turn"]]} - {None}
+        assert {tier for tier in TIERS if cached[tier]} == served_by[turn["turn"]]
     first, last = document["turns"][0], document["turns"][-1]
     # The other user shares the system prompt only: most of the first prompt, and no answer.
-    assert 0.8 * first["prompt_tokens"] < last["cached_tokens"]["device"] < first["prompt_tokens"]
+    shared = sum(last["cached_tokens"].values())
+    assert 0.8 * first["prompt_tokens"] < shared < first["prompt_tokens"]
     assert len(set(document["summary"]["pids"])) == 2
     assert document["summary"]["problems"] == []
 
@@ -77,6 +88,21 @@ def test_every_tier_serves_its_turn_and_the_tokens_are_identical(
     assert "tokens identical to those computed without a cache: 6 of 6 turns" in process.stdout
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"demo.json", "demo.png"}, "the storage folder is removed at the end"
+
+
+def test_a_prompt_of_several_windows_reads_only_the_window_where_it_parts(
+    tiny_windowed_folder: Path, tmp_path: Path
+) -> None:
+    """The other user's prompt ends its shared part far before the window that was read."""
+    process, document = run(
+        tmp_path,
+        *("--model", str(tiny_windowed_folder), "--max-new-tokens", "8", "--threads", "1"),
+        *("--page-size", "32"),
+    )
+    assert process.returncode == 0, process.stderr + process.stdout
+    check_document(document, WINDOWED_SERVED_BY)
+    last = document["turns"][-1]["cached_tokens"]
+    assert 0 < last["storage"] <= 256 < last["device"]
 
 
 def test_a_corrupted_page_fails_loudly(tiny_folder: Path, tmp_path: Path) -> None:
@@ -130,7 +156,8 @@ def test_so_does_gemma_with_a_prompt_of_three_windows(tmp_path: Path) -> None:
         tmp_path, "--model", "gemma3-270m", "--max-new-tokens", "8", timeout_s=1700
     )
     assert process.returncode == 0, process.stderr + process.stdout
-    check_document(document)
+    check_document(document, WINDOWED_SERVED_BY)
+    assert 0 < document["turns"][-1]["cached_tokens"]["storage"] <= 512
     assert document["summary"]["model"] == "gemma-3-270m"
     assert all(1_400 < turn["prompt_tokens"] < 2_500 for turn in document["turns"])
 

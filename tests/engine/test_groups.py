@@ -80,6 +80,21 @@ def test_answers_are_those_of_generate_from_every_tier(loaded: LoadedModel, tmp_
         assert answers(it, prompts) == [CachedTokens(storage=n) for n in (40, 16, 4)]
 
 
+def test_a_page_counts_for_the_tier_that_its_window_came_from(tmp_path: Path) -> None:
+    """A second process has read the window at the end of a prompt. Another prompt parts before."""
+    loaded = loaded_model("gemma3n")
+    config = cache_config(hicache_storage_backend="file", extra={"path": str(tmp_path)})
+    long = prompt(43)
+    other = long[:20] + prompt(10, seed=1)
+    with stepped_engine(loaded, cache=config) as it:
+        answers(it, [long])
+    with stepped_engine(loaded, cache=config) as it:
+        assert answers(it, [long]) == [CachedTokens(storage=40)]
+        page_size, (group,) = it.cache.page_size, it.pool.spec.groups
+        n_before = group.first_needed(20 // page_size, page_size) * page_size
+        assert answers(it, [other]) == [CachedTokens(device=n_before, storage=20 - n_before)]
+
+
 def test_conversations_that_part_have_their_own_answers(loaded: LoadedModel) -> None:
     """They part inside the window, and where no snapshot is."""
     shared = prompt(2 * WINDOW + 11)

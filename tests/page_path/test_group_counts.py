@@ -48,6 +48,30 @@ def test_what_storage_delivers_is_counted_by_group(tmp_path: Path) -> None:
         world.close()
 
 
+def test_a_page_counts_for_the_farthest_tier_that_something_of_it_came_from(
+    tmp_path: Path,
+) -> None:
+    """Full pages on the device, and the window at the end of a shorter prompt further away."""
+    settings = {"path": str(tmp_path)}
+    first = make_grouped_world("full and window", backend="file", storage=settings)
+    first.request(range(40))
+    first.close()
+    world = make_grouped_world("full and window", backend="file", storage=settings)
+    assert world.request(range(40)).storage == 36  # and with it the window at the end
+    for last, farthest in enumerate(("storage", "host")):
+        before = world.cache.snapshot().hit_tokens
+        assert world.request([*range(24), *[100 + last] * 8]).n_tokens == 24
+        after = world.cache.snapshot().hit_tokens
+        expected = {"device": 16, "host": 0, "storage": 0, farthest: 8}
+        assert {tier: after[tier] - before[tier] for tier in after} == expected
+        why = world.cache.explain(f"request-{world.n_requests}")
+        assert why is not None
+        told = {"device": why.device_tokens, "host": why.host_tokens, "storage": why.storage_tokens}
+        assert told == expected
+        world.cache.free_units(0, world.cache.allocate_units(0, world.pool.groups[0].n_pages))
+    world.close()
+
+
 def test_a_cut_match_is_counted_for_the_group_that_cuts() -> None:
     world = make_grouped_world()
     world.request(range(40))

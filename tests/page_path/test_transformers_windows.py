@@ -56,7 +56,21 @@ def test_two_prompts_may_part_inside_the_window(model: Any, world: World) -> Non
     ask(cached, PROMPT)
     for n_shared in (WINDOW - 2, KNOWN - WINDOW + 2, KNOWN - 2):
         other = [*PROMPT[:n_shared], *prompt_of(len(PROMPT) - n_shared, seed=n_shared)]
-        assert ask(cached, other) == CachedTokens(device=whole_pages(n_shared))
+        assert ask(cached, other).total == whole_pages(n_shared)
+
+
+def test_a_page_counts_for_the_tier_that_its_window_came_from(model: Any, world: World) -> None:
+    """A second process has read the window at the end of a prompt. Another prompt parts before."""
+    first = world.open(model)
+    ask(first, PROMPT)
+    assert first.cache.flush()
+    cached = world.open(model)
+    assert ask(cached, PROMPT) == CachedTokens(storage=KNOWN)
+    (group,) = cached.device_pool.spec.groups
+    n_shared = whole_pages(KNOWN - WINDOW)
+    n_before = group.first_needed(n_shared // PAGE_SIZE, PAGE_SIZE) * PAGE_SIZE
+    other = [*PROMPT[:n_shared], *prompt_of(len(PROMPT) - n_shared, seed=1)]
+    assert ask(cached, other) == CachedTokens(device=n_before, storage=n_shared - n_before)
 
 
 def test_a_layer_hands_out_what_transformers_own_layer_does(model: Any) -> None:

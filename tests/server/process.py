@@ -58,9 +58,15 @@ def environment(**more: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def server_process(
-    model: Path | str, flags: Sequence[str], env: dict[str, str] | None = None
+    model: Path | str,
+    flags: Sequence[str],
+    env: dict[str, str] | None = None,
+    patience_s: float = PATIENCE_S,
 ) -> Iterator[ServerProcess]:
-    """Starts ``hicache_core.launch_server`` and waits until it answers; kills it at the end."""
+    """Starts ``hicache_core.launch_server`` and waits until it answers; kills it at the end.
+
+    It fails if the server is silent for ``patience_s`` before it answers.
+    """
     command = [sys.executable, "-m", "hicache_core.launch_server", "--model-path", str(model)]
     process = subprocess.Popen(
         [*command, "--port", "0", *flags],
@@ -74,7 +80,7 @@ def server_process(
     reader = threading.Thread(target=_read, args=(process, lines, news))
     reader.start()
     try:
-        yield ServerProcess(_url(news, lines), process, lines)
+        yield ServerProcess(_url(news, lines, patience_s), process, lines)
     finally:
         process.kill()
         process.wait()
@@ -90,9 +96,9 @@ def _read(process: subprocess.Popen[str], lines: list[str], news: queue.Queue[st
     news.put(None)
 
 
-def _url(news: queue.Queue[str | None], lines: list[str]) -> str:
+def _url(news: queue.Queue[str | None], lines: list[str], patience_s: float) -> str:
     while True:
-        line = news.get(timeout=PATIENCE_S)
+        line = news.get(timeout=patience_s)
         assert line is not None, "\n".join(lines)
         if found := _READY.search(line):
             return found[2]

@@ -16,6 +16,8 @@ from tests.server.process import PATIENCE_S, ServerProcess, server_process
 
 PAGE_SIZE = 16
 N_NEW = 6
+START_S = 600.0
+"""A start reads and verifies a gigabyte of weights, without a word, and others use the cores."""
 QUESTIONS = (
     ("When does it open?", "And on Saturday?"),
     ("What does a card cost?", "Who pays nothing?"),
@@ -58,7 +60,7 @@ def test_every_turn_is_answered_as_alone_also_after_a_restart(
     flags += ["--hicache-storage-backend", "file", "--hicache-storage-backend-extra-config", store]
     flags += ["--hicache-storage-prefetch-policy", "wait_complete"]
     seen: list[tuple[list[int], tuple[int, ...]]] = []
-    with server_process("gemma3-270m", flags) as server:
+    with server_process("gemma3-270m", flags, patience_s=START_S) as server:
         for turn in range(2):
             prompts = [
                 [*history, *tokens_of(gemma3, f"\nQ: {questions[turn]}\nA:")]
@@ -70,7 +72,7 @@ def test_every_turn_is_answered_as_alone_also_after_a_restart(
                 assert turn == 0 or cached["device"] >= whole_pages > 512
                 histories[n] = [*prompts[n], *answer]
         assert server.stop() == 0
-    with server_process("gemma3-270m", flags) as server:
+    with server_process("gemma3-270m", flags, patience_s=START_S) as server:
         prompts = [[*history, *tokens_of(gemma3, "\nQ: Why?\nA:")] for history in histories]
         for n, (answer, cached) in enumerate(turns(server, prompts)):
             seen.append((prompts[n], answer))

@@ -243,10 +243,11 @@ class Engine:
         assert told is not None
         parts = told.device_tokens, told.host_tokens, told.storage_tokens, told.missed_tokens
         on_host = told.host_tokens + told.storage_tokens
+        n_from_host = match.n_tokens_from_host
         if (
             sum(parts) != len(request.tokens) // TOKEN_NBYTES
             or min(parts) < 0
-            or (told.device_tokens, on_host) != (match.n_device_tokens, match.n_host_tokens)
+            or (told.device_tokens, on_host) != (match.n_tokens - n_from_host, n_from_host)
         ):
             raise InvariantBroken(f"explain adds up: {told} of {match}")
 

@@ -8,7 +8,13 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from hicache_core.demo.script import HANDBOOK, OTHER_QUESTION, QUESTIONS
 
@@ -52,6 +58,36 @@ def tiny_chat_model(vocab_size: int) -> Any:
         pad_token_id=0,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def tiny_windowed_chat_model(vocab_size: int) -> Any:
+    """A Gemma 3 of two layers, one of which looks at the last 256 tokens; float32, eval mode."""
+    torch.manual_seed(7)
+    config = Gemma3TextConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=256,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=8192,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return Gemma3ForCausalLM(config).eval()
+
+
+def save_tiny_windowed_chat_model(folder: Path) -> Path:
+    """As ``save_tiny_chat_model``, with a window."""
+    tokenizer = tiny_tokenizer()
+    tiny_windowed_chat_model(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def save_tiny_chat_model(folder: Path) -> Path:
