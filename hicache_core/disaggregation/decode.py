@@ -14,7 +14,8 @@ from hicache_core.engine.page_table import PageTable
 from hicache_core.engine.scheduler import Scheduler
 from hicache_core.engine.task import Task
 from hicache_core.errors import PoolExhausted, TransferError
-from hicache_core.kv_transfer.base import KvTransferBackend, Notice, TransferState
+from hicache_core.kv.spec import GroupKind
+from hicache_core.kv_transfer.base import KvTransferBackend, Notice, TransferState, UnitRows
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class DecodeConnector(Connector):
         self._transfer = transfer
         self._timeout_s = timeout_s
         self._counts = counts
+        self._groups = transfer.context.memory.spec.groups
         self._expected: dict[str, Task] = {}
         self._fetching: dict[int, Task] = {}
         self._abandoned: dict[int, PageTable] = {}
@@ -74,10 +76,9 @@ class DecodeConnector(Connector):
         # docstring inherited
         return bool(self._expected or self._fetching or self._abandoned)
 
-    def pages(self) -> set[int]:
+    def tables(self) -> Iterable[PageTable]:
         # docstring inherited
-        tables = [task.table for task in self._fetching.values()] + [*self._abandoned.values()]
-        return set().union(*(table.pages for table in tables))
+        return [*(task.table for task in self._fetching.values()), *self._abandoned.values()]
 
     def requests(self) -> Iterable[str]:
         # docstring inherited
@@ -135,11 +136,12 @@ class DecodeConnector(Connector):
                 self._fetch(task)
 
     def _takes_pages(self, task: Task) -> bool:
-        """Gives a request pages for its whole prompt; False if there are too few.
+        """Gives a request pages and units for its whole prompt; False if there are too few.
 
         ::
 
             prompt   | on this device already | to be fetched .... tail |
+            window                         | to be fetched ...... tail |
         """
         look = self._cache.match_prefix(task.packed(0, task.n_prompt - 1), task.request.namespace)
         match = self._cache.device_part(look)
@@ -148,6 +150,7 @@ class DecodeConnector(Connector):
         task.table.begin(match.node, match.device_pages, array("i"))
         try:
             task.table.extend(task.n_prompt)
+            task.table.units.expect(task.n_prompt)
         except PoolExhausted:
             task.table.release()
             return False
@@ -160,13 +163,23 @@ class DecodeConnector(Connector):
         del self._expected[task.request.request_id]
         address = f"{bootstrap.host}:{bootstrap.port}"
         span = (task.table.n_stored * self._cache.page_size, task.n_prompt)
-        room = bootstrap.room
+        room, groups = bootstrap.room, self._group_rows(task)
         try:
-            self._transfer.receive(room, [address], task.table.pages, span, self._timeout_s)
+            self._transfer.receive(room, [address], task.table.pages, span, self._timeout_s, groups)
         except TransferError as error:
             self._compute_here(task, str(error))
         else:
             self._fetching[room] = task
+
+    def _group_rows(self, task: Task) -> tuple[UnitRows, ...]:
+        """What is to be fetched of each group: whole pages of the last window, and the state."""
+        rows = []
+        for at, group in enumerate(self._groups):
+            held, tokens = task.table.units.held_of(at), (0, 1)
+            if group.kind is GroupKind.WINDOW:
+                tokens = (held.first * self._cache.page_size, task.n_prompt)
+            rows.append(UnitRows(held.from_start, tokens))
+        return tuple(rows)
 
     def _settle(self, notice: Notice) -> None:
         abandoned = self._abandoned.pop(notice.room, None)

@@ -56,12 +56,18 @@ class Outbox:
         return True
 
     def computed(
-        self, request: Request, pages: array[int], layer: int, start: int, stop: int
+        self,
+        request: Request,
+        pages: array[int],
+        layer: int,
+        start: int,
+        stop: int,
+        group: int | None = None,
     ) -> None:
         # docstring inherited
         room = self._rooms.get(request.request_id)
         if room is not None:
-            self._transfer.send(room, tuple(pages), layer, start, stop)
+            self._transfer.send(room, tuple(pages), layer, start, stop, group)
 
     def ended(self, request: Request, *, complete: bool) -> None:
         # docstring inherited

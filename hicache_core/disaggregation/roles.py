@@ -45,7 +45,10 @@ class RoleSettings:
 
 
 class Role:
-    """A prefill or decode node: the engine gets ``make_scheduler``, the router the ``address``."""
+    """A prefill or decode node.
+
+    The engine gets ``make_scheduler`` and ``moves_groups``, the router the ``address``.
+    """
 
     def __init__(self, settings: RoleSettings) -> None:
         """Loads the transfer backend's class; opens nothing.
@@ -114,6 +117,11 @@ class Role:
         transfer.open()
         self._transfer, self._counted = transfer, counted
         return transfer
+
+    @property
+    def moves_groups(self) -> bool:
+        """Whether the transfer backend moves windows and states, too."""
+        return self._class.moves_groups
 
     @property
     def address(self) -> str:

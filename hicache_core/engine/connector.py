@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from hicache_core.engine.page_table import PageTable
 from hicache_core.engine.task import Task
 
 
@@ -29,9 +30,9 @@ class Connector:
         """Whether it needs further steps of the engine."""
         return False
 
-    def pages(self) -> set[int]:
-        """Device pages into which a transfer may still write."""
-        return set()
+    def tables(self) -> Iterable[PageTable]:
+        """The pages and units into which a transfer may still write."""
+        return ()
 
     def requests(self) -> Iterable[str]:
         """Ids of the requests that it keeps."""

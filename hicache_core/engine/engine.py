@@ -90,6 +90,7 @@ class Engine:
         ranks: TensorRanks | None = None,
         clock: Clock = time.monotonic,
         make_scheduler: MakeScheduler = Scheduler,
+        moves_groups: bool = False,
     ) -> None:
         """Keeps its arguments; ``open`` starts.
 
@@ -100,10 +101,14 @@ class Engine:
             ranks: who computes the model together; nobody else may use them.
             clock: seconds.
             make_scheduler: called by ``open``; ``Role.make_scheduler`` for half of a pair.
+            moves_groups: whether what ``make_scheduler`` puts beside the scheduler takes windows
+                and states, too; ``Role.moves_groups`` for half of a pair. If not, layers with a
+                window keep all pages, and a model with states is refused.
         """
         self._model = model
         self._cache_config = cache_config
         self._make_scheduler = make_scheduler
+        self._moves_groups = moves_groups or make_scheduler is Scheduler
         self._config = config
         self._ranks = ranks
         self._clock = clock
@@ -134,11 +139,11 @@ class Engine:
         self._rules = LogitsRules.of(model)
         probe = check_model(model)
         self.identity = ModelIdentity(model)
-        # What cuts objects by heads, and connectors and listeners, know full pages only: windows
-        # are in those as well.
+        # What cuts objects by heads, and whatever moves full pages only, gets windows in those as
+        # well.
         cuts_heads = self._ranks is not None and self._cache_config.storage_head_group is not None
-        is_alone = not cuts_heads and self._make_scheduler is Scheduler
-        spec_of = kv_spec_of if is_alone else full_kv_spec_of
+        keeps_groups = self._moves_groups and not cuts_heads
+        spec_of = kv_spec_of if keeps_groups else full_kv_spec_of
         spec = spec_of(model, self.identity.fingerprint)
         check_batches(model, spec, probe)
         page_size = self._cache_config.page_size

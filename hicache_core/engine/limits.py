@@ -151,7 +151,8 @@ def units_needed(group: Group, n_tokens: int, chunk_tokens: int, page_size: int)
     """
     if group.kind is GroupKind.STATE:
         return 2  # its own state, and a snapshot
-    n_read = min(n_tokens, group.window - 1 + chunk_tokens)
+    # While it decodes, the window of its prompt stays locked beside its own.
+    n_read = min(n_tokens, group.window - 1 + max(chunk_tokens, group.window))
     return -(-n_read // page_size) + 2  # it may begin and end inside a page
 
 

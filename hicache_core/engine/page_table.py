@@ -28,8 +28,6 @@ class PageTable:
     Attributes:
         pages: ids in the device pool, one for each page of the sequence, in order.
         units: what the sequence has of groups of layers.
-        is_sent: True if a transfer reads ``pages``. Until ``release`` they then stay the same, even
-            where the tree has other pages with the same tokens.
     """
 
     def __init__(
@@ -49,7 +47,6 @@ class PageTable:
         """
         self.pages = array("i")
         self.units = units or SequenceUnits(cache)
-        self.is_sent = False
         self._cache = cache
         self._namespace = namespace
         self._priority = priority
@@ -77,6 +74,19 @@ class PageTable:
         self._mine = set(own)
 
     @property
+    def is_sent(self) -> bool:
+        """Whether a transfer reads ``pages`` and ``units``.
+
+        Until ``release``, ``pages`` then stay the same, even where the tree has other pages with
+        the same tokens, and no unit of the sequence is freed for the tree's.
+        """
+        return self.units.is_sent
+
+    @is_sent.setter
+    def is_sent(self, value: bool) -> None:
+        self.units.is_sent = value
+
+    @property
     def n_tokens(self) -> int:
         """Tokens that there is room for."""
         return len(self.pages) * self._cache.page_size
@@ -88,8 +98,9 @@ class PageTable:
 
     @property
     def has_spares(self) -> bool:
-        """Whether it keeps pages beside those that the tree has for the same tokens."""
-        return len(self._mine) > len(self.pages) - self._n_stored
+        """Whether it keeps pages or units beside those that the tree has for the same tokens."""
+        has_pages = len(self._mine) > len(self.pages) - self._n_stored
+        return has_pages or self.units.has_spares
 
     def extend(self, n_tokens: int) -> None:
         """Makes room for ``n_tokens`` in all.
@@ -156,4 +167,4 @@ class PageTable:
         if self._node is not None:
             self._cache.unlock(self._node)
         self.pages, self._mine, self._node, self._n_stored = array("i"), set(), None, 0
-        self._is_received = self._is_passed = self.is_sent = False
+        self._is_received = self._is_passed = False

@@ -35,6 +35,11 @@ class WindowPages:
     first: int
     units: array[int]
 
+    @property
+    def from_start(self) -> array[int]:
+        """One unit for each page of the sequence; those before ``first`` mean nothing."""
+        return array("i", [0]) * self.first + self.units
+
 
 @dataclass(frozen=True, slots=True)
 class HeldUnits:

@@ -16,6 +16,7 @@ from hicache_core.engine.connector import Connector
 from hicache_core.engine.feed import KvFeed
 from hicache_core.engine.limits import units_needed
 from hicache_core.engine.loads import Loads, settle_loads
+from hicache_core.engine.page_table import PageTable
 from hicache_core.engine.rate import Rate
 from hicache_core.engine.request import CachedTokens
 from hicache_core.engine.runner import Past, Runner, nothing
@@ -85,7 +86,7 @@ class Scheduler:
             ranks: the ranks that compute the model together; None for this process alone.
         """
         self.tally = Tally()
-        self.feed = KvFeed()
+        self.feed = KvFeed(runner.pool.spec, runner.pool.page_size)
         self.connector = Connector()
         self.loads = Loads(cache, is_alone=ranks is None)
         self.blame = Blame(cache, runner, ranks, self.tally, self._end)
@@ -180,6 +181,7 @@ class Scheduler:
         task.note(first_scheduled=self._clock(), first_token=self._clock())
         task.n_computed = task.n_prompt
         self._running[task.request.request_id] = task
+        task.table.units.computed(task.n_computed, self._runner.copy_state)
         task.table.receive(task.tokens[: task.n_computed])
         self._answer(task, token)
 
@@ -206,8 +208,12 @@ class Scheduler:
         return sorted(self._running.values(), key=lambda task: task.order)
 
     def _used_pages(self) -> set[int]:
-        beside = self.feed.pages() | self.connector.pages()
-        return beside.union(*(task.table.pages for task in self._running.values()))
+        return set().union(*(table.pages for table in self._tables()))
+
+    def _tables(self) -> list[PageTable]:
+        """Of all requests that hold pages and units, or whose transfer still uses them."""
+        running = [task.table for task in self._running.values()]
+        return [*running, *self.feed.tables(), *self.connector.tables()]
 
     # Prompts.
 
@@ -317,7 +323,7 @@ class Scheduler:
     def _have_groups_room(self, n_tokens: int) -> bool:
         """Whether a prompt fits into the groups beside what runs, with a unit for each to go on."""
         pool, n_running = self._runner.pool, len(self._running)
-        held = [task.table.units.n_held for task in self._running.values()]
+        held = [table.units.n_held for table in self._tables()] if pool.groups else []
         for at, group in enumerate(pool.spec.groups):
             n_used = sum(n_units[at] for n_units in held) + n_running
             n_needed = units_needed(group, n_tokens, self._config.chunk_tokens, pool.page_size)

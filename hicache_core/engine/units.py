@@ -20,6 +20,9 @@ class SequenceUnits:
 
     A unit is the tree's, and kept by the lock on a node, or the sequence's own until ``insert``
     takes it.
+
+    Attributes:
+        is_sent: as of ``PageTable``: units that the tree did not take stay until ``release``.
     """
 
     def __init__(
@@ -42,7 +45,9 @@ class SequenceUnits:
         self._cache = cache
         self._keeps_answers = keeps_answers
         self._n_prompt = 0
+        self.is_sent = False
         self._groups = tuple(groups)
+        self._spares = [array("i") for _ in groups]
         self._snapshot_interval = snapshot_interval
         page_size = cache.page_size
         windows = [at for at, its in enumerate(groups) if its.kind is GroupKind.WINDOW]
@@ -78,15 +83,28 @@ class SequenceUnits:
         (state,) = self._states
         return HeldUnits(windows, state.read, state.working)
 
+    def held_of(self, group: int) -> WindowPages:
+        """The pages of a window; of a state, the unit that changes with each forward."""
+        for window in self._windows:
+            if window.group == group:
+                return WindowPages(window.first, window.units)
+        (working,) = [state.working for state in self._states if state.group == group]
+        return WindowPages(0, array("i", [working]))
+
     @property
     def n_held(self) -> list[int]:
         """Units of each group, shared ones included."""
-        counts = [0] * len(self._groups)
+        counts = [len(spares) for spares in self._spares]
         for window in self._windows:
-            counts[window.group] = len(window.units)
+            counts[window.group] += len(window.units)
         for state in self._states:
-            counts[state.group] = state.n_held
+            counts[state.group] += state.n_held
         return counts
+
+    @property
+    def has_spares(self) -> bool:
+        """Whether it keeps units beside those that the tree has for the same tokens."""
+        return any(self._spares)
 
     def begin(self, match: Match, n_tokens: int) -> None:
         """Starts with a match that was loaded.
@@ -104,6 +122,21 @@ class SequenceUnits:
             for state in self._states:
                 if state.group == at:
                     state.begin(units, own, match, n_tokens)
+
+    def expect(self, n_tokens: int) -> None:
+        """Makes room for what another node has of a whole prompt: each last window, and the state.
+
+        All of it is the sequence's own, whatever the tree has of it. Once it is there, the
+        sequence goes on with ``computed``, as if it had computed its prompt.
+
+        Raises:
+            PoolExhausted: a group has no room; what was taken before is held.
+        """
+        self._n_prompt = n_tokens
+        for window in self._windows:
+            window.expect(n_tokens)
+        for state in self._states:
+            state.expect(n_tokens)
 
     def extend(self, n_tokens: int) -> None:
         """Makes room for the tokens up to ``n_tokens``.
@@ -138,7 +171,10 @@ class SequenceUnits:
     def stored(self, result: InsertResult, n_pages: int) -> None:
         """Goes on with what the tree has of the first ``n_pages`` pages; its own duplicates go."""
         for at, duplicates in enumerate(result.unit_duplicates):
-            self._cache.free_units(at, duplicates)
+            if self.is_sent:
+                self._spares[at].extend(duplicates)
+            else:
+                self._cache.free_units(at, duplicates)
         for window in self._windows:
             window.stored(result.units[window.group], n_pages)
         for state in self._states:
@@ -155,6 +191,11 @@ class SequenceUnits:
             window.release()
         for state in self._states:
             state.release()
+        if self.has_spares:
+            for at, spares in enumerate(self._spares):
+                self._cache.free_units(at, spares)
+                self._spares[at] = array("i")
+        self.is_sent = False
 
 
 class _Window:
@@ -178,6 +219,10 @@ class _Window:
         self.first = units.first
         self.units = units.device[:]
         self._mine = set(own)
+
+    def expect(self, n_tokens: int) -> None:
+        self.first = self._first_needed(n_tokens)
+        self.extend(n_tokens)
 
     def extend(self, n_tokens: int) -> None:
         n_missing = -(-n_tokens // self._cache.page_size) - self.first - len(self.units)
@@ -204,11 +249,15 @@ class _Window:
         self.first, self.units = tree.first, tree.device + behind
         self._mine = set(behind)
 
-    def leave(self, n_tokens: int) -> None:
-        """What the last whole page needs stays: it may be stored."""
+    def _first_needed(self, n_tokens: int) -> int:
+        """The first page of which the last whole page, which may be stored, needs something."""
         page_size = self._cache.page_size
         n_whole = n_tokens // page_size * page_size
-        n_gone = max(0, n_whole - self._window + 1) // page_size - self.first
+        return max(0, n_whole - self._window + 1) // page_size
+
+    def leave(self, n_tokens: int) -> None:
+        """What the last whole page needs stays."""
+        n_gone = self._first_needed(n_tokens) - self.first
         if n_gone > 0:
             self._free(self.units[:n_gone])
             self.first, self.units = self.first + n_gone, self.units[n_gone:]
@@ -255,6 +304,10 @@ class _State:
     @property
     def n_held(self) -> int:
         return int(self.working != LACKING) + len(self._snapshots)
+
+    def expect(self, n_tokens: int) -> None:
+        self._n_prompt = n_tokens
+        self.extend()
 
     def extend(self) -> None:
         if self.working == LACKING:

@@ -62,7 +62,8 @@ def full_kv_spec_of(model: Any, fingerprint: str) -> KVSpec:
     spec = _spec(model, _filled(model), fingerprint, windows=False)
     if spec.groups:
         raise SpecError(
-            f"{name_of(model)} has layers that keep a state, not the K and V of every token"
+            f"{name_of(model)} has layers that keep a state, not the K and V of every token: with "
+            "prefill and decode apart it needs a transfer backend that moves groups of layers"
         )
     if [(part.name, part.layers) for part in spec.components] != [("k", None), ("v", None)]:
         found = {part.name: (part.shape, part.dtype) for part in spec.components}

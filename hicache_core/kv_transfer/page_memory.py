@@ -92,6 +92,14 @@ class PageMemory:
             raise SpecError(f"layer {number} is of group {group - 1}; {len(self.groups)} are here")
         return (self.groups[group - 1] if group else self), layer
 
+    def heads_in(self, part: PageMemory, heads: Heads) -> Heads:
+        """The heads of a part that go with ``heads`` of the full pages.
+
+        They are the same; where a group has another number of them, as states have, each rank has
+        all of the group, and they are all.
+        """
+        return heads if part.spec.heads[2] == self.spec.heads[2] else part.heads
+
     def every_region(self) -> Iterator[memoryview]:
         """All memory that rows can lie in, groups included, for transports that register it."""
         for layers in self.regions:

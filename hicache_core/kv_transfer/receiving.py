@@ -218,7 +218,8 @@ class Receiver:
                 f"{frame.layer} out of turn"
             )
         memory, layer = self._memory.part(frame.layer)
-        segments = memory.segments(layer, rows.pages, frame.start, frame.stop, part.heads)
+        heads = self._memory.heads_in(memory, part.heads)
+        segments = memory.segments(layer, rows.pages, frame.start, frame.stop, heads)
         self._carrier.receive_rows(part.peer, frame, segments, part.greeting)
         if checksum_of(segments) != frame.checksum:
             raise TransferError(
@@ -227,7 +228,7 @@ class Receiver:
             )
         part.peer.renew()
         reached[frame.layer] = frame.stop
-        intake.count(memory.nbytes(frame.stop - frame.start, part.heads, layer))
+        intake.count(memory.nbytes(frame.stop - frame.start, heads, layer))
 
 
 def connection_to(

@@ -227,7 +227,8 @@ class Sender:
             start = max(item.start, want.start) if is_full else item.start
             if want.heads is None or start >= item.stop:
                 continue
-            segments = memory.segments(layer, item.pages, start, item.stop, want.heads)
+            heads = self._memory.heads_in(memory, want.heads)
+            segments = memory.segments(layer, item.pages, start, item.stop, heads)
             frame = Frame(
                 Kind.LAYER,
                 offer.number,
@@ -237,4 +238,4 @@ class Sender:
                 checksum=checksum_of(segments),
             )
             self._carrier.send_rows(peer, frame, segments)
-            offer.count(memory.nbytes(item.stop - start, want.heads, layer))
+            offer.count(memory.nbytes(item.stop - start, heads, layer))

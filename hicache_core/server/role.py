@@ -44,7 +44,11 @@ def make_engine(
         role: prefill or decode; None for both.
         ranks: the ranks of the server; None for a single one.
     """
-    make_scheduler = Scheduler if role is None else role.make_scheduler
     return Engine(
-        model, settings.cache, settings.engine, ranks=ranks, make_scheduler=make_scheduler
+        model,
+        settings.cache,
+        settings.engine,
+        ranks=ranks,
+        make_scheduler=Scheduler if role is None else role.make_scheduler,
+        moves_groups=role is not None and role.moves_groups,
     )

@@ -15,7 +15,7 @@ import threading
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -69,11 +69,12 @@ def _part(*components: Component, groups: tuple[Group, ...] = ()) -> KVSpec:
     return KVSpec(components, N_LAYERS, "m1", (0, N_LAYERS), (0, N_HEADS, N_HEADS), groups)
 
 
+_STATE = _part(Component("conv_0", (3, 5), "float32", (2,)))
 GROUPED = _part(
     Component("k", (N_HEADS, 4), "bfloat16", (0,)),
     groups=(
         Group("swa", GroupKind.WINDOW, _part(Component("k", (N_HEADS, 2), "float32", (1,))), 6),
-        Group("mamba", GroupKind.STATE, _part(Component("conv_0", (3, 5), "float32", (2,)))),
+        Group("mamba", GroupKind.STATE, replace(_STATE, heads=(0, 1, 1))),
     ),
 )
 """A small model whose first layer keeps all tokens, its second a window and its third a state."""
@@ -360,7 +361,6 @@ class TransferKit:
         arrived = decode.notice()
         assert arrived.state is TransferState.ARRIVED, arrived.error
         assert prefill.notice().state is TransferState.SENT
-        heads = decode.memory.heads
         for group, layer, theirs, rows in (
             (None, 0, pages, UnitRows([2, 3, 0], (4, n))),
             (0, 1, pages, wanted[0]),
@@ -368,8 +368,8 @@ class TransferKit:
         ):
             number = decode.memory.number(layer, group)
             (there, at), (here, _) = prefill.memory.part(number), decode.memory.part(number)
-            sent = b"".join(there.segments(at, theirs, *rows.tokens, heads))
-            assert b"".join(here.segments(at, rows.pages, *rows.tokens, heads)) == sent
+            sent = b"".join(there.segments(at, theirs, *rows.tokens, there.heads))
+            assert b"".join(here.segments(at, rows.pages, *rows.tokens, here.heads)) == sent
             assert any(sent)
 
     def test_a_group_that_does_not_come_fails_the_room(self) -> None:

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from hicache_core.engine.limits import units_needed
 from hicache_core.engine.model import LoadedModel
+from hicache_core.integrations.model_spec import kv_spec_of
 from hicache_core.types import CachedTokens
 from tests.engine.test_pressure import FailingLoads
 from tests.engine.world import (
+    PAGE_SIZE,
     SteppedEngine,
     cache_config,
     greedy,
@@ -142,6 +145,19 @@ def test_a_request_whose_units_do_not_arrive_computes_everything(
         FailingLoads(it, monkeypatch, 1)
         assert answers(it, prompts) == [CachedTokens()]
         assert it.scheduler.tally.restarted == 1
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, WINDOW, 3 * WINDOW])
+def test_a_request_alone_ends_in_the_units_that_one_is_said_to_need(chunk_tokens: int) -> None:
+    """While it decodes, it has the window of its prompt beside that of its answer."""
+    loaded = loaded_model("gemma3")
+    (group,) = kv_spec_of(loaded.model, "x").groups
+    asked, n_new = prompt(43), 2 * WINDOW
+    n_units = units_needed(group, 64 * PAGE_SIZE, chunk_tokens, PAGE_SIZE)
+    with stepped_engine(loaded, n_units=n_units, chunk_tokens=chunk_tokens) as it:
+        request_id = it.ask(asked, greedy(n_new))
+        it.run(200)
+        assert it.tokens(request_id) == plain(loaded, asked, n_new)
 
 
 @pytest.mark.parametrize(("policy", "n_units"), [("write_through", 9), ("write_back", 13)])

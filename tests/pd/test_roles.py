@@ -15,11 +15,13 @@ import pytest
 from hicache_core.disaggregation.first_token import FirstToken
 from hicache_core.disaggregation.roles import Role, RoleSettings
 from hicache_core.engine.engine import Engine, EngineConfig
+from hicache_core.engine.model import LoadedModel
 from hicache_core.engine.request import Bootstrap, Request
 from hicache_core.errors import ConfigError
 from hicache_core.types import CachedTokens
 from tests.engine.test_engine import PATIENCE_S, Client
 from tests.engine.world import PAGE_SIZE, cache_config, greedy, model_of, plain, prompt_of
+from tests.pd.audit import audited
 
 ROOMS = itertools.count(1)
 SETTINGS = {"ping_s": 0.05, "idle_timeout_s": 5.0}
@@ -49,16 +51,19 @@ def half(
     cache: dict[str, Any] | None = None,
     secret: str | None = None,
     *,
+    loaded: LoadedModel | None = None,
+    backend: str = "tcp",
     close_s: float = 20.0,
     **config: Any,
 ) -> Iterator[Half]:
-    """An open engine; at the end, nothing is held by anybody but the tree."""
-    role = Role(RoleSettings(mode, "tcp", {**SETTINGS, "secret": secret}, timeout_s=20.0))
+    """An open engine; after each step, and at the end, nothing is held by nobody."""
+    role = Role(RoleSettings(mode, backend, {**SETTINGS, "secret": secret}, timeout_s=20.0))
     engine = Engine(
-        model_of(),
+        loaded or model_of(),
         cache_config(**(cache or {})),
         EngineConfig(**{"device_tokens": 512, "chunk_tokens": 16, **config}),
-        make_scheduler=role.make_scheduler,
+        make_scheduler=audited(role.make_scheduler),
+        moves_groups=role.moves_groups,
     )
     engine.open()
     try:
