@@ -7,6 +7,8 @@
 #   make check   format, lint, types, import layers, tests; FULL=1 as above, ENGINES= leaves the real engines out, GEMMA= the weights of Gemma
 #   make engines run the real engines on this CPU, in environments that are built once (10 GB)
 #   make bench   print the benchmark tables (BENCH="--quick --only transfer" narrows them)
+#   make gpu     check and measure the CUDA code on a GPU, without a network, in six minutes; GPU="--dry-run" on a CPU
+#   make gpu-wheels fetch what the Python of a GPU machine lacks, where there is a network; GPU="--python 3.12 NAME …"
 #   make soak    simulate SOAK_SCHEDULES lives, then run the cache under faults for SOAK_SECONDS
 #   make dist    build and check sdists and wheels in dist/; DIST_PYTHONS adds interpreters, PROJECT_URL links
 #   make api     write docs/api.md from the docstrings
@@ -25,6 +27,7 @@ RELEASE_READY := $(RELEASE)/.ready
 DIST ?= dist
 DIST_PYTHONS ?=
 BENCH ?=
+GPU ?=
 SOAK_SCHEDULES ?= 200000
 SOAK_SECONDS ?= 600
 JOBS ?= 2
@@ -36,7 +39,7 @@ ENGINES := $(basename $(notdir $(wildcard tests/engines/requirements/*-*.txt)))
 ENGINES_READY := $(ENGINES:%=$(ENGINES_DIR)/%/.ready)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-pd test engines check format lint types layers bench soak docs api dist clean
+.PHONY: help setup demo demo-pd test engines check format lint types layers bench gpu gpu-wheels soak docs api dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -102,6 +105,13 @@ layers: $(TESTS_READY)
 
 bench: $(TESTS_READY)
 	$(BIN)/python -m benchmarks --json benchmarks/results/latest.json $(BENCH)
+
+# By the Python that has torch for CUDA: a virtual environment could not be filled without a network.
+gpu:
+	@$(PYTHON) -m benchmarks.gpu $(GPU)
+
+gpu-wheels:
+	@$(PYTHON) -m benchmarks.gpu --bring gpu-wheels $(GPU)
 
 soak: $(TESTS_READY)
 	$(BIN)/python -m tests.simulation --schedules $(SOAK_SCHEDULES)

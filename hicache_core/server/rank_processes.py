@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import TCPStore
 from hicache_core.engine.model import LoadedModel
 from hicache_core.engine.shard import check_split
 from hicache_core.engine.tensor_ranks import TensorRanks
-from hicache_core.errors import HiCacheError, RankLost
+from hicache_core.errors import ConfigError, HiCacheError, RankLost
 from hicache_core.server.models import load_model
 from hicache_core.server.role import make_engine, role_of
 from hicache_core.server.settings import ServerSettings
@@ -41,7 +41,20 @@ class RankProcesses:
     """
 
     def __init__(self, settings: ServerSettings, device: str) -> None:
-        """Starts nothing; with one rank there is nothing to start."""
+        """Starts nothing; with one rank there is nothing to start.
+
+        Args:
+            settings: of the server.
+            device: ``cpu`` or ``cuda``.
+
+        Raises:
+            ConfigError: the machine has fewer GPUs than ranks.
+        """
+        if device == "cuda" and torch.cuda.device_count() < settings.tp:
+            raise ConfigError(
+                f"--tp is {settings.tp}, and each rank needs a GPU of its own; this process sees "
+                f"{torch.cuda.device_count()} (CUDA_VISIBLE_DEVICES says which)"
+            )
         self._settings = settings
         self._device = device
         self._processes: list[Any] = []
@@ -61,7 +74,7 @@ class RankProcesses:
         for rank in range(1, n_ranks):
             process = context.Process(
                 target=work,
-                args=(rank, self._store.port, self._settings, self._device),
+                args=(rank, self._store.port, self._settings, device_of(self._device, rank)),
                 name=f"hicache-rank-{rank}",
                 daemon=True,
             )
@@ -117,6 +130,14 @@ class RankProcesses:
                 )
 
 
+def device_of(device: str, rank: int) -> str:
+    """Where the model of a rank goes: on GPUs, each rank has one.
+
+    Rank 0's is the first, which plain ``cuda`` means in its process.
+    """
+    return f"cuda:{rank}" if device == "cuda" else device
+
+
 def work(rank: int, port: int, settings: ServerSettings, device: str) -> None:
     """Runs a rank from start to end, as the main function of its process.
 
@@ -126,7 +147,7 @@ def work(rank: int, port: int, settings: ServerSettings, device: str) -> None:
         rank: number of this rank, from 1.
         port: of the store of rank 0 through which the ranks meet, on this machine.
         settings: of the server, the same on all ranks.
-        device: where torch puts the model, such as ``cpu``.
+        device: where torch puts the model, ``cpu`` or ``cuda:1``.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # rank 0 says when the end has come
@@ -135,6 +156,8 @@ def work(rank: int, port: int, settings: ServerSettings, device: str) -> None:
         format=f"%(asctime)s %(levelname)s rank {rank} %(name)s: %(message)s",
     )
     _share_threads(settings.tp)
+    if device != "cpu":
+        torch.cuda.set_device(device)  # else pinning memory would take room on the first GPU, too
     try:
         model = load_model(settings.model_path, device)
         role = role_of(settings, rank)

@@ -12,7 +12,12 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import torch
 
+from hicache_core.config.settings import HiCacheConfig
+from hicache_core.errors import ConfigError
+from hicache_core.server.rank_processes import RankProcesses, device_of
+from hicache_core.server.settings import ServerSettings
 from tests.server.process import PATIENCE_S, ServerProcess, environment, server_process
 
 FLAGS = ["--tp", "2", "--page-size", "16", "--max-total-tokens", "1024"]
@@ -95,3 +100,15 @@ def test_a_model_that_cannot_be_split_is_refused_in_words(tiny_folder: Path) -> 
     assert ended.returncode != 0
     assert "cannot be split over 4 ranks: it has 2 KV heads" in ended.stderr
     assert "possible: --tp 1 or 2" in ended.stderr
+
+
+def test_each_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [device_of("cuda", rank) for rank in (1, 2)] == ["cuda:1", "cuda:2"]
+    assert device_of("cpu", 1) == "cpu"
+    settings = ServerSettings("model", HiCacheConfig(), tp=2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match=r"--tp is 2, .* sees 1 "):
+        RankProcesses(settings, "cuda")
+    RankProcesses(settings, "cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    RankProcesses(settings, "cuda")
