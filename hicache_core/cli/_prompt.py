@@ -7,7 +7,6 @@ import json
 import re
 from pathlib import Path
 
-from hicache_core.cli._tokenizer_file import ids_by_file
 from hicache_core.errors import ConfigError
 from hicache_core.kv.keys import pack_tokens
 
@@ -55,8 +54,6 @@ def _encoded(text: str, tokenizer: Path | None) -> list[int]:
             "the prompt is a text: add --tokenizer FOLDER (or a --model folder that has a "
             "tokenizer), or give token ids separated by commas"
         )
-    if (ids := ids_by_file(tokenizer, text)) is not None:
-        return ids
     if importlib.util.find_spec("transformers") is None:
         raise ConfigError(
             "tokenizing a text needs transformers: pip install 'hicache-core[engine]'"

@@ -5,21 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from tokenizers import Tokenizer
-from tokenizers.processors import TemplateProcessing
 
-from hicache_core.cli._tokenizer_file import ids_by_file
 from hicache_core.cli.main import cli
-from hicache_core.engine.tokenizer import encode
 from hicache_core.errors import HiCacheError
 from hicache_core.kv.spec import KVSpec
 from hicache_core.storage.file.backend import FileBackend, FileConfig
@@ -146,102 +139,6 @@ def test_a_text_is_tokenized(
     found = document(ask("one two three four five", "--tokenizer", str(tiny_folder), "--json"))
     assert isinstance(found["n_tokens"], int)
     assert found["n_tokens"] > 3
-
-
-def test_a_text_needs_neither_torch_nor_transformers(
-    fill: Callable[..., None], tiny_folder: Path, tmp_path: Path
-) -> None:
-    """Both take seconds to import."""
-    fill()
-    settings = json.dumps({"path": str(tmp_path / "kv-store")})
-    options = ["--tokenizer", str(tiny_folder), "--backend", "file", "--config", settings]
-    code = (
-        "import sys; from hicache_core.cli.main import cli;"
-        f"cli({['why', 'one two three four five', *options]!r}, standalone_mode=False);"
-        "print(sorted({'torch', 'transformers'} & sys.modules.keys()))"
-    )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "whole pages" in told.stdout
-    assert told.stdout.splitlines()[-1] == "[]"
-
-
-@pytest.fixture
-def settings_of_tokenizer(tiny_folder: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Makes a copy of the tokenizer's folder with other settings."""
-
-    def change(**settings: object) -> Path:
-        folder = tmp_path / "tokenizer"
-        shutil.copytree(
-            tiny_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True
-        )
-        file = folder / "tokenizer_config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
-        return folder
-
-    return change
-
-
-TEXTS = ("", "one two three", "  spaces,\n\tand Größe: 12345 🙂", "<|im_start|>user\nhi<|im_end|>")
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"tokenizer_class": "PreTrainedTokenizerFast"},
-        {"split_special_tokens": False, "add_prefix_space": False},
-    ],
-    ids=str,
-)
-def test_the_file_alone_gives_the_ids_of_transformers(
-    settings: dict[str, object], settings_of_tokenizer: Callable[..., Path]
-) -> None:
-    folder = settings_of_tokenizer(**settings)
-    for text in TEXTS:
-        assert ids_by_file(folder, text) == encode(folder, text)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"tokenizer_class": "LlamaTokenizerFast"},
-        {"tokenizer_class": None},
-        {"add_bos_token": True},
-        {"add_eos_token": False},
-        {"split_special_tokens": True},
-        {"auto_map": {"AutoTokenizer": ["own.Own", None]}},
-        {"sep_token": "<a token that the file lacks>"},
-        {"extra_special_tokens": ["<another>"]},
-    ],
-    ids=str,
-)
-def test_where_transformers_does_more_than_the_file_says_it_is_asked(
-    settings: dict[str, object], settings_of_tokenizer: Callable[..., Path]
-) -> None:
-    assert ids_by_file(settings_of_tokenizer(**settings), "one two") is None
-
-
-def test_a_tokenizer_whose_file_adds_a_token_at_the_beginning(
-    settings_of_tokenizer: Callable[..., Path],
-) -> None:
-    folder = settings_of_tokenizer()
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    token = next(iter(tokenizer.get_added_tokens_decoder().values())).content
-    number = tokenizer.token_to_id(token)
-    tokenizer.post_processor = TemplateProcessing(f"{token} $A", None, [(token, number)])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    ids = ids_by_file(folder, "one two")
-    assert ids == encode(folder, "one two")
-    assert ids[0] == number
-
-
-def test_a_folder_without_a_readable_file_is_left_to_transformers(tmp_path: Path) -> None:
-    assert ids_by_file(tmp_path, "one") is None
-    settings = json.dumps({"tokenizer_class": "TokenizersBackend"})
-    (tmp_path / "tokenizer_config.json").write_text(settings)
-    assert ids_by_file(tmp_path, "one") is None
-    (tmp_path / "tokenizer.json").write_text("{}")
-    assert ids_by_file(tmp_path, "one") is None
 
 
 @pytest.mark.parametrize(
