@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from hicache_core.config.settings import HiCacheConfig
 from hicache_core.errors import ConfigError, SpecError, UseAfterClose
-from hicache_core.integrations.model_check import forward
+from hicache_core.integrations.model_check import forward, windows_of
 from hicache_core.integrations.model_spec import full_kv_spec_of, kv_spec_of
 from hicache_core.integrations.paged_cache import PagedCache
 from hicache_core.integrations.transformers import CachedModel, CachedTokens
@@ -85,7 +85,11 @@ def test_each_tier_serves_the_same_tokens_and_logits(name: str, world: World) ->
 
     first = world.open(model)
     check(first, CachedTokens())
-    assert ask(first, PROMPT) == CachedTokens(device=KNOWN)
+    again = ask(first, PROMPT)
+    if any(windows_of(model.config)):  # the device keeps the windows at the end of the answer
+        assert (again.total, again.storage) == (KNOWN, 0)
+    else:
+        assert again == CachedTokens(device=KNOWN)
     empty_device(first)
     check(first, CachedTokens(host=KNOWN))
     check(world.open(model), CachedTokens(storage=KNOWN))
