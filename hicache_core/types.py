@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 __all__ = ["BackendContext", "CachedTokens", "Namespace", "Page", "Tier"]
 
@@ -53,8 +53,7 @@ class CachedTokens:
         return self.device + self.host + self.storage
 
 
-@dataclass(frozen=True, slots=True)
-class ExistsJob:
+class ExistsJob(NamedTuple):
     """A lookup in storage: how many leading pages of ``keys`` are present?
 
     With ``each``, which of them are (``JobResult.mask``); likewise for reads and writes.
@@ -65,8 +64,7 @@ class ExistsJob:
     each: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class ReadJob:
+class ReadJob(NamedTuple):
     """Fill ``pages`` with the objects under ``keys``, leading ones first (same length)."""
 
     job_id: int
@@ -76,8 +74,7 @@ class ReadJob:
     each: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class WriteJob:
+class WriteJob(NamedTuple):
     """Store ``pages`` under ``keys``, leading ones first (same length)."""
 
     job_id: int
@@ -107,8 +104,7 @@ class JobState(enum.Enum):
     OVERDUE = "overdue"  # runs beyond its deadline; n_pages is 0, and its bytes may be touched
 
 
-@dataclass(frozen=True, slots=True)
-class JobResult:
+class JobResult(NamedTuple):
     """What came of a job; every submitted job yields exactly one final result.
 
     A job that runs past its deadline yields one OVERDUE result before it: no request needs to wait

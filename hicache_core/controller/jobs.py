@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
@@ -80,11 +80,19 @@ class JobTable:
 
     def add(self, settle: Settle) -> int:
         """Enters a job that a request may wait for; returns its new id."""
-        return self._enter(self._lane, settle)
+        return self._enter(self._lane, [settle])[0]
+
+    def add_all(self, settles: Sequence[Settle]) -> Sequence[int]:
+        """Enters jobs that a request may wait for; returns their new ids."""
+        return self._enter(self._lane, settles)
 
     def add_write(self, settle: Settle) -> int:
         """Enters a write to storage; returns its new id."""
-        return self._enter(self._write_lane, settle)
+        return self._enter(self._write_lane, [settle])[0]
+
+    def add_writes(self, settles: Sequence[Settle]) -> Sequence[int]:
+        """Enters writes to storage; returns their new ids."""
+        return self._enter(self._write_lane, settles)
 
     def add_copy(self, ticket: Ticket, n_pages: int, settle: Settle) -> None:
         """Enters a copy; ``collect_copies`` reports it once its ticket is done.
@@ -94,7 +102,7 @@ class JobTable:
             n_pages: pages that it copies.
             settle: called when all ranks have reported it.
         """
-        job_id = self._enter(self._copy_lane, settle)
+        (job_id,) = self._enter(self._copy_lane, [settle])
         self._copies[job_id] = Copy(job_id, ticket, n_pages)
 
     def report(self, job_id: int, n_pages: int) -> None:
@@ -110,10 +118,12 @@ class JobTable:
     def withdraw(self, job_id: int) -> None:
         """Removes a job that nobody waits for any more. All ranks must withdraw it alike."""
         if job_id in self._lane_of:  # else it is being settled right now
-            self._leave(job_id)
+            self._leave([job_id])
 
     def collect_copies(self) -> None:
         """Reports every copy whose ticket is done."""
+        if not self._copies:
+            return
         done = [copy for copy in self._copies.values() if copy.ticket.done()]
         for copy in done:
             del self._copies[copy.job_id]
@@ -160,6 +170,8 @@ class JobTable:
         """
         if self._ranks.window is None:
             ids = sorted(self._reported)
+            if not ids:
+                return Agreement([], self._ranks.agree_min([flag])[0])
         else:
             ids = [job_id for lane in self._lanes for job_id in _padded(lane)]
         reported = self._reported
@@ -167,18 +179,23 @@ class JobTable:
         agreed_flag, *agreed = self._ranks.agree_min(mine)
         pairs = zip(ids, agreed, strict=True)
         done = sorted([pair for pair in pairs if pair[1] != NOT_REPORTED])
-        return Agreement([(self._leave(job_id), n) for job_id, n in done], agreed_flag)
+        left = self._leave([job_id for job_id, _ in done])
+        return Agreement([*zip(left, [n for _, n in done], strict=True)], agreed_flag)
 
-    def _enter(self, lane: _Lane, settle: Settle) -> int:
-        job_id = self._next_id
-        self._next_id += 1
-        lane.settle[job_id] = settle
-        self._lane_of[job_id] = lane
-        return job_id
+    def _enter(self, lane: _Lane, settles: Sequence[Settle]) -> Sequence[int]:
+        job_ids = range(self._next_id, self._next_id + len(settles))
+        self._next_id = job_ids.stop
+        lane.settle.update(zip(job_ids, settles, strict=True))
+        self._lane_of.update(dict.fromkeys(job_ids, lane))
+        return job_ids
 
-    def _leave(self, job_id: int) -> Settle:
-        self._reported.pop(job_id, None)
-        return self._lane_of.pop(job_id).settle.pop(job_id)
+    def _leave(self, job_ids: Sequence[int]) -> list[Settle]:
+        """Removes jobs; returns what settles each."""
+        left = []
+        for job_id in job_ids:
+            self._reported.pop(job_id, None)
+            left.append(self._lane_of.pop(job_id).settle.pop(job_id))
+        return left
 
 
 def _padded(lane: _Lane) -> list[int]:

@@ -346,11 +346,14 @@ class PrefetchPath:
         if not self._host.shape.page_nbytes:  # nothing is stored of them: all is in groups
             prefetch.n_ready = len(host_pages)
             return
-        object_nbytes = self._host.object_nbytes
+        object_nbytes, n_pages = self._host.object_nbytes, len(host_pages)
+        starts = range(0, n_pages, parts.batch_pages)
+        job_ids = parts.jobs.add_all(
+            [partial(self._batch_settled, prefetch, index) for index in range(len(starts))]
+        )
         jobs: list[ReadJob] = []
-        for start in range(0, len(host_pages), parts.batch_pages):
-            part = slice(start, min(start + parts.batch_pages, len(host_pages)))
-            job_id = parts.jobs.add(partial(self._batch_settled, prefetch, len(jobs)))
+        for job_id, start in zip(job_ids, starts, strict=True):
+            part = slice(start, min(start + parts.batch_pages, n_pages))
             prefetch.batches.append(Batch(job_id, host_pages[part]))
             nbytes = (part.stop - start) * object_nbytes
             jobs.append(ReadJob(job_id, keys[part], pages[part], nbytes))

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 Judge = Callable[[JobResult], int]
 """Says how many pages this rank reports for a result. Called at most once a job, by the owner."""
 
+_OVERDUE = JobState.OVERDUE  # looked up once: Python 3.11 takes 70 ns for a member of an enum
+
 RunInBackground = Callable[[Callable[[], object]], None]
 """Runs something that may block on another thread, and returns at once.
 
@@ -167,7 +169,7 @@ class StorageTier:
                 self._jobs.report(job.job_id, len(job.keys))
             return
         if judge is not None:
-            self._judges.update((job.job_id, judge) for job in jobs)
+            self._judges.update(dict.fromkeys([job.job_id for job in jobs], judge))
         for job in attachment.worker.submit_all(jobs):
             self._judges.pop(job.job_id, None)
             self._jobs.report(job.job_id, 0)  # the write queue is full: dropped, and counted
@@ -177,15 +179,19 @@ class StorageTier:
         for attachment in self.attachments:
             for result in attachment.worker.drain():
                 self._take(result)
-        for job_id in [job_id for job_id, opening in self._opening.items() if opening._ended]:
-            self._jobs.report(job_id, int(self._opening.pop(job_id)._opened is not None))
-        for job_id, clearing in list(self._clearing.items()):
-            if clearing.report is not None:
-                self._jobs.report(job_id, clearing.report)
-                del self._clearing[job_id]
+        if self._opening:
+            for job_id in [job_id for job_id, opening in self._opening.items() if opening._ended]:
+                self._jobs.report(job_id, int(self._opening.pop(job_id)._opened is not None))
+        if self._clearing:
+            for job_id, clearing in list(self._clearing.items()):
+                if clearing.report is not None:
+                    self._jobs.report(job_id, clearing.report)
+                    del self._clearing[job_id]
 
     def sweep(self) -> None:
         """Closes the backends that have been drained."""
+        if not self._draining:
+            return
         in_use = [clearing.attachment for clearing in self._clearing.values()]
         for attachment in self._draining.copy():
             if attachment.worker.n_in_flight == 0 and attachment not in in_use:
@@ -200,7 +206,7 @@ class StorageTier:
     @property
     def attachments(self) -> list[Attachment]:
         """The attached backend, if any, then those that are being drained."""
-        return [*([] if self.current is None else [self.current]), *self._draining]
+        return self._draining[:] if self.current is None else [self.current, *self._draining]
 
     def _cleared(self, clearing: Clearing, reported: int) -> None:
         """When all ranks are done, no page counts as stored: the backend gets a new number."""
@@ -290,7 +296,7 @@ class StorageTier:
 
     def _take(self, result: JobResult) -> None:
         job = result.job
-        if result.state is JobState.OVERDUE:
+        if result.state is _OVERDUE:
             if isinstance(job, WriteJob):
                 return  # its pages stay locked until the call has ended
             self._overdue.add(job.job_id)

@@ -144,13 +144,20 @@ class WritePath:
         parts.tree.lock_host(node, node.n_pages)
         self._stores.append(store)
         pages, object_nbytes = parts.host.pages(node.host_pages), parts.host.object_nbytes
-        jobs: list[WriteJob] = []
-        for start in range(0, node.n_pages, parts.batch_pages):
-            part = slice(start, min(start + parts.batch_pages, node.n_pages))
-            n_pages = part.stop - start
-            job_id = parts.jobs.add_write(partial(self._batch_settled, store, start, n_pages))
-            jobs.append(WriteJob(job_id, keys[part], pages[part], n_pages * object_nbytes))
-        store.n_batches = len(jobs)
+        batches = [
+            (start, min(parts.batch_pages, node.n_pages - start))
+            for start in range(0, node.n_pages, parts.batch_pages)
+        ]
+        store.n_batches = len(batches)
+        job_ids = parts.jobs.add_writes(
+            [partial(self._batch_settled, store, start, n_pages) for start, n_pages in batches]
+        )
+        jobs = [
+            WriteJob(
+                job_id, keys[at : at + n_pages], pages[at : at + n_pages], n_pages * object_nbytes
+            )
+            for job_id, (at, n_pages) in zip(job_ids, batches, strict=True)
+        ]
         parts.storage.submit_all(storage, jobs)
 
     def _batch_settled(self, store: _Store, start: int, n_pages: int, n_stored: int) -> None:

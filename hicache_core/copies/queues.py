@@ -3,61 +3,68 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from queue import Empty, SimpleQueue
 
 from hicache_core.copies.base import CopyLayers, CopyQueue, Ticket
 from hicache_core.errors import LoadFailed, UseAfterClose
+from hicache_core.process.main_thread import main_has_ended
+
+LOOK_INTERVAL_S = 1.0
+"""An idle copy thread looks this often whether the main thread has ended."""
 
 
 class ThreadTicket(Ticket):
     """A copy on another thread, in steps of some layers."""
 
     def __init__(self, steps: list[range], copy: CopyLayers) -> None:
-        """Keeps its arguments; ``run`` makes the copies. Set ``future`` before any other use."""
-        self.future: Future[None] = Future()
+        """Keeps its arguments; ``run`` makes the copies."""
         self._steps = steps
         self._copy = copy
         self._layers_done = 0
-        self._changed = threading.Condition()
+        self._has_ended = False
+        self._error: BaseException | None = None
+        self._changed = threading.Condition(threading.Lock())
 
     def run(self) -> None:
-        """Copies all steps; on the copy thread."""
-        for step in self._steps:
-            self._copy(step)
-            with self._changed:
-                self._layers_done = step.stop
-                self._changed.notify_all()
+        """Copies all steps; on the copy thread. What a copy raises is the ticket's ``error``."""
+        try:
+            for step in self._steps:
+                self._copy(step)
+                if step is not self._steps[-1]:
+                    self._tell(step.stop)
+        except Exception as error:  # whoever waits for the ticket raises it
+            self._error = error
+            self._tell(self._layers_done, has_ended=True)
+        else:
+            self._tell(self._steps[-1].stop, has_ended=True)
 
-    def ended(self, _future: Future[None]) -> None:
-        """Wakes those that wait for a layer; on the copy thread, once the future is settled."""
+    def _tell(self, layers_done: int, *, has_ended: bool = False) -> None:
         with self._changed:
+            self._layers_done, self._has_ended = layers_done, has_ended
             self._changed.notify_all()
 
     def done(self) -> bool:
         # docstring inherited
-        return self.future.done()
+        return self._has_ended
 
     def wait(self, timeout_s: float | None = None) -> bool:
         # docstring inherited
-        try:
-            self.future.exception(timeout_s)
-        except TimeoutError:
-            return False
-        return True
+        with self._changed:
+            return self._changed.wait_for(lambda: self._has_ended, timeout_s)
 
     def wait_layer(self, layer: int) -> None:
         # docstring inherited
         if self._layers_done <= layer:
             with self._changed:
-                self._changed.wait_for(lambda: self._layers_done > layer or self.future.done())
+                self._changed.wait_for(lambda: self._layers_done > layer or self._has_ended)
         # Also if the copy failed at a later layer: its pages are given up as a whole.
-        if (error := self.error) is not None:
+        if (error := self._error) is not None:
             raise LoadFailed(f"the copy of layer {layer} failed: {error!r}") from error
 
     @property
     def error(self) -> BaseException | None:
         # docstring inherited
-        return self.future.exception() if self.future.done() else None
+        return self._error
 
 
 class ThreadQueue(CopyQueue):
@@ -66,32 +73,44 @@ class ThreadQueue(CopyQueue):
 
     def __init__(self) -> None:
         """Starts nothing; ``open`` does."""
-        self._pool: ThreadPoolExecutor | None = None
+        self._tickets: SimpleQueue[ThreadTicket | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
 
     def open(self) -> None:
         # docstring inherited
-        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hicache-copy")
-        try:
-            pool.submit(int).result()  # starts the thread now: later there may be none to be had
-        except RuntimeError:
-            pool.shutdown()
-            raise
-        self._pool = pool
+        thread = threading.Thread(target=_run_tickets, args=[self._tickets], name="hicache-copy")
+        thread.start()  # now: later there may be none to be had
+        self._thread = thread
 
     def submit(self, steps: list[range], copy: CopyLayers) -> Ticket:
         # docstring inherited
-        if self._pool is None:
+        if self._thread is None:
             raise UseAfterClose("this transfer is closed, or was not opened")
         ticket = ThreadTicket(steps, copy)
-        ticket.future = self._pool.submit(ticket.run)
-        ticket.future.add_done_callback(ticket.ended)
+        self._tickets.put(ticket)
         return ticket
 
     def close(self) -> None:
         # docstring inherited
-        if self._pool is not None:
-            self._pool.shutdown(wait=True)
-            self._pool = None
+        if self._thread is not None:
+            self._tickets.put(None)
+            self._thread.join()
+            self._thread = None
+
+
+def _run_tickets(tickets: SimpleQueue[ThreadTicket | None]) -> None:
+    """Makes copies until None comes, or the main thread has ended: nobody will close the queue."""
+    while True:
+        try:
+            ticket = tickets.get(timeout=LOOK_INTERVAL_S)
+        except Empty:
+            if main_has_ended():
+                return
+            continue
+        if ticket is None:
+            return
+        ticket.run()
+        del ticket  # an idle thread must not keep pages alive
 
 
 class InlineQueue(CopyQueue):
@@ -110,12 +129,7 @@ class InlineQueue(CopyQueue):
         if not self._is_open:
             raise UseAfterClose("this transfer is closed, or was not opened")
         ticket = ThreadTicket(steps, copy)
-        try:
-            ticket.run()
-        except (RuntimeError, ValueError, MemoryError, OSError) as error:  # what copies raise
-            ticket.future.set_exception(error)
-        else:
-            ticket.future.set_result(None)
+        ticket.run()
         return ticket
 
     def close(self) -> None:

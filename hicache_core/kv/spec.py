@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from hicache_core.errors import SpecError
@@ -44,6 +44,7 @@ class Component:
             spec; None for all of them.
         shared: whether all KV heads share the row, so that each rank has it whole. A spec sees
             that by itself in most shapes (``KVSpec.is_shared``).
+        row_nbytes: bytes of one token's row in one layer; follows from shape and dtype.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Component:
     dtype: str
     layers: tuple[int, ...] | None = None
     shared: bool = False
+    row_nbytes: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Raises SpecError for an unknown dtype, an impossible dimension or list of layers."""
@@ -63,11 +65,8 @@ class Component:
             _positive(f"component {self.name!r}: shape {self.shape}, dimension", size)
         if self.layers is not None:
             _check_layers(self.name, self.layers)
-
-    @property
-    def row_nbytes(self) -> int:
-        """Bytes of one token's row in one layer."""
-        return math.prod(self.shape) * DTYPE_NBYTES[self.dtype]
+        row_nbytes = math.prod(self.shape) * DTYPE_NBYTES[self.dtype]
+        object.__setattr__(self, "row_nbytes", row_nbytes)
 
 
 class GroupKind(enum.Enum):

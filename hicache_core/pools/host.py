@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from operator import getitem, itemgetter
 from typing import overload
 
 import torch
@@ -75,6 +76,10 @@ class HostPool:
         nbytes = self._payload_nbytes + HEADER_NBYTES * n_pages
         check_memory(nbytes, f"host pool of {n_pages} pages")
         self._memory: memoryview | None = map_memory(nbytes, progress)
+        headers = (self._payload_nbytes, HEADER_NBYTES)
+        self._cutter: _Cutter | None = _Cutter(
+            self._memory, [headers, *layout.chunks(self.shape)], n_pages
+        )
         self._flat = torch.frombuffer(self._memory, dtype=torch.uint8)
         self.pinned = pin
         if pin:
@@ -134,10 +139,11 @@ class HostPool:
         Raises:
             IntegrityError: a page id is not of this pool.
         """
-        memory = self._open_memory()
+        if self._cutter is None:
+            raise UseAfterClose("the host pool is closed")
         ids = array("i", page_ids)
         check_page_ids(ids, self.n_pages, "host")
-        return _Pages(memory, self._payload_nbytes, self.layout, self.shape, ids)
+        return _Pages(self._cutter, ids)
 
     def close(self) -> None:
         """Frees the memory once no view of it is left; a second call does nothing.
@@ -149,6 +155,7 @@ class HostPool:
         if self.pinned:
             unpin_memory(self._flat)
         self._flat = torch.empty(0, dtype=torch.uint8)
+        self._cutter = None
         self._memory = None
 
     def _open_memory(self) -> memoryview:
@@ -157,21 +164,38 @@ class HostPool:
         return self._memory
 
 
+class _Cutter:
+    """Cuts pages out of the memory of a pool.
+
+    A page of a model of 30 layers may have 60 segments, so all that is the same for all pages is
+    computed once: for each segment of a page, a view of that segment of all pages.
+    """
+
+    def __init__(self, memory: memoryview, chunks: Sequence[tuple[int, int]], n_pages: int) -> None:
+        """Makes the views.
+
+        Args:
+            memory: of the pool.
+            chunks: (start, length) in bytes of each segment of page 0; that of page ``p`` starts
+                ``p`` lengths further on.
+            n_pages: of the pool.
+        """
+        self._views = [memory[at : at + n_pages * nbytes] for at, nbytes in chunks]
+        self._lengths = sorted({nbytes for _, nbytes in chunks})
+        numbers = [self._lengths.index(nbytes) for _, nbytes in chunks]
+        self._of_each_view = itemgetter(*numbers, 0)  # of fewer than two it makes no tuple
+
+    def page(self, page: int) -> Page:
+        """The segments of a page."""
+        ranges = [slice(page * nbytes, (page + 1) * nbytes) for nbytes in self._lengths]
+        return tuple(map(getitem, self._views, self._of_each_view(ranges)))  # type: ignore[arg-type]
+
+
 class _Pages(Sequence[Page]):
     """Pages of a host pool, made into segments one by one."""
 
-    def __init__(
-        self,
-        memory: memoryview,
-        headers_start: int,
-        layout: HostLayout,
-        shape: PoolShape,
-        ids: array[int],
-    ) -> None:
-        self._memory = memory
-        self._headers_start = headers_start
-        self._layout = layout
-        self._shape = shape
+    def __init__(self, cutter: _Cutter, ids: array[int]) -> None:
+        self._cutter = cutter
         self._ids = ids
 
     def __len__(self) -> int:
@@ -183,11 +207,8 @@ class _Pages(Sequence[Page]):
     def __getitem__(self, index: slice) -> Sequence[Page]: ...
     def __getitem__(self, index: int | slice) -> Page | Sequence[Page]:
         if isinstance(index, slice):
-            ids = self._ids[index]
-            return _Pages(self._memory, self._headers_start, self._layout, self._shape, ids)
-        page, memory = self._ids[index], self._memory
-        header = self._headers_start + page * HEADER_NBYTES
-        return (
-            memory[header : header + HEADER_NBYTES],
-            *(memory[start:stop] for start, stop in self._layout.segments(self._shape, page)),
-        )
+            return _Pages(self._cutter, self._ids[index])
+        return self._cutter.page(self._ids[index])
+
+    def __iter__(self) -> Iterator[Page]:
+        return map(self._cutter.page, self._ids)

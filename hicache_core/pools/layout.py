@@ -75,8 +75,16 @@ class HostLayout(ABC):
         """Where the rows of each component are."""
 
     @abstractmethod
+    def chunks(self, shape: PoolShape) -> list[tuple[int, int]]:
+        """The payload of page 0 as (start, length) in bytes, in object order.
+
+        The chunk of page ``p`` starts ``p`` lengths further on.
+        """
+
     def segments(self, shape: PoolShape, page: int) -> list[tuple[int, int]]:
         """The payload of ``page`` as (start, stop) byte ranges, in object order."""
+        chunks = self.chunks(shape)
+        return [(at + page * nbytes, at + (page + 1) * nbytes) for at, nbytes in chunks]
 
     def nbytes(self, shape: PoolShape) -> int:
         """Bytes of all pages together, including alignment."""
@@ -110,18 +118,13 @@ class LayerFirst(HostLayout):
             start = _aligned(start + layer * n_layers)
         return result
 
-    def segments(self, shape: PoolShape, page: int) -> list[tuple[int, int]]:
+    def chunks(self, shape: PoolShape) -> list[tuple[int, int]]:
         # docstring inherited
-        firsts = [
-            (place.offset + page * place.page_stride, place.layer_stride, place.page_stride)
-            for place in self.placements(shape)
+        places = self.placements(shape)
+        return [
+            (places[c].offset + layer * places[c].layer_stride, places[c].page_stride)
+            for c, layer in shape.by_layer
         ]
-        result = []
-        for component, layer in shape.by_layer:
-            first, layer_stride, nbytes = firsts[component]
-            start = first + layer * layer_stride
-            result.append((start, start + nbytes))
-        return result
 
     def nbytes(self, shape: PoolShape) -> int:
         # docstring inherited
@@ -159,9 +162,9 @@ class PageFirst(HostLayout):
             start += token * shape.page_size
         return result
 
-    def segments(self, shape: PoolShape, page: int) -> list[tuple[int, int]]:
+    def chunks(self, shape: PoolShape) -> list[tuple[int, int]]:
         # docstring inherited
-        return _block(shape, page)
+        return _block(shape)
 
 
 class PageFirstDirect(HostLayout):
@@ -198,9 +201,9 @@ class PageFirstDirect(HostLayout):
             start += layer * len(shape.spec.layers_of(block[0]))
         return [places[component.name] for component in shape.spec.components]
 
-    def segments(self, shape: PoolShape, page: int) -> list[tuple[int, int]]:
+    def chunks(self, shape: PoolShape) -> list[tuple[int, int]]:
         # docstring inherited
-        return _block(shape, page)
+        return _block(shape)
 
 
 LAYOUTS: dict[str, HostLayout] = {
@@ -220,10 +223,9 @@ def layout_named(name: str) -> HostLayout:
     return LAYOUTS[name]
 
 
-def _block(shape: PoolShape, page: int) -> list[tuple[int, int]]:
+def _block(shape: PoolShape) -> list[tuple[int, int]]:
     """A page in one piece; nothing of a page without bytes."""
-    nbytes = shape.page_nbytes
-    return [(page * nbytes, (page + 1) * nbytes)] if nbytes else []
+    return [(0, shape.page_nbytes)] if shape.page_nbytes else []
 
 
 def _aligned(nbytes: int) -> int:

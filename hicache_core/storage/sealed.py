@@ -189,6 +189,7 @@ class SealedBackend(BackendWrapper):
         return self.inner.batch_exists(keys)
 
     def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        pages = list(pages)  # lazy ones are made once
         names = [_name_of(key) for key in keys]
         n_good, n_filled = self._fill(keys, names, pages)
         for n in range(n_good, n_filled):
@@ -210,6 +211,7 @@ class SealedBackend(BackendWrapper):
         return self.inner.exists_each(keys)
 
     def get_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
+        pages = list(pages)
         names = [_name_of(key) for key in keys]
         filled, refused = self._fill_each(keys, names, pages)
         absent = [n for n, is_filled in enumerate(filled) if not is_filled and n not in refused]
@@ -267,7 +269,7 @@ class SealedBackend(BackendWrapper):
         Returns:
             The answer of the one that was called.
         """
-        names = [_name_of(key) for key in keys]
+        names, pages = [_name_of(key) for key in keys], list(pages)
         for page in pages:
             _check_page(page)
         if visiting is not None:

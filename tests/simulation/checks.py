@@ -91,7 +91,7 @@ def check_units_on_their_way(cache: Controller, part: GroupParts) -> None:
 def check_named_pages(cache: Controller, workers: Sequence[SimWorker]) -> None:
     """Bytes that an unfinished job names are not free, and no two jobs fill the same bytes."""
     hosts = [cache.parts.host, *(part.host for part in cache.parts.groups)]
-    pools = {id(host._open_memory()): host for host in hosts if host is not None}
+    pools = {id(host._cutter): host for host in hosts if host is not None}
     free = {(id(memory), page) for memory, host in pools.items() for page in host.allocator._free}
     filled: set[tuple[int, int]] = set()
     read: set[tuple[int, int]] = set()
@@ -100,7 +100,7 @@ def check_named_pages(cache: Controller, workers: Sequence[SimWorker]) -> None:
             if isinstance(job, ExistsJob):
                 continue
             named = job.pages
-            pages = {(id(named._memory), page) for page in named._ids}  # type: ignore[attr-defined]
+            pages = {(id(named._cutter), page) for page in named._ids}  # type: ignore[attr-defined]
             if pages & free:
                 raise InvariantBroken(
                     f"own until drained: job {job.job_id} ({type(job).__name__}) names host pages "

@@ -40,7 +40,8 @@ class Deadlines:
 
     def __call__(self, job: Job) -> float:
         """Returns the seconds for ``job``."""
-        return self.for_nbytes(nbytes_of_job(job))
+        nbytes = 0 if isinstance(job, ExistsJob) else job.nbytes
+        return self.base_s + nbytes / GIB * self.per_gib_s
 
 
 def nbytes_of_job(job: Job) -> int:

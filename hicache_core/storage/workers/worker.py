@@ -168,7 +168,8 @@ class StorageWorker(Worker):
         with self._lock:
             if self._closed:
                 raise UseAfterClose("the storage worker is closed and accepts no jobs")
-            refused = [job for job in jobs if not self._accept(job)]
+            now = self._clock()
+            refused = [job for job in jobs if not self._accept(job, now)]
             self._start_threads()
             self._work.notify()  # one thread, which wakes the next: cheaper for the owner
         self._call_back()
@@ -286,8 +287,8 @@ class StorageWorker(Worker):
 
     # From here on the caller holds the lock, except for _run.
 
-    def _accept(self, job: Job) -> bool:
-        """Queues a job unless the write queue is full; returns whether it did."""
+    def _accept(self, job: Job, now: float) -> bool:
+        """Queues a job at ``now`` unless the write queue is full; returns whether it did."""
         if job.job_id in self._running or job.job_id in self._waiting:
             raise ValueError(f"job {job.job_id} was already submitted")
         if isinstance(job, WriteJob):
@@ -295,7 +296,7 @@ class StorageWorker(Worker):
                 return False
             self._write_nbytes += job.nbytes
         elif self._deadline is not None:
-            self._wait_until[job.job_id] = self._due(self._clock(), job)
+            self._wait_until[job.job_id] = self._due(now, job)
         self._waiting.add(job)
         self._n_accepted += 1
         return True

@@ -163,3 +163,16 @@ def test_pages_wait_for_a_call_that_hangs_on_another_rank() -> None:
     ranks.peer = None
     settle_all(jobs)
     assert allocator.n_free == 8
+
+
+def test_jobs_that_are_entered_together_settle_one_by_one() -> None:
+    jobs, settled = JobTable(SingleRank()), []
+    reads = jobs.add_all([lambda n: settled.append(("read", n)) for _ in range(2)])
+    writes = jobs.add_writes([lambda n: settled.append(("write", n)) for _ in range(2)])
+    assert [*reads, *writes] == [0, 1, 2, 3]
+    for job_id in (writes[1], reads[0]):
+        jobs.report(job_id, job_id)
+    for settle, n_pages in jobs.agree().settled:
+        settle(n_pages)
+    assert settled == [("read", 0), ("write", 3)]
+    assert jobs.n_jobs == 2

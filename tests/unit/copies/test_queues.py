@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from hicache_core.copies import queues
 from hicache_core.copies.base import CopyLayers, CopyQueue
 from hicache_core.copies.queues import InlineQueue, ThreadQueue
 from hicache_core.errors import LoadFailed, UseAfterClose
@@ -141,3 +142,19 @@ def test_the_inline_queue_has_copied_when_submit_returns() -> None:
     gate = Gate(stop_at=9)
     assert queue.submit(LAYERS, gate).done()
     assert gate.layers == [0, 1, 2, 3]
+
+
+def test_the_copy_thread_ends_with_the_main_thread_if_nobody_closes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(queues, "LOOK_INTERVAL_S", 0.01)
+    ended = threading.Event()
+    monkeypatch.setattr(queues, "main_has_ended", ended.is_set)
+    queue = ThreadQueue()
+    queue.open()
+    assert queue.submit(LAYERS, Gate(stop_at=9)).wait(10)
+    (thread,) = [t for t in threading.enumerate() if t.name == "hicache-copy"]
+    ended.set()
+    thread.join(10)
+    assert not thread.is_alive()
+    queue.close()
