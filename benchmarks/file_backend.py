@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.harness import Row, measure
+from hicache_core.storage.base import StorageBackend
 from hicache_core.storage.file.backend import FileBackend
 from hicache_core.storage.file.config import FileConfig
-from hicache_core.storage.file.records import capacity_for
-from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend
+from hicache_core.storage.file.index import move
+from hicache_core.storage.file.records import BLOCK_NBYTES, SEGMENT_NBYTES, capacity_for
+from hicache_core.storage.sealed import HEADER_NBYTES, SealedBackend, checksum
 from hicache_core.types import BackendContext
 
 N_KEYS = 128
@@ -51,7 +55,7 @@ class Bench:
         if backend.batch_set(self.keys, self.pages) != self.n_pages:
             raise RuntimeError("the backend dropped pages")
 
-    def get(self, backend: SealedBackend) -> None:
+    def get(self, backend: StorageBackend) -> None:
         if backend.batch_get(self.keys, self.pages) != self.n_pages:
             raise RuntimeError("the backend lost pages")
 
@@ -61,10 +65,13 @@ class Bench:
             os.pwritev(fd, [payload], i * self.nbytes)
         os.close(fd)
 
-    def read_one_file(self, name: str) -> None:
+    def read_one_file(
+        self, name: str, arrived: Callable[[Sequence[memoryview]], object] = lambda _: None
+    ) -> None:
         fd = os.open(self.directory / name, os.O_RDONLY)
         for i, payload in enumerate(self.payloads):
             os.preadv(fd, [payload], i * self.nbytes)
+            arrived([payload])
         os.close(fd)
 
     def write_files(self, name: str) -> None:
@@ -113,6 +120,65 @@ def rows(quick: bool) -> Iterator[Row]:
         finally:
             bench.remove_stores()
             shutil.rmtree(directory)
+    yield from _opening_rows(1 << 16 if quick else 1_000_000, 3 if quick else 5)
+
+
+def _opening_rows(n_objects: int, repeat: int) -> Iterator[Row]:
+    """Opening a store of many objects, and asking for some of them.
+
+    Its index has rows as publishing makes them, with keys in random order; the segment files are
+    holes.
+    """
+    with tempfile.TemporaryDirectory(prefix="hicache-bench-") as directory:
+        config = FileConfig(path=Path(directory, "store"), max_nbytes=1 << 50)
+        keys = [f"{0:016x}/{random.Random(n).randbytes(32).hex()}" for n in range(n_objects)]
+        with contextlib.closing(_opened(config)) as backend:
+            _add_objects(backend, keys)
+        table = f"file backend, {n_objects:,} objects"
+        opened: list[FileBackend] = []
+
+        def close_last() -> None:
+            while opened:
+                opened.pop().close()
+
+        wall, cpu = measure(lambda: opened.append(_opened(config)), repeat=repeat, setup=close_last)
+        yield Row(table, "open", "s", wall, cpu, target="≤ 3 s")
+        with contextlib.closing(opened.pop()) as backend:
+            asked = keys[:: len(keys) // N_KEYS][:N_KEYS]
+            if backend.batch_exists(asked) != N_KEYS:
+                raise RuntimeError("the backend lost keys")
+            yield _exists_row(asked, backend, table, 5 * repeat)
+
+
+def _opened(config: FileConfig) -> FileBackend:
+    backend = FileBackend(config, BackendContext(namespace="0" * 16))
+    backend.open()
+    return backend
+
+
+def _add_objects(backend: FileBackend, keys: Sequence[str]) -> None:
+    """Publishes objects of 4 KiB without writing them."""
+    capacity = capacity_for(HEADER_NBYTES + 4096)
+    in_segment = (SEGMENT_NBYTES - BLOCK_NBYTES) // capacity
+    n_segments = -(-len(keys) // in_segment)
+    with backend._calls.call() as store, store.index.transaction() as connection:
+        for segment in range(1, n_segments + 1):
+            store.records.create(segment)
+            connection.execute("INSERT INTO segments VALUES (?, ?)", (segment, SEGMENT_NBYTES))
+        connection.executemany(
+            "INSERT INTO extents (segment, offset, capacity, generation, seq, key, nbytes, "
+            "written_at, used_at) VALUES (?, ?, ?, 1, 1, ?, ?, ?, ?)",
+            (
+                (
+                    *(1 + n // in_segment, BLOCK_NBYTES + n % in_segment * capacity, capacity),
+                    *(key, HEADER_NBYTES + 4096, 1e9 + n, 1e9 + n),
+                )
+                for n, key in enumerate(keys)
+            ),
+        )
+        move(connection, "seq")
+        move(connection, "segment", n_segments)
+        move(connection, "held", len(keys) * capacity)
 
 
 def _size_rows(bench: Bench, table: str, repeat: int) -> Iterator[Row]:
@@ -157,6 +223,18 @@ def _size_rows(bench: Bench, table: str, repeat: int) -> Iterator[Row]:
         baseline="one file: get warm",
         target=targets[1],
     )
+    yield row(
+        "get warm, seals not checked",
+        lambda: bench.get(backend.inner),
+        baseline="get warm",
+        target="≤ 1.15 ×" if one_mib else None,
+    )
+    yield row(
+        "one file: get warm, and xxh3-64 of each",
+        lambda: bench.read_one_file("one", checksum),
+        baseline="one file: get warm",
+        note="what the checksum alone costs",
+    )
     yield row("one file: get cold", lambda: bench.read_one_file("one"), bench.drop_cache)
     yield row("a file each: get cold", lambda: bench.read_files("each"), bench.drop_cache)
     yield row(
@@ -166,7 +244,7 @@ def _size_rows(bench: Bench, table: str, repeat: int) -> Iterator[Row]:
         baseline="one file: get cold",
         target=targets[2],
     )
-    yield _exists_row(bench, backend, table, repeat)
+    yield _exists_row(bench.keys[:N_KEYS], backend, table, repeat)
     clear = bench.remove_files
     yield row("one file: set new", lambda: bench.write_one_file("one"), clear, note=fresh)
     yield row("a file each: set new", lambda: bench.write_files("each"), clear, note=fresh)
@@ -186,8 +264,7 @@ def _size_rows(bench: Bench, table: str, repeat: int) -> Iterator[Row]:
     )
 
 
-def _exists_row(bench: Bench, backend: SealedBackend, table: str, repeat: int) -> Row:
-    keys = bench.keys[:N_KEYS]
+def _exists_row(keys: Sequence[str], backend: StorageBackend, table: str, repeat: int) -> Row:
     wall, cpu = measure(lambda: backend.batch_exists(keys), repeat=repeat, number=200)
     return Row(
         table,

@@ -110,7 +110,7 @@ def _mismatch(name: bytes, page: Page) -> str | None:
         return "corrupt"
     if version != VERSION or flags != 0:
         return "wrong_version"
-    if nbytes != nbytes_of(payload):
+    if nbytes != (payload[0].nbytes if len(payload) == 1 else nbytes_of(payload)):
         return "wrong_length"
     if its_name != name:
         return "foreign"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -99,8 +99,13 @@ class Database(NamedTuple):
             f"PRAGMA user_version = {self.version}; {self.schema} COMMIT;"
         )
 
-    def check(self, connection: sqlite3.Connection) -> None:
+    def check(self, connection: sqlite3.Connection, *, whole: bool = True) -> None:
         """Checks that the file belongs to the store and is intact; reads every row.
+
+        Args:
+            connection: to the file.
+            whole: whether to compare rows with each other and with their indexes, too. That takes
+                ten seconds a million rows.
 
         Raises:
             BackendUnavailable: it is a file of another application or version.
@@ -127,9 +132,12 @@ class Database(NamedTuple):
         (mode,) = connection.execute("PRAGMA journal_mode").fetchone()
         if mode != "wal":
             raise BackendCorrupt(f"{self.what} {self.path} is damaged: its journal mode is {mode}")
-        (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+        kind = "integrity_check" if whole else "quick_check"
+        (verdict,) = connection.execute(f"PRAGMA {kind}(1)").fetchone()
         if verdict != "ok":
             raise BackendCorrupt(f"{self.what} {self.path} is damaged: {verdict}")
+        if not whole:
+            return
         for fault, query in self.faults.items():
             if connection.execute(f"{query} LIMIT 1").fetchone() is not None:
                 raise BackendCorrupt(f"{self.what} {self.path} is damaged: {fault}")
@@ -142,22 +150,32 @@ class Database(NamedTuple):
             return None
         return status.st_dev, status.st_ino
 
-    @contextlib.contextmanager
-    def translated(self, damaged: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Translates errors of SQLite to ``BackendError``; calls ``damaged`` if the file is."""
-        try:
-            yield
-        except BackendCorrupt:
+    def translated(
+        self, damaged: Callable[[], None] = lambda: None
+    ) -> contextlib.AbstractContextManager[None]:
+        """Translates errors of SQLite to ``BackendError``; calls ``damaged`` if the file is.
+
+        What it returns may be entered any number of times, by several threads at once.
+        """
+        return _Translated(self, damaged)
+
+    def _raise_translated(self, error: BaseException, damaged: Callable[[], None]) -> None:
+        """Raises the ``BackendError`` for an error of SQLite; returns for any other error.
+
+        Args:
+            error: was raised by a call of SQLite.
+            damaged: called if the file is damaged.
+        """
+        if isinstance(error, BackendCorrupt):
             damaged()
-            raise
-        except UnicodeDecodeError as exc:  # text in the file, or in SQLite's message
+        elif isinstance(error, UnicodeDecodeError):  # text in the file, or in SQLite's message
             damaged()
-            raise BackendCorrupt(f"{self.what} {self.path}: {exc.reason}: {_REBUILT}") from exc
-        except sqlite3.Error as exc:
-            kind, advice = self._meaning(exc)
+            raise BackendCorrupt(f"{self.what} {self.path}: {error.reason}: {_REBUILT}") from error
+        elif isinstance(error, sqlite3.Error):
+            kind, advice = self._meaning(error)
             if kind is BackendCorrupt:
                 damaged()
-            raise kind(f"{self.what} {self.path}: {exc}: {advice}") from exc
+            raise kind(f"{self.what} {self.path}: {error}: {advice}") from error
 
     def _meaning(self, exc: sqlite3.Error) -> tuple[type[BackendError], str]:
         """Returns the class of an error, and what to do about it."""
@@ -179,6 +197,23 @@ class Database(NamedTuple):
         except OSError:
             return False
         return status.f_bavail * status.f_frsize < _LEAST_ROOM_NBYTES
+
+
+class _Translated:
+    """See ``Database.translated``. A generator would cost a read a microsecond each time."""
+
+    __slots__ = ("_damaged", "_database")
+
+    def __init__(self, database: Database, damaged: Callable[[], None]) -> None:
+        self._database = database
+        self._damaged = damaged
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None:
+            self._database._raise_translated(error, self._damaged)
 
 
 def room_nbytes(connection: sqlite3.Connection) -> int:

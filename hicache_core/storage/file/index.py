@@ -18,11 +18,12 @@ import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 from hicache_core.errors import BackendCorrupt, BackendError, BackendUnavailable, IntegrityError
 from hicache_core.storage.base import namespace_of
 from hicache_core.storage.file.index_faults import FAULTS
+from hicache_core.storage.file.late_check import LateCheck
 from hicache_core.storage.file.records import BLOCK_NBYTES, OVERHEAD_NBYTES, Extent
 from hicache_core.storage.sqlite import Database, is_empty, room_nbytes
 
@@ -61,12 +62,33 @@ CREATE INDEX by_seq ON extents (seq);
 """
 
 
+CHECKED_AT_ONCE_NBYTES = 16 << 20
+"""Of a larger index the rows are checked against each other after it was opened."""
+
+_STORED = "key, extent_id, segment, offset, capacity, generation, nbytes, written_at"
+_Stored: TypeAlias = tuple[str, int, int, int, int, int, int, float]
+"""A published object, as SQLite returns it. The garbage collector does not follow plain tuples of
+numbers and texts, so a million of them costs it nothing."""
+_EXTENT_ID: Final = 1
+_OFFSET: Final = 3
+_CAPACITY: Final = 4
+_NBYTES: Final = 6
+_WRITTEN_AT: Final = 7
+
+
 class Row(NamedTuple):
-    """A published object, in this process's copy of the index."""
+    """A published object."""
 
     extent: Extent
     nbytes: int
     written_at: float
+
+
+def _row(stored: _Stored | None) -> Row | None:
+    if stored is None:
+        return None
+    _, extent_id, segment, offset, capacity, generation, nbytes, written_at = stored
+    return Row(Extent(extent_id, segment, offset, capacity, generation), nbytes, written_at)
 
 
 class FileIndex:
@@ -95,12 +117,14 @@ class FileIndex:
         self._durable = durable
         self._read_lock = threading.Lock()
         self._write_lock = threading.Lock()
-        self._rows: dict[str, Row] = {}
+        self._rows: dict[str, _Stored] = {}
         self._keys: dict[int, str] = {}  # extent_id -> key, of those in _rows
         self._usage: dict[str, int] = {}  # bytes of _rows by namespace
         self._version = 0  # increases whenever _rows or _segments change
         self._seen = (-1, -1, -1)  # data_version, epoch, seq
         self.segments: frozenset[int] = frozenset()  # as of the last change of epoch
+        self._is_large = False
+        self._late_check: LateCheck | None = None
 
     def connect(self) -> None:
         """Opens both connections; creates missing tables and checks existing ones.
@@ -114,7 +138,8 @@ class FileIndex:
         with self._database.translated():
             self._writer = self._connection()
             try:
-                self._check()
+                self._is_large = self.path.stat().st_size > CHECKED_AT_ONCE_NBYTES
+                self._check(whole=not self._is_large)
                 self._reader = self._connection()
             except BaseException:
                 self._writer.close()
@@ -126,6 +151,15 @@ class FileIndex:
         except BackendError:
             self.close()
             raise
+
+    def check_late(self) -> None:
+        """Begins what ``connect`` left out for a large index, if anything.
+
+        While it runs the log cannot be restarted, so opening comes first.
+        """
+        if self._is_large:
+            with self._database.translated():
+                self._late_check = LateCheck(self._database, self._connection(), self._damaged)
 
     def trouble(self) -> str:
         """Returns why it has become unusable while open; empty if it is usable."""
@@ -170,11 +204,11 @@ class FileIndex:
     def _connection(self) -> sqlite3.Connection:
         return self._database.connect(self._timeout_s, durable=self._durable)
 
-    def _check(self) -> None:
+    def _check(self, *, whole: bool) -> None:
         if is_empty(self._writer):
             self._database.make(self._writer)
         self._upgrade()
-        self._database.check(self._writer)
+        self._database.check(self._writer, whole=whole)
 
     def _upgrade(self) -> None:
         """Upgrades an index of an older version. The caller holds ``open.lock``."""
@@ -191,7 +225,10 @@ class FileIndex:
             )
 
     def close(self) -> None:
-        """Closes both connections."""
+        """Closes all connections."""
+        if self._late_check is not None:
+            self._late_check.close()
+            self._late_check = None
         with self._write_lock, self._read_lock:
             self._writer.close()
             self._reader.close()
@@ -217,7 +254,7 @@ class FileIndex:
         """Returns a version for ``unchanged``, and the rows of ``keys``; None for absent ones."""
         with self._read_lock:
             self._follow()
-            return self._version, list(map(self._rows.get, keys))
+            return self._version, list(map(_row, map(self._rows.get, keys)))
 
     def leading(self, keys: Sequence[str], older_than: float) -> int:
         """Returns how many leading keys are present and were written after ``older_than``."""
@@ -226,7 +263,7 @@ class FileIndex:
             rows = self._rows
             for n, key in enumerate(keys):
                 row = rows.get(key)
-                if row is None or row.written_at <= older_than:
+                if row is None or row[_WRITTEN_AT] <= older_than:
                     return n
         return len(keys)
 
@@ -235,7 +272,7 @@ class FileIndex:
         with self._read_lock:
             self._follow()
             rows = list(map(self._rows.get, keys))
-        return [row is not None and row.written_at > older_than for row in rows]
+        return [row is not None and row[_WRITTEN_AT] > older_than for row in rows]
 
     def unchanged(self, version: int, keys: Sequence[str], rows: Sequence[Row | None]) -> int:
         """Returns how many leading ``rows`` are still the ones that ``lookup`` returned.
@@ -253,7 +290,7 @@ class FileIndex:
             if self._version == version:
                 return len(rows)
             for n, (key, row) in enumerate(zip(keys, rows, strict=True)):
-                if self._rows.get(key) != row:
+                if _row(self._rows.get(key)) != row:
                     return n
         return len(rows)
 
@@ -271,7 +308,7 @@ class FileIndex:
             self._follow()
             if self._version == version:
                 return [True] * len(rows)
-            return [self._rows.get(key) == row for key, row in zip(keys, rows, strict=True)]
+            return [_row(self._rows.get(key)) == row for key, row in zip(keys, rows, strict=True)]
 
     def keys(self, prefix: str, older_than: float) -> list[str]:
         """Returns the keys that start with ``prefix`` and were written after ``older_than``."""
@@ -280,7 +317,7 @@ class FileIndex:
             return [
                 key
                 for key, row in self._rows.items()
-                if key.startswith(prefix) and row.written_at > older_than
+                if key.startswith(prefix) and row[_WRITTEN_AT] > older_than
             ]
 
     def totals(self) -> tuple[int, int, int]:
@@ -327,7 +364,7 @@ class FileIndex:
                 raise IntegrityError("the copy of the index in this process differs from the table")
             usage = dict.fromkeys(self._usage, 0)
             for key, row in self._rows.items():
-                usage[namespace_of(key)] += row.nbytes
+                usage[namespace_of(key)] += row[_NBYTES]
             if usage != self._usage:
                 raise IntegrityError("the bytes by namespace are not the sums of the objects")
 
@@ -370,40 +407,62 @@ class FileIndex:
             BackendCorrupt: a row is invalid.
         """
         try:
-            return self._taken_over(connection, last)
+            return self._loaded(connection) if last == -1 else self._taken_over(connection, last)
         except (TypeError, AttributeError, ValueError) as exc:
             raise BackendCorrupt(f"index {self.path} is damaged: a row is invalid: {exc}") from exc
 
+    def _loaded(self, connection: sqlite3.Connection) -> int:
+        """Reads all rows into an empty copy, in order of the table; as ``_taken_over``."""
+        (last,) = connection.execute("SELECT coalesce(max(seq), -1) FROM extents").fetchone()
+        query = f"SELECT {_STORED} FROM extents NOT INDEXED WHERE key IS NOT NULL"
+        rows, keys, usage = self._rows, self._keys, self._usage
+        for stored in connection.execute(query):
+            key, extent_id, _, offset, capacity, _, nbytes, written_at = stored
+            _check_row(offset, capacity, nbytes, written_at)
+            rows[key], keys[extent_id] = stored, key
+            namespace = namespace_of(key)
+            usage[namespace] = usage.get(namespace, 0) + nbytes
+        if len(rows) != len(keys):
+            raise ValueError(f"{len(keys)} extents have {len(rows)} keys")
+        return int(last)
+
     def _taken_over(self, connection: sqlite3.Connection, last: int) -> int:
-        changes = connection.execute(
-            "SELECT extent_id, segment, offset, capacity, generation, key, nbytes, written_at, seq "
-            "FROM extents WHERE seq > ? ORDER BY seq",
-            (last,),
-        )
-        for *extent, key, nbytes, written_at, seq in changes:
+        query = f"SELECT seq, {_STORED} FROM extents WHERE seq > ? ORDER BY seq"
+        for seq, *changed in connection.execute(query, (last,)):
             last = seq
-            before = self._keys.pop(extent[0], None)
-            if before is not None and self._rows[before].extent.extent_id == extent[0]:
+            key, extent_id = changed[0], changed[_EXTENT_ID]
+            before = self._keys.pop(extent_id, None)
+            if before is not None and self._rows[before][_EXTENT_ID] == extent_id:
                 self._drop(before)
             if key is not None:
-                if not 0 <= nbytes <= extent[3] - OVERHEAD_NBYTES or extent[2] < BLOCK_NBYTES:
-                    raise ValueError(f"{nbytes} bytes at {extent[2]}, {extent[3]} long")
                 if key in self._rows:
                     self._drop(key)
-                self._rows[key] = Row(Extent(*extent), nbytes, written_at)
-                self._keys[extent[0]] = key
-                namespace = namespace_of(key)
-                self._usage[namespace] = self._usage.get(namespace, 0) + nbytes
+                self._add(tuple(changed))
         return last
 
+    def _add(self, stored: _Stored) -> None:
+        key, nbytes = stored[0], stored[_NBYTES]
+        _check_row(stored[_OFFSET], stored[_CAPACITY], nbytes, stored[_WRITTEN_AT])
+        self._rows[key] = stored
+        self._keys[stored[_EXTENT_ID]] = key
+        namespace = namespace_of(key)
+        self._usage[namespace] = self._usage.get(namespace, 0) + nbytes
+
     def _drop(self, key: str) -> None:
-        row, namespace = self._rows.pop(key), namespace_of(key)
-        self._usage[namespace] -= row.nbytes
+        stored, namespace = self._rows.pop(key), namespace_of(key)
+        self._usage[namespace] -= stored[_NBYTES]
 
     def _clear(self) -> None:
         self._rows.clear()
         self._keys.clear()
         self._usage.clear()
+
+
+def _check_row(offset: int, capacity: int, nbytes: int, written_at: float) -> None:
+    if type(written_at) is not float:
+        raise TypeError(f"written at {written_at!r}")
+    if not 0 <= nbytes <= capacity - OVERHEAD_NBYTES or offset < BLOCK_NBYTES:
+        raise ValueError(f"{nbytes} bytes at {offset}, {capacity} long")
 
 
 def move(connection: sqlite3.Connection, counter: str, by: int = 1) -> int:

@@ -54,6 +54,7 @@ class FileStore:
         try:
             self.space.max_nbytes = settings.max_nbytes or self._default_cap()
             self.directory.with_room(self.space.trim)
+            self.index.check_late()  # last: if it finds damage while opening, opening would fail
         except BaseException:
             self.directory.close()
             raise

@@ -110,3 +110,38 @@ def test_without_any_lease_the_second_look_at_the_metadata_still_tells(
     assert hits(reader, ["A"]) == 0
     assert stored == [1]
     assert hits(writer, ["B"]) == 1, "the reader has not dropped what is another's now"
+
+
+def test_what_is_remembered_of_a_key_is_asked_again_if_it_has_changed(opened: Open) -> None:
+    """A reader that has read a key looks at it only afterwards; others may have moved it."""
+    reader, writer = (opened(file_size=8 * 4096, mode="posix") for _ in range(2))
+    put(writer, ["A", "B"])
+    assert hits(reader, ["A", "B"]) == 2
+    with reader._calls.call() as store:
+        before = store.metadata.remembered([key_of("A"), key_of("B")])
+        assert before is not None
+    writer.delete([key_of("A")])
+    put(writer, ["C", "A"])
+    assert hits(reader, ["A", "B"]) == 2, "from its new slot"
+    with reader._calls.call() as store:
+        after = store.metadata.remembered([key_of("A"), key_of("B")])
+    assert after is not None
+    assert (after[0] != before[0], after[1] == before[1]) == (True, True)
+    writer.delete([key_of("B")])
+    assert hits(reader, ["A", "B"]) == 1
+    assert reader.stats()["misses"] == 1
+    assert reader.stats()["raced_reads"] == 0, "that was before the call"
+    reader.check_integrity()
+
+
+def test_nothing_is_remembered_whose_lease_ends_too_soon(opened: Open) -> None:
+    reader = opened(file_size=4 * 4096, mode="posix", lease_s=0.2)
+    put(reader, ["A"])
+    assert hits(reader, ["A"]) == 1
+    with reader._calls.call() as store:
+        assert store.metadata.remembered([key_of("A"), key_of("B")]) is None
+        hits(reader, ["A"])
+        assert store.metadata.remembered([key_of("A")]) is not None
+        time.sleep(0.25)
+        assert store.metadata.remembered([key_of("A")]) is None, "a lease is for twice its time"
+    assert hits(reader, ["A"]) == 1

@@ -101,6 +101,72 @@ def test_a_payload_that_does_not_end_where_it_should_is_an_error(
         wire.read_payload(blank((4,)))
 
 
+@pytest.mark.parametrize(
+    ("reply", "length"),
+    [
+        (b"$-1\r\n", None),
+        (b"$5\r\nabcde\r\n", 5),
+        (b"$19999\r\n" + bytes(19999) + b"\r\n", 19999),
+        (b"$200000\r\n" + bytes(200000) + b"\r\n", 200000),
+        (b"$1048576\r\n" + bytes(1 << 20) + b"\r\n", 1 << 20),
+        (b">2\r\n+message\r\n+text\r\n$3\r\nabc\r\n", 3),
+    ],
+    ids=["absent", "short", "shorter by a byte", "longer head", "long", "behind a push"],
+)
+def test_a_reply_that_is_no_page_of_that_length_can_still_be_read(
+    ends: Ends, reply: bytes, length: int | None
+) -> None:
+    thread = threading.Thread(target=ends.theirs.sendall, args=(reply + b"+OK\r\n",))
+    thread.start()
+    try:
+        assert not ends.wire.read_page(blank((64, 20000 - 64)), 20000)
+        assert ends.wire.read_length() == length
+        if length is not None:
+            ends.wire.skip_payload(length)
+        assert ends.wire.read_reply() == b"OK"
+        assert ends.wire.is_quiet()
+    finally:
+        thread.join()
+
+
+@given(cuts=st.lists(st.integers(1, 9000), min_size=1, max_size=8))
+def test_a_page_is_read_however_it_arrives(cuts: list[int]) -> None:
+    """Pages follow each other in pieces of any length; each is read, and not a byte more."""
+    ends = Ends()
+    sizes = (20000, 100, 70000)
+    stream = b"".join(
+        b"$%d\r\n%b\r\n" % (size, b"".join(filled(str(n), (size,)))) for n, size in enumerate(sizes)
+    )
+
+    def serve() -> None:
+        start = n = 0
+        while start < len(stream):
+            piece = cuts[n % len(cuts)]
+            ends.theirs.sendall(stream[start : start + piece])
+            start, n = start + piece, n + 1
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        for n, size in enumerate(sizes):
+            page = blank((64, size - 64))
+            if not ends.wire.read_page(page, size):
+                assert ends.wire.read_length() == size
+                ends.wire.read_payload(page)
+            assert holds(str(n), page)
+        assert ends.wire.is_quiet()
+    finally:
+        thread.join()
+        ends.close()
+
+
+def test_a_page_whose_head_stalls_times_out(ends: Ends) -> None:
+    ends.theirs.sendall(b"$200")
+    assert not ends.wire.read_page(blank((20000,)), 20000)
+    with pytest.raises(TimeoutError):
+        ends.wire.read_length()
+
+
 def test_an_integer_is_no_head_of_a_payload(reading: Callable[[bytes], Wire]) -> None:
     with pytest.raises(BackendCorrupt):
         reading(b":4\r\n").read_length()

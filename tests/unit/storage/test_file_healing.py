@@ -6,6 +6,7 @@ import contextlib
 import random
 import shutil
 import sqlite3
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from hicache_core.errors import BackendCorrupt, BackendError, BackendUnavailable
 from hicache_core.storage.calls import CHECK_INTERVAL_S
 from hicache_core.storage.file.backend import FileBackend, FileConfig
+from hicache_core.storage.file.late_check import LateCheck
 from hicache_core.types import BackendContext
 
 OpenFile = Callable[..., FileBackend]
@@ -184,6 +186,70 @@ def test_damage_that_is_met_while_running_heals_while_running(
     heal(backend, other)
     for one in (backend, other):
         expect_whole(one)
+
+
+def late_check(backend: FileBackend) -> LateCheck | None:
+    with backend._calls.call() as store:
+        return store.index._late_check
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "UPDATE extents SET offset = offset + 4096 WHERE extent_id = 2",
+        "UPDATE extents SET owner = 99, key = NULL WHERE extent_id = 2",
+        "UPDATE counters SET value = 7 WHERE name = 'held'",
+        "UPDATE extents SET seq = 1 << 40 WHERE extent_id = 2",
+    ],
+)
+def test_a_large_index_is_checked_while_it_is_used_and_heals_then(
+    open_file: OpenFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sql: str
+) -> None:
+    backend = open_file()
+    fill(backend)
+    backend.close()
+    monkeypatch.setattr("hicache_core.storage.file.index.CHECKED_AT_ONCE_NBYTES", 0)
+    backend = open_file()
+    sound = late_check(backend)
+    assert sound is not None
+    sound.join()
+    assert found(backend) == len(KEYS)
+    assert backend_findings(backend) == "", "there is nothing wrong with it"
+    backend.close()
+    connection = sqlite3.connect(index_of(tmp_path), isolation_level=None)
+    connection.execute(sql)
+    connection.close()
+    backend = open_file()
+    deadline, findings = time.monotonic() + 20, ""
+    while "rebuilt" not in findings:
+        assert time.monotonic() < deadline, "nobody has found it"
+        with contextlib.suppress(BackendError):
+            findings = backend_findings(backend)
+    heal(backend)
+    assert found(backend) == len(KEYS)
+    expect_whole(backend)
+
+
+def test_closing_breaks_the_check_of_a_large_index_off(
+    open_file: OpenFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_file().close()
+    monkeypatch.setattr("hicache_core.storage.file.index.CHECKED_AT_ONCE_NBYTES", 0)
+    begun = threading.Event()
+
+    def check(_: object, connection: sqlite3.Connection, *, whole: bool = True) -> None:
+        if whole:
+            begun.set()
+            numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)"
+            connection.execute(f"{numbers} SELECT count(*) FROM n").fetchone()  # without end
+
+    monkeypatch.setattr("hicache_core.storage.sqlite.Database.check", check)
+    backend = open_file()
+    assert begun.wait(10)
+    backend.set(KEYS[0], value(KEYS[0]))
+    assert backend.exists(KEYS[0])
+    backend.close()
+    assert "hicache-file-check" not in {thread.name for thread in threading.enumerate()}
 
 
 def heal(*backends: FileBackend) -> None:

@@ -13,7 +13,8 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import ClassVar
+from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 from hicache_core.errors import BackendError, BackendFull, BackendTimeout
 from hicache_core.plugin.backends import Calls, log_once, n_leading, nbytes_of
@@ -49,6 +50,51 @@ _GONE = (-errno.EIO, -errno.ENODATA)
 _FULL = (-errno.ENOSPC, -errno.EDQUOT)
 
 
+class _Ask(NamedTuple):
+    """A call that reads ``keys`` into ``pages``; see ``VisitsPages`` for ``arrived``."""
+
+    keys: Sequence[str]
+    pages: Sequence[Page]
+    arrived: Callable[[int], bool]
+    leading: bool
+
+
+class _Failure(NamedTuple):
+    """A slot that was not read, the result of its transfer, and whether its frame was wrong."""
+
+    read: SlotRead
+    result: int
+    is_foreign: bool
+
+
+class _Took(NamedTuple):
+    """Which pages were filled, what failed, and how many slots were bound anew meanwhile."""
+
+    filled: list[bool]
+    failures: list[_Failure]
+    n_raced: int
+
+
+class _Call:
+    """Yields the store to a call, and translates errors of the system. Any number may use it."""
+
+    __slots__ = ("_calls", "_prefix")
+
+    def __init__(self, calls: Calls[Store], prefix: Path) -> None:
+        self._calls = calls
+        self._prefix = prefix
+
+    def __enter__(self) -> Store:
+        return self._calls.enter()
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, OSError) and not isinstance(error, BackendError):
+            ours = translated(error, self._prefix)
+            self._calls.leave(ours)
+            raise ours from error
+        self._calls.leave(error)
+
+
 class Hf3fsBackend(StorageBackend):
     """Slab files on 3FS (USRBIO) or on any shared file system (POSIX calls)."""
 
@@ -59,6 +105,7 @@ class Hf3fsBackend(StorageBackend):
         super().__init__(config, context)
         self._settings = config
         self._calls: Calls[Store] = Calls(f"hf3fs backend {config.file_path_prefix}", self._opened)
+        self._call = _Call(self._calls, config.file_path_prefix)
         self._counts = dict.fromkeys(_COUNTS, 0)
 
     def open(self) -> None:
@@ -80,13 +127,8 @@ class Hf3fsBackend(StorageBackend):
         except OSError as exc:
             raise translated(exc, self._settings.file_path_prefix) from exc
 
-    @contextlib.contextmanager
-    def _call(self) -> Iterator[Store]:
-        with self._calls.call() as store, self._os_errors():
-            yield store
-
     def get(self, key: str) -> Buffer | None:
-        with self._call() as store:
+        with self._call as store:
             bound = store.metadata.lookup([key])[0]
             if bound is None:
                 self._count(misses=1)
@@ -102,7 +144,7 @@ class Hf3fsBackend(StorageBackend):
         data = memoryview(value).cast("B")
         if self.batch_set([key], [[data]]) == 1:
             return
-        with self._call() as store:
+        with self._call as store:
             limit = store.own.object_nbytes
             if data.nbytes > limit:
                 raise BackendFull(
@@ -120,7 +162,7 @@ class Hf3fsBackend(StorageBackend):
             )
 
     def batch_exists(self, keys: Sequence[str]) -> int:
-        with self._call() as store:
+        with self._call as store:
             return store.metadata.leading(keys)
 
     def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
@@ -133,7 +175,7 @@ class Hf3fsBackend(StorageBackend):
         self, keys: Sequence[str], pages: Sequence[Page], arrived: Callable[[int], bool]
     ) -> int:
         # docstring inherited from VisitsPages
-        with self._call() as store:
+        with self._call as store:
             return n_leading(self._get(store, keys, pages, arrived, leading=True))
 
     def batch_set_visiting(
@@ -143,7 +185,7 @@ class Hf3fsBackend(StorageBackend):
         return n_leading(self._put(keys, pages, leaving, leading=True))
 
     def exists_each(self, keys: Sequence[str]) -> Sequence[bool]:
-        with self._call() as store:
+        with self._call as store:
             return store.metadata.present(keys)
 
     def get_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
@@ -156,7 +198,7 @@ class Hf3fsBackend(StorageBackend):
         self, keys: Sequence[str], pages: Sequence[Page], arrived: Callable[[int], bool]
     ) -> Sequence[bool]:
         # docstring inherited from VisitsEachPage
-        with self._call() as store:
+        with self._call as store:
             return self._get(store, keys, pages, arrived)
 
     def set_each_visiting(
@@ -173,27 +215,27 @@ class Hf3fsBackend(StorageBackend):
         return False
 
     def delete(self, keys: Sequence[str]) -> None:
-        with self._call() as store:
+        with self._call as store:
             self._delete(store, keys)
 
     def list_keys(self, prefix: str) -> Iterator[str]:
         """Returns the keys that start with ``prefix`` now."""
-        with self._call() as store:
+        with self._call as store:
             return iter(list(store.metadata.keys(prefix)))
 
     def clear(self, prefix: str) -> int:
         """Removes every key that starts with ``prefix``; returns how many there were."""
-        with self._call() as store:
+        with self._call as store:
             return self._delete(store, list(store.metadata.keys(prefix)))
 
     def pin(self, keys: Sequence[str], ttl_s: float) -> int:
         """See ``Pins``; a pin holds for all hosts that share the metadata."""
-        with self._call() as store:
+        with self._call as store:
             return store.metadata.pin(keys, ttl_s) if keys else 0
 
     def usage(self) -> Mapping[str, int]:
         """Returns bytes by namespace, for all ranks and hosts that share the metadata."""
-        with self._call() as store:
+        with self._call as store:
             return store.metadata.usage()
 
     def stats(self) -> Mapping[str, float]:
@@ -202,7 +244,7 @@ class Hf3fsBackend(StorageBackend):
         ``held_slots`` are reserved by writers or wait for the end of a lease. ``used_nbytes``
         counts whole slots.
         """
-        with self._call() as store:
+        with self._call as store:
             totals = store.metadata.totals(store.own.name)
             return {
                 "slots": totals.n_slots,
@@ -216,7 +258,7 @@ class Hf3fsBackend(StorageBackend):
 
     def diagnose(self) -> Iterator[Finding]:
         """Yields findings on mode, mount, free space, slots, other slabs and metadata."""
-        with self._call() as store:
+        with self._call as store:
             yield from findings(self._settings, store)
         if trouble := self._calls.last_trouble:
             yield Finding("warning", "store", f"{trouble}; it was reopened")
@@ -227,7 +269,7 @@ class Hf3fsBackend(StorageBackend):
         Raises:
             IntegrityError: the message says what is wrong.
         """
-        with self._call() as store:
+        with self._call as store:
             store.metadata.check_integrity()
 
     def _get(
@@ -240,10 +282,68 @@ class Hf3fsBackend(StorageBackend):
         leading: bool = False,
     ) -> list[bool]:
         """Returns for each page whether it was read; behind a gap only if not ``leading``."""
+        ask = _Ask(keys, pages, arrived, leading)
         # Measured before the question: the lease begins later, so it cannot end before this.
         deadline = time.monotonic() + self._settings.lease_s
-        found = store.metadata.lookup(keys)
-        reads = self._readable(store, found, pages, leading=leading)
+        known = store.metadata.remembered(keys)
+        found: Sequence[Binding | None] = store.metadata.lookup(keys) if known is None else known
+        took = self._take(store, found, deadline, ask)
+        if all(took.filled):
+            self._count(reads=len(keys))
+            return took.filled
+        if known is not None:
+            deadline = time.monotonic() + self._settings.lease_s
+            found = store.metadata.lookup(keys)
+            if found != known:
+                took = self._take(store, found, deadline, ask)
+        self._missed(store, keys, found, took, leading=leading)
+        return took.filled
+
+    def _missed(
+        self,
+        store: Store,
+        keys: Sequence[str],
+        found: Sequence[Binding | None],
+        took: _Took,
+        *,
+        leading: bool,
+    ) -> None:
+        """Counts what a call has read and missed; drops the slots that cannot be read any more.
+
+        Args:
+            store: open.
+            keys: of the call.
+            found: the binding of each key.
+            took: what was read.
+            leading: whether pages behind a gap are of no use.
+        """
+        n_hits = n_leading(took.filled) if leading else sum(took.filled)
+        self._count(
+            reads=n_hits,
+            misses=len(keys) - n_hits,
+            raced_reads=took.n_raced,
+            late_reads=sum(failure.result == -errno.ETIME for failure in took.failures),
+        )
+        for failure in took.failures[:1] if leading else took.failures:
+            self._failed(store, keys[failure.read.position], failure)
+        if n_hits < len(keys):
+            for key, binding in zip(keys, found, strict=True):
+                if store.is_lost(binding):
+                    self._drop_damaged(store, key, binding)
+
+    def _take(
+        self, store: Store, found: Sequence[Binding | None], deadline: float, ask: _Ask
+    ) -> _Took:
+        """Reads the slots of bindings that were found, then asks whether they are still bound.
+
+        Args:
+            store: open.
+            found: the binding of each key.
+            deadline: when the leases of the slots have ended.
+            ask: the call.
+        """
+        keys, _, arrived, _ = ask
+        reads = self._readable(store, found, ask)
         foreign: set[int] = set()
 
         def check(n: int) -> bool:
@@ -254,40 +354,33 @@ class Hf3fsBackend(StorageBackend):
             return False
 
         results = store.io.read([read.transfer for read in reads], deadline, check) if reads else []
-        bad = [n for n, read in enumerate(reads) if results[n] != read.transfer.nbytes]
-        whole = [read for n, read in enumerate(reads) if n not in bad] if bad else reads
+        whole, failures = reads, []
+        if results != [read.transfer.nbytes for read in reads]:
+            whole = []
+            for n, (read, result) in enumerate(zip(reads, results, strict=True)):
+                if result == read.transfer.nbytes:
+                    whole.append(read)
+                else:
+                    failures.append(_Failure(read, result, n in foreign))
         valid = store.metadata.unchanged(
             [keys[read.position] for read in whole], [read.binding for read in whole]
         )
+        if len(whole) == len(keys):
+            return _Took(valid, failures, valid.count(False))
         filled = [False] * len(keys)
         for read, is_valid in zip(whole, valid, strict=True):
             filled[read.position] = is_valid
-        n_hits = n_leading(filled) if leading else sum(filled)
-        self._count(
-            reads=n_hits,
-            misses=len(keys) - n_hits,
-            raced_reads=valid.count(False),
-            late_reads=sum(result == -errno.ETIME for result in results),
-        )
-        for n in bad[:1] if leading else bad:
-            self._failed(store, keys[reads[n].position], reads[n], results[n], n in foreign)
-        if n_hits < len(keys):
-            for key, binding in zip(keys, found, strict=True):
-                if store.is_lost(binding):
-                    self._drop_damaged(store, key, binding)
-        return filled
+        return _Took(filled, failures, valid.count(False))
 
     @staticmethod
-    def _readable(
-        store: Store, found: Sequence[Binding | None], pages: Sequence[Page], *, leading: bool
-    ) -> list[SlotRead]:
+    def _readable(store: Store, found: Sequence[Binding | None], ask: _Ask) -> list[SlotRead]:
         """Returns the slots that are bound, reachable, and as long as their pages.
 
-        If ``leading``, only those before the first that is not.
+        If the call is for leading pages, only those before the first that is not.
         """
         reads: list[SlotRead] = []
-        for position, (binding, page) in enumerate(zip(found, pages, strict=True)):
-            if leading and len(reads) < position:
+        for position, (binding, page) in enumerate(zip(found, ask.pages, strict=True)):
+            if ask.leading and len(reads) < position:
                 break
             if binding is None or binding.nbytes != nbytes_of(page):
                 continue
@@ -300,18 +393,15 @@ class Hf3fsBackend(StorageBackend):
             reads.append(SlotRead(position, transfer, header, footer, binding))
         return reads
 
-    def _failed(
-        self, store: Store, key: str, read: SlotRead, result: int, is_foreign: bool
-    ) -> None:
+    def _failed(self, store: Store, key: str, failure: _Failure) -> None:
         """Drops a slot whose content is wrong or gone; logs what else keeps it from being read.
 
         Args:
             store: open.
             key: of the object.
-            read: of its slot.
-            result: of the read.
-            is_foreign: whether header or footer were wrong.
+            failure: to read it.
         """
+        read, result, is_foreign = failure
         if is_foreign or result >= 0 or result in _GONE:
             self._drop_damaged(store, key, read.binding)
         elif result not in (-errno.ETIME, -errno.EBADMSG):
@@ -346,7 +436,7 @@ class Hf3fsBackend(StorageBackend):
         wanted = [
             Wanted(_checked(key), nbytes_of(page)) for key, page in zip(keys, pages, strict=True)
         ]
-        with self._call() as store:
+        with self._call as store:
             fits = [want.nbytes <= store.own.object_nbytes for want in wanted]
             if False in fits:
                 self._say_what_fits(store)

@@ -150,6 +150,17 @@ class MetadataStore(ABC):
             The binding of each key; None if it is absent.
         """
 
+    def remembered(self, keys: Sequence[str]) -> list[Binding] | None:  # noqa: ARG002 - see below
+        """Returns the binding of every key as it was lately, without asking the store.
+
+        A binding may have changed since, which ``unchanged`` finds out. Its slot is leased as by
+        ``lookup``.
+
+        Returns:
+            None if a key is not remembered, or its lease ends too soon. By default nothing is.
+        """
+        return None
+
     @abstractmethod
     def leading(self, keys: Sequence[str]) -> int:
         """Returns how many leading keys are bound; leases nothing."""

@@ -31,7 +31,7 @@ from hicache_hf3fs.metadata import (
 from hicache_hf3fs.slab import is_slab_name
 from hicache_hf3fs.sqlite_file import SqliteFile, add_bounds, counts_bytes
 from hicache_hf3fs.sqlite_room import Room
-from hicache_hf3fs.sqlite_rows import BOUND, SLAB, UNBIND, BoundRow, SlabRow
+from hicache_hf3fs.sqlite_rows import BOUND, SLAB, UNBIND, Bound, BoundRow, SlabRow
 
 _CHUNK = 500  # parameters of one statement
 _MEMORY_ROWS = 100_000
@@ -63,7 +63,8 @@ class SqliteMetadata(MetadataStore):
         self._read_lock = threading.Lock()
         self._write_lock = threading.Lock()
         self._names: dict[int, str] = {}  # slab_id -> name
-        self._memory: dict[str, BoundRow] = {}  # rows as of the reader's _version
+        self._translated = self._file.translated()
+        self._memory: dict[str, Bound] = {}  # as of the reader's _version
         self._version = -1
         self._reader: sqlite3.Connection | None = None
         self._writer: sqlite3.Connection | None = None
@@ -141,7 +142,7 @@ class SqliteMetadata(MetadataStore):
         lease_s = lease_s or self._limits.lease_s
         bound = self._bound(keys)
         now = self._clock()
-        if any(row.held_until < now + lease_s for row in bound.values()):
+        if any(one.held_until < now + lease_s for one in bound.values()):
             # A lease is given for twice its time, so that most lookups of a hot key only read.
             # Not on a full disk: then only the second lookup shows what was overwritten.
             until, found = now + 2 * lease_s, list(bound)
@@ -153,7 +154,20 @@ class SqliteMetadata(MetadataStore):
                         (now, until, *part),
                     )
                 bound = self._bound(found, db)
-        return [self._binding(bound.get(key)) for key in keys]
+        return [None if (one := bound.get(key)) is None else one.binding for key in keys]
+
+    def remembered(self, keys: Sequence[str]) -> list[Binding] | None:
+        # Without the lock: each access of the dictionary is atomic, and what it holds may be old.
+        if self._limits.ttl_s is not None:
+            return None
+        memory, known = self._memory, []
+        until = self._clock() + self._limits.lease_s
+        for key in keys:
+            one = memory.get(key)
+            if one is None or one.held_until < until:
+                return None
+            known.append(one.binding)
+        return known
 
     def leading(self, keys: Sequence[str]) -> int:
         n_bound = 0
@@ -176,10 +190,20 @@ class SqliteMetadata(MetadataStore):
         return [key in bound for key in keys]
 
     def unchanged(self, keys: Sequence[str], bindings: Sequence[Binding]) -> list[bool]:
-        rows = map(self._bound(keys).get, keys)
+        if self._limits.ttl_s is None:
+            with self._read_lock, self._translated:
+                self._follow(self._open_reader())
+                memory = self._memory
+                for key, binding in zip(keys, bindings, strict=True):
+                    one = memory.get(key)
+                    if one is None or one.binding is not binding:
+                        break
+                else:
+                    return [True] * len(keys)
+        bound = map(self._bound(keys).get, keys)
         return [
-            row is not None and row.generation == binding.slot.generation
-            for row, binding in zip(rows, bindings, strict=True)
+            one is not None and one.binding.slot.generation == binding.slot.generation
+            for one, binding in zip(bound, bindings, strict=True)
         ]
 
     def reserve(self, slab: str, wanted: Sequence[Wanted]) -> list[Slot | None]:
@@ -192,7 +216,8 @@ class SqliteMetadata(MetadataStore):
             room.drop_expired(want.key for want in wanted)
             bound = self._bound([want.key for want in wanted], db)
             stored = [
-                want.key in bound and bound[want.key].nbytes == want.nbytes for want in wanted
+                want.key in bound and bound[want.key].binding.nbytes == want.nbytes
+                for want in wanted
             ]
             # Touched, so that making room for the others of this call cannot remove them.
             db.executemany(
@@ -305,21 +330,22 @@ class SqliteMetadata(MetadataStore):
         if counted != summed:
             raise IntegrityError(f"{self.where}: counted {counted} bytes, but there are {summed}")
 
-    def _bound(
-        self, keys: Sequence[str], db: sqlite3.Connection | None = None
-    ) -> dict[str, BoundRow]:
-        """Returns the rows of the keys that are bound and not expired."""
+    def _bound(self, keys: Sequence[str], db: sqlite3.Connection | None = None) -> dict[str, Bound]:
+        """Returns those of the keys that are bound and not expired."""
         if db is None:
-            with self._reading() as reader:
-                return self._young(self._remembered(keys, reader))
-        bound = {}
+            with self._read_lock, self._translated:
+                return self._young(self._current(keys, self._open_reader()))
+        rows = {}
         for part in _chunks(keys):
             for key, *row in db.execute(BOUND.format(_marks(part)), part):
-                bound[key] = BoundRow(*row)
-        if any(row.slab_id not in self._names for row in bound.values()):
+                rows[key] = BoundRow(*row)
+        if any(row.slab_id not in self._names for row in rows.values()):
             self._names.update(db.execute("SELECT slab_id, name FROM slabs").fetchall())
-        for row in bound.values():
-            self._check_row(row)
+        bound = {}
+        for key, its in rows.items():
+            self._check_row(its)
+            slot = Slot(self._names[its.slab_id], its.number, its.generation)
+            bound[key] = Bound(Binding(slot, its.nbytes), its.held_until)
         return self._young(bound)
 
     def _check_row(self, row: BoundRow) -> None:
@@ -329,12 +355,12 @@ class SqliteMetadata(MetadataStore):
         if types != (int, int, int, float) or not is_slab_name(name) or row.nbytes < 0:
             raise sqlite3.OperationalError(f"a row of slots is invalid: {tuple(row)}")
 
-    def _young(self, bound: dict[str, BoundRow]) -> dict[str, BoundRow]:
-        """Returns the rows that are not expired."""
+    def _young(self, bound: dict[str, Bound]) -> dict[str, Bound]:
+        """Returns what is not expired."""
         oldest = self._oldest()
         if not oldest:
             return bound
-        return {key: row for key, row in bound.items() if row.generation >= oldest}
+        return {key: one for key, one in bound.items() if one.binding.slot.generation >= oldest}
 
     def _oldest(self) -> int:
         """Returns the first generation that is not expired."""
@@ -345,31 +371,33 @@ class SqliteMetadata(MetadataStore):
         quota = self._limits.namespace_quota_nbytes
         return Room(db, self._clock(), oldest=self._oldest(), quota=quota)
 
-    def _remembered(self, keys: Sequence[str], db: sqlite3.Connection) -> dict[str, BoundRow]:
+    def _current(self, keys: Sequence[str], db: sqlite3.Connection) -> dict[str, Bound]:
         """As ``_bound``, with a cache that is valid until any process commits.
 
-        So a read, which looks up its keys before and after, needs one query if nothing changed.
+        So a read, which looks at its keys before and after, needs one query if nothing changed.
         """
-        (version,) = db.execute("PRAGMA data_version").fetchone()
-        if version != self._version or len(self._memory) > _MEMORY_ROWS:
-            self._memory.clear()
-            self._version = version
+        self._follow(db)
         asked = [key for key in keys if key not in self._memory]
         if asked:
             self._memory.update(self._bound(asked, db))
         return {key: self._memory[key] for key in keys if key in self._memory}
 
-    def _binding(self, row: BoundRow | None) -> Binding | None:
-        if row is None:
-            return None
-        return Binding(Slot(self._names[row.slab_id], row.number, row.generation), row.nbytes)
+    def _follow(self, db: sqlite3.Connection) -> None:
+        """Forgets what is remembered if any process has committed since."""
+        (version,) = db.execute("PRAGMA data_version").fetchone()
+        if version != self._version or len(self._memory) > _MEMORY_ROWS:
+            self._memory.clear()
+            self._version = version
+
+    def _open_reader(self) -> sqlite3.Connection:
+        if self._reader is None:
+            raise UseAfterClose(f"metadata {self.where} is not open")
+        return self._reader
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
-        with self._read_lock, self._file.translated():
-            if self._reader is None:
-                raise UseAfterClose(f"metadata {self.where} is not open")
-            yield self._reader
+        with self._read_lock, self._translated:
+            yield self._open_reader()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:

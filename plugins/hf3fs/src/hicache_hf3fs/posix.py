@@ -30,15 +30,19 @@ class PosixIO(PageIO):
         self, transfers: Sequence[Transfer], deadline: float, arrived: Callable[[int], bool]
     ) -> list[int]:
         # docstring inherited
-        def read_one(n: int) -> int:
-            result = _vectored(os.preadv, transfers[n])
-            if self._clock() > deadline:
-                return -errno.ETIME
-            if result == transfers[n].nbytes and not arrived(n):
-                return -errno.EBADMSG
-            return result
+        def read_part(part: range) -> list[int]:
+            results = []
+            for n in part:
+                transfer = transfers[n]
+                result = _vectored(os.preadv, transfer)
+                if self._clock() > deadline:
+                    result = -errno.ETIME
+                elif result == transfer.nbytes and not arrived(n):
+                    result = -errno.EBADMSG
+                results.append(result)
+            return results
 
-        return self._each(read_one, transfers)
+        return self._in_parts(read_part, transfers)
 
     def write(
         self, transfers: Sequence[Transfer], deadline: float, leaving: Callable[[int], None]
@@ -50,15 +54,15 @@ class PosixIO(PageIO):
                 return -errno.ETIME
             return _vectored(os.pwritev, transfers[n])
 
-        return self._each(write_one, transfers)
+        return self._in_parts(lambda part: [write_one(n) for n in part], transfers)
 
-    def _each(self, move: Callable[[int], int], transfers: Sequence[Transfer]) -> list[int]:
+    def _in_parts(
+        self, move: Callable[[range], list[int]], transfers: Sequence[Transfer]
+    ) -> list[int]:
+        if len(transfers) == 1:
+            return move(range(1))
         parts = self._lanes.split(len(transfers), sum(transfer.nbytes for transfer in transfers))
-
-        def move_part(part: range) -> list[int]:
-            return [move(n) for n in part]
-
-        return [result for part in self._lanes.run(move_part, parts) for result in part]
+        return [result for part in self._lanes.run(move, parts) for result in part]
 
 
 def _vectored(call: Callable[[int, list[memoryview], int], int], transfer: Transfer) -> int:

@@ -24,9 +24,9 @@ class SlotRead(NamedTuple):
 
     def holds(self, key: str) -> bool:
         """Returns whether the bytes read are the object of ``key`` that the metadata describes."""
-        generation = self.binding.slot.generation
-        return self.footer == pack_footer(generation) and self.header == pack_header(
-            key, self.binding.nbytes, generation
+        slot, nbytes = self.binding
+        return self.footer == pack_footer(slot.generation) and self.header == pack_header(
+            key, nbytes, slot.generation
         )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from hicache_hf3fs.metadata import Binding
+
 # Of objects that came in one call the last goes first: without it the others are of use.
 LEAST_USED_FIRST = "pinned_until IS NOT NULL, used_at, number DESC"
 """The order in which objects go when room is needed."""
@@ -67,6 +69,13 @@ class BoundRow(NamedTuple):
     number: int
     generation: int
     nbytes: int
+    held_until: float
+
+
+class Bound(NamedTuple):
+    """What a ``BoundRow`` says: where the object of a key is, and until when that is leased."""
+
+    binding: Binding
     held_until: float
 
 

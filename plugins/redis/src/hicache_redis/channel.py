@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import ssl
 import struct
@@ -16,9 +17,7 @@ Chunk: TypeAlias = bytes | bytearray | memoryview
 IOV_MAX = 1024
 LEAST_BYTES_PER_S = 8 << 10
 """A server that moves bytes more slowly than this has stalled."""
-# Plain integers: these flags are enums, which take a microsecond to combine.
-_PEEK = int(socket.MSG_PEEK) | int(socket.MSG_DONTWAIT)
-_WAITALL = int(socket.MSG_WAITALL)
+_WAITALL = int(socket.MSG_WAITALL)  # a plain integer: enums are slower
 _JOINED_NBYTES = 16384  # one TLS record
 
 
@@ -116,6 +115,8 @@ class PlainChannel(Channel):
         limit = struct.pack("ll", *divmod(max(1, int(timeout_s * 1e6)), 1_000_000))  # 0 is for ever
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        self._arrivals = select.poll()
+        self._arrivals.register(sock, select.POLLIN)
 
     def send(self, buffers: Sequence[Chunk]) -> None:
         views = _views(buffers)
@@ -132,7 +133,7 @@ class PlainChannel(Channel):
                 pace.moved(n_bytes)
 
     def fill(self, segments: Sequence[memoryview]) -> None:
-        views = _views(segments)
+        views = [segment for segment in segments if segment.nbytes]
         first = 0
         pace: Pace | None = None
         while first < len(views):
@@ -157,13 +158,7 @@ class PlainChannel(Channel):
         return n_bytes
 
     def is_quiet(self) -> bool:
-        try:
-            self._sock.recv(1, _PEEK)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        return False
+        return not self._arrivals.poll(0)  # an end of the connection arrives, too
 
 
 class TlsChannel(Channel):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from redis.backoff import NoBackoff
@@ -110,6 +109,23 @@ def shown(address: tuple[str, int] | str) -> str:
     return address if isinstance(address, str) else f"{address[0]}:{address[1]}"
 
 
+class _Lease:
+    """See ``Pool.lease``."""
+
+    __slots__ = ("_action", "_pool", "_wire")
+
+    def __init__(self, pool: Pool, action: str) -> None:
+        self._pool = pool
+        self._action = action
+
+    def __enter__(self) -> Wire:
+        self._wire = self._pool._take()
+        return self._wire
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self._pool._end(self._wire, error, self._action)
+
+
 class Pool:
     """The connections to one server; one thread at a time uses each. Any thread may call it.
 
@@ -145,28 +161,29 @@ class Pool:
         """Connections that are open now, in use or not."""
         return self._n_open
 
-    @contextlib.contextmanager
-    def lease(self, action: str) -> Iterator[Wire]:
-        """Yields a connection without outstanding replies, for the block.
+    def lease(self, action: str) -> _Lease:
+        """Returns a context manager that yields a connection without outstanding replies.
 
         Args:
             action: what it is for, for messages.
 
-        Raises:
-            BackendError: there is no connection; also for an ``OSError`` of the block.
+        Entering raises ``BackendError`` if there is no connection; leaving also for an ``OSError``
+        of the block.
         """
-        wire = self._take()
-        try:
-            yield wire
-        except BaseException as error:
-            self._discard(wire)
-            if isinstance(error, OSError):
-                known = failure(error, self.server, action)
-                if isinstance(known, BackendTimeout):
-                    self._rests_until = time.monotonic() + self._rest_s
-                raise known from (None if known is error else error)
-            raise
-        self._put(wire)
+        return _Lease(self, action)
+
+    def _end(self, wire: Wire, error: BaseException | None, action: str) -> None:
+        """Ends a lease; ``error`` is what the block raised."""
+        if error is None:
+            self._put(wire)
+            return
+        self._discard(wire)
+        if isinstance(error, OSError):
+            known = failure(error, self.server, action)
+            if isinstance(known, BackendTimeout):
+                self._rests_until = time.monotonic() + self._rest_s
+            if known is not error:
+                raise known from error
 
     def close(self) -> None:
         """Closes idle connections now, and those in use when they are returned."""

@@ -97,6 +97,8 @@ class Fetch(Operation):
         return [b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(key), key)]
 
     def answer(self, wire: Wire, n: int) -> bool | ErrorReply:
+        if wire.read_page(self.pages[n], self._sizes[n]):
+            return True
         length = wire.read_length()
         if isinstance(length, int):
             if length == self._sizes[n]:

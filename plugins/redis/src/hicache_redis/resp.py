@@ -93,6 +93,26 @@ class Wire:
         """Returns whether the connection is open without outstanding replies; does not block."""
         return self._start == self._stop and self._channel.is_quiet()
 
+    def read_page(self, page: Sequence[memoryview], nbytes: int) -> bool:
+        """Reads a reply into a page if it is a bulk string of exactly the page's length.
+
+        Args:
+            page: its segments.
+            nbytes: their length in total.
+
+        Returns:
+            False if the reply is another one. Then ``read_length`` must read it.
+        """
+        if nbytes > _BUFFER_NBYTES and self._start == self._stop:
+            # Only the head passes through the buffer: it is known how long that is.
+            head = b"$%d\r\n" % nbytes
+            self._start, self._stop = 0, self._channel.receive(self._view[: len(head)])
+            if self._buffer.startswith(head) and self._stop == len(head):
+                self._start = self._stop
+                self.read_payload(page)
+                return True
+        return False
+
     def read_length(self) -> int | ErrorReply | None:
         """Reads the head of a bulk string; returns its length, None for null, or an error reply.
 
