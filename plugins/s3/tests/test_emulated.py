@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from hicache_s3.connections import send
+from hicache_s3.channel import channel_of
 
 from hicache_core.errors import (
     BackendDenied,
@@ -95,10 +95,11 @@ def test_a_server_that_takes_a_byte_now_and_then_is_given_up() -> None:
     thread = threading.Thread(target=sip)
     thread.start()
     start = time.monotonic()
+    channel = channel_of(ours, 0.2)
     with ours, theirs:
         try:
             with pytest.raises(TimeoutError):
-                send(ours, [memoryview(bytes(1 << 22))], 0.2)
+                channel.send([memoryview(bytes(1 << 22))], channel.pace())
         finally:
             stop.set()
             thread.join()
