@@ -121,10 +121,11 @@ def test_an_error_may_come_in_chunks_or_end_with_the_connection(server: Server) 
     "text",
     [
         answer(b"x", headers=b"Connection: close\r\n"),
+        answer(b"x", headers=b"Connection: TE, Close\r\n"),
         answer(b"x", head=b"HTTP/1.0 200 OK\r\n"),
         answer(b"x") + b"y",
     ],
-    ids=["close", "HTTP/1.0", "more than announced"],
+    ids=["close", "close among others", "HTTP/1.0", "more than announced"],
 )
 def test_a_connection_that_will_not_do_for_another_request_is_not_kept(
     server: Server, text: bytes

@@ -123,8 +123,8 @@ class Reader:
         while 100 <= head.status < 200:
             version, head = self._head(pace)
         body, is_whole = self._body(method, head, choose, pace)
-        stays = head.headers.get("connection", "").lower() != "close" and version != "HTTP/1.0"
-        self.reusable = is_whole and stays and self._start == self._end
+        closes = "close" in head.headers.get("connection", "").lower() or version == "HTTP/1.0"
+        self.reusable = is_whole and not closes and self._start == self._end
         return Answer(head.status, head.headers, body)
 
     def _body(
