@@ -35,15 +35,9 @@ class Pace:
         self._began = self._moved_at = time.monotonic()
 
     def moved(self, nbytes: int) -> None:
-        """Records what has moved.
-
-        Raises:
-            TimeoutError: less than ``LEAST_BYTES_PER_S`` have moved.
-        """
+        """Records what has moved."""
         self._nbytes += nbytes
-        now = self._moved_at = time.monotonic()
-        if now - self._began >= self._wait_s:
-            self.left_s()
+        self._moved_at = time.monotonic()
 
     def waited(self) -> None:
         """Records that nothing has moved for a part of the limit.
@@ -122,6 +116,7 @@ class PlainChannel(Channel):
 
     def receive(self, buffer: memoryview, pace: Pace) -> int:
         while True:
+            pace.left_s()
             try:
                 n_bytes = self.sock.recv_into(buffer)
             except BlockingIOError:
@@ -142,6 +137,7 @@ class PlainChannel(Channel):
         views = [buffer for buffer in buffers if buffer.nbytes]
         first = 0
         while first < len(views):
+            pace.left_s()
             try:
                 n_bytes = call(views[first : first + _MAX_VECTORS])
             except BlockingIOError:
