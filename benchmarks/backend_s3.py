@@ -62,7 +62,7 @@ RANGE = "raw: as many bytes out of a larger object"
 ALONE = "hicache-s3, sealed"
 PACKED = "hicache-s3, sealed and packed"
 TARGETS = {
-    (ALONE, ""): "≥ 1.5 × boto3",
+    (ALONE, ""): "≥ 1 × obstore, ≥ 1.5 × boto3; by CPU time ≥ 1.25 × and ≥ 2 ×",
     (PACKED, ""): "≥ 1.5 × boto3",
     (PACKED, "256 KiB"): "≥ 3 × boto3",
 }

@@ -101,4 +101,5 @@ class Emulation:
                 request.wfile.write(reply.body)
         if self.hang_up or length != len(reply.body):
             request.close_connection = True
-            request.connection.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(OSError):  # the client has gone already
+                request.connection.shutdown(socket.SHUT_WR)

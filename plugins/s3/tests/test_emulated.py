@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from hicache_s3.connections import send
+from hicache_s3.channel import Pace, channel_of
 
 from hicache_core.errors import (
     BackendDenied,
@@ -95,14 +95,24 @@ def test_a_server_that_takes_a_byte_now_and_then_is_given_up() -> None:
     thread = threading.Thread(target=sip)
     thread.start()
     start = time.monotonic()
+    channel = channel_of(ours, 0.2)
     with ours, theirs:
         try:
             with pytest.raises(TimeoutError):
-                send(ours, [memoryview(bytes(1 << 22))], 0.2)
+                channel.send([memoryview(bytes(1 << 22))], channel.pace())
         finally:
             stop.set()
             thread.join()
     assert time.monotonic() - start < 20
+
+
+def test_what_came_in_time_counts_even_if_the_thread_sees_it_late() -> None:
+    """A busy machine may give the thread no time until the limit is over."""
+    pace = Pace(0.02)
+    time.sleep(0.04)
+    pace.moved(3)
+    with pytest.raises(TimeoutError):  # but it does not wait for more
+        pace.left_s()
 
 
 @pytest.mark.parametrize("nbytes", [99_999_999_999_999, 1 << 70])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from email.message import Message
 from email.utils import formatdate
 
 import pytest
@@ -32,12 +31,9 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def headers(written_s: float | None, now_s: float | None) -> Message:
-    message = Message()
-    for name, value in (("Last-Modified", written_s), ("Date", now_s)):
-        if value is not None:
-            message[name] = formatdate(value, usegmt=True)
-    return message
+def headers(written_s: float | None, now_s: float | None) -> dict[str, str]:
+    dates = {"last-modified": written_s, "date": now_s}
+    return {name: formatdate(at, usegmt=True) for name, at in dates.items() if at is not None}
 
 
 @settings(deadline=None)
@@ -51,9 +47,7 @@ def test_the_age_is_by_the_clock_of_the_store(now: int, age: int, ttl_s: int) ->
 
 @pytest.mark.parametrize("wrong", ["", "yesterday", "Thu, 99 Foo 2026 00:00:00 GMT"])
 def test_without_a_date_nothing_is_old_and_now_is_now(wrong: str) -> None:
-    answer = Message()
-    answer["Last-Modified"] = wrong
-    assert not is_expired(answer, 1.0)
+    assert not is_expired({"last-modified": wrong}, 1.0)
     assert not is_expired(headers(None, time.time()), 1.0)
     assert is_expired(headers(time.time() - 100, None), 50.0)
     assert abs(now_at_store({"date": wrong}) - time.time()) < 5

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hicache_s3.objects import split_page
 from hicache_core.errors import UseAfterClose
 from hicache_core.storage.base import StorageBackend
 from hicache_core.storage.sealed import SealedBackend
+from hicache_core.types import Page
 from plugins.s3.tests.conftest import MakeBackend
 from plugins.s3.tests.world import (
     NBYTES,
@@ -92,6 +94,39 @@ def test_pages_behind_gaps_are_found_read_and_stored(make_backend: MakeBackend, 
     assert hits(make_backend(**options), keys) == 32
     assert fresh.stats()["writes"] == 32
     assert fresh.exists_each([]) == fresh.get_each([], []) == fresh.set_each([], []) == []
+
+
+def test_each_page_is_shown_while_it_moves_and_may_be_refused(
+    make_backend: MakeBackend, pack: bool
+) -> None:
+    backend, other = make_backend(pack=pack), make_backend(pack=pack)
+    keys = keys_of(12, "shown")
+    pages = [filled(key, PAGE) for key in keys]
+    assert backend.batch_set_visiting(keys, pages, _number(pages)) == 12
+    backend.delete([keys[9], keys[10]])
+    assert backend.set_each_visiting([keys[9]], [pages[9]], _number([pages[9]])) == [True]
+    for reader in (backend, other):
+        seen: list[int] = []
+        came = [blank(PAGE) for _ in keys]
+
+        def arrived(n: int, seen: list[int] = seen, came: list[Page] = came) -> bool:
+            seen.append(n)
+            return came[n][0][0] == (0 if n == 9 else n) and n not in (4, 7)
+
+        wanted = [n not in (4, 7, 10) for n in range(12)]
+        assert reader.get_each_visiting(keys, came, arrived) == wanted
+        assert sorted(seen) == [n for n in range(12) if n != 10]
+        assert reader.batch_get_visiting(keys, came, arrived) == 4
+        assert reader.exists(keys[4]), "whoever refuses a page says what becomes of it"
+
+
+def _number(pages: Sequence[Page]) -> Callable[[int], None]:
+    """Writes its index into each page that leaves."""
+
+    def leaving(n: int) -> None:
+        pages[n][0][0] = n
+
+    return leaving
 
 
 def test_the_count_ends_at_a_hole_wherever_it_is(make_backend: MakeBackend, pack: bool) -> None:

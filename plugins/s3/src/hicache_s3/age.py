@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from email.message import Message
 from email.utils import parsedate_to_datetime
 from typing import TypeAlias
 
-Headers: TypeAlias = Mapping[str, str] | Message
-"""A mapping has names in lower case; a message ignores case."""
+Headers: TypeAlias = Mapping[str, str]
+"""By name in lower case."""
 
 
 def seconds_of(date: str | None) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import ClassVar
 
@@ -119,21 +119,45 @@ class S3Backend(StorageBackend):
         return self._look_up(keys, leading=True).end
 
     def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
-        return n_leading(self._read(keys, pages, leading=True))
+        return self.batch_get_visiting(keys, pages, lambda _: True)
 
     def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
-        n_stored = n_leading(self._write(keys, pages))
-        self._counts.add(writes=n_stored, dropped_writes=len(keys) - n_stored)
-        return n_stored
+        return self.batch_set_visiting(keys, pages, lambda _: None)
 
     def exists_each(self, keys: Sequence[str]) -> Sequence[bool]:
         return [place is not None for place in self._look_up(keys, leading=False).places]
 
     def get_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
-        return self._read(keys, pages, leading=False)
+        return self.get_each_visiting(keys, pages, lambda _: True)
 
     def set_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
-        stored = self._write(keys, pages)
+        return self.set_each_visiting(keys, pages, lambda _: None)
+
+    def batch_get_visiting(
+        self, keys: Sequence[str], pages: Sequence[Page], arrived: Callable[[int], bool]
+    ) -> int:
+        # docstring inherited from VisitsPages
+        return n_leading(self._read(keys, pages, arrived, leading=True))
+
+    def batch_set_visiting(
+        self, keys: Sequence[str], pages: Sequence[Page], leaving: Callable[[int], None]
+    ) -> int:
+        # docstring inherited from VisitsPages
+        n_stored = n_leading(self._write(keys, pages, leaving))
+        self._counts.add(writes=n_stored, dropped_writes=len(keys) - n_stored)
+        return n_stored
+
+    def get_each_visiting(
+        self, keys: Sequence[str], pages: Sequence[Page], arrived: Callable[[int], bool]
+    ) -> Sequence[bool]:
+        # docstring inherited from VisitsEachPage
+        return self._read(keys, pages, arrived, leading=False)
+
+    def set_each_visiting(
+        self, keys: Sequence[str], pages: Sequence[Page], leaving: Callable[[int], None]
+    ) -> Sequence[bool]:
+        # docstring inherited from VisitsEachPage
+        stored = self._write(keys, pages, leaving)
         self._counts.add(writes=sum(stored), dropped_writes=stored.count(False))
         return stored
 
@@ -190,28 +214,56 @@ class S3Backend(StorageBackend):
         search.run(store.threads, ask)
         return search
 
-    def _read(self, keys: Sequence[str], pages: Sequence[Page], *, leading: bool) -> list[bool]:
-        """Returns for each page whether it was filled; behind a gap only if not ``leading``."""
+    def _read(
+        self,
+        keys: Sequence[str],
+        pages: Sequence[Page],
+        arrived: Callable[[int], bool],
+        *,
+        leading: bool,
+    ) -> list[bool]:
+        """Reads pages.
+
+        Args:
+            keys: one for each page.
+            pages: where to.
+            arrived: as for ``batch_get_visiting``.
+            leading: whether to ignore what is behind a gap.
+
+        Returns:
+            For each page whether it was filled.
+        """
         _check_lengths(keys, pages)
         store = self._opened()
         if not keys:
             return []
         self._has_seen(keys[0], pages[0])
         search = Search(keys, self._stride(nbytes_of(pages[0])), leading=leading)
-        filled = read_batch(search, pages, store)
+        filled = read_batch(search, pages, store, arrived)
         counted = pages[: n_leading(filled)] if leading else list(itertools.compress(pages, filled))
         nbytes = sum(nbytes_of(page) for page in counted)
         self._counts.add(hits=len(counted), misses=len(keys) - len(counted), read_nbytes=nbytes)
         return filled
 
-    def _write(self, keys: Sequence[str], pages: Sequence[Page]) -> list[bool]:
-        """Returns for each page whether it is stored."""
+    def _write(
+        self, keys: Sequence[str], pages: Sequence[Page], leaving: Callable[[int], None]
+    ) -> list[bool]:
+        """Stores pages.
+
+        Args:
+            keys: one for each page.
+            pages: what to store.
+            leaving: as for ``batch_set_visiting``.
+
+        Returns:
+            For each page whether it is stored.
+        """
         _check_lengths(keys, pages)
         store = self._opened()
         if keys:
             self._has_seen(keys[0], pages[0])
         pack_nbytes = self.settings.pack_nbytes if self.settings.pack else 0
-        return write_batch(keys, pages, pack_nbytes=pack_nbytes, store=store)
+        return write_batch(keys, pages, pack_nbytes=pack_nbytes, store=store, leaving=leaving)
 
     def _opened(self) -> Pages:
         store = self._store

@@ -1,4 +1,4 @@
-"""The address of the bucket and the signatures of requests, from boto3 and botocore."""
+"""The address of the bucket and the credentials of requests, from boto3 and botocore."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import boto3
-from botocore.auth import S3SigV4Auth
-from botocore.awsrequest import AWSRequest
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError
 from botocore.httpsession import get_cert_path
@@ -20,6 +18,7 @@ from hicache_s3.config import S3Config
 from hicache_s3.connections import Address
 from hicache_s3.errors import shown
 from hicache_s3.masking import LogMask
+from hicache_s3.signing import Signer
 
 DEFAULT_REGION = "us-east-1"
 
@@ -66,6 +65,7 @@ class Endpoint:
     def _connect(self, config: S3Config) -> None:
         session = _session(config)
         self.region: str = config.region or session.region_name or DEFAULT_REGION
+        self._signer = Signer(self.region)
         verify = config.ca_bundle or os.environ.get("AWS_CA_BUNDLE")
         self.client: Any = session.client(
             "s3",
@@ -109,12 +109,9 @@ class Endpoint:
         Raises:
             BotoCoreError: temporary credentials could not be renewed.
         """
-        request = AWSRequest(method, self.url + target, dict(headers))
-        request.context["client_config"] = self._client_config
         credentials = self._credentials.get_frozen_credentials()
         self.mask.hold(credentials)
-        S3SigV4Auth(credentials, "s3", self.region).add_auth(request)
-        return {"Host": self._host, **dict(request.headers.items())}
+        return self._signer.signed(credentials, method, target, {"Host": self._host, **headers})
 
     @property
     def signs_in_time(self) -> bool:

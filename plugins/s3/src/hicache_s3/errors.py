@@ -119,11 +119,11 @@ def refused(refusal: Refusal, action: str, secrets: Iterable[str] = ()) -> Backe
     return kind(shown(f"{action}: {refusal.code} ({refusal.status}){said}; {advice}", secrets))
 
 
-def lost(error: Exception, where: str) -> BackendError:
+def lost(error: OSError, where: str) -> BackendError:
     """The error for a connection that could not be made, or broke.
 
     Args:
-        error: an ``OSError`` or ``http.client.HTTPException``.
+        error: what happened to it.
         where: the endpoint and what was being done.
     """
     if isinstance(error, TimeoutError):

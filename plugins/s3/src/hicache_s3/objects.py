@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import itertools
 import random
 import threading
@@ -24,8 +23,9 @@ from hicache_core.errors import BackendTimeout, BackendUnavailable
 from hicache_core.plugin.backends import nbytes_of
 from hicache_core.types import Page
 from hicache_s3.age import is_expired, now_at_store
+from hicache_s3.answers import Answer, Choose, Head, new_memory
 from hicache_s3.config import S3Config
-from hicache_s3.connections import Answer, Choose, Connections, Head, new_memory
+from hicache_s3.connections import Connections
 from hicache_s3.endpoint import Endpoint
 from hicache_s3.errors import ABSENT, BUSY, Refusal, lost, parse_refusal, refused, shown
 from hicache_s3.request_threads import RequestThreads
@@ -229,7 +229,7 @@ class Objects:
             return self._connections.exchange(method, target, signed, body, choose)
         except (BackendTimeout, BackendUnavailable):
             raise
-        except (OSError, http.client.HTTPException) as error:
+        except OSError as error:
             raise lost(error, f"{self._where}, {method}") from error
         except BotoCoreError as error:
             raise self._of_botocore(error, method) from None
@@ -251,7 +251,7 @@ class Objects:
         def send(n: int) -> None:
             query = f"?partNumber={n + 1}&uploadId={quote(upload, safe='')}"
             answer = self._request("PUT", name, query=query, body=parts[n])
-            tags[n] = answer.headers.get("ETag", "") if answer else ""
+            tags[n] = answer.headers.get("etag", "") if answer else ""
 
         try:
             self.threads.run(send, range(len(parts)))
@@ -299,8 +299,8 @@ def total_nbytes(answer: Answer) -> int:
     """Returns the length of the object of which ``answer`` has the body or a part of it."""
     if answer.status == NOT_IN_RANGE:
         return 0
-    whole = answer.headers.get("Content-Range", "").rpartition("/")[2]
-    return int(whole if whole.isdecimal() else answer.headers.get("Content-Length", "0"))
+    whole = answer.headers.get("content-range", "").rpartition("/")[2]
+    return int(whole if whole.isdecimal() else answer.headers.get("content-length", "0"))
 
 
 def split_page(page: Page, limit_nbytes: int) -> list[Page]:

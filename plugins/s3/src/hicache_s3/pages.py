@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
-from collections.abc import Sequence
-from email.message import Message
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 from hicache_core.errors import BackendError
 from hicache_core.plugin.backends import nbytes_of, scatter
 from hicache_core.types import Page
-from hicache_s3.connections import Answer, Head, new_memory
+from hicache_s3.answers import Answer, Head, new_memory
 from hicache_s3.index import INDEX_NBYTES, MARK, IndexCache, PackIndex, is_index_nbytes
 from hicache_s3.objects import Objects, total_nbytes
 
@@ -171,10 +170,10 @@ class Pages:
         return index
 
 
-def _is_marked(headers: Message) -> bool:
+def _is_marked(headers: Mapping[str, str]) -> bool:
     return headers.get(MARK[0]) == MARK[1]
 
 
-def _may_be_index(headers: Message, nbytes: int) -> bool:
+def _may_be_index(headers: Mapping[str, str], nbytes: int) -> bool:
     """Returns whether an object may be an index; pages are rarely that short."""
     return _is_marked(headers) or is_index_nbytes(nbytes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from hicache_core.plugin.backends import nbytes_of
@@ -20,27 +20,39 @@ class Run(NamedTuple):
     stop: int
 
 
-def read_batch(search: Search, pages: Sequence[Page], store: Pages) -> list[bool]:
+def read_batch(
+    search: Search, pages: Sequence[Page], store: Pages, arrived: Callable[[int], bool]
+) -> list[bool]:
     """Reads the pages of a search that has not begun.
 
     Args:
         search: for the places of the pages; also says whether those behind a gap matter.
         pages: where to; one for each key of the search.
         store: where from.
+        arrived: called with the index of a page that was read, on the thread that read it; a page
+            that it refuses is a miss.
 
     Returns:
-        For each page whether it was filled.
+        For each page whether it was filled, and not refused.
     """
     search.know(store.cache.find)
     filled = [False] * len(pages)
 
     def ask(n: int) -> Found:
         found = store.read(search.keys[n], pages[n])
-        filled[n] = found is not None and not isinstance(found, PackIndex)
-        return found
+        if found is None or isinstance(found, PackIndex):
+            return found
+        filled[n] = arrived(n)
+        return found if filled[n] else None
+
+    def came(run: Run) -> None:
+        for n in range(run.start, run.stop):
+            filled[n] = arrived(n)
+            if not filled[n]:
+                search.miss(n)
 
     search.run(store.threads, ask)
-    lost = _read_runs(search, pages, filled, store)
+    lost = _read_runs(search, pages, filled, store, came)
     if lost:
         # The cached index may be old, and the pages may be elsewhere now: look them up again.
         for run in lost:
@@ -48,21 +60,36 @@ def read_batch(search: Search, pages: Sequence[Page], store: Pages) -> list[bool
             for n in range(run.start, run.stop):
                 search.places[n] = None
         search.run(store.threads, ask)
-        for run in _read_runs(search, pages, filled, store):
+        for run in _read_runs(search, pages, filled, store, came):
             store.forget(run.pack)
     return filled
 
 
 def _read_runs(
-    search: Search, pages: Sequence[Page], filled: list[bool], store: Pages
+    search: Search,
+    pages: Sequence[Page],
+    filled: Sequence[bool],
+    store: Pages,
+    came: Callable[[Run], None],
 ) -> list[Run]:
-    """Reads pages in packs that are not filled yet; returns the runs whose pack is missing."""
+    """Reads pages in packs that are not filled yet.
+
+    Args:
+        search: for the places of the pages.
+        pages: where to.
+        filled: for each page whether it is there already.
+        store: where from.
+        came: called with each run that was read, on the thread that read it.
+
+    Returns:
+        The runs whose pack is missing.
+    """
     lost: list[Run] = []
 
     def read(run: Run) -> None:
         span = slice(run.start, run.stop)
         if store.read_run(run.pack, search.keys[span], pages[span]):
-            filled[span] = [True] * (run.stop - run.start)
+            came(run)
         else:
             lost.append(run)
 

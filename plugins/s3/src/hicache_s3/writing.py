@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from hicache_core.errors import BackendFull
 from hicache_core.plugin.backends import nbytes_of, parse_key
@@ -23,7 +23,12 @@ def pages_per_pack(page_nbytes: int, pack_nbytes: int) -> int:
 
 
 def write_batch(
-    keys: Sequence[str], pages: Sequence[Page], *, pack_nbytes: int, store: Pages
+    keys: Sequence[str],
+    pages: Sequence[Page],
+    *,
+    pack_nbytes: int,
+    store: Pages,
+    leaving: Callable[[int], None],
 ) -> list[bool]:
     """Stores pages. Those that a full store refuses are left out, and the others written.
 
@@ -32,6 +37,7 @@ def write_batch(
         pages: what to store.
         pack_nbytes: size of a pack; 0 packs nothing.
         store: where to.
+        leaving: called with the index of a page before it is stored, on the thread that stores it.
 
     Returns:
         For each page whether it is stored afterwards.
@@ -42,6 +48,8 @@ def write_batch(
     indexes: list[PackIndex] = []
 
     def write(group: list[int]) -> None:
+        for n in group:
+            leaving(n)
         try:
             if len(group) == 1:
                 store.objects.store(page_name(keys[group[0]]), pages[group[0]])
