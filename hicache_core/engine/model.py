@@ -20,6 +20,7 @@ import transformers
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 
 from hicache_core.errors import ConfigError
+from hicache_core.process.memory import give_back
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +120,8 @@ def load_gguf_parts(
         except OSError as error:
             log.warning("the converted model is not kept: %s; the next start is slow again", error)
             return LoadedModel(name, parsed.model, parsed.tokenizer)
+        del parsed
+        give_back()
     loaded = load_folder(folder, dtype)
     return LoadedModel(name, loaded.model, loaded.tokenizer)
 
