@@ -21,6 +21,7 @@ from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 from hicache_core.engine.tokenizer import remember
 from hicache_core.engine.user_cache import user_cache
 from hicache_core.errors import ConfigError
+from hicache_core.process.memory import give_back
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +121,8 @@ def load_gguf_parts(
         except OSError as error:
             log.warning("the converted model is not kept: %s; the next start is slow again", error)
             return LoadedModel(name, parsed.model, parsed.tokenizer)
+        del parsed
+        give_back()
     loaded = load_folder(folder, dtype)
     return LoadedModel(name, loaded.model, loaded.tokenizer)
 

@@ -25,11 +25,18 @@ class Rows:
         new: slots of the tokens that are computed, (n_sequences * n_new,), int64.
         read: slots of past and new tokens, (n_sequences, n_rows), int64: all of them, or the last
             ones of a window. A shorter sequence is padded at the left with its own first slot:
-            masked, and a number in any case.
+            masked, and a number in any case. A slice for one sequence whose slots follow each
+            other: it is read where it is.
     """
 
     new: torch.Tensor
-    read: torch.Tensor
+    read: torch.Tensor | slice
+
+    def last(self, n_rows: int) -> torch.Tensor | slice:
+        """The last ``n_rows`` of ``read``."""
+        if isinstance(self.read, slice):
+            return slice(self.read.stop - n_rows, self.read.stop)
+        return self.read[:, -n_rows:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +205,7 @@ class _RowLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._n_unwritten = len(plan.slots)
         rows = forward.rows[plan.source]
         self._new = rows.new
-        self._read = rows.read[:, -(forward.n_past + forward.n_new - self._n_behind) :]
+        self._read = rows.last(forward.n_past + forward.n_new - self._n_behind)
 
     def lazy_initialization(self, *_: Any, **__: Any) -> None:
         """The pool has its memory already."""
@@ -225,6 +232,8 @@ class _RowLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def _exchange(self, slots: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """Writes new rows (n_sequences, n_new, *row); reads (n_sequences, n_rows, *row)."""
         slots.index_copy_(0, self._new, states.flatten(0, 1))
+        if isinstance(self._read, slice):
+            return slots[self._read][None]
         rows = slots.index_select(0, self._read.flatten())
         return rows.view(*self._read.shape, *rows.shape[1:])
 

@@ -12,6 +12,7 @@ import torch
 
 from hicache_core.engine.pool_cache import EachLayer, Forward, PoolCache, Rows, layer_plans
 from hicache_core.integrations.model_check import windows_of
+from hicache_core.integrations.paged_layers import run_of
 from hicache_core.kv.spec import GroupKind
 from hicache_core.pools.device import DevicePool
 from hicache_core.radix.results import LACKING
@@ -133,14 +134,10 @@ class Runner:
             before_layer, after_layer: as of ``PoolCache``.
         """
         n_tokens = n_past + len(tokens)
-        slots = self._slots(pages, n_tokens)
-        rows = [Rows(slots[n_past:], slots[None])]
-        for window, held in zip(self._windows, units.windows, strict=True):
-            slots = self._window_slots(window, held, n_past, n_tokens)
-            rows.append(Rows(slots[-len(tokens) :], slots[None]))
+        rows = self._rows(pages, units, n_past, n_tokens)
         ids = torch.tensor([list(tokens)], device=self.pool.device)
         positions = torch.arange(n_past, n_tokens, device=self.pool.device)[None]
-        forward = Forward(tuple(rows), n_past, len(tokens), *self._state_units([units]))
+        forward = Forward(rows, n_past, len(tokens), *self._state_units([units]))
         cache = PoolCache(self._plans, forward, before_layer, after_layer)
         return self._forward(ids, positions, cache, None)[0]
 
@@ -149,20 +146,15 @@ class Runner:
         """Computes the last token of each sequence; logits, (n_sequences, vocabulary), float32."""
         device = self.pool.device
         lengths = [past.n_tokens + 1 for past in batch]
-        rows = [
-            _together([self._slots(past.pages, n) for past, n in zip(batch, lengths, strict=True)])
+        own = [
+            self._rows(past.pages, past.units, past.n_tokens, past.n_tokens + 1) for past in batch
         ]
-        for at, window in enumerate(self._windows):
-            own = [
-                self._window_slots(window, past.units.windows[at], past.n_tokens, n)
-                for past, n in zip(batch, lengths, strict=True)
-            ]
-            rows.append(_together(own))
+        rows = own[0] if len(own) == 1 else tuple(map(self._together, zip(*own, strict=True)))
         ids = torch.tensor([[past.last_token] for past in batch], device=device)
         positions = torch.tensor([[past.n_tokens] for past in batch], device=device)
         states = self._state_units([past.units for past in batch])
         cache = PoolCache(
-            self._plans, Forward(tuple(rows), max(lengths) - 1, 1, *states), nothing, nothing
+            self._plans, Forward(rows, max(lengths) - 1, 1, *states), nothing, nothing
         )
         return self._forward(ids, positions, cache, self._padding_mask(lengths))
 
@@ -205,19 +197,49 @@ class Runner:
         at = torch.arange(longest, device=self.pool.device)
         return (at >= torch.tensor(padding, device=self.pool.device)[:, None]).long()
 
-    def _slots(self, pages: array[int], n_tokens: int) -> torch.Tensor:
-        """Slots of the first ``n_tokens`` tokens, (n_tokens,), int64."""
-        index = torch.tensor(pages, dtype=torch.int64, device=self.pool.device)
-        slots = index[:, None] * self.pool.page_size + self._offsets
-        return slots.flatten()[:n_tokens]
+    def _rows(
+        self, pages: array[int], units: HeldUnits, n_past: int, n_tokens: int
+    ) -> tuple[Rows, ...]:
+        """Where the tokens of a sequence are, of which those from ``n_past`` on are computed."""
+        windows = zip(self._windows, units.windows, strict=True)
+        return (
+            self._rows_in(pages, 0, n_past, n_tokens),
+            *(
+                self._rows_in(
+                    held.units,
+                    max(0, n_past - window + 1) - held.first * self.pool.page_size,
+                    n_past - held.first * self.pool.page_size,
+                    n_tokens - held.first * self.pool.page_size,
+                )
+                for window, held in windows
+            ),
+        )
 
-    def _window_slots(
-        self, window: int, held: WindowPages, n_past: int, n_tokens: int
-    ) -> torch.Tensor:
-        """Slots of the tokens up to ``n_tokens`` that those from ``n_past`` on may attend to."""
-        start = held.first * self.pool.page_size
-        slots = self._slots(held.units, n_tokens - start)
-        return slots[max(0, n_past - window + 1) - start :]
+    def _rows_in(self, pages: array[int], start: int, n_past: int, stop: int) -> Rows:
+        """Rows ``start`` to ``stop`` of pages in order; those from ``n_past`` on are new."""
+        device, page_size = self.pool.device, self.pool.page_size
+        if (run := run_of(pages)) is not None:
+            first = run.start * page_size
+            new = torch.arange(first + n_past, first + stop, device=device)
+            return Rows(new, slice(first + start, first + stop))
+        index = torch.tensor(pages, dtype=torch.int64, device=device)
+        slots = (index[:, None] * page_size + self._offsets).flatten()
+        return Rows(slots[n_past:stop], slots[None, start:stop])
+
+    def _together(self, own: Sequence[Rows]) -> Rows:
+        """The rows of sequences that each compute their last one, padded at the left."""
+        slots = [self._slots(rows.read) for rows in own]
+        longest = max(map(len, slots))
+        both = torch.stack([each[:1].expand(longest) for each in slots])
+        for row, each in zip(both, slots, strict=True):
+            row[-len(each) :] = each
+        return Rows(both[:, -1], both)
+
+    def _slots(self, read: torch.Tensor | slice) -> torch.Tensor:
+        """The slots of one sequence, (n_rows,), int64."""
+        if isinstance(read, slice):
+            return torch.arange(read.start, read.stop, device=self.pool.device)
+        return read[0]
 
     def _state_units(
         self, units: Sequence[HeldUnits]
@@ -230,12 +252,3 @@ class Runner:
         state_to = torch.tensor([each.state_to for each in units], device=device)
         begins = state_from[0] == LACKING
         return None if begins else torch.tensor(state_from, device=device), state_to
-
-
-def _together(own: Sequence[torch.Tensor]) -> Rows:
-    """The rows of sequences that each compute their last slot, padded at the left."""
-    longest = max(len(slots) for slots in own)
-    both = torch.stack([slots[:1].expand(longest) for slots in own])
-    for row, slots in zip(both, own, strict=True):
-        row[-len(slots) :] = slots
-    return Rows(both[:, -1], both)

@@ -19,6 +19,7 @@ from hicache_core.integrations.paged_layers import (
     StateLayer,
     WaitLayer,
     parts_of,
+    run_of,
 )
 from hicache_core.kv.spec import GroupKind
 from hicache_core.pools.device import DevicePool
@@ -94,8 +95,9 @@ class PagedCache(Cache):
         self.pure = PureRows(n_rows=self.get_seq_length())
 
     def _prefix(self, first_page: int, pages: array[int], wait_layer: WaitLayer) -> Prefix:
-        index = page_index(pages, self._pool.device)
-        return Prefix(self._n_prefix, self._pool.page_size, first_page, index, wait_layer)
+        run = run_of(pages)
+        where = page_index(pages, self._pool.device) if run is None else run
+        return Prefix(self._n_prefix, self._pool.page_size, first_page, where, wait_layer)
 
     def _layer(self, layer: int, sources: Sequence[_Source], full: Prefix) -> Any:
         """A layer that keeps what the spec says."""

@@ -25,9 +25,13 @@ def pool_for(model: Any, dtype: str = "float32") -> DevicePool:
     return DevicePool(spec, PAGE_SIZE, N_PAGES)
 
 
-def cached_prefix(model: Any, pool: DevicePool, tokens: list[int]) -> array[int]:
-    """Computes ``tokens`` into pages that are neither adjacent nor ascending."""
-    pages = pool.allocator.allocate(len(tokens) // PAGE_SIZE * 2)[::-2]
+def cached_prefix(
+    model: Any, pool: DevicePool, tokens: list[int], *, in_order: bool = False
+) -> array[int]:
+    """Computes ``tokens`` into pages that are neither adjacent nor ascending, or are both."""
+    n_pages = len(tokens) // PAGE_SIZE
+    taken = pool.allocator.allocate(2 * n_pages)
+    pages = taken[n_pages:] if in_order else taken[::-2]
     past = PagedCache(pool, array("i"))
     forward(model, tokens, past)
     past.write_pages(0, pages)
@@ -60,10 +64,13 @@ def test_an_empty_cache_gives_the_logits_of_no_cache(model: Any) -> None:
     assert past.get_seq_length() == 23
 
 
-def test_a_prefix_in_pages_gives_the_bits_of_the_same_split_in_memory(model: Any) -> None:
+@pytest.mark.parametrize("in_order", [False, True])
+def test_a_prefix_in_pages_gives_the_bits_of_the_same_split_in_memory(
+    model: Any, in_order: bool
+) -> None:
     tokens, n_prefix = prompt_of(27), 20
     pool = pool_for(model)
-    pages = cached_prefix(model, pool, tokens[:n_prefix])
+    pages = cached_prefix(model, pool, tokens[:n_prefix], in_order=in_order)
     plain = DynamicCache(config=model.config)
     forward(model, tokens[:n_prefix], plain)
     paged = PagedCache(pool, pages)
