@@ -102,7 +102,7 @@ def text_fails(it: SteppedEngine, patch: Patch) -> None:
 
 
 def store_fails(it: SteppedEngine, patch: Patch) -> None:
-    def store(tokens: Sequence[int]) -> None:
+    def store(tokens: Sequence[int], *, keep_end: bool = True) -> None:
         raise NoLuckError("no memory for a node")
 
     patch.setattr(of_the_bad(it).table, "store", store)
