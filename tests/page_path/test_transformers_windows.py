@@ -108,7 +108,8 @@ def test_a_window_with_less_room_than_a_prompt_is_stored_in_parts(model: Any, wo
     long = prompt_of(90)
     assert pool.n_pages * PAGE_SIZE < len(long)
     assert ask(cached, long) == CachedTokens()
-    assert ask(cached, long) == CachedTokens(device=whole_pages(len(long) - 1))
+    again = ask(cached, long)  # which needs a page of the window before the one kept on the device
+    assert (again.total, again.storage) == (whole_pages(len(long) - 1), 0)
     assert ask(world.open(model), long[:50]).total == 48
 
 
