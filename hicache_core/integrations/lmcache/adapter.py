@@ -190,7 +190,7 @@ class HiCacheL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache has
                 for key, chunk in zip(keys, chunks, strict=True)
             ]
             pages = [chunk.page for chunk in chunks]
-            on_done = partial(self._loaded, task, keys)
+            on_done = partial(self._loaded, task, keys, self._held.n_additions)
             submit_in_parts(self._store.submit_read, names, pages, on_done, n_threads=N_THREADS)
 
         self._start(keys, start, partial(self._loads.add, task, Bitmap(len(keys))))
@@ -316,7 +316,8 @@ class HiCacheL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache has
             for digest in digests[place]:
                 names.append(chunk_key(digest, key.chunk_hash))
                 of_key.append(n)
-        self._store.submit_exists(names, partial(self._found, task, keys, of_key))
+        on_done = partial(self._found, task, keys, of_key, self._held.n_additions)
+        self._store.submit_exists(names, on_done)
 
     def _stored(
         self, task: int, keys: Sequence[ObjectKey], nbytes: Sequence[int], answer: Answer
@@ -333,31 +334,44 @@ class HiCacheL2Adapter(L2AdapterInterface):  # type: ignore[misc]  # LMCache has
             self._stores.add(task, result)
 
     def _found(
-        self, task: int, keys: Sequence[ObjectKey], of_key: Sequence[int], answer: Answer
+        self,
+        task: int,
+        keys: Sequence[ObjectKey],
+        of_key: Sequence[int],
+        n_additions: int,
+        answer: Answer,
     ) -> None:
         present = set(itertools.compress(of_key, answer.mask))
         try:
             if not answer.error:
-                self._forget(key for n, key in enumerate(keys) if n not in present)
+                self._forget((key for n, key in enumerate(keys) if n not in present), n_additions)
         finally:
             self._lookups.add(task, _bitmap(len(keys), present))
 
-    def _loaded(self, task: int, keys: Sequence[ObjectKey], answer: Answer) -> None:
+    def _loaded(
+        self, task: int, keys: Sequence[ObjectKey], n_additions: int, answer: Answer
+    ) -> None:
         try:
             loaded = list(itertools.compress(keys, answer.mask))
             if loaded:
                 self._held.touch(loaded)
                 self._notify_keys_accessed(loaded)
             if not answer.error:
-                self._forget(itertools.compress(keys, [not yes for yes in answer.mask]))
+                missed = itertools.compress(keys, [not yes for yes in answer.mask])
+                self._forget(missed, n_additions)
         finally:
             self._loads.add(
                 task, _bitmap(len(keys), itertools.compress(range(len(keys)), answer.mask))
             )
 
-    def _forget(self, keys: Iterable[ObjectKey]) -> None:
-        """Tells LMCache which of ``keys`` this server stored and the store has no more."""
-        gone = self._held.remove(keys)
+    def _forget(self, keys: Iterable[ObjectKey], n_additions: int | None = None) -> None:
+        """Tells LMCache which of ``keys`` this server stored and the store has no more.
+
+        Args:
+            keys: not in the store.
+            n_additions: as of ``HeldChunks.remove``.
+        """
+        gone = self._held.remove(keys, n_additions)
         if gone:
             self._notify_keys_deleted(list(gone), list(gone.values()))
 

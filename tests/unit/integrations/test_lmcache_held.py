@@ -22,3 +22,16 @@ def test_beyond_the_limit_the_least_recently_used_chunks_are_forgotten() -> None
     assert held.add({"d": 4, "e": 5}) == ([4, 5], {"c": 3, "a": 1})
     assert held.remove("abcde") == {"b": 2, "d": 4, "e": 5}
     assert held.add({"v": 1, "w": 2, "x": 3, "y": 4}) == ([1, 2, 3, 4], {"v": 1})
+
+
+def test_what_was_stored_since_the_store_was_asked_stays() -> None:
+    """The answer to an older question knows nothing of it."""
+    held = HeldChunks[str]()
+    held.add({"a": 10})
+    asked = held.n_additions
+    held.add({"b": 20})
+    assert held.remove(["a", "b", "c"], asked) == {"a": 10}
+    held.add({"a": 10, "b": 20})
+    assert held.remove(["a", "b"], asked) == {}
+    assert held.remove(["b"], held.n_additions) == {"b": 20}
+    assert held.remove(["a", "a"]) == {"a": 10}
