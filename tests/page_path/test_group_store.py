@@ -96,14 +96,14 @@ def test_a_quota_holds_for_each_namespace_and_never_leads_to_wrong_bytes(
     mix: str, tmp_path: Path
 ) -> None:
     """Units and pages go by themselves in the store, so a prefix may lack any of them."""
-    quota = 2048
+    quota = 4096
     settings = {"path": str(tmp_path), "namespace_quota_nbytes": quota}
     rng = random.Random(3)
     stems = [[n] * rng.randrange(8, 40) for n in range(6)]
     n_hits = 0
     for _ in range(4):
         world = make_grouped_world(mix, backend="file", storage=dict(settings))
-        for _ in range(6):
+        for _ in range(10):
             outcome = world.request([*rng.choice(stems), *range(100, 100 + rng.randrange(12))])
             n_hits += outcome.storage
         assert world.cache.flush(10.0)

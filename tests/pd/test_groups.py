@@ -17,7 +17,7 @@ from hicache_core.engine.request import Bootstrap
 from hicache_core.errors import SpecError
 from hicache_core.kv_transfer.tcp import TcpTransfer
 from hicache_core.types import CachedTokens
-from tests.engine.test_engine import Client
+from tests.engine.test_engine import PATIENCE_S, Client
 from tests.engine.test_groups import N_NEW, loaded_model, prompt
 from tests.engine.world import PAGE_SIZE, plain
 from tests.page_path.mixed_models import MIXED, WINDOW
@@ -30,7 +30,9 @@ EVERY_DAY = {"gemma3", "lfm3", "mamba2"}
 
 @pytest.fixture(
     params=[
-        name if name in EVERY_DAY else pytest.param(name, marks=pytest.mark.full) for name in MIXED
+        name if name in EVERY_DAY else pytest.param(name, marks=pytest.mark.full)
+        for name in MIXED
+        if name != "kimi_linear"  # which takes minutes, in transformers' own code for a CPU
     ]
 )
 def loaded(request: pytest.FixtureRequest) -> LoadedModel:
@@ -77,7 +79,7 @@ def test_the_decode_half_goes_on_from_window_and_state(loaded: LoadedModel) -> N
     """Prompts around a page and a window, then again, then as the next turns."""
     lengths = (1, WINDOW, 2 * PAGE_SIZE + 1, 43)
     prompts = [prompt(n, seed=n) for n in lengths]
-    with pair(loaded) as (prefill, decode):
+    with pair(loaded, timeout_s=PATIENCE_S) as (prefill, decode):
         for n_round, n_cached in enumerate(([0] * 4, [0, 8, 8, 40])):
             cached = check(loaded, prompts, ask(prefill, decode, prompts))
             assert cached == [CachedTokens(device=n) for n in n_cached]

@@ -54,10 +54,11 @@ def half(
     loaded: LoadedModel | None = None,
     backend: str = "tcp",
     close_s: float = 20.0,
+    timeout_s: float = 20.0,
     **config: Any,
 ) -> Iterator[Half]:
     """An open engine; after each step, and at the end, nothing is held by nobody."""
-    role = Role(RoleSettings(mode, backend, {**SETTINGS, "secret": secret}, timeout_s=20.0))
+    role = Role(RoleSettings(mode, backend, {**SETTINGS, "secret": secret}, timeout_s))
     engine = Engine(
         loaded or model_of(),
         cache_config(**(cache or {})),
