@@ -167,9 +167,10 @@ class Controller:
         def missed_page() -> bytes:
             return page_digests(page, page_size, tree.last_digest(match.node))
 
+        n_from_host = match.n_tokens_from_host
         explainer.matched(
             request_id,
-            Hits(match.n_tokens - match.n_tokens_from_host, match.n_tokens_from_host, n_prompt),
+            Hits(match.n_tokens - n_from_host, n_from_host, n_prompt),
             missed_page if len(page) == page_nbytes else None,
             page_digests(tokens[:page_nbytes], page_size) if was_looked_up else None,
             namespace,

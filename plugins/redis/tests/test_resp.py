@@ -5,7 +5,8 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 from hicache_redis.channel import PlainChannel
@@ -129,11 +130,10 @@ def test_a_reply_that_is_no_page_of_that_length_can_still_be_read(
         thread.join()
 
 
-@given(cuts=st.lists(st.integers(1, 9000), min_size=1, max_size=8))
-def test_a_page_is_read_however_it_arrives(cuts: list[int]) -> None:
-    """Pages follow each other in pieces of any length; each is read, and not a byte more."""
+@contextmanager
+def arriving(sizes: Sequence[int], cuts: Sequence[int]) -> Iterator[Ends]:
+    """A connection on which payloads of these sizes arrive, in pieces of so many bytes in turn."""
     ends = Ends()
-    sizes = (20000, 100, 70000)
     stream = b"".join(
         b"$%d\r\n%b\r\n" % (size, b"".join(filled(str(n), (size,)))) for n, size in enumerate(sizes)
     )
@@ -148,6 +148,17 @@ def test_a_page_is_read_however_it_arrives(cuts: list[int]) -> None:
     thread = threading.Thread(target=serve)
     thread.start()
     try:
+        yield ends
+    finally:
+        thread.join()
+        ends.close()
+
+
+@given(cuts=st.lists(st.integers(1, 9000), min_size=1, max_size=8))
+def test_a_page_is_read_however_it_arrives(cuts: list[int]) -> None:
+    """Pages follow each other in pieces of any length; each is read, and not a byte more."""
+    sizes = (20000, 100, 70000)
+    with arriving(sizes, cuts) as ends:
         for n, size in enumerate(sizes):
             page = blank((64, size - 64))
             if not ends.wire.read_page(page, size):
@@ -155,9 +166,6 @@ def test_a_page_is_read_however_it_arrives(cuts: list[int]) -> None:
                 ends.wire.read_payload(page)
             assert holds(str(n), page)
         assert ends.wire.is_quiet()
-    finally:
-        thread.join()
-        ends.close()
 
 
 def test_a_page_whose_head_stalls_times_out(ends: Ends) -> None:
@@ -181,21 +189,7 @@ def test_payloads_fill_their_segments_however_they_arrive(
     sizes: list[int], cuts: list[int], wrong: set[int]
 ) -> None:
     """Replies arrive in pieces of any length; some are skipped; none moves another by a byte."""
-    ends = Ends()
-    stream = b"".join(
-        b"$%d\r\n%b\r\n" % (size, b"".join(filled(str(n), (size,)))) for n, size in enumerate(sizes)
-    )
-
-    def serve() -> None:
-        start = n = 0
-        while start < len(stream):
-            piece = cuts[n % len(cuts)]
-            ends.theirs.sendall(stream[start : start + piece])
-            start, n = start + piece, n + 1
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
+    with arriving(sizes, cuts) as ends:
         for n, size in enumerate(sizes):
             assert ends.wire.read_length() == size
             if n in wrong:
@@ -205,9 +199,6 @@ def test_payloads_fill_their_segments_however_they_arrive(
             ends.wire.read_payload(page)
             assert holds(str(n), page)
         assert ends.wire.is_quiet()
-    finally:
-        thread.join()
-        ends.close()
 
 
 @pytest.mark.parametrize("shape", [(5,), (), (0, 3, 0), (1,) * 2500, (64, 3_000_000)])
