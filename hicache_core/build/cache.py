@@ -9,8 +9,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from hicache_core.build.backends import backend_from
 from hicache_core.build.observers import Observers
-from hicache_core.build.storage import StorageOpener, backend_from
+from hicache_core.build.storage import StorageOpener
 from hicache_core.config.settings import HiCacheConfig
 from hicache_core.config.sources import EXTRA
 from hicache_core.controller.controller import Controller

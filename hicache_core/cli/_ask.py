@@ -49,9 +49,14 @@ def _found(_ctx: click.Context, _parameter: click.Parameter, url: str | None) ->
     )
 
 
+def with_scheme(url: str) -> str:
+    """``url`` as it is, or with ``http://`` before it if it names no scheme."""
+    return url if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", url) else f"http://{url}"
+
+
 def base_of(url: str) -> str:
     """``url`` with a scheme, and without the path of the page or the status."""
-    base = (url if re.match(r"https?://", url) else f"http://{url}").rstrip("/")
+    base = with_scheme(url).rstrip("/")
     for suffix in _SUFFIXES:
         base = base.removesuffix(suffix)
     return base
