@@ -14,12 +14,12 @@ from hicache_core.cli._backend import CONFIG_HELP, BackendChoice
 from hicache_core.cli._cache_choice import (
     CacheDescription,
     CacheRef,
+    check_keys,
     choose,
     groups_of,
     summary,
 )
 from hicache_core.cli._prompt import packed_prompt
-from hicache_core.errors import ConfigError
 from hicache_core.storage.manifest import Manifest, read_manifest, read_manifests
 from hicache_core.storage.why import Answer, Cause, GroupAnswer, Miss, Question, why
 from hicache_core.types import BackendContext, Namespace
@@ -105,27 +105,11 @@ def _answer(backend: BackendChoice, tokens: bytes, options: Mapping[str, Any]) -
             if name is not None and name not in known:
                 known[name] = read_manifest(store, name)
         cache = choose(named, known)
-        _check_keys(cache)
+        check_keys(cache)
         question = _question(tokens, cache, known, options)
         # Some stores keep a place for each namespace, or need to know the size of an object.
         with backend.reading(_context(cache, question, known)) as own:
             return why(own, question)
-
-
-def _check_keys(cache: CacheRef) -> None:
-    """Checks that the keys of a cache follow from the tokens.
-
-    Raises:
-        ConfigError: they are hashes that only an engine computes.
-    """
-    manifest = cache.manifest
-    engine = None if manifest is None else manifest.fields.get("engine")
-    if manifest is not None and engine is not None and not manifest.told.get("token_chain"):
-        raise ConfigError(
-            f"{summary(manifest)}: {engine} names pages by hashes that only {engine} computes, so "
-            "a prompt cannot be looked up here; ask its metrics, or check the stored pages with "
-            "hicache scrub"
-        )
 
 
 def _question(
