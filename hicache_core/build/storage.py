@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from hicache_core.build.backends import CHAIN, backend_from
 from hicache_core.config.messages import config_error
 from hicache_core.config.settings import HiCacheConfig
 from hicache_core.controller.admission import Admission, AlwaysAdmit, CostAware
@@ -17,7 +18,6 @@ from hicache_core.errors import ConfigError
 from hicache_core.kv.keys import describe_namespace, namespace_digest
 from hicache_core.observe.stores import backend_statuses, rejected_pages
 from hicache_core.observe.usage import UsageWatch
-from hicache_core.plugin import dynamic, manager
 from hicache_core.pools.host import HostPool
 from hicache_core.ranks.base import RankGroup
 from hicache_core.storage.base import RegistersMemory, StorageBackend
@@ -34,35 +34,10 @@ from hicache_core.storage.workers.executor import Deadlines, Worker
 from hicache_core.storage.workers.worker import StorageWorker
 from hicache_core.types import BackendContext, Page
 
-DYNAMIC = "dynamic"
-CHAIN = "chain"
-
 Clock = Callable[[], float]
 M = TypeVar("M", bound=BaseModel)
 
 ADMISSIONS: dict[str, type[Admission]] = {"always": AlwaysAdmit, "cost_aware": CostAware}
-
-
-def backend_from(
-    name: str, settings: Mapping[str, object], context: BackendContext
-) -> StorageBackend:
-    """Makes the named backend; it is not opened yet.
-
-    Args:
-        name: an installed plugin, or ``dynamic`` for a class that ``settings`` names.
-        settings: the backend's own settings; an unknown key is an error.
-        context: what the backend may know about the cache.
-
-    Raises:
-        PluginError: it is not installed, does not load, or is not a backend.
-        ConfigError: a setting is wrong.
-    """
-    if name == DYNAMIC:
-        backend_class = dynamic.load_class(settings)
-        _, settings = dynamic.split_settings(settings)
-    else:
-        backend_class = manager.backend_class(name)
-    return backend_class(manager.backend_settings(backend_class, settings), context)
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,9 +49,14 @@ def _found(_ctx: click.Context, _parameter: click.Parameter, url: str | None) ->
     )
 
 
+def with_scheme(url: str) -> str:
+    """``url`` as it is, or with ``http://`` before it if it names no scheme."""
+    return url if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", url) else f"http://{url}"
+
+
 def base_of(url: str) -> str:
     """``url`` with a scheme, and without the path of the page or the status."""
-    base = (url if re.match(r"https?://", url) else f"http://{url}").rstrip("/")
+    base = with_scheme(url).rstrip("/")
     for suffix in _SUFFIXES:
         base = base.removesuffix(suffix)
     return base
@@ -91,6 +96,46 @@ def ask(url: str, path: str, *, key: str | None = None) -> Any:
         ) from error
     except ValueError as error:
         raise click.ClickException(f"the answer from {shown} is not JSON") from error
+
+
+def post(url: str, path: str, body: object, *, key: str | None = None, timeout_s: float) -> Any:
+    """What a server answers to a body of JSON, as JSON values.
+
+    Args:
+        url: as for :func:`ask`.
+        path: as for :func:`ask`.
+        body: JSON values.
+        key: as for :func:`ask`.
+        timeout_s: how long to wait for the answer.
+
+    Raises:
+        click.ClickException: nothing answers, or the server refuses; the message is the server's.
+    """
+    address = base_of(url) + path
+    shown = masked_text(address)
+    headers = {"Content-Type": "application/json"}
+    if key is not None:
+        headers["Authorization"] = f"Bearer {key}"
+    try:
+        request = Request(address, json.dumps(body).encode(), headers)
+        with build_opener(ProxyHandler({})).open(request, timeout=timeout_s) as response:
+            return json.load(response)
+    except HTTPError as error:
+        with error:
+            raise click.ClickException(f"{shown} answers {error.code}: {_said(error)}") from error
+    except (URLError, OSError) as error:
+        reason = str(error.reason if isinstance(error, URLError) else error)
+        raise click.ClickException(f"no answer from {shown} ({reason})") from error
+    except ValueError as error:
+        raise click.ClickException(f"the answer from {shown} is not JSON") from error
+
+
+def _said(error: HTTPError) -> str:
+    """The message of a refusal."""
+    try:
+        return masked_text(str(json.load(error)["error"]["message"]))
+    except (KeyError, TypeError, ValueError):
+        return "this is not a server of HiCache, or one of another version"
 
 
 def observed(answer: Any, url: str) -> Observation:

@@ -112,6 +112,22 @@ def groups_of(cache: CacheRef, known: Mapping[str, Manifest | None]) -> tuple[As
     return tuple(sorted(found, key=lambda group: (not group.window, group.window, group.name)))
 
 
+def check_keys(cache: CacheRef) -> None:
+    """Checks that the keys of a cache follow from the tokens.
+
+    Raises:
+        ConfigError: they are hashes that only an engine computes.
+    """
+    manifest = cache.manifest
+    engine = None if manifest is None else manifest.fields.get("engine")
+    if manifest is not None and engine is not None and not manifest.told.get("token_chain"):
+        raise ConfigError(
+            f"{summary(manifest)}: {engine} names pages by hashes that only {engine} computes, so "
+            "a prompt cannot be looked up here; ask its metrics, or check the stored pages with "
+            "hicache scrub"
+        )
+
+
 def summary(manifest: Manifest) -> str:
     """A manifest in one line."""
     fields = manifest.fields

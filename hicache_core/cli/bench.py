@@ -20,6 +20,7 @@ from hicache_core.bench.prompts import Words, words_of_file
 from hicache_core.bench.replay import Replay, run_replay
 from hicache_core.bench.result import Record, as_json, summary
 from hicache_core.bench.traces import read_trace
+from hicache_core.cli._ask import with_scheme
 from hicache_core.cli._bench_view import results
 from hicache_core.cli._cache_view import console
 from hicache_core.cli._out_file import OutFile
@@ -44,6 +45,7 @@ def _for_all(function: Callable[..., None]) -> Callable[..., None]:
             "--url",
             default="http://127.0.0.1:30000",
             show_default=True,
+            callback=lambda _ctx, _parameter, url: with_scheme(url),
             help="Address of the server.",
         ),
         click.option(

@@ -19,9 +19,11 @@ ALLOWED_CALLS = (
     "attach_storage",
     "clear_storage",
     "detach_storage",
+    "finish_prefetch",
     "flush",
     "reset",
     "set_policies",
+    "warm",
 )
 """Methods of the cache that every rank calls when the operator asks for one."""
 

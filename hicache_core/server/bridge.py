@@ -16,6 +16,7 @@ from hicache_core.observe.tracing import Origin, traceparent
 from hicache_core.server.problems import Problem
 from hicache_core.server.request_metrics import RequestMetrics
 from hicache_core.server.request_names import RequestNames
+from hicache_core.types import Namespace
 
 if TYPE_CHECKING:
     from hicache_core.build.cache import HiCache
@@ -41,6 +42,10 @@ class EngineFront(Protocol):
 
     def call_all(self, method: str, *arguments: object, timeout_s: float) -> Any:
         """Calls a method of the cache on the engine's thread, on every rank."""
+        ...
+
+    def namespace(self, namespace: Namespace) -> Namespace:
+        """The namespace under which the engine keeps the pages of a request."""
         ...
 
     def status(self) -> EngineStatus:

@@ -100,6 +100,14 @@ class Prompts:
             _choices(tokens, params, body.rid, body.n or 1), body, body.priority or 0
         )
 
+    async def tokens_of(self, prompts: Sequence[str | list[int]]) -> list[tuple[int, ...]]:
+        """The tokens of prompts that are not computed now.
+
+        Raises:
+            Problem: one has unknown ids, or would not fit into the context.
+        """
+        return await self._encode(prompts)
+
     def _opened(
         self,
         wanted: Sequence[tuple[tuple[int, ...], SamplingParams, str | None]],

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from hicache_core.build.storage import CHAIN, DYNAMIC
+from hicache_core.build.backends import CHAIN, DYNAMIC
 from hicache_core.config.redact import masked
 from hicache_core.config.settings import HiCacheConfig
 from hicache_core.config.sources import EXTRA

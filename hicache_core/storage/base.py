@@ -5,9 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from hicache_core.errors import BackendFull
 from hicache_core.storage.segments import join, nbytes_of, scatter
@@ -26,9 +27,20 @@ def namespace_of(key: str) -> str:
 
 
 class BackendConfig(BaseModel):
-    """Base class of a backend's own settings: frozen; an unknown key is an error."""
+    """Base class of a backend's own settings: frozen; an unknown key is an error.
+
+    In a ``Path``, a leading ``~`` is the user's home.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _at_home(cls, value: object) -> object:
+        try:
+            return value.expanduser() if isinstance(value, Path) else value
+        except RuntimeError as error:  # there is no such user
+            raise ValueError(f"{value}: {error}") from None
 
 
 class StorageBackend(ABC):

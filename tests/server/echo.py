@@ -20,6 +20,7 @@ from hicache_core.errors import QueueFull, UseAfterClose
 from hicache_core.kv.keys import pack_tokens
 from hicache_core.kv.spec import KVSpec
 from hicache_core.pools.device import DevicePool
+from hicache_core.types import Namespace
 
 SPEC = KVSpec.mha(num_layers=1, num_heads=1, head_dim=2, dtype="float32", fingerprint="echo")
 CONTEXT = 512
@@ -81,6 +82,9 @@ class EchoEngine:
         if error is not None:
             raise error
         return value
+
+    def namespace(self, namespace: Namespace) -> Namespace:
+        return namespace
 
     def status(self) -> EngineStatus:
         return EngineStatus(

@@ -26,6 +26,7 @@ ADMIN_CALLS = [
     ("PUT", "/hicache/storage-backend"),
     ("DELETE", "/hicache/storage-backend"),
     ("POST", "/hicache/storage-backend/clear"),
+    ("POST", "/hicache/warm"),
 ]
 CALLS = [
     ("POST", "/generate"),

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from hicache_core.server import routes_admin, routes_generate, routes_info
+from hicache_core.server import routes_admin, routes_generate, routes_info, routes_warm
 from hicache_core.server.access import Keys
 from hicache_core.server.bodies import AttachBody, ChatBody, CompletionBody, GenerateBody
+from hicache_core.server.routes_warm import WarmBody
 from tests.server.world import server
 
 pytestmark = pytest.mark.anyio
@@ -19,6 +20,7 @@ BODIES = {
     ("/v1/completions", "post"): CompletionBody,
     ("/v1/chat/completions", "post"): ChatBody,
     ("/hicache/storage-backend", "put"): AttachBody,
+    ("/hicache/warm", "post"): WarmBody,
 }
 
 
@@ -41,7 +43,7 @@ async def test_every_call_has_a_sentence() -> None:
     async with server() as s:
         paths = {
             route.path.replace(":path", "")
-            for module in (routes_generate, routes_info, routes_admin)
+            for module in (routes_generate, routes_info, routes_admin, routes_warm)
             for route in module.make_router(s.service).routes
         }
     assert set(description["paths"]) == paths - {"/docs"}
