@@ -7,9 +7,16 @@ from typing import Any
 
 import pytest
 
-from hicache_core.server import routes_admin, routes_generate, routes_info
+from hicache_core.server import routes_admin, routes_generate, routes_info, routes_tokens
 from hicache_core.server.access import Keys
-from hicache_core.server.bodies import AttachBody, ChatBody, CompletionBody, GenerateBody
+from hicache_core.server.bodies import (
+    AttachBody,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    GenerateBody,
+    TokenizeBody,
+)
 from tests.server.world import server
 
 pytestmark = pytest.mark.anyio
@@ -18,6 +25,8 @@ BODIES = {
     ("/generate", "post"): GenerateBody,
     ("/v1/completions", "post"): CompletionBody,
     ("/v1/chat/completions", "post"): ChatBody,
+    ("/tokenize", "post"): TokenizeBody,
+    ("/detokenize", "post"): DetokenizeBody,
     ("/hicache/storage-backend", "put"): AttachBody,
 }
 
@@ -41,7 +50,7 @@ async def test_every_call_has_a_sentence() -> None:
     async with server() as s:
         paths = {
             route.path.replace(":path", "")
-            for module in (routes_generate, routes_info, routes_admin)
+            for module in (routes_generate, routes_tokens, routes_info, routes_admin)
             for route in module.make_router(s.service).routes
         }
     assert set(description["paths"]) == paths - {"/docs"}
