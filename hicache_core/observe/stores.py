@@ -37,7 +37,9 @@ def _backend_status(name: str, status: GuardStatus, usage: Mapping[str, int]) ->
     operations = []
     for op, calls in status.operations.items():
         errors = {kind: n for (of, kind), n in status.errors.items() if of == op}
-        operations.append(OperationStatus(op, calls.latency_s, errors))
+        operations.append(
+            OperationStatus(op, calls.latency_s, errors, calls.pages, calls.gib_per_s)
+        )
     moved = {op: int(calls.nbytes.total) for op, calls in status.operations.items()}
     return BackendStatus(
         name,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
-from hicache_core.engine.request import Output, Request
+from hicache_core.engine.request import Output, Request, TokenLogprobs
 from hicache_core.observe.tracing import Origin, traceparent
 from hicache_core.server.problems import Problem
 from hicache_core.server.request_metrics import RequestMetrics
@@ -69,10 +69,12 @@ class NamedRequest:
     Attributes:
         name: what its tenant calls it.
         request: what the engine gets.
+        echo: text before the answer.
     """
 
     name: str
     request: Request
+    echo: str = ""
 
 
 class Pending:
@@ -190,17 +192,26 @@ class FullAnswer:
         text: all of it.
         tokens: likewise.
         last: the last output.
+        logprobs: of its tokens, if they are wanted.
+        prompt_logprobs: of the prompt, likewise.
     """
 
     asked: NamedRequest
     text: str
     tokens: tuple[int, ...]
     last: Output
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
     def plus(self, output: Output) -> FullAnswer:
         """With what one more step brought."""
         return FullAnswer(
-            self.asked, self.text + output.text, self.tokens + output.new_tokens, output
+            self.asked,
+            self.text + output.text,
+            self.tokens + output.new_tokens,
+            output,
+            self.logprobs + output.logprobs,
+            self.prompt_logprobs,
         )
 
 
@@ -217,7 +228,14 @@ async def growing(pending: Pending) -> AsyncIterator[FullAnswer]:
         if output.finish_reason == "abort":
             raise Problem(503, "the request was aborted: the server is shutting down")
         if whole is None:
-            whole = FullAnswer(pending.asked, output.text, output.new_tokens, output)
+            whole = FullAnswer(
+                pending.asked,
+                pending.asked.echo + output.text,
+                output.new_tokens,
+                output,
+                output.logprobs,
+                output.prompt_logprobs,
+            )
         else:
             whole = whole.plus(output)
         yield whole
