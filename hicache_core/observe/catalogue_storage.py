@@ -118,6 +118,14 @@ STORAGE = (
         {"backend": BACKEND, "state": "`closed`, `open`, `half_open`"},
     ),
     Series(
+        "storage_read_only",
+        "gauge",
+        "0 or 1",
+        "1 for a backend that is only read (`read_only`), 0 for others.",
+        backends(lambda backend: int(backend.read_only)),
+        {"backend": BACKEND},
+    ),
+    Series(
         "storage_retries_total",
         "counter",
         "calls",

@@ -81,6 +81,7 @@ class BackendStatus:
         stored_nbytes: bytes that the store acknowledged.
         loaded_nbytes: bytes that it delivered.
         usage_nbytes: stored bytes by namespace, as far as the store knows.
+        read_only: whether nothing is stored there.
     """
 
     name: str
@@ -96,6 +97,7 @@ class BackendStatus:
     stored_nbytes: int = 0
     loaded_nbytes: int = 0
     usage_nbytes: Mapping[str, int] = field(default_factory=dict)
+    read_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
