@@ -12,6 +12,7 @@
 #   make soak    simulate SOAK_SCHEDULES lives, then run the cache under faults for SOAK_SECONDS
 #   make dist    build and check sdists and wheels in dist/; DIST_PYTHONS adds interpreters, PROJECT_URL links
 #   make api     write docs/api.md from the docstrings
+#   make config  write deploy/hicache.toml, a configuration file with every setting
 #   make docs    write the benchmark tables into docs/benchmark-tables.md
 
 PYTHON ?= python3
@@ -39,7 +40,7 @@ ENGINES := $(basename $(notdir $(wildcard tests/engines/requirements/*-*.txt)))
 ENGINES_READY := $(ENGINES:%=$(ENGINES_DIR)/%/.ready)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-pd test engines check format lint types layers bench gpu gpu-wheels soak docs api dist clean
+.PHONY: help setup demo demo-pd test engines check format lint types layers bench gpu gpu-wheels soak docs api config dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -126,6 +127,9 @@ docs: $(TESTS_READY)
 
 api: $(TESTS_READY)
 	$(BIN)/python -m tools.api
+
+config: $(TESTS_READY)
+	$(BIN)/python -m tools.config_file
 
 $(RELEASE_READY): requirements-release.txt constraints.txt
 	@test -x $(RELEASE)/bin/python || $(PYTHON) -m venv $(RELEASE)
