@@ -10,12 +10,13 @@ from __future__ import annotations
 import errno
 import itertools
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import ClassVar, NamedTuple
 
-from hicache_core.errors import BackendError, BackendFull
+from hicache_core.errors import BackendDenied, BackendError, BackendFull, BackendUnavailable
 from hicache_core.storage.answers import yes_at
 from hicache_core.storage.base import BackendConfig, Buffer, Finding, StorageBackend
 from hicache_core.storage.calls import Calls
@@ -63,6 +64,14 @@ class FileBackend(StorageBackend):
         self._counts = dict.fromkeys(
             ("reads", "misses", "writes", "dropped_writes", "raced_reads", "damaged_records"), 0
         )
+
+    def check_reachable(self) -> None:
+        path = self._settings.path
+        existing = path if path.exists() else path.parent
+        if not existing.is_dir():
+            raise BackendUnavailable(f"{existing} is not a directory; create it, or correct path")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise BackendDenied(f"{existing} is not writable for this user; change that, or path")
 
     def open(self) -> None:
         if self._calls.open():
