@@ -1,4 +1,4 @@
-"""Checks without a model that each storage backend accepts its settings."""
+"""Checks without a model that storage backends and KV events accept their settings."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ from collections.abc import Mapping
 
 from hicache_core.build.backends import checked, split_settings
 from hicache_core.config.settings import HiCacheConfig
+from hicache_core.observe.event_settings import events_config
 from hicache_core.plugin import dynamic, manager
 from hicache_core.storage.chain.config import ChainConfig
 
 
 def check_settings(config: HiCacheConfig) -> None:
-    """Raises what building the cache would raise for its storage backend; opens nothing.
+    """Raises what building the cache would raise for the settings of its parts; opens nothing.
 
     Raises:
         PluginError: a backend is not installed, does not load, or is not a backend.
-        ConfigError: a setting is unknown, missing or wrong.
+        ConfigError: a setting of a backend or of KV events is unknown, missing or wrong.
     """
+    events_config(config.kv_events_config)
     if config.hicache_storage_backend is not None:
         _check_store(config.hicache_storage_backend, config.backend_config)
 

@@ -132,6 +132,11 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--enable-metrics", is_flag=True, help="Serve /metrics."),
     click.option("--enable-cache-report", is_flag=True, help="Report cached tokens in usage."),
     click.option(
+        "--log-requests",
+        is_flag=True,
+        help="Log a line for each request that has ended: its tokens by tier and its times.",
+    ),
+    click.option(
         "--api-key",
         envvar="HICACHE_API_KEY",
         help="API key that clients must send. Prefer the environment variable HICACHE_API_KEY, "
@@ -194,7 +199,6 @@ _SWITCHES = (
     "--trust-remote-code",
     "--disable-cuda-graph",
     "--skip-server-warmup",
-    "--log-requests",
 )
 _CHOICES = (
     "--attention-backend",
@@ -255,6 +259,7 @@ def settings_of(options: Mapping[str, Any]) -> ServerSettings:
         served_model_name=options["served_model_name"],
         enable_metrics=options["enable_metrics"],
         enable_cache_report=options["enable_cache_report"],
+        log_requests=options["log_requests"],
         shutdown_timeout_s=options["shutdown_timeout"],
         disaggregation=disaggregation,
         max_client_priority=_max_client_priority(options),

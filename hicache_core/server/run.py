@@ -14,12 +14,13 @@ import torch
 import uvicorn
 
 from hicache_core.build.settings_check import check_settings
+from hicache_core.build.start_check import check_start
+from hicache_core.config.hosts import joined
 from hicache_core.disaggregation.roles import Role
 from hicache_core.engine.engine import Engine
 from hicache_core.engine.model import LoadedModel
 from hicache_core.errors import ConfigError, RankLost
 from hicache_core.integrations.model_check import vocabulary_of
-from hicache_core.observe.event_settings import events_config
 from hicache_core.server.app import make_app
 from hicache_core.server.connections import bounded
 from hicache_core.server.models import (
@@ -33,6 +34,7 @@ from hicache_core.server.rank_processes import RankProcesses
 from hicache_core.server.role import make_engine, role_of
 from hicache_core.server.service import ServedModel, Service
 from hicache_core.server.settings import ServerSettings, notices, with_secret
+from hicache_core.server.summary import summary
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
     role = role_of(settings)
     in_force = settings.cache.resolve().in_force
     check_settings(in_force)  # before a model is loaded, which may take minutes
-    events_config(in_force.kv_events_config)
+    check_start(in_force, settings.tp)
     with _listening(settings.host, settings.port) as listener:
         check_model_path(settings)
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,14 +65,9 @@ def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
             engine.open()
             try:
                 service = make_service(settings, model, engine, role)
-                host, port = listener.getsockname()[:2]
-                host = f"[{host}]" if ":" in host else host
-                url = f"http://{host}:{port}"
-                _run(
-                    service,
-                    listener,
-                    partial(say, f"hicache: serves {service.served.name} at {url}"),
-                )
+                url = "http://" + joined(*listener.getsockname()[:2])
+                lines = [*summary(service, url), f"serves {service.served.name} at {url}"]
+                _run(service, listener, partial(say, "\n".join(f"hicache: {x}" for x in lines)))
             finally:
                 engine.close(settings.shutdown_timeout_s)
             if settings.tp > 1 and (error := engine.status().error):

@@ -82,7 +82,11 @@ class Service:
         self.started_s = time.time()
         self.names = RequestNames()
         self.bridge = Bridge(
-            engine, self.names, RequestMetrics(), is_traced=settings.cache.hicache_tracing
+            engine,
+            self.names,
+            RequestMetrics(),
+            is_traced=settings.cache.hicache_tracing,
+            is_logged=settings.log_requests,
         )
         is_half = settings.disaggregation.mode != "null"
         rooms = Rooms(settings.keys.transfer) if is_half else None
@@ -105,7 +109,8 @@ class Service:
     def observation(self, *, is_admin: bool) -> dict[str, object]:
         """The cache and the engine, for ``/hicache/status``."""
         seen = asdict(self._watches[is_admin].observe())
-        shown = masked({**seen, "engine": asdict(self.engine.status())})
+        engine = {"model": self.served.name, **asdict(self.engine.status())}
+        shown = masked({**seen, "engine": engine})
         assert isinstance(shown, dict)
         return shown
 

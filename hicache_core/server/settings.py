@@ -72,6 +72,7 @@ class ServerSettings:
         served_model_name: what clients see; empty for the model's own.
         enable_metrics: whether ``/metrics`` answers.
         enable_cache_report: whether usage says what was cached.
+        log_requests: whether each request is a line in the log when it ends.
         shutdown_timeout_s: seconds for running requests at the end, and again for backups.
         disaggregation: settings of prefill and decode on different servers.
         max_client_priority: maximum priority of clients without the admin key.
@@ -91,6 +92,7 @@ class ServerSettings:
     served_model_name: str = ""
     enable_metrics: bool = False
     enable_cache_report: bool = False
+    log_requests: bool = False
     shutdown_timeout_s: float = 20.0
     disaggregation: Disaggregation = field(default_factory=Disaggregation)
     max_client_priority: int = 0

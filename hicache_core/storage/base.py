@@ -101,6 +101,16 @@ class StorageBackend(ABC):
         """Returns the bytes that the store takes for an object of ``nbytes``; for estimates."""
         return nbytes
 
+    def check_reachable(self) -> None:  # noqa: B027 - likewise, see open()
+        """Checks that the store answers, without opening it. Called before ``open``, if at all.
+
+        A server calls it before it loads a model, on an instance that it then discards. It creates
+        nothing: a store that ``open`` would create may be absent. The default checks nothing.
+
+        Raises:
+            BackendError: as ``open`` would.
+        """
+
     def open(self) -> None:  # noqa: B027 - a backend with nothing to connect need not override it
         """Connects. A wrong address, wrong credentials or a missing directory fail here, quickly.
 

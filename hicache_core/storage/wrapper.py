@@ -79,6 +79,9 @@ class BackendWrapper(StorageBackend):
         found = self.inner.capability(kind)
         return found if found is None or adapter is None else cast(C, adapter(self, found))
 
+    def check_reachable(self) -> None:
+        self.inner.check_reachable()
+
     def open(self) -> None:
         self.inner.open()
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import errno
 import itertools
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import ClassVar, NamedTuple
 
-from hicache_core.errors import BackendError, BackendFull
+from hicache_core.errors import BackendDenied, BackendError, BackendFull, BackendUnavailable
 from hicache_core.storage.answers import yes_at
 from hicache_core.storage.base import (
     BackendConfig,
@@ -82,6 +83,14 @@ class FileBackend(StorageBackend):
     def taken_nbytes(cls, nbytes: int) -> int:
         """Returns the length of the extent: whole blocks of 4 KiB, with the record's header."""
         return capacity_for(nbytes)
+
+    def check_reachable(self) -> None:
+        path = self._settings.path
+        existing = path if path.exists() else path.parent
+        if not existing.is_dir():
+            raise BackendUnavailable(f"{existing} is not a directory; create it, or correct path")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise BackendDenied(f"{existing} is not writable for this user; change that, or path")
 
     def open(self) -> None:
         if self._calls.open():

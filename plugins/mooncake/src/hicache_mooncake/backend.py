@@ -70,6 +70,9 @@ class MooncakeBackend(StorageBackend):
         self._counts_lock = threading.Lock()
         self._is_open = False
 
+    def check_reachable(self) -> None:
+        self.client.check_reachable()
+
     def open(self) -> None:
         if not self._is_open:
             self.client.open()

@@ -76,6 +76,10 @@ class RedisBackend(StorageBackend):
             raise UseAfterClose("the redis backend is not open; call open() first")
         return self._opened[2]
 
+    def check_reachable(self) -> None:
+        self.open()
+        self.close()
+
     def open(self) -> None:
         if self._opened is not None:
             return
