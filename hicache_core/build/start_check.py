@@ -5,10 +5,17 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator, Mapping
 
-from hicache_core.build.storage import CHAIN, DYNAMIC, backend_from
+from hicache_core.build.backends import (
+    CHAIN,
+    DYNAMIC,
+    backend_from,
+    checked,
+    split_settings,
+)
 from hicache_core.config.settings import HiCacheConfig
 from hicache_core.errors import ConfigError
 from hicache_core.pools.limits import GB, check_memory
+from hicache_core.storage.base import StorageBackend
 from hicache_core.storage.chain.config import ChainConfig
 from hicache_core.types import BackendContext
 
@@ -39,19 +46,18 @@ def check_start(config: HiCacheConfig, n_ranks: int = 1) -> None:
             _check_port(config.hicache_status_host, config.hicache_status_port + rank)
     name = config.hicache_storage_backend
     if name is not None:
-        for backend, settings in _stores(name, config.backend_config):
-            backend_from(backend, settings, BackendContext(_NAMESPACE)).check_reachable()
+        for backend in _backends(name, config.backend_config):
+            backend.check_reachable()
 
 
-def _stores(
-    name: str, settings: Mapping[str, object]
-) -> Iterator[tuple[str, Mapping[str, object]]]:
-    """Name and own settings of each store; a class that ``dynamic`` loads is made once only."""
+def _backends(name: str, settings: Mapping[str, object]) -> Iterator[StorageBackend]:
+    """A backend for each store; a class that ``dynamic`` loads is made once only, and not here."""
     if name == CHAIN:
-        for link in ChainConfig.model_validate(settings).links:
-            yield from _stores(link.backend, link.config)
+        for link in checked(ChainConfig, settings, "chain.").links:
+            yield from _backends(link.backend, {**link.config, "read_only": link.read_only})
     elif name != DYNAMIC:
-        yield name, {key: value for key, value in settings.items() if key != "guard"}
+        common, own = split_settings(settings)
+        yield backend_from(name, own, BackendContext(_NAMESPACE, read_only=common.read_only))
 
 
 def _check_port(host: str, port: int) -> None:

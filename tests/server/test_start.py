@@ -17,6 +17,9 @@ from hicache_core.config.sources import EXTRA
 from hicache_core.errors import BackendUnavailable, ConfigError, NotEnoughMemory
 from hicache_core.server.access import Keys
 from hicache_core.server.summary import summary
+from hicache_core.storage.file.backend import FileBackend
+from hicache_core.storage.file.config import FileConfig
+from hicache_core.types import BackendContext
 from tests.server.process import server_process
 from tests.server.tiny import parsed
 from tests.server.world import server
@@ -81,6 +84,23 @@ def test_a_folder_that_cannot_be_made_is_too_and_one_that_can_is_not_made(
     right = {"path": str(tmp_path / "kv")}
     check_start(HiCacheConfig(hicache_storage_backend="file", **{EXTRA: right}))
     assert not (tmp_path / "kv").exists()
+
+
+def test_a_store_that_is_only_read_must_be_there_and_needs_no_right_to_write(
+    tmp_path: Path,
+) -> None:
+    only_read = {"path": str(tmp_path / "kv"), "read_only": True}
+    config = HiCacheConfig(hicache_storage_backend="file", **{EXTRA: only_read})
+    with pytest.raises(BackendUnavailable, match="kv"):
+        check_start(config)
+    backend = FileBackend(FileConfig(path=tmp_path / "kv"), BackendContext("0" * 16))
+    backend.open()
+    backend.close()
+    check_start(config)
+    link = {"backend": "file", "config": {"path": str(tmp_path / "kv")}, "read_only": True}
+    links = HiCacheConfig(hicache_storage_backend="chain", **{EXTRA: {"links": [link]}})
+    (tmp_path / "kv").chmod(0o500)
+    check_start(links)
 
 
 def test_a_host_pool_beyond_the_memory_is_an_error_before_the_model_is_loaded(

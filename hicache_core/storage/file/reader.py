@@ -80,6 +80,10 @@ class FileReader(StorageBackend):
         self._clock = clock
         self._calls: Calls[_View] = Calls(f"file backend {config.path}", self._opened)
 
+    def check_reachable(self) -> None:
+        self.open()  # changes nothing
+        self.close()
+
     def open(self) -> None:
         if self._calls.open():
             self._lanes = Lanes(self._settings.io_threads, "hicache-file")
