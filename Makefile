@@ -13,6 +13,7 @@
 #   make dist    build and check sdists and wheels in dist/; DIST_PYTHONS adds interpreters, PROJECT_URL links
 #   make api     write docs/api.md from the docstrings, docs/cli.md from the commands
 #   make site    build the docs as a site in site/, with search, which needs no network
+#   make config  write deploy/hicache.toml, a configuration file with every setting
 #   make docs    write the benchmark tables into docs/benchmark-tables.md
 
 PYTHON ?= python3
@@ -40,7 +41,7 @@ ENGINES := $(basename $(notdir $(wildcard tests/engines/requirements/*-*.txt)))
 ENGINES_READY := $(ENGINES:%=$(ENGINES_DIR)/%/.ready)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-pd test engines check format lint types layers bench gpu gpu-wheels soak docs api site dist clean
+.PHONY: help setup demo demo-pd test engines check format lint types layers bench gpu gpu-wheels soak docs api site config dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -132,6 +133,9 @@ api: $(TESTS_READY)
 site: $(TESTS_READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --site-dir site
 	@echo "read it with: $(BIN)/python -m http.server --bind 127.0.0.1 --directory site"
+
+config: $(TESTS_READY)
+	$(BIN)/python -m tools.config_file
 
 $(RELEASE_READY): requirements-release.txt constraints.txt
 	@test -x $(RELEASE)/bin/python || $(PYTHON) -m venv $(RELEASE)

@@ -6,14 +6,14 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
-from hicache_core.build.backends import bare_backend
+from hicache_core.build.backends import bare_backend, split_settings
 from hicache_core.config.settings import ControllerKeys
 from hicache_core.config.sources import read_inline
-from hicache_core.errors import BackendUnavailable
+from hicache_core.errors import BackendUnavailable, ConfigError
 from hicache_core.storage.base import StorageBackend
 from hicache_core.testing.recipe import NAMESPACE, Recipe, Scope
 from hicache_core.types import BackendContext
@@ -39,41 +39,42 @@ class BackendChoice:
 
     Attributes:
         name: an installed plugin, ``dynamic`` or ``chain``.
-        settings: of the backend, as in a configuration.
+        settings: of the backend, as in the extra config of a server.
     """
 
     name: str
     settings: Mapping[str, object] = field(repr=False)
 
-    @classmethod
-    def of(cls, name: str, config: str, what: str = "--config: ") -> BackendChoice:
-        """The choice that a command line makes.
-
-        Settings of a server's extra config that belong to its controller are left out, so that
-        commands accept the same file.
-
-        Args:
-            name: of the backend.
-            config: JSON text, or ``@file``.
-            what: start of the messages: the option and a space.
-
-        Raises:
-            ConfigError: the text is not JSON, or the file cannot be used.
-        """
-        own = set(ControllerKeys.model_fields) - ({"tp_lcm_size"} if name == "dynamic" else set())
-        settings = read_inline(config, what=what)
-        return cls(name, {key: value for key, value in settings.items() if key not in own})
+    @property
+    def own_settings(self) -> dict[str, object]:
+        """The settings without those of a server's controller: commands accept the same file."""
+        own = set(ControllerKeys.model_fields)
+        if self.name == "dynamic":
+            own.remove("tp_lcm_size")
+        return {key: value for key, value in self.settings.items() if key not in own}
 
     def recipe(self, scope: Scope = Scope.SHARED, max_object_nbytes: int = 0) -> Recipe:
-        """A recipe for the conformance kit and its doctor; as ``Recipe.named``."""
-        return Recipe.named(self.name, self.settings, scope, max_object_nbytes)
+        """A recipe for the conformance kit and its doctor; as ``Recipe.named``.
+
+        Raises:
+            PluginError: the backend is not installed or does not load.
+            ConfigError: a setting is wrong, or says that the store is only read.
+        """
+        common, own = split_settings(self.own_settings)
+        if common.read_only:
+            raise ConfigError(
+                f"backend {self.name!r} is read_only, and the command would change its store; "
+                "leave read_only out"
+            )
+        return Recipe.named(self.name, own, scope, max_object_nbytes)
 
     def reading(
         self, context: BackendContext | None = None
     ) -> contextlib.AbstractContextManager[StorageBackend]:
         """The open backend, without seal and guard, for a command that only reads.
 
-        A store that does not exist is not created. The backend is closed at the end of the block.
+        A store that does not exist is not created, and nothing is changed in one that does. The
+        backend is closed at the end of the block.
 
         Args:
             context: what the backend may know; some need the length of an object.
@@ -83,7 +84,8 @@ class BackendChoice:
             ConfigError: a setting is wrong.
             BackendError: there is no store, or it cannot be reached.
         """
-        return self.changing(context)
+        known = context or BackendContext(NAMESPACE)
+        return self._opened(replace(known, creates=False, read_only=True))
 
     def changing(
         self, context: BackendContext | None = None
@@ -99,11 +101,16 @@ class BackendChoice:
 
     @contextlib.contextmanager
     def _opened(self, context: BackendContext) -> Iterator[StorageBackend]:
-        backend = bare_backend(self.name, self.settings, context)
+        backend = bare_backend(self.name, self.own_settings, context)
         if backend.in_process:
             raise BackendUnavailable(
                 f"backend {self.name!r} keeps its objects in the process that stores them, so "
                 "another process finds none"
+            )
+        if backend.context.read_only and not context.read_only:
+            raise ConfigError(
+                f"backend {self.name!r} is read_only, and the command would change its store; "
+                "leave read_only out"
             )
         backend.open()
         try:
@@ -130,7 +137,7 @@ def names_backend(
         @functools.wraps(command)
         def called(*args: Any, **options: Any) -> None:
             name, config = options.pop(parameter), options.pop(f"{parameter}_config")
-            choice = BackendChoice.of(name, config, f"--{option}: ")
+            choice = BackendChoice(name, read_inline(config, what=f"--{option}: "))
             command(*args, **options, **{parameter: choice})
 
         settings = click.option(
@@ -140,8 +147,7 @@ def names_backend(
             metavar="JSON|@FILE",
             help=CONFIG_HELP,
         )
-        decorated: Any = click.argument(parameter, metavar=metavar)(settings(called))
-        return decorated
+        return cast(F, click.argument(parameter, metavar=metavar)(settings(called)))
 
     return decorate
 

@@ -130,6 +130,11 @@ def check_keys(cache: CacheRef) -> None:
 
 def summary(manifest: Manifest) -> str:
     """A manifest in one line."""
+    return f"{manifest.namespace} ({described(manifest)})"
+
+
+def described(manifest: Manifest) -> str:
+    """What a manifest says of its namespace, in words."""
     fields = manifest.fields
     said = [
         _model_words(fields.get("model_fingerprint")),
@@ -147,7 +152,7 @@ def summary(manifest: Manifest) -> str:
     else:
         said.append("+".join(_dtypes(fields)))
         said += [f"layers {fields.get('layers')}", f"heads {fields.get('heads')}"]
-    return f"{manifest.namespace} ({', '.join(said)})"
+    return ", ".join(said)
 
 
 def _dtypes(fields: Mapping[str, Any]) -> list[str]:

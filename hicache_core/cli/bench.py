@@ -221,7 +221,10 @@ def replay(
     time_unit: Literal["ms", "s"] | None,
     **options: Any,
 ) -> None:
-    """Replay a trace in the format of Mooncake, Bailian (Qwen), kv-cache-tester or ShareGPT."""
+    """Replay a trace: of Mooncake, Bailian (Qwen), kv-cache-tester, ShareGPT, Azure, BurstGPT.
+
+    Datasets and detailed results of the benchmarks of SGLang and vLLM are read, too.
+    """
     rest, replay_options = _split(options, Replay.__dataclass_fields__)
     requests = read_trace(trace, limit, block_tokens=trace_block_tokens, time_unit=time_unit)
 

@@ -20,6 +20,7 @@ from hicache_core.cli._cache_choice import (
     summary,
 )
 from hicache_core.cli._prompt import packed_prompt
+from hicache_core.config.sources import read_inline
 from hicache_core.storage.manifest import Manifest, read_manifest, read_manifests
 from hicache_core.storage.why import Answer, Cause, GroupAnswer, Miss, Question, why
 from hicache_core.types import BackendContext, Namespace
@@ -87,7 +88,7 @@ def command(
             if not backend
             else "with --backend, give a prompt only"
         )
-    choice = BackendChoice.of(backend or words[0], config)
+    choice = BackendChoice(backend or words[0], read_inline(config, what="--config: "))
     tokens = packed_prompt(words[-1], options["tokenizer"] or options["model"])
     answer = _answer(choice, tokens, options)
     click.echo(_as_json(answer) if as_json else "\n".join(_lines(answer)))

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 from hicache_core.controller.controller import Controller
-from hicache_core.engine.request import Bootstrap, Request, SamplingParams
+from hicache_core.engine.request import Bootstrap, Request, SamplingParams, WantedLogprobs
 from hicache_core.errors import ConfigError, HiCacheError
 from hicache_core.observe.tracing import Origin
 from hicache_core.types import Namespace
@@ -146,4 +146,5 @@ def _request(fields: dict[str, Any]) -> Request:
         fields["priority"],
         fields["bootstrap"] and Bootstrap(**fields["bootstrap"]),
         fields["origin"] and Origin(**fields["origin"]),
+        fields["logprobs"] and WantedLogprobs(**fields["logprobs"]),
     )

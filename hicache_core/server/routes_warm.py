@@ -62,7 +62,7 @@ def make_router(service: Service) -> APIRouter:
     async def warm(_http: Request, body: WarmBody) -> Response:
         """Loads what storage has of prompts to the host; answers once it is there."""
         namespace = namespace_of(body.cache_salt, body.extra_key)
-        encoded = await service.prompts.tokens_of(body.prompts)
+        encoded = await service.prompts.of_warm(body.prompts)
         loaded = [warmer.warm(tokens, namespace) for tokens in encoded]
         prompts = await asyncio.gather(*loaded)
         cache = service.engine.cache

@@ -68,6 +68,8 @@ class StorageBackend(ABC):
     """Version of this contract that the class was written for."""
     in_process: ClassVar[bool] = False
     """Whether its objects are kept in this process, where no other finds them."""
+    pins_last: ClassVar[bool] = False
+    """Whether a pin (see ``Pins``) goes on when the backend that set it is closed."""
     Config: ClassVar[type[BackendConfig]] = BackendConfig
     """Model of this backend's settings."""
 
@@ -80,6 +82,34 @@ class StorageBackend(ABC):
         """
         self.config = config
         self.context = context
+
+    @classmethod
+    def for_reading(cls, config: BackendConfig, context: BackendContext) -> StorageBackend:
+        """Returns a backend on the same store that is only read, not opened yet.
+
+        Override it if another class reads the store without changing it in any way. Otherwise
+        ``context.read_only`` tells the instance.
+
+        Args:
+            config: as for the constructor.
+            context: as for the constructor, with ``read_only``.
+        """
+        return cls(config, context)
+
+    @classmethod
+    def taken_nbytes(cls, nbytes: int) -> int:
+        """Returns the bytes that the store takes for an object of ``nbytes``; for estimates."""
+        return nbytes
+
+    def check_reachable(self) -> None:  # noqa: B027 - likewise, see open()
+        """Checks that the store answers, without opening it. Called before ``open``, if at all.
+
+        A server calls it before it loads a model, on an instance that it then discards. It creates
+        nothing: a store that ``open`` would create may be absent. The default checks nothing.
+
+        Raises:
+            BackendError: as ``open`` would.
+        """
 
     def open(self) -> None:  # noqa: B027 - a backend with nothing to connect need not override it
         """Connects. A wrong address, wrong credentials or a missing directory fail here, quickly.
@@ -300,6 +330,32 @@ class ReportsUsage(Protocol):
 
     def usage(self) -> Mapping[str, int]:
         """Returns the bytes of stored objects by namespace (see ``namespace_of``)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class NamespaceTotals:
+    """What a store holds of one namespace.
+
+    Attributes:
+        objects: number of objects.
+        nbytes: their bytes.
+        oldest: when the oldest of them was written, in seconds since 1970; None if unknown.
+        newest: when the newest was; None if unknown.
+    """
+
+    objects: int
+    nbytes: int
+    oldest: float | None = None
+    newest: float | None = None
+
+
+@runtime_checkable
+class ReportsTotals(Protocol):
+    """A backend that counts its objects by namespace."""
+
+    def namespace_totals(self) -> Mapping[str, NamespaceTotals]:
+        """Returns what is stored, by namespace (see ``namespace_of``)."""
         ...
 
 

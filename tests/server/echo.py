@@ -131,6 +131,10 @@ class EchoEngine:
         arrived = time.monotonic()
         cached = self._cached(request)
         n_new = min(request.sampling.max_new_tokens, CONTEXT - len(request.tokens))
+        if not n_new:
+            times = Times(arrived, arrived, 0.0, time.monotonic())
+            name, n_prompt = request.request_id, len(request.tokens)
+            on_output(Output(name, (), "", "length", "", n_prompt, 0, cached, times))
         for n, token in enumerate(itertools.islice(itertools.cycle(request.tokens), n_new), 1):
             reason = "length" if n == n_new else None
             if request.request_id in self.aborted:

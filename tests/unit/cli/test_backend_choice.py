@@ -130,6 +130,23 @@ def test_a_command_may_name_two_backends() -> None:
     assert "SOURCE TARGET" in CliRunner().invoke(copy, ["--help"]).output
 
 
+def test_doctor_prints_json_and_refuses_a_store_that_is_only_read(
+    tmp_path: Path, capsys: Capsys
+) -> None:
+    settings = {"path": str(tmp_path / "kv")}
+    status, out, _ = in_process(
+        capsys, "doctor", "file", "--config", json.dumps(settings), "--json"
+    )
+    findings = json.loads(out)
+    assert status == max(["ok", "warning", "error"].index(one["level"]) for one in findings)
+    assert {"open", "round trip", "speed"} <= {one["topic"] for one in findings}
+    locked = json.dumps(settings | {"read_only": True})
+    for command in ("doctor", "conformance"):
+        status, out, err = in_process(capsys, command, "file", "--config", locked)
+        assert (status, out) == (2, "")
+        assert "is read_only, and the command would change its store" in err
+
+
 @pytest.mark.parametrize(
     "words",
     [
