@@ -11,8 +11,9 @@ from hicache_core.storage.moving.outcomes import Outcome, Result, Totals
 from hicache_core.storage.moving.slab import Slab
 
 DEFAULT_THREADS = 2
-DEFAULT_SLAB_NBYTES = 16 << 20
-"""Memory of a worker. Larger batches fall out of the processor's cache between read and write."""
+DEFAULT_SLAB_NBYTES = 8 << 20
+"""Memory of a worker. Smaller batches ask the stores more often; larger ones leave the processor's
+cache between read and write."""
 
 _LOOK_S = 0.2
 
