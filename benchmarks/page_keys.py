@@ -83,5 +83,7 @@ def rows(quick: bool) -> Iterator[Row]:
     yield rate(
         "pack a list of ints, pure Python", n_tokens, lambda: _page_keys_py.pack_ids(ids), repeat
     )
+    packed = array("I", ids)
+    yield rate("pack a uint32 array", n_tokens, lambda: page_keys.pack_tokens(packed), repeat)
     narrow = array("q", ids)
     yield rate("pack an int64 array", n_tokens, lambda: page_keys.pack_tokens(narrow), repeat)

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
 
-from pydantic import BaseModel, ValidationError
-
-from hicache_core.config.messages import config_error
+from hicache_core.build.backends import checked, split_settings
 from hicache_core.config.settings import HiCacheConfig
 from hicache_core.observe.event_settings import events_config
 from hicache_core.plugin import dynamic, manager
 from hicache_core.storage.chain.config import ChainConfig
-from hicache_core.storage.guard.config import GuardConfig
-
-M = TypeVar("M", bound=BaseModel)
 
 
 def check_settings(config: HiCacheConfig) -> None:
@@ -31,21 +25,13 @@ def check_settings(config: HiCacheConfig) -> None:
 
 def _check_store(name: str, settings: Mapping[str, object]) -> None:
     if name == "chain":
-        for link in _checked(ChainConfig, settings, "chain.").links:
+        for link in checked(ChainConfig, settings, "chain.").links:
             _check_store(link.backend, link.config)
         return
-    own = dict(settings)
-    _checked(GuardConfig, own.pop("guard", {}), "guard.")
+    _, own = split_settings(settings)
     if name == "dynamic":
         backend_class = dynamic.load_class(own)
         _, own = dynamic.split_settings(own)
     else:
         backend_class = manager.backend_class(name)
     manager.backend_settings(backend_class, own)
-
-
-def _checked(model: type[M], settings: object, prefix: str) -> M:
-    try:
-        return model.model_validate(settings)
-    except ValidationError as error:
-        raise config_error(error, model, prefix=prefix) from None

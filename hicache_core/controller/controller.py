@@ -580,8 +580,9 @@ class Controller:
         parts = self._parts
         if parts.jobs.has_reports:
             timeout_s = min(timeout_s, RETRY_S)
-        if parts.jobs.oldest_copy is not None:
-            parts.jobs.oldest_copy.wait(timeout_s)
+        oldest_copy = parts.jobs.oldest_copy
+        if oldest_copy is not None:
+            oldest_copy.wait(timeout_s)
         elif parts.storage is not None and parts.storage.attachments:
             parts.storage.wait(timeout_s, for_all=for_all)
         else:  # nothing of this rank can finish; another rank's copy may, or a timer

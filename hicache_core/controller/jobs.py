@@ -111,9 +111,15 @@ class JobTable:
         Raises:
             IntegrityError: the job was reported before, or there is no such job.
         """
-        if job_id not in self._lane_of or job_id in self._reported:
-            raise IntegrityError(f"job {job_id} was reported twice, or never entered")
-        self._reported[job_id] = n_pages
+        self.report_all([(job_id, n_pages)])
+
+    def report_all(self, reports: Sequence[tuple[int, int]]) -> None:
+        """As ``report``, for several jobs: the id and the leading pages of each."""
+        lane_of, reported = self._lane_of, self._reported
+        for job_id, n_pages in reports:
+            if job_id not in lane_of or job_id in reported:
+                raise IntegrityError(f"job {job_id} was reported twice, or never entered")
+            reported[job_id] = n_pages
 
     def withdraw(self, job_id: int) -> None:
         """Removes a job that nobody waits for any more. All ranks must withdraw it alike."""
@@ -152,7 +158,9 @@ class JobTable:
     @property
     def oldest_copy(self) -> Ticket | None:
         """The oldest copy that this rank has not seen done; None if there is none."""
-        return next((copy.ticket for copy in self._copies.values()), None)
+        for copy in self._copies.values():
+            return copy.ticket
+        return None
 
     @property
     def has_reports(self) -> bool:

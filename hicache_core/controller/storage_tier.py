@@ -157,19 +157,21 @@ class StorageTier:
         """Hands jobs of one kind to the worker; reports those that it does not take with 0 pages.
 
         A rank that does not write reports all pages at once: the writer reports how many were
-        written, and the least counts.
+        written, and the least counts. To a backend that is only read, no rank writes.
 
         Args:
             attachment: the backend whose worker gets the jobs.
             jobs: of one kind, not empty.
             judge: says how many pages this rank reports for a result; as many as it has if None.
         """
-        if not attachment.is_writer and isinstance(jobs[0], WriteJob):
+        writes_here = attachment.is_writer and not attachment.read_only
+        if not writes_here and isinstance(jobs[0], WriteJob):
             for job in jobs:
-                self._jobs.report(job.job_id, len(job.keys))
+                self._jobs.report(job.job_id, 0 if attachment.read_only else len(job.keys))
             return
         if judge is not None:
-            self._judges.update(dict.fromkeys([job.job_id for job in jobs], judge))
+            for job in jobs:
+                self._judges[job.job_id] = judge
         for job in attachment.worker.submit_all(jobs):
             self._judges.pop(job.job_id, None)
             self._jobs.report(job.job_id, 0)  # the write queue is full: dropped, and counted
@@ -177,8 +179,8 @@ class StorageTier:
     def collect(self) -> None:
         """Reports the jobs that have finished on this rank."""
         for attachment in self.attachments:
-            for result in attachment.worker.drain():
-                self._take(result)
+            if results := attachment.worker.drain():
+                self._take(results)
         if self._opening:
             for job_id in [job_id for job_id, opening in self._opening.items() if opening._ended]:
                 self._jobs.report(job_id, int(self._opening.pop(job_id)._opened is not None))
@@ -195,8 +197,7 @@ class StorageTier:
         in_use = [clearing.attachment for clearing in self._clearing.values()]
         for attachment in self._draining.copy():
             if attachment.worker.n_in_flight == 0 and attachment not in in_use:
-                for result in attachment.worker.drain():
-                    self._take(result)
+                self._take(attachment.worker.drain())
                 with contextlib.suppress(
                     RuntimeError
                 ):  # no thread can be started: it stays for now
@@ -294,17 +295,23 @@ class StorageTier:
             attaching.error = f"another rank could not open backend {attaching.name!r}"
         log.warning("storage backend %s is not attached: %s", attaching.name, attaching.error)
 
-    def _take(self, result: JobResult) -> None:
-        job = result.job
-        if result.state is _OVERDUE:
-            if isinstance(job, WriteJob):
-                return  # its pages stay locked until the call has ended
-            self._overdue.add(job.job_id)
-            if isinstance(job, ReadJob):
-                self.quarantine.overdue(job.job_id)
-        elif job.job_id in self._overdue:
-            self._overdue.discard(job.job_id)
-            self.quarantine.ended(job.job_id)
-            return
-        judge = self._judges.pop(job.job_id, None)
-        self._jobs.report(job.job_id, result.n_pages if judge is None else judge(result))
+    def _take(self, results: Sequence[JobResult]) -> None:
+        """Reports what came of jobs: a batch of pages costs one step of a loop, and its judge."""
+        judges, overdue = self._judges, self._overdue
+        reports: list[tuple[int, int]] = []
+        for result in results:
+            job = result.job
+            job_id = job.job_id
+            if result.state is _OVERDUE:
+                if isinstance(job, WriteJob):
+                    continue  # its pages stay locked until the call has ended
+                overdue.add(job_id)
+                if isinstance(job, ReadJob):
+                    self.quarantine.overdue(job_id)
+            elif job_id in overdue:
+                overdue.discard(job_id)
+                self.quarantine.ended(job_id)
+                continue
+            judge = judges.pop(job_id, None)
+            reports.append((job_id, result.n_pages if judge is None else judge(result)))
+        self._jobs.report_all(reports)

@@ -124,15 +124,17 @@ def _pack_buffer(view: memoryview) -> bytes:
         )
     if view.itemsize not in (4, 8):
         return _pack_sequence(view.tolist())
-    words = array("I", view.tobytes())
+    packed = view.tobytes()
     if view.itemsize == 8:
+        words = array("I", packed)
         high = words[1::2] if byteorder == "little" else words[::2]
-        words = words[::2] if byteorder == "little" else words[1::2]
         if high.tobytes().strip(b"\0"):
             _explain(view.tolist())
+        packed = (words[::2] if byteorder == "little" else words[1::2]).tobytes()
     if byteorder == "big":
+        words = array("I", packed)
         words.byteswap()
-    packed = words.tobytes()
+        packed = words.tobytes()
     # A negative int32 has its top bit set: the last byte of its token is not ASCII.
     if kind in _SIGNED and view.itemsize == 4 and not packed[3::4].isascii():
         _explain(view.tolist())
@@ -152,7 +154,7 @@ def chain_seed(namespace: Namespace) -> bytes:
         fields.append(namespace.lora_id)
     if namespace.variant is not None:
         fields.append(namespace.variant)
-    if all(field is None for field in fields):
+    if fields == [None, None]:
         return b""
     seed = sha256(_NAMESPACE_TAG)
     for field in fields:

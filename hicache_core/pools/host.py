@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from operator import getitem, itemgetter
 from typing import overload
 
 import torch
@@ -76,9 +75,8 @@ class HostPool:
         nbytes = self._payload_nbytes + HEADER_NBYTES * n_pages
         check_memory(nbytes, f"host pool of {n_pages} pages")
         self._memory: memoryview | None = map_memory(nbytes, progress)
-        headers = (self._payload_nbytes, HEADER_NBYTES)
         self._cutter: _Cutter | None = _Cutter(
-            self._memory, [headers, *layout.chunks(self.shape)], n_pages
+            self._memory, self._payload_nbytes, layout.chunks(self.shape), n_pages
         )
         self._flat = torch.frombuffer(self._memory, dtype=torch.uint8)
         self.pinned = pin
@@ -171,24 +169,34 @@ class _Cutter:
     computed once: for each segment of a page, a view of that segment of all pages.
     """
 
-    def __init__(self, memory: memoryview, chunks: Sequence[tuple[int, int]], n_pages: int) -> None:
+    def __init__(
+        self, memory: memoryview, headers_at: int, chunks: Sequence[tuple[int, int]], n_pages: int
+    ) -> None:
         """Makes the views.
 
         Args:
             memory: of the pool.
-            chunks: (start, length) in bytes of each segment of page 0; that of page ``p`` starts
-                ``p`` lengths further on.
+            headers_at: where the headers of all pages start, in bytes.
+            chunks: (start, length) in bytes of each payload segment of page 0; that of page ``p``
+                starts ``p`` lengths further on.
             n_pages: of the pool.
         """
+        self._headers = memory[headers_at : headers_at + n_pages * HEADER_NBYTES]
         self._views = [memory[at : at + n_pages * nbytes] for at, nbytes in chunks]
         self._lengths = sorted({nbytes for _, nbytes in chunks})
-        numbers = [self._lengths.index(nbytes) for _, nbytes in chunks]
-        self._of_each_view = itemgetter(*numbers, 0)  # of fewer than two it makes no tuple
+        self._numbers = [self._lengths.index(nbytes) for _, nbytes in chunks]
 
     def page(self, page: int) -> Page:
         """The segments of a page."""
-        ranges = [slice(page * nbytes, (page + 1) * nbytes) for nbytes in self._lengths]
-        return tuple(map(getitem, self._views, self._of_each_view(ranges)))  # type: ignore[arg-type]
+        at = page * HEADER_NBYTES
+        header = self._headers[at : at + HEADER_NBYTES]
+        if len(self._lengths) == 1:  # of most models all are equally long
+            (nbytes,) = self._lengths
+            part = slice(page * nbytes, (page + 1) * nbytes)
+            return (header, *[view[part] for view in self._views])
+        parts = [slice(page * nbytes, (page + 1) * nbytes) for nbytes in self._lengths]
+        pairs = zip(self._views, self._numbers, strict=True)
+        return (header, *[view[parts[n]] for view, n in pairs])
 
 
 class _Pages(Sequence[Page]):

@@ -194,7 +194,7 @@ def require_in_tree(node: Node) -> None:
     Raises:
         IntegrityError: the node has left the tree.
     """
-    if not node.in_tree:
+    if node.parent is None and node.n_pages:
         raise IntegrityError(f"{node} has left the tree; lock a node to keep it")
 
 
@@ -215,11 +215,11 @@ def run_of(node: Node, n_pages: int) -> list[Node]:
     require_in_tree(node)
     members: list[Node] = []
     missing = n_pages
-    for at in path_to_root(node):
-        if missing <= 0:
-            break
+    at = node
+    while missing > 0 and at.parent is not None:
         members.append(at)
         missing -= at.n_pages
+        at = at.parent
     if missing:
         raise IntegrityError(f"no run of {n_pages} pages ends at {node}")
     members.reverse()
@@ -262,6 +262,13 @@ def loads_below(members: list[Node]) -> list[Node]:
 def path_to(node: Node) -> list[Node]:
     """The nodes from the first page down to ``node``, without the root."""
     return list(path_to_root(node))[::-1]
+
+
+def raise_priority(node: Node, priority: int) -> None:
+    """Gives ``node`` and those above it at least ``priority``."""
+    while node.parent is not None:
+        node.priority = max(node.priority, priority)
+        node = node.parent
 
 
 def last_on_device(node: Node) -> Node:

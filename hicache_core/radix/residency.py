@@ -6,7 +6,7 @@ from array import array
 from operator import attrgetter
 
 from hicache_core.errors import IntegrityError
-from hicache_core.radix.node import Node, path_to_root, require_in_tree, run_of
+from hicache_core.radix.node import Node, require_in_tree, run_of
 from hicache_core.radix.order import EvictionPolicy, TierView
 
 
@@ -14,7 +14,8 @@ class Residency:
     """The pages of both tiers, by node. Owner thread.
 
     Every change of a node's pages or locks goes through here, so that the counts, the parents'
-    counts of children and the eviction orders follow in one place.
+    counts of children and the eviction orders follow in one place. Walks to the root are plain
+    loops: each request makes some thirty of them, and a generator takes as long as the loop.
 
     Attributes:
         device_order: the nodes on the device, in the order in which they would leave it.
@@ -107,11 +108,13 @@ class Residency:
         """
         touch_device = self.device_order.touch(used=used, inserted=inserted)
         touch_host = self.host_order.touch(used=used, inserted=False)
-        for at in path_to_root(node):
+        at = node
+        while at.parent is not None:
             if touch_device is not None and at.device_pages is not None:
                 touch_device(at)
-            if touch_host is not None and at.on_host:
+            if touch_host is not None and at.host_pages is not None and not at.host_pending:
                 touch_host(at)
+            at = at.parent
 
     def doom(self, node: Node) -> None:
         """Take the device pages from ``node``, and keep them until its copy has ended."""
@@ -143,17 +146,20 @@ class Residency:
     def lock(self, node: Node) -> None:
         """See ``RadixTree.lock``."""
         require_in_tree(node)
-        for at in path_to_root(node):
+        at = node
+        while at.parent is not None:
             if at.lock_count == 0 and at.device_pages is not None:
                 self.n_locked_device_pages += at.n_pages
             at.lock_count += 1
+            at = at.parent
 
     def unlock(self, node: Node) -> None:
         """See ``RadixTree.unlock``."""
         require_in_tree(node)
         if node.n_pages and node.lock_count < 1:
             raise IntegrityError(f"unlock of {node}, which is not locked")
-        for at in path_to_root(node):
+        at = node
+        while at.parent is not None:
             at.lock_count -= 1
             if at.lock_count == 0:
                 if at.device_pages is not None:
@@ -161,6 +167,7 @@ class Residency:
                     self.device_order.place(at)
                 if at.on_host:
                     self.host_order.place(at)
+            at = at.parent
 
     def lock_host(self, node: Node, n_pages: int) -> None:
         """See ``RadixTree.lock_host``."""
@@ -170,8 +177,10 @@ class Residency:
                 raise IntegrityError(f"host lock of {member}, which has no host pages")
         for member in members:
             member.n_host_readers += 1
-        for at in path_to_root(node):
+        at = node
+        while at.parent is not None:
             at.host_lock_count += 1
+            at = at.parent
 
     def unlock_host(self, node: Node, n_pages: int) -> None:
         """See ``RadixTree.unlock_host``."""
@@ -181,5 +190,7 @@ class Residency:
                 raise IntegrityError(f"host unlock of {member}, whose host pages are not locked")
         for member in members:
             member.n_host_readers -= 1
-        for at in path_to_root(node):
+        at = node
+        while at.parent is not None:
             at.host_lock_count -= 1
+            at = at.parent

@@ -93,7 +93,7 @@ class Match(NamedTuple):
     @property
     def n_tokens(self) -> int:
         """Tokens of both runs."""
-        return self.n_device_tokens + self.n_host_tokens
+        return (len(self.device_pages) + len(self.host_pages)) * self.page_size
 
     @property
     def n_tokens_from_host(self) -> int:

@@ -22,8 +22,8 @@ from hicache_core.radix.node import (
     last_on_device,
     loads_below,
     node_digests,
-    path_to_root,
     pending_run,
+    raise_priority,
     require_in_tree,
     run_of,
     split_node,
@@ -127,8 +127,10 @@ class RadixTree:
         if self.groups:
             match = self._grouped.cut(match, tail)
         if touch:
-            for used in path_to_root(match.node):
+            used = match.node
+            while used.parent is not None:
                 used.hit_count += 1
+                used = used.parent
             self._residency.renew(match.node, used=True)
             if self.groups:
                 self._grouped.renew(match.node, used=True)
@@ -251,8 +253,7 @@ class RadixTree:
             if is_new:
                 child.priority = priority
                 break
-        for used in path_to_root(node):
-            used.priority = max(used.priority, priority)
+        raise_priority(node, priority)
         self._residency.renew(node, inserted=bool(new_nodes))
         result = InsertResult(node, pages, duplicates, n_known, new_nodes)
         if self.groups:

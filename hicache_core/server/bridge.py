@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
-from hicache_core.engine.request import Output, Request
+from hicache_core.engine.request import Output, Request, TokenLogprobs
 from hicache_core.observe.tracing import Origin, traceparent
 from hicache_core.server.problems import Problem
 from hicache_core.server.request_log import log_request
 from hicache_core.server.request_metrics import RequestMetrics
 from hicache_core.server.request_names import RequestNames
+from hicache_core.types import Namespace
 
 if TYPE_CHECKING:
     from hicache_core.build.cache import HiCache
@@ -45,6 +46,10 @@ class EngineFront(Protocol):
         """Calls a method of the cache on the engine's thread, on every rank."""
         ...
 
+    def namespace(self, namespace: Namespace) -> Namespace:
+        """The namespace under which the engine keeps the pages of a request."""
+        ...
+
     def status(self) -> EngineStatus:
         """What the engine does now."""
         ...
@@ -66,10 +71,12 @@ class NamedRequest:
     Attributes:
         name: what its tenant calls it.
         request: what the engine gets.
+        echo: text before the answer.
     """
 
     name: str
     request: Request
+    echo: str = ""
 
 
 class Pending:
@@ -197,17 +204,26 @@ class FullAnswer:
         text: all of it.
         tokens: likewise.
         last: the last output.
+        logprobs: of its tokens, if they are wanted.
+        prompt_logprobs: of the prompt, likewise.
     """
 
     asked: NamedRequest
     text: str
     tokens: tuple[int, ...]
     last: Output
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
     def plus(self, output: Output) -> FullAnswer:
         """With what one more step brought."""
         return FullAnswer(
-            self.asked, self.text + output.text, self.tokens + output.new_tokens, output
+            self.asked,
+            self.text + output.text,
+            self.tokens + output.new_tokens,
+            output,
+            self.logprobs + output.logprobs,
+            self.prompt_logprobs,
         )
 
 
@@ -224,7 +240,14 @@ async def growing(pending: Pending) -> AsyncIterator[FullAnswer]:
         if output.finish_reason == "abort":
             raise Problem(503, "the request was aborted: the server is shutting down")
         if whole is None:
-            whole = FullAnswer(pending.asked, output.text, output.new_tokens, output)
+            whole = FullAnswer(
+                pending.asked,
+                pending.asked.echo + output.text,
+                output.new_tokens,
+                output,
+                output.logprobs,
+                output.prompt_logprobs,
+            )
         else:
             whole = whole.plus(output)
         yield whole

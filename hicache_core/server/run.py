@@ -23,7 +23,12 @@ from hicache_core.errors import ConfigError, RankLost
 from hicache_core.integrations.model_check import vocabulary_of
 from hicache_core.server.app import make_app
 from hicache_core.server.connections import bounded
-from hicache_core.server.models import load_model
+from hicache_core.server.models import (
+    check_model_path,
+    load_model,
+    served_name,
+    tokenizer_path,
+)
 from hicache_core.server.prompts import Limits
 from hicache_core.server.rank_processes import RankProcesses
 from hicache_core.server.role import make_engine, role_of
@@ -50,11 +55,12 @@ def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
     check_settings(in_force)  # before a model is loaded, which may take minutes
     check_start(in_force, settings.tp)
     with _listening(settings.host, settings.port) as listener:
+        check_model_path(settings)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         for line in notices(asked, device):
             say(f"hicache: {line}")
         with RankProcesses(settings, device) as processes:
-            model = load_model(settings.model_path, device)
+            model = load_model(settings.model_path, device, settings.dtype, settings.chat_template)
             engine = make_engine(settings, model, role, processes.meet(model))
             engine.open()
             try:
@@ -80,8 +86,14 @@ def make_service(
         role: prefill or decode; None for both.
     """
     limits = Limits(engine.status().context_length, vocabulary_of(model.model))
-    name = settings.served_model_name or model.name
-    return Service(settings, ServedModel(name, model.tokenizer, limits), engine, role)
+    served = ServedModel(
+        served_name(settings, model),
+        model.tokenizer,
+        limits,
+        model.name,
+        tokenizer_path(settings, model),
+    )
+    return Service(settings, served, engine, role)
 
 
 class _Server(uvicorn.Server):

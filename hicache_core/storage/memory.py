@@ -117,6 +117,7 @@ class MemoryBackend(StorageBackend):
         """
         super().__init__(config, context)
         self._settings = config
+        self._has_limits = (config.max_nbytes, config.namespace_quota_nbytes) != (None, None)
         self._clock = clock
         self._opened: _Store | None = None
         self._counts = {"evicted_objects": 0, "expired_objects": 0, "dropped_writes": 0}
@@ -146,11 +147,20 @@ class MemoryBackend(StorageBackend):
 
     def set(self, key: str, value: Buffer) -> None:
         data = bytes(value)
-        with self._fresh() as store:
-            self._check_size(len(data))
-            store.discard(key)
-            self._make_room(store, namespace_of(key), len(data))
-            store.add(key, data, self._clock())
+        store = self._store()
+        with store.lock:
+            self._put(store, key, data)
+
+    def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
+        store = self._store()
+        for n, (key, page) in enumerate(zip(keys, pages, strict=True)):
+            data = join(page)  # not under the lock: a copy takes time
+            try:
+                with store.lock:
+                    self._put(store, key, data)
+            except BackendFull:
+                return n
+        return len(keys)
 
     def exists_each(self, keys: Sequence[str]) -> Sequence[bool]:
         with self._fresh() as store:
@@ -228,20 +238,50 @@ class MemoryBackend(StorageBackend):
                 **self._counts,
             }
 
-    @contextmanager
-    def _fresh(self) -> Iterator[_Store]:
-        """Yields the store, locked and without expired objects."""
+    def _store(self) -> _Store:
         store = self._opened
         if store is None:
             raise UseAfterClose("the memory backend is not open; call open() first")
-        ttl_s = self._settings.ttl_s
+        return store
+
+    @contextmanager
+    def _fresh(self) -> Iterator[_Store]:
+        """Yields the store, locked and without expired objects."""
+        store = self._store()
         with store.lock:
-            if ttl_s is not None:
-                now = self._clock()
-                while store.written and now - next(iter(store.written.values())) >= ttl_s:
-                    store.remove(next(iter(store.written)))
-                    self._counts["expired_objects"] += 1
+            if self._settings.ttl_s is not None:
+                self._expire(store, self._settings.ttl_s)
             yield store
+
+    # From here on the caller holds the lock of the store.
+
+    def _expire(self, store: _Store, ttl_s: float) -> None:
+        """Removes the objects that are older than ``ttl_s``."""
+        now = self._clock()
+        while store.written and now - next(iter(store.written.values())) >= ttl_s:
+            store.remove(next(iter(store.written)))
+            self._counts["expired_objects"] += 1
+
+    def _put(self, store: _Store, key: str, data: bytes) -> None:
+        """Stores an object in place of an older one.
+
+        Args:
+            store: where to.
+            key: of the object.
+            data: its bytes.
+
+        Raises:
+            BackendFull: it is larger than a limit; the older one stays.
+        """
+        if self._settings.ttl_s is not None:
+            self._expire(store, self._settings.ttl_s)
+        if self._has_limits:
+            self._check_size(len(data))
+        if key in store.objects:
+            store.discard(key)
+        if self._has_limits:
+            self._make_room(store, namespace_of(key), len(data))
+        store.add(key, data, self._clock())
 
     def _check_size(self, nbytes: int) -> None:
         settings = self._settings

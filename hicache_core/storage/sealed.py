@@ -51,11 +51,22 @@ def parse_key(key: str) -> tuple[bytes, bytes]:
     return name[:_NAMESPACE_NBYTES], name[_NAMESPACE_NBYTES:]
 
 
+def is_page_key(key: str) -> bool:
+    """Returns whether ``key`` is the key of a page: ``<16 hex digits>/<64 hex digits>``."""
+    return _KEY.fullmatch(key) is not None
+
+
 def _name_of(key: str) -> bytes:
     """Returns the key as it appears in the header: namespace digest and page hash, 40 bytes."""
     if _KEY.fullmatch(key) is None:
         raise ValueError(f"{key!r} is not a page key; expected <16 hex digits>/<64 hex digits>")
     return bytes.fromhex(key.replace("/", ""))
+
+
+def _names_of(keys: Sequence[str]) -> list[bytes]:
+    """As ``_name_of``, for many keys in one call."""
+    _check_keys(keys)
+    return [bytes.fromhex(key.replace("/", "")) for key in keys]
 
 
 def checksum(payload: Sequence[memoryview]) -> int:
@@ -75,7 +86,7 @@ def seal(key: str, page: Page) -> None:
         ValueError: ``key`` is not a page key, or the first segment is not 64 bytes long.
     """
     name = _name_of(key)
-    _check_page(page)
+    _check_pages([page])
     _seal(name, page)
 
 
@@ -85,12 +96,13 @@ def _seal(name: bytes, page: Page) -> None:
     _HEADER.pack_into(page[0], 0, MAGIC, VERSION, 0, nbytes, checksum(payload), name)
 
 
-def _check_page(page: Page) -> None:
-    if not page or page[0].nbytes != HEADER_NBYTES:
-        found = f"{page[0].nbytes} bytes" if page else "no segment"
-        raise ValueError(
-            f"the first segment of a page must have {HEADER_NBYTES} bytes; found {found}"
-        )
+def _check_pages(pages: Sequence[Page]) -> None:
+    for page in pages:
+        if not page or page[0].nbytes != HEADER_NBYTES:
+            found = f"{page[0].nbytes} bytes" if page else "no segment"
+            raise ValueError(
+                f"the first segment of a page must have {HEADER_NBYTES} bytes; found {found}"
+            )
 
 
 def mismatch(key: str, page: Page) -> str | None:
@@ -190,7 +202,7 @@ class SealedBackend(BackendWrapper):
 
     def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
         pages = list(pages)  # lazy ones are made once
-        names = [_name_of(key) for key in keys]
+        names = _names_of(keys)
         n_good, n_filled = self._fill(keys, names, pages)
         for n in range(n_good, n_filled):
             if _mismatch(names[n], pages[n]) is not None:
@@ -212,7 +224,7 @@ class SealedBackend(BackendWrapper):
 
     def get_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
         pages = list(pages)
-        names = [_name_of(key) for key in keys]
+        names = _names_of(keys)
         filled, refused = self._fill_each(keys, names, pages)
         absent = [n for n, is_filled in enumerate(filled) if not is_filled and n not in refused]
         with contextlib.suppress(BackendError):  # these pages are misses anyway
@@ -269,9 +281,8 @@ class SealedBackend(BackendWrapper):
         Returns:
             The answer of the one that was called.
         """
-        names, pages = [_name_of(key) for key in keys], list(pages)
-        for page in pages:
-            _check_page(page)
+        names, pages = _names_of(keys), list(pages)
+        _check_pages(pages)
         if visiting is not None:
             return visiting(keys, pages, lambda n: _seal(names[n], pages[n]))
         for name, page in zip(names, pages, strict=True):

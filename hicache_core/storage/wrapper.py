@@ -15,6 +15,7 @@ from hicache_core.storage.base import (
     Listable,
     Pins,
     RegistersMemory,
+    ReportsTotals,
     ReportsUsage,
     StorageBackend,
 )
@@ -35,6 +36,7 @@ PASSED_ON = frozenset(
         Diagnosable,
         Pins,
         ReportsUsage,
+        ReportsTotals,
         Flushable,
     ]
 )
@@ -63,6 +65,11 @@ class BackendWrapper(StorageBackend):
     def name(self) -> str:  # type: ignore[override]  # a class has no inner backend to ask
         """The name of ``inner``."""
         return self.inner.name
+
+    @property
+    def in_process(self) -> bool:  # type: ignore[override]  # likewise
+        """As that of ``inner``."""
+        return self.inner.in_process
 
     def capability(self, kind: type[C]) -> C | None:
         own = super().capability(kind)

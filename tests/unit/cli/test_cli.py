@@ -14,7 +14,7 @@ import click
 import pytest
 
 import hicache_core
-from hicache_core.cli.main import cli, main
+from hicache_core.cli.main import cli, main, module_of
 from hicache_core.config.settings import HiCacheConfig
 from hicache_core.config.sources import EXTRA, env_name, flag_name
 
@@ -76,7 +76,7 @@ def test_every_command_module_has_a_command_and_a_summary() -> None:
     names = cli.list_commands(context)
     assert {"backends", "config", "version"} <= set(names)
     for name in names:
-        module = importlib.import_module(f"hicache_core.cli.{name.replace('-', '_')}")
+        module = importlib.import_module(f"hicache_core.cli.{module_of(name)}")
         assert isinstance(module.command, click.Command)
         assert module.command.name == name
         assert module.__doc__

@@ -176,3 +176,15 @@ def test_jobs_that_are_entered_together_settle_one_by_one() -> None:
         settle(n_pages)
     assert settled == [("read", 0), ("write", 3)]
     assert jobs.n_jobs == 2
+
+
+def test_jobs_that_are_reported_together_are_checked_one_by_one() -> None:
+    jobs, settled = JobTable(SingleRank()), []
+    first, second = jobs.add_all([settled.append] * 2)
+    jobs.report_all([(second, 2), (first, 1)])
+    for settle, n_pages in jobs.agree().settled:
+        settle(n_pages)
+    assert settled == [1, 2]
+    third = jobs.add(settled.append)
+    with pytest.raises(IntegrityError, match=f"job {third} was reported twice"):
+        jobs.report_all([(third, 0), (third, 0)])

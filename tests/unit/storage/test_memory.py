@@ -109,6 +109,25 @@ def test_an_object_above_the_cap_is_dropped_and_counted() -> None:
     assert backend.stats()["dropped_writes"] == 2
 
 
+def test_a_batch_ends_at_the_first_page_without_room() -> None:
+    backend = opened(max_nbytes=3)
+    pages = [views(b"1"), views(b"2", b"3"), views(b"four"), views(b"5")]
+    assert backend.batch_set(["a", "b", "c", "d"], pages) == 2
+    assert sorted(backend.list_keys("")) == ["a", "b"]
+    assert backend.batch_set(["b", "d"], [views(b"6"), views(b"7")]) == 2
+    assert (backend.get("b"), backend.stats()["used_nbytes"]) == (b"6", 3)
+
+
+def test_a_batch_makes_no_room_by_what_has_expired() -> None:
+    clock = Clock()
+    backend = opened(clock, ttl_s=10, max_nbytes=2)
+    backend.batch_set(["a", "b"], [views(b"1"), views(b"2")])
+    clock.now = 10.0
+    assert backend.batch_set(["c"], [views(b"3")]) == 1
+    stats = backend.stats()
+    assert (stats["expired_objects"], stats["evicted_objects"]) == (2, 0)
+
+
 def test_an_object_older_than_its_ttl_is_gone() -> None:
     clock = Clock()
     backend = opened(clock, ttl_s=10)
@@ -151,6 +170,9 @@ def test_a_call_after_close_is_an_error() -> None:
         backend.get("k")
     with pytest.raises(UseAfterClose):
         backend.batch_exists(["k"])
+    for store in (lambda: backend.set("k", b""), lambda: backend.batch_set(["k"], [views(b"")])):
+        with pytest.raises(UseAfterClose):
+            store()
 
 
 def test_it_can_list_clear_and_count() -> None:

@@ -55,6 +55,7 @@ class MooncakeBackend(StorageBackend):
     """
 
     name: ClassVar[str] = "mooncake"
+    pins_last: ClassVar[bool] = True
     Config: ClassVar[type[BackendConfig]] = MooncakeConfig
 
     def __init__(self, config: MooncakeConfig, context: BackendContext) -> None:
