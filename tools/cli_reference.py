@@ -17,8 +17,9 @@ HEAD = """# Command line
 `hicache COMMAND --help` prints the same. `make api` writes this page from the commands.
 
 Unless a command says otherwise, its exit status is 0 if it did what it was asked, 1 if it did and
-found something wrong, and 2 if it could not be done: a wrong option, an unreachable store or
-server, a broken plugin. `hicache --debug COMMAND` shows the traceback of an error.
+found something wrong, or if a server refuses or does not answer, 2 if it could not be done: a wrong
+option, an unreachable store, a broken plugin, and 3 if the backend has no such ability
+([table](stores.md#exit-status)). `hicache --debug COMMAND` shows the traceback of an error.
 
 | command | what it does |
 |---|---|
@@ -45,7 +46,7 @@ def commands(group: click.Group, path: str) -> Iterator[tuple[str, click.Command
 def _options(command: click.Command, context: click.Context) -> Iterator[str]:
     for one in command.get_params(context):
         record = one.get_help_record(context) if isinstance(one, click.Option) else None
-        if record is not None and one.name != "help":
+        if record is not None and "--help" not in one.opts:
             flags, text = (part.replace("|", "\\|") for part in record)
             yield f"| `{flags}` | {text} |"
 

@@ -21,9 +21,7 @@ _WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attenti
 _UNNAMED = "0"
 _PATTERNS = {"gemma2": 2, "gemma3_text": 6, "gemma3": 6, "cohere2": 4}
 """Of models whose older configs do not list the kinds of layers: each n-th has full attention."""
-_OF_STATES = re.compile(
-    r"(mamba|ssm|linear_attn|hybrid|attn_layer)_|state_size|layers_block_type"
-).match
+_OF_STATES = re.compile(r"(mamba|ssm|linear_attn|hybrid|attn_layer)_|state_size|layers_block_type")
 
 
 def read_model_config(path: Path) -> object:
