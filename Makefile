@@ -11,7 +11,9 @@
 #   make gpu-wheels fetch what the Python of a GPU machine lacks, where there is a network; GPU="--python 3.12 NAME …"
 #   make soak    simulate SOAK_SCHEDULES lives, then run the cache under faults for SOAK_SECONDS
 #   make dist    build and check sdists and wheels in dist/; DIST_PYTHONS adds interpreters, PROJECT_URL links
-#   make api     write docs/api.md from the docstrings
+#   make api     write docs/api.md from the docstrings, docs/cli.md from the commands
+#   make site    build the docs as a site in site/, with search, which needs no network
+#   make config  write deploy/hicache.toml, a configuration file with every setting
 #   make docs    write the benchmark tables into docs/benchmark-tables.md
 
 PYTHON ?= python3
@@ -39,7 +41,7 @@ ENGINES := $(basename $(notdir $(wildcard tests/engines/requirements/*-*.txt)))
 ENGINES_READY := $(ENGINES:%=$(ENGINES_DIR)/%/.ready)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-pd test engines check format lint types layers bench gpu gpu-wheels soak docs api dist clean
+.PHONY: help setup demo demo-pd test engines check format lint types layers bench gpu gpu-wheels soak docs api site config dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -126,6 +128,14 @@ docs: $(TESTS_READY)
 
 api: $(TESTS_READY)
 	$(BIN)/python -m tools.api
+	$(BIN)/python -m tools.cli_reference
+
+site: $(TESTS_READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --site-dir site
+	@echo "read it with: $(BIN)/python -m http.server --bind 127.0.0.1 --directory site"
+
+config: $(TESTS_READY)
+	$(BIN)/python -m tools.config_file
 
 $(RELEASE_READY): requirements-release.txt constraints.txt
 	@test -x $(RELEASE)/bin/python || $(PYTHON) -m venv $(RELEASE)
@@ -136,4 +146,4 @@ dist: $(RELEASE_READY)
 	$(RELEASE)/bin/python tools/dist.py --out $(DIST) $(DIST_PYTHONS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -148,6 +152,42 @@ def _opening_rows(n_objects: int, repeat: int) -> Iterator[Row]:
             if backend.batch_exists(asked) != N_KEYS:
                 raise RuntimeError("the backend lost keys")
             yield _exists_row(asked, backend, table, 5 * repeat)
+        yield from _looking_rows(config.path, keys[0].partition("/")[0], table, repeat)
+
+
+def _looking_rows(path: Path, namespace: str, table: str, repeat: int) -> Iterator[Row]:
+    """``hicache ls`` and ``du`` of the store, each a process of its own, and their memory.
+
+    The memory is the most that a process had resident, with Python and what it imports.
+    """
+    settings = json.dumps({"path": str(path)})
+    for words in (["ls", "file"], ["du", "file"], ["ls", "file", namespace]):
+        command = [sys.executable, "-c", _WATCHED, *words, "--config", settings]
+        wall, cpu, most_mb = [], [], 0.0
+        for _ in range(repeat):
+            started = time.perf_counter()
+            done = subprocess.run(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=True
+            )
+            wall.append(time.perf_counter() - started)
+            cpu_s, most_kib = done.stderr.split()
+            cpu.append(float(cpu_s))
+            most_mb = max(most_mb, int(most_kib) * 1024 / 1e6)
+        name = "hicache " + words[0] + (", all keys of a namespace" if len(words) > 2 else "")
+        note = f"{most_mb:.0f} MB resident at most"
+        yield Row(table, name, "s", wall, cpu, target="≤ 3 s", note=note)
+
+
+_WATCHED = """
+import re, sys, time
+from hicache_core.cli.main import main
+try:
+    main(sys.argv[1:])
+finally:
+    (most,) = re.findall("VmHWM: *(.*) kB", open("/proc/self/status").read().replace("\t", " "))
+    print(time.process_time(), most, file=sys.stderr)
+"""
+"""Runs a command; then says its CPU time, and the most memory that it had resident."""
 
 
 def _opened(config: FileConfig) -> FileBackend:

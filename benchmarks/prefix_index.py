@@ -8,6 +8,7 @@ import random
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import TypeAlias
 
 from benchmarks.harness import Row
@@ -18,6 +19,7 @@ Call: TypeAlias = Callable[[], object]
 
 TABLE = "prefix index"
 CHAT = "prefix index: chat tree"
+SCALE = "prefix index: cost by size"
 
 
 def make(page_size: int = 64, policy: str = "lru") -> RadixTree:
@@ -224,6 +226,72 @@ def evict_row(n_leaves: int, policy: str) -> Row:
     return timed(CHAT, f"{name}, {policy}", calls, baseline=name)
 
 
+class Filled:
+    """A tree of prompts of 2,048 tokens; each shares 1,024 with the others of its family."""
+
+    N_OWN, N_FAMILIES = 1024, 100
+
+    def __init__(self, n_tokens: int) -> None:
+        """Inserts prompts until the tree holds ``n_tokens``."""
+        self.tree = make()
+        self.n_prompts = n_tokens // self.N_OWN
+        self._families = [os.urandom(4 * self.N_OWN) for _ in range(self.N_FAMILIES)]
+        self._n_pages = 0
+        for number in range(self.n_prompts):
+            self.insert(self.prompt(number))
+
+    def prompt(self, number: int) -> bytes:
+        """The prompt of a number; those from ``n_prompts`` on are new."""
+        own = random.Random(number).randbytes(4 * self.N_OWN)
+        return self._families[number % self.N_FAMILIES] + own
+
+    def insert(self, tokens: bytes) -> None:
+        """Inserts a prompt with new pages."""
+        n = len(tokens) // (4 * self.tree.page_size)
+        self.tree.insert(tokens, ids(n, self._n_pages % (1 << 30)))
+        self._n_pages += n
+
+    def evict(self) -> None:
+        """Evicts one leaf."""
+        victim = self.tree.device_victim(1)
+        assert victim is not None
+        self.tree.drop_device(victim)
+
+
+def scale_rows(quick: bool) -> Iterator[Row]:
+    """The same calls on a small and on a large tree, in turn."""
+    sizes = (100_000, 1_000_000) if quick else (1_000_000, 100_000_000)
+    trees = {f"{n:,} tokens": Filled(n) for n in sizes}
+    rng = random.Random(3)
+    samples: dict[str, tuple[list[float], list[float]]] = {}
+
+    def sample(name: str, call: Call) -> None:
+        cpu_start, start = time.thread_time(), time.perf_counter()
+        call()
+        end, cpu_end = time.perf_counter(), time.thread_time()
+        wall, cpu = samples.setdefault(name, ([], []))
+        wall.append((end - start) * 1e6)
+        cpu.append((cpu_end - cpu_start) * 1e6)
+
+    gc.collect()
+    gc.disable()
+    for turn in range(300 if quick else 3000):
+        for size, filled in trees.items():
+            known = filled.prompt(rng.randrange(filled.n_prompts // 2, filled.n_prompts))
+            fresh = filled.prompt(filled.n_prompts + turn)
+            sample(f"match 2,048 tokens, {size}", partial(filled.tree.match, known))
+            sample(f"insert 1,024 new tokens, {size}", partial(filled.insert, fresh))
+            sample(f"evict a leaf, {size}", filled.evict)
+    gc.enable()
+    small = next(iter(trees))
+    for what in ("match 2,048 tokens", "insert 1,024 new tokens", "evict a leaf"):
+        base = f"{what}, {small}"
+        for size in trees:
+            name = f"{what}, {size}"
+            compare = (None, None) if name == base else (base, "≤ 1.5 ×")
+            yield Row(SCALE, name, "µs", *samples[name], *compare)
+
+
 def memory_row(name: str, tree: RadixTree) -> Row:
     """Bytes for each cached token; the token ids themselves are four of them."""
     per_token = tree.memory_nbytes() / (tree.n_device_pages * tree.page_size)
@@ -236,3 +304,4 @@ def rows(quick: bool) -> Iterator[Row]:
     for page_size in (64, 16, 1):
         yield from single_rows(n_tokens, page_size, repeat=7 if quick else 31)
     yield from chat_rows(quick)
+    yield from scale_rows(quick)

@@ -145,6 +145,8 @@ class BackendContext:
         least_nbytes: size of the smallest stored object if they have several sizes, as those of a
             model with groups of layers, which have namespaces of their own; 0 if all have
             ``object_nbytes``.
+        read_only: whether the backend is only read. Opening it changes nothing in the store then,
+            not even for a test of its rights; ``set`` and ``delete`` are never called.
     """
 
     namespace: str
@@ -153,3 +155,4 @@ class BackendContext:
     world_size: int = 1
     creates: bool = True
     least_nbytes: int = 0
+    read_only: bool = False

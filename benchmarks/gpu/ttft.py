@@ -132,10 +132,10 @@ class Prompts:
 
     def _compute(self, prompt: list[int], n_past: int, pages: array[int]) -> torch.Tensor:
         """Logits of the next token, on the CPU; so all of it has been computed."""
-        logits = self._runner.prefill(
+        rows = self._runner.prefill(
             prompt[n_past:], n_past, pages, before_layer=self._cache.wait_layer
         )
-        return logits.cpu()
+        return rows[-1].cpu()
 
     def empty_device(self) -> bool:
         """Lets all pages leave the device, once they are on the host and stored; whether they

@@ -7,9 +7,14 @@ Bailian (Qwen)     the same with ``chat_id``: ``timestamp`` in seconds, blocks o
 kv-cache-tester    an object a conversation: ``block_size`` and ``requests``, each with ``t``
                    in seconds, ``in``, ``out`` and the ``hash_ids`` of its whole blocks
 ShareGPT           a list of objects with ``conversations``: turns of ``from`` and ``value``
+SGLang, custom     an object a line with ``conversations`` of ``content``: question and answer
+vLLM, multi-turn   objects with ``messages`` of ``role`` and ``content``, as of OpenAI's API
+vLLM, custom       an object a line with ``prompt``, and ``output_tokens`` if it is known
+results of both    ``input_lens`` and ``output_lens`` of a benchmark: lengths only
+Azure, BurstGPT    CSV with the lengths of prompts and answers (see ``lengths.py``)
 =================  ========================================================================
 
-The fields of the first object tell the format. Equal ids are equal blocks.
+The fields of an object tell its format. Equal ids are equal blocks.
 """
 
 from __future__ import annotations
@@ -21,7 +26,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from hicache_core.bench.lengths import BLOCK_TOKENS, Lengths, Sharing, blocks_for, read_csv
 from hicache_core.errors import ConfigError
+
+OUTPUT_TOKENS = 256
+"""Tokens of an answer of which a trace of texts does not tell the length."""
 
 TimeUnit = Literal["ms", "s"]
 
@@ -58,6 +67,7 @@ def read_trace(
     *,
     block_tokens: int | None = None,
     time_unit: TimeUnit | None = None,
+    sharing: Sharing | None = None,
 ) -> list[TraceRequest]:
     """The requests of a trace file in the order of their arrival, the first ``limit`` of them.
 
@@ -66,13 +76,14 @@ def read_trace(
         limit: number of requests; None for all.
         block_tokens: tokens in a block; by default that of the format.
         time_unit: of the timestamps; by default that of the format.
+        sharing: the prefixes that prompts get of which the trace has the lengths only.
 
     Raises:
         ConfigError: it cannot be read, has an unknown format, is not sorted by time, or its
             lengths do not fit its blocks; the message names the line.
     """
-    requests: list[TraceRequest] = []
-    for where, item in _objects(path):
+    requests = [TraceRequest(*one) for one in read_csv(path, limit)] if _is_csv(path) else []
+    for where, item in () if _is_csv(path) else _objects(path):
         found = _requests(where, item, block_tokens, time_unit)
         requests += found
         if limit and len(requests) >= limit and not any(one.session for one in found):
@@ -84,7 +95,24 @@ def read_trace(
     for first, second in pairwise(requests):
         if second.at_s < first.at_s:
             raise ConfigError(f"the trace {path} is not sorted by its timestamps")
-    return requests[:limit]
+    return _with_prefixes(requests[:limit], sharing or Sharing())
+
+
+def _is_csv(path: Path) -> bool:
+    return path.suffix.lower() == ".csv"
+
+
+def _with_prefixes(requests: list[TraceRequest], sharing: Sharing) -> list[TraceRequest]:
+    """The requests; those that have neither blocks nor a text get blocks."""
+    bare = [one for one in requests if not one.blocks and not one.text]
+    lengths = [Lengths(one.at_s, one.input_length, one.output_length) for one in bare]
+    made = blocks_for(lengths, sharing)
+    return [
+        one
+        if one.blocks or one.text
+        else replace(one, blocks=next(made), block_tokens=BLOCK_TOKENS)
+        for one in requests
+    ]
 
 
 def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -124,8 +152,14 @@ def _requests(
 ) -> list[TraceRequest]:
     """The requests of one object."""
     try:
-        if "conversations" in item:
-            return _chat(where, item)
+        for name in ("conversations", "messages"):
+            if name in item:
+                return _chat(where, item, item[name])
+        if "prompt" in item:
+            return [_prompt(item)]
+        if "input_lens" in item:
+            pairs = zip(item["input_lens"], item["output_lens"], strict=True)
+            return [TraceRequest(0.0, int(n), max(1, int(n_out))) for n, n_out in pairs]
         if "requests" in item:
             return _conversation(where, item, block_tokens, time_unit)
         if "hash_ids" in item:
@@ -134,8 +168,9 @@ def _requests(
         raise ConfigError(f"{where}: a field is missing or wrong: {error!r}") from error
     raise ConfigError(
         f"{where}: unknown trace format with the fields {', '.join(item) or 'none'}; the known "
-        "formats are Mooncake's and Bailian's (hash_ids), kv-cache-tester's (requests) and "
-        "ShareGPT's (conversations)"
+        "formats are Mooncake's and Bailian's (hash_ids), kv-cache-tester's (requests), ShareGPT's "
+        "and SGLang's (conversations), vLLM's (messages, prompt), results of both (input_lens), "
+        "and CSV files of Azure and BurstGPT"
     )
 
 
@@ -209,19 +244,42 @@ def _flat(session: str, requests: Sequence[dict[str, Any]]) -> Iterator[tuple[st
             yield session, fields
 
 
-def _chat(where: str, item: dict[str, Any]) -> list[TraceRequest]:
-    """A conversation of ShareGPT: before each answer a request with all that was said."""
+def _chat(where: str, item: dict[str, Any], turns: Sequence[dict[str, Any]]) -> list[TraceRequest]:
+    """A conversation: before each answer a request with all that was said.
+
+    A list of messages that ends with a question is a request, too.
+    """
     session = f"{where}/{item.get('id', '')}"
     found = []
-    said = ""
-    for turn in item["conversations"]:
-        value = " ".join(str(turn["value"]).split())
-        if turn["from"] in ("gpt", "assistant") and said:
+    said, is_answer = "", False
+    for n, turn in enumerate(turns):
+        value = _value(turn)
+        who = turn.get("from", turn.get("role", ("user", "assistant")[n % 2]))
+        is_answer = who in ("gpt", "assistant")
+        if is_answer and said:
             n_words = len(said.split())
             n_output = max(1, len(value.split()))
             found.append(TraceRequest(0.0, n_words, n_output, session=session, text=said))
         said = f"{said} {value}"
+    if "messages" in item and said and not is_answer:
+        n_output = int(item.get("max_tokens") or OUTPUT_TOKENS)
+        found.append(TraceRequest(0.0, len(said.split()), n_output, session=session, text=said))
     return found
+
+
+def _value(turn: dict[str, Any]) -> str:
+    """What was said, with single spaces; of a message of several parts, its texts."""
+    value = turn["value"] if "value" in turn else turn["content"]
+    if isinstance(value, list):
+        value = " ".join(str(part["text"]) for part in value if "text" in part)
+    return " ".join(str(value).split())
+
+
+def _prompt(item: dict[str, Any]) -> TraceRequest:
+    """A line of vLLM's custom dataset."""
+    text = " ".join(str(item["prompt"]).split())
+    n_output = int(item.get("output_tokens") or OUTPUT_TOKENS)
+    return TraceRequest(0.0, len(text.split()), n_output, text=text)
 
 
 def scaled(request: TraceRequest, block_words: int | None) -> TraceRequest:

@@ -9,8 +9,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from hicache_core.build.backends import backend_from
 from hicache_core.build.observers import Observers
-from hicache_core.build.storage import StorageOpener, backend_from
+from hicache_core.build.storage import StorageOpener
 from hicache_core.config.settings import HiCacheConfig
 from hicache_core.config.sources import EXTRA
 from hicache_core.controller.controller import Controller
@@ -30,12 +31,14 @@ from hicache_core.controller.policies import (
     WritePolicy,
     WriteThrough,
 )
+from hicache_core.controller.prefetch_record import Shortfall
 from hicache_core.controller.quarantine import Quarantine
 from hicache_core.controller.storage_tier import StorageTier
+from hicache_core.controller.warming import Warming
 from hicache_core.copies.base import Transfer
 from hicache_core.copies.open import open_transfer
 from hicache_core.errors import ConfigError, RankLost, SpecError
-from hicache_core.kv.keys import storage_namespace
+from hicache_core.kv.keys import TOKEN_NBYTES, pack_tokens, storage_namespace
 from hicache_core.kv.spec import GroupKind, KVSpec
 from hicache_core.observe.snapshot import CacheSnapshot
 from hicache_core.pools.device import DevicePool
@@ -48,6 +51,7 @@ from hicache_core.radix.holdings import Holdings
 from hicache_core.radix.picture import TreePicture, take_picture
 from hicache_core.radix.tree import RadixTree
 from hicache_core.ranks.base import RankGroup, SingleRank, agree_all
+from hicache_core.types import Namespace
 
 __all__ = ["HiCache", "backend_from", "prefetch_policy"]
 
@@ -172,6 +176,35 @@ class HiCache(Controller):
         policies.write = WRITE_POLICIES[config.hicache_write_policy]
         policies.prefetch = prefetch_policy(config)
         policies.prefetch_threshold = config.controller_keys.prefetch_threshold
+
+    def warm(
+        self, request_id: str, tokens: Sequence[int], namespace: Sequence[str | None] = ()
+    ) -> Warming:
+        """Loads what storage has of a prompt to the host, however long it takes. Returns at once.
+
+        Unlike a prefetch for a request, it does not end by the prefetch policy, and asks for the
+        page that ends with the last token, too. Owner thread; every rank makes the same call.
+
+        Args:
+            request_id: any unused id; ``finish_prefetch`` takes it, and is to be called once.
+            tokens: of the prompt.
+            namespace: the values of a ``Namespace``, in the order of its fields.
+
+        Returns:
+            Says whether it is ``done``, and why not everything came.
+
+        Raises:
+            InvalidTokens: as in ``match_prefix``.
+        """
+        packed = pack_tokens(tokens) + bytes(TOKEN_NBYTES)  # so that the last page is asked for
+        begun = self.prefetch(request_id, packed, Namespace(*namespace))
+        if begun and self._prefetch_path is not None:
+            return Warming(self._prefetch_path.of(request_id))
+        if self.storage_name is None:
+            return Warming(None, Shortfall("no_storage", "no storage backend is attached"))
+        threshold = self._parts.policies.prefetch_threshold
+        limit = f"fewer than prefetch_threshold ({threshold}) tokens are missing"
+        return Warming(None, Shortfall("below_threshold", limit))
 
     def snapshot(self) -> CacheSnapshot:
         # docstring inherited

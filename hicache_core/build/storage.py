@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
 
-from pydantic import BaseModel, ValidationError
-
-from hicache_core.config.messages import config_error
+from hicache_core.build.backends import CHAIN, backend_from, checked, split_settings
 from hicache_core.config.settings import HiCacheConfig
 from hicache_core.controller.admission import Admission, AlwaysAdmit, CostAware
 from hicache_core.controller.attachment import Attachment
@@ -17,15 +14,13 @@ from hicache_core.errors import ConfigError
 from hicache_core.kv.keys import describe_namespace, namespace_digest
 from hicache_core.observe.stores import backend_statuses, rejected_pages
 from hicache_core.observe.usage import UsageWatch
-from hicache_core.plugin import dynamic, manager
 from hicache_core.pools.host import HostPool
 from hicache_core.ranks.base import RankGroup
 from hicache_core.storage.base import RegistersMemory, StorageBackend
 from hicache_core.storage.chain.backend import ChainBackend
 from hicache_core.storage.chain.capabilities import Link
-from hicache_core.storage.chain.config import ChainConfig
+from hicache_core.storage.chain.config import ChainConfig, StoreConfig
 from hicache_core.storage.guard.backend import GuardedBackend
-from hicache_core.storage.guard.config import GuardConfig
 from hicache_core.storage.heads.cut import head_group_specs
 from hicache_core.storage.heads.groups import HeadGroupBackend
 from hicache_core.storage.manifest import manifest_page
@@ -34,35 +29,9 @@ from hicache_core.storage.workers.executor import Deadlines, Worker
 from hicache_core.storage.workers.worker import StorageWorker
 from hicache_core.types import BackendContext, Page
 
-DYNAMIC = "dynamic"
-CHAIN = "chain"
-
 Clock = Callable[[], float]
-M = TypeVar("M", bound=BaseModel)
 
 ADMISSIONS: dict[str, type[Admission]] = {"always": AlwaysAdmit, "cost_aware": CostAware}
-
-
-def backend_from(
-    name: str, settings: Mapping[str, object], context: BackendContext
-) -> StorageBackend:
-    """Makes the named backend; it is not opened yet.
-
-    Args:
-        name: an installed plugin, or ``dynamic`` for a class that ``settings`` names.
-        settings: the backend's own settings; an unknown key is an error.
-        context: what the backend may know about the cache.
-
-    Raises:
-        PluginError: it is not installed, does not load, or is not a backend.
-        ConfigError: a setting is wrong.
-    """
-    if name == DYNAMIC:
-        backend_class = dynamic.load_class(settings)
-        _, settings = dynamic.split_settings(settings)
-    else:
-        backend_class = manager.backend_class(name)
-    return backend_class(manager.backend_settings(backend_class, settings), context)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +43,14 @@ class Composed:
         guards: the guard of each store, the nearest store first.
         seals: the seal of each store, in the same order.
         deadlines: how long a job on it may take.
+        read_only: whether none of the stores is written to.
     """
 
     backend: StorageBackend
     guards: tuple[GuardedBackend, ...]
     seals: tuple[SealedBackend, ...]
     deadlines: Deadlines
+    read_only: bool = False
 
     def verdict(self, key: str) -> str | None:
         """Why any store's object under ``key`` was refused; None if none was."""
@@ -93,7 +64,7 @@ def composed(
 
     Args:
         name: an installed plugin, ``dynamic`` or ``chain``.
-        settings: the backend's own settings, and those of its guard under ``guard``.
+        settings: the backend's own settings, those of its guard under ``guard``, and ``read_only``.
         context: what the backend may know about the cache.
         clock: seconds, increasing.
 
@@ -102,12 +73,14 @@ def composed(
         ConfigError: a setting is wrong.
     """
     if name != CHAIN:
-        own = dict(settings)
-        guard = _checked(GuardConfig, own.pop("guard", {}), "guard.")
-        return _guarded(name, own, guard, context, clock)
-    config = _checked(ChainConfig, settings, "chain.")
-    parts = [_guarded(c.backend, c.config, c.guard, context, clock) for c in config.links]
-    links = [Link(c.label, part.backend) for c, part in zip(config.links, parts, strict=True)]
+        common, own = split_settings(settings)
+        return _guarded(name, own, common, context, clock)
+    config = checked(ChainConfig, settings, "chain.")
+    parts = [_guarded(c.backend, c.config, c, context, clock) for c in config.links]
+    links = [
+        Link(c.label, part.backend, read_only=c.read_only)
+        for c, part in zip(config.links, parts, strict=True)
+    ]
     deadlines = Deadlines(
         sum(part.deadlines.base_s for part in parts),
         sum(part.deadlines.per_gib_s for part in parts),
@@ -130,26 +103,22 @@ def composed(
         tuple(guard for part in parts for guard in part.guards),
         tuple(seal for part in parts for seal in part.seals),
         deadlines,
+        read_only=all(part.read_only for part in parts),
     )
 
 
 def _guarded(
     name: str,
     settings: Mapping[str, object],
-    config: GuardConfig,
+    common: StoreConfig,
     context: BackendContext,
     clock: Clock,
 ) -> Composed:
+    if common.read_only:
+        context = replace(context, read_only=True)
     seal = SealedBackend(backend_from(name, settings, context))
-    guard = GuardedBackend(seal, config, clock)
-    return Composed(guard, (guard,), (seal,), config.deadlines)
-
-
-def _checked(model: type[M], settings: object, prefix: str) -> M:
-    try:
-        return model.model_validate(settings)
-    except ValidationError as error:
-        raise config_error(error, model, prefix=prefix) from None
+    guard = GuardedBackend(seal, common.guard, clock)
+    return Composed(guard, (guard,), (seal,), common.guard.deadlines, read_only=common.read_only)
 
 
 class StorageOpener:
@@ -248,6 +217,7 @@ class StorageOpener:
             rejected=lambda: rejected_pages(made.seals),
             manifests=manifests,
             group_namespaces=tuple(map(namespace_digest, self._described_groups)),
+            read_only=made.read_only,
         )
 
     def _manifests(self) -> Sequence[tuple[str, Page]]:

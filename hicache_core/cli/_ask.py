@@ -20,6 +20,8 @@ DEFAULT_URLS = ("http://127.0.0.1:30000", "http://127.0.0.1:9477")
 """The default addresses of ``hicache serve`` and of a status server."""
 F = TypeVar("F", bound=Callable[..., object])
 _TIMEOUT_S = 10.0
+_CHANGE_TIMEOUT_S = 90.0
+"""A server takes up to 60 seconds for opening a backend before it gives up."""
 _SUFFIXES = ("/hicache/status", "/hicache")
 
 
@@ -29,6 +31,17 @@ def asks(command: F) -> F:
         "--api-key",
         envvar="HICACHE_API_KEY",
         help="API key of the server. Prefer the environment variable HICACHE_API_KEY.",
+    )
+    return key(click.argument("url", required=False, callback=_found)(command))
+
+
+def operates(command: F) -> F:
+    """As :func:`asks`, for a call of the operator, which needs the admin key."""
+    key = click.option(
+        "--api-key",
+        envvar=["HICACHE_ADMIN_API_KEY", "HICACHE_API_KEY"],
+        help="Admin key of the server, if it has one. Prefer the environment variable "
+        "HICACHE_ADMIN_API_KEY.",
     )
     return key(click.argument("url", required=False, callback=_found)(command))
 
@@ -49,9 +62,14 @@ def _found(_ctx: click.Context, _parameter: click.Parameter, url: str | None) ->
     )
 
 
+def with_scheme(url: str) -> str:
+    """``url`` as it is, or with ``http://`` before it if it names no scheme."""
+    return url if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", url) else f"http://{url}"
+
+
 def base_of(url: str) -> str:
     """``url`` with a scheme, and without the path of the page or the status."""
-    base = (url if re.match(r"https?://", url) else f"http://{url}").rstrip("/")
+    base = with_scheme(url).rstrip("/")
     for suffix in _SUFFIXES:
         base = base.removesuffix(suffix)
     return base
@@ -91,6 +109,81 @@ def ask(url: str, path: str, *, key: str | None = None) -> Any:
         ) from error
     except ValueError as error:
         raise click.ClickException(f"the answer from {shown} is not JSON") from error
+
+
+def post(url: str, path: str, body: object, *, key: str | None = None, timeout_s: float) -> Any:
+    """What a server answers to a body of JSON, as JSON values.
+
+    Args:
+        url: as for :func:`ask`.
+        path: as for :func:`ask`.
+        body: JSON values.
+        key: as for :func:`ask`.
+        timeout_s: how long to wait for the answer.
+
+    Raises:
+        click.ClickException: nothing answers, or the server refuses; the message is the server's.
+    """
+    answer = tell(url, "POST", path, key=key, body=body, timeout_s=timeout_s)
+    try:
+        return json.loads(answer)
+    except ValueError as error:
+        shown = masked_text(base_of(url) + path)
+        raise click.ClickException(f"the answer from {shown} is not JSON") from error
+
+
+def tell(
+    url: str,
+    method: str,
+    path: str,
+    *,
+    key: str | None = None,
+    body: object = None,
+    timeout_s: float = _CHANGE_TIMEOUT_S,
+) -> str:
+    """Makes a call of the operator; returns what the server answered.
+
+    Args:
+        url: address of the server, with or without a scheme.
+        method: of the request, such as ``PUT``.
+        path: of the request.
+        key: the admin key, or the API key of a server without one.
+        body: is sent as JSON; None for none.
+        timeout_s: how long the server may take.
+
+    Raises:
+        click.ClickException: nothing answers, or the server refuses; the message is its own.
+    """
+    address = base_of(url) + path
+    shown = masked_text(address)
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    data = None
+    if body is not None:
+        headers["Content-Type"] = "application/json"
+        data = json.dumps(body).encode()
+    request = Request(address, data=data, headers=headers, method=method)
+    try:
+        with build_opener(ProxyHandler({})).open(request, timeout=timeout_s) as response:
+            return str(response.read().decode())
+    except HTTPError as error:
+        with error:
+            reason = _reason(error)
+        raise click.ClickException(f"{shown} answers {error.code}: {reason}") from error
+    except (URLError, OSError) as error:
+        reason = str(error.reason if isinstance(error, URLError) else error)
+        raise click.ClickException(f"no answer from {shown} ({reason})") from error
+
+
+def _reason(error: HTTPError) -> str:
+    """What a server says of a request that it refuses."""
+    if error.code in (404, 405, 501):
+        return "it has no such call; only hicache serve has it, not a status server or a router"
+    try:
+        said = masked_text(str(json.load(error)["error"]["message"]))
+    except (KeyError, TypeError, ValueError):
+        return "this is not a server of HiCache, or one of another version"
+    hint = "; give it with --api-key" if error.code in (401, 403) and "key" in said else ""
+    return f"{said}{hint}"
 
 
 def observed(answer: Any, url: str) -> Observation:

@@ -112,8 +112,29 @@ def groups_of(cache: CacheRef, known: Mapping[str, Manifest | None]) -> tuple[As
     return tuple(sorted(found, key=lambda group: (not group.window, group.window, group.name)))
 
 
+def check_keys(cache: CacheRef) -> None:
+    """Checks that the keys of a cache follow from the tokens.
+
+    Raises:
+        ConfigError: they are hashes that only an engine computes.
+    """
+    manifest = cache.manifest
+    engine = None if manifest is None else manifest.fields.get("engine")
+    if manifest is not None and engine is not None and not manifest.told.get("token_chain"):
+        raise ConfigError(
+            f"{summary(manifest)}: {engine} names pages by hashes that only {engine} computes, so "
+            "a prompt cannot be looked up here; ask its metrics, or check the stored pages with "
+            "hicache scrub"
+        )
+
+
 def summary(manifest: Manifest) -> str:
     """A manifest in one line."""
+    return f"{manifest.namespace} ({described(manifest)})"
+
+
+def described(manifest: Manifest) -> str:
+    """What a manifest says of its namespace, in words."""
     fields = manifest.fields
     said = [
         _model_words(fields.get("model_fingerprint")),
@@ -131,7 +152,7 @@ def summary(manifest: Manifest) -> str:
     else:
         said.append("+".join(_dtypes(fields)))
         said += [f"layers {fields.get('layers')}", f"heads {fields.get('heads')}"]
-    return f"{manifest.namespace} ({', '.join(said)})"
+    return ", ".join(said)
 
 
 def _dtypes(fields: Mapping[str, Any]) -> list[str]:

@@ -237,7 +237,7 @@ def _stores(snapshot: CacheSnapshot) -> Table:
         table.add_row(
             backend.name,
             Text(backend.breaker or "none", style=_BREAKERS.get(backend.breaker, "")),
-            nbytes_text(backend.stored_nbytes),
+            "read-only" if backend.read_only else nbytes_text(backend.stored_nbytes),
             nbytes_text(backend.loaded_nbytes),
             f"{_n_errors(backend):,}",
             f"{backend.retries:,}",

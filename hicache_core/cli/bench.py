@@ -20,6 +20,7 @@ from hicache_core.bench.prompts import Words, words_of_file
 from hicache_core.bench.replay import Replay, run_replay
 from hicache_core.bench.result import Record, as_json, summary
 from hicache_core.bench.traces import read_trace
+from hicache_core.cli._ask import with_scheme
 from hicache_core.cli._bench_view import results
 from hicache_core.cli._cache_view import console
 from hicache_core.cli._out_file import OutFile
@@ -44,6 +45,7 @@ def _for_all(function: Callable[..., None]) -> Callable[..., None]:
             "--url",
             default="http://127.0.0.1:30000",
             show_default=True,
+            callback=lambda _ctx, _parameter, url: with_scheme(url),
             help="Address of the server.",
         ),
         click.option(
@@ -219,7 +221,10 @@ def replay(
     time_unit: Literal["ms", "s"] | None,
     **options: Any,
 ) -> None:
-    """Replay a trace in the format of Mooncake, Bailian (Qwen), kv-cache-tester or ShareGPT."""
+    """Replay a trace: of Mooncake, Bailian (Qwen), kv-cache-tester, ShareGPT, Azure, BurstGPT.
+
+    Datasets and detailed results of the benchmarks of SGLang and vLLM are read, too.
+    """
     rest, replay_options = _split(options, Replay.__dataclass_fields__)
     requests = read_trace(trace, limit, block_tokens=trace_block_tokens, time_unit=time_unit)
 

@@ -6,6 +6,7 @@ import json
 
 import click
 
+from hicache_core.build.config_schema import config_schema
 from hicache_core.build.settings_check import check_settings
 from hicache_core.cli._columns import columns
 from hicache_core.config.flags import config_flags, default_text, load_config
@@ -16,13 +17,23 @@ from hicache_core.config.settings import HiCacheConfig, ResolvedConfig
 @click.command("config")
 @config_flags
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(*, as_json: bool, **options: object) -> None:
+@click.option(
+    "--schema",
+    is_flag=True,
+    help="Print the JSON schema of a configuration file instead, with the settings of the storage "
+    "backend if one is named.",
+)
+def command(*, as_json: bool, schema: bool, **options: object) -> None:
     """Print each setting: the value asked for, its source, and the value in force.
 
     Secrets are masked. The exit status is 2 if the storage backend is not installed or refuses
-    its settings.
+    its settings, or if those of KV events are wrong.
     """
-    resolved = load_config(options).resolve()
+    config = load_config(options)
+    if schema:
+        click.echo(json.dumps(config_schema(config.hicache_storage_backend), indent=2))
+        return
+    resolved = config.resolve()
     report = _report(resolved)
     if as_json:
         reasons = [str(change) for change in resolved.adjustments]

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import click
 
+from hicache_core.cli._backend import BackendChoice, names_backend
 from hicache_core.cli._out_file import OutFile
-from hicache_core.config.sources import read_inline
 from hicache_core.testing.features import Target
 from hicache_core.testing.kit_settings import FULL, QUICK, KitSettings
-from hicache_core.testing.recipe import Recipe, Scope
+from hicache_core.testing.recipe import Scope
 from hicache_core.testing.report import RuleResult
 from hicache_core.testing.rules import RULES
 from hicache_core.testing.runner import run
@@ -26,8 +26,7 @@ _STDERR = 2
 
 
 @click.command("conformance")
-@click.argument("name")
-@click.option("--config", default="{}", help="The backend's settings: JSON text, or @file.")
+@names_backend()
 @click.option("--json", "json_file", type=OutFile(), help="Write the report here, as JSON.")
 @click.option("--quick", is_flag=True, help="Run all rules with fewer rounds, smaller batches.")
 @click.option(
@@ -44,8 +43,7 @@ _STDERR = 2
 def command(
     ctx: click.Context,
     *,
-    name: str,
-    config: str,
+    backend: BackendChoice,
     json_file: Path | None,
     quick: bool,
     scope: str,
@@ -57,9 +55,7 @@ def command(
     exit status is 0 if all base rules and all rules of the backend's capabilities pass, 1 if one
     fails, and 2 if the backend does not load.
     """
-    recipe = Recipe.named(
-        name, read_inline(config, what="--config: "), Scope(scope), max_object_nbytes
-    )
+    recipe = backend.recipe(Scope(scope), max_object_nbytes)
     recipe.make()  # a wrong setting is the user's error, not the backend's
     settings = QUICK if quick else FULL
     progress = sys.stderr.isatty()

@@ -17,6 +17,8 @@ from typing import Any
 import click
 from rich.console import Console
 
+from hicache_core.build.settings_check import check_settings
+from hicache_core.cli._backend import CONFIG_HELP
 from hicache_core.cli._out_file import OutFile
 from hicache_core.config.settings import HiCacheConfig
 from hicache_core.config.sources import read_inline
@@ -24,9 +26,6 @@ from hicache_core.demo.records import DemoSettings, Outcome
 from hicache_core.demo.run import run_demo
 from hicache_core.demo.table import print_outcome, shown
 from hicache_core.errors import ConfigError
-from hicache_core.plugin.dynamic import load_class, split_settings
-from hicache_core.plugin.manager import backend_class as backend_class_of
-from hicache_core.plugin.manager import backend_settings
 
 _NEEDED = ("torch", "transformers", "gguf")
 
@@ -34,8 +33,16 @@ _NEEDED = ("torch", "transformers", "gguf")
 @click.command("demo")
 @click.option("--json", "json_file", type=OutFile(), help="Write turns and summary as JSON here.")
 @click.option("--plot", "plot_file", type=OutFile(), help="Draw the time to first token here.")
-@click.option("--backend", default="file", show_default=True, help="Name of the storage backend.")
-@click.option("--backend-config", default="{}", help="The backend's settings: JSON, or @file.")
+@click.argument("name", required=False)
+@click.option("--backend", help="Name of the backend, in place of the argument NAME.")
+@click.option(
+    "--config",
+    "--backend-config",
+    "backend_config",
+    default="{}",
+    metavar="JSON|@FILE",
+    help=CONFIG_HELP,
+)
 @click.option(
     "--keep",
     type=click.Path(file_okay=False, path_type=Path),
@@ -63,16 +70,20 @@ def command(
     *,
     json_file: Path | None,
     plot_file: Path | None,
-    backend: str,
+    name: str | None,
+    backend: str | None,
     backend_config: str,
     keep: Path | None,
     **options: Any,
 ) -> None:
     """Hold a conversation in two processes and show which tier served each prefix.
 
-    Each turn is computed again without a cache. The exit status is 1 if a token differs, or if
-    the expected tier did not serve a turn.
+    Storage is the backend NAME, or file. Each turn is computed again without a cache. The exit
+    status is 1 if a token differs, or if the expected tier did not serve a turn.
     """
+    if name and backend:
+        raise click.UsageError("with --backend, leave out the argument NAME")
+    backend = name or backend or "file"
     plot = _ready_to_draw(plot_file)
     _check_needs()
     with _storage_settings(backend, backend_config, keep) as extra:
@@ -97,7 +108,7 @@ def _settings(backend: str, extra: dict[str, Any], options: dict[str, Any]) -> D
     }
     given = {key: options[key] for key in HiCacheConfig.model_fields if key in options}
     cache |= {key: value for key, value in given.items() if value is not None}
-    _check_backend(backend, HiCacheConfig(**cache))
+    check_settings(HiCacheConfig(**cache))  # before a model is loaded
     return DemoSettings(
         model=options["model"] or "smollm2",
         max_new_tokens=options["max_new_tokens"],
@@ -108,23 +119,10 @@ def _settings(backend: str, extra: dict[str, Any], options: dict[str, Any]) -> D
     )
 
 
-def _check_backend(name: str, config: HiCacheConfig) -> None:
-    """Raises PluginError or ConfigError here, before a model is loaded."""
-    settings = config.backend_config
-    if name == "dynamic":
-        backend_class = load_class(settings)
-        _, settings = split_settings(settings)
-    else:
-        backend_class = backend_class_of(name)
-    backend_settings(backend_class, settings)
-
-
 @contextlib.contextmanager
 def _storage_settings(backend: str, given: str, keep: Path | None) -> Iterator[dict[str, Any]]:
     """The backend's settings; for ``file`` without a path, a folder that is removed at the end."""
-    extra: Any = read_inline(given)
-    if not isinstance(extra, dict):
-        raise ConfigError(f"--backend-config: expected a JSON object, found {given!r}")
+    extra: dict[str, Any] = read_inline(given, what="--config: ")
     if backend != "file" or "path" in extra:
         if keep is not None:
             raise ConfigError("--keep works only with the file backend, without a path of its own")

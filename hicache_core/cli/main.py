@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import keyword
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -21,20 +22,21 @@ _NOT_COMMANDS = frozenset(["__init__", "main"])
 class LazyGroup(click.Group):
     """A group whose commands are the modules beside this one, each imported when it is called.
 
-    A module ``new_backend.py`` is the command ``new-backend`` and has a click command named
-    ``command``; the first line of its docstring is the summary that ``hicache --help`` shows.
+    A module ``new_backend.py`` is the command ``new-backend``, and ``import_.py`` is ``import``. It
+    has a click command named ``command``; the first line of the module's docstring is the summary
+    that ``hicache --help`` shows.
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         # docstring inherited
         stems = {file.stem for file in _SUMMARIES.glob("*.py")} - _NOT_COMMANDS
-        return sorted(stem.replace("_", "-") for stem in stems if not stem.startswith("_"))
+        return sorted(command_of(stem) for stem in stems if not stem.startswith("_"))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         # docstring inherited
         if cmd_name not in self.list_commands(ctx):
             return None
-        module = importlib.import_module(f"hicache_core.cli.{cmd_name.replace('-', '_')}")
+        module = importlib.import_module(f"hicache_core.cli.{module_of(cmd_name)}")
         command = module.command
         assert isinstance(command, click.Command)
         return command
@@ -56,8 +58,19 @@ class LazyGroup(click.Group):
             formatter.write_dl(rows)
 
 
+def command_of(stem: str) -> str:
+    """The name of the command in the module ``stem``."""
+    return stem.rstrip("_").replace("_", "-")
+
+
+def module_of(name: str) -> str:
+    """The name of the module, in this package, of the command ``name``."""
+    stem = name.replace("-", "_")
+    return f"{stem}_" if keyword.iskeyword(stem) else stem
+
+
 def _summary(name: str) -> str:
-    with (_SUMMARIES / f"{name.replace('-', '_')}.py").open(encoding="utf-8") as file:
+    with (_SUMMARIES / f"{module_of(name)}.py").open(encoding="utf-8") as file:
         return file.readline().strip().strip('"').strip()
 
 

@@ -20,6 +20,7 @@ if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is Non
 
 import uvicorn  # noqa: E402 - only if installed
 
+from hicache_core.cli._ask import with_scheme  # noqa: E402 - likewise
 from hicache_core.config.hosts import is_loopback  # noqa: E402 - likewise
 from hicache_core.kv_transfer.secret import MIN_LENGTH  # noqa: E402 - likewise
 from hicache_core.router.app import make_app  # noqa: E402 - likewise
@@ -85,6 +86,7 @@ from hicache_core.server.connections import bounded  # noqa: E402 - likewise
 )
 def command(prefill: tuple[str, ...], decode: tuple[str, ...], **options: Any) -> None:
     """Route OpenAI-compatible requests to pairs of a prefill and a decode server."""
+    prefill, decode = (tuple(map(with_scheme, urls)) for urls in (prefill, decode))
     for url in (*prefill, *decode):
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"{url!r} is not the URL of a server; write http://host:port")

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from hicache_core.cli._backend import BackendChoice, names_backend
 from hicache_core.cli._cache_choice import summary
 from hicache_core.cli._columns import columns
-from hicache_core.config.sources import read_inline
 from hicache_core.storage.manifest import Manifest, read_manifest
 from hicache_core.storage.scrub import (
     GOOD,
@@ -24,12 +24,12 @@ from hicache_core.storage.scrub import (
     ScrubTotals,
     scrub,
 )
-from hicache_core.testing.recipe import Recipe
+from hicache_core.testing.recipe import NAMESPACE
+from hicache_core.types import BackendContext
 
 
 @click.command("scrub")
-@click.argument("name")
-@click.option("--config", default="{}", help="The backend's settings: JSON text, or @file.")
+@names_backend()
 @click.option(
     "--namespace", default="", help="Check only this namespace: the 16 digits before the /."
 )
@@ -42,10 +42,9 @@ from hicache_core.testing.recipe import Recipe
 @click.option(
     "--max-object-nbytes", default=0, help="Bytes of a stored page; some backends need it."
 )
-def command(  # noqa: PLR0913 - an argument for each option
+def command(
     *,
-    name: str,
-    config: str,
+    backend: BackendChoice,
     namespace: str,
     dry_run: bool,
     remove_unknown: bool,
@@ -61,23 +60,19 @@ def command(  # noqa: PLR0913 - an argument for each option
     without --dry-run), and 2 if the store could not be scrubbed.
     """
     kinds = REMOVED | {UNKNOWN} if remove_unknown else REMOVED
-    recipe = Recipe.named(
-        name, read_inline(config, what="--config: "), max_object_nbytes=max_object_nbytes
-    )
-    backend, totals = recipe.make(creates=False), ScrubTotals(removed_kinds=kinds)
-    backend.open()
-    try:
+    context = BackendContext(NAMESPACE, object_nbytes=max_object_nbytes)
+    opened = backend.reading(context) if dry_run else backend.changing(context)
+    totals = ScrubTotals(removed_kinds=kinds)
+    with opened as store:
         prefix = f"{namespace}/" if namespace else ""
-        found = scrub(backend, prefix=prefix, remove=not dry_run, kinds=kinds, limit=limit)
+        found = scrub(store, prefix=prefix, remove=not dry_run, kinds=kinds, limit=limit)
         for checked in _shown(found):
             totals.add(checked)
             if not as_json and checked.kind not in (GOOD, VANISHED):
                 click.echo(f"{checked.kind:13} {checked.key}")
-        manifests = [read_manifest(backend, name) for name in totals.by_namespace() if name]
-    finally:
-        backend.close()
+        manifests = [read_manifest(store, name) for name in totals.by_namespace() if name]
     if as_json:
-        click.echo(json.dumps(_report(totals, name, dry_run=dry_run), indent=2))
+        click.echo(json.dumps(_report(totals, backend.name, dry_run=dry_run), indent=2))
     else:
         click.echo("\n".join(_lines(totals, manifests, dry_run=dry_run)))
     click.get_current_context().exit(1 if totals.n_bad else 0)

@@ -12,7 +12,7 @@ import click
 from hicache_core.plugin.manager import list_backends, list_transfer_backends
 
 _DISTRIBUTIONS = ("pluggy", "pydantic", "torch", "transformers")
-_NATIVE = {
+NATIVE = {
     "keys": "hicache_core.kv._page_keys",
     "pools": "hicache_core.pools._page_marks",
     "copies": "hicache_core.copies._transfer",
@@ -31,8 +31,8 @@ def command() -> None:
         except PackageNotFoundError:
             click.echo(f"{name} is not installed")
     click.echo(f"python {platform.python_version()} on {platform.platform()}")
-    for part, module in _NATIVE.items():
-        click.echo(f"{part}: {_implementation(module)}")
+    for part, module in NATIVE.items():
+        click.echo(f"{part}: {implementation(module)}")
 
 
 def _plugins() -> list[str]:
@@ -41,7 +41,8 @@ def _plugins() -> list[str]:
     return sorted({info.distribution for info in infos} - {"hicache-core", ""})
 
 
-def _implementation(module: str) -> str:
+def implementation(module: str) -> str:
+    """Whether a part with a pure Python twin runs as native code, in words."""
     if os.environ.get("HICACHE_PURE_PYTHON") == "1":
         return "pure Python, since HICACHE_PURE_PYTHON is 1"
     try:

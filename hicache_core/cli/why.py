@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -11,21 +10,19 @@ from typing import Any
 
 import click
 
+from hicache_core.cli._backend import CONFIG_HELP, BackendChoice
 from hicache_core.cli._cache_choice import (
     CacheDescription,
     CacheRef,
+    check_keys,
     choose,
     groups_of,
     summary,
 )
 from hicache_core.cli._prompt import packed_prompt
 from hicache_core.config.sources import read_inline
-from hicache_core.errors import ConfigError
-from hicache_core.plugin.manager import backend_settings
-from hicache_core.storage.base import StorageBackend
 from hicache_core.storage.manifest import Manifest, read_manifest, read_manifests
 from hicache_core.storage.why import Answer, Cause, GroupAnswer, Miss, Question, why
-from hicache_core.testing.recipe import Recipe
 from hicache_core.types import BackendContext, Namespace
 
 _UNNAMED = "0" * 16
@@ -44,9 +41,9 @@ _MEANING = {
 
 
 @click.command("why")
-@click.argument("prompt")
-@click.option("--backend", required=True, help="Name of the storage backend.")
-@click.option("--config", default="{}", help="The backend's settings: JSON text, or @file.")
+@click.argument("words", nargs=-1, required=True, metavar="NAME PROMPT")
+@click.option("--backend", help="Name of the backend, in place of the argument NAME.")
+@click.option("--config", default="{}", metavar="JSON|@FILE", help=CONFIG_HELP)
 @click.option("--namespace", help="The cache's storage namespace, 16 hex digits.")
 @click.option(
     "--model", type=_Folder, help="Folder of the model: its config.json describes the KV."
@@ -68,55 +65,52 @@ _MEANING = {
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
-def command(ctx: click.Context, /, *, prompt: str, as_json: bool, **options: Any) -> None:
-    """Print how many leading pages of PROMPT a store has, and why the next one is missing.
+def command(
+    ctx: click.Context,
+    /,
+    *,
+    words: tuple[str, ...],
+    backend: str | None,
+    config: str,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Print how many leading pages of PROMPT the backend NAME has, and why the next is missing.
 
     PROMPT is a list of token ids (1,2,3 or JSON), a text with --tokenizer, or @file. If the store
     can list its objects and holds pages of one cache only, the cache is found there; otherwise name
     it by options. Nothing is changed in the store. The exit status is 0 if all pages are there, 1
     if not (a prompt shorter than a page has none), and 2 on errors.
     """
-    tokens = packed_prompt(prompt, options["tokenizer"] or options["model"])
-    answer = _answer(tokens, options)
+    if len(words) != (1 if backend else 2):
+        raise click.UsageError(
+            "give the name of the backend and a prompt: hicache why NAME PROMPT"
+            if not backend
+            else "with --backend, give a prompt only"
+        )
+    choice = BackendChoice(backend or words[0], read_inline(config, what="--config: "))
+    tokens = packed_prompt(words[-1], options["tokenizer"] or options["model"])
+    answer = _answer(choice, tokens, options)
     click.echo(_as_json(answer) if as_json else "\n".join(_lines(answer)))
     ctx.exit(0 if answer.n_pages and answer.n_usable == answer.n_pages else 1)
 
 
-def _answer(tokens: bytes, options: Mapping[str, Any]) -> Answer:
-    recipe = Recipe.named(options["backend"], read_inline(options["config"], what="--config: "))
+def _answer(backend: BackendChoice, tokens: bytes, options: Mapping[str, Any]) -> Answer:
     names = ("namespace", "model", "dtype", "page_size", "layout")
     named = CacheDescription(
         fingerprint=options["model_fingerprint"], **{name: options[name] for name in names}
     )
-    with _opened(
-        recipe, BackendContext(options["namespace"] or _UNNAMED, creates=False)
-    ) as backend:
-        known = dict(read_manifests(backend))
+    with backend.reading(BackendContext(options["namespace"] or _UNNAMED)) as store:
+        known = dict(read_manifests(store))
         for name in (options["namespace"], *options["other_namespace"]):
             if name is not None and name not in known:
-                known[name] = read_manifest(backend, name)
+                known[name] = read_manifest(store, name)
         cache = choose(named, known)
-        _check_keys(cache)
+        check_keys(cache)
         question = _question(tokens, cache, known, options)
         # Some stores keep a place for each namespace, or need to know the size of an object.
-        with _opened(recipe, _context(cache, question, known)) as own:
+        with backend.reading(_context(cache, question, known)) as own:
             return why(own, question)
-
-
-def _check_keys(cache: CacheRef) -> None:
-    """Checks that the keys of a cache follow from the tokens.
-
-    Raises:
-        ConfigError: they are hashes that only an engine computes.
-    """
-    manifest = cache.manifest
-    engine = None if manifest is None else manifest.fields.get("engine")
-    if manifest is not None and engine is not None and not manifest.told.get("token_chain"):
-        raise ConfigError(
-            f"{summary(manifest)}: {engine} names pages by hashes that only {engine} computes, so "
-            "a prompt cannot be looked up here; ask its metrics, or check the stored pages with "
-            "hicache scrub"
-        )
 
 
 def _question(
@@ -150,18 +144,7 @@ def _context(
     manifests = [cache.manifest, *(known[group.storage_namespace] for group in question.groups)]
     sizes = [0 if manifest is None else manifest.object_nbytes for manifest in manifests]
     least_nbytes = min(sizes) if question.groups else 0
-    return BackendContext(cache.namespace, max(sizes), creates=False, least_nbytes=least_nbytes)
-
-
-@contextlib.contextmanager
-def _opened(recipe: Recipe, context: BackendContext) -> Iterator[StorageBackend]:
-    settings = backend_settings(recipe.backend_class, recipe.settings)
-    backend = recipe.backend_class(settings, context)
-    backend.open()
-    try:
-        yield backend
-    finally:
-        backend.close()
+    return BackendContext(cache.namespace, max(sizes), least_nbytes=least_nbytes)
 
 
 def _lines(answer: Answer) -> Iterator[str]:

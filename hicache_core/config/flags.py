@@ -38,7 +38,8 @@ def config_flags(command: Command) -> Command:
         "--config",
         "config_file",
         metavar="FILE",
-        help="Read settings from a JSON, TOML or YAML file.",
+        help="Read settings from a JSON, TOML or YAML file. Default: the file that HICACHE_CONFIG "
+        "names.",
     )
     return file(command)
 

@@ -26,6 +26,7 @@ from hicache_core.config.messages import config_error
 from hicache_core.config.redact import masked
 from hicache_core.config.sources import (
     ARGUMENT,
+    CONFIG_FILE,
     DEFAULT,
     EXTRA,
     Layered,
@@ -267,14 +268,18 @@ class HiCacheConfig(BaseModel):
             arguments: settings by name; None is a value here.
             flags: settings by name, from a command line; None means that the flag was not given.
             environ: ``os.environ`` or the like (``HICACHE_PAGE_SIZE``); None reads no environment.
-            file: a .json, .toml, .yaml or .yml file; an ``@file`` in it is relative to it.
+            file: a .json, .toml, .yaml or .yml file; an ``@file`` in it is relative to it. None
+                for the file that ``HICACHE_CONFIG`` names in ``environ``, if any.
 
         Raises:
             ConfigError: a name or a value is wrong, or a file cannot be read.
         """
         layered = Layered()
+        what = "configuration file"
+        if file is None and environ is not None and environ.get(CONFIG_FILE):
+            file, what = environ[CONFIG_FILE], f"{CONFIG_FILE}: {what}"
         if file is not None:
-            settings = read_file(file)
+            settings = read_file(file, what)
             if EXTRA in settings:
                 directory = Path(file).expanduser().parent
                 settings[EXTRA] = read_inline(settings[EXTRA], directory, what=f"{EXTRA} ")

@@ -19,7 +19,15 @@ DEFAULT = "default"
 ARGUMENT = "argument"
 EXTRA = "hicache_storage_backend_extra_config"
 ENV_PREFIX = "HICACHE_"
-_OTHER_VARIABLES = ("HICACHE_API_KEY", "HICACHE_ADMIN_API_KEY", "HICACHE_DISAGGREGATION_SECRET")
+CONFIG_FILE = "HICACHE_CONFIG"
+"""The variable that names the configuration file."""
+_OTHER_VARIABLES = (
+    CONFIG_FILE,
+    "HICACHE_API_KEY",
+    "HICACHE_ADMIN_API_KEY",
+    "HICACHE_DISAGGREGATION_SECRET",
+    "HICACHE_PURE_PYTHON",
+)
 _logger = logging.getLogger(__name__)
 
 
@@ -76,12 +84,16 @@ def read_environ(keys: Iterable[str], environ: Mapping[str, str]) -> dict[str, s
 
 
 def mistyped(keys: Iterable[str], environ: Mapping[str, str]) -> list[tuple[str, str]]:
-    """The variables whose name is nearly that of a setting, each with the name that was meant."""
+    """The variables whose name is nearly that of a setting, each with the name that was meant.
+
+    ``HICACHE_HICACHE_RATIO`` is one of them: the name of ``hicache_ratio`` in capitals would be.
+    """
     known = [*map(env_name, keys), *_OTHER_VARIABLES]
     found = []
     for name in environ:
         if name.startswith(ENV_PREFIX) and name not in known:
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
+            once = ENV_PREFIX + name.removeprefix(ENV_PREFIX).removeprefix(ENV_PREFIX)
+            close = difflib.get_close_matches(once, known, n=1, cutoff=0.9)
             found += [(name, meant) for meant in close]
     return found
 

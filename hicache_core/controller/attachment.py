@@ -35,6 +35,7 @@ class Attachment:
         before_close: called before the backend is closed.
         epoch: number of this attachment, from 1, which ``Node.stored_in`` names.
         group_namespaces: prefix of the storage keys of each group of layers.
+        read_only: whether nothing is stored there.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Attachment:
     before_close: Callable[[], None] = lambda: None
     epoch: int = 0
     group_namespaces: tuple[str, ...] = ()
+    read_only: bool = False
     _flushable: Flushable | None = field(init=False)
 
     def __post_init__(self) -> None:

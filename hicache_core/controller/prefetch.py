@@ -72,6 +72,10 @@ class PrefetchPath:
         """Host pages of unsettled reads whose nodes have left the tree."""
         return sum(len(prefetch.orphans or ()) for prefetch in self._reading)
 
+    def of(self, request_id: str) -> Prefetch | None:
+        """The prefetch of a request that has not finished it; None if there is none."""
+        return self._requests.get(request_id)
+
     def start(self, request_id: str, tokens: bytes, seed: bytes) -> bool:
         """See ``Controller.prefetch``.
 

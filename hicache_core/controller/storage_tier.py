@@ -157,16 +157,17 @@ class StorageTier:
         """Hands jobs of one kind to the worker; reports those that it does not take with 0 pages.
 
         A rank that does not write reports all pages at once: the writer reports how many were
-        written, and the least counts.
+        written, and the least counts. To a backend that is only read, no rank writes.
 
         Args:
             attachment: the backend whose worker gets the jobs.
             jobs: of one kind, not empty.
             judge: says how many pages this rank reports for a result; as many as it has if None.
         """
-        if not attachment.is_writer and isinstance(jobs[0], WriteJob):
+        writes_here = attachment.is_writer and not attachment.read_only
+        if not writes_here and isinstance(jobs[0], WriteJob):
             for job in jobs:
-                self._jobs.report(job.job_id, len(job.keys))
+                self._jobs.report(job.job_id, 0 if attachment.read_only else len(job.keys))
             return
         if judge is not None:
             for job in jobs:

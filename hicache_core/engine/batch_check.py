@@ -81,6 +81,6 @@ def _in_chunks(
     logits, units, start = [], {}, 0
     for unit, end in enumerate(ends):
         held = HeldUnits(windows, unit - 1 if unit else LACKING, unit)
-        logits.append(runner.prefill(ids[start:end], start, pages, held))
+        logits.append(runner.prefill(ids[start:end], start, pages, held)[-1])
         units[end], start = HeldUnits(windows, unit, unit), end
     return torch.stack(logits), units

@@ -43,6 +43,7 @@ from hicache_core.integrations.model_check import check_model
 from hicache_core.integrations.model_spec import full_kv_spec_of, kv_spec_of
 from hicache_core.pools.device import DevicePool
 from hicache_core.process.main_thread import main_has_ended
+from hicache_core.types import Namespace
 
 __all__ = ["Engine", "EngineConfig", "EngineStatus"]
 
@@ -272,6 +273,10 @@ class Engine:
         """
         call = orders.call_of(method, arguments)
         return self._order(call, partial(orders.called, call), timeout_s)
+
+    def namespace(self, namespace: Namespace) -> Namespace:
+        """The namespace of a request, with what weights and adapters are now; any thread."""
+        return namespace if self._thread is None else self.identity.namespace(namespace)
 
     @property
     def cache(self) -> HiCache:

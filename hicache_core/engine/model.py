@@ -38,11 +38,13 @@ class LoadedModel:
         name: what to call it in output.
         model: a transformers ``…ForCausalLM`` in eval mode.
         tokenizer: its tokenizer, with a chat template.
+        folder: from which transformers can load both again; None if there is none.
     """
 
     name: str
     model: Any
     tokenizer: Any
+    folder: Path | None = None
 
 
 def find_smollm2() -> Path:
@@ -80,7 +82,7 @@ def load_folder(folder: Path, dtype: torch.dtype) -> LoadedModel:
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     remember(folder, tokenizer)
-    return LoadedModel(folder.name, model.eval(), tokenizer)
+    return LoadedModel(folder.name, model.eval(), tokenizer, folder)
 
 
 def load_gguf(file: Path, dtype: torch.dtype, cache_dir: Path | None = None) -> LoadedModel:
@@ -124,7 +126,7 @@ def load_gguf_parts(
         del parsed
         give_back()
     loaded = load_folder(folder, dtype)
-    return LoadedModel(name, loaded.model, loaded.tokenizer)
+    return LoadedModel(name, loaded.model, loaded.tokenizer, folder)
 
 
 @contextmanager

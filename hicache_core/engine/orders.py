@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 from hicache_core.controller.controller import Controller
-from hicache_core.engine.request import Bootstrap, Request, SamplingParams
+from hicache_core.engine.request import Bootstrap, Request, SamplingParams, WantedLogprobs
 from hicache_core.errors import ConfigError, HiCacheError
 from hicache_core.observe.tracing import Origin
 from hicache_core.types import Namespace
@@ -19,9 +19,11 @@ ALLOWED_CALLS = (
     "attach_storage",
     "clear_storage",
     "detach_storage",
+    "finish_prefetch",
     "flush",
     "reset",
     "set_policies",
+    "warm",
 )
 """Methods of the cache that every rank calls when the operator asks for one."""
 
@@ -144,4 +146,5 @@ def _request(fields: dict[str, Any]) -> Request:
         fields["priority"],
         fields["bootstrap"] and Bootstrap(**fields["bootstrap"]),
         fields["origin"] and Origin(**fields["origin"]),
+        fields["logprobs"] and WantedLogprobs(**fields["logprobs"]),
     )

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from hicache_core.observe.tracing import Origin
 from hicache_core.types import CachedTokens, Namespace
 
-__all__ = ["Bootstrap", "CachedTokens", "Output", "Request", "SamplingParams", "Times"]
+__all__ = [
+    "Bootstrap",
+    "CachedTokens",
+    "Output",
+    "Request",
+    "SamplingParams",
+    "Times",
+    "TokenLogprobs",
+    "WantedLogprobs",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +25,8 @@ class SamplingParams:
     """How the next token is chosen, and when to stop.
 
     Attributes:
-        max_new_tokens: tokens at most; fewer where context or device pool end before.
+        max_new_tokens: tokens at most; fewer where context or device pool end before. 0 computes
+            the prompt, stores its prefix and answers nothing.
         temperature: 0 takes the most probable token; else what logits are divided by.
         top_p: the most probable tokens that together have at least this probability; (0, 1].
         top_k: so many of the most probable tokens; -1 for all.
@@ -37,6 +48,36 @@ class SamplingParams:
     ignore_eos: bool = False
     min_new_tokens: int = 0
     skip_special_tokens: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class WantedLogprobs:
+    """Which log probabilities a client wants: those of the answer, and perhaps of the prompt.
+
+    They come from the model's own logits, before its rules, temperature, ``top_p`` and ``top_k``.
+
+    Attributes:
+        top_n: number of the most probable tokens to tell at each position.
+        prompt_start: position of the first token of the prompt to tell of; None for none of them.
+            The prompt is computed from there on, whatever the caches have of it.
+    """
+
+    top_n: int = 0
+    prompt_start: int | None = None
+
+
+class TokenLogprobs(NamedTuple):
+    """Log probabilities at one position.
+
+    Attributes:
+        token: id of the token there.
+        logprob: its own; None for the first token of which a prompt tells.
+        top: the most probable tokens and theirs, the most probable first.
+    """
+
+    token: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +107,7 @@ class Request:
         priority: higher is scheduled first, and stays longer under the eviction policy `priority`.
         bootstrap: of a disaggregated request; the engine hands it on and does nothing with it.
         origin: whose it is in traces; None for nobody's.
+        logprobs: which log probabilities the outputs have; None for none.
     """
 
     request_id: str
@@ -75,6 +117,7 @@ class Request:
     priority: int = 0
     bootstrap: Bootstrap | None = None
     origin: Origin | None = None
+    logprobs: WantedLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +152,8 @@ class Output:
         completion_tokens: new tokens so far.
         cached: tokens of the prompt that were not computed, by where they were at admission.
         times: when things happened.
+        logprobs: of each of ``new_tokens``, if the request wants them.
+        prompt_logprobs: of the prompt, from ``prompt_start`` on; the first output has them all.
     """
 
     request_id: str
@@ -120,3 +165,5 @@ class Output:
     completion_tokens: int
     cached: CachedTokens
     times: Times
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()

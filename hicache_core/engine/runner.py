@@ -121,16 +121,18 @@ class Runner:
         pages: array[int],
         units: HeldUnits = NO_UNITS,
         *,
+        n_rows: int = 1,
         before_layer: EachLayer = nothing,
         after_layer: EachLayer = nothing,
     ) -> torch.Tensor:
-        """Computes the next tokens of one sequence; logits of the last, (vocabulary,), float32.
+        """Computes the next tokens of one sequence; logits, (n_rows, vocabulary), float32.
 
         Args:
             tokens: ids of the tokens to compute, at least one.
             n_past: tokens before them, whose KV is in ``pages``.
             pages: of the sequence, with room for ``tokens``.
             units: what it has in the groups, with room likewise.
+            n_rows: of how many of the last tokens logits are made.
             before_layer, after_layer: as of ``PoolCache``.
         """
         n_tokens = n_past + len(tokens)
@@ -139,7 +141,7 @@ class Runner:
         positions = torch.arange(n_past, n_tokens, device=self.pool.device)[None]
         forward = Forward(rows, n_past, len(tokens), *self._state_units([units]))
         cache = PoolCache(self._plans, forward, before_layer, after_layer)
-        return self._forward(ids, positions, cache, None)[0]
+        return self._forward(ids, positions, cache, None, n_rows)[0]
 
     @torch.inference_mode()
     def decode(self, batch: Sequence[Past]) -> torch.Tensor:
@@ -156,7 +158,7 @@ class Runner:
         cache = PoolCache(
             self._plans, Forward(rows, max(lengths) - 1, 1, *states), nothing, nothing
         )
-        return self._forward(ids, positions, cache, self._padding_mask(lengths))
+        return self._forward(ids, positions, cache, self._padding_mask(lengths), 1)[:, 0]
 
     @torch.inference_mode()
     def copy_state(self, source: int, target: int) -> None:
@@ -177,15 +179,17 @@ class Runner:
         positions: torch.Tensor,
         cache: PoolCache,
         mask: torch.Tensor | None,
+        n_rows: int,
     ) -> torch.Tensor:
+        """Logits of the last ``n_rows`` of each sequence, (n_sequences, n_rows, vocabulary)."""
         arguments: dict[str, Any] = {self._cache_argument: cache}
         if self._takes_positions:
             arguments["position_ids"] = positions
         output = self._model(
-            input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1, **arguments
+            input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=n_rows, **arguments
         )
         cache.save_states()
-        logits: torch.Tensor = output.logits[:, -1].float()
+        logits: torch.Tensor = output.logits[:, -n_rows:].float()
         return logits
 
     def _padding_mask(self, lengths: list[int]) -> torch.Tensor | None:

@@ -16,7 +16,7 @@ from hicache_core.errors import ConfigError
 def check_sampling(params: SamplingParams) -> None:
     """Raises ConfigError: names the parameter that is out of range."""
     rules = {
-        "max_new_tokens": (params.max_new_tokens >= 1, "at least 1"),
+        "max_new_tokens": (params.max_new_tokens >= 0, "at least 0"),
         "temperature": (0 <= params.temperature < float("inf"), "at least 0"),
         "top_p": (0 < params.top_p <= 1, "above 0 and at most 1"),
         "top_k": (params.top_k == -1 or params.top_k >= 1, "at least 1, or -1 for all"),

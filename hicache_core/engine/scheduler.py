@@ -252,9 +252,11 @@ class Scheduler:
     def _ask_storage(self, task: Task) -> None:
         """Has what other tiers lack brought from storage meanwhile."""
         request = task.request
+        if not task.n_reusable:
+            return
         with on_behalf_of(request.origin):
             task.asked_storage = self._cache.prefetch(
-                request.request_id, task.packed(0, len(task.tokens)), request.namespace
+                request.request_id, task.packed(0, task.n_reusable), request.namespace
             )
 
     def _asks_again(self, task: Task) -> bool:
@@ -313,9 +315,9 @@ class Scheduler:
             return True
         used = self._used_pages()
         look = self._cache.match_prefix(
-            task.packed(0, len(task.tokens) - 1), task.request.namespace, touch=False
+            task.packed(0, task.n_loadable), task.request.namespace, touch=False
         )
-        n_shared = sum(page in used for page in look.device_pages) if task.may_load else 0
+        n_shared = sum(page in used for page in look.device_pages)
         n_needed = len(task.tokens) // self._cache.page_size + 1 - n_shared
         has_pages = len(used) + n_needed + len(self._running) <= self._n_pages
         return has_pages and self._have_groups_room(len(task.tokens))
@@ -337,7 +339,7 @@ class Scheduler:
         if task.asked_storage:
             task.asked_storage = False
             from_storage = self._cache.finish_prefetch(request.request_id)
-        usable = task.packed(0, len(task.tokens) - 1) if task.may_load else b""
+        usable = task.packed(0, task.n_loadable)
         first_time = not task.times.first_scheduled
         request_id = request.request_id if first_time else None
         task.n_failed_loads = self._cache.n_failed_loads
@@ -357,34 +359,37 @@ class Scheduler:
         """
         started_s = self._clock()
         start = task.n_computed
-        before_layer = self.loads.wait_layer if is_first else nothing
-        logits = None
+        stop = start + n_tokens
+        rows = None
         try:
-            logits = self._runner.prefill(
-                task.tokens[start : start + n_tokens],
+            rows = self._runner.prefill(
+                task.tokens[start:stop],
                 start,
                 task.table.pages,
                 task.table.units.held,
-                before_layer=before_layer,
-                after_layer=self.feed.after_layer(task, start + n_tokens),
+                n_rows=1 if task.logprobs is None else task.logprobs.n_rows(start, stop),
+                before_layer=self.loads.wait_layer if is_first else nothing,
+                after_layer=self.feed.after_layer(task, stop),
             )
         except LoadFailed as error:
             log.warning("request %s starts over: %s", task.request.request_id, error)
-        if (is_first and not self.loads.have_arrived(task)) or logits is None:
+        if (is_first and not self.loads.have_arrived(task)) or rows is None:
             self._start_over(task)
             return
+        if task.logprobs is not None:
+            task.logprobs.take_rows(stop, rows)
         if not (is_first and task.cached.total):  # else it waited for pages as well
             self._cache.prefilled(n_tokens, self._clock() - started_s)
         self.prefilled.add(n_tokens)
         self._progress(task)
-        task.n_computed += n_tokens
+        task.n_computed = stop
         units = task.table.units
         units.computed(task.n_computed, self._runner.copy_state)
         if task.n_missing == 0 or units.has_windows:
             self._store(task, keep_end=task.n_missing == 0)
         units.leave(task.n_computed)
         if task.n_missing == 0:
-            self._answer(task, *self._choose([task], [logits]))
+            self._begin_answer(task, rows[-1])
 
     def _start_over(self, task: Task) -> None:
         """Its prefix did not arrive: the next time, it computes everything."""
@@ -396,6 +401,15 @@ class Scheduler:
 
     # Answers.
 
+    def _begin_answer(self, task: Task, row: torch.Tensor) -> None:
+        """The first token of an answer, from the logits of the prompt's last one."""
+        if task.n_new_max == 0:
+            self._end(task, (), "", "length")
+            return
+        (token,) = self._choose([task], [row])
+        self._record(task, token, row)
+        self._answer(task, token)
+
     def _decode(self, tasks: list[Task]) -> int:
         """One more token for each of ``tasks`` that still runs and gets room; how many."""
         if not (batch := [task for task in tasks if self._gets_room(task, len(task.tokens))]):
@@ -405,11 +419,13 @@ class Scheduler:
             for task in batch
         ]
         try:
-            tokens = self._choose(batch, self._runner.decode(pasts))
+            rows = self._runner.decode(pasts).unbind()
+            tokens = self._choose(batch, rows)
         except Exception as error:  # of one request, or of their company
             return self._find_out(batch, error)
-        for task, token in zip(batch, tokens, strict=True):
+        for task, token, row in zip(batch, tokens, rows, strict=True):
             with self.blame.on(task):
+                self._record(task, token, row)
                 task.n_computed += 1
                 task.table.units.computed(task.n_computed, self._runner.copy_state)
                 task.table.units.leave(task.n_computed)
@@ -439,6 +455,11 @@ class Scheduler:
             for task, row in zip(tasks, rows, strict=True)
         ]
         return tokens if self._ranks is None else self._ranks.first_numbers(tokens)
+
+    def _record(self, task: Task, token: int, row: torch.Tensor) -> None:
+        """Keeps the log probabilities of a token for the client that wants them."""
+        if task.logprobs is not None:
+            task.logprobs.take_token(token, row)
 
     def _answer(self, task: Task, token: int) -> None:
         """Adds a token to an answer and tells the client."""

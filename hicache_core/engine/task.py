@@ -8,12 +8,15 @@ from dataclasses import replace
 from functools import partial
 
 from hicache_core.engine.detokenize import TextStream
+from hicache_core.engine.logprobs import LogprobRecord
 from hicache_core.engine.page_table import PageTable
-from hicache_core.engine.request import CachedTokens, Output, Request, Times
+from hicache_core.engine.request import CachedTokens, Output, Request, Times, TokenLogprobs
 from hicache_core.engine.sampling import Sampler
 from hicache_core.kv.keys import pack_tokens
 
 OnOutput = Callable[[Output], None]
+
+_NO_LOGPROBS: tuple[tuple[TokenLogprobs, ...], tuple[TokenLogprobs, ...]] = ((), ())
 
 
 class Task:
@@ -36,6 +39,7 @@ class Task:
         n_failed_loads: of the cache, when the request was matched.
         asked_storage: a prefetch is to be finished.
         was_preempted: its pages may have left the device since.
+        logprobs: what the client wants to know of them; None for nothing.
         progressed_s: when it came, got pages, or some of its tokens were computed, the last time.
     """
 
@@ -69,6 +73,8 @@ class Task:
         self.n_failed_loads = 0
         self.asked_storage = False
         self.was_preempted = False
+        wanted = request.logprobs
+        self.logprobs = None if wanted is None else LogprobRecord(wanted, request.tokens)
         self.progressed_s = 0.0
         self._number = number
         self._on_output = on_output
@@ -94,6 +100,17 @@ class Task:
     def n_missing(self) -> int:
         """Tokens to compute before the next one is known."""
         return len(self.tokens) - self.n_computed
+
+    @property
+    def n_reusable(self) -> int:
+        """Leading tokens that may come from the caches: all, unless their logits are wanted."""
+        n_tokens = len(self.tokens)
+        return n_tokens if self.logprobs is None else self.logprobs.n_reusable(n_tokens)
+
+    @property
+    def n_loadable(self) -> int:
+        """Leading tokens that are taken from the caches now; the last one is always computed."""
+        return min(self.n_reusable, len(self.tokens) - 1) if self.may_load else 0
 
     def n_next(self, budget: int, n_computed: int | None = None) -> int:
         """Tokens of the next forward of its prompt: a snapshot of its state ends it earlier.
@@ -145,6 +162,7 @@ class Task:
             finish_reason: None while more is to come.
             error: what went wrong, for ``error``.
         """
+        of_prompt, of_answer = _NO_LOGPROBS if self.logprobs is None else self.logprobs.taken()
         self._on_output(
             Output(
                 request_id=self.request.request_id,
@@ -156,6 +174,8 @@ class Task:
                 completion_tokens=self.n_new,
                 cached=self.cached,
                 times=self.times,
+                logprobs=of_answer,
+                prompt_logprobs=of_prompt,
             )
         )
 

@@ -83,6 +83,14 @@ OCCUPANCY = (
         sglang=True,
     ),
     Series(
+        "kv_used_tokens",
+        "gauge",
+        "tokens",
+        "The same as `num_used_tokens`, for dashboards that ask for this name.",
+        device_tokens(in_use),
+        sglang=True,
+    ),
+    Series(
         "kv_available_tokens",
         "gauge",
         "tokens",

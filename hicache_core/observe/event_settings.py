@@ -87,6 +87,44 @@ def events_config(settings: Mapping[str, Any]) -> EventsConfig | None:
     return config
 
 
+def advertised(config: EventsConfig | None, page_size: int) -> dict[str, object] | None:
+    """Where routers find the events, as SGLang's ``/server_info`` tells it under ``kv_events``.
+
+    Args:
+        config: of the events; None if there are none.
+        page_size: tokens of a block.
+
+    Returns:
+        None if a router cannot connect: no events, no fixed TCP port, or a publisher that connects
+        by itself.
+    """
+    found = None if config is None or not config.bind else _tcp(config.endpoint, config.dp_rank)
+    if config is None or found is None:
+        return None
+    host, port = found
+    told: dict[str, object] = {
+        "publisher": "zmq",
+        "endpoint_host": host,
+        "endpoint_port_base": port,
+        "topic": config.topic,
+        "block_size": page_size,
+        "dp_size": 1,
+    }
+    replay = config.replay_endpoint and _tcp(config.replay_endpoint, config.dp_rank)
+    if replay:
+        told["replay_endpoint_port_base"] = replay[1]
+    return told
+
+
+def _tcp(address: str, dp_rank: int) -> tuple[str, int] | None:
+    """Host and port of a TCP address, the rank added; None for others and for any free port."""
+    match = _ENDPOINT.fullmatch(address)
+    port = match and match["port"]
+    if not port or not port.isdigit():
+        return None
+    return address.removeprefix("tcp://").rpartition(":")[0], int(port) + dp_rank
+
+
 def _is_wanted(given: dict[str, Any]) -> bool:
     """Removes the switches of SGLang and vLLM from ``given``; whether both allow events."""
     publisher = given.pop("publisher", "zmq")

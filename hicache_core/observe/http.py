@@ -22,6 +22,7 @@ from hicache_core.observe.page.answers import (
     as_json,
     not_found,
     page_answer,
+    redirect,
 )
 from hicache_core.process.main_thread import main_has_ended
 
@@ -216,6 +217,8 @@ def _answer(pages: StatusPages, path: str, query: str) -> Answer:
         return as_json({"status": "ok"})
     if path == "/metrics":
         return _metrics(pages)
+    if path == "/":
+        return redirect("hicache/")
     return page_answer(pages, path, query) or not_found(
         "the paths are: /hicache/ /hicache/status /hicache/history /hicache/requests "
         "/hicache/tree /hicache/explain/<request id> /metrics /health"

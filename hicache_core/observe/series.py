@@ -11,6 +11,7 @@ from hicache_core.observe.snapshot import (
     BREAKER_STATES,
     BackendStatus,
     CacheSnapshot,
+    OperationStatus,
     PoolStatus,
     bounded,
 )
@@ -206,6 +207,24 @@ def operation_seconds(seen: Observation) -> Iterator[Sample]:
     for backend in seen.snapshot.backends[:MAX_BACKENDS]:
         for operation in backend.operations[:MAX_OPERATIONS]:
             yield (backend.name, operation.op), operation.latency_s
+
+
+def batches(op: str, get: Callable[[OperationStatus], Histogram | None]) -> Read:
+    """Reads a histogram of the batches that one operation of each backend moved.
+
+    Args:
+        op: ``get`` or ``set``.
+        get: the histogram.
+    """
+
+    def read(seen: Observation) -> Iterator[Sample]:
+        for backend in seen.snapshot.backends[:MAX_BACKENDS]:
+            for operation in backend.operations[:MAX_OPERATIONS]:
+                found = get(operation) if operation.op == op else None
+                if found is not None:
+                    yield (backend.name,), found
+
+    return read
 
 
 _ERROR_KINDS = (

@@ -52,11 +52,15 @@ class OperationStatus:
         op: ``exists``, ``get``, ``set``, …
         latency_s: seconds of each call that reached the store.
         errors: failed calls by kind, which is the class name of the error.
+        pages: pages of each batch that was moved; None if nobody counts them.
+        gib_per_s: GiB per second of each of these batches, likewise.
     """
 
     op: str
     latency_s: Histogram
     errors: Mapping[str, int] = field(default_factory=dict)
+    pages: Histogram | None = None
+    gib_per_s: Histogram | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,7 @@ class BackendStatus:
         stored_nbytes: bytes that the store acknowledged.
         loaded_nbytes: bytes that it delivered.
         usage_nbytes: stored bytes by namespace, as far as the store knows.
+        read_only: whether nothing is stored there.
     """
 
     name: str
@@ -92,6 +97,7 @@ class BackendStatus:
     stored_nbytes: int = 0
     loaded_nbytes: int = 0
     usage_nbytes: Mapping[str, int] = field(default_factory=dict)
+    read_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from hicache_core.observe.snapshot import BackendStatus, OperationStatus
 from hicache_core.storage.guard.backend import GuardedBackend, GuardStatus
@@ -29,7 +30,8 @@ def backend_statuses(
         seen[status.backend] += 1
         n = seen[status.backend]
         name = status.backend if n == 1 else f"{status.backend}-{n}"
-        found.append(_backend_status(name, status, usage))
+        made = _backend_status(name, status, usage)
+        found.append(replace(made, read_only=guard.context.read_only))
     return found
 
 
@@ -37,7 +39,9 @@ def _backend_status(name: str, status: GuardStatus, usage: Mapping[str, int]) ->
     operations = []
     for op, calls in status.operations.items():
         errors = {kind: n for (of, kind), n in status.errors.items() if of == op}
-        operations.append(OperationStatus(op, calls.latency_s, errors))
+        operations.append(
+            OperationStatus(op, calls.latency_s, errors, calls.pages, calls.gib_per_s)
+        )
     moved = {op: int(calls.nbytes.total) for op, calls in status.operations.items()}
     return BackendStatus(
         name,

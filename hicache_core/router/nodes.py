@@ -193,13 +193,10 @@ class Nodes:
             return None
         late_s = self._clock() - LATE_S
         up = [node for node in up if node.asked_s > late_s] or up
-        idlest = min(up, key=lambda node: (node.tokens, node.requests, node.served))
         known = self._affinity[role].lookup(prompt, tenant) if self._settings.by_prefix else None
-        for node in up:
-            if node.url == known and node.tokens <= idlest.tokens + AFFINITY_SLACK_TOKENS:
-                idlest = node
-        self._affinity[role].remember(prompt, tenant, idlest.url)
-        return idlest
+        chosen = best_of(up, known)
+        self._affinity[role].remember(prompt, tenant, chosen.url)
+        return chosen
 
     def status(self) -> list[dict[str, Any]]:
         """The state of all nodes, for ``/router/status``."""
@@ -249,6 +246,15 @@ class Nodes:
             answer = await self._client.get(node.url + path, headers=self._headers)
         node.faced_from = _own_end(answer) or node.faced_from
         return answer.raise_for_status()
+
+
+def best_of(up: Sequence[Node], known: str | None) -> Node:
+    """The idlest node, or the one with the URL ``known`` unless it is much busier."""
+    idlest = min(up, key=lambda node: (node.tokens, node.requests, node.served))
+    for node in up:
+        if node.url == known and node.tokens <= idlest.tokens + AFFINITY_SLACK_TOKENS:
+            return node
+    return idlest
 
 
 def _own_end(answer: httpx.Response) -> str:

@@ -16,9 +16,14 @@ from hicache_core.server.problems import Problem, json_answer
 ADMIN = "hicache_is_admin"
 HAS_ADMIN_KEY = "hicache_has_admin_key"
 _OPEN = frozenset(
-    ["/health", "/hicache", "/hicache/", *(f"/hicache/{name}" for name in page_names())]
+    ["/", "/health", "/hicache", "/hicache/", *(f"/hicache/{name}" for name in page_names())]
 )
-_ADMIN_PATHS = ("/flush_cache", "/hicache/storage-backend")
+_ADMIN_PATHS = (
+    "/flush_cache",
+    "/hicache/storage-backend",
+    "/hicache/warm",
+    "/reset_prefix_cache",
+)
 _BY_PROXY = ("forwarded", "x-forwarded-for", "x-real-ip")
 
 

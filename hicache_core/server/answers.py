@@ -6,8 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hicache_core.engine.request import CachedTokens
+from hicache_core.engine.request import CachedTokens, TokenLogprobs
 from hicache_core.server.bridge import FullAnswer
+from hicache_core.server.logprobs import (
+    TokenTexts,
+    chat_logprobs,
+    completion_logprobs,
+    generate_logprobs,
+)
 
 DONE = b"data: [DONE]\n\n"
 
@@ -22,8 +28,11 @@ def by_tier(cached: CachedTokens) -> dict[str, int]:
     return {"device": cached.device, "host": cached.host, "storage": cached.storage}
 
 
-def generated(whole: FullAnswer) -> dict[str, object]:
-    """An answer of ``/generate``, finished or not: text and tokens from the start."""
+def generated(whole: FullAnswer, texts: TokenTexts | None = None) -> dict[str, object]:
+    """An answer of ``/generate``, finished or not: text and tokens from the start.
+
+    ``texts`` puts the text of each token beside its log probability.
+    """
     last = whole.last
     reason: dict[str, object] | None = None
     if last.finish_reason is not None:
@@ -37,10 +46,12 @@ def generated(whole: FullAnswer) -> dict[str, object]:
         "completion_tokens": last.completion_tokens,
         "cached_tokens": last.cached.total,
         "cached_tokens_details": by_tier(last.cached),
+        **generate_logprobs(whole, texts),
     }
     times = last.times
     if times.finished:
         meta["e2e_latency"] = times.finished - times.arrived
+    if times.finished and times.first_token:
         meta["time_to_first_token"] = times.first_token - times.arrived
     return {"text": whole.text, "output_ids": list(whole.tokens), "meta_info": meta}
 
@@ -57,6 +68,7 @@ class OpenAIForm:
         n_choices: answers to each prompt.
         reports_cache: whether usage says what was cached (``--enable-cache-report``).
         details: whether the client asked for the split by tier, where SGLang has it.
+        texts: of single tokens, for log probabilities; None if the client wants none.
     """
 
     answer_id: str
@@ -66,6 +78,7 @@ class OpenAIForm:
     n_choices: int
     reports_cache: bool
     details: bool
+    texts: TokenTexts | None = None
 
     def whole(self, answers: Sequence[FullAnswer]) -> dict[str, object]:
         """The answer to a client that does not stream."""
@@ -73,7 +86,7 @@ class OpenAIForm:
         for index, answer in enumerate(answers):
             choice: dict[str, object] = {
                 "index": index,
-                "logprobs": None,
+                "logprobs": self.logprobs(answer.prompt_logprobs + answer.logprobs),
                 "finish_reason": answer.last.finish_reason,
             }
             if self.kind == "chat":
@@ -93,18 +106,34 @@ class OpenAIForm:
         """The first piece of a choice: its role; a text has none."""
         if self.kind != "chat":
             return None
-        return self._piece(index, {"role": "assistant", "content": ""}, None)
+        return self._piece(index, {"role": "assistant", "content": ""}, None, None)
 
-    def piece(self, index: int, text: str, finish_reason: str | None) -> dict[str, object]:
+    def piece(
+        self, index: int, text: str, finish_reason: str | None, logprobs: object = None
+    ) -> dict[str, object]:
         """One piece of the stream: the text of one step.
 
         Args:
             index: number of the choice, from 0.
             text: new text; may be empty.
             finish_reason: why the choice ended; None if it goes on.
+            logprobs: of its tokens, as ``logprobs`` makes them.
         """
         delta = {"content": text} if text else {}
-        return self._piece(index, delta if self.kind == "chat" else text, finish_reason)
+        return self._piece(index, delta if self.kind == "chat" else text, finish_reason, logprobs)
+
+    def logprobs(self, found: Sequence[TokenLogprobs], offset: int = 0) -> object:
+        """Log probabilities in the form of the call; None if the client wants none.
+
+        Args:
+            found: of the tokens, in order.
+            offset: characters of the tokens before them.
+        """
+        if self.texts is None:
+            return None
+        if self.kind == "chat":
+            return chat_logprobs(found, self.texts)
+        return completion_logprobs(found, self.texts, offset)
 
     def end(self, answers: Sequence[FullAnswer], *, usage: bool) -> dict[str, object] | None:
         """The last piece, without a choice: usage, and the split by tier if asked for."""
@@ -144,11 +173,13 @@ class OpenAIForm:
     def _piece_kind(self) -> str:
         return "chat.completion.chunk" if self.kind == "chat" else "text_completion"
 
-    def _piece(self, index: int, content: object, reason: str | None) -> dict[str, object]:
+    def _piece(
+        self, index: int, content: object, reason: str | None, logprobs: object
+    ) -> dict[str, object]:
         choice = {
             "index": index,
             "delta" if self.kind == "chat" else "text": content,
-            "logprobs": None,
+            "logprobs": logprobs,
             "finish_reason": reason,
         }
         return {**self._head(self._piece_kind), "choices": [choice]}

@@ -16,7 +16,14 @@ from starlette.responses import Response
 
 from hicache_core.config.hosts import is_loopback
 from hicache_core.errors import HiCacheError
-from hicache_core.server import routes_admin, routes_generate, routes_info, routes_page
+from hicache_core.server import (
+    routes_admin,
+    routes_generate,
+    routes_info,
+    routes_page,
+    routes_tokens,
+    routes_warm,
+)
 from hicache_core.server.access import AccessMiddleware
 from hicache_core.server.problems import ErrorAnswer, Problem, answer_problem, invalid
 from hicache_core.server.service import Service
@@ -52,7 +59,14 @@ def make_app(service: Service) -> FastAPI:
         responses={"4XX": {"model": ErrorAnswer}, "5XX": {"model": ErrorAnswer}},
     )
     app.state.limits = service.served.limits
-    for module in (routes_generate, routes_info, routes_admin, routes_page):
+    for module in (
+        routes_generate,
+        routes_tokens,
+        routes_info,
+        routes_admin,
+        routes_warm,
+        routes_page,
+    ):
         app.include_router(module.make_router(service))
     for error in ERRORS:
         app.add_exception_handler(error, answer_problem)

@@ -12,10 +12,11 @@ from pydantic import (
     Tag,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from hicache_core.config.redact import MASK
 from hicache_core.config.sources import EXTRA
-from hicache_core.engine.request import Bootstrap
+from hicache_core.engine.request import Bootstrap, WantedLogprobs
 from hicache_core.server.fields import refusal
 from hicache_core.server.forms import (
     MAX_CHOICES,
@@ -33,9 +34,17 @@ from hicache_core.server.forms import (
     StopIds,
     Temperature,
     TopK,
+    TopN,
+    TopNOrFalse,
     TopP,
     one_or_many,
 )
+from hicache_core.server.problems import PARAM
+
+
+def refused(field: str, reason: str) -> PydanticCustomError:
+    """An error of a validator; ``field`` is the one that the client hears of."""
+    return PydanticCustomError("refused", "{reason}", {"reason": reason, PARAM: field})
 
 
 class Body(BaseModel):
@@ -47,7 +56,7 @@ class Body(BaseModel):
     def _refuse(self) -> Self:
         for name, value in (self.model_extra or {}).items():
             if reason := refusal(name, value, type(self).model_fields):
-                raise ValueError(reason)
+                raise refused(name, reason)
         return self
 
 
@@ -111,6 +120,10 @@ class GenerateBody(Shared):
     stream: bool | None = False
     rid: OneOrManyNames | None = None
     priority: Priority | None = 0
+    return_logprob: bool | None = False
+    logprob_start_len: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = -1
+    top_logprobs_num: TopN | None = 0
+    return_text_in_logprobs: bool | None = False
 
     @model_validator(mode="after")
     def _one_prompt(self) -> Self:
@@ -131,6 +144,14 @@ class GenerateBody(Shared):
         """Whether the answer is a list."""
         given = self.text if self.text is not None else self.input_ids
         return isinstance(given, list) and not (given and isinstance(given[0], int))
+
+    @property
+    def wanted_logprobs(self) -> WantedLogprobs | None:
+        """Of the answer, and of the prompt from ``logprob_start_len`` on; -1 is none of it."""
+        if not self.return_logprob:
+            return None
+        start = -1 if self.logprob_start_len is None else self.logprob_start_len
+        return WantedLogprobs(self.top_logprobs_num or 0, None if start < 0 else start)
 
 
 class StreamOptions(Body):
@@ -166,6 +187,8 @@ class CompletionBody(OpenAIBody):
 
     prompt: AnyPrompt
     max_tokens: Count | None = 16
+    logprobs: TopNOrFalse = None
+    echo: bool | None = False
     add_special_tokens: bool | None = True
 
     @property
@@ -175,6 +198,13 @@ class CompletionBody(OpenAIBody):
             return [self.prompt]
         given: list[Any] = list(self.prompt)
         return given if isinstance(given[0], str | list) else [given]
+
+    @property
+    def wanted_logprobs(self) -> WantedLogprobs | None:
+        """Of the answer, and with ``echo`` of the prompt."""
+        if self.logprobs is None:
+            return None
+        return WantedLogprobs(self.logprobs, 0 if self.echo else None)
 
 
 class Part(BaseModel):
@@ -225,30 +255,16 @@ class Message(BaseModel):
         return "".join(part.text or "" for part in self.content)
 
 
-class ChatBody(OpenAIBody):
-    """``/v1/chat/completions``."""
+Messages = Annotated[list[Message], Field(min_length=1, max_length=4096)]
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
-    max_tokens: Count | None = None
-    max_completion_tokens: Count | None = None
+
+class Rendering(Body):
+    """How the model's template renders a chat."""
+
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = False
-    add_special_tokens: bool | None = False
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
-    tool_choice: Any = None
-    tools: Any = None
-
-    @model_validator(mode="after")
-    def _no_tools(self) -> Self:
-        # With tool_choice none no tool may be called, so that the answer is right without them.
-        if self.tools and self.tool_choice != "none":
-            raise ValueError(
-                "tools is not supported by this server; leave it out, or set tool_choice to none"
-            )
-        if reason := refusal("tool_choice", self.tool_choice, ()):
-            raise ValueError(reason)
-        return self
 
     @model_validator(mode="after")
     def _one_ending(self) -> Self:
@@ -258,10 +274,72 @@ class ChatBody(OpenAIBody):
             )
         return self
 
+
+class ChatBody(OpenAIBody, Rendering):
+    """``/v1/chat/completions``."""
+
+    messages: Messages
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = False
+    top_logprobs: TopN | None = 0
+    add_special_tokens: bool | None = False
+    tool_choice: Any = None
+    tools: Any = None
+
+    @model_validator(mode="after")
+    def _no_tools(self) -> Self:
+        # With tool_choice none no tool may be called, so that the answer is right without them.
+        if self.tools and self.tool_choice != "none":
+            raise refused(
+                "tools",
+                "tools is not supported by this server; leave it out, or set tool_choice to none",
+            )
+        if reason := refusal("tool_choice", self.tool_choice, ()):
+            raise refused("tool_choice", reason)
+        return self
+
+    @model_validator(mode="after")
+    def _logprobs_first(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise refused("top_logprobs", "top_logprobs needs logprobs: true")
+        return self
+
+    @property
+    def wanted_logprobs(self) -> WantedLogprobs | None:
+        """Of the answer."""
+        return WantedLogprobs(self.top_logprobs or 0) if self.logprobs else None
+
     @property
     def limit(self) -> int | None:
         """The newer name wins."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class TokenizeBody(Rendering):
+    """``/tokenize``: one of ``prompt`` and ``messages``.
+
+    ``add_special_tokens`` is true by default for a prompt; a template brings its own.
+    """
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = False
+
+    @model_validator(mode="after")
+    def _one_text(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+
+class DetokenizeBody(Body):
+    """``/detokenize``."""
+
+    model: str | None = None
+    tokens: Annotated[list[int], Field(fail_fast=True)]
 
 
 class AttachBody(BaseModel):

@@ -7,15 +7,18 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
-from hicache_core.engine.request import Output, Request
+from hicache_core.engine.request import Output, Request, TokenLogprobs
 from hicache_core.observe.tracing import Origin, traceparent
 from hicache_core.server.problems import Problem
+from hicache_core.server.request_log import log_request
 from hicache_core.server.request_metrics import RequestMetrics
 from hicache_core.server.request_names import RequestNames
+from hicache_core.types import Namespace
 
 if TYPE_CHECKING:
     from hicache_core.build.cache import HiCache
@@ -43,6 +46,10 @@ class EngineFront(Protocol):
         """Calls a method of the cache on the engine's thread, on every rank."""
         ...
 
+    def namespace(self, namespace: Namespace) -> Namespace:
+        """The namespace under which the engine keeps the pages of a request."""
+        ...
+
     def status(self) -> EngineStatus:
         """What the engine does now."""
         ...
@@ -64,10 +71,12 @@ class NamedRequest:
     Attributes:
         name: what its tenant calls it.
         request: what the engine gets.
+        echo: text before the answer.
     """
 
     name: str
     request: Request
+    echo: str = ""
 
 
 class Pending:
@@ -82,8 +91,12 @@ class Pending:
 
     def on_output(self, output: Output) -> None:
         """Takes an output; on the engine's thread."""
+        self.call_soon(partial(self._outputs.put_nowait, output))
+
+    def call_soon(self, work: Callable[[], None]) -> None:
+        """Runs ``work`` on the event loop; returns at once. Any thread."""
         with contextlib.suppress(RuntimeError):  # the loop has ended: nobody listens any longer
-            self._loop.call_soon_threadsafe(self._outputs.put_nowait, output)
+            self._loop.call_soon_threadsafe(work)
 
     def give_up(self) -> None:
         """Wakes whoever waits for outputs: there will be no more."""
@@ -109,6 +122,7 @@ class Bridge:
         metrics: RequestMetrics,
         *,
         is_traced: bool = False,
+        is_logged: bool = False,
     ) -> None:
         """Starts nothing.
 
@@ -117,8 +131,10 @@ class Bridge:
             names: of the requests, released when they end.
             metrics: counts their outputs.
             is_traced: True to make spans of the cache children of the span of the call.
+            is_logged: True to log each request of a client when it ends.
         """
         self._is_traced = is_traced
+        self._is_logged = is_logged
         self.engine = engine
         self.names = names
         self.metrics = metrics
@@ -137,7 +153,8 @@ class Bridge:
         try:
             for one in asked:
                 waiting = Pending(one)
-                self.engine.submit(self._of(one, http), self._counted(waiting))
+                on_output = self._counted(waiting, is_logged=self._is_logged and http is not None)
+                self.engine.submit(self._of(one, http), on_output)
                 pending.append(waiting)
             if http is not None:
                 gone = asyncio.create_task(self._follow(http, pending))
@@ -156,10 +173,12 @@ class Bridge:
         header = "" if http is None else http.headers.get("traceparent", "")
         return replace(asked.request, origin=Origin(asked.name, traceparent(header)))
 
-    def _counted(self, waiting: Pending) -> Callable[[Output], None]:
+    def _counted(self, waiting: Pending, *, is_logged: bool) -> Callable[[Output], None]:
         def on_output(output: Output) -> None:
             self.metrics.take(output)
             waiting.on_output(output)
+            if is_logged and output.finish_reason is not None:  # not on the engine's thread
+                waiting.call_soon(partial(log_request, waiting.asked.name, output))
 
         return on_output
 
@@ -185,17 +204,26 @@ class FullAnswer:
         text: all of it.
         tokens: likewise.
         last: the last output.
+        logprobs: of its tokens, if they are wanted.
+        prompt_logprobs: of the prompt, likewise.
     """
 
     asked: NamedRequest
     text: str
     tokens: tuple[int, ...]
     last: Output
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
     def plus(self, output: Output) -> FullAnswer:
         """With what one more step brought."""
         return FullAnswer(
-            self.asked, self.text + output.text, self.tokens + output.new_tokens, output
+            self.asked,
+            self.text + output.text,
+            self.tokens + output.new_tokens,
+            output,
+            self.logprobs + output.logprobs,
+            self.prompt_logprobs,
         )
 
 
@@ -212,7 +240,14 @@ async def growing(pending: Pending) -> AsyncIterator[FullAnswer]:
         if output.finish_reason == "abort":
             raise Problem(503, "the request was aborted: the server is shutting down")
         if whole is None:
-            whole = FullAnswer(pending.asked, output.text, output.new_tokens, output)
+            whole = FullAnswer(
+                pending.asked,
+                pending.asked.echo + output.text,
+                output.new_tokens,
+                output,
+                output.logprobs,
+                output.prompt_logprobs,
+            )
         else:
             whole = whole.plus(output)
         yield whole

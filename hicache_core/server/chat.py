@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from hicache_core.server.bodies import ChatBody, Message
+from hicache_core.server.bodies import Message, Rendering
 from hicache_core.server.problems import Problem
 
 _RESERVED = frozenset(["messages", "tools", "documents", "tokenize"])
@@ -17,8 +17,13 @@ _RESERVED = frozenset(["messages", "tools", "documents", "tokenize"])
 _UNEXPECTED = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
-def rendered(tokenizer: Any, body: ChatBody) -> str:
+def rendered(tokenizer: Any, messages: Sequence[Message], how: Rendering) -> str:
     """The prompt of a chat.
+
+    Args:
+        tokenizer: that of the model, with its template.
+        messages: of the chat.
+        how: what the client says about the template.
 
     Raises:
         Problem: the model has no template, or its template cannot render the messages.
@@ -26,7 +31,7 @@ def rendered(tokenizer: Any, body: ChatBody) -> str:
     template = tokenizer.chat_template
     if not template:
         raise Problem(400, "this model has no chat template; use /v1/completions")
-    variables = dict(body.chat_template_kwargs or {})
+    variables = dict(how.chat_template_kwargs or {})
     for name in variables:
         if name in _RESERVED or name in inspect.signature(tokenizer.apply_chat_template).parameters:
             raise Problem(
@@ -34,15 +39,15 @@ def rendered(tokenizer: Any, body: ChatBody) -> str:
                 f"chat_template_kwargs: clients must not set {name!r}",
                 param="chat_template_kwargs",
             )
-    if body.reasoning_effort is not None:
-        variables.setdefault("reasoning_effort", body.reasoning_effort)
-    adds = body.add_generation_prompt
+    if how.reasoning_effort is not None:
+        variables.setdefault("reasoning_effort", how.reasoning_effort)
+    adds = how.add_generation_prompt
     try:
         text: str = tokenizer.apply_chat_template(
-            _as_template_takes_them(body.messages, knows_tools="tool_calls" in str(template)),
+            _as_template_takes_them(messages, knows_tools="tool_calls" in str(template)),
             tokenize=False,
-            add_generation_prompt=not body.continue_final_message if adds is None else adds,
-            continue_final_message=bool(body.continue_final_message),
+            add_generation_prompt=not how.continue_final_message if adds is None else adds,
+            continue_final_message=bool(how.continue_final_message),
             **variables,
         )
     except _UNEXPECTED as error:

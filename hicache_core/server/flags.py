@@ -12,6 +12,7 @@ from hicache_core.engine.config import EngineConfig
 from hicache_core.server.access import Keys
 from hicache_core.server.settings import (
     DEFAULTS,
+    DTYPES,
     OFFLOAD_FLAG,
     Disaggregation,
     ServerSettings,
@@ -31,11 +32,26 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "--model-path",
         "--model",
         required=True,
-        help="A folder that transformers saved, a GGUF file, or packaged weights: smollm2 or "
-        "gemma3-270m.",
+        help="A folder that transformers saved, a GGUF file, packaged weights (smollm2 or "
+        "gemma3-270m), or the name of a model in the cache of Hugging Face's hub.",
     ),
     click.option(
-        "--served-model-name", default="", help="Model name for clients. Default: the model's own."
+        "--served-model-name",
+        default="",
+        help="Model name for clients. Default: a folder's path or the name on the hub, so that "
+        "clients find the tokenizer; of other models their own name.",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(DTYPES),
+        default="auto",
+        show_default=True,
+        help="Of weights and KV; auto is float32 on a CPU and bfloat16 on a GPU.",
+    ),
+    click.option(
+        "--chat-template",
+        default="",
+        help="File with a Jinja template for chats. Default: the model's own.",
     ),
     click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on."),
     click.option(
@@ -116,6 +132,11 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--enable-metrics", is_flag=True, help="Serve /metrics."),
     click.option("--enable-cache-report", is_flag=True, help="Report cached tokens in usage."),
     click.option(
+        "--log-requests",
+        is_flag=True,
+        help="Log a line for each request that has ended: its tokens by tier and its times.",
+    ),
+    click.option(
         "--api-key",
         envvar="HICACHE_API_KEY",
         help="API key that clients must send. Prefer the environment variable HICACHE_API_KEY, "
@@ -178,7 +199,6 @@ _SWITCHES = (
     "--trust-remote-code",
     "--disable-cuda-graph",
     "--skip-server-warmup",
-    "--log-requests",
 )
 _CHOICES = (
     "--attention-backend",
@@ -239,9 +259,12 @@ def settings_of(options: Mapping[str, Any]) -> ServerSettings:
         served_model_name=options["served_model_name"],
         enable_metrics=options["enable_metrics"],
         enable_cache_report=options["enable_cache_report"],
+        log_requests=options["log_requests"],
         shutdown_timeout_s=options["shutdown_timeout"],
         disaggregation=disaggregation,
         max_client_priority=_max_client_priority(options),
+        dtype=options["dtype"],
+        chat_template=options["chat_template"],
         without_effect=tuple(
             name
             for name in (*_SWITCHES, *_CHOICES)

@@ -13,10 +13,12 @@ MAX_PROMPTS = 64
 MAX_CHOICES = 16
 MAX_STOPS = 32
 MAX_TOKENS = 1 << 24
+MAX_TOP_LOGPROBS = 20
 
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
 Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+Count = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
+TopN = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
 StopIds = Annotated[list[int], Field(max_length=1024)]
@@ -25,6 +27,14 @@ TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 TopK = Annotated[int, Field(ge=-1, le=1 << 30)]
 Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
 Priority = Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)]
+
+
+def _none_if_false(value: object) -> object:
+    """For a number that some clients switch off with false."""
+    return None if value is False else value
+
+
+TopNOrFalse = Annotated[TopN | None, BeforeValidator(_none_if_false)]
 
 
 def _fits(value: object, info: ValidationInfo) -> object:

@@ -44,7 +44,14 @@ _WORDS = {
     "less_than_equal": "must be at most {le}",
     "literal_error": "must be {expected}",
 }
+_INSTEAD = {
+    "/v1/embeddings": "it serves a model that generates text, not embeddings",
+    "/v1/messages": "use POST /v1/chat/completions",
+    "/v1/responses": "use POST /v1/chat/completions",
+}
 _OWN_TAG = "~"
+PARAM = "param"
+"""In the context of an error of a validator: the field that it is about."""
 
 
 class Problem(Exception):
@@ -139,10 +146,17 @@ def problem_of(error: Exception) -> Problem:
     return problem
 
 
-def answer_problem(_request: Request, error: Exception) -> Response:
+def answer_problem(request: Request, error: Exception) -> Response:
     """FastAPI's handler of every exception."""
-    problem = problem_of(error)
+    is_unknown = isinstance(error, HTTPException) and error.status_code == 404
+    problem = _no_such_call(request) if is_unknown else problem_of(error)
     return json_answer(problem.as_dict(), problem.status, problem.headers)
+
+
+def _no_such_call(request: Request) -> Problem:
+    path = request.url.path
+    instead = _INSTEAD.get(path, "GET /docs lists those that there are")
+    return Problem(404, f"this server has no call {request.method} {path}; {instead}")
 
 
 def invalid(details: Sequence[ErrorDetails]) -> Problem:
@@ -152,7 +166,7 @@ def invalid(details: Sequence[ErrorDetails]) -> Problem:
         where = ".".join(_path(detail))
         message = _in_words(detail)
         clauses.append(f"{where}: {message}" if where else message)
-    first = next(iter(_path(details[0])), None)
+    first = next(iter(_path(details[0])), details[0].get("ctx", {}).get(PARAM))
     return Problem(400, "; ".join(clauses), param=first)
 
 

@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hicache_core.engine.request import Request, SamplingParams
+from hicache_core.engine.request import Bootstrap, Request, SamplingParams, WantedLogprobs
 from hicache_core.server.bodies import (
     ChatBody,
     CompletionBody,
     GenerateBody,
+    Message,
     OpenAIBody,
+    Rendering,
     SamplingBody,
     Shared,
+    TokenizeBody,
 )
 from hicache_core.server.bridge import NamedRequest
 from hicache_core.server.chat import rendered
@@ -37,6 +40,17 @@ class Limits:
     context_length: int
     vocab_size: int
     max_body_nbytes: int = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """One answer that is wanted."""
+
+    tokens: tuple[int, ...]
+    sampling: SamplingParams
+    name: str | None
+    logprobs: WantedLogprobs | None = None
+    echo: str = ""
 
 
 class Prompts:
@@ -74,7 +88,8 @@ class Prompts:
         for tokens, own, name in zip(encoded, sampling, names, strict=True):
             explicit = "max_new_tokens" in own.model_fields_set
             params = self._fitted(len(tokens), own.max_new_tokens, _of_sampling(own), explicit)
-            asked += _choices(tokens, params, name, own.n or 1)
+            logprobs = _checked_start(body.wanted_logprobs, len(tokens))
+            asked += _choices(_Wanted(tokens, params, name, logprobs), own.n or 1)
         return self._opened(asked, body, body.priority or 0)
 
     async def of_completion(self, body: CompletionBody) -> list[NamedRequest]:
@@ -84,44 +99,117 @@ class Prompts:
         names = _names(body.rid, len(prompts))
         special = body.add_special_tokens is not False
         encoded = await self._encode(prompts, special=special)
-        for tokens, name in zip(encoded, names, strict=True):
+        for prompt, tokens, name in zip(prompts, encoded, names, strict=True):
             explicit = "max_tokens" in body.model_fields_set
             params = self._fitted(len(tokens), body.max_tokens, _of_openai(body), explicit)
-            asked += _choices(tokens, params, name, body.n or 1)
+            echo = ""
+            if body.echo:
+                echo = prompt if isinstance(prompt, str) else await self.text_of(tokens)
+            wanted = _Wanted(tokens, params, name, body.wanted_logprobs, echo)
+            asked += _choices(wanted, body.n or 1)
         return self._opened(asked, body, body.priority or 0)
 
     async def of_chat(self, body: ChatBody) -> list[NamedRequest]:
         """One for each choice."""
-        nbytes = sum(len(message.text) for message in body.messages)
-        text = await self._encoder.aside(lambda tokenizer: rendered(tokenizer, body), nbytes)
+        text = await self._rendered(body.messages, body)
         tokens = await self._encoder.encode(text, special=bool(body.add_special_tokens))
         params = self._fitted(len(tokens), body.limit, _of_openai(body), explicit=True)
-        return self._opened(
-            _choices(tokens, params, body.rid, body.n or 1), body, body.priority or 0
+        wanted = _Wanted(tokens, params, body.rid, body.wanted_logprobs)
+        return self._opened(_choices(wanted, body.n or 1), body, body.priority or 0)
+
+    async def tokens_of(self, body: TokenizeBody) -> list[int]:
+        """The tokens of a text or of a chat; a text may have none.
+
+        Raises:
+            Problem: the text is too long, or the template cannot render the messages.
+        """
+        is_chat = body.messages is not None
+        text = await self._rendered(body.messages, body) if body.messages else body.prompt or ""
+        special = not is_chat if body.add_special_tokens is None else body.add_special_tokens
+        return list(await self._encoder.encode(text, special=special)) if text else []
+
+    async def names_of(self, tokens: Sequence[int]) -> list[str]:
+        """What the vocabulary calls each token."""
+        ids = list(tokens)
+
+        def named(tokenizer: Any) -> list[str]:
+            return list(map(str, tokenizer.convert_ids_to_tokens(ids)))
+
+        return await self._encoder.aside(named, len(ids))
+
+    async def text_of(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, special tokens included.
+
+        Raises:
+            Problem: there is no such token.
+        """
+        ids = list(self._checked(tokens))
+
+        def decoded(tokenizer: Any) -> str:
+            return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+        return await self._encoder.aside(decoded, len(ids))
+
+    async def _rendered(self, messages: Sequence[Message], how: Rendering) -> str:
+        nbytes = sum(len(message.text) for message in messages)
+        return await self._encoder.aside(
+            lambda tokenizer: rendered(tokenizer, messages, how), nbytes
         )
+
+    async def of_warm(self, prompts: Sequence[str | list[int]]) -> list[tuple[int, ...]]:
+        """The tokens of prompts that are not computed now.
+
+        Raises:
+            Problem: one has unknown ids, or would not fit into the context.
+        """
+        return await self._encode(prompts)
 
     def _opened(
         self,
-        wanted: Sequence[tuple[tuple[int, ...], SamplingParams, str | None]],
+        wanted: Sequence[_Wanted],
         body: Shared,
         priority: int,
     ) -> list[NamedRequest]:
         """Gives each its id; all or none."""
-        room = None if self._rooms is None else self._rooms.room_of(body)
-        if room is not None and len(wanted) != 1:
-            raise Problem(400, f"a bootstrap_room is for one prompt; here are {len(wanted)}")
+        room = None if self._rooms is None else self._room_of(self._rooms, wanted, body)
         namespace = namespace_of(body.cache_salt, body.extra_key)
         asked: list[NamedRequest] = []
         try:
-            for tokens, sampling, wanted_name in wanted:
-                name, request_id = self._names.open(wanted_name, namespace)
-                request = Request(request_id, tokens, sampling, namespace, priority, room)
-                asked.append(NamedRequest(name, request))
+            for one in wanted:
+                name, request_id = self._names.open(one.name, namespace)
+                request = Request(
+                    request_id,
+                    one.tokens,
+                    one.sampling,
+                    namespace,
+                    priority,
+                    room,
+                    logprobs=one.logprobs,
+                )
+                asked.append(NamedRequest(name, request, one.echo))
         except Problem:
-            for one in asked:
-                self._names.close(one.name, namespace)
+            for opened in asked:
+                self._names.close(opened.name, namespace)
             raise
         return asked
+
+    @staticmethod
+    def _room_of(rooms: Rooms, wanted: Sequence[_Wanted], body: Shared) -> Bootstrap | None:
+        """Where the halves of a request meet, on a node that computes one of them.
+
+        Raises:
+            Problem: it takes no such room, or only a node that computes both halves can do this.
+        """
+        room = rooms.room_of(body)
+        if room is not None and len(wanted) != 1:
+            raise Problem(400, f"a bootstrap_room is for one prompt; here are {len(wanted)}")
+        if any(one.logprobs is not None or not one.sampling.max_new_tokens for one in wanted):
+            raise Problem(
+                400,
+                "log probabilities, and answers of 0 tokens, are not supported where prefill and "
+                "decode are on different nodes; ask a server without --disaggregation-mode",
+            )
+        return room
 
     def _fitted(
         self, n_prompt: int, max_new: int | None, sampling: SamplingParams, explicit: bool
@@ -171,9 +259,9 @@ class Prompts:
             self._room(len(encoded[-1]))
         return encoded
 
-    def _checked(self, ids: list[int]) -> tuple[int, ...]:
+    def _checked(self, ids: Sequence[int]) -> tuple[int, ...]:
         size = self.limits.vocab_size
-        if min(ids) < 0 or max(ids) >= size:
+        if ids and (min(ids) < 0 or max(ids) >= size):
             wrong = next(token for token in ids if not 0 <= token < size)
             raise Problem(
                 400, f"token id {wrong} does not exist in this model; ids are 0 to {size - 1}"
@@ -215,18 +303,28 @@ def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
     return (stop,) if isinstance(stop, str) else tuple(stop or ())
 
 
-def _choices(
-    tokens: tuple[int, ...], sampling: SamplingParams, name: str | None, n: int
-) -> list[tuple[tuple[int, ...], SamplingParams, str | None]]:
+def _choices(wanted: _Wanted, n: int) -> list[_Wanted]:
     """``n`` answers to one prompt, each with a seed and a name of its own."""
+    seed, name = wanted.sampling.seed, wanted.name
     return [
-        (
-            tokens,
-            sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + k),
-            name if name is None or n == 1 else f"{name}_{k}",
+        replace(
+            wanted,
+            sampling=replace(wanted.sampling, seed=None if seed is None else seed + k),
+            name=name if name is None or n == 1 else f"{name}_{k}",
         )
         for k in range(n)
     ]
+
+
+def _checked_start(wanted: WantedLogprobs | None, n_prompt: int) -> WantedLogprobs | None:
+    start = None if wanted is None else wanted.prompt_start
+    if start is not None and start >= n_prompt:
+        raise Problem(
+            400,
+            f"logprob_start_len is {start}; it must be below the {n_prompt} tokens of the prompt",
+            param="logprob_start_len",
+        )
+    return wanted
 
 
 def _check_length(given: Sequence[object], n: int, what: str) -> None:

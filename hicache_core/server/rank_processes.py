@@ -159,7 +159,7 @@ def work(rank: int, port: int, settings: ServerSettings, device: str) -> None:
     if device != "cpu":
         torch.cuda.set_device(device)  # else pinning memory would take room on the first GPU, too
     try:
-        model = load_model(settings.model_path, device)
+        model = load_model(settings.model_path, device, settings.dtype)
         role = role_of(settings, rank)
         engine = make_engine(settings, model, role, _join(rank, port, settings))
         engine.open()

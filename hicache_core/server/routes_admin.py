@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from hicache_core.build.storage import CHAIN, DYNAMIC
+from hicache_core.build.backends import CHAIN, DYNAMIC
 from hicache_core.config.redact import masked
 from hicache_core.config.settings import HiCacheConfig
 from hicache_core.config.sources import EXTRA
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hicache_core.controller.attachment import Attaching, Clearing
 
 CALL_TIMEOUT_S = 10.0
+RESET_TIMEOUT_S = 5.0
 STORAGE_TIMEOUT_S = 60.0
 FlushTimeout = Annotated[float, Query(ge=0, le=600, allow_inf_nan=False)]
 POLICIES = ("hicache_storage_prefetch_policy", "hicache_write_policy")
@@ -43,6 +44,20 @@ def make_router(service: Service) -> APIRouter:
         """Empties device and host, as soon as nothing is in use; waits ``timeout`` seconds."""
         await storage.flush(timeout)
         return PlainTextResponse("Cache flushed.\n")
+
+    @router.post("/reset_prefix_cache")
+    async def reset_prefix_cache(
+        reset_running_requests: bool = False, reset_external: bool = False
+    ) -> Response:
+        """vLLM's: empties device and host; waits some seconds until nothing is in use."""
+        if reset_running_requests or reset_external:
+            raise Problem(
+                400,
+                "reset_running_requests and reset_external are not supported by this server; to "
+                "clear the store, use POST /hicache/storage-backend/clear",
+            )
+        await storage.flush(RESET_TIMEOUT_S)
+        return Response()
 
     @router.get("/hicache/storage-backend")
     async def show() -> Response:

@@ -17,7 +17,6 @@ from hicache_core.server.bodies import (
     ChatBody,
     CompletionBody,
     GenerateBody,
-    OpenAIBody,
 )
 from hicache_core.server.body_route import BodyRoute
 from hicache_core.server.bridge import FullAnswer, NamedRequest, finished
@@ -38,9 +37,11 @@ def make_router(service: Service) -> APIRouter:
         check_priority(body.priority or 0, most, http.scope)
         asked = await service.prompts.of_generate(body)
         single = not body.is_batch and len(asked) == 1
+        texts = service.texts if body.return_text_in_logprobs else None
         if body.stream:
-            return EventStream(service.bridge, asked, http, GeneratePieces(single=single))
-        answers = [generated(whole) for whole in await _all(service, asked, http)]
+            pieces = GeneratePieces(single=single, texts=texts)
+            return EventStream(service.bridge, asked, http, pieces)
+        answers = [generated(whole, texts) for whole in await _all(service, asked, http)]
         return json_answer(answers[0] if single else answers)
 
     @router.post("/v1/completions")
@@ -59,7 +60,7 @@ def make_router(service: Service) -> APIRouter:
 
 
 async def _openai(
-    service: Service, body: OpenAIBody, asked: Sequence[NamedRequest], http: Request
+    service: Service, body: CompletionBody | ChatBody, asked: Sequence[NamedRequest], http: Request
 ) -> Response:
     is_chat = isinstance(body, ChatBody)
     # One answer goes by its request's name, so that it can be asked for at /hicache/explain.
@@ -72,6 +73,7 @@ async def _openai(
         n_choices=body.n or 1,
         reports_cache=service.settings.enable_cache_report,
         details=bool(body.return_cached_tokens_details),
+        texts=None if body.wanted_logprobs is None else service.texts,
     )
     if body.stream:
         return EventStream(service.bridge, asked, http, OpenAIPieces(form, body.stream_options))

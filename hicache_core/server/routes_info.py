@@ -13,6 +13,7 @@ from starlette.responses import HTMLResponse, Response
 from hicache_core.config.redact import masked
 from hicache_core.engine.request import Request as EngineRequest
 from hicache_core.engine.request import SamplingParams
+from hicache_core.observe.event_settings import advertised, events_config
 from hicache_core.observe.http import PROMETHEUS_TEXT
 from hicache_core.server.access import ADMIN
 from hicache_core.server.bridge import NamedRequest, finished
@@ -84,7 +85,7 @@ def _add_models(router: APIRouter, service: Service) -> None:
         "object": "model",
         "created": int(service.started_s),
         "owned_by": "hicache",
-        "root": served.name,
+        "root": served.tokenizer_path or served.name,
         "max_model_len": served.limits.context_length,
     }
 
@@ -96,7 +97,7 @@ def _add_models(router: APIRouter, service: Service) -> None:
     @router.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         """The model of that name."""
-        if name != served.name:
+        if name not in (served.name, served.own_name):
             raise Problem(404, f"no model {name!r} here; there is {served.name!r}")
         return json_answer(card)
 
@@ -111,7 +112,7 @@ def _add_infos(router: APIRouter, service: Service) -> None:
         return json_answer(
             {
                 "model_path": settings.model_path,
-                "tokenizer_path": settings.model_path,
+                "tokenizer_path": served.tokenizer_path or settings.model_path,
                 "served_model_name": served.name,
                 "is_generation": True,
                 "disaggregation_mode": settings.disaggregation.mode,
@@ -128,14 +129,16 @@ def _add_infos(router: APIRouter, service: Service) -> None:
         shown = asdict(replace(settings, cache=None, keys=None))  # type: ignore[arg-type]
         del shown["cache"], shown["keys"]
         in_force = settings.cache.resolve().in_force
+        events = events_config(in_force.kv_events_config)
         state = {**asdict(status), "last_gen_throughput": status.tokens_per_s}
         return json_answer(
             {
                 **shown,
                 **in_force.model_dump(),
                 "setting_sources": dict(in_force.sources),
-                "tokenizer_path": settings.model_path,
+                "tokenizer_path": served.tokenizer_path or settings.model_path,
                 "served_model_name": served.name,
+                "kv_events": advertised(events, in_force.page_size),
                 "max_total_num_tokens": status.n_slots,
                 "internal_states": [state],
                 **({} if service.role is None else service.role.status()),

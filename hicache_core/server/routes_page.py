@@ -1,4 +1,7 @@
-"""The page at ``/hicache/``: its files are open to all, what it shows is the operator's."""
+"""The page at ``/hicache/``: its files are open to all, what it shows is the operator's.
+
+``/`` leads there.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from dataclasses import asdict
 
 from fastapi import APIRouter, Depends
 from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
 
 from hicache_core.observe.on_demand import Aged
 from hicache_core.observe.page.answers import PageData
@@ -30,9 +34,15 @@ def make_router(service: Service) -> APIRouter:
         service.history,
         requests=service.recent,
         tree=tree,
-        engine=lambda: asdict(engine.status()),
+        engine=lambda: {"model": service.served.name, **asdict(engine.status())},
     )
-    return page_router(data, dependencies=[Depends(_operator)])
+    router = page_router(data, dependencies=[Depends(_operator)])
+
+    @router.get("/", include_in_schema=False)
+    async def root() -> Response:
+        return RedirectResponse("hicache/")  # relative: a proxy may have put a path before it
+
+    return router
 
 
 def _operator(request: Request) -> None:

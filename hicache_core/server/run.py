@@ -14,20 +14,27 @@ import torch
 import uvicorn
 
 from hicache_core.build.settings_check import check_settings
+from hicache_core.build.start_check import check_start
+from hicache_core.config.hosts import joined
 from hicache_core.disaggregation.roles import Role
 from hicache_core.engine.engine import Engine
 from hicache_core.engine.model import LoadedModel
 from hicache_core.errors import ConfigError, RankLost
 from hicache_core.integrations.model_check import vocabulary_of
-from hicache_core.observe.event_settings import events_config
 from hicache_core.server.app import make_app
 from hicache_core.server.connections import bounded
-from hicache_core.server.models import load_model
+from hicache_core.server.models import (
+    check_model_path,
+    load_model,
+    served_name,
+    tokenizer_path,
+)
 from hicache_core.server.prompts import Limits
 from hicache_core.server.rank_processes import RankProcesses
 from hicache_core.server.role import make_engine, role_of
 from hicache_core.server.service import ServedModel, Service
 from hicache_core.server.settings import ServerSettings, notices, with_secret
+from hicache_core.server.summary import summary
 
 log = logging.getLogger(__name__)
 
@@ -46,25 +53,21 @@ def serve(settings: ServerSettings, say: Callable[[str], None]) -> None:
     role = role_of(settings)
     in_force = settings.cache.resolve().in_force
     check_settings(in_force)  # before a model is loaded, which may take minutes
-    events_config(in_force.kv_events_config)
+    check_start(in_force, settings.tp)
     with _listening(settings.host, settings.port) as listener:
+        check_model_path(settings)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         for line in notices(asked, device):
             say(f"hicache: {line}")
         with RankProcesses(settings, device) as processes:
-            model = load_model(settings.model_path, device)
+            model = load_model(settings.model_path, device, settings.dtype, settings.chat_template)
             engine = make_engine(settings, model, role, processes.meet(model))
             engine.open()
             try:
                 service = make_service(settings, model, engine, role)
-                host, port = listener.getsockname()[:2]
-                host = f"[{host}]" if ":" in host else host
-                url = f"http://{host}:{port}"
-                _run(
-                    service,
-                    listener,
-                    partial(say, f"hicache: serves {service.served.name} at {url}"),
-                )
+                url = "http://" + joined(*listener.getsockname()[:2])
+                lines = [*summary(service, url), f"serves {service.served.name} at {url}"]
+                _run(service, listener, partial(say, "\n".join(f"hicache: {x}" for x in lines)))
             finally:
                 engine.close(settings.shutdown_timeout_s)
             if settings.tp > 1 and (error := engine.status().error):
@@ -83,8 +86,14 @@ def make_service(
         role: prefill or decode; None for both.
     """
     limits = Limits(engine.status().context_length, vocabulary_of(model.model))
-    name = settings.served_model_name or model.name
-    return Service(settings, ServedModel(name, model.tokenizer, limits), engine, role)
+    served = ServedModel(
+        served_name(settings, model),
+        model.tokenizer,
+        limits,
+        model.name,
+        tokenizer_path(settings, model),
+    )
+    return Service(settings, served, engine, role)
 
 
 class _Server(uvicorn.Server):

@@ -14,6 +14,7 @@ from hicache_core.observe.metrics import CacheCollector
 from hicache_core.observe.snapshot import CacheSnapshot
 from hicache_core.observe.windows import Watch
 from hicache_core.server.bridge import Bridge, EngineFront
+from hicache_core.server.logprobs import TokenTexts
 from hicache_core.server.prompts import Limits, Prompts
 from hicache_core.server.request_metrics import RequestMetrics, ServerCollector
 from hicache_core.server.request_names import RequestNames
@@ -32,11 +33,15 @@ class ServedModel:
         name: what clients see.
         tokenizer: transformers'.
         limits: of requests.
+        own_name: another name by which clients may ask for it; empty for none.
+        tokenizer_path: folder or name on a hub from which clients can load the tokenizer.
     """
 
     name: str
     tokenizer: Any
     limits: Limits
+    own_name: str = ""
+    tokenizer_path: str = ""
 
 
 class Service:
@@ -48,6 +53,7 @@ class Service:
         engine: computes the answers.
         bridge: submits requests to the engine.
         prompts: makes its requests from bodies.
+        texts: of single tokens.
         watch: looks at the cache, with everything that the operator may see.
         history: samples of it; runs between ``open`` and ``close``.
         started_s: seconds since the epoch.
@@ -76,11 +82,16 @@ class Service:
         self.started_s = time.time()
         self.names = RequestNames()
         self.bridge = Bridge(
-            engine, self.names, RequestMetrics(), is_traced=settings.cache.hicache_tracing
+            engine,
+            self.names,
+            RequestMetrics(),
+            is_traced=settings.cache.hicache_tracing,
+            is_logged=settings.log_requests,
         )
         is_half = settings.disaggregation.mode != "null"
         rooms = Rooms(settings.keys.transfer) if is_half else None
         self.prompts = Prompts(served.tokenizer, served.limits, self.names, rooms)
+        self.texts = TokenTexts(served.tokenizer)
         self.watch = Watch(self._snapshot)
         self.history = History(self.watch)
         self._watches = {True: self.watch, False: Watch(self._discreet_snapshot)}
@@ -98,7 +109,8 @@ class Service:
     def observation(self, *, is_admin: bool) -> dict[str, object]:
         """The cache and the engine, for ``/hicache/status``."""
         seen = asdict(self._watches[is_admin].observe())
-        shown = masked({**seen, "engine": asdict(self.engine.status())})
+        engine = {"model": self.served.name, **asdict(self.engine.status())}
+        shown = masked({**seen, "engine": engine})
         assert isinstance(shown, dict)
         return shown
 

@@ -21,6 +21,7 @@ HIERARCHICAL = "enable_hierarchical_cache"
 RETENTION = "hicache_host_retention"
 OFFLOAD_FLAG = "--disaggregation-decode-enable-offload-kvcache"
 DEVICES = Path("/sys/class/infiniband")
+DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,8 @@ class ServerSettings:
     """All settings of a server.
 
     Attributes:
-        model_path: a folder, a GGUF file, or the name of packaged weights.
+        model_path: a folder, a GGUF file, the name of packaged weights, or of a model in a hub's
+            cache.
         cache: settings of the cache; ``enable_hierarchical_cache`` has SGLang's default.
         engine: settings of the engine.
         keys: that callers must send.
@@ -70,9 +72,12 @@ class ServerSettings:
         served_model_name: what clients see; empty for the model's own.
         enable_metrics: whether ``/metrics`` answers.
         enable_cache_report: whether usage says what was cached.
+        log_requests: whether each request is a line in the log when it ends.
         shutdown_timeout_s: seconds for running requests at the end, and again for backups.
         disaggregation: settings of prefill and decode on different servers.
         max_client_priority: maximum priority of clients without the admin key.
+        dtype: of weights and KV: ``auto``, or a name of ``DTYPES``.
+        chat_template: file with a Jinja template; empty for the model's own.
         without_effect: flags that were given and have no effect on this server.
     """
 
@@ -87,9 +92,12 @@ class ServerSettings:
     served_model_name: str = ""
     enable_metrics: bool = False
     enable_cache_report: bool = False
+    log_requests: bool = False
     shutdown_timeout_s: float = 20.0
     disaggregation: Disaggregation = field(default_factory=Disaggregation)
     max_client_priority: int = 0
+    dtype: str = "auto"
+    chat_template: str = ""
     without_effect: tuple[str, ...] = ()
 
 

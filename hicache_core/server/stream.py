@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 from hicache_core.server.answers import DONE, OpenAIForm, event, generated
 from hicache_core.server.bodies import StreamOptions
 from hicache_core.server.bridge import Bridge, FullAnswer, NamedRequest, Pending, growing
+from hicache_core.server.logprobs import TokenTexts
 from hicache_core.server.problems import Problem
 
 _HEADERS = [
@@ -40,9 +41,10 @@ class Pieces(Protocol):
 class GeneratePieces:
     """SGLang's form: each piece has the text from the start."""
 
-    def __init__(self, *, single: bool) -> None:
-        """Of a batch, each piece says which answer it belongs to."""
+    def __init__(self, *, single: bool, texts: TokenTexts | None = None) -> None:
+        """Of a batch, each piece says which answer it belongs to; ``texts`` as of ``generated``."""
         self._single = single
+        self._texts = texts
 
     def start(self, index: int) -> Iterator[object]:  # noqa: ARG002 - a form of its own
         # docstring inherited
@@ -50,7 +52,7 @@ class GeneratePieces:
 
     def step(self, index: int, whole: FullAnswer) -> Iterator[object]:
         # docstring inherited
-        piece = generated(whole)
+        piece = generated(whole, self._texts)
         yield piece if self._single else {**piece, "index": index}
 
     def end(self, answers: Sequence[FullAnswer]) -> Iterator[object]:  # noqa: ARG002 - likewise
@@ -68,6 +70,8 @@ class OpenAIPieces:
         self._all_along = (
             self._usage and options is not None and bool(options.continuous_usage_stats)
         )
+        self._told: dict[int, tuple[int, int]] = {}  # tokens with log probabilities, and characters
+        self._begun: set[int] = set()
 
     def start(self, index: int) -> Iterator[object]:
         # docstring inherited
@@ -77,9 +81,23 @@ class OpenAIPieces:
     def step(self, index: int, whole: FullAnswer) -> Iterator[object]:
         # docstring inherited
         last = whole.last
-        if last.text or last.finish_reason is not None:
-            piece = self._form.piece(index, last.text, last.finish_reason)
+        text = last.text if index in self._begun else whole.asked.echo + last.text
+        self._begun.add(index)
+        if text or last.finish_reason is not None:
+            logprobs = self._logprobs(index, whole)
+            piece = self._form.piece(index, text, last.finish_reason, logprobs)
             yield {**piece, "usage": self._form.usage([whole])} if self._all_along else piece
+
+    def _logprobs(self, index: int, whole: FullAnswer) -> object:
+        """Those of the tokens since the last piece."""
+        texts = self._form.texts
+        if texts is None:
+            return None
+        n_told, offset = self._told.get(index, (0, 0))
+        found = (whole.prompt_logprobs + whole.logprobs)[n_told:]
+        n_chars = sum(len(texts.of(one.token)) for one in found)
+        self._told[index] = n_told + len(found), offset + n_chars
+        return self._form.logprobs(found, offset)
 
     def end(self, answers: Sequence[FullAnswer]) -> Iterator[object]:
         # docstring inherited

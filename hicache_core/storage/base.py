@@ -5,9 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from hicache_core.errors import BackendFull
 from hicache_core.storage.segments import join, nbytes_of, scatter
@@ -26,9 +27,20 @@ def namespace_of(key: str) -> str:
 
 
 class BackendConfig(BaseModel):
-    """Base class of a backend's own settings: frozen; an unknown key is an error."""
+    """Base class of a backend's own settings: frozen; an unknown key is an error.
+
+    In a ``Path``, a leading ``~`` is the user's home.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _at_home(cls, value: object) -> object:
+        try:
+            return value.expanduser() if isinstance(value, Path) else value
+        except RuntimeError as error:  # there is no such user
+            raise ValueError(f"{value}: {error}") from None
 
 
 class StorageBackend(ABC):
@@ -56,6 +68,8 @@ class StorageBackend(ABC):
     """Version of this contract that the class was written for."""
     in_process: ClassVar[bool] = False
     """Whether its objects are kept in this process, where no other finds them."""
+    pins_last: ClassVar[bool] = False
+    """Whether a pin (see ``Pins``) goes on when the backend that set it is closed."""
     Config: ClassVar[type[BackendConfig]] = BackendConfig
     """Model of this backend's settings."""
 
@@ -68,6 +82,34 @@ class StorageBackend(ABC):
         """
         self.config = config
         self.context = context
+
+    @classmethod
+    def for_reading(cls, config: BackendConfig, context: BackendContext) -> StorageBackend:
+        """Returns a backend on the same store that is only read, not opened yet.
+
+        Override it if another class reads the store without changing it in any way. Otherwise
+        ``context.read_only`` tells the instance.
+
+        Args:
+            config: as for the constructor.
+            context: as for the constructor, with ``read_only``.
+        """
+        return cls(config, context)
+
+    @classmethod
+    def taken_nbytes(cls, nbytes: int) -> int:
+        """Returns the bytes that the store takes for an object of ``nbytes``; for estimates."""
+        return nbytes
+
+    def check_reachable(self) -> None:  # noqa: B027 - likewise, see open()
+        """Checks that the store answers, without opening it. Called before ``open``, if at all.
+
+        A server calls it before it loads a model, on an instance that it then discards. It creates
+        nothing: a store that ``open`` would create may be absent. The default checks nothing.
+
+        Raises:
+            BackendError: as ``open`` would.
+        """
 
     def open(self) -> None:  # noqa: B027 - a backend with nothing to connect need not override it
         """Connects. A wrong address, wrong credentials or a missing directory fail here, quickly.
@@ -288,6 +330,32 @@ class ReportsUsage(Protocol):
 
     def usage(self) -> Mapping[str, int]:
         """Returns the bytes of stored objects by namespace (see ``namespace_of``)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class NamespaceTotals:
+    """What a store holds of one namespace.
+
+    Attributes:
+        objects: number of objects.
+        nbytes: their bytes.
+        oldest: when the oldest of them was written, in seconds since 1970; None if unknown.
+        newest: when the newest was; None if unknown.
+    """
+
+    objects: int
+    nbytes: int
+    oldest: float | None = None
+    newest: float | None = None
+
+
+@runtime_checkable
+class ReportsTotals(Protocol):
+    """A backend that counts its objects by namespace."""
+
+    def namespace_totals(self) -> Mapping[str, NamespaceTotals]:
+        """Returns what is stored, by namespace (see ``namespace_of``)."""
         ...
 
 

@@ -77,6 +77,16 @@ class Lanes:
             pool.shutdown()
 
 
+def n_leading_done(parts: Sequence[range], counts: Sequence[int]) -> int:
+    """Returns how many leading items are done, given how many of each part are."""
+    total = 0
+    for part, count in zip(parts, counts, strict=True):
+        total += count
+        if count < len(part):
+            break
+    return total
+
+
 class _Share(Generic[T]):
     """A part of the work, done by the first thread that takes it.
 

@@ -19,7 +19,7 @@ from hicache_core.storage.base import (
     StorageBackend,
     namespace_of,
 )
-from hicache_core.storage.sealed import HEADER_NBYTES, MAGIC, mismatch, parse_key
+from hicache_core.storage.sealed import HEADER_NBYTES, MAGIC, is_page_key, mismatch
 
 GOOD, VANISHED = "good", "vanished"
 UNKNOWN = "unknown"
@@ -67,7 +67,7 @@ class ScrubTotals:
 
     def add(self, checked: ScrubResult) -> None:
         """Adds one result. Keys that are not page keys count under an empty namespace."""
-        where = (namespace_of(checked.key) if _is_page_key(checked.key) else "", checked.kind)
+        where = (namespace_of(checked.key) if is_page_key(checked.key) else "", checked.kind)
         self.objects[where] += 1
         self.nbytes[where] += checked.nbytes
         self.n_removed += checked.removed
@@ -138,7 +138,7 @@ def classify(key: str, value: Buffer | None) -> str:
     if value is None:
         return VANISHED
     data = memoryview(value).cast("B")
-    if not _is_page_key(key) or data[: len(MAGIC)] != MAGIC:
+    if not is_page_key(key) or data[: len(MAGIC)] != MAGIC:
         return UNKNOWN
     if data.nbytes < HEADER_NBYTES:
         return "wrong_length"
@@ -196,11 +196,3 @@ def _read(
 
 def _nbytes(value: Buffer | None) -> int:
     return 0 if value is None else memoryview(value).nbytes
-
-
-def _is_page_key(key: str) -> bool:
-    try:
-        parse_key(key)
-    except ValueError:
-        return False
-    return True

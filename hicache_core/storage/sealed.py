@@ -51,6 +51,11 @@ def parse_key(key: str) -> tuple[bytes, bytes]:
     return name[:_NAMESPACE_NBYTES], name[_NAMESPACE_NBYTES:]
 
 
+def is_page_key(key: str) -> bool:
+    """Returns whether ``key`` is the key of a page: ``<16 hex digits>/<64 hex digits>``."""
+    return _KEY.fullmatch(key) is not None
+
+
 def _name_of(key: str) -> bytes:
     """Returns the key as it appears in the header: namespace digest and page hash, 40 bytes."""
     if _KEY.fullmatch(key) is None:

@@ -15,6 +15,7 @@ from hicache_core.storage.base import (
     Listable,
     Pins,
     RegistersMemory,
+    ReportsTotals,
     ReportsUsage,
     StorageBackend,
 )
@@ -35,6 +36,7 @@ PASSED_ON = frozenset(
         Diagnosable,
         Pins,
         ReportsUsage,
+        ReportsTotals,
         Flushable,
     ]
 )
@@ -64,6 +66,11 @@ class BackendWrapper(StorageBackend):
         """The name of ``inner``."""
         return self.inner.name
 
+    @property
+    def in_process(self) -> bool:  # type: ignore[override]  # likewise
+        """As that of ``inner``."""
+        return self.inner.in_process
+
     def capability(self, kind: type[C]) -> C | None:
         own = super().capability(kind)
         adapter = self.adapters.get(kind)
@@ -71,6 +78,9 @@ class BackendWrapper(StorageBackend):
             return own
         found = self.inner.capability(kind)
         return found if found is None or adapter is None else cast(C, adapter(self, found))
+
+    def check_reachable(self) -> None:
+        self.inner.check_reachable()
 
     def open(self) -> None:
         self.inner.open()

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from hicache_core.observe import http
-from hicache_core.observe.http import StatusPages
+from hicache_core.observe.http import StatusPages, StatusServer
 from hicache_core.observe.page.answers import Answer
+from hicache_core.observe.windows import Watch
 from tests.browser.chromium import PROGRAM, Chromium
 from tests.browser.scene import busy_world, url_of
 from tests.page_path.world import World, ids, make_world
-from tests.unit.observe.worlds import group, transfers
+from tests.unit.observe.worlds import full_snapshot, group, transfers
 
 pytestmark = pytest.mark.skipif(
     PROGRAM is None, reason="Debian's chromium is not installed (tools/debian-packages.sh)"
@@ -104,6 +105,23 @@ def test_a_busy_cache_is_seen_whole(browser: Chromium, busy: World, width: int, 
     assert browser.evaluate(UNNAMED) == 0, "everything that can be used has a name"
     assert browser.evaluate(CONTRAST) >= 4.5
     assert browser.errors == []
+
+
+def test_the_title_tells_which_model_is_served_and_where(browser: Chromium) -> None:
+    """The address alone leads to the page, too."""
+    pages = StatusPages(Watch(full_snapshot), engine=lambda: {"model": "SmolLM2", "running": 0})
+    server = StatusServer(pages, port=0)
+    server.open()
+    try:
+        browser.open(f"{server.url}/", width=360)
+        browser.wait_for(LIVE)
+        name = f"SmolLM2 at {server.url.removeprefix('http://')}"
+        assert browser.evaluate("document.title") == f"{name} – HiCache"
+        assert browser.evaluate("document.getElementById('server').innerText") == name
+        assert browser.evaluate(OVERFLOW) <= 0, "no scrolling sideways"
+    finally:
+        server.close()
+    browser.wait_for("document.title.endsWith('– HiCache: disconnected')")
 
 
 def test_the_figures_are_those_of_the_cache(browser: Chromium, busy: World) -> None:

@@ -166,6 +166,8 @@ def test_so_does_gemma_with_a_prompt_of_three_windows(tmp_path: Path) -> None:
     ("arguments", "error", "message"),
     [
         (["--backend", "rediss"], UnknownBackend, "no backend named 'rediss' is installed"),
+        (["rediss"], UnknownBackend, "no backend named 'rediss' is installed"),
+        (["file", "--config", '{"guard": {"retries": -1}}'], ConfigError, "guard.retries"),
         (["--backend-config", "{"], ConfigError, "JSON"),
         (["--backend-config", '{"pth": "/x"}'], ConfigError, "pth"),
         (["--backend", "memory", "--keep", "kept"], ConfigError, "--keep works only with"),

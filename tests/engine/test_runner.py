@@ -47,7 +47,7 @@ def logits_over(model: Any, pages: array[int], *, n_companions: int = 0) -> torc
     units = HeldUnits(windows)
     tokens = [1 + 7 * n % 60 for n in range(14)]
     runner.prefill(tokens[:9], 0, pages, units)
-    logits = [runner.prefill(tokens[9:], 9, pages, units)]
+    logits = [runner.prefill(tokens[9:], 9, pages, units)[-1]]
     for n in range(3):
         past = Past(5 + n, len(tokens) + n, pages, units)
         logits.append(runner.decode([past] * (1 + n_companions))[0])

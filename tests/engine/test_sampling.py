@@ -96,7 +96,7 @@ def test_ignore_eos_leaves_the_stop_tokens() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("max_new_tokens", 0),
+        ("max_new_tokens", -1),
         ("temperature", -0.1),
         ("temperature", float("nan")),
         ("top_p", 0.0),

@@ -275,6 +275,20 @@ def test_a_store_is_cleared_of_the_objects_of_all_ranks(tmp_path: Path) -> None:
             it.engine.call_all("clear_storage", timeout_s=PATIENCE_S)
 
 
+def test_a_prompt_is_warmed_on_all_ranks(tmp_path: Path) -> None:
+    with engine_of_ranks(2, tmp_path, cache=in_file(tmp_path / "store")) as it:
+        call = it.engine.call_all
+        asked(it.engine, PROMPT)
+        assert call("flush", PATIENCE_S, timeout_s=PATIENCE_S)
+        assert call("reset", timeout_s=PATIENCE_S)
+        warming = call("warm", "warm", PROMPT, [None] * 4, timeout_s=PATIENCE_S)
+        while not warming.done:
+            it.engine.call(lambda cache: None, PATIENCE_S)
+        assert warming.shortfall is None
+        assert call("finish_prefetch", "warm", timeout_s=PATIENCE_S) == 20
+        assert asked(it.engine, PROMPT).outputs[-1].cached == CachedTokens(host=20)
+
+
 def test_a_listener_of_one_rank_alone_is_refused(tmp_path: Path) -> None:
     with engine_of_ranks(2, tmp_path) as it:
         listener: Any = object()

@@ -48,7 +48,7 @@ def test_logits_are_those_of_the_model_in_chunks_and_beside_other_lengths(name: 
     runner = Runner(model, DevicePool(full_kv_spec_of(model, "x"), PAGE_SIZE, len(pages)))
     n_past = 0
     for n_tokens in CHUNKS:
-        logits = runner.prefill(LONG[n_past : n_past + n_tokens], n_past, pages)
+        (logits,) = runner.prefill(LONG[n_past : n_past + n_tokens], n_past, pages)
         n_past += n_tokens
         torch.testing.assert_close(logits, expected[n_past - 1], atol=1e-4, rtol=0.0)
     runner.prefill(LONG[n_past:], n_past, pages)  # its pages are decoded in

@@ -15,7 +15,7 @@ from hicache_core.engine.config import EngineConfig
 from hicache_core.engine.detokenize import TextStream
 from hicache_core.engine.model import LoadedModel
 from hicache_core.engine.page_table import PageTable
-from hicache_core.engine.request import Output, Request, SamplingParams
+from hicache_core.engine.request import Output, Request, SamplingParams, WantedLogprobs
 from hicache_core.engine.runner import Runner
 from hicache_core.engine.sampling import Sampler
 from hicache_core.engine.scheduler import Scheduler
@@ -134,6 +134,7 @@ class SteppedEngine:
         request_id: str | None = None,
         namespace: Namespace | None = None,
         priority: int = 0,
+        logprobs: WantedLogprobs | None = None,
     ) -> str:
         """Queues a request; its id."""
         self._n_arrived += 1
@@ -144,6 +145,7 @@ class SteppedEngine:
             sampling or greedy(),
             namespace or Namespace(),
             priority,
+            logprobs=logprobs,
         )
         self.outputs[request_id] = []
         params = request.sampling

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hicache_core.build.storage import backend_from
+from hicache_core.build.backends import backend_from
 from hicache_core.storage.base import Listable, StorageBackend, namespace_of
 from hicache_core.storage.manifest import manifest_key
 from hicache_core.storage.scrub import GOOD, classify

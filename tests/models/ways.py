@@ -118,9 +118,9 @@ class _TappedRunner:
         return getattr(self._runner, name)
 
     def prefill(self, tokens: Sequence[int], n_past: int, *args: Any, **kwargs: Any) -> Any:
-        logits = self._runner.prefill(tokens, n_past, *args, **kwargs)
-        self.logits[n_past + len(tokens)] = logits.clone()
-        return logits
+        rows = self._runner.prefill(tokens, n_past, *args, **kwargs)
+        self.logits[n_past + len(tokens)] = rows[-1].clone()
+        return rows
 
     def decode(self, batch: Sequence[Past], *args: Any, **kwargs: Any) -> torch.Tensor:
         logits = self._runner.decode(batch, *args, **kwargs)

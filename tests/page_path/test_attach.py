@@ -212,3 +212,21 @@ def test_a_cache_without_threads_closes(worlds: list[World]) -> None:
     world.request(ids(33))
     with no_threads("hicache-aside"):
         world.cache.close(1.0)
+
+
+def test_a_store_that_is_only_read_serves_and_gets_nothing(worlds: list[World]) -> None:
+    store = shared()
+    opened(worlds, storage=store).request(ids(17))
+    assert worlds[0].cache.flush(10.0)
+    world = opened(worlds, storage={**store, "read_only": True})
+    assert world.request(ids(17)).storage == 16
+    world.request(ids(33))
+    assert world.cache.flush(10.0)
+    world.flush_device()
+    assert world.request(ids(33)).host == 32, "what was not stored is still cached"
+    snapshot = world.cache.snapshot()
+    assert snapshot.counters["stored_pages"] == 0
+    assert [backend.read_only for backend in snapshot.backends] == [True]
+    with pytest.raises(ConfigError, match="cannot be cleared"):
+        world.cache.clear_storage()
+    assert opened(worlds, storage=store).request(ids(33)).storage == 16

@@ -20,6 +20,7 @@ from hicache_core.errors import QueueFull, UseAfterClose
 from hicache_core.kv.keys import pack_tokens
 from hicache_core.kv.spec import KVSpec
 from hicache_core.pools.device import DevicePool
+from hicache_core.types import Namespace
 
 SPEC = KVSpec.mha(num_layers=1, num_heads=1, head_dim=2, dtype="float32", fingerprint="echo")
 CONTEXT = 512
@@ -82,6 +83,9 @@ class EchoEngine:
             raise error
         return value
 
+    def namespace(self, namespace: Namespace) -> Namespace:
+        return namespace
+
     def status(self) -> EngineStatus:
         return EngineStatus(
             waiting=self._waiting,
@@ -127,6 +131,10 @@ class EchoEngine:
         arrived = time.monotonic()
         cached = self._cached(request)
         n_new = min(request.sampling.max_new_tokens, CONTEXT - len(request.tokens))
+        if not n_new:
+            times = Times(arrived, arrived, 0.0, time.monotonic())
+            name, n_prompt = request.request_id, len(request.tokens)
+            on_output(Output(name, (), "", "length", "", n_prompt, 0, cached, times))
         for n, token in enumerate(itertools.islice(itertools.cycle(request.tokens), n_new), 1):
             reason = "length" if n == n_new else None
             if request.request_id in self.aborted:

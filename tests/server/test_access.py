@@ -22,15 +22,19 @@ IDS = list(range(3, 15))
 ADMIN_CALLS = [
     ("GET", "/flush_cache"),
     ("POST", "/flush_cache"),
+    ("POST", "/reset_prefix_cache"),
     ("GET", "/hicache/storage-backend"),
     ("PUT", "/hicache/storage-backend"),
     ("DELETE", "/hicache/storage-backend"),
     ("POST", "/hicache/storage-backend/clear"),
+    ("POST", "/hicache/warm"),
 ]
 CALLS = [
     ("POST", "/generate"),
     ("POST", "/v1/completions"),
     ("POST", "/v1/chat/completions"),
+    ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
     ("GET", "/v1/models"),
     ("GET", "/get_server_info"),
     ("GET", "/get_model_info"),

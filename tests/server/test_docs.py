@@ -11,7 +11,7 @@ from hicache_core.cli.serve import command
 from hicache_core.config.settings import HiCacheConfig
 from hicache_core.engine.config import EngineStatus
 from hicache_core.observe.catalogue import SERIES
-from hicache_core.server import routes_admin, routes_generate, routes_info
+from hicache_core.server import routes_admin, routes_generate, routes_info, routes_tokens
 from hicache_core.server.prompts import Limits
 from hicache_core.server.request_metrics import RequestMetrics, ServerCollector
 from hicache_core.server.service import ServedModel, Service
@@ -39,7 +39,7 @@ def test_every_call_is_named() -> None:
     service = Service(ServerSettings("x", HiCacheConfig()), served, NoEngine())  # type: ignore[arg-type]
     paths = {
         route.path.partition("{")[0].rstrip("/")
-        for module in (routes_generate, routes_info, routes_admin)
+        for module in (routes_generate, routes_tokens, routes_info, routes_admin)
         for route in module.make_router(service).routes
     }
     service.prompts.close()
@@ -53,7 +53,7 @@ def test_every_series_of_the_server_is_named_and_no_series_of_the_cache() -> Non
     registry.register(ServerCollector(RequestMetrics(), lambda: STATUS, ""))
     lines = generate_latest(registry).decode().splitlines()
     names = {line.split()[2] for line in lines if line.startswith("# TYPE")}
-    assert len(names) == 9
+    assert len(names) == 14
     assert [name for name in names if f"`{name}`" not in PAGE] == []
     of_the_cache = {series.name for section in SERIES.values() for series in section}
     assert names.isdisjoint(of_the_cache)

@@ -10,7 +10,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hicache_core.server.bodies import ChatBody, CompletionBody, GenerateBody, SamplingBody
+from hicache_core.server.bodies import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    GenerateBody,
+    SamplingBody,
+    TokenizeBody,
+)
 from tests.server.world import server
 
 VALUES = st.recursive(
@@ -37,6 +44,7 @@ GOOD = {
     "text": st.text(max_size=20),
     "prompt": st.text(max_size=20) | st.lists(st.text(max_size=5), max_size=3),
     "messages": MESSAGES,
+    "tokens": st.lists(st.integers(-1, 60), max_size=6),
     "max_tokens": st.integers(-1, 8),
     "max_completion_tokens": st.integers(-1, 8),
     "stream": st.booleans(),
@@ -59,6 +67,8 @@ CALLS = st.one_of(
     st.tuples(st.just("/generate"), bodies(GenerateBody)),
     st.tuples(st.just("/v1/completions"), bodies(CompletionBody)),
     st.tuples(st.just("/v1/chat/completions"), bodies(ChatBody)),
+    st.tuples(st.just("/tokenize"), bodies(TokenizeBody)),
+    st.tuples(st.just("/detokenize"), bodies(DetokenizeBody)),
 )
 
 

@@ -92,7 +92,7 @@ def test_refusals_are_the_clients_own_errors(server: ServerProcess, client: open
     with pytest.raises(openai.BadRequestError, match="context"):
         client.completions.create(model="small", prompt="a " * 9000)
     with pytest.raises(openai.BadRequestError, match="not supported"):
-        client.completions.create(model="small", prompt="a", logprobs=3)
+        client.completions.create(model="small", prompt="a", suffix="b")
     wrong = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
     with wrong, pytest.raises(openai.AuthenticationError):
         wrong.models.list()

@@ -7,9 +7,23 @@ from typing import Any
 
 import pytest
 
-from hicache_core.server import routes_admin, routes_generate, routes_info
+from hicache_core.server import (
+    routes_admin,
+    routes_generate,
+    routes_info,
+    routes_tokens,
+    routes_warm,
+)
 from hicache_core.server.access import Keys
-from hicache_core.server.bodies import AttachBody, ChatBody, CompletionBody, GenerateBody
+from hicache_core.server.bodies import (
+    AttachBody,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    GenerateBody,
+    TokenizeBody,
+)
+from hicache_core.server.routes_warm import WarmBody
 from tests.server.world import server
 
 pytestmark = pytest.mark.anyio
@@ -18,7 +32,10 @@ BODIES = {
     ("/generate", "post"): GenerateBody,
     ("/v1/completions", "post"): CompletionBody,
     ("/v1/chat/completions", "post"): ChatBody,
+    ("/tokenize", "post"): TokenizeBody,
+    ("/detokenize", "post"): DetokenizeBody,
     ("/hicache/storage-backend", "put"): AttachBody,
+    ("/hicache/warm", "post"): WarmBody,
 }
 
 
@@ -41,7 +58,13 @@ async def test_every_call_has_a_sentence() -> None:
     async with server() as s:
         paths = {
             route.path.replace(":path", "")
-            for module in (routes_generate, routes_info, routes_admin)
+            for module in (
+                routes_generate,
+                routes_tokens,
+                routes_info,
+                routes_admin,
+                routes_warm,
+            )
             for route in module.make_router(s.service).routes
         }
     assert set(description["paths"]) == paths - {"/docs"}

@@ -48,7 +48,7 @@ class PageData:
             ``total_s`` beside the fields of an ``Explanation``.
         tree: returns a picture made on the cache's owner thread; None before its first step.
         engine: returns the state of the engine: ``running`` and ``waiting`` requests,
-            ``tokens_per_s``.
+            ``tokens_per_s``; with ``model`` the title of the page names what is served.
     """
 
     watch: Watch
@@ -77,7 +77,7 @@ def page_answer(data: PageData, path: str, query: str = "") -> Answer | None:
         query: the query of the URL, without the question mark.
     """
     if path == PREFIX:
-        return Answer(HTTPStatus.TEMPORARY_REDIRECT, "text/plain", b"", location="hicache/")
+        return redirect("hicache/")
     if not path.startswith(f"{PREFIX}/"):
         return None
     if path.startswith(EXPLAIN) and data.explain is not None:
@@ -118,6 +118,11 @@ def as_json(value: Record, status: HTTPStatus = HTTPStatus.OK) -> Answer:
     """``value`` as JSON, with whatever looks like a secret masked."""
     text = json.dumps(masked(value), default=str)
     return Answer(status, "application/json", text.encode())
+
+
+def redirect(location: str) -> Answer:
+    """An answer that sends a browser to ``location``, relative to where it asked."""
+    return Answer(HTTPStatus.TEMPORARY_REDIRECT, "text/plain", b"", location=location)
 
 
 def not_found(reason: str) -> Answer:

@@ -57,6 +57,7 @@ class ChainBackend(StorageBackend):
       every link that can answer has it; at least one must answer.
     - **Writes, behind.** The first link that can answer is written. The links below it get copies
       later; ``flush`` waits for them.
+    - **Links that are only read** are neither written, nor promoted to, nor removed from.
     - **Failed links.** A link that raises an ``OSError`` (every ``BackendError`` is one) is skipped
       for the rest of that call. If no link can answer, the error is raised. A link that hangs
       blocks only the current call: its breaker opens, and the next call skips it. Pages of a call
@@ -96,6 +97,7 @@ class ChainBackend(StorageBackend):
         if not links or len(set(names)) < len(names):
             raise ConfigError(f"a chain needs links, all with different names; found {names}")
         self.links = tuple(links)
+        self._written = tuple(link for link in links if not link.read_only)
         self.chain_config = config
         self._make_worker = make_worker
         self._clock = clock
@@ -109,12 +111,13 @@ class ChainBackend(StorageBackend):
             undo.pop_all()
         if self._copiers:  # a second call: keep the copiers that run
             return
-        config, last = self.chain_config, len(self.links) - 1
-        for n, link in enumerate(self.links):
-            copiers = self._copiers[link.name] = _Copiers()
-            if config.write == "behind" and n > 0:
+        config = self.chain_config
+        self._copiers = {link.name: _Copiers() for link in self.links}
+        for link in self._written:
+            copiers = self._copiers[link.name]
+            if config.write == "behind" and link is not self._written[0]:
                 copiers.behind = self._copier(link, config.max_behind_nbytes)
-            if config.promote and n < last:
+            if config.promote and link is not self.links[-1]:
                 copiers.promote = self._copier(link, config.max_promote_nbytes)
 
     def close(self) -> None:
@@ -152,9 +155,10 @@ class ChainBackend(StorageBackend):
                 full.append(exc)
 
         call = _Call("set")
-        for link in self.links:
+        for link in self._written:
             call.ask(link, set_to)
-        call.raise_if_nobody_answered(self.links)
+        call.raise_if_nobody_answered(self._written)
+        self._check_written(f"{key} is not stored")
         if full:
             raise full[0]
 
@@ -169,9 +173,10 @@ class ChainBackend(StorageBackend):
                 unable.append(exc)
 
         call = _Call("delete")
-        for link in self.links:
+        for link in self._written:
             call.ask(link, delete_from)
         call.raise_if_any_failed()
+        self._check_written("nothing is removed")
         if unable:
             raise unable[0]
 
@@ -200,15 +205,15 @@ class ChainBackend(StorageBackend):
             return link.backend.batch_set(keys, pages)
 
         behind = self.chain_config.write == "behind"
-        call, n_stored = _Call("set"), len(keys)
-        for n, link in enumerate(self.links):
+        call, n_stored = _Call("set"), len(keys) if self._written else 0
+        for n, link in enumerate(self._written):
             n_here = call.ask(link, store)
             if n_here is not None:
                 n_stored = min(n_stored, n_here)
                 if behind:
-                    self._write_behind(self.links[n + 1 :], keys, pages)
+                    self._write_behind(self._written[n + 1 :], keys, pages)
                     break
-        call.raise_if_nobody_answered(self.links)
+        call.raise_if_nobody_answered(self._written)
         return n_stored
 
     def exists_each(self, keys: Sequence[str]) -> Sequence[bool]:
@@ -233,15 +238,15 @@ class ChainBackend(StorageBackend):
             return link.backend.set_each(keys, pages)
 
         behind = self.chain_config.write == "behind"
-        call, stored = _Call("set"), [True] * len(keys)
-        for n, link in enumerate(self.links):
+        call, stored = _Call("set"), [bool(self._written)] * len(keys)
+        for n, link in enumerate(self._written):
             here = call.ask(link, store)
             if here is not None:
                 stored = [so_far and now for so_far, now in zip(stored, here, strict=True)]
                 if behind:
-                    self._write_behind(self.links[n + 1 :], keys, pages)
+                    self._write_behind(self._written[n + 1 :], keys, pages)
                     break
-        call.raise_if_nobody_answered(self.links)
+        call.raise_if_nobody_answered(self._written)
         return stored
 
     def bounds_calls(self) -> bool:
@@ -290,6 +295,10 @@ class ChainBackend(StorageBackend):
                     counts[f"{name}_{what}_dropped_pages"] = n_dropped
                     counts[f"{name}_{what}_nbytes_in_flight"] = copier.nbytes_in_flight
         return counts
+
+    def _check_written(self, what: str) -> None:
+        if not self._written:
+            raise BackendDenied(f"chain: all links are read-only; {what}")
 
     def _copier(self, link: Link, max_nbytes: int) -> Copier:
         worker = self._make_worker(link.backend, max_nbytes)

@@ -31,10 +31,12 @@ class Link:
     Attributes:
         name: its name in messages and statistics; unique in the chain.
         backend: guarded and sealed.
+        read_only: whether nothing is written to it, removed from it or promoted into it.
     """
 
     name: str
     backend: StorageBackend
+    read_only: bool = False
 
 
 class Chain(Protocol):

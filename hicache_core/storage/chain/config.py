@@ -12,7 +12,19 @@ from hicache_core.storage.guard.config import GuardConfig
 from hicache_core.storage.settings import Nbytes, Seconds
 
 
-class LinkConfig(BackendConfig):
+class StoreConfig(BackendConfig):
+    """Settings that every backend has beside its own, alone or as a link of a chain."""
+
+    guard: GuardConfig = Field(
+        default_factory=GuardConfig, description="settings of the guard in front of this backend"
+    )
+    read_only: bool = Field(
+        default=False,
+        description="only read: nothing is stored or removed, and opening changes nothing",
+    )
+
+
+class LinkConfig(StoreConfig):
     """Settings of one link."""
 
     backend: str = Field(
@@ -24,9 +36,6 @@ class LinkConfig(BackendConfig):
     )
     config: dict[str, object] = Field(
         default_factory=dict, repr=False, description="the backend's own settings"
-    )
-    guard: GuardConfig = Field(
-        default_factory=GuardConfig, description="settings of the guard in front of this backend"
     )
 
     @property

@@ -10,23 +10,31 @@ from __future__ import annotations
 import errno
 import itertools
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import ClassVar, NamedTuple
 
-from hicache_core.errors import BackendError, BackendFull
+from hicache_core.errors import BackendDenied, BackendError, BackendFull, BackendUnavailable
 from hicache_core.storage.answers import yes_at
-from hicache_core.storage.base import BackendConfig, Buffer, Finding, StorageBackend
+from hicache_core.storage.base import (
+    BackendConfig,
+    Buffer,
+    Finding,
+    NamespaceTotals,
+    StorageBackend,
+)
 from hicache_core.storage.calls import Calls
 from hicache_core.storage.file.config import FileConfig
 from hicache_core.storage.file.directory import os_errors
 from hicache_core.storage.file.extents import Wanted
 from hicache_core.storage.file.filesystem import is_local
 from hicache_core.storage.file.index import Row
-from hicache_core.storage.file.records import MAX_KEY_NBYTES, Extent
+from hicache_core.storage.file.reader import FileReader
+from hicache_core.storage.file.records import MAX_KEY_NBYTES, Extent, capacity_for
 from hicache_core.storage.file.store import FileStore
-from hicache_core.storage.lanes import Lanes
+from hicache_core.storage.lanes import Lanes, n_leading_done
 from hicache_core.storage.segments import nbytes_of
 from hicache_core.types import BackendContext, Page
 
@@ -41,6 +49,7 @@ class FileBackend(StorageBackend):
     """Objects in files of one directory, up to a byte limit, shared by the processes of a host."""
 
     name: ClassVar[str] = "file"
+    pins_last: ClassVar[bool] = True
     Config: ClassVar[type[BackendConfig]] = FileConfig
 
     def __init__(
@@ -63,6 +72,25 @@ class FileBackend(StorageBackend):
         self._counts = dict.fromkeys(
             ("reads", "misses", "writes", "dropped_writes", "raced_reads", "damaged_records"), 0
         )
+
+    @classmethod
+    def for_reading(cls, config: BackendConfig, context: BackendContext) -> StorageBackend:
+        """Returns a ``FileReader``, which takes no lock and needs no right to write."""
+        assert isinstance(config, FileConfig)
+        return FileReader(config, context)
+
+    @classmethod
+    def taken_nbytes(cls, nbytes: int) -> int:
+        """Returns the length of the extent: whole blocks of 4 KiB, with the record's header."""
+        return capacity_for(nbytes)
+
+    def check_reachable(self) -> None:
+        path = self._settings.path
+        existing = path if path.exists() else path.parent
+        if not existing.is_dir():
+            raise BackendUnavailable(f"{existing} is not a directory; create it, or correct path")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise BackendDenied(f"{existing} is not writable for this user; change that, or path")
 
     def open(self) -> None:
         if self._calls.open():
@@ -134,7 +162,7 @@ class FileBackend(StorageBackend):
                 return len(part)
 
             with os_errors(self._settings.path):
-                n_read = _leading(parts, self._lanes.run(read, parts))
+                n_read = n_leading_done(parts, self._lanes.run(read, parts))
             n_valid = store.index.unchanged(version, keys[:n_read], rows[:n_read])
             store.space.used([row.extent for row in rows[:n_valid]])
             if n_valid == n_read and n_read in damaged:
@@ -218,6 +246,11 @@ class FileBackend(StorageBackend):
         """Returns bytes of objects by namespace; expired ones count until they are freed."""
         with self._calls.call() as store:
             return store.index.usage()
+
+    def namespace_totals(self) -> Mapping[str, NamespaceTotals]:
+        """Returns what is stored by namespace; expired objects count until they are freed."""
+        with self._calls.call() as store:
+            return store.index.namespace_totals()
 
     def stats(self) -> Mapping[str, float]:
         """Returns counts since ``open``, and the use of the disk now.
@@ -389,16 +422,6 @@ class _Write(NamedTuple):
     want: Wanted
     page: Page
     extent: Extent
-
-
-def _leading(parts: Sequence[range], counts: Sequence[int]) -> int:
-    """Returns how many leading items are done, given how many of each part are."""
-    total = 0
-    for part, count in zip(parts, counts, strict=True):
-        total += count
-        if count < len(part):
-            break
-    return total
 
 
 def _checked(key: str) -> str:

@@ -16,12 +16,12 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple, TypeAlias
 
 from hicache_core.errors import BackendCorrupt, BackendError, BackendUnavailable, IntegrityError
-from hicache_core.storage.base import namespace_of
+from hicache_core.storage.base import NamespaceTotals, namespace_of
 from hicache_core.storage.file.index_faults import FAULTS
 from hicache_core.storage.file.late_check import LateCheck
 from hicache_core.storage.file.records import BLOCK_NBYTES, OVERHEAD_NBYTES, Extent
@@ -65,7 +65,8 @@ CREATE INDEX by_seq ON extents (seq);
 CHECKED_AT_ONCE_NBYTES = 16 << 20
 """Of a larger index the rows are checked against each other after it was opened."""
 
-_STORED = "key, extent_id, segment, offset, capacity, generation, nbytes, written_at"
+STORED = "key, extent_id, segment, offset, capacity, generation, nbytes, written_at"
+"""The columns of a published object."""
 _Stored: TypeAlias = tuple[str, int, int, int, int, int, int, float]
 """A published object, as SQLite returns it. The garbage collector does not follow plain tuples of
 numbers and texts, so a million of them costs it nothing."""
@@ -84,11 +85,35 @@ class Row(NamedTuple):
     written_at: float
 
 
-def _row(stored: _Stored | None) -> Row | None:
+def index_database(path: Path) -> Database:
+    """Returns the index as a database file."""
+    return Database(
+        *(path, "index", APPLICATION_ID, FORMAT_VERSION, _SCHEMA, FAULTS),
+        version_again="SELECT value FROM counters WHERE name = 'format'",
+    )
+
+
+def row_of(stored: _Stored | None) -> Row | None:
+    """Returns what SQLite returned for the columns ``STORED`` as a row; None for None."""
     if stored is None:
         return None
     _, extent_id, segment, offset, capacity, generation, nbytes, written_at = stored
     return Row(Extent(extent_id, segment, offset, capacity, generation), nbytes, written_at)
+
+
+def totals_of(objects: Iterable[tuple[str, int, float]]) -> dict[str, NamespaceTotals]:
+    """Returns number, bytes and age by namespace of objects: key, bytes, time of writing."""
+    found: dict[str, tuple[int, int, float, float]] = {}
+    for key, nbytes, at in objects:
+        namespace = namespace_of(key)
+        n, sum_nbytes, oldest, newest = found.get(namespace, (0, 0, at, at))
+        found[namespace] = (
+            n + 1,
+            sum_nbytes + nbytes,
+            at if at < oldest else oldest,
+            at if at > newest else newest,
+        )
+    return {name: NamespaceTotals(*totals) for name, totals in found.items()}
 
 
 class FileIndex:
@@ -107,10 +132,7 @@ class FileIndex:
             durable: every transaction reaches the disk before it ends.
         """
         self.path = path
-        self._database = Database(
-            *(path, "index", APPLICATION_ID, FORMAT_VERSION, _SCHEMA, FAULTS),
-            version_again="SELECT value FROM counters WHERE name = 'format'",
-        )
+        self._database = index_database(path)
         self._identity: tuple[int, int] | None = None
         self._is_damaged = False
         self._timeout_s = timeout_s
@@ -254,7 +276,7 @@ class FileIndex:
         """Returns a version for ``unchanged``, and the rows of ``keys``; None for absent ones."""
         with self._read_lock:
             self._follow()
-            return self._version, list(map(_row, map(self._rows.get, keys)))
+            return self._version, list(map(row_of, map(self._rows.get, keys)))
 
     def leading(self, keys: Sequence[str], older_than: float) -> int:
         """Returns how many leading keys are present and were written after ``older_than``."""
@@ -290,7 +312,7 @@ class FileIndex:
             if self._version == version:
                 return len(rows)
             for n, (key, row) in enumerate(zip(keys, rows, strict=True)):
-                if _row(self._rows.get(key)) != row:
+                if row_of(self._rows.get(key)) != row:
                     return n
         return len(rows)
 
@@ -308,7 +330,7 @@ class FileIndex:
             self._follow()
             if self._version == version:
                 return [True] * len(rows)
-            return [_row(self._rows.get(key)) == row for key, row in zip(keys, rows, strict=True)]
+            return [row_of(self._rows.get(key)) == row for key, row in zip(keys, rows, strict=True)]
 
     def keys(self, prefix: str, older_than: float) -> list[str]:
         """Returns the keys that start with ``prefix`` and were written after ``older_than``."""
@@ -334,6 +356,13 @@ class FileIndex:
         with self._read_lock:
             self._follow()
             return {name: nbytes for name, nbytes in self._usage.items() if nbytes}
+
+    def namespace_totals(self) -> dict[str, NamespaceTotals]:
+        """Returns number, bytes and age of the objects by namespace."""
+        with self._read_lock:
+            self._follow()
+            rows = list(self._rows.values())
+        return totals_of((row[0], row[_NBYTES], row[_WRITTEN_AT]) for row in rows)
 
     def check_integrity(self) -> None:
         """Checks the rows against each other, the segments, the counters and this process's copy.
@@ -414,7 +443,7 @@ class FileIndex:
     def _loaded(self, connection: sqlite3.Connection) -> int:
         """Reads all rows into an empty copy, in order of the table; as ``_taken_over``."""
         (last,) = connection.execute("SELECT coalesce(max(seq), -1) FROM extents").fetchone()
-        query = f"SELECT {_STORED} FROM extents NOT INDEXED WHERE key IS NOT NULL"
+        query = f"SELECT {STORED} FROM extents NOT INDEXED WHERE key IS NOT NULL"
         rows, keys, usage = self._rows, self._keys, self._usage
         for stored in connection.execute(query):
             key, extent_id, _, offset, capacity, _, nbytes, written_at = stored
@@ -427,7 +456,7 @@ class FileIndex:
         return int(last)
 
     def _taken_over(self, connection: sqlite3.Connection, last: int) -> int:
-        query = f"SELECT seq, {_STORED} FROM extents WHERE seq > ? ORDER BY seq"
+        query = f"SELECT seq, {STORED} FROM extents WHERE seq > ? ORDER BY seq"
         for seq, *changed in connection.execute(query, (last,)):
             last = seq
             key, extent_id = changed[0], changed[_EXTENT_ID]

@@ -109,8 +109,8 @@ class _SegmentFile:
     A thread that reads holds a reference, so its descriptor is not closed and reused meanwhile.
     """
 
-    def __init__(self, path: Path, flags: int = 0) -> None:
-        self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o644)
+    def __init__(self, path: Path, flags: int = os.O_RDWR) -> None:
+        self.fd = os.open(path, flags | os.O_CLOEXEC, 0o644)
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):
@@ -123,9 +123,17 @@ class RecordStore:
     Threads: every method may be called from any thread. Errors of the system are ``OSError``.
     """
 
-    def __init__(self, directory: Path, *, durable: bool = False) -> None:
+    def __init__(self, directory: Path, *, durable: bool = False, read_only: bool = False) -> None:
+        """Opens nothing yet.
+
+        Args:
+            directory: of the segment files.
+            durable: new files reach the disk before they are used.
+            read_only: nothing is written, and no right to do so is needed.
+        """
         self._directory = directory
         self._durable = durable
+        self._flags = os.O_RDONLY if read_only else os.O_RDWR
         self._files: dict[int, _SegmentFile] = {}
 
     def write(self, key: str, page: Page, extent: Extent, written_at: float) -> None:
@@ -193,7 +201,7 @@ class RecordStore:
         Raises:
             FileExistsError: a file with that name exists, perhaps a foreign one; it is left alone.
         """
-        file = _SegmentFile(self._path(segment), os.O_CREAT | os.O_EXCL)
+        file = _SegmentFile(self._path(segment), os.O_RDWR | os.O_CREAT | os.O_EXCL)
         os.pwrite(file.fd, _SEGMENT_MAGIC.ljust(BLOCK_NBYTES, b"\0"), 0)
         self._files[segment] = file
         if self._durable:
@@ -304,7 +312,8 @@ class RecordStore:
     def _file(self, segment: int) -> _SegmentFile:
         file = self._files.get(segment)
         if file is None:  # two threads may both open it; one of the two files is closed again
-            file = self._files.setdefault(segment, _SegmentFile(self._path(segment)))
+            file = _SegmentFile(self._path(segment), self._flags)
+            file = self._files.setdefault(segment, file)
         return file
 
     @staticmethod

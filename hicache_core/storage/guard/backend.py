@@ -187,6 +187,7 @@ class GuardedBackend(BackendWrapper):
     def batch_get(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
         page_nbytes = nbytes_of(pages[0]) if pages else 0
         nbytes = page_nbytes * len(pages)
+        start_s = self._clock()
         try:
             n = self._guarded("get", nbytes, self.inner.batch_get, keys, pages)
         except Exception as exc:  # only inspected; raised again
@@ -196,15 +197,16 @@ class GuardedBackend(BackendWrapper):
         self._failed.forget(itertools.islice(keys, max(0, n)))
         if 0 <= n < len(keys):
             self._failed.remember(keys[n : n + 1])
-        self._calls.moved("get", page_nbytes * n)
+        self._calls.moved_batch("get", n, page_nbytes * n, self._clock() - start_s)
         return n
 
     def batch_set(self, keys: Sequence[str], pages: Sequence[Page]) -> int:
         page_nbytes = nbytes_of(pages[0]) if pages else 0
         nbytes = page_nbytes * len(pages)
+        start_s = self._clock()
         n = self._guarded("set", nbytes, self.inner.batch_set, keys, pages)
         self._failed.forget(itertools.islice(keys, max(0, n)))
-        self._calls.moved("set", page_nbytes * n)
+        self._calls.moved_batch("set", n, page_nbytes * n, self._clock() - start_s)
         return n
 
     def exists_each(self, keys: Sequence[str]) -> Sequence[bool]:
@@ -220,6 +222,7 @@ class GuardedBackend(BackendWrapper):
 
     def get_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
         page_nbytes = nbytes_of(pages[0]) if pages else 0
+        start_s = self._clock()
         try:
             mask = self._guarded("get", page_nbytes * len(pages), self.inner.get_each, keys, pages)
         except Exception as exc:  # only inspected; raised again
@@ -228,15 +231,18 @@ class GuardedBackend(BackendWrapper):
             raise
         self._failed.remember(itertools.compress(keys, map(operator.not_, mask)))
         self._failed.forget(itertools.compress(keys, mask))
-        self._calls.moved("get", page_nbytes * sum(mask))
+        n = sum(mask)
+        self._calls.moved_batch("get", n, page_nbytes * n, self._clock() - start_s)
         return mask
 
     def set_each(self, keys: Sequence[str], pages: Sequence[Page]) -> Sequence[bool]:
         page_nbytes = nbytes_of(pages[0]) if pages else 0
         nbytes = page_nbytes * len(pages)
+        start_s = self._clock()
         mask = self._guarded("set", nbytes, self.inner.set_each, keys, pages)
         self._failed.forget(itertools.compress(keys, mask))
-        self._calls.moved("set", page_nbytes * sum(mask))
+        n = sum(mask)
+        self._calls.moved_batch("set", n, page_nbytes * n, self._clock() - start_s)
         return mask
 
     def call_unjudged(

@@ -18,6 +18,12 @@ LATENCY_BOUNDS_S = (
 NBYTES_BOUNDS = tuple(4**n for n in range(6, 16))
 """Upper bounds of the byte buckets, 4 KiB to 1 GiB; one more bucket holds larger values."""
 
+PAGES_BOUNDS = (1.0, 5.0, 10.0, 50.0, 100.0)
+"""Upper bounds of the buckets of pages; one more bucket holds larger batches."""
+
+GIB_PER_S_BOUNDS = (0.1, 0.5, 1.0, 5.0, 10.0, 50.0, 100.0)
+"""Upper bounds of the buckets of bandwidth in GiB per second."""
+
 OPERATIONS = ("exists", "get", "set", "delete")
 """Operations that are listed from the start; others appear with their first call."""
 
@@ -29,20 +35,34 @@ class OperationStatus:
     Attributes:
         latency_s: seconds of each call that returned, including failures and retries.
         nbytes: bytes that each successful call moved.
+        pages: pages of each batch of which at least one was moved.
+        gib_per_s: GiB per second that each of these batches moved, retries included.
     """
 
     latency_s: Histogram
     nbytes: Histogram
+    pages: Histogram
+    gib_per_s: Histogram
 
 
 class _Operation:
     """The calls of one operation so far."""
 
-    __slots__ = ("latency_s", "nbytes")
+    __slots__ = ("gib_per_s", "latency_s", "nbytes", "pages")
 
     def __init__(self) -> None:
         self.latency_s = Distribution(LATENCY_BOUNDS_S)
         self.nbytes = Distribution(NBYTES_BOUNDS)
+        self.pages = Distribution(PAGES_BOUNDS)
+        self.gib_per_s = Distribution(GIB_PER_S_BOUNDS)
+
+    def status(self) -> OperationStatus:
+        return OperationStatus(
+            self.latency_s.histogram(),
+            self.nbytes.histogram(),
+            self.pages.histogram(),
+            self.gib_per_s.histogram(),
+        )
 
 
 class CallRecorder:
@@ -63,6 +83,22 @@ class CallRecorder:
         with self._lock:
             self._operations[operation].nbytes.add(nbytes)
 
+    def moved_batch(self, operation: str, n_pages: int, nbytes: int, elapsed_s: float) -> None:
+        """Records a successful call for a batch.
+
+        Args:
+            operation: its name.
+            n_pages: pages that were moved.
+            nbytes: bytes of these.
+            elapsed_s: how long it took, retries included.
+        """
+        with self._lock:
+            calls = self._operations[operation]
+            calls.nbytes.add(nbytes)
+            if n_pages and elapsed_s > 0:
+                calls.pages.add(n_pages)
+                calls.gib_per_s.add(nbytes / 2**30 / elapsed_s)
+
     def failed(self, operation: str, kind: str) -> None:
         """Records that a call raised an exception of class ``kind``."""
         with self._lock:
@@ -71,10 +107,7 @@ class CallRecorder:
     def operations(self) -> Mapping[str, OperationStatus]:
         """Returns a snapshot of the histograms of every operation."""
         with self._lock:
-            return {
-                name: OperationStatus(calls.latency_s.histogram(), calls.nbytes.histogram())
-                for name, calls in self._operations.items()
-            }
+            return {name: calls.status() for name, calls in self._operations.items()}
 
     def errors(self) -> Mapping[tuple[str, str], int]:
         """Returns how often each operation raised each class of exception."""

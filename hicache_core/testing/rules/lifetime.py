@@ -25,8 +25,9 @@ _SPARE_DESCRIPTORS = 8  # a pool of connections may grow a little after the firs
 _SPARE_THREADS = 4
 
 
-@_opening.rule("The constructor and open() succeed, and close() after them.")
+@_opening.rule("The constructor, check_reachable() and open() succeed, and close() after them.")
 def opens(h: Harness) -> None:
+    h.target.recipe.make().check_reachable()
     backend = h.another()
     backend.close()
     h.forget(backend)

@@ -107,12 +107,16 @@ def dead_server(h: Harness) -> None:
 
 
 @rule(
-    "While the server is dead, open() soon raises BackendUnavailable or BackendTimeout.",
+    "While the server is dead, open() soon raises BackendUnavailable or BackendTimeout, and so "
+    "does check_reachable() if the backend has one.",
     requires=Feature.CONTROL,
 )
 def open_without_server(h: Harness) -> None:
+    recipe = h.target.recipe
     with _killed(h):
-        backend = h.target.recipe.make()
+        if recipe.backend_class.check_reachable is not StorageBackend.check_reachable:
+            _expect_lost(h, "check_reachable", recipe.make().check_reachable, "dead")
+        backend = recipe.make()
         try:
             _expect_lost(h, "open", backend.open, "dead")
         finally:

@@ -14,7 +14,7 @@ import click
 import pytest
 
 import hicache_core
-from hicache_core.cli.main import cli, main
+from hicache_core.cli.main import cli, main, module_of
 from hicache_core.config.settings import HiCacheConfig
 from hicache_core.config.sources import EXTRA, env_name, flag_name
 
@@ -76,7 +76,7 @@ def test_every_command_module_has_a_command_and_a_summary() -> None:
     names = cli.list_commands(context)
     assert {"backends", "config", "version"} <= set(names)
     for name in names:
-        module = importlib.import_module(f"hicache_core.cli.{name.replace('-', '_')}")
+        module = importlib.import_module(f"hicache_core.cli.{module_of(name)}")
         assert isinstance(module.command, click.Command)
         assert module.command.name == name
         assert module.__doc__
@@ -135,6 +135,7 @@ def test_config_as_text_names_every_setting(capsys: pytest.CaptureFixture[str]) 
             ],
             "file.path: this setting is required",
         ),
+        (["--kv-events-config", '{"endpont": "x"}'], "unknown setting 'endpont'"),
     ],
 )
 def test_config_of_a_store_that_cannot_be_opened_fails(
@@ -143,6 +144,17 @@ def test_config_of_a_store_that_cannot_be_opened_fails(
     status, _, error = in_process(capsys, "config", *flags)
     assert status == 2
     assert said in error
+
+
+def test_config_prints_the_schema_of_a_file_with_the_settings_of_the_named_backend(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(env_name("hicache_storage_backend"), "redis")
+    status, out, _ = in_process(capsys, "config", "--schema")
+    assert status == 0
+    schema = json.loads(out)
+    assert set(schema["properties"]) == set(HiCacheConfig.model_fields)
+    assert "sentinels" in schema["properties"][EXTRA]["anyOf"][0]["properties"]
 
 
 def test_config_takes_the_names_that_sglang_has_for_the_same(
@@ -223,7 +235,7 @@ def test_debug_shows_the_traceback() -> None:
     ("arguments", "problem"),
     [
         (["confg"], "no such command 'confg'; did you mean 'config'?"),
-        (["zzzz"], "no such command 'zzzz'; the commands are: backends, bench, config,"),
+        (["zzzz"], "no such command 'zzzz'; the commands are: "),
         (["config", "--page-siz", "3"], "--page-size"),
     ],
 )

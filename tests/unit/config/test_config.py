@@ -16,7 +16,7 @@ from hypothesis import settings as property_settings
 from hypothesis import strategies as st
 
 from hicache_core.config.settings import ControllerKeys, HiCacheConfig
-from hicache_core.config.sources import EXTRA, env_name, flag_name, read_environ
+from hicache_core.config.sources import EXTRA, env_name, flag_name, mistyped, read_environ
 from hicache_core.errors import ConfigError
 from hicache_core.process.logs import forget_logged
 
@@ -277,6 +277,32 @@ def test_an_environment_variable_nearly_right_is_warned_of(
     with caplog.at_level(logging.WARNING, "hicache_core"):
         assert read_environ(NAMES, environ) == {}
     assert caplog.messages == ["HICACHE_PAGE_SIZES is ignored; did you mean HICACHE_PAGE_SIZE?"]
+
+
+def test_a_variable_that_repeats_the_word_hicache_is_warned_of() -> None:
+    environ = {"HICACHE_HICACHE_RATIO": "3", "HICACHE_PAGE_SIZE": "4", "HICACHE_CONFG": "x"}
+    meant = [("HICACHE_HICACHE_RATIO", "HICACHE_RATIO"), ("HICACHE_CONFG", "HICACHE_CONFIG")]
+    assert mistyped(NAMES, environ) == meant
+
+
+def test_a_variable_names_the_file_unless_a_file_is_given(tmp_path: Path) -> None:
+    named, given = tmp_path / "named.toml", tmp_path / "given.toml"
+    named.write_text("page_size = 16\nhicache_ratio = 3")
+    given.write_text("page_size = 32")
+    environ = {"HICACHE_CONFIG": str(named), "HICACHE_RATIO": "4"}
+    config = HiCacheConfig.load(environ=environ)
+    assert (config.page_size, config.hicache_ratio) == (16, 4)
+    assert config.sources["page_size"] == f"file {named}"
+    assert HiCacheConfig.load(environ=environ, file=given).page_size == 32
+    assert HiCacheConfig.load(environ={"HICACHE_CONFIG": ""}) == HiCacheConfig()
+    assert HiCacheConfig.load() == HiCacheConfig()
+
+
+def test_a_file_that_the_variable_names_and_is_not_there_is_an_error_that_says_so() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^HICACHE_CONFIG: configuration file gone\.toml: no such"
+    ):
+        HiCacheConfig.load(environ={"HICACHE_CONFIG": "gone.toml"})
 
 
 def test_environment_names_are_distinct() -> None:

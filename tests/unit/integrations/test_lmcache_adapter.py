@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from hicache_core.build.storage import backend_from
+from hicache_core.build.backends import backend_from
 from hicache_core.errors import BackendError, BackendUnavailable, ConfigError, UnknownBackend
 from hicache_core.integrations.lmcache.held import HeldChunks
 from hicache_core.process.logs import forget_logged

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hicache_core.errors import ConfigError
-from hicache_core.observe.event_settings import EventsConfig, events_config
+from hicache_core.observe.event_settings import EventsConfig, advertised, events_config
 
 
 @pytest.mark.parametrize(
@@ -70,3 +70,40 @@ def test_without_the_packages_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "zmq", None)
     with pytest.raises(ConfigError, match=r"hicache-core\[events\]"):
         events_config({"topic": "kv"})
+
+
+@pytest.mark.parametrize(
+    ("given", "host", "port", "replay"),
+    [
+        ({"endpoint": "tcp://*:5557"}, "*", 5557, None),
+        ({"endpoint": "tcp://[::]:5557", "dp_rank": 2}, "[::]", 5559, None),
+        (
+            {"endpoint": "tcp://10.0.0.1:1", "replay_endpoint": "tcp://*:9", "dp_rank": 1},
+            "10.0.0.1",
+            2,
+            10,
+        ),
+        ({"endpoint": "tcp://*:7", "replay_endpoint": "tcp://*:*"}, "*", 7, None),
+    ],
+)
+def test_routers_are_told_host_and_port_of_this_rank(
+    given: dict[str, Any], host: str, port: int, replay: int | None
+) -> None:
+    told = advertised(EventsConfig(**given), 16)
+    assert told is not None
+    assert (told["endpoint_host"], told["endpoint_port_base"]) == (host, port)
+    assert told.get("replay_endpoint_port_base") == replay
+    assert (told["block_size"], told["dp_size"]) == (16, 1)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        EventsConfig(endpoint="ipc:///tmp/events"),
+        EventsConfig(endpoint="tcp://*:*"),
+        EventsConfig(bind=False),
+    ],
+)
+def test_routers_are_told_nothing_where_they_cannot_connect(config: EventsConfig | None) -> None:
+    assert advertised(config, 16) is None

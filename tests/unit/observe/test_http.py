@@ -76,6 +76,11 @@ def test_it_goes_on_after_a_moment_without_file_descriptors(
     assert "cannot answer now; it will try again" in caplog.messages[0]
 
 
+def test_the_address_alone_leads_to_the_page(serve: Serve) -> None:
+    status, headers, _ = get(serve(), "/")
+    assert (status, headers["Location"]) == (307, "hicache/")
+
+
 def test_a_thread_that_does_not_start_costs_its_request_alone(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,8 +37,10 @@ def backend(name: str = "redis", **changed: object) -> BackendStatus:
         "last_error": "BackendTimeout: redis://user:hunter2@host did not answer",
         "operations": (
             OperationStatus("exists", histogram(0.002, 0.003)),
-            OperationStatus("get", histogram(0.02, 0.5), {"BackendTimeout": 3}),
-            OperationStatus("set", histogram(0.05), {"BackendFull": 1}),
+            OperationStatus(
+                "get", histogram(0.02, 0.5), {"BackendTimeout": 3}, histogram(2), histogram(0.3)
+            ),
+            OperationStatus("set", histogram(0.05), {"BackendFull": 1}, histogram(3), histogram(1)),
         ),
         "retries": 4,
         "short_circuits": 5,

@@ -551,6 +551,19 @@ def test_a_corrupt_page_that_was_removed_and_rewritten_is_read_again(clock: Cloc
     assert bytes(target[1]) == b"good"
 
 
+def test_batches_count_their_pages_and_their_bandwidth(store: Told) -> None:
+    """Pages that did not move are not among them, and a batch without any is none."""
+    backend = guard(store)
+    store.takes_s = 0.5
+    backend.batch_set(KEYS[:3], filled(KEYS[:3]))
+    backend.batch_get(KEYS, blank(4))
+    backend.batch_get(KEYS[3:], blank(1))
+    for name in ("get", "set"):
+        calls = backend.status().operations[name]
+        assert (calls.pages.n, calls.pages.total) == (1, 3)
+        assert calls.gib_per_s.total == pytest.approx(3 * NBYTES / 2**30 / 0.5)
+
+
 def test_histograms_count_each_call_and_the_bytes_that_moved(store: Told) -> None:
     backend = guard(store)
     store.takes_s = 0.03

@@ -13,7 +13,7 @@ import { BREAKERS, bytes, compact, number, seconds, share, TIERS } from "./words
 const EVERY_MS = 1000, GONE_EVERY_MS = 2000, KEEP = 900;
 
 const charts = { device: new Chart("Device", compact), host: new Chart("Host", compact), storage: new Chart("Storage", bytes), hits: new Chart("Prompts, tok/s", compact) };
-let samples = [], startedAt = null, lastAnswer = null, turn = 0, timer = null, isLooking = false;
+let samples = [], startedAt = null, lastAnswer = null, turn = 0, timer = null, isLooking = false, model = "";
 
 async function look() {
   if (isLooking) return;
@@ -28,6 +28,7 @@ async function look() {
     turn += 1;
     lastAnswer = new Date();
     keep(history);
+    model = (status.engine ?? engine)?.model ?? "";
     show(status, requests?.requests ?? [], status.engine ?? engine);
     if (tree !== undefined) showTree(tree);
     showLive();
@@ -150,7 +151,7 @@ function showLive() {
   at("gone").hidden = true;
   at("key").hidden = true;
   at("main").classList.remove("stale");
-  document.title = "HiCache";
+  showServer("HiCache");
 }
 
 function showGone(error) {
@@ -158,6 +159,7 @@ function showGone(error) {
   at("main").classList.add("stale");
   if (error.status === 401 || error.status === 403) {
     say(at("link-text"), "API key required");
+    showServer("HiCache: API key required");
     at("key").hidden = false;
     at("gone").hidden = true;
     at("main").classList.add("unknown");
@@ -168,7 +170,14 @@ function showGone(error) {
   const what = error.status ? `The server answers with an error (${error.message})` : "The server does not answer";
   say(at("gone"), `${what} ${since}. Trying again every ${GONE_EVERY_MS / 1000} seconds.`);
   at("gone").hidden = false;
-  document.title = "HiCache: disconnected";
+  showServer("HiCache: disconnected");
+}
+
+// Names the server, so that its tab can be told from that of another one.
+function showServer(what) {
+  const server = [model, location.host].filter(Boolean).join(" at ");
+  document.title = `${server} – ${what}`;
+  say(at("server"), server);
 }
 
 at("key").addEventListener("submit", (event) => {

@@ -24,7 +24,7 @@ function store(backend, samples) {
   const probe = backend.next_probe_s ? `, next attempt in ${seconds(backend.next_probe_s)}` : "";
   const n = (count, what) => (count ? `${number(count)} ${what}` : null);
   const facts = [
-    `${bytes(backend.stored_nbytes)} stored`, `${bytes(backend.loaded_nbytes)} loaded`,
+    backend.read_only ? "read-only" : `${bytes(backend.stored_nbytes)} stored`, `${bytes(backend.loaded_nbytes)} loaded`,
     n(backend.retries, "calls retried"), n(backend.short_circuits, "calls not made"), n(backend.negative_hits, "pages not requested"),
   ].filter(Boolean).join(" · ");
   return element("div", { class: "store" },

@@ -28,6 +28,7 @@ from hicache_hf3fs.slab import (
     FOOTER_NBYTES,
     HEADER_NBYTES,
     MAX_KEY_NBYTES,
+    slot_nbytes_for,
     translated,
 )
 from hicache_hf3fs.slot_transfers import SlotRead, SlotWrite, slot_content, transfer_of
@@ -99,6 +100,7 @@ class Hf3fsBackend(StorageBackend):
     """Slab files on 3FS (USRBIO) or on any shared file system (POSIX calls)."""
 
     name: ClassVar[str] = "hf3fs"
+    pins_last: ClassVar[bool] = True
     Config: ClassVar[type[BackendConfig]] = Hf3fsConfig
 
     def __init__(self, config: Hf3fsConfig, context: BackendContext) -> None:
@@ -107,6 +109,11 @@ class Hf3fsBackend(StorageBackend):
         self._calls: Calls[Store] = Calls(f"hf3fs backend {config.file_path_prefix}", self._opened)
         self._call = _Call(self._calls, config.file_path_prefix)
         self._counts = dict.fromkeys(_COUNTS, 0)
+
+    @classmethod
+    def taken_nbytes(cls, nbytes: int) -> int:
+        """Returns the length of a slot for objects of that length."""
+        return slot_nbytes_for(nbytes)
 
     def open(self) -> None:
         self._calls.open()

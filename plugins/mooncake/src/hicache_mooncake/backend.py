@@ -55,6 +55,7 @@ class MooncakeBackend(StorageBackend):
     """
 
     name: ClassVar[str] = "mooncake"
+    pins_last: ClassVar[bool] = True
     Config: ClassVar[type[BackendConfig]] = MooncakeConfig
 
     def __init__(self, config: MooncakeConfig, context: BackendContext) -> None:
@@ -68,6 +69,9 @@ class MooncakeBackend(StorageBackend):
         self._counts: Counter[str] = Counter()
         self._counts_lock = threading.Lock()
         self._is_open = False
+
+    def check_reachable(self) -> None:
+        self.client.check_reachable()
 
     def open(self) -> None:
         if not self._is_open:

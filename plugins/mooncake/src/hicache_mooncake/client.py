@@ -124,6 +124,17 @@ class Client:
         self.replication: Any = None
         self._library: Any = None
 
+    def check_reachable(self) -> None:
+        """Loads the library, and connects to the master for a moment; sets up nothing.
+
+        Raises:
+            BrokenBackend: Mooncake's client is not installed.
+            BackendUnavailable: no master answers within the limits.
+        """
+        load_library()
+        self._liveness.connect()
+        self._liveness.close()
+
     def open(self) -> None:
         """Connects to the master, tries the set-up in a child process, then sets up here.
 

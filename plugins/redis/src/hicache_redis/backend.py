@@ -12,6 +12,7 @@ from hicache_core.storage.base import (
     BackendConfig,
     Buffer,
     Finding,
+    NamespaceTotals,
     StorageBackend,
     namespace_of,
 )
@@ -21,6 +22,7 @@ from hicache_redis.connections import Dialer
 from hicache_redis.diagnose import diagnose
 from hicache_redis.dispatch import Dispatcher
 from hicache_redis.errors import reply_error
+from hicache_redis.memory import string_nbytes
 from hicache_redis.operations import (
     Count,
     CountEach,
@@ -52,6 +54,11 @@ class RedisBackend(StorageBackend):
         self._ttl_ms = None if config.ttl_s is None else max(1, round(config.ttl_s * 1000))
         self._opened: tuple[Dispatcher, Lanes, PinRefresher] | None = None
 
+    @classmethod
+    def taken_nbytes(cls, nbytes: int) -> int:
+        """Returns the memory of a string in a server with jemalloc, the default on Linux."""
+        return string_nbytes(nbytes)
+
     @property
     def dispatcher(self) -> Dispatcher:
         """The connected servers.
@@ -68,6 +75,10 @@ class RedisBackend(StorageBackend):
         if self._opened is None:
             raise UseAfterClose("the redis backend is not open; call open() first")
         return self._opened[2]
+
+    def check_reachable(self) -> None:
+        self.open()
+        self.close()
 
     def open(self) -> None:
         if self._opened is not None:
@@ -87,7 +98,8 @@ class RedisBackend(StorageBackend):
         try:
             # Credentials, rights and role fail here, not at the first page.
             dispatcher.run(Count([self._whole("probe")]))
-            dispatcher.run(Probe([self._whole("probe")]))
+            if not self.context.read_only:  # a replica refuses even this, and may be read
+                dispatcher.run(Probe([self._whole("probe")]))
         except BaseException:
             topology.close()
             lanes.close()
@@ -201,11 +213,18 @@ class RedisBackend(StorageBackend):
 
     def usage(self) -> Mapping[str, int]:
         """Returns bytes by namespace. Slow: asks for every key."""
+        return {name: totals.nbytes for name, totals in self.namespace_totals().items()}
+
+    def namespace_totals(self) -> Mapping[str, NamespaceTotals]:
+        """Returns number and bytes of objects by namespace. As slow as ``usage``."""
+        objects: Counter[str] = Counter()
         usage: Counter[str] = Counter()
         start = len(self._prefix)
         for key, nbytes in measure(self.dispatcher.topology, self._prefix):
-            usage[namespace_of(key[start:].decode(errors="replace"))] += nbytes
-        return usage
+            namespace = namespace_of(key[start:].decode(errors="replace"))
+            objects[namespace] += 1
+            usage[namespace] += nbytes
+        return {name: NamespaceTotals(n, usage[name]) for name, n in objects.items()}
 
     def stats(self) -> Mapping[str, float]:
         """Returns counters since ``open`` and numbers of connections; calls no server."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from hicache_core.storage.base import Finding, StorageBackend
 from hicache_redis.config import RedisConfig
@@ -17,6 +17,7 @@ from hicache_redis.topology import Topology
 _PROBE_KEY = "doctor/probe"
 _PROBE_NBYTES = 4 * 2**20
 _N_PINGS = 20
+_ROUNDED_UP = 1.1
 
 
 def diagnose(backend: StorageBackend, topology: Topology, config: RedisConfig) -> Iterator[Finding]:
@@ -37,7 +38,7 @@ def diagnose(backend: StorageBackend, topology: Topology, config: RedisConfig) -
         with pool.lease("examine") as wire:
             findings = list(_server(pool, wire))
         yield from findings
-    yield _round_trip(backend)
+    yield from _round_trip(backend, pools, config)
 
 
 def _encryption(config: RedisConfig) -> Finding:
@@ -124,8 +125,16 @@ def _persistence(pool: Pool, info: Mapping[str, str], wire: Wire) -> Finding:
     return Finding("ok", "persistence", f"{pool.server} keeps its disk out of it")
 
 
-def _round_trip(backend: StorageBackend) -> Finding:
-    """Writes, reads and removes one object."""
+def _round_trip(
+    backend: StorageBackend, pools: Sequence[Pool], config: RedisConfig
+) -> Iterator[Finding]:
+    """Writes, reads and removes one object; also asks how much memory it takes.
+
+    Args:
+        backend: open.
+        pools: its servers.
+        config: its settings.
+    """
     source = memoryview(bytes(range(256)) * (_PROBE_NBYTES // 256))
     target = memoryview(bytearray(_PROBE_NBYTES))
     start = time.perf_counter()
@@ -133,12 +142,38 @@ def _round_trip(backend: StorageBackend) -> Finding:
     written = time.perf_counter()
     n_filled = backend.batch_get([_PROBE_KEY], [(target,)])
     read = time.perf_counter()
+    taken_nbytes = _taken_nbytes(pools, (config.key_prefix + _PROBE_KEY).encode())
     backend.delete([_PROBE_KEY])
     if not n_stored:
-        return Finding("error", "bandwidth", "the server had no room for an object of 4 MiB")
+        yield Finding("error", "bandwidth", "the server had no room for an object of 4 MiB")
+        return
     if not n_filled or source != target:
-        return Finding("error", "bandwidth", "what was read is not what was written")
+        yield Finding("error", "bandwidth", "what was read is not what was written")
+        return
     write_rate, read_rate = (_PROBE_NBYTES / t / 1e6 for t in (written - start, read - written))
-    return Finding(
+    yield Finding(
         "ok", "bandwidth", f"4 MiB written at {write_rate:.0f} and read at {read_rate:.0f} MB/s"
     )
+    if taken_nbytes:
+        yield _overhead(taken_nbytes / _PROBE_NBYTES)
+
+
+def _overhead(times: float) -> Finding:
+    """What a page takes of ``maxmemory``."""
+    text = f"an object of 4 MiB takes {times:.2f} times its bytes of the server's memory"
+    if times > _ROUNDED_UP:
+        text += (
+            ": the allocator rounds a page of 2^n bytes and its header up to the next size; reckon "
+            "with it in maxmemory (hicache size)"
+        )
+    return Finding("ok", "overhead", text)
+
+
+def _taken_nbytes(pools: Sequence[Pool], key: bytes) -> int:
+    """The memory of an object; 0 if no server tells."""
+    for pool in pools:
+        with pool.lease("examine") as wire:
+            reply = wire.call(b"MEMORY", b"USAGE", key)
+        if isinstance(reply, int):
+            return reply
+    return 0

@@ -16,7 +16,8 @@ REPLIES: dict[str, tuple[type[BackendError], str]] = {
     "NOAUTH": (BackendDenied, "set username and password"),
     "WRONGPASS": (BackendDenied, "check username and password"),
     "NOPERM": (BackendDenied, "give this user the rights that the README's ACL line lists"),
-    "READONLY": (BackendDenied, "it is a replica; point url at the primary, or set sentinels"),
+    "READONLY": (BackendDenied, "it is a replica; point url at the primary, set sentinels, or only "
+                 "read it with read_only"),
     "OOM": (BackendFull, "set maxmemory-policy allkeys-lru, or raise maxmemory"),
     "MISCONF": (BackendFull, "it cannot save to its disk; turn its snapshots off: save ''"),
     "NOREPLICAS": (BackendUnavailable, "it lacks replicas: see min-replicas-to-write"),

@@ -64,19 +64,35 @@ class S3Backend(StorageBackend):
             str, int
         ] = {}  # of a page of each namespace, as last written or read
 
+    def check_reachable(self) -> None:
+        objects = self._objects()
+        try:
+            objects.fetch(_absent_name())
+        except BackendError as error:
+            if not (_lacks_bucket(error) and self._creates_bucket):
+                raise
+        finally:
+            objects.close()
+
     def open(self) -> None:
         if self._store is not None:
             return
-        settings = self.settings
-        objects = Objects(
-            settings, Endpoint(settings), RequestThreads(settings.threads), self._counts
-        )
+        settings, objects = self.settings, self._objects()
         try:
-            _check_bucket(objects, creates=settings.create_bucket and self.context.creates)
+            _check_bucket(objects, creates=self._creates_bucket)
         except BaseException:
             objects.close()
             raise
         self._store = Pages(objects, IndexCache(settings.index_cache_packs, settings.index_ttl_s))
+
+    def _objects(self) -> Objects:
+        settings = self.settings
+        threads = RequestThreads(settings.threads)
+        return Objects(settings, Endpoint(settings), threads, self._counts)
+
+    @property
+    def _creates_bucket(self) -> bool:
+        return self.settings.create_bucket and self.context.creates
 
     def close(self) -> None:
         store, self._store = self._store, None
@@ -311,14 +327,23 @@ def _check_bucket(objects: Objects, *, creates: bool) -> None:
     Raises:
         BackendError: with what was found and what to do.
     """
-    name = f"probe-{secrets.token_hex(8)}"
+    name = _absent_name()
     try:
         objects.fetch(name)
     except BackendError as error:
-        if not creates or "NoSuchBucket" not in str(error):
+        if not (creates and _lacks_bucket(error)):
             raise
         objects.create_bucket()
         objects.fetch(name)
+
+
+def _absent_name() -> str:
+    """The name of an object that nobody has stored."""
+    return f"probe-{secrets.token_hex(8)}"
+
+
+def _lacks_bucket(error: BackendError) -> bool:
+    return "NoSuchBucket" in str(error)
 
 
 def _check_lengths(keys: Sequence[str], pages: Sequence[Page]) -> None:
