@@ -43,7 +43,7 @@ def words_of_file(path: Path) -> list[str]:
         ConfigError: it cannot be read, or has no words.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the dataset {path}: {error}") from error
     if path.suffix == ".json":

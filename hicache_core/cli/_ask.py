@@ -6,14 +6,17 @@ import json
 import re
 import socket
 from collections.abc import Callable
+from http.client import HTTPException
 from typing import Any, TypeVar
 from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
 from urllib.request import ProxyHandler, Request, build_opener
 
 import click
 from pydantic import TypeAdapter, ValidationError
 
 from hicache_core.config.redact import masked_text
+from hicache_core.errors import ConfigError
 from hicache_core.observe.windows import Observation
 
 DEFAULT_URLS = ("http://127.0.0.1:30000", "http://127.0.0.1:9477")
@@ -75,6 +78,32 @@ def base_of(url: str) -> str:
     return base
 
 
+def _checked(address: str, key: str | None) -> dict[str, str]:
+    """The headers of a request to ``address``; a key is never in a message.
+
+    Raises:
+        ConfigError: that is not the address of a server, or no header can have that key.
+    """
+    try:
+        parts = urlsplit(address)
+        is_server = parts.scheme in ("http", "https") and bool(parts.hostname)
+        is_server = is_server and parts.port != 0 and not re.search(r"[\s\x00-\x1f\x7f]", address)
+    except ValueError:
+        is_server = False
+    if not is_server or not address.isascii():
+        raise ConfigError(
+            f"{masked_text(address)!r} is not the address of a server; write http://HOST:PORT"
+        )
+    if key is None:
+        return {}
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(
+            "the API key has a character that no header can carry, such as the end of a line; "
+            "give the key alone"
+        )
+    return {"Authorization": f"Bearer {key}"}
+
+
 def ask(url: str, path: str, *, key: str | None = None) -> Any:
     """The answer of a status server, as JSON values.
 
@@ -85,10 +114,11 @@ def ask(url: str, path: str, *, key: str | None = None) -> Any:
 
     Raises:
         click.ClickException: nothing answers, or what answers is not a cache.
+        ConfigError: the address or the key cannot be one.
     """
     address = base_of(url) + path
     shown = masked_text(address)
-    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    headers = _checked(address, key)
     try:
         # Never through a proxy: a status server listens on loopback or in the cluster.
         opener = build_opener(ProxyHandler({}))
@@ -102,7 +132,7 @@ def ask(url: str, path: str, *, key: str | None = None) -> Any:
                 else "this is not the status server of a cache"
             )
             raise click.ClickException(f"{shown} answers {error.code}; {reason}") from error
-    except (URLError, OSError) as error:
+    except (URLError, OSError, HTTPException) as error:
         reason = str(error.reason if isinstance(error, URLError) else error)
         raise click.ClickException(
             f"no answer from {shown} ({reason}); is the cache running with its status server?"
@@ -153,10 +183,11 @@ def tell(
 
     Raises:
         click.ClickException: nothing answers, or the server refuses; the message is its own.
+        ConfigError: the address or the key cannot be one.
     """
     address = base_of(url) + path
     shown = masked_text(address)
-    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    headers = _checked(address, key)
     data = None
     if body is not None:
         headers["Content-Type"] = "application/json"
@@ -169,7 +200,7 @@ def tell(
         with error:
             reason = _reason(error)
         raise click.ClickException(f"{shown} answers {error.code}: {reason}") from error
-    except (URLError, OSError) as error:
+    except (URLError, OSError, HTTPException) as error:
         reason = str(error.reason if isinstance(error, URLError) else error)
         raise click.ClickException(f"no answer from {shown} ({reason})") from error
 

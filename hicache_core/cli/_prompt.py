@@ -69,7 +69,7 @@ def packed(prompt: Prompt, tokenizer: Path | None) -> bytes:
 
 def _read(file: Path) -> str:
     try:
-        return file.expanduser().read_text(encoding="utf-8")
+        return file.expanduser().read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the file of the prompt: {error}") from None
 

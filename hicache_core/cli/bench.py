@@ -24,6 +24,7 @@ from hicache_core.cli._ask import with_scheme
 from hicache_core.cli._bench_view import results
 from hicache_core.cli._cache_view import console
 from hicache_core.cli._out_file import OutFile
+from hicache_core.config.flags import FiniteRange
 from hicache_core.errors import ConfigError
 
 Run = Callable[[Client, Callable[[Record], None]], Awaitable[list[Record]]]
@@ -147,7 +148,7 @@ def _for_all(function: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option(
     "--shared-prefix-share",
-    type=click.FloatRange(0, 1),
+    type=FiniteRange(0, 1),
     default=0.0,
     show_default=True,
     help="Part of the first question that all clients share.",
@@ -193,7 +194,7 @@ def multiturn(*, dataset_path: Path | None, disable_random_sample: bool, **optio
 )
 @click.option(
     "--time-scale",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     default=1.0,
     show_default=True,
     help="Seconds that a second of the trace takes; 0 sends requests as fast as possible.",

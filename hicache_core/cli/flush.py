@@ -7,6 +7,7 @@ import json
 import click
 
 from hicache_core.cli._ask import base_of, operates, tell
+from hicache_core.config.flags import FiniteRange
 from hicache_core.config.redact import masked_text
 
 _SPARE_S = 30.0
@@ -17,7 +18,7 @@ _SPARE_S = 30.0
 @click.option(
     "--timeout",
     "timeout_s",
-    type=click.FloatRange(0, 600),
+    type=FiniteRange(0, 600),
     default=0.0,
     show_default=True,
     help="Seconds to wait until no request uses the cache.",

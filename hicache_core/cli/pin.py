@@ -10,6 +10,7 @@ import time
 import click
 
 from hicache_core.cli._backend import BackendChoice, Cannot, able, names_backend
+from hicache_core.config.flags import FiniteRange
 from hicache_core.storage.base import Listable, Pins, StorageBackend
 
 _PINNED_AT_ONCE = 1024
@@ -22,7 +23,7 @@ _PINNED_AT_ONCE = 1024
 @click.option(
     "--for",
     "ttl_s",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     default=3600.0,
     show_default=True,
     metavar="SECONDS",
@@ -52,7 +53,7 @@ def command(
         pins = able(store, Pins, "pin objects")
         if remove and not store.pins_last:
             raise Cannot(f"backend {store.name!r} ends a pin with the process that set it")
-        wanted = iter(keys)
+        wanted = iter(dict.fromkeys(keys))
         if namespace is not None:
             wanted = able(store, Listable, "list its keys").list_keys(f"{namespace.rstrip('/')}/")
         n = 0

@@ -36,6 +36,7 @@ def command(
     """
     if bool(keys) == (namespace is not None):
         raise click.UsageError("give either keys or --namespace")
+    keys = tuple(dict.fromkeys(keys))
     with backend.changing() as store:
         if namespace is None:
             what = f"{len(keys)} objects" if len(keys) > 1 else keys[0]

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 import click
 
+from hicache_core.config.flags import FiniteRange
 from hicache_core.errors import ConfigError
 
 _NEEDED = ("httpx", "starlette", "uvicorn")
@@ -49,7 +50,7 @@ from hicache_core.server.connections import bounded  # noqa: E402 - likewise
 @click.option(
     "--health-interval",
     "interval_s",
-    type=click.FloatRange(min=0.1),
+    type=FiniteRange(min=0.1),
     default=1.0,
     show_default=True,
     help="Seconds between two health checks of a server.",

@@ -20,12 +20,14 @@ from hicache_core.bench.traces import TraceRequest, read_trace, scaled
 from hicache_core.cli._cache_view import console
 from hicache_core.cli._out_file import OutFile
 from hicache_core.cli._simulate_view import table
+from hicache_core.config.flags import FiniteRange
 from hicache_core.errors import ConfigError
 from hicache_core.fleet.setting import Prices, Setting
 
 POSITIVE = click.IntRange(min=1)
-ABOVE_0 = click.FloatRange(min=0, min_open=True)
-FROM_0 = click.FloatRange(min=0)
+ABOVE_0 = FiniteRange(min=0, min_open=True)
+FROM_0 = FiniteRange(min=0)
+SIZE = click.FloatRange(min=0)
 FILE = click.Path(dir_okay=False, path_type=Path)
 OUT_FILE = OutFile()
 EVICTIONS = ("lru", "lfu", "fifo", "slru", "s3fifo", "arc")
@@ -54,13 +56,13 @@ LISTS = {
 _option = functools.partial(click.option, show_default=True)
 _FLEET = (
     _option("--servers", **_listed(POSITIVE), default="1", help="Servers."),
-    _option("--device-size", **_listed(FROM_0), default="40", help="GB of a server's device tier."),
+    _option("--device-size", **_listed(SIZE), default="40", help="GB of a server's device tier."),
     _option(
-        "--host-size", **_listed(FROM_0), default="0", help="GB of a server's host tier; 0: none."
+        "--host-size", **_listed(SIZE), default="0", help="GB of a server's host tier; 0: none."
     ),
     _option(
         "--storage-size",
-        **_listed(FROM_0),
+        **_listed(SIZE),
         default="0",
         help="GB of the store that all servers share; 0: none, inf: no limit.",
     ),
@@ -146,7 +148,7 @@ _LOAD = (
     click.option("--time-unit", type=click.Choice(["ms", "s"]), help="Unit of its timestamps."),
     _option(
         "--continues",
-        type=click.FloatRange(0, 1),
+        type=FiniteRange(0, 1),
         default=0.5,
         help="Of a trace of lengths: share of prompts that continue an earlier one.",
     ),

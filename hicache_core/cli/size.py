@@ -13,6 +13,7 @@ import click
 
 from hicache_core.cli._columns import columns
 from hicache_core.cli._stored import size_words
+from hicache_core.config.flags import FiniteRange
 from hicache_core.engine.user_cache import user_cache
 from hicache_core.errors import ConfigError, PluginError
 from hicache_core.kv.model_config import read_model_config, spec_of_config, spec_of_numbers
@@ -81,7 +82,7 @@ class Part:
 @click.option(
     "--hicache-size",
     "size_gb",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     help="Size of the host tier in GB (10^9 bytes), of each rank.",
 )
 @click.option(

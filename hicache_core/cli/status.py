@@ -10,6 +10,7 @@ import click
 
 from hicache_core.cli._ask import ask, asks, observed
 from hicache_core.cli._cache_view import console, status_view
+from hicache_core.config.flags import FiniteRange
 
 
 @click.command("status")
@@ -18,7 +19,7 @@ from hicache_core.cli._cache_view import console, status_view
 @click.option(
     "--watch",
     "watch_s",
-    type=click.FloatRange(min=0.1),
+    type=FiniteRange(min=0.1),
     metavar="SECONDS",
     help="Repeat every so many seconds.",
 )

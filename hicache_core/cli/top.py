@@ -13,6 +13,7 @@ from rich.text import Text
 
 from hicache_core.cli._ask import ask, ask_if_there, asks, base_of, observed
 from hicache_core.cli._cache_view import Moment, Rates, console, rates_of, top_view
+from hicache_core.config.flags import FiniteRange
 from hicache_core.config.redact import masked_text
 
 
@@ -24,7 +25,7 @@ from hicache_core.config.redact import masked_text
 @click.option(
     "--interval",
     "interval_s",
-    type=click.FloatRange(min=0.2),
+    type=FiniteRange(min=0.2),
     default=1.0,
     show_default=True,
     help="Seconds between two updates.",

@@ -110,7 +110,7 @@ def read_file(path: str | os.PathLike[str], what: str = "configuration file") ->
     if parse is None:
         raise ConfigError(f"{what} {file}: the name must end in {', '.join(_PARSERS)}")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{what} {file}: no such file (working directory {Path.cwd()})") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -185,7 +185,11 @@ def read_numbers(kind: type[T], path: Path) -> T:
     for name, value in values.items():
         if name not in known:
             raise ConfigError(f"{path}: unknown value {name!r}; the values are {', '.join(known)}")
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not 0 <= value < math.inf
+        ):
             raise ConfigError(f"{path}: {name} is {value!r}; it is a number of at least 0")
     return kind(**values)
 
@@ -197,7 +201,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ConfigError: it cannot be read, or is not an object.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
     if not isinstance(found, dict):

@@ -17,6 +17,7 @@ from hicache_core.errors import ConfigError, SpecError
 from hicache_core.kv.spec import Component, Group, GroupKind, KVSpec
 
 _FULL = "full_attention"
+_MAX_LAYERS = 100_000
 _WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 _UNNAMED = "0"
 _PATTERNS = {"gemma2": 2, "gemma3_text": 6, "gemma3": 6, "cohere2": 4}
@@ -106,6 +107,7 @@ def spec_of_numbers(
     Raises:
         SpecError: a number is not possible.
     """
+    _check_layers(layers)
     if bool(window) != bool(window_layers) or window_layers > layers:
         raise SpecError(
             f"a window of {window} tokens in {window_layers} of {layers} layers: give both, and no "
@@ -130,10 +132,18 @@ def _in_layers(spec: KVSpec, layers: list[int]) -> KVSpec:
     return replace(spec, components=tuple(placed))
 
 
+def _check_layers(n_layers: int) -> None:
+    if n_layers > _MAX_LAYERS:
+        raise SpecError(f"a model with {n_layers:,} layers: at most {_MAX_LAYERS:,} are possible")
+
+
 def _kinds(text: Any) -> list[str]:
     """The kind of each layer; ``shared`` if it uses the KV of another one."""
     n_layers = _number(text, "num_hidden_layers")
+    _check_layers(n_layers)
     named = getattr(text, "layer_types", None)
+    if not isinstance(named, list | tuple | type(None)):
+        raise SpecError(f"the model's config has layer_types = {named!r}; need a list")
     kinds = list(named) if named else _unlisted(text, n_layers)
     if len(kinds) != n_layers:
         raise SpecError(f"the model's config has {len(kinds)} layer_types for {n_layers} layers")

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from hicache_core.config.flags import config_flags, load_config
+from hicache_core.config.flags import FiniteRange, config_flags, load_config
 from hicache_core.engine.config import EngineConfig
 from hicache_core.server.access import Keys
 from hicache_core.server.settings import (
@@ -124,7 +124,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--watchdog-timeout",
-        type=click.FloatRange(0, min_open=True),
+        type=FiniteRange(0, min_open=True),
         default=DEFAULTS.stall_timeout_s,
         show_default=True,
         help="If a request makes no progress for so many seconds, /health answers 503.",
@@ -149,7 +149,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--shutdown-timeout",
-        type=click.FloatRange(0, 3600),
+        type=FiniteRange(0, 3600),
         default=20.0,
         show_default=True,
         help="Seconds for running requests when the server ends, and again for backups.",

@@ -349,3 +349,57 @@ def test_input_that_is_too_large_is_one_line(
     status, _, err = in_process(capsys, "version")
     assert (status, err.count("\n")) == (2, 1)
     assert said in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["pin", "file", "k", "--for"],
+        ["size", "--layers", "2", "--kv-heads", "2", "--head-dim", "8", "--hicache-size"],
+        ["flush", "127.0.0.1:1", "--timeout"],
+        ["simulate", "trace.jsonl", "--request-rate"],
+        ["simulate", "trace.jsonl", "--price-server"],
+        ["serve", "--watchdog-timeout"],
+    ],
+)
+@pytest.mark.parametrize("number", ["nan", "inf"])
+def test_a_number_is_finite(
+    capsys: pytest.CaptureFixture[str], words: list[str], number: str
+) -> None:
+    status, _, err = in_process(capsys, *words, number)
+    assert status == 2
+    assert f"Invalid value for '{words[-1]}'" in err
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://[::1", "http://h:port", "ftp://h", "file:///etc/passwd", "http://h/a b", "http://"],
+)
+@pytest.mark.parametrize("command", ["flush", "status"])
+def test_what_is_no_address_of_a_server_is_said(
+    capsys: pytest.CaptureFixture[str], command: str, url: str
+) -> None:
+    status, _, err = in_process(capsys, command, url)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "is not the address of a server; write http://HOST:PORT" in err
+
+
+@pytest.mark.parametrize("key", ["s3cret\nmore", "s3cret→"])
+@pytest.mark.parametrize("command", ["flush", "status"])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(
+    capsys: pytest.CaptureFixture[str], command: str, key: str
+) -> None:
+    status, out, err = in_process(capsys, command, "127.0.0.1:1", "--api-key", key)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "the API key has a character" in err
+    assert "s3cret" not in out + err
+
+
+def test_a_byte_order_mark_of_a_settings_file_does_not_matter(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_bytes(b"\xef\xbb\xbfpage_size = 32\r\n")
+    status, out, _ = in_process(capsys, "config", "--config", str(file), "--json")
+    assert status == 0
+    assert json.loads(out)["settings"]["page_size"]["asked"] == 32

@@ -148,3 +148,25 @@ def test_a_wrong_config_is_named() -> None:
         )
     with pytest.raises(SpecError, match="need a positive integer"):
         spec_of_numbers(layers=0, kv_heads=1, head_dim=1, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_hidden_layers": 10**12}, "at most 100,000 are possible"),
+        ({"layer_types": 5}, "layer_types = 5; need a list"),
+    ],
+)
+def test_layers_that_no_model_has_are_said(
+    tmp_path: Path, capsys: Capsys, changes: dict[str, object], said: str
+) -> None:
+    status, _, err = in_process(capsys, "size", "--model", config(tmp_path, **changes))
+    assert (status, err.count("\n")) == (2, 1)
+    assert said in err
+
+
+def test_more_layers_than_any_model_has_are_refused(capsys: Capsys) -> None:
+    words = ["--layers", str(10**20), *NUMBERS[2:]]
+    status, _, err = in_process(capsys, "size", *words)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "at most 100,000 are possible" in err
