@@ -129,6 +129,7 @@ def _as_dict(totals: Totals, view: MoveView, found: Sequence[FoundPrompt]) -> di
         "elapsed_s": view.elapsed_s,
         "cut": totals.n_cut,
         "missing": totals.n_missing,
+        "gone": totals.n_gone,
         "stopped": totals.stopped,
         "namespaces": totals.by_namespace(),
         "prompts": [{"pages": one.n_pages, "stored": one.n_stored} for one in found],
@@ -153,6 +154,11 @@ def _lines(
     yield from (summary(one) for one in manifests.values() if one is not None)
     if totals.n_cut or totals.n_missing:
         yield f"{totals.n_cut:,} cut off, {totals.n_missing:,} more never arrived in the archive"
+    if totals.n_gone:
+        yield (
+            f"at least {totals.n_gone:,} of the copied are gone again: the target has a limit and "
+            "evicts; raise its limit, or copy less"
+        )
     if totals.stopped:
         yield f"stopped: {totals.stopped}"
     counts = [

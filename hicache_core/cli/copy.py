@@ -9,7 +9,7 @@ from hicache_core.cli._moving import ObjectChoice, names_objects, planned
 from hicache_core.cli._moving_view import MoveView, show_report
 from hicache_core.storage.moving.archive_reader import refuses_nothing
 from hicache_core.storage.moving.mover import DEFAULT_THREADS, make_slabs, move
-from hicache_core.storage.moving.store import StoreReader, StoreWriter, register
+from hicache_core.storage.moving.store import StoreReader, StoreWriter, count_gone, register
 
 
 @click.command("copy")
@@ -49,4 +49,5 @@ def command(
         reader = StoreReader(store, plan.parts, refuses_nothing)
         with MoveView("copy", plan.count(store)) as view:
             totals = move(reader, StoreWriter(other), slabs, view.told)
+        totals.n_gone = count_gone(other, totals)
     show_report(totals, view, plan.manifests, plan.found, as_json=as_json)

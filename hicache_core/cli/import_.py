@@ -15,7 +15,7 @@ from hicache_core.errors import ConfigError
 from hicache_core.storage.manifest import read_manifest
 from hicache_core.storage.moving.archive_reader import ArchiveReader
 from hicache_core.storage.moving.mover import DEFAULT_THREADS, make_slabs, move
-from hicache_core.storage.moving.store import StoreWriter, register
+from hicache_core.storage.moving.store import StoreWriter, count_gone, register
 
 STDIO = Path("-")
 
@@ -54,5 +54,6 @@ def command(*, file: Path, backend: BackendChoice, model_fingerprint: str, as_js
             with MoveView("import", total) as view:
                 totals = move(reader, StoreWriter(store), slabs, view.told)
             reader.finish(totals)
+            totals.n_gone = count_gone(store, totals)
             manifests = {name: read_manifest(store, name) for name in planned}
     show_report(totals, view, manifests, as_json=as_json)

@@ -47,6 +47,7 @@ class Totals:
         nbytes: their bytes, as far as they were read.
         n_cut: objects that an archive has a part of, at its end.
         n_missing: objects that an archive was planned to have, and lacks.
+        n_gone: objects, at least, that the target has lost again after they were copied.
         stopped: why not everything was tried; empty if it was.
     """
 
@@ -54,6 +55,7 @@ class Totals:
     nbytes: Counter[tuple[str, Outcome]] = field(default_factory=Counter)
     n_cut: int = 0
     n_missing: int = 0
+    n_gone: int = 0
     stopped: str = ""
 
     def add(self, result: Result) -> None:
@@ -78,7 +80,8 @@ class Totals:
         What vanished from the source meanwhile does not count: the source has it no longer.
         """
         lost = (Outcome.DAMAGED, Outcome.REFUSED, Outcome.NO_ROOM)
-        return not (self.stopped or self.n_cut or self.n_missing or any(map(self.n, lost)))
+        short = self.stopped or self.n_cut or self.n_missing or self.n_gone
+        return not (short or any(map(self.n, lost)))
 
     def by_namespace(self) -> dict[str, dict[str, Mapping[str, int]]]:
         """Returns namespace -> outcome -> ``objects`` and ``nbytes``, sorted by name."""

@@ -8,10 +8,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from hicache_core.errors import BackendError
-from hicache_core.storage.base import Buffer, Listable, RegistersMemory, StorageBackend
+from hicache_core.storage.base import (
+    Buffer,
+    Listable,
+    RegistersMemory,
+    ReportsTotals,
+    StorageBackend,
+)
 from hicache_core.storage.manifest import manifest_key
 from hicache_core.storage.moving.base import Batch, Intact, Target, wrong
-from hicache_core.storage.moving.outcomes import Outcome, Result
+from hicache_core.storage.moving.outcomes import Outcome, Result, Totals
 from hicache_core.storage.moving.slab import Slab
 from hicache_core.storage.moving.terms import Refuses, Said, Terms, agreed, said_in
 from hicache_core.storage.scrub import GOOD, VANISHED, classify
@@ -64,6 +70,37 @@ def count_keys(backend: StorageBackend, parts: Sequence[Part]) -> dict[str, int]
         parts: as of ``StoreReader``.
     """
     return {part.namespace: sum(1 for _ in part.every_key(backend)) for part in parts}
+
+
+def count_gone(backend: StorageBackend, totals: Totals) -> int:
+    """Counts objects that were copied into a store and are gone again, by what it holds now.
+
+    A store with a limit takes every object, and evicts others for it. There may be more of them:
+    objects that were there before, or that others store, are not told apart.
+
+    Args:
+        backend: the target, open.
+        totals: of the move.
+
+    Returns:
+        0 if the store cannot list its keys.
+
+    Raises:
+        BackendError: the store cannot answer.
+    """
+    reports, lists = backend.capability(ReportsTotals), backend.capability(Listable)
+    held = None if reports is None else reports.namespace_totals()
+    gone = 0
+    for namespace, outcomes in totals.by_namespace().items():
+        copied = outcomes.get(Outcome.COPIED, {"objects": 0})["objects"]
+        if copied and held is not None:
+            there = held[namespace].objects if namespace in held else 0
+        elif copied and lists is not None:
+            there = sum(1 for _ in lists.list_keys(f"{namespace}/"))
+        else:
+            continue
+        gone += max(0, copied - there)
+    return gone
 
 
 class StoreReader:

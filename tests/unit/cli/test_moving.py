@@ -299,3 +299,27 @@ def test_two_exports_do_not_write_one_file(stores: Stores, capsys: Capsys, tmp_p
     assert (status, file.read_bytes()) == (2, before)
     assert f"another export writes {file}; wait until it ends" in err
     assert in_process(capsys, *words, "--resume")[0] == 0
+
+
+def test_what_a_target_with_a_limit_has_evicted_again_is_told(
+    stores: Stores, capsys: Capsys, tmp_path: Path
+) -> None:
+    """It takes the second cache, and evicts the first one for it."""
+    stores.fill("a", manifest=OTHER_MODEL)
+
+    def small(name: str) -> str:
+        blocks = 10  # of 4 KiB, one for each object; a cache has eight
+        return json.dumps({"path": str(stores.folder / name), "max_nbytes": blocks * 4096})
+
+    words = ("--from-config", stores.config("a"), "--to-config", small("b"), "--threads", "1")
+    status, out, _ = in_process(capsys, "copy", "file", "file", *words, "--json")
+    told = json.loads(out)
+    gone = 16 - len(stores.contents("b"))
+    assert gone >= 6
+    assert (status, told["objects"]["copied"], told["gone"]) == (1, 16, gone)
+    for namespace in (MANIFEST.namespace, OTHER_MODEL.namespace):
+        part = str(tmp_path / f"{namespace}.tar")
+        chosen = ("--config", stores.config("a"), "--namespace", namespace)
+        assert in_process(capsys, "export", "file", part, *chosen)[0] == 0
+        status, out, _ = in_process(capsys, "import", part, "file", "--config", small("c"))
+        assert (status, "gone again" in out) == (0, False), "all of this one is there"
