@@ -253,10 +253,12 @@ def main(quick: bool, only: tuple[str, ...], json_file: Path | None, docs: Path 
     facts = machine()
     console = Console(width=None if os.isatty(1) else 180)
     console.print(facts)
-    rows = list(run(only or known, quick=quick, console=console))
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        report = {"machine": facts, "quick": quick, "rows": [asdict(row) for row in rows]}
-        json_file.write_text(json.dumps(report, indent=1))
-    if docs is not None:
-        docs.write_text(with_tables(docs.read_text(), markdown(rows, facts)))
+    rows: list[Row] = []
+    for name in only or known:
+        rows += run([name], quick=quick, console=console)
+        if json_file is not None:  # after each, so that an interrupted run keeps what it has
+            json_file.parent.mkdir(parents=True, exist_ok=True)
+            report = {"machine": facts, "quick": quick, "rows": [asdict(row) for row in rows]}
+            json_file.write_text(json.dumps(report, indent=1))
+        if docs is not None:
+            docs.write_text(with_tables(docs.read_text(), markdown(rows, facts)))

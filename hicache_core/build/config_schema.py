@@ -12,8 +12,7 @@ from hicache_core.config.sources import EXTRA
 from hicache_core.observe.event_settings import EventsConfig
 from hicache_core.plugin.dynamic import DynamicSettings
 from hicache_core.plugin.manager import backend_class
-from hicache_core.storage.chain.config import ChainConfig
-from hicache_core.storage.guard.config import GuardConfig
+from hicache_core.storage.chain.config import ChainConfig, StoreConfig
 
 _EVENTS = "kv_events_config"
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -58,11 +57,7 @@ def _models(backend: str | None) -> Sequence[type[BaseModel]]:
     if backend == "chain":
         return (ChainConfig,)
     own = DynamicSettings if backend == "dynamic" else backend_class(backend).Config
-    return (_Guarded, own)
-
-
-class _Guarded(BaseModel):
-    guard: GuardConfig = GuardConfig()
+    return (StoreConfig, own)
 
 
 def _merged(models: Sequence[type[BaseModel]], definitions: dict[str, Any]) -> dict[str, Any]:

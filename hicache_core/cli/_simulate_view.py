@@ -44,7 +44,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     found = Table(box=box.SIMPLE, pad_edge=False)
     titles = [*(_TITLES[name] for name in columns), *_RESULTS, *(["COST"] if with_cost else [])]
     for title in titles:
-        found.add_column(title, justify="left" if title in ("TRACE", "ROUTER") else "right")
+        is_text = title in ("TRACE", "ROUTER", "EVICTION")
+        found.add_column(title, justify="left" if is_text else "right", no_wrap=True)
     for row in rows:
         cells = [_cell(_value(row, name)) for name in columns]
         found.add_row(*cells, *_results(row), *([f"{row['cost']:,.2f}"] if with_cost else []))
@@ -60,7 +61,7 @@ def _results(row: Mapping[str, Any]) -> Iterator[str]:
         yield "–" if value is None else f"{value:.3f} s"
     moved = row["moved_nbytes"]
     for ways in (("device_to_host", "host_to_storage"), ("host_to_device", "storage_to_host")):
-        yield " + ".join(f"{moved[way] / GB:,.1f}" for way in ways)
+        yield f"{sum(moved[way] for way in ways) / GB:,.1f}"
 
 
 def _differs(rows: Sequence[Mapping[str, Any]], name: str) -> bool:

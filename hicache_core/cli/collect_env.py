@@ -69,7 +69,7 @@ def _report(*, check: bool) -> dict[str, Any]:
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
         "platform": platform.platform(),
         "cpus": len(os.sched_getaffinity(0)),
-        "memory": {limit.name: limit.available_nbytes for limit in memory_limits()},
+        "memory": _memory(),
         "torch": _torch() if check else {},
         "native": {part: implementation(module) for part, module in NATIVE.items()},
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
@@ -81,6 +81,12 @@ def _report(*, check: bool) -> dict[str, Any]:
         ],
         "environment": shown_environment(os.environ),
     }
+
+
+def _memory() -> dict[str, object]:
+    """The tightest limit on memory and what is left of it; empty if none can be read."""
+    limits = memory_limits()
+    return asdict(min(limits, key=lambda limit: limit.available_nbytes)) if limits else {}
 
 
 def shown_environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -131,9 +137,11 @@ def _sections(report: Mapping[str, Any]) -> Iterator[str]:
     """The report as text: a table for each part."""
     facts = [("python", report["python"]), ("platform", report["platform"])]
     facts.append(("cpus", str(report["cpus"])))
-    facts += [("memory", f"{n / 1e9:.1f} GB free ({name})") for name, n in report["memory"].items()]
+    if memory := report["memory"]:
+        left = f"{memory['available_nbytes'] / 1e9:.1f} GB left ({memory['name']})"
+        facts.append(("memory", left))
     facts += [(f"torch {key}", _text(value)) for key, value in report["torch"].items()]
-    facts += [(f"{part} in", value) for part, value in report["native"].items()]
+    facts += report["native"].items()
     yield columns(facts)
     yield columns([("PACKAGE", "VERSION"), *report["packages"].items()])
     keys = ("name", "kind", "distribution", "version", "module", "status", "error")

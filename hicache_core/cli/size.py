@@ -13,6 +13,7 @@ import click
 
 from hicache_core.cli._columns import columns
 from hicache_core.cli._stored import size_words
+from hicache_core.engine.user_cache import user_cache
 from hicache_core.errors import ConfigError, PluginError
 from hicache_core.kv.model_config import read_model_config, spec_of_config, spec_of_numbers
 from hicache_core.kv.spec import DTYPE_NBYTES, Group, GroupKind, KVSpec
@@ -171,7 +172,11 @@ def _found(model: str) -> Path:
     folder = hub / f"models--{model.replace('/', '--')}" / "snapshots"
     newest = sorted(folder.glob("*/config.json"), key=lambda file: file.stat().st_mtime)
     if not newest:
-        raise ConfigError(f"--model {model}: there is no such folder, nor such a model in {hub}")
+        kept = user_cache("models")
+        raise ConfigError(
+            f"--model {model}: there is no such folder, nor such a model in {hub}; of a GGUF file "
+            f"or packaged weights give the folder that serving them leaves in {kept}, or numbers"
+        )
     return newest[-1]
 
 

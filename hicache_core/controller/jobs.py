@@ -124,7 +124,7 @@ class JobTable:
     def withdraw(self, job_id: int) -> None:
         """Removes a job that nobody waits for any more. All ranks must withdraw it alike."""
         if job_id in self._lane_of:  # else it is being settled right now
-            self._leave([job_id])
+            self._leave([(job_id, 0)])
 
     def collect_copies(self) -> None:
         """Reports every copy whose ticket is done."""
@@ -187,8 +187,7 @@ class JobTable:
         agreed_flag, *agreed = self._ranks.agree_min(mine)
         pairs = zip(ids, agreed, strict=True)
         done = sorted([pair for pair in pairs if pair[1] != NOT_REPORTED])
-        left = self._leave([job_id for job_id, _ in done])
-        return Agreement([*zip(left, [n for _, n in done], strict=True)], agreed_flag)
+        return Agreement(self._leave(done), agreed_flag)
 
     def _enter(self, lane: _Lane, settles: Sequence[Settle]) -> Sequence[int]:
         job_ids = range(self._next_id, self._next_id + len(settles))
@@ -197,12 +196,12 @@ class JobTable:
         self._lane_of.update(dict.fromkeys(job_ids, lane))
         return job_ids
 
-    def _leave(self, job_ids: Sequence[int]) -> list[Settle]:
-        """Removes jobs; returns what settles each."""
+    def _leave(self, done: Sequence[tuple[int, int]]) -> list[tuple[Settle, int]]:
+        """Removes jobs, each given with its pages; returns what settles each, with its pages."""
         left = []
-        for job_id in job_ids:
+        for job_id, n_pages in done:
             self._reported.pop(job_id, None)
-            left.append(self._lane_of.pop(job_id).settle.pop(job_id))
+            left.append((self._lane_of.pop(job_id).settle.pop(job_id), n_pages))
         return left
 
 

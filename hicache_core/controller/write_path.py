@@ -9,6 +9,7 @@ from functools import partial
 
 from hicache_core.controller.attachment import Attachment
 from hicache_core.controller.parts import Parts
+from hicache_core.controller.policies import NOWHERE
 from hicache_core.controller.received import ReceivedPages
 from hicache_core.kv.keys import DIGEST_NBYTES, TOKEN_NBYTES, PageKeys
 from hicache_core.observe.journal import PageRun
@@ -63,7 +64,7 @@ class WritePath:
         """Backs up or stores those nodes from the root to ``node`` that the policy wants."""
         policy = self._parts.policies.write
         storage = self._attached()
-        epoch = self._parts.epoch
+        epoch = NOWHERE if storage is None else storage.epoch
         unchecked, checking = Received.UNCHECKED, Received.CHECKING  # 70 ns each on Python 3.11
         for part in path_to(node):
             if part.received is unchecked and storage is not None:

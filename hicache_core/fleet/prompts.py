@@ -25,19 +25,18 @@ class Prompts:
     def __init__(self, requests: Sequence[TraceRequest]) -> None:
         """Numbers the blocks and words of ``requests``, which are scaled already."""
         self._requests = requests
-        self._ids: dict[str, bytes] = {}
         self.successors = _successors(requests)
-        for request in requests:  # now, so that the ids do not depend on who asks first
-            for name in _names(request):
-                self._id(name)
+        names = dict.fromkeys(name for request in requests for name in _names(request))
+        self._ids = {name: n.to_bytes(TOKEN_NBYTES, "little") for n, name in enumerate(names)}
 
     def prompt(self, n: int) -> bytes:
         """The prompt of request ``n``."""
         request = self._requests[n]
+        ids = [self._ids[name] for name in _names(request)]
         if request.text:
-            return b"".join(map(self._id, _names(request)))
-        blocks = (self._id(name) * request.block_tokens for name in request.blocks)
-        return b"".join(blocks)[: request.input_length * TOKEN_NBYTES]
+            return b"".join(ids)
+        blocks = b"".join([one * request.block_tokens for one in ids])
+        return blocks[: request.input_length * TOKEN_NBYTES]
 
     def answer(self, n: int, n_tokens: int) -> bytes:
         """The first ``n_tokens`` of the answer to request ``n``."""
@@ -48,12 +47,6 @@ class Prompts:
                 said = after[len(before) : len(before) + n_tokens * TOKEN_NBYTES]
         n_new = n_tokens - len(said) // TOKEN_NBYTES
         return said + (_FIRST_ANSWER + n).to_bytes(TOKEN_NBYTES, "little") * n_new
-
-    def _id(self, name: str) -> bytes:
-        found = self._ids.get(name)
-        if found is None:
-            found = self._ids[name] = len(self._ids).to_bytes(TOKEN_NBYTES, "little")
-        return found
 
 
 def _names(request: TraceRequest) -> Sequence[str]:

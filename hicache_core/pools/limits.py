@@ -9,6 +9,8 @@ from pathlib import Path
 from hicache_core.errors import NotEnoughMemory, SpecError
 
 GB = 10**9
+_NO_LIMIT = 1 << 62
+"""A cgroup of version 1 without a limit has the greatest number of bytes, in whole pages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,8 @@ def _cgroup(
 ) -> Iterator[MemoryLimit]:
     limit, usage = _text(directory / limit_file).strip(), _text(directory / usage_file).strip()
     if not (limit.isdigit() and usage.isdigit()):  # no such cgroup, or "max": no limit
+        return
+    if int(limit) >= _NO_LIMIT:
         return
     reclaimable = dict(_pairs(directory / "memory.stat")).get(cache_key, 0)
     left = max(0, int(limit) - int(usage) + reclaimable)

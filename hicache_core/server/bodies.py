@@ -104,11 +104,30 @@ class Shared(Tenant):
         return Bootstrap(host, port, room)
 
 
-class GenerateBody(Shared):
-    """``/generate``: one of ``text`` and ``input_ids``, alone or as a batch."""
+class Prompts(Body):
+    """One of ``text`` and ``input_ids``, alone or as a batch."""
 
     text: OneOrManyTexts | None = None
     input_ids: OneOrManyIds | None = None
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> Self:
+        if (self.text is None) == (self.input_ids is None):
+            raise ValueError("give either text or input_ids")
+        return self
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """All of them, alone or not."""
+        if self.text is not None:
+            return [self.text] if isinstance(self.text, str) else self.text
+        given: list[Any] = list(self.input_ids or ())
+        return given if isinstance(given[0], list) else [given]
+
+
+class GenerateBody(Shared, Prompts):
+    """``/generate``."""
+
     sampling_params: (
         Annotated[
             Annotated[SamplingBody, Tag("~one")]
@@ -124,20 +143,6 @@ class GenerateBody(Shared):
     logprob_start_len: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = -1
     top_logprobs_num: TopN | None = 0
     return_text_in_logprobs: bool | None = False
-
-    @model_validator(mode="after")
-    def _one_prompt(self) -> Self:
-        if (self.text is None) == (self.input_ids is None):
-            raise ValueError("give either text or input_ids")
-        return self
-
-    @property
-    def prompts(self) -> list[str] | list[list[int]]:
-        """All of them, alone or not."""
-        if self.text is not None:
-            return [self.text] if isinstance(self.text, str) else self.text
-        given: list[Any] = list(self.input_ids or ())
-        return given if isinstance(given[0], list) else [given]
 
     @property
     def is_batch(self) -> bool:

@@ -6,17 +6,15 @@ import asyncio
 import time
 import uuid
 from dataclasses import astuple
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter
-from pydantic import model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
 from hicache_core.config.redact import masked
-from hicache_core.server.bodies import Tenant
+from hicache_core.server.bodies import Prompts, Tenant
 from hicache_core.server.body_route import BodyRoute
-from hicache_core.server.forms import OneOrManyIds, OneOrManyTexts
 from hicache_core.server.problems import json_answer
 from hicache_core.server.prompts import namespace_of
 from hicache_core.server.service import Service
@@ -32,25 +30,8 @@ LOAD_TIMEOUT_S = 120.0
 _PAUSE_S = 0.005
 
 
-class WarmBody(Tenant):
-    """``POST /hicache/warm``: one of ``text`` and ``input_ids``, alone or as a batch."""
-
-    text: OneOrManyTexts | None = None
-    input_ids: OneOrManyIds | None = None
-
-    @model_validator(mode="after")
-    def _one_prompt(self) -> Self:
-        if (self.text is None) == (self.input_ids is None):
-            raise ValueError("give either text or input_ids")
-        return self
-
-    @property
-    def prompts(self) -> list[str] | list[list[int]]:
-        """All of them, alone or not."""
-        if self.text is not None:
-            return [self.text] if isinstance(self.text, str) else self.text
-        given: list[Any] = list(self.input_ids or ())
-        return given if isinstance(given[0], list) else [given]
+class WarmBody(Tenant, Prompts):
+    """``POST /hicache/warm``."""
 
 
 def make_router(service: Service) -> APIRouter:

@@ -138,7 +138,7 @@ def a_rank_settles_what_it_has_done_itself(patch: Patch) -> None:
     def alone(self: JobTable, flag: int = 1) -> Agreement:
         self._ranks.agree_min([flag] * (self._ranks.window or 1))
         done = sorted(self._reported.items())
-        return Agreement([(self._leave([job_id])[0], n) for job_id, n in done], flag)
+        return Agreement(self._leave(done), flag)
 
     patch.setattr(JobTable, "agree", alone)
 

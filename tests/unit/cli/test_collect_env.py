@@ -30,7 +30,7 @@ def test_it_names_versions_plugins_with_their_entry_points_and_the_machine(
     ours = {"group": "sglang.srt.plugins", "name": "hicache"}
     assert [point for point in report["engine_plugins"] if ours.items() <= point.items()]
     assert report["cpus"] >= 1
-    assert min(report["memory"].values()) > 0
+    assert report["memory"]["available_nbytes"] > 0
     assert set(report["native"]) == {"keys", "pools", "copies"}
 
 

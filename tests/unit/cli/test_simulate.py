@@ -133,3 +133,8 @@ def test_the_command_knows_all_routers_and_policies() -> None:
     """They are written in the command, so that its help imports nothing slow."""
     assert tuple(KNOWN_ROUTERS) == ROUTERS
     assert {*EVICTIONS, "priority"} == set(POLICY_NAMES)
+
+
+def test_a_sweep_without_a_served_request_cannot_be_drawn(trace: Path, tmp_path: Path) -> None:
+    shown = run(trace, "--device-size", 0.05, "--png", tmp_path / "none.png")
+    assert "nothing to draw" in str(shown.exception)

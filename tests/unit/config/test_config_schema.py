@@ -61,7 +61,7 @@ def test_the_settings_of_a_named_backend_are_in_it_and_all_references_lead_somew
 def test_sizes_take_text_with_a_unit_and_secrets_have_no_default() -> None:
     described = extra_of(config_schema("file"))
     assert set(FileConfig.model_fields) < set(described)
-    assert "guard" in described
+    assert {"guard", "read_only"} < set(described)
     texts = [form for form in parts(described["max_nbytes"]) if form.get("type") == "string"]
     assert texts
     url = extra_of(config_schema("redis"))["url"]

@@ -76,6 +76,13 @@ def test_in_a_container_the_mount_itself_is_the_cgroup(tmp_path: Path) -> None:
     assert left(root) == 2 * GIB
 
 
+def test_a_v1_cgroup_without_a_limit_does_not_count(tmp_path: Path) -> None:
+    root = machine(tmp_path, cgroup="4:memory:/box\n")
+    with_files(root, v1("sys/fs/cgroup/memory/box", 0x7FFFFFFFFFFFF000, used_gib=1))
+    (machine_itself,) = memory_limits(root)
+    assert "MemAvailable" in machine_itself.name
+
+
 def test_a_v1_limit_counts(tmp_path: Path) -> None:
     root = machine(tmp_path, cgroup="9:cpu,cpuacct:/x\n4:memory:/box\n0::/\n")
     with_files(root, v1("sys/fs/cgroup/memory/box", 8 * GIB, used_gib=6, cache_gib=1))
