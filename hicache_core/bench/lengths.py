@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from hicache_core.errors import ConfigError
 
 BLOCK_TOKENS = 16
 """Tokens of a block that the generator makes."""
+
+MAX_TOKENS = 100_000_000
+"""A longer prompt or answer is a mistake in the trace."""
 
 _RECENT = 1000
 _TRIES = 8
@@ -67,6 +71,24 @@ class Sharing:
             )
 
 
+def check_lengths(at_s: float, n_input: int, n_output: int) -> None:
+    """Checks what a trace says of a request.
+
+    Args:
+        at_s: when it arrives, in seconds.
+        n_input: tokens of the prompt.
+        n_output: tokens of the answer.
+
+    Raises:
+        ValueError: one of them cannot be.
+    """
+    if not math.isfinite(at_s):
+        raise ValueError(f"the time {at_s} is not a finite number")
+    for what, n in (("a prompt", n_input), ("an answer", n_output)):
+        if not 0 <= n <= MAX_TOKENS:
+            raise ValueError(f"{what} has from 0 to {MAX_TOKENS:,} tokens, not {n:,}")
+
+
 def read_csv(path: Path, limit: int | None) -> list[Lengths]:
     """The requests of a CSV file of Azure's LLM inference traces, or of BurstGPT.
 
@@ -81,7 +103,7 @@ def read_csv(path: Path, limit: int | None) -> list[Lengths]:
     """
     found: list[Lengths] = []
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file)
             names = _columns(path, rows.fieldnames or ())
             for row in rows:
@@ -140,8 +162,10 @@ def _columns(path: Path, names: Sequence[str]) -> tuple[str, str, str]:
 def _row(where: str, row: Mapping[str, str], names: tuple[str, str, str]) -> Lengths:
     at, n_input, n_output = (row[name] or "" for name in names)
     try:
-        return Lengths(_seconds(at), max(1, round(float(n_input))), max(1, round(float(n_output))))
-    except ValueError as error:
+        found = Lengths(_seconds(at), round(float(n_input)), round(float(n_output)))
+        check_lengths(*found)
+        return found._replace(n_input=max(1, found.n_input), n_output=max(1, found.n_output))
+    except (ValueError, OverflowError) as error:
         raise ConfigError(f"{where}: {error}") from error
 
 

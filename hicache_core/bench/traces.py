@@ -26,7 +26,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from hicache_core.bench.lengths import BLOCK_TOKENS, Lengths, Sharing, blocks_for, read_csv
+from hicache_core.bench.lengths import (
+    BLOCK_TOKENS,
+    Lengths,
+    Sharing,
+    blocks_for,
+    check_lengths,
+    read_csv,
+)
 from hicache_core.errors import ConfigError
 
 OUTPUT_TOKENS = 256
@@ -84,7 +91,7 @@ def read_trace(
     """
     requests = [TraceRequest(*one) for one in read_csv(path, limit)] if _is_csv(path) else []
     for where, item in () if _is_csv(path) else _objects(path):
-        found = _requests(where, item, block_tokens, time_unit)
+        found = _checked(where, _requests(where, item, block_tokens, time_unit))
         requests += found
         if limit and len(requests) >= limit and not any(one.session for one in found):
             break  # a line is a request; conversations overlap, so all of them are read
@@ -96,6 +103,15 @@ def read_trace(
         if second.at_s < first.at_s:
             raise ConfigError(f"the trace {path} is not sorted by its timestamps")
     return _with_prefixes(requests[:limit], sharing or Sharing())
+
+
+def _checked(where: str, requests: list[TraceRequest]) -> list[TraceRequest]:
+    for one in requests:
+        try:
+            check_lengths(one.at_s, one.input_length, one.output_length)
+        except ValueError as error:
+            raise ConfigError(f"{where}: {error}") from error
+    return requests
 
 
 def _is_csv(path: Path) -> bool:
@@ -118,7 +134,7 @@ def _with_prefixes(requests: list[TraceRequest], sharing: Sharing) -> list[Trace
 def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a file (one JSON value, or one on each line), each with its location."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the trace {path}: {error}") from error
     for where, item in _values(path, text):
@@ -130,6 +146,8 @@ def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _values(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     try:
         whole = json.loads(text)
+    except RecursionError:
+        raise ConfigError(f"the trace {path} is nested too deeply") from None
     except ValueError:  # then there is one a line
         for n, line in enumerate(text.splitlines(), 1):
             if line.strip():
@@ -143,7 +161,7 @@ def _values(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 def _parsed(where: str, line: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: not valid JSON: {error}") from error
 
 
@@ -164,7 +182,9 @@ def _requests(
             return _conversation(where, item, block_tokens, time_unit)
         if "hash_ids" in item:
             return [_line(where, item, block_tokens, time_unit)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except ConfigError:
+        raise
+    except (ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{where}: a field is missing or wrong: {error!r}") from error
     raise ConfigError(
         f"{where}: unknown trace format with the fields {', '.join(item) or 'none'}; the known "
@@ -199,10 +219,11 @@ def _misfit(where: str, n_tokens: int, n_blocks: int, block_tokens: int) -> Conf
     fitting = [
         size for size in _USUAL_BLOCKS if size * (n_blocks - 1) < n_tokens <= size * n_blocks
     ]
-    hint = f"; if its blocks have {fitting[0]} tokens, give --trace-block-tokens {fitting[0]}"
+    hint = ""
+    if fitting and n_blocks > 1:
+        hint = f"; if its blocks have {fitting[0]} tokens, give --trace-block-tokens {fitting[0]}"
     return ConfigError(
-        f"{where}: {n_tokens} tokens do not fit {n_blocks} blocks of {block_tokens}"
-        + (hint if fitting and n_blocks > 1 else "")
+        f"{where}: {n_tokens} tokens do not fit {n_blocks} blocks of {block_tokens}{hint}"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import fcntl
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -80,14 +81,25 @@ def _writer(
 
 
 def _opened(file: Path, mode: str) -> BinaryIO:
+    """The file, locked: two exports at once would write over each other."""
     try:
-        return file.expanduser().open(mode, buffering=0)  # type: ignore[return-value]
+        archive: BinaryIO = file.expanduser().open(mode, buffering=0)  # type: ignore[assignment]
     except FileExistsError:
         raise ConfigError(
             f"{file} exists: add --resume to go on with it, or name another file"
         ) from None
     except OSError as error:
         raise ConfigError(f"cannot open {file}: {error.strerror}") from None
+    try:
+        fcntl.flock(archive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        archive.close()
+        raise ConfigError(
+            f"another export writes {file}; wait until it ends, or name another file"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    return archive
 
 
 def _head(plan: Plan, counts: dict[str, int]) -> Head:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import keyword
 import os
@@ -94,15 +95,37 @@ def cli(*, debug: bool) -> None:  # noqa: ARG001 - main() looks for it by itself
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs ``hicache``; a ``HiCacheError`` becomes one line on stderr and exit status 2."""
+    """Runs ``hicache``; an error becomes one line on stderr and exit status 2.
+
+    That is a ``HiCacheError``, a refusal of the operating system such as a full disk, or input that
+    takes more memory than there is.
+    """
     given = sys.argv[1:] if args is None else args
     try:
         cli.main(args=given, prog_name="hicache")
-    except HiCacheError as error:
+    except (HiCacheError, OSError, MemoryError, RecursionError) as error:
         if "--debug" in given:
             raise
-        click.echo(f"hicache: {masked_text(' '.join(str(error).split()))}", err=True)
+        click.echo(f"hicache: {masked_text(' '.join(_words(error).split()))}", err=True)
+        _drop_unwritable_output()
         sys.exit(2)
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for this"
+    if isinstance(error, RecursionError):
+        return "the input is nested too deeply"
+    return str(error)
+
+
+def _drop_unwritable_output() -> None:
+    """Output that cannot be written would be tried again when Python ends, with its own message."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):
+            sys.stdout.close()
 
 
 if __name__ == "__main__":

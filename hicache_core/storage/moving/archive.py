@@ -85,15 +85,24 @@ class Head:
                     f"the archive has version {fields['version']} of its format, this HiCache "
                     f"reads version {VERSION}: install a newer one"
                 )
-            planned = {
-                str(name): Planned(int(own["objects"]), int(own["object_nbytes"]), own["described"])
-                for name, own in fields["namespaces"].items()
-            }
+            planned = {str(name): _planned(own) for name, own in fields["namespaces"].items()}
             return cls(str(fields["created"]), str(fields["by"]), planned)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(f"{HEAD} is damaged: this is not an archive of HiCache") from None
+
+
+def _planned(fields: Mapping[str, Any]) -> Planned:
+    """Raises ValueError for numbers that no archive has: nothing seals them."""
+    objects, nbytes, described = (
+        fields[name] for name in ("objects", "object_nbytes", "described")
+    )
+    if not (isinstance(objects, int) and isinstance(nbytes, int) and isinstance(described, dict)):
+        raise ValueError(fields)
+    if objects < 0 or not 0 <= nbytes <= MAX_OBJECT_NBYTES:
+        raise ValueError(fields)
+    return Planned(objects, nbytes, described)
 
 
 def padding(nbytes: int) -> int:

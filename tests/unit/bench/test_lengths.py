@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -171,3 +172,46 @@ def test_results_of_a_benchmark_are_lengths(tmp_path: Path) -> None:
     file = lines(tmp_path / "bad.jsonl", {"input_lens": [1, 2], "output_lens": [1]})
     with pytest.raises(ConfigError, match="a field is missing or wrong"):
         read_trace(file)
+
+
+LINE = '{{"timestamp": {at}, "input_length": {n}, "output_length": {n_out}, "hash_ids": [{ids}]}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (LINE.format(at=0, n=-5, n_out=1, ids="1"), "-5 tokens do not fit 1 blocks of 512"),
+        (LINE.format(at=0, n="1e30", n_out=1, ids="1,2"), "tokens do not fit 2 blocks of 512"),
+        (LINE.format(at=0, n=5, n_out=-1, ids="1"), "an answer has from 0 to 100,000,000 tokens"),
+        (LINE.format(at=0, n=5, n_out=10**11, ids="1"), "tokens, not 100,000,000,000"),
+        (LINE.format(at=0, n="Infinity", n_out=1, ids="1"), "a field is missing or wrong"),
+        (LINE.format(at="NaN", n=5, n_out=1, ids="1"), "object 1: timestamp nan is not a whole"),
+        ('{"input_lens": [100000001], "output_lens": [1]}', "tokens, not 100,000,001"),
+        ("[" * 100_000, "is nested too deeply"),
+    ],
+)
+def test_numbers_that_no_request_has_are_a_clear_error(
+    tmp_path: Path, text: str, said: str
+) -> None:
+    file = tmp_path / "trace.jsonl"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(said)) as caught:
+        read_trace(file)
+    assert "ConfigError" not in str(caught.value)
+
+
+@pytest.mark.parametrize("row", ["nan,5,5", "1e400,5,5", "1,-5,5", "1,5,-5", "1,inf,5", "1,5,1e30"])
+def test_numbers_in_a_csv_are_checked(tmp_path: Path, row: str) -> None:
+    file = tmp_path / "trace.csv"
+    file.write_text(f"TIMESTAMP,ContextTokens,GeneratedTokens\n{row}\n")
+    with pytest.raises(ConfigError, match=r"trace\.csv, line 2: "):
+        read_trace(file)
+
+
+def test_a_byte_order_mark_and_windows_ends_of_lines_do_not_matter(tmp_path: Path) -> None:
+    line = LINE.format(at=0, n=5, n_out=7, ids="1")
+    for name, text in (("a.csv", AZURE), ("b.jsonl", f"{line}\n{line}\n")):
+        plain, marked = tmp_path / name, tmp_path / f"marked-{name}"
+        plain.write_text(text)
+        marked.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+        assert read_trace(marked) == read_trace(plain)

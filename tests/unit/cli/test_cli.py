@@ -316,3 +316,36 @@ def test_python_m_hicache_core_is_the_command() -> None:
         timeout=60,
     )
     assert child.stdout.strip() == hicache_core.__version__ == version("hicache-core")
+
+
+def test_output_that_cannot_be_written_is_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        child = subprocess.run(
+            [sys.executable, "-m", "hicache_core.cli.main", "config"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert (child.returncode, child.stderr.count("\n")) == (2, 1)
+    assert "No space left on device" in child.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(MemoryError(), "not enough memory"), (RecursionError(), "nested too deeply")],
+)
+def test_input_that_is_too_large_is_one_line(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    said: str,
+) -> None:
+    def fail(**_options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "main", fail)
+    status, _, err = in_process(capsys, "version")
+    assert (status, err.count("\n")) == (2, 1)
+    assert said in err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import re
@@ -316,3 +317,16 @@ def test_what_was_killed_goes_on_and_ends_whole(stores: Stores, capsys: Capsys, 
     if how == "export":
         in_process(capsys, "import", str(file), "file", "--config", stores.config("b"))
     assert stores.contents("b") == stores.contents("big")
+
+
+def test_two_exports_do_not_write_one_file(stores: Stores, capsys: Capsys, tmp_path: Path) -> None:
+    file = tmp_path / "one.tar"
+    words = ("export", "file", str(file), "--config", stores.config("a"))
+    assert in_process(capsys, *words)[0] == 0
+    before = file.read_bytes()
+    with file.open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        status, _, err = in_process(capsys, *words, "--resume")
+    assert (status, file.read_bytes()) == (2, before)
+    assert f"another export writes {file}; wait until it ends" in err
+    assert in_process(capsys, *words, "--resume")[0] == 0

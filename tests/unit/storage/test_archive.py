@@ -271,3 +271,28 @@ def test_an_archive_takes_only_namespaces_that_it_was_begun_for(tmp_path: Path) 
     exported(filled(), file, PARTS[:1])
     with file.open("rb", 0) as archive, pytest.raises(ConfigError, match=NAMESPACES[1]):
         kept_in(archive, NAMESPACES)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"objects": -1},
+        {"objects": 1e400},
+        {"objects": "8"},
+        {"object_nbytes": -1},
+        {"object_nbytes": 10**18},
+        {"object_nbytes": 1.5},
+        {"described": [1]},
+    ],
+)
+def test_a_head_with_numbers_that_no_archive_has_is_damaged(fields: dict[str, object]) -> None:
+    """No seal protects it, and memory is taken by what it says."""
+    own = {"objects": 1, "object_nbytes": 576, "described": {}, **fields}
+    head = {"format": "hicache-archive", "version": 1, "created": "", "by": ""}
+    with pytest.raises(ConfigError, match="is damaged: this is not an archive"):
+        Head.decode(json.dumps({**head, "namespaces": {"0" * 16: own}}).encode())
+
+
+def test_a_head_that_is_nested_too_deeply_is_damaged() -> None:
+    with pytest.raises(ConfigError, match="is damaged: this is not an archive"):
+        Head.decode(b"[" * 100_000)
