@@ -131,8 +131,8 @@ def _served(model: str, row_nbytes: int) -> Iterator[Server]:
             said = []
             for line in process.stdout:
                 said.append(line)
-                if found := re.search(r"http://\S+", line):
-                    yield Server(process.pid, found[0], 3 * N_TOKENS * row_nbytes)
+                if found := re.search(r"serves \S+ at (http://\S+)", line):
+                    yield Server(process.pid, found[1], 3 * N_TOKENS * row_nbytes)
                     break
             else:
                 raise RuntimeError("the server did not start: " + "".join(said))

@@ -112,6 +112,8 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _words(error: BaseException) -> str:
+    if isinstance(error, HiCacheError):  # some of them are errors of memory as well
+        return str(error)
     if isinstance(error, MemoryError):
         return "there is not enough memory for this"
     if isinstance(error, RecursionError):

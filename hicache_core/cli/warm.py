@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
-from hicache_core.cli._ask import asks, post
+from hicache_core.cli._ask import operates, post
 from hicache_core.cli._prompt import Prompt, given_prompt, prompts_in
 
 WARM = "/hicache/warm"
@@ -26,7 +26,7 @@ _TIMEOUT_S = 300.0
 
 
 @click.command("warm")
-@asks
+@operates
 @click.option(
     "--prompt", multiple=True, help="A prompt: token ids, a text, or @file. May be repeated."
 )

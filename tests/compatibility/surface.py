@@ -62,12 +62,17 @@ def settings() -> Rows:
 
 
 def commands(command: click.Command = cli, name: str = "hicache") -> Rows:
-    """Every command with its flags: how each is spelt, and what it is without it."""
+    """Every command with its arguments and flags: each spelling, and what it is without it."""
+    n_arguments = 0
     for parameter in command.params:
-        spelt = " ".join([*parameter.opts, *parameter.secondary_opts])
+        if isinstance(parameter, click.Argument):
+            n_arguments += 1
+            yield f"argument {name} {n_arguments}", parameter.nargs
+            continue
         default = parameter.default
         shown = default if isinstance(default, str | int | float | bool) else None
-        yield f"option {name} {spelt}", [parameter.nargs, parameter.multiple, shown]
+        for spelt in (*parameter.opts, *parameter.secondary_opts):
+            yield f"option {name} {spelt}", [parameter.nargs, parameter.multiple, shown]
     if isinstance(command, click.Group):
         context = click.Context(command)
         for inner in command.list_commands(context):

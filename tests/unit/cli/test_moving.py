@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -23,7 +24,7 @@ from hicache_core.types import Namespace
 from tests.servers.valkey import running
 from tests.unit.cli.test_cli import in_process
 from tests.unit.storage.test_moving import contents
-from tests.unit.storage.test_scrub import flipped
+from tests.unit.storage.test_scrub import flipped, key_of
 from tests.unit.storage.test_why import CONTEXT, MANIFEST, SALTED, keys_of, manifest_of, put
 
 Capsys = pytest.CaptureFixture[str]
@@ -286,6 +287,36 @@ def test_the_commands_of_the_page_run(
             words = shlex.split(line.replace("redis://127.0.0.1:6379", server.url))
             assert in_process(capsys, *words[1:])[0] == 0, line
     assert stores.contents("other-store") == stores.contents("kv-store")
+
+
+@pytest.mark.parametrize("how", ["copy", "export"])
+def test_what_was_killed_goes_on_and_ends_whole(stores: Stores, capsys: Capsys, how: str) -> None:
+    """A real process, killed as soon as it has written something; all of it is there in the end."""
+    keys = [key_of(n, MANIFEST.namespace) for n in range(3000)]
+    stores.fill("big", keys)
+    file = stores.folder / "big.tar"
+    words = {
+        "copy": ["copy", *between(stores, "big")],
+        "export": ["export", "file", str(file), "--config", stores.config("big")],
+    }[how]
+    written = stores.folder / "b" / "segments" / "00000001.seg" if how == "copy" else file
+    with subprocess.Popen([sys.executable, "-m", "hicache_core", *words]) as process:
+        until = time.monotonic() + 60
+        while not written.exists() or written.stat().st_size < 50_000:
+            assert process.poll() is None or written.exists()
+            assert time.monotonic() < until
+            time.sleep(0.001)
+        process.kill()
+    status, out, _ = in_process(
+        capsys, *words, *(["--resume"] if how == "export" else []), "--json"
+    )
+    told = json.loads(out)["objects"]
+    assert status == 0
+    assert told["present"] > 0 or how == "copy"  # it may die before it publishes a batch
+    assert told["present"] + told["copied"] == len(keys) + 1
+    if how == "export":
+        in_process(capsys, "import", str(file), "file", "--config", stores.config("b"))
+    assert stores.contents("b") == stores.contents("big")
 
 
 def test_two_exports_do_not_write_one_file(stores: Stores, capsys: Capsys, tmp_path: Path) -> None:

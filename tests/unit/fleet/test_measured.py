@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
+from hicache_core.bench.client import Reply
+from hicache_core.bench.result import Record, as_json
 from hicache_core.errors import ConfigError
 from hicache_core.fleet.measured import fit_speed, read_speed, read_storage
 from hicache_core.fleet.setting import Speed, StorageProfile
+from hicache_core.testing.report import Measurement, Report
 
 SPEED = Speed(0.02, 1e-3, 2e-7, 0.03, 0.0, 4e-6)
 
@@ -23,15 +26,8 @@ def measured(*sizes: tuple[int, int, int]) -> list[dict[str, Any]]:
         ttft_s = SPEED.request_s + SPEED.prefill_s(n_prompt - n_cached, n_cached)
         step_s = SPEED.step_s(1, 0) + (n_prompt + n_output / 2) * SPEED.context_s
         latency_s = ttft_s + (n_output - 1) * step_s
-        reply = {
-            "error": "",
-            "ttft_s": ttft_s,
-            "latency_s": latency_s,
-            "prompt_tokens": n_prompt,
-            "cached_tokens": n_cached,
-            "output_tokens": n_output,
-        }
-        found.append({"sent_s": at_s, "reply": reply})
+        reply = Reply("", ttft_s, latency_s, n_prompt, n_output, n_cached)
+        found.append(as_json(Record(0, 0, at_s, n_prompt, reply)))
         at_s += latency_s + 0.01
     return found
 
@@ -72,7 +68,8 @@ def test_requests_at_the_same_time_or_too_few_are_refused() -> None:
         fit_speed("here", requests)
 
 
-def figures(small: float, large: float) -> list[dict[str, object]]:
+def report(small: float, large: float) -> str:
+    """What ``hicache conformance --json`` writes of a backend with these rates, in MB/s."""
     values = {
         "exists, median": 100.0,
         "get of 4 KiB, median": 300.0,
@@ -81,7 +78,7 @@ def figures(small: float, large: float) -> list[dict[str, object]]:
         "set, batches of 32 x 4 KiB": small,
         "set, batches of 32 x 1024 KiB": large / 2,
     }
-    return [{"what": what, "value": value, "unit": ""} for what, value in values.items()]
+    return Report("file", [], [Measurement(what, n, "") for what, n in values.items()]).to_json()
 
 
 def test_the_profile_of_a_backend_is_found_from_the_report_of_the_kit(tmp_path: Path) -> None:
@@ -89,7 +86,7 @@ def test_the_profile_of_a_backend_is_found_from_the_report_of_the_kit(tmp_path: 
     page_s, nbyte_s = 1e-4, 1e-9
     rates = [size / (page_s + size * nbyte_s) / 1e6 for size in (4 << 10, 1 << 20)]
     file = tmp_path / "report.json"
-    file.write_text(json.dumps({"backend": "file", "figures": figures(*rates)}))
+    file.write_text(report(*rates))
     found = read_storage(file)
     assert found.page_s == pytest.approx(page_s)
     assert found.read_nbytes_per_s == pytest.approx(1e9)
@@ -100,7 +97,7 @@ def test_the_profile_of_a_backend_is_found_from_the_report_of_the_kit(tmp_path: 
 
 def test_a_report_without_figures_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "report.json"
-    file.write_text(json.dumps({"backend": "file", "figures": []}))
+    file.write_text(Report("file", []).to_json())
     with pytest.raises(ConfigError, match="lacks the measurement"):
         read_storage(file)
 

@@ -140,9 +140,14 @@ def test_health_is_answered_without_a_look_at_the_cache(serve: Serve) -> None:
 
 
 def test_another_path_is_told_what_there_is(serve: Serve) -> None:
-    code, _, body = get(serve(), "/")
+    code, _, body = get(serve(), "/elsewhere")
     assert code == 404
     assert "/hicache/status" in body
+
+
+def test_the_root_leads_to_the_page(serve: Serve) -> None:
+    code, headers, _ = get(serve(), "/")
+    assert (code, headers["Location"]) == (307, "hicache/")  # relative: a proxy may add a path
 
 
 def test_no_secret_is_answered(serve: Serve) -> None:
