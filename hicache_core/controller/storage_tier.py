@@ -210,12 +210,14 @@ class StorageTier:
         return self._draining[:] if self.current is None else [self.current, *self._draining]
 
     def _cleared(self, clearing: Clearing, reported: int) -> None:
-        """When all ranks are done, no page counts as stored: the backend gets a new number."""
+        """When all ranks are done, no page counts as stored: the backend gets a new number, and its
+        manifests again, for the pages that follow."""
         clearing.settle(reported)
         if clearing.done and clearing.attachment is self.current:
             self._epoch += 1
             self.current.epoch = self._epoch
             self.when_lost()
+            self._leave_manifests(self.current)
 
     def wait(self, timeout_s: float, *, for_all: bool = False) -> None:
         """Blocks until a call has ended (``for_all``: all calls), for at most ``timeout_s``."""

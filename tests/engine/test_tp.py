@@ -260,14 +260,14 @@ def test_the_operator_changes_storage_and_empties_the_cache_on_all_ranks(tmp_pat
 def test_a_store_is_cleared_of_the_objects_of_all_ranks(tmp_path: Path) -> None:
     path = tmp_path / "store"
     with engine_of_ranks(2, tmp_path, cache=in_file(path)) as it:
-        for n_manifests in (2, 0):
+        for _ in range(2):
             asked(it.engine, PROMPT)
             assert it.engine.call_all("flush", PATIENCE_S, timeout_s=PATIENCE_S)
             clearing = it.engine.call_all("clear_storage", timeout_s=PATIENCE_S)
             while not clearing.done:
                 it.engine.call(lambda cache: None, PATIENCE_S)
-            # seven whole pages of each rank, and at first what says whose they are
-            assert (clearing.n_objects, clearing.error) == (14 + n_manifests, "")
+            # seven whole pages of each rank, and what says whose they are
+            assert (clearing.n_objects, clearing.error) == (14 + 2, "")
             assert it.engine.call_all("reset", timeout_s=PATIENCE_S)
             assert asked(it.engine, PROMPT).outputs[-1].cached == CachedTokens()
         it.engine.call_all("detach_storage", timeout_s=PATIENCE_S)
