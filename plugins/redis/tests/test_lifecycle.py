@@ -16,7 +16,7 @@ from hicache_core.errors import BackendDenied, BackendUnavailable, UseAfterClose
 from hicache_core.storage import base
 from plugins.redis.tests.pages import NAMESPACE, filled, keys_of
 from tests.scrubbing import check_scrub
-from tests.servers.valkey import Cluster, Valkey, running
+from tests.servers.valkey import REDIS, Cluster, Valkey, running
 
 Open = Callable[..., RedisBackend]
 SHAPE = (64, 65_472)
@@ -182,6 +182,26 @@ def test_usage_leaves_the_order_of_use_as_it_is(own_server: Valkey, opened: Open
     assert idle_s() >= 1
     assert backend.get("ns/key") == b"x"
     assert idle_s() == 0, "the connection touches again"
+
+
+@pytest.mark.skipif(REDIS is None, reason="needs a redis-server in PATH")
+def test_a_server_before_7_2_is_asked_what_it_takes_and_keeps_its_order(opened: Open) -> None:
+    assert REDIS is not None
+    with running(binary=REDIS) as server:
+        version = str(server.client().info("server")["redis_version"])
+        if tuple(map(int, version.split(".")[:2])) >= (7, 2):
+            pytest.skip("this redis-server knows CLIENT NO-TOUCH")
+        backend = opened(url=server.url)
+        backend.set("ns/key", bytes(1000))
+
+        def idle_s() -> int:
+            return int(str(server.call("OBJECT", "IDLETIME", "hicache:ns/key")))
+
+        wait_until(lambda: idle_s() >= 1)
+        (totals,) = backend.namespace_totals().values()
+        assert totals.objects == 1
+        assert 1000 <= totals.nbytes <= 1500
+        assert idle_s() >= 1
 
 
 def test_missing_rights_are_an_error_not_a_wrong_figure(own_server: Valkey, opened: Open) -> None:

@@ -14,6 +14,7 @@ from hicache_redis.topology import Topology
 _SCAN_COUNT = b"1000"
 _NOT_HERE = MISSES | {"MOVED", "ASK"}  # another program's, or gone to another server meanwhile
 _TOUCH_AGAIN = (b"CLIENT", b"NO-TOUCH", b"OFF")
+_MEASURING = "measure objects and leave their order"
 _GLOB = re.compile(rb"([*?\[\]\\^])")
 
 
@@ -49,14 +50,22 @@ def measure(topology: Topology, prefix: bytes) -> Iterator[tuple[bytes, int]]:
 
 
 def _lengths(pool: Pool, keys: Sequence[bytes]) -> list[Reply]:
-    """Returns the lengths of objects, without counting as a use of their keys."""
+    """Returns the lengths of objects, without counting as a use of their keys.
+
+    Before version 7.2 Redis counts a question for a length as a use. There it is what the server
+    takes for an object, up to a quarter more.
+    """
     with pool.lease("measure objects") as wire:
-        asked = [command(b"STRLEN", key) for key in keys]
-        wire.send([command(b"CLIENT", b"NO-TOUCH", b"ON"), *asked, command(*_TOUCH_AGAIN)])
-        first, *lengths, last = (wire.read_reply() for _ in range(len(keys) + 2))
-        for reply in (first, last):
-            if isinstance(reply, ErrorReply):
-                raise reply_error(reply, pool.server, "measure objects and leave their order")
+        first = wire.call(b"CLIENT", b"NO-TOUCH", b"ON")
+        if isinstance(first, ErrorReply):
+            if "unknown subcommand" not in first.lower():
+                raise reply_error(first, pool.server, _MEASURING)
+            wire.send([command(b"MEMORY", b"USAGE", key) for key in keys])
+            return [wire.read_reply() for _ in keys]
+        wire.send([*(command(b"STRLEN", key) for key in keys), command(*_TOUCH_AGAIN)])
+        *lengths, last = (wire.read_reply() for _ in range(len(keys) + 1))
+        if isinstance(last, ErrorReply):
+            raise reply_error(last, pool.server, _MEASURING)
     return lengths
 
 
