@@ -99,7 +99,8 @@ def _shown(name: str, value: str) -> str:
     if looks_secret(name) or "HEADERS" in name:  # OTEL_EXPORTER_OTLP_HEADERS holds credentials
         return MASK
     if value.lstrip()[:1] not in ("{", "["):
-        return masked_text(value)
+        # Several words may be the options of a command, with a password among them.
+        return MASK if len(value.split()) > 1 else masked_text(value)
     try:
         return json.dumps(masked(json.loads(value)))
     except ValueError:  # what cannot be read cannot be masked in part

@@ -55,6 +55,9 @@ def test_only_variables_that_matter_are_shown_and_their_secrets_are_not() -> Non
         "REDIS_URL": "redis://:hunter2@host/0",
         "HF_TOKEN": "hunter2",
         "OTEL_EXPORTER_OTLP_HEADERS": "x-team=Basic hunter2",
+        "HICACHE_OPTIONS": "--requirepass hunter2 --port 1",
+        "HICACHE_PW": "hunter2",
+        "HICACHE_YAML": "password: hunter2",
         "HOME": "/home/hunter2",
     }
     shown = shown_environment(environ)
