@@ -10,7 +10,8 @@ MASK = "***"
 
 _SECRET = frozenset(
     """
-    password passwd pass pwd pw passphrase requirepass masterauth secret secrets token credential credentials auth
+    password passwd pass pwd pw passphrase requirepass masterauth
+    secret secrets token credential credentials auth
     authorization signature sas apikey accesskey api_key access_key private_key account_key
     secret_key encryption_key customer_key connection_string connectionstring
     """.split()  # noqa: SIM905 - a list of this length reads better as text

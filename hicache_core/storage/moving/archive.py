@@ -29,7 +29,10 @@ END_BLOCKS = bytes(2 * BLOCK_NBYTES)
 
 
 class Member(NamedTuple):
-    """The header of a member: its name, and the length of its content in bytes."""
+    """The header of a member: its name, and the length of its content in bytes.
+
+    The name of a folder ends with a slash.
+    """
 
     name: str
     nbytes: int
@@ -131,4 +134,6 @@ def unpack(block: bytes | bytearray | memoryview) -> Member | None:
         info = tarfile.TarInfo.frombuf(bytes(block), "ascii", "replace")
     except tarfile.HeaderError:
         return None
+    if info.isdir():  # of an archive that tar has packed anew
+        return Member(f"{info.name}/", 0)
     return Member(info.name, info.size) if 0 <= info.size <= MAX_OBJECT_NBYTES else None

@@ -47,7 +47,7 @@ class Members:
         self._read_nbytes = 0
 
     def next(self) -> Member | None:
-        """The next member, whose content is to be read then; None at the end."""
+        """The next member that is no folder; its content is to be read then. None at the end."""
         block = memoryview(bytearray(BLOCK_NBYTES))
         in_damage = False
         while True:
@@ -56,6 +56,8 @@ class Members:
                 self.is_cut = n > 0 and not in_damage
                 return None
             if member := unpack(block):
+                if member.name.endswith("/"):
+                    continue
                 return member
             if not in_damage and not any(block):
                 return None

@@ -119,6 +119,21 @@ def test_any_tar_lists_and_unpacks_it(tmp_path: Path) -> None:
     assert listed.stderr == ""
 
 
+def test_an_archive_that_tar_has_packed_anew_with_its_folders_is_imported(tmp_path: Path) -> None:
+    source, target, file = filled(), memory(), tmp_path / "a.tar"
+    exported(source, file)
+    anew = tmp_path / "b.tar"
+    with tarfile.open(file) as tar:
+        tar.extractall(tmp_path / "unpacked", filter="data")
+    with tarfile.open(anew, "w") as tar:
+        for name in (HEAD, *NAMESPACES[:2], END):
+            tar.add(tmp_path / "unpacked" / name, name)
+        assert any(member.isdir() for member in tar.getmembers())
+    totals = imported(anew, target)
+    assert totals.is_whole
+    assert contents(target) == contents(source)
+
+
 def test_a_namespace_begins_with_its_manifest(tmp_path: Path) -> None:
     source, file = memory(), tmp_path / "a.tar"
     put(source, keys_of(MANIFEST))
