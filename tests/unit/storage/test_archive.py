@@ -125,7 +125,7 @@ def test_an_archive_that_tar_has_packed_anew_with_its_folders_is_imported(tmp_pa
     anew = tmp_path / "b.tar"
     with tarfile.open(file) as tar:
         tar.extractall(tmp_path / "unpacked", filter="data")
-    with tarfile.open(anew, "w") as tar:
+    with tarfile.open(anew, "w", format=tarfile.GNU_FORMAT) as tar:
         for name in (HEAD, *NAMESPACES[:2], END):
             tar.add(tmp_path / "unpacked" / name, name)
         assert any(member.isdir() for member in tar.getmembers())
