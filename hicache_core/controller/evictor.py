@@ -37,6 +37,14 @@ class Evictor:
     def evict(self, n_pages: int) -> int:
         """See ``Controller.evict``."""
         parts = self._parts
+        started_s = parts.clock()
+        n_freed = self._free(n_pages)
+        if n_freed:
+            parts.timings.eviction_s.add(parts.clock() - started_s)
+        return n_freed
+
+    def _free(self, n_pages: int) -> int:
+        parts = self._parts
         n_freed = n_on_their_way = 0
         while n_freed < n_pages:
             n_wanted = n_pages - n_freed - n_on_their_way
@@ -44,6 +52,7 @@ class Evictor:
             if n_sent:
                 n_on_their_way += n_sent
             elif n_wanted > 0 and (victim := parts.tree.device_victim(n_wanted)) is not None:
+                self._count_lost(victim)
                 n_freed += parts.drop_device(victim)
             elif self.wait_for_copy():
                 n_on_their_way = 0
@@ -72,7 +81,21 @@ class Evictor:
         if victim is None:
             return 0
         self._write_path.orphan_below(victim)
+        self._count_lost(victim)
         return parts.drop_device(victim, self._write_path.is_orphaned)
+
+    def _count_lost(self, victim: Node) -> None:
+        """Counts the pages of a victim that the host should have had and has not."""
+        parts = self._parts
+        if victim.host_pages is not None or parts.host is None:
+            return
+        if not parts.retention.wants(victim, parts.epoch):
+            return  # storage has them
+        policy, counters = parts.policies.write, parts.counters
+        if policy.backs_up_before_eviction:
+            counters.write_back_lost_pages += victim.n_pages
+        elif policy.backs_up(1):
+            counters.write_through_lost_pages += victim.n_pages
 
     def wait_for_copy(self) -> bool:
         """Waits for the oldest copy and settles it; False if no rank has one."""

@@ -28,6 +28,14 @@ Clock = Callable[[], float]
 """Returns seconds since some fixed moment; never goes back."""
 
 WAIT_BOUNDS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+# Those of SGLang, so that a query for a bucket finds it.
+EVICTION_BOUNDS_S = (
+    0.001, 0.002, 0.003, 0.004, 0.005, 0.006, 0.007, 0.008, 0.009, 0.01, 0.02, 0.03, 0.04, 0.05,
+    0.1, 0.2, 0.5, 1.0,
+)  # fmt: skip
+BACKUP_BOUNDS_S = (
+    0.001, 0.005, 0.01, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0,
+)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -40,6 +48,7 @@ class Counters:
         storage_loaded_tokens: tokens that storage delivered to the host.
         storage_hit_tokens: tokens that storage delivered to requests that waited for them.
         missed_tokens: tokens that no tier had, when matched.
+        prefetch_found_pages: pages that storage said it had, before room was taken for them.
         prefetch_below_threshold: requests that missed too few tokens to ask storage.
         prefetch_failed_pages: pages that storage said it had and did not deliver.
         prefetch_dropped_pages: pages not loaded because the host had no room.
@@ -49,6 +58,10 @@ class Counters:
         store_dropped_pages: pages not stored: the write queue was full, or storage refused them.
         store_skipped_pages: received pages not written because storage had them.
         evicted_device_pages: pages that left the device.
+        write_back_lost_pages: of those, pages that were to be copied to the host before they left,
+            and were not, since it had no room.
+        write_through_lost_pages: of those, pages that left under ``write_through`` before the host
+            had a copy.
         evicted_host_pages: pages that left the host.
         load_back_skipped_pages: host hits computed again because the device had no room.
         load_back_tokens: tokens copied from the host to the device.
@@ -60,6 +73,7 @@ class Counters:
     storage_loaded_tokens: int = 0
     storage_hit_tokens: int = 0
     missed_tokens: int = 0
+    prefetch_found_pages: int = 0
     prefetch_below_threshold: int = 0
     prefetch_failed_pages: int = 0
     prefetch_dropped_pages: int = 0
@@ -69,6 +83,8 @@ class Counters:
     store_dropped_pages: int = 0
     store_skipped_pages: int = 0
     evicted_device_pages: int = 0
+    write_back_lost_pages: int = 0
+    write_through_lost_pages: int = 0
     evicted_host_pages: int = 0
     load_back_skipped_pages: int = 0
     load_back_tokens: int = 0
@@ -82,10 +98,14 @@ class Timings:
     Attributes:
         prefetch_wait_s: from a prefetch to its ``finish_prefetch``.
         load_back_s: from a load_back to its settlement.
+        backup_s: from a backup to its settlement.
+        eviction_s: of each eviction that freed device pages, copies that it waited for included.
     """
 
     prefetch_wait_s: Distribution = field(default_factory=lambda: Distribution(WAIT_BOUNDS_S))
     load_back_s: Distribution = field(default_factory=lambda: Distribution(WAIT_BOUNDS_S))
+    backup_s: Distribution = field(default_factory=lambda: Distribution(BACKUP_BOUNDS_S))
+    eviction_s: Distribution = field(default_factory=lambda: Distribution(EVICTION_BOUNDS_S))
 
 
 class RemovalCounts:

@@ -264,6 +264,7 @@ class PrefetchPath:
         cut_by = ""
         if question is not None:
             n_found, cut_by = question.n_more(result.mask or ())
+        parts.counters.prefetch_found_pages += n_found
         if n_found == 0 and prefetch.given_up and parts.explainer is not None:
             parts.explainer.storage_had_nothing(prefetch.request_id)
         admission = prefetch.storage.admission

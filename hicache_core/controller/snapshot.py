@@ -68,6 +68,8 @@ def take_snapshot(
         missed_tokens={} if parts.explainer is None else dict(parts.explainer.missed_tokens),
         prefetch_wait_s=parts.timings.prefetch_wait_s.histogram(),
         load_back_s=parts.timings.load_back_s.histogram(),
+        backup_s=None if parts.host is None else parts.timings.backup_s.histogram(),
+        eviction_s=parts.timings.eviction_s.histogram(),
         groups=[_group(group, parts) for group in parts.groups],
     )
 

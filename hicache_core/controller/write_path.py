@@ -103,10 +103,13 @@ class WritePath:
         self._n_backups += 1
         self._n_backup_pages += n_pages
         span = parts.spans.begin(BACKUP, pages=n_pages)
-        parts.jobs.add_copy(ticket, n_pages, partial(self._backup_settled, node, n_pages, span))
+        settle = partial(self._backup_settled, node, n_pages, span, parts.clock())
+        parts.jobs.add_copy(ticket, n_pages, settle)
         return True
 
-    def _backup_settled(self, node: Node, n_pages: int, span: SpanHandle, n_valid: int) -> None:
+    def _backup_settled(
+        self, node: Node, n_pages: int, span: SpanHandle, started_s: float, n_valid: int
+    ) -> None:
         parts = self._parts
         span.end(error="" if n_valid == n_pages else "the copy failed")
         self._n_backups -= 1
@@ -117,6 +120,7 @@ class WritePath:
             parts.host.allocator.free(freed)
         if n_valid == n_pages:
             parts.counters.backup_tokens += n_pages * parts.page_size
+            parts.timings.backup_s.add(parts.clock() - started_s)
             storage = self._attached()
             for part in run_of(node, n_pages):
                 parts.tell_stored(Tier.HOST, part)

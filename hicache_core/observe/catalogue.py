@@ -14,6 +14,7 @@ from hicache_core.observe.series import (
     Series,
     counter,
     device_tokens,
+    dropped,
     events,
     evicted,
     histogram,
@@ -149,6 +150,27 @@ OCCUPANCY = (
         sglang=True,
     ),
     Series(
+        "hicache_dropped_tokens_total",
+        "counter",
+        "tokens",
+        "Device tokens that were to be copied to the host, and were evicted without a copy.",
+        dropped,
+        {
+            "reason": "`host_pressure` (`write_back`, and the host had no room), "
+            "`write_through_unbacked_eviction`",
+            "pool": "`kv`",
+        },
+        sglang=True,
+    ),
+    Series(
+        "eviction_duration_seconds",
+        "histogram",
+        "seconds",
+        "Time of each eviction that freed device pages, with the copies that it waited for.",
+        histogram(lambda snapshot: snapshot.eviction_s),
+        sglang=True,
+    ),
+    Series(
         "evicted_pages_total",
         "counter",
         "pages",
@@ -212,6 +234,14 @@ MOVES = (
         sglang=True,
     ),
     Series(
+        "hicache_backup_duration_seconds",
+        "histogram",
+        "seconds",
+        "Time of each copy from device to host.",
+        histogram(lambda snapshot: snapshot.backup_s),
+        sglang=True,
+    ),
+    Series(
         "backup_skipped_pages_total",
         "counter",
         "pages",
@@ -227,6 +257,14 @@ PREFETCH = (
         "tokens",
         "Tokens that storage delivered to the host.",
         counter("storage_loaded_tokens"),
+        sglang=True,
+    ),
+    Series(
+        "storage_prefetch_hit_tokens_total",
+        "counter",
+        "tokens",
+        "Tokens that storage had, by its answers to prefetches, before room was taken for them.",
+        counter("prefetch_found_pages", tokens=True),
         sglang=True,
     ),
     Series(

@@ -202,6 +202,17 @@ def unfulfilled(seen: Observation) -> Iterator[Sample]:
         yield from counter(name, tokens=True, labels=(reason,))(seen)
 
 
+def dropped(seen: Observation) -> Iterator[Sample]:
+    """Tokens that left the device without a host copy, by reason; nothing without a host pool."""
+    if seen.snapshot.host is None:
+        return
+    for reason, name in (
+        ("host_pressure", "write_back_lost_pages"),
+        ("write_through_unbacked_eviction", "write_through_lost_pages"),
+    ):
+        yield from counter(name, tokens=True, labels=(reason, "kv"))(seen)
+
+
 def operation_seconds(seen: Observation) -> Iterator[Sample]:
     """How long calls took, by backend and operation."""
     for backend in seen.snapshot.backends[:MAX_BACKENDS]:

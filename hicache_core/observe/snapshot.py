@@ -207,6 +207,8 @@ class CacheSnapshot:
         missed_tokens: computed tokens, by the reason why they were missed.
         prefetch_wait_s: seconds that each request waited for storage.
         load_back_s: seconds of each copy of a request from host to device.
+        backup_s: seconds of each copy from device to host; None without a host pool.
+        eviction_s: seconds of each eviction that freed device pages.
         events: the publisher of KV events; None if there is none.
         transfers: the transfer backend of a prefill or decode node; otherwise empty.
         groups: the model's groups of layers, in the order of its spec; empty for full attention.
@@ -231,6 +233,8 @@ class CacheSnapshot:
     missed_tokens: Mapping[str, int] = field(default_factory=dict)
     prefetch_wait_s: Histogram | None = None
     load_back_s: Histogram | None = None
+    backup_s: Histogram | None = None
+    eviction_s: Histogram | None = None
     events: EventsStatus | None = None
     transfers: Sequence[TransferStatus] = ()
     groups: Sequence[GroupStatus] = ()

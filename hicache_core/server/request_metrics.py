@@ -55,6 +55,7 @@ class RequestMetrics:
         self.total_s = Distribution(_BOUNDS_S)
         self.queue_s = Distribution(_QUEUE_BOUNDS_S)
         self.token_s = Distribution(_TOKEN_BOUNDS_S)
+        self.output_token_s = Distribution(_TOKEN_BOUNDS_S)
         self.times: OrderedDict[str, dict[str, float]] = OrderedDict()
 
     def take(self, output: Output) -> None:
@@ -75,6 +76,7 @@ class RequestMetrics:
         if times.finished:
             seconds["total_s"] = times.finished - times.arrived
             self.total_s.add(seconds["total_s"])
+            self._count_pace(output)
         self.times[output.request_id] = seconds
         if len(self.times) > _MAX_TIMES:
             self.times.popitem(last=False)
@@ -87,6 +89,14 @@ class RequestMetrics:
         if before_s is not None:
             for _ in range(n_new):
                 self.token_s.add((now_s - before_s) / n_new)
+
+    def _count_pace(self, output: Output) -> None:
+        """Counts the mean time between the tokens of an answer that came whole."""
+        first_s, n_gaps = output.times.first_token, output.completion_tokens - 1
+        seconds = output.times.finished - first_s
+        is_whole = output.finish_reason in ("stop", "length")
+        if is_whole and first_s and n_gaps > 0 and seconds > 0:
+            self.output_token_s.add(seconds / n_gaps)
 
 
 class ServerCollector(Collector):
@@ -138,6 +148,11 @@ class ServerCollector(Collector):
                 "inter_token_latency_seconds",
                 "Seconds between two tokens of an answer.",
                 metrics.token_s,
+            ),
+            (
+                "request_time_per_output_token_seconds",
+                "Mean seconds between two tokens of each answer that was not aborted.",
+                metrics.output_token_s,
             ),
         ):
             yield self._times(name, meaning, times)

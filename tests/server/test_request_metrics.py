@@ -63,6 +63,26 @@ def test_the_queue_time_ends_when_a_request_runs_first() -> None:
     assert world.value("queue_time_seconds_sum") == 0.5
 
 
+@pytest.mark.parametrize("reason", ["stop", "length"])
+def test_an_answer_that_came_whole_counts_the_mean_time_between_its_tokens(reason: str) -> None:
+    world = World()
+    world.output(1.0, 1)
+    world.output(3.0, 4, reason)  # the first token came at 101 s, the last at 104 s
+    assert world.value("request_time_per_output_token_seconds_count") == 1
+    assert world.value("request_time_per_output_token_seconds_sum") == pytest.approx(1.0)
+    assert world.value("request_time_per_output_token_seconds_bucket", le="0.8") == 0
+    assert world.value("request_time_per_output_token_seconds_bucket", le="1.0") == 1
+
+
+@pytest.mark.parametrize(("n_new", "reason"), [(4, "abort"), (4, "error"), (1, "stop")])
+def test_an_answer_of_one_token_and_one_that_broke_off_have_no_such_time(
+    n_new: int, reason: str
+) -> None:
+    world = World()
+    world.output(3.0, n_new, reason)
+    assert world.value("request_time_per_output_token_seconds_count") == 0
+
+
 def test_what_the_engine_counts_has_sglangs_names() -> None:
     world = World()
     world.output(0.0, 0, "abort")

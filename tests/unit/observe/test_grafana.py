@@ -146,6 +146,8 @@ def growing(n: int) -> CacheSnapshot:
         backends=(one,),
         prefetch_wait_s=histogram(*[0.02] * n),
         load_back_s=histogram(*[0.0005] * n),
+        backup_s=histogram(*[0.002] * n),
+        eviction_s=histogram(*[0.001] * n),
         transfers=(transfers(n),),
         events=EventsStatus(n, n, 1),
     )

@@ -33,6 +33,8 @@ SGLANG_0_5_23 = frozenset(
     hicache_backup_tokens_total hicache_backup_bytes_total prefetched_tokens_total
     storage_prefetch_unfulfilled_tokens_total backuped_tokens_total kv_used_tokens
     prefetch_pgs prefetch_bandwidth backup_pgs backup_bandwidth
+    eviction_duration_seconds hicache_dropped_tokens_total hicache_backup_duration_seconds
+    storage_prefetch_hit_tokens_total
     """.split()  # noqa: SIM905 - a list of this length reads better as text
 )
 """Names that stand in SGLang's own collectors, read there by hand."""

@@ -107,6 +107,8 @@ def full_snapshot(**changed: object) -> CacheSnapshot:
         "admission": {"all": 10, "part": 2, "none": 1},
         "prefetch_wait_s": histogram(0.02, 0.03),
         "load_back_s": histogram(0.0005),
+        "backup_s": histogram(0.002),
+        "eviction_s": histogram(0.001),
         "transfers": (transfers(),),
         "groups": (group(), group("mamba", 0, 1)),
         "events": EventsStatus(sent_batches=5, dropped_runs=0, queued_runs=1),
