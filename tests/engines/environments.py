@@ -23,6 +23,7 @@ _ALONE = {
     "PYTHONWARNINGS": "default",
 }
 _ENGINE = {
+    "dynamo": {"DYN_LOG": "warn"},
     "sglang": {
         "SGLANG_USE_CPU_ENGINE": "1",
     },

@@ -53,7 +53,7 @@ def test_every_series_of_the_server_is_named_and_no_series_of_the_cache() -> Non
     registry.register(ServerCollector(RequestMetrics(), lambda: STATUS, ""))
     lines = generate_latest(registry).decode().splitlines()
     names = {line.split()[2] for line in lines if line.startswith("# TYPE")}
-    assert len(names) == 14
+    assert len(names) == 15
     assert [name for name in names if f"`{name}`" not in PAGE] == []
     of_the_cache = {series.name for section in SERIES.values() for series in section}
     assert names.isdisjoint(of_the_cache)
