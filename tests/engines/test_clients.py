@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -51,18 +53,22 @@ def alone(folder: Path) -> dict[str, str]:
 
 def run(folder: Path, command: list[str | Path], env: Mapping[str, str] | None = None) -> str:
     """What a client says; it must succeed."""
-    done = subprocess.run(
+    with subprocess.Popen(
         list(map(str, command)),
         env=env or alone(folder),
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    return done.stdout
+        start_new_session=True,
+    ) as client:
+        try:
+            said, _ = client.communicate(timeout=600)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # what it has started ends with it
+                os.killpg(client.pid, signal.SIGKILL)
+    assert client.returncode == 0, said[-4000:]
+    return said
 
 
 def logprob_of(loaded: LoadedModel, before: list[int], tokens: list[int]) -> float:
