@@ -5,7 +5,7 @@
 #   make demo-pd play prefill and decode on different nodes, with SmolLM2 and Valkey, on this machine
 #   make test    set up .venv and run the tests, JOBS at a time; FULL=1 adds those that take long
 #   make check   format, lint, types, import layers, tests; FULL=1 as above, ENGINES= leaves the real engines out, GEMMA= the weights of Gemma
-#   make engines run the real engines on this CPU, in environments that are built once (10 GB)
+#   make engines run the real engines on this CPU, in environments that are built once (14 GB)
 #   make bench   print the benchmark tables (BENCH="--quick --only transfer" narrows them)
 #   make gpu     check and measure the CUDA code on a GPU, without a network, in six minutes; GPU="--dry-run" on a CPU
 #   make gpu-wheels fetch what the Python of a GPU machine lacks, where there is a network; GPU="--python 3.12 NAME …"
@@ -80,10 +80,12 @@ demo-pd: $(TESTS_READY)
 test: $(TESTS_READY) $(if $(FULL),$(ENGINES_READY) $(if $(GEMMA),$(GEMMA_READY)))
 	$(if $(and $(FULL),$(ENGINES)),HICACHE_ENGINES=$(abspath $(ENGINES_DIR))) $(BIN)/python -m pytest --numprocesses $(JOBS) $(if $(FULL),--full) $(PYTEST)
 
-# torch with what it needs, since a build for CUDA has libraries of its own; the lists name everything else.
+# torch, where a list or the one that it includes names it, with what it needs, since a build for CUDA has libraries of its
+# own; the lists name everything else.
 $(ENGINES_DIR)/%/.ready: tests/engines/requirements/%.txt $(wildcard tests/engines/requirements/*.txt) pyproject.toml $(PLUGINS)
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install $$(grep -h '^torch==' tests/engines/requirements/*.txt | sort -u)
+	@torch=$$(cd $(<D) && cat $(<F) $$(sed -n 's/^-r //p' $(<F)) | grep '^torch=='); \
+	  test -z "$$torch" || $(@D)/bin/python -m pip --disable-pip-version-check --quiet install $$torch
 	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --requirement $<
 	$(@D)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --no-build-isolation --editable . $(patsubst %/pyproject.toml,--editable %,$(PLUGINS))
 	@touch $@

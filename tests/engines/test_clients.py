@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +21,8 @@ from tests.server.process import ServerProcess, server_process
 pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
 
 LM_EVAL = "lm-eval-0.4.13"
+AIPERF = "aiperf-0.13.0"
+GUIDELLM = "guidellm-0.8.1"
 PAGE = 8
 TEXTS = [
     "the keeper of the library opens the door",
@@ -35,6 +39,7 @@ CHOICES = [
 def server(tiny_folder: Path) -> Iterator[ServerProcess]:
     """One server for all clients."""
     flags = ["--page-size", str(PAGE), "--enable-hierarchical-cache", "--enable-metrics"]
+    flags += ["--enable-cache-report"]
     with server_process(tiny_folder, [*flags, "--max-total-tokens", "16384"]) as process:
         yield process
 
@@ -48,18 +53,22 @@ def alone(folder: Path) -> dict[str, str]:
 
 def run(folder: Path, command: list[str | Path], env: Mapping[str, str] | None = None) -> str:
     """What a client says; it must succeed."""
-    done = subprocess.run(
+    with subprocess.Popen(
         list(map(str, command)),
         env=env or alone(folder),
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    return done.stdout
+        start_new_session=True,
+    ) as client:
+        try:
+            said, _ = client.communicate(timeout=600)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # what it has started ends with it
+                os.killpg(client.pid, signal.SIGKILL)
+    assert client.returncode == 0, said[-4000:]
+    return said
 
 
 def logprob_of(loaded: LoadedModel, before: list[int], tokens: list[int]) -> float:
@@ -182,3 +191,132 @@ def test_sglangs_benchmark_asks_in_each_form(
     (found,) = map(json.loads, (tmp_path / "found.jsonl").read_text().splitlines())
     assert found["completed"] == 8
     assert found["total_output_tokens"] == 8 * 4
+
+
+TRACE = [[0, 1, 2], [0, 1, 3], [4, 5], [0, 1, 2, 6], [4, 5]]
+"""The blocks of each request of a trace; the same number is the same text."""
+BLOCK = 2 * PAGE
+
+
+def cached_by_trace() -> int:
+    """Tokens of the trace that a cache can have: whole pages, and never a prompt's last token."""
+    known: set[tuple[int, ...]] = set()
+    n_tokens = 0
+    for blocks in TRACE:
+        prefixes = [tuple(blocks[:n]) for n in range(1, len(blocks) + 1)]
+        n_shared = sum(prefix in known for prefix in prefixes) * BLOCK
+        n_tokens += min(n_shared, (len(blocks) * BLOCK - 1) // PAGE * PAGE)
+        known.update(prefixes)
+    return n_tokens
+
+
+def write_trace(file: Path, apart: float) -> Path:
+    """The trace in the form of Mooncake's, its requests ``apart`` in the unit of the reader."""
+    lines = [
+        {
+            "timestamp": n * apart,
+            "input_length": len(blocks) * BLOCK,
+            "output_length": 4,
+            "hash_ids": blocks,
+        }
+        for n, blocks in enumerate(TRACE)
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def in_a_hub(model: Path, home: Path) -> str:
+    """Puts a model into a hub's cache folder; its name there."""
+    folder, commit = home / "hub/models--tiny--chat", "0" * 40
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs/main").write_text(commit)
+    (folder / "snapshots").mkdir()
+    (folder / "snapshots" / commit).symlink_to(model)
+    return "tiny/chat"
+
+
+def aiperf(
+    server: ServerProcess, model: Path, folder: Path, *flags: str | Path
+) -> dict[str, float]:
+    """Runs aiperf in ``folder``; the means of what it measured."""
+    name = in_a_hub(model, folder / "hub")  # without a network it takes no path for a tokenizer
+    command = [program(AIPERF, "aiperf"), "profile", "--model", name, "--tokenizer", name]
+    command += ["--url", server.url, "--streaming", "--extra-inputs", "ignore_eos:true"]
+    command += ["--ui", "none", "--random-seed", "1", "--artifact-dir", folder / "out"]
+    run(folder, [*command, "--use-server-token-count", "--reset-kv-cache", *flags])
+    found = json.loads((folder / "out/profile_export_aiperf.json").read_text())
+    assert found["request_error_rate"]["avg"] == 0
+    exported = json.loads((folder / "out/server_metrics_export.json").read_text())
+    assert "hicache:cached_tokens" in exported["metrics"]
+    measured = {name: each for name, each in found.items() if isinstance(each, dict)}
+    return {name: each["avg"] for name, each in measured.items() if "avg" in each}
+
+
+def cached_tokens(server: ServerProcess) -> float:
+    """Of all requests so far, by the server's own count."""
+    found = server.metrics()
+    return sum(n for name, n in found.items() if name.startswith("cached_tokens_total"))
+
+
+def test_aiperf_chats_and_is_told_what_was_cached(
+    server: ServerProcess, tiny_folder: Path, tmp_path: Path
+) -> None:
+    before = cached_tokens(server)
+    lengths = ("--isl", "32", "--osl", "4", "--num-dataset-entries", "4")
+    load = ("--request-count", "8", "--concurrency", "2")
+    found = aiperf(server, tiny_folder, tmp_path, "--endpoint-type", "chat", *lengths, *load)
+    assert found["request_count"] == 8
+    assert found["total_osl"] == 8 * 4
+    assert found["total_usage_prompt_cache_read_tokens"] == cached_tokens(server) - before > 0
+
+
+def test_aiperf_replays_a_trace_with_exactly_its_hits(
+    server: ServerProcess, tiny_folder: Path, tmp_path: Path
+) -> None:
+    trace = write_trace(tmp_path / "trace.jsonl", apart=300)  # ms
+    kind = ("--custom-dataset-type", "mooncake_trace", "--isl-block-size", str(BLOCK))
+    asked = ("--endpoint-type", "completions", "--input-file", trace, *kind)
+    found = aiperf(server, tiny_folder, tmp_path, *asked)
+    assert found["request_count"] == len(TRACE)
+    assert found["total_usage_prompt_cache_read_tokens"] == cached_by_trace() == 104
+
+
+@pytest.mark.parametrize("asks", ["chats", "trace"])
+def test_guidellm_is_told_of_each_request_what_was_cached(
+    server: ServerProcess, tiny_folder: Path, tmp_path: Path, asks: str
+) -> None:
+    """In chats of two turns behind a common prefix, and in a trace of Mooncake's form.
+
+    It leaves out words that the tiny tokenizer does not know, so prompts are shorter than asked.
+    """
+    before, model = cached_tokens(server), str(tiny_folder)
+    backend = {"kind": "openai_http", "target": server.url, "model": model}
+    data: dict[str, Any]
+    if asks == "chats":
+        backend["request_format"] = "/v1/chat/completions"
+        data = {"kind": "synthetic_text", "prompt_tokens": 16, "output_tokens": 4, "turns": 2}
+        data |= {"prefix_count": 1, "prefix_tokens": 32}
+        load = [
+            "--profile",
+            "kind=concurrent,streams=2",
+            "--constraint",
+            "kind=max_requests,count=8",
+        ]
+    else:
+        backend["request_format"] = "/v1/completions"
+        trace = write_trace(tmp_path / "trace.jsonl", apart=0.1)  # s
+        data = {"kind": "mooncake", "source": {"kind": "json_file", "path": str(trace)}}
+        data |= {"hash_id_block_size": BLOCK}
+        load = ["--profile", "kind=replay"]
+    tokenizer = {"kind": "hf_auto", "model": model}
+    command = [program(GUIDELLM, "guidellm"), "run", "--backend", json.dumps(backend), *load]
+    command += ["--tokenizer", json.dumps(tokenizer), "--data", json.dumps(data)]
+    run(tmp_path, [*command, "--output", "kind=json,path=found.json", "--disable-console"])
+    (found,) = json.loads((tmp_path / "found.json").read_text())["benchmarks"]
+    requests = found["requests"]
+    assert not requests["errored"]
+    assert not requests["incomplete"]
+    assert len(requests["successful"]) == (8 if asks == "chats" else len(TRACE))
+    assert all(each["output_tokens"] == 4 for each in requests["successful"])
+    told = sum(each["cached_tokens"] or 0 for each in requests["successful"])
+    assert told == cached_tokens(server) - before > 0
