@@ -196,6 +196,7 @@ class HiCache(Controller):
         Raises:
             InvalidTokens: as in ``match_prefix``.
         """
+        self.owner.check()
         packed = pack_tokens(tokens) + bytes(TOKEN_NBYTES)  # so that the last page is asked for
         begun = self.prefetch(request_id, packed, Namespace(*namespace))
         if begun and self._prefetch_path is not None:
