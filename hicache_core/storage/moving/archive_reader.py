@@ -47,7 +47,7 @@ class Members:
         self._read_nbytes = 0
 
     def next(self) -> Member | None:
-        """The next member that is no folder; its content is to be read then. None at the end."""
+        """The next member, folders left out; its content is to be read then. None at the end."""
         block = memoryview(bytearray(BLOCK_NBYTES))
         in_damage = False
         while True:
