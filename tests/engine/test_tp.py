@@ -250,6 +250,7 @@ def test_the_operator_changes_storage_and_empties_the_cache_on_all_ranks(tmp_pat
         assert call("flush", PATIENCE_S, timeout_s=PATIENCE_S)
         assert call("reset", timeout_s=PATIENCE_S)
         assert asked(it.engine, PROMPT).outputs[-1].cached == CachedTokens(storage=20)
+        assert call("flush", PATIENCE_S, timeout_s=PATIENCE_S)  # what is being stored is in use
         call("detach_storage", timeout_s=PATIENCE_S)
         assert call("reset", timeout_s=PATIENCE_S)
         assert asked(it.engine, PROMPT).outputs[-1].cached == CachedTokens()
