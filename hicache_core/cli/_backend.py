@@ -62,10 +62,7 @@ class BackendChoice:
         """
         common, own = split_settings(self.own_settings)
         if common.read_only:
-            raise ConfigError(
-                f"backend {self.name!r} is read_only, and the command would change its store; "
-                "leave read_only out"
-            )
+            raise self._only_read()
         return Recipe.named(self.name, own, scope, max_object_nbytes)
 
     def reading(
@@ -99,6 +96,12 @@ class BackendChoice:
         """As ``reading``, for a command that stores objects: a missing store is created."""
         return self._opened(replace(context or BackendContext(NAMESPACE), creates=True))
 
+    def _only_read(self) -> ConfigError:
+        return ConfigError(
+            f"backend {self.name!r} is read_only, and the command would change its store; "
+            "leave read_only out"
+        )
+
     @contextlib.contextmanager
     def _opened(self, context: BackendContext) -> Iterator[StorageBackend]:
         backend = bare_backend(self.name, self.own_settings, context)
@@ -108,10 +111,7 @@ class BackendChoice:
                 "another process finds none"
             )
         if backend.context.read_only and not context.read_only:
-            raise ConfigError(
-                f"backend {self.name!r} is read_only, and the command would change its store; "
-                "leave read_only out"
-            )
+            raise self._only_read()
         backend.open()
         try:
             yield backend

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
 import click
-from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from hicache_core.cli._cache_choice import summary
 from hicache_core.cli._columns import columns
+from hicache_core.cli._progress import watched
 from hicache_core.storage.manifest import Manifest
 from hicache_core.storage.moving.outcomes import Outcome, Result, Totals
 from hicache_core.storage.moving.prompts import FoundPrompt
@@ -45,16 +44,12 @@ class MoveView:
         self._n_said = 0
         self._n_moved = 0
         self._began_s = 0.0
-        self._progress = Progress(
+        self._progress = watched(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.fields[moved]}"),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
-            transient=True,
-            redirect_stdout=sys.stdout.isatty(),  # what is piped goes on to its pipe
-            disable=not sys.stderr.isatty(),
         )
 
     def __enter__(self) -> Self:

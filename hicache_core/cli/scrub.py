@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Iterator
 
 import click
-from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from hicache_core.cli._backend import BackendChoice, names_backend
 from hicache_core.cli._cache_choice import summary
 from hicache_core.cli._columns import columns
+from hicache_core.cli._progress import watched
 from hicache_core.storage.manifest import Manifest, read_manifest
 from hicache_core.storage.scrub import (
     GOOD,
@@ -80,14 +79,10 @@ def command(
 
 def _shown(found: Iterable[ScrubResult]) -> Iterator[ScrubResult]:
     """Passes ``found`` on and shows the progress if stderr is a terminal."""
-    progress = Progress(
+    progress = watched(
         SpinnerColumn(),
         TextColumn("{task.completed:,.0f} objects, {task.fields[read]}"),
         TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        redirect_stdout=sys.stdout.isatty(),  # what is piped goes on to its pipe
-        disable=not sys.stderr.isatty(),
     )
     with progress:
         task, nbytes = progress.add_task("scrub", total=None, read=decimal(0)), 0

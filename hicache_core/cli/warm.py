@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
 
 from hicache_core.cli._ask import operates, post
+from hicache_core.cli._progress import watched
 from hicache_core.cli._prompt import Prompt, given_prompt, prompts_in
 
 WARM = "/hicache/warm"
@@ -74,14 +73,11 @@ def _answers(
     url: str, key: str | None, given: Sequence[Prompt], tenant: Mapping[str, str | None]
 ) -> Iterator[Any]:
     """What the server answers, a few prompts at a time; shows the progress on a terminal."""
-    progress = Progress(
+    progress = watched(
         SpinnerColumn(),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("prompts, {task.fields[moved]}"),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty(),
     )
     with progress:
         task = progress.add_task("warm", total=len(given), moved="")

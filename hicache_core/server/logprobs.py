@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from hicache_core.engine.request import TokenLogprobs
@@ -29,10 +30,16 @@ class TokenTexts:
             text = self._known[token] = self._decoded(token)
         return text
 
+    @cached_property
+    def _before(self) -> tuple[list[int], str]:
+        """An ordinary text: its tokens, and how they are decoded."""
+        tokens: list[int] = list(self._tokenizer(_ORDINARY, add_special_tokens=False)["input_ids"])
+        return tokens, self._text(tokens)
+
     def _decoded(self, token: int) -> str:
         """Behind another token, since some tokenizers drop a space at the beginning of a text."""
-        before: list[int] = list(self._tokenizer(_ORDINARY, add_special_tokens=False)["input_ids"])
-        start, both = self._text(before), self._text([*before, token])
+        before, start = self._before
+        both = self._text([*before, token])
         return both[len(start) :] if both.startswith(start) else self._text([token])
 
     def _text(self, tokens: list[int]) -> str:

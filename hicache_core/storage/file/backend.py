@@ -30,7 +30,7 @@ from hicache_core.storage.file.config import FileConfig
 from hicache_core.storage.file.directory import os_errors
 from hicache_core.storage.file.extents import Wanted
 from hicache_core.storage.file.filesystem import is_local
-from hicache_core.storage.file.index import Row
+from hicache_core.storage.file.index import Row, readable
 from hicache_core.storage.file.reader import FileReader
 from hicache_core.storage.file.records import MAX_KEY_NBYTES, Extent, capacity_for
 from hicache_core.storage.file.store import FileStore
@@ -184,7 +184,7 @@ class FileBackend(StorageBackend):
         # docstring inherited from VisitsEachPage; ``arrived`` is called right after a page was read
         with self._calls.call() as store:
             version, found = store.lookup(keys)
-            wanted = self._readable_each(found, pages)
+            wanted = readable(found, pages, self._oldest())
             parts = self._lanes.split(len(wanted), sum(row.nbytes for _, row in wanted))
             damaged: list[tuple[int, Row]] = []
 
@@ -376,17 +376,6 @@ class FileBackend(StorageBackend):
                 break
             rows.append(row)
         return rows
-
-    def _readable_each(
-        self, found: Sequence[Row | None], pages: Sequence[Page]
-    ) -> list[tuple[int, Row]]:
-        """As ``_readable``, also behind gaps: the places of the pages, and their rows."""
-        oldest = self._oldest()
-        return [
-            (n, row)
-            for n, (row, page) in enumerate(zip(found, pages, strict=True))
-            if row is not None and row.written_at > oldest and row.nbytes == nbytes_of(page)
-        ]
 
     def _all_stored(self, rows: Sequence[Row | None], wanted: Sequence[Wanted]) -> bool:
         oldest = self._oldest()

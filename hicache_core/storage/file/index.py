@@ -25,7 +25,9 @@ from hicache_core.storage.base import NamespaceTotals, namespace_of
 from hicache_core.storage.file.index_faults import FAULTS
 from hicache_core.storage.file.late_check import LateCheck
 from hicache_core.storage.file.records import BLOCK_NBYTES, OVERHEAD_NBYTES, Extent
+from hicache_core.storage.segments import nbytes_of
 from hicache_core.storage.sqlite import Database, is_empty, room_nbytes
+from hicache_core.types import Page
 
 APPLICATION_ID = 0x48694361  # "HiCa"
 FORMAT_VERSION = 2
@@ -99,6 +101,23 @@ def row_of(stored: _Stored | None) -> Row | None:
         return None
     _, extent_id, segment, offset, capacity, generation, nbytes, written_at = stored
     return Row(Extent(extent_id, segment, offset, capacity, generation), nbytes, written_at)
+
+
+def readable(
+    found: Sequence[Row | None], pages: Sequence[Page], oldest: float
+) -> list[tuple[int, Row]]:
+    """Returns the rows that are present, not expired and as long as their pages, by place.
+
+    Args:
+        found: what a lookup found.
+        pages: one for each.
+        oldest: objects written then or before have expired; seconds since 1970.
+    """
+    return [
+        (n, row)
+        for n, (row, page) in enumerate(zip(found, pages, strict=True))
+        if row is not None and row.written_at > oldest and row.nbytes == nbytes_of(page)
+    ]
 
 
 def totals_of(objects: Iterable[tuple[str, int, float]]) -> dict[str, NamespaceTotals]:

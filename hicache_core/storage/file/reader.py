@@ -20,11 +20,10 @@ from hicache_core.storage.calls import Calls
 from hicache_core.storage.file.config import FileConfig
 from hicache_core.storage.file.directory import os_errors
 from hicache_core.storage.file.filesystem import is_local
-from hicache_core.storage.file.index import Row
+from hicache_core.storage.file.index import Row, readable
 from hicache_core.storage.file.index_view import IndexView
 from hicache_core.storage.file.records import RecordStore
 from hicache_core.storage.lanes import Lanes, n_leading_done
-from hicache_core.storage.segments import nbytes_of
 from hicache_core.types import BackendContext, Page
 
 
@@ -142,8 +141,8 @@ class FileReader(StorageBackend):
         # docstring inherited from VisitsPages; ``arrived`` is called right after a page was read
         with self._calls.call() as view:
             version, found = view.lookup(keys)
-            readable = self._readable(found, pages)
-            wanted = list(itertools.takewhile(lambda one: one[0] == one[1][0], enumerate(readable)))
+            there = readable(found, pages, self._oldest())
+            wanted = list(itertools.takewhile(lambda one: one[0] == one[1][0], enumerate(there)))
             rows = [row for _, (_, row) in wanted]
             parts = self._lanes.split(len(rows), sum(row.nbytes for row in rows))
 
@@ -163,7 +162,7 @@ class FileReader(StorageBackend):
         # docstring inherited from VisitsEachPage; ``arrived`` is called right after a page was read
         with self._calls.call() as view:
             version, found = view.lookup(keys)
-            wanted = self._readable(found, pages)
+            wanted = readable(found, pages, self._oldest())
             parts = self._lanes.split(len(wanted), sum(row.nbytes for _, row in wanted))
 
             def read(part: range) -> list[tuple[int, Row]]:
@@ -234,17 +233,6 @@ class FileReader(StorageBackend):
             held_nbytes = view.index.held_nbytes()
         yield Finding("ok", "directory", f"{self._settings.path} can be read")
         yield Finding("ok", "room", f"{held_nbytes} bytes held")
-
-    def _readable(
-        self, found: Sequence[Row | None], pages: Sequence[Page]
-    ) -> list[tuple[int, Row]]:
-        """Returns the rows that are present, not expired and as long as their pages, by place."""
-        oldest = self._oldest()
-        return [
-            (n, row)
-            for n, (row, page) in enumerate(zip(found, pages, strict=True))
-            if row is not None and row.written_at > oldest and row.nbytes == nbytes_of(page)
-        ]
 
     def _oldest(self) -> float:
         """Returns the time at or before which written objects have expired."""
